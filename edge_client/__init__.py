@@ -1,0 +1,30 @@
+"""The device's side of a split fine-tuning run."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .client import EdgeClient, ServerStatus, ping
+    from .connection import ConnectionFailed, Refused
+    from .data import DataError
+    from .training import Step
+
+__all__ = ["ConnectionFailed", "DataError", "EdgeClient", "Refused", "ServerStatus", "Step", "ping"]
+
+_HOMES = {
+    "ConnectionFailed": "connection",
+    "DataError": "data",
+    "EdgeClient": "client",
+    "Refused": "connection",
+    "ServerStatus": "client",
+    "Step": "training",
+    "ping": "client",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # torch takes seconds to import on a small device, and `splitlora-edge --help` does not need it (PEP 562).
+    from importlib import import_module
+
+    if name not in _HOMES:
+        raise AttributeError(f"module 'edge_client' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,120 @@
+"""The command splitlora-edge. Nothing heavy is imported before it is known what is asked."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from terminal import Progress, run_program, version
+
+if TYPE_CHECKING:
+    from .client import EdgeClient
+
+__all__ = ["build_parser", "main"]
+
+PROGRAM = "splitlora-edge"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="Take part in a split fine-tuning run. The texts stay here.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="join a run and train in it to its end", description="Join a run.")
+    train.add_argument("--server", required=True, metavar="URL", help="such as ws://192.168.1.20:8765")
+    train.add_argument("--model", required=True, help="the run's base model: a Hugging Face folder, or a hub name such as gpt2")
+    train.add_argument("--data", required=True, metavar="FILE", help=".jsonl, .csv or .txt; never leaves this device")
+    train.add_argument("--eval-data", metavar="FILE", help="held-out texts: perplexity before and after")
+    train.add_argument("--batch-size", type=int, default=8, help="samples a step (default: %(default)s)")
+    train.add_argument("--max-length", type=int, default=512, help="tokens a sample (default: %(default)s)")
+    train.add_argument("--no-shuffle", action="store_true", help="keep the file's order")
+    train.add_argument("--name", help="of this device in the run (default: from the host's and the file's name)")
+    train.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    train.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the frozen weights (default: %(default)s)",
+    )
+    train.set_defaults(run=run_train)
+
+    ping = commands.add_parser("ping", help="ask a server how it is", description="Ask a server how it is.")
+    ping.add_argument("--server", required=True, metavar="URL")
+    ping.set_defaults(run=run_ping)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0, 1 after an error with one sentence on standard error, 130 after Ctrl-C."""
+    options = build_parser().parse_args(arguments)
+    return run_program(PROGRAM, lambda: options.run(options), _errors_of_users)
+
+
+def run_train(options: argparse.Namespace) -> None:
+    from .client import EdgeClient
+
+    with EdgeClient(
+        options.server,
+        model=options.model,
+        data=options.data,
+        eval_data=options.eval_data,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        shuffle=not options.no_shuffle,
+        name=options.name,
+        device=options.device,
+        dtype=options.dtype,
+    ) as client:
+        _say(_introduction(client))
+        start = client.start()
+        _show_perplexity(client, "before")
+        with Progress(client.num_steps, start.step) as progress:
+            for step in client.train():
+                progress.update(step.loss, step.tokens, step.num_bytes)
+        _show_perplexity(client, "after")
+        _say(f"done: {client.num_bytes / 1e6:.2f} MB exchanged")
+
+
+def run_ping(options: argparse.Namespace) -> None:
+    from .client import ping
+
+    status = ping(options.server)
+    pong = status.pong
+    print(  # noqa: T201
+        f"{options.server}: splitlora {pong.software}, run {pong.run}, {pong.joined} of {pong.clients} clients, "
+        f"{pong.step} steps finished, answered in {status.seconds * 1000:.1f} ms"
+    )
+
+
+def _introduction(client: "EdgeClient") -> str:
+    data, settings = client.data, client.welcome.settings
+    cut = f", {data.num_cut} of them cut" if data.num_cut else ""
+    return (
+        f"{client.name} in run {client.welcome.run}: {len(data.samples)} samples{cut}, blocks 0 to {settings.cut_layer - 1} "
+        f"here; waiting for all {settings.clients} clients"
+    )
+
+
+def _show_perplexity(client: "EdgeClient", when: str) -> None:
+    if client.eval_data is None:
+        return
+    total = client.eval_data.num_batches(client.batch_size)
+    estimate = float("nan")
+    with Progress(total, unit="batch") as progress:
+        for estimate in client.perplexity():
+            progress.advance(f"perplexity {when} {estimate:.2f}")
+    _say(f"perplexity {when}: {estimate:.3f}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _errors_of_users() -> tuple[type[Exception], ...]:
+    from protocol import InvalidName, RemoteProtocolError
+    from split_model import AdapterError, ModelError
+
+    from .connection import ConnectionFailed, Refused
+    from .data import DataError
+
+    return (InvalidName, RemoteProtocolError, AdapterError, ModelError, ConnectionFailed, Refused, DataError)

@@ -1,0 +1,164 @@
+"""The SDK: a device in a run, in five lines."""
+
+import os
+import platform
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from protocol import Hello, Join, Ping, Pong, Start, Welcome, check_name, largest_message_bytes
+from split_model import BaseModel, find_model
+
+from .connection import Connection
+from .data import DataError, Dataset, load_tokenizer
+from .engine import TorchEngine
+from .training import Step, perplexity, train
+
+__all__ = ["EdgeClient", "ServerStatus", "ping"]
+
+
+class EdgeClient:
+    """
+    A device and its data, in a run of the server at ``server``.
+
+        with EdgeClient("ws://127.0.0.1:8765", model="gpt2", data="notes.jsonl", batch_size=8) as client:
+            for step in client.train():
+                print(step.number, step.loss)
+
+    Args:
+        server: WebSocket address.
+        model: the run's base model, a Hugging Face folder or a hub name.
+        data: .jsonl, .csv or .txt; the texts stay on this device.
+        eval_data: held-out texts for `perplexity`.
+        max_length: tokens after which a sample is cut; never more than the model has positions.
+        shuffle: a new order in every epoch, from the run's seed; False keeps the file's order.
+        name: of this device in the run; the default is made of the host's name and the data file's.
+        device, dtype: where and in which precision the frozen weights compute; "auto" chooses by the hardware.
+
+    Raises:
+        DataError, ModelError, InvalidName: a file or the name cannot be used.
+        ConnectionFailed, Refused, RemoteProtocolError: the server cannot be used, on entering and later.
+    """
+
+    def __init__(
+        self,
+        server: str,
+        *,
+        model: str,
+        data: str | os.PathLike[str],
+        eval_data: str | os.PathLike[str] | None = None,
+        batch_size: int = 8,
+        max_length: int = 512,
+        shuffle: bool = True,
+        name: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+    ) -> None:
+        if batch_size < 1:
+            raise DataError(f"batch-size must be at least 1, got {batch_size}")
+        self.server, self.batch_size, self.shuffle = server, batch_size, shuffle
+        self.name = _default_name(Path(data)) if name is None else check_name(name)
+        self._device, self._dtype = device, dtype
+        self._model = BaseModel(find_model(model))
+        tokenizer = load_tokenizer(self._model.folder)
+        end_token, length = self._model.config.end_token, min(max_length, self._model.config.num_positions)
+        self.data = Dataset.load(Path(data), tokenizer, end_token, length)
+        self.eval_data = None if eval_data is None else Dataset.load(Path(eval_data), tokenizer, end_token, length)
+
+    def __enter__(self) -> "EdgeClient":
+        """Join the run; the device's part of the model is ready, and waits for the others in `start`."""
+        self._connection = Connection(self.server)
+        try:
+            fingerprint = self._model.fingerprint()
+            self.welcome = self._connection.exchange(Hello(name=self.name, fingerprint=fingerprint), Welcome)
+            self._engine = TorchEngine(self._model, self.welcome.settings, self._device, self._dtype)
+        except BaseException:
+            self._connection.close()
+            raise
+        self._start: Start | None = None
+        return self
+
+    def start(self) -> Start:
+        """Wait until the run starts, with all of its clients. `train` and `perplexity` do it themselves."""
+        if self._start is None:
+            longest = max(data.longest for data in (self.data, self.eval_data) if data is not None)
+            join = Join(num_samples=len(self.data.samples), batch_size=self.batch_size, longest=longest)
+            self._connection.session.max_bytes = largest_message_bytes(
+                rows=self.batch_size * longest,
+                width=self._model.config.width,
+                precision=self.welcome.settings.precision,
+                adapter_elements=self._engine.num_adapter_elements,
+            )
+            self._start = self._connection.exchange(join, Start)
+            self._engine.load_adapter(self._start.adapter)
+        return self._start
+
+    def train(self) -> Iterator[Step]:
+        """Take part in the run, step by step, to its end."""
+        start = self.start()
+        return train(
+            self._connection,
+            self._engine,
+            self.data,
+            self.welcome.settings,
+            start,
+            name=self.name,
+            batch_size=self.batch_size,
+            shuffle=self.shuffle,
+        )
+
+    def perplexity(self) -> Iterator[float]:
+        """
+        Perplexity of the held-out texts under the present adapter: an estimate after every batch, at last that of all.
+
+        Raises:
+            DataError: the client has no eval_data.
+        """
+        if self.eval_data is None:
+            raise DataError("perplexity needs eval_data")
+        self.start()
+        return perplexity(self._connection, self._engine, self.eval_data, self.batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        """In how many steps this client takes part."""
+        return self.welcome.settings.steps_of_client(len(self.data.samples), self.batch_size)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all messages so far, both ways."""
+        return self._connection.num_bytes
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._connection.close()
+
+
+@dataclass(frozen=True)
+class ServerStatus:
+    """What `ping` finds."""
+
+    seconds: float
+    """One question and its answer."""
+    pong: Pong
+
+
+def ping(server: str) -> ServerStatus:
+    """
+    Ask the server at an address how it is.
+
+    Raises:
+        ConnectionFailed: nobody answers.
+        RemoteProtocolError: somebody else answers.
+    """
+    with Connection(server) as connection:
+        asked = time.perf_counter()
+        pong = connection.exchange(Ping(), Pong)
+        return ServerStatus(time.perf_counter() - asked, pong)
+
+
+def _default_name(data: Path) -> str:
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{platform.node() or 'device'}-{data.stem}").strip("-._")
+    return check_name(name[:64] or "device")

@@ -1,0 +1,96 @@
+"""The device's arithmetic: its part of the model, forward and backward, in torch."""
+
+import torch
+
+from protocol import Array, RunSettings, Tensors
+from split_model import (
+    Adapter,
+    BaseModel,
+    EdgePart,
+    LoraConfig,
+    OptimiserConfig,
+    adamw,
+    choose_device,
+    choose_dtype,
+    take_step,
+)
+
+from .data import Batch
+
+__all__ = ["TorchEngine"]
+
+
+class TorchEngine:
+    """
+    Runs the edge part and keeps, between two calls, the activations whose gradient is awaited.
+
+    Args:
+        device, dtype: as on the command line; a run in float64 is followed whatever ``dtype`` says.
+    """
+
+    def __init__(self, model: BaseModel, settings: RunSettings, device: str, dtype: str) -> None:
+        place = choose_device(device)
+        weights = torch.float64 if settings.precision == "float64" else choose_dtype(dtype, place)
+        self._part = EdgePart(model, settings.cut_layer, LoraConfig(**settings.lora()), weight_dtype=weights, device=place)
+        self._optimiser = adamw(self._part.matrices().values(), OptimiserConfig(**settings.optimiser()))
+        self._activations: torch.Tensor | None = None
+
+    @property
+    def num_adapter_elements(self) -> int:
+        return sum(matrix.numel() for matrix in self._part.matrices().values())
+
+    def forward(self, batch: Batch, dropout_seed: int) -> Array:
+        """Activations at the cut, (N, d); `backward` goes on from them."""
+        self._part.train()
+        self._part.seed_dropout(dropout_seed)
+        self._activations = self._run(batch)
+        return _to_array(self._activations)
+
+    def backward(self, gradient: Array) -> None:
+        """Take the gradient of the loss by the last activations, (N, d), to the LoRA matrices."""
+        if self._activations is None:
+            raise RuntimeError("backward() needs a forward() before it")
+        self._part.clear_gradients()
+        torch.autograd.backward(self._activations, _to_tensor(gradient).to(self._activations.device))
+        self._activations = None
+
+    @torch.no_grad()
+    def infer(self, batch: Batch) -> Array:
+        """Activations at the cut, (N, d), without dropout and without anything kept."""
+        self._part.eval()
+        return _to_array(self._run(batch))
+
+    def take_step(self, learning_rate: float) -> None:
+        """Update the adapter with the gradients of the last `backward`."""
+        take_step(self._optimiser, learning_rate)
+
+    def gradients(self) -> Tensors:
+        return _to_arrays(self._part.gradients())
+
+    def adapter(self) -> Tensors:
+        return _to_arrays(self._part.adapter())
+
+    def load_adapter(self, tensors: Tensors) -> None:
+        """
+        Raises:
+            AdapterError: they are not this part's matrices.
+        """
+        self._part.load_adapter({name: _to_tensor(value) for name, value in tensors.items()})
+
+    def _run(self, batch: Batch) -> torch.Tensor:
+        tokens, lengths = torch.from_numpy(batch.tokens), torch.from_numpy(batch.lengths)
+        activations: torch.Tensor = self._part(tokens.long(), lengths.long())
+        return activations
+
+
+def _to_tensor(array: Array) -> torch.Tensor:
+    return torch.from_numpy(array)
+
+
+def _to_array(tensor: torch.Tensor) -> Array:
+    array: Array = tensor.detach().cpu().numpy()
+    return array
+
+
+def _to_arrays(adapter: Adapter) -> Tensors:
+    return {name: _to_array(matrix) for name, matrix in adapter.items()}

@@ -1,0 +1,23 @@
+"""The workstation's side of a split fine-tuning run."""
+
+from typing import TYPE_CHECKING, Any
+
+from .config import ConfigError, ServerConfig
+
+if TYPE_CHECKING:
+    from .compute import TrainingDiverged
+    from .gpu_server import GpuServer
+    from .server import StepRecord
+
+__all__ = ["ConfigError", "GpuServer", "ServerConfig", "StepRecord", "TrainingDiverged"]
+
+_HOMES = {"GpuServer": "gpu_server", "StepRecord": "server", "TrainingDiverged": "compute"}
+
+
+def __getattr__(name: str) -> Any:
+    # torch takes seconds to import, and `splitlora-server --help` does not need it (PEP 562).
+    from importlib import import_module
+
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gpu_server' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,87 @@
+"""The command splitlora-server. Its flags are the fields of `ServerConfig`."""
+
+import argparse
+import sys
+import types
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from terminal import Progress, run_program, version
+
+from .config import ServerConfig, options_from_toml
+
+__all__ = ["build_parser", "main"]
+
+PROGRAM = "splitlora-server"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description="Train the server part of a split model for all devices of a run."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="serve one run to its end", description="Serve one run to its end.")
+    serve.add_argument("--config", type=Path, metavar="FILE", help="the same settings from TOML; flags go before it")
+    kinds = get_type_hints(ServerConfig)
+    for item in fields(ServerConfig):
+        # Left out flags do not appear: the configuration file, and then the defaults, fill them in.
+        serve.add_argument(
+            f"--{item.name.replace('_', '-')}",
+            type=_flag_type(kinds[item.name]),
+            choices=item.metadata["choices"],
+            default=argparse.SUPPRESS,
+            help=item.metadata["help"] + _default(item.default),
+        )
+    serve.set_defaults(run=run_serve)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0, 1 after an error with one sentence on standard error, 130 after Ctrl-C."""
+    options = build_parser().parse_args(arguments)
+    return run_program(PROGRAM, lambda: options.run(options), _errors_of_users)
+
+
+def run_serve(options: argparse.Namespace) -> None:
+    from .gpu_server import GpuServer
+
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "run", "config")}
+    from_file = options_from_toml(options.config) if options.config else {}
+    with GpuServer(**{**from_file, **given}) as server:
+        _say(f"listening on {server.url} for {server.config.clients} clients; the run goes to {server.config.run_dir}")
+        progress = None
+        for step in server.train():
+            if progress is None:
+                progress = Progress(server.total_steps, step.number - 1)
+            progress.update(step.loss, step.tokens, sum(step.bytes_up.values()) + sum(step.bytes_down.values()))
+        if progress is not None:
+            progress.close()
+        _say(f"done: the adapter is in {server.adapter_folder}")
+
+
+def _flag_type(kind: Any) -> type:
+    if get_origin(kind) is types.UnionType:  # X | None
+        kind = get_args(kind)[0]
+    return str if get_origin(kind) is tuple else kind
+
+
+def _default(value: Any) -> str:
+    if value is None:
+        return ""
+    return f" (default: {','.join(value) if isinstance(value, tuple) else value})"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _errors_of_users() -> tuple[type[Exception], ...]:
+    from split_model import AdapterError, ModelError
+
+    from .compute import TrainingDiverged
+    from .config import ConfigError
+
+    return (ConfigError, ModelError, AdapterError, TrainingDiverged)

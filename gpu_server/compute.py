@@ -1,0 +1,121 @@
+"""The server's arithmetic: its part of the model, both adapters, both optimisers. Lives on one worker thread."""
+
+import torch
+from torch import nn
+
+from protocol import Activations, Array, LabelledBatch, RunSettings, Tensors
+from split_model import (
+    Adapter,
+    BaseModel,
+    LoraConfig,
+    OptimiserConfig,
+    ServerPart,
+    adamw,
+    adapter_shapes,
+    derive_seed,
+    take_step,
+)
+
+__all__ = ["Compute", "TrainingDiverged"]
+
+
+class TrainingDiverged(ArithmeticError):
+    """The loss is no longer a number."""
+
+
+class Compute:
+    """
+    One run's model and state.
+
+    Args:
+        adapter: initial LoRA matrices of the whole model, both parts.
+    """
+
+    def __init__(
+        self,
+        model: BaseModel,
+        settings: RunSettings,
+        adapter: Adapter,
+        *,
+        weight_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        lora = LoraConfig(**settings.lora())
+        self._settings = settings
+        self._schedule = OptimiserConfig(**settings.optimiser())
+        self._part = ServerPart(model, settings.cut_layer, lora, weight_dtype=weight_dtype, device=device)
+        self._part.load_adapter({name: adapter[name] for name in self._part.matrices()})
+        edge_names = adapter_shapes(model.config, lora, range(settings.cut_layer))
+        self._edge = {name: nn.Parameter(adapter[name].to(self._part.dtype, copy=True)) for name in edge_names}
+        self._server_optimiser = adamw(self._part.matrices().values(), self._schedule)
+        self._edge_optimiser = adamw(self._edge.values(), self._schedule)
+
+    def train(self, step: int, total_steps: int, batches: dict[str, Activations]) -> tuple[float, dict[str, Array]]:
+        """
+        One forward and backward over all clients' tokens together, and the server part's update.
+
+        Returns:
+            The loss, in nats per labelled token of the union batch, and its gradient at every client's activations.
+
+        Raises:
+            TrainingDiverged: the loss is not finite.
+        """
+        self._part.train()
+        self._part.seed_dropout(derive_seed(self._settings.seed, "server", "dropout", step))
+        union = list(batches.values())
+        activations = self._join([batch.values for batch in union]).requires_grad_()
+        labels = self._join([batch.labels for batch in union]).long()
+        loss = self._summed_loss(activations, union, labels) / max(1, len(labels))
+        if not torch.isfinite(loss):
+            raise TrainingDiverged(f"the loss of step {step} is {loss.item()}; try a lower --lr")
+        torch.autograd.backward(loss)
+        take_step(self._server_optimiser, self._schedule.learning_rate_at(step, total_steps))
+        assert activations.grad is not None
+        gradients = torch.split(activations.grad.cpu(), [len(batch.values) for batch in union])
+        return loss.item(), {name: gradient.numpy() for name, gradient in zip(batches, gradients, strict=True)}
+
+    def aggregate(self, step: int, total_steps: int, contributions: dict[str, Tensors], weights: dict[str, int]) -> Tensors:
+        """
+        The edge adapter after a round: AdamW on the sum of the clients' gradients where a round is one step, else the
+        mean of their matrices weighted by labelled tokens (FedAvg, arXiv 1602.05629).
+        """
+        if self._settings.aggregate_every == 1:
+            for name, matrix in self._edge.items():
+                matrix.grad = torch.stack([_tensor(tensors[name]) for tensors in contributions.values()]).sum(0)
+            take_step(self._edge_optimiser, self._schedule.learning_rate_at(step, total_steps))
+        else:
+            total = max(1, sum(weights.values()))
+            with torch.no_grad():
+                for name, matrix in self._edge.items():
+                    shares = [_tensor(tensors[name]) * (weights[client] / total) for client, tensors in contributions.items()]
+                    matrix.copy_(torch.stack(shares).sum(0))
+        return self.edge_adapter()
+
+    @torch.no_grad()
+    def evaluate(self, batch: LabelledBatch) -> float:
+        """Summed loss of a held-out batch in nats, without dropout."""
+        self._part.eval()
+        labels = self._join([batch.labels]).long()
+        return float(self._summed_loss(self._join([batch.values]), [batch], labels))
+
+    def edge_adapter(self) -> Tensors:
+        """A copy of the edge part's LoRA matrices."""
+        return {name: matrix.detach().clone().numpy() for name, matrix in self._edge.items()}
+
+    def adapter(self) -> Adapter:
+        """A copy of all LoRA matrices, edge and server."""
+        return {**{name: matrix.detach().clone() for name, matrix in self._edge.items()}, **self._part.adapter()}
+
+    def _summed_loss(
+        self, activations: torch.Tensor, union: list[Activations] | list[LabelledBatch], labels: torch.Tensor
+    ) -> torch.Tensor:
+        lengths = self._join([batch.lengths for batch in union]).long()
+        label_counts = self._join([batch.label_counts for batch in union]).long()
+        return self._part.summed_loss(activations, lengths, label_counts, labels)
+
+    def _join(self, arrays: list[Array]) -> torch.Tensor:
+        return torch.cat([_tensor(array) for array in arrays]).to(self._part.device)
+
+
+def _tensor(array: Array) -> torch.Tensor:
+    return torch.from_numpy(array)

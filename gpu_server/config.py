@@ -1,0 +1,132 @@
+"""Everything a run can be told, in one table: the flags, the keys of --config and run.json are made of it."""
+
+import difflib
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from protocol import RunSettings
+
+__all__ = ["ConfigError", "ServerConfig", "options_from_toml"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be; the message names it and its value."""
+
+
+def option(help: str, default: Any = None, *, choices: tuple[str, ...] | None = None, required: bool = False) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices, "required": required})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """
+    One run of a server.
+
+    Raises:
+        ConfigError: a value is out of range, or both or neither of ``steps`` and ``epochs`` are given.
+    """
+
+    model: str = option("base model: a Hugging Face folder, or a hub name such as gpt2", required=True)
+    run_dir: str = option("where the run's adapter, metrics and configuration go", required=True)
+    cut_layer: int = option("blocks that run on the devices", 3)
+    lora_rank: int = option("rank of the adapters", 8)
+    lora_alpha: float = option("the update of a layer is alpha / rank times B A", 32.0)
+    lora_dropout: float = option("dropout before A", 0.0)
+    lora_targets: tuple[str, ...] = option("adapted layers, separated by commas: c_attn, c_proj, c_fc", ("c_attn",))
+    clients: int = option("clients the run starts with", 1)
+    steps: int | None = option("length of the run in steps")
+    epochs: int | None = option("length of the run in passes of every client over its data")
+    aggregate_every: int = option("1: gradients are summed at every step; more: adapters are averaged so often", 1)
+    lr: float = option("peak learning rate of AdamW", 2e-4)
+    lr_schedule: str = option("of the learning rate after the warm-up", "constant", choices=("constant", "linear"))
+    warmup_steps: int = option("steps in which the learning rate rises from 0", 0)
+    weight_decay: float = option("of AdamW", 0.01)
+    seed: int = option("of everything random", 0)
+    init_adapter: str | None = option("PEFT folder to start from")
+    device: str = option("where the server's part computes", "auto", choices=("auto", "cpu", "cuda"))
+    dtype: str = option("of the frozen weights", "auto", choices=("auto", "float32", "bfloat16"))
+    host: str = option("address to listen on", "127.0.0.1")
+    port: int = option("port to listen on; 0 takes a free one", 8765)
+    max_batch_tokens: int = option("tokens a client may send in one step", 65536)
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError("give either steps or epochs" if self.steps is None else "give steps or epochs, not both")
+        for name in ("clients", "steps", "epochs", "aggregate_every", "max_batch_tokens"):
+            self._require(name, lambda value: value is None or value >= 1, "at least 1")
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            self._require(name, lambda value: value >= 0, "at least 0")
+        self._require("lr", lambda value: value > 0, "positive")
+        self._require("port", lambda value: 0 <= value < 65536, "a port, 0 to 65535")
+
+    def _require(self, name: str, holds: Any, wanted: str) -> None:
+        value = getattr(self, name)
+        if (isinstance(value, float) and not math.isfinite(value)) or not holds(value):
+            raise ConfigError(f"{name.replace('_', '-')} must be {wanted}, got {value}")
+
+    def settings(self, precision: str) -> RunSettings:
+        """The part of it that every client is told."""
+        shared = {name.name: getattr(self, name.name) for name in fields(RunSettings) if name.name != "precision"}
+        return RunSettings(precision=precision, **shared)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> "ServerConfig":
+        """
+        Of values under the fields' names, each checked for its type.
+
+        Raises:
+            ConfigError: an unknown name (the nearest known one is named), a value of another type, a required one missing.
+        """
+        kinds = get_type_hints(cls)
+        known = {item.name: item for item in fields(cls)}
+        for name in options:
+            if name not in known:
+                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+                raise ConfigError(f"unknown setting {name!r}; the nearest known one is {nearest.replace('_', '-')!r}")
+        for name, item in known.items():
+            if item.metadata["required"] and name not in options:
+                raise ConfigError(f"{name.replace('_', '-')} is missing: {item.metadata['help']}")
+        return cls(**{name: _typed(name, value, kinds[name], known[name].metadata) for name, value in options.items()})
+
+
+def options_from_toml(path: Path) -> dict[str, Any]:
+    """
+    The settings of a TOML file, under the fields' names; "cut-layer" and "cut_layer" are the same.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    return {name.replace("-", "_"): value for name, value in table.items()}
+
+
+def _typed(name: str, value: Any, kind: Any, metadata: Mapping[str, Any]) -> Any:
+    """``value``, from a flag, TOML or a caller, as the field's type."""
+    if get_origin(kind) is types.UnionType:  # X | None
+        if value is None:
+            return None
+        kind = get_args(kind)[0]
+    if get_origin(kind) is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        if isinstance(parts, list | tuple) and all(isinstance(part, str) for part in parts):
+            return tuple(part.strip() for part in parts)
+    elif kind is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is kind:
+        if metadata["choices"] and value not in metadata["choices"] and not (name == "dtype" and value == "float64"):
+            raise ConfigError(f"{name.replace('_', '-')} must be one of {', '.join(metadata['choices'])}; got {value!r}")
+        return value
+    raise ConfigError(f"{name.replace('_', '-')} must be a {getattr(kind, '__name__', 'list of names')}, got {value!r}")

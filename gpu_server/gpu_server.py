@@ -1,0 +1,166 @@
+"""The SDK: a server for one run, in five lines."""
+
+import asyncio
+import queue
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy
+import torch
+
+from split_model import (
+    Adapter,
+    BaseModel,
+    LoraConfig,
+    adapter_shapes,
+    check_cut_layer,
+    choose_device,
+    choose_dtype,
+    find_model,
+    initial_adapter,
+    load_adapter,
+)
+from terminal import version
+
+from .compute import Compute
+from .config import ConfigError, ServerConfig
+from .federation import Federation, ModelLimits
+from .run_directory import RunDirectory
+from .server import RunServer, StepRecord
+
+__all__ = ["GpuServer"]
+
+
+class GpuServer:
+    """
+    Holds the server part of a model and trains it for all devices of one run.
+
+        with GpuServer(model="gpt2", clients=2, steps=300, run_dir="runs/demo") as server:
+            for step in server.train():
+                print(step.number, step.loss)
+
+    Args:
+        options: the fields of `ServerConfig`; on the command line they are flags.
+
+    Raises:
+        ConfigError, ModelError, AdapterError: a setting, the model or the initial adapter cannot be used.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.config = config = ServerConfig.from_options(options)
+        model = BaseModel(find_model(config.model))
+        check_cut_layer(config.cut_layer, model.config.num_layers)
+        device = choose_device(config.device)
+        weight_dtype = choose_dtype(config.dtype, device)
+        settings = config.settings(precision="float64" if weight_dtype == torch.float64 else "float32")
+        self._lora = LoraConfig(**settings.lora())
+        compute = Compute(
+            model, settings, _starting_adapter(config, model, self._lora), weight_dtype=weight_dtype, device=device
+        )
+        limits = ModelLimits(
+            fingerprint=model.fingerprint(),
+            width=model.config.width,
+            vocabulary_size=model.config.vocabulary_size,
+            num_positions=model.config.num_positions,
+            max_batch_tokens=config.max_batch_tokens,
+            edge_shapes=adapter_shapes(model.config, self._lora, range(config.cut_layer)),
+        )
+        self._federation = Federation(uuid.uuid4().hex[:12], settings, limits, compute.edge_adapter())
+        self._compute = compute
+        self._directory = RunDirectory(Path(config.run_dir))
+        self._directory.describe(
+            {
+                "run": self._federation.run,
+                "fingerprint": limits.fingerprint,
+                "config": asdict(config),
+                "device": str(device),
+                "dtype": str(weight_dtype).removeprefix("torch."),
+                "versions": {"splitlora": version(), "torch": str(torch.__version__), "numpy": numpy.__version__},
+            }
+        )
+
+    @property
+    def adapter_folder(self) -> Path:
+        """Where the adapter is when the run is complete."""
+        return self._directory.path / "adapter"
+
+    def __enter__(self) -> "GpuServer":
+        """Listen; ``url`` tells where. ConfigError if the address cannot be listened on."""
+        self._records: queue.Queue[StepRecord | BaseException | None] = queue.Queue()
+        self._server = RunServer(self._federation, self._compute, report=self._record, save=self._save)
+        listening: queue.Queue[str | BaseException] = queue.Queue()
+        self._thread = threading.Thread(target=self._serve, args=(listening,), name="server")
+        self._thread.start()
+        answer = listening.get()
+        if isinstance(answer, BaseException):
+            self._thread.join()
+            raise answer
+        self.url = answer
+        return self
+
+    def train(self) -> Iterator[StepRecord]:
+        """Follow the run step by step, until it is complete and its clients have left. TrainingDiverged ends it early."""
+        while (record := self._records.get()) is not None:
+            if isinstance(record, BaseException):
+                raise record
+            yield record
+
+    @property
+    def total_steps(self) -> int:
+        """Length of the run in steps; 0 until it starts."""
+        return self._federation.total_steps
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._server.stop)
+        except RuntimeError:
+            pass  # the run is over, and its loop is closed
+        self._thread.join()
+
+    def _serve(self, listening: "queue.Queue[str | BaseException]") -> None:
+        async def run() -> None:
+            self._loop = asyncio.get_running_loop()
+            await self._server.run(self.config.host, self.config.port, listening.put)
+
+        try:
+            asyncio.run(run())
+        except OSError as error:
+            where = f"{self.config.host}:{self.config.port}"
+            listening.put(ConfigError(f"cannot listen on {where}: {error.strerror or error}; choose another --port or --host"))
+        except Exception as error:
+            listening.put(error)
+            self._records.put(error)
+        finally:
+            self._records.put(None)
+
+    def _record(self, record: StepRecord) -> None:
+        row = {
+            "step": record.number,
+            "loss": record.loss,
+            "labelled_tokens": record.labelled_tokens,
+            "tokens": record.tokens,
+            "clients": {
+                name: {
+                    "bytes_up": record.bytes_up[name],
+                    "bytes_down": record.bytes_down[name],
+                    "seconds": {part: round(value, 6) for part, value in record.seconds.get(name, {}).items()},
+                }
+                for name in record.bytes_up
+            },
+        }
+        self._directory.append_metrics(row)
+        self._records.put(record)
+
+    def _save(self) -> None:
+        self._directory.save_adapter(self._compute.adapter(), self._lora, self.config.model)
+
+
+def _starting_adapter(config: ServerConfig, model: BaseModel, lora: LoraConfig) -> Adapter:
+    if config.init_adapter is not None:
+        return load_adapter(Path(config.init_adapter), model.config, lora)
+    return initial_adapter(model.config, lora, config.seed)

@@ -1,0 +1,187 @@
+"""
+Message <-> bytes: zstd(msgpack([version, kind, fields])).
+
+Nothing that arrives is believed: a frame's size is checked before it is inflated, a tensor's before it is laid out, and every
+field's type and finiteness before a message is made. The only error that bytes can cause is RemoteProtocolError.
+"""
+
+import math
+import types
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import msgpack
+import numpy as np
+import zstandard
+
+from .errors import RemoteProtocolError
+from .messages import PROTOCOL_VERSION, Array, ArrayType, Message
+
+__all__ = ["decode", "encode"]
+
+COMPRESSION_LEVEL = 1  # on shuffled floats higher levels save under 2 % and take three times as long
+ARRAY_EXTENSION = 1
+ARRAY_DTYPES = {"float32": "<f4", "float64": "<f8", "int32": "<i4"}
+MAX_CONTAINER = 4096  # elements of one list or map; msgpack allocates what a header claims
+MAX_TEXT = 4096  # characters
+MAX_INTEGER = 2**53
+
+KINDS: dict[str, type] = {kind.__name__: kind for kind in get_args(Message)}
+
+
+def encode(message: Message) -> bytes:
+    """The bytes of one WebSocket binary message."""
+    packed = msgpack.packb([PROTOCOL_VERSION, type(message).__name__, _as_map(message)], default=_pack_array)
+    return zstandard.ZstdCompressor(level=COMPRESSION_LEVEL).compress(packed)
+
+
+def decode(data: bytes, max_bytes: int) -> Message:
+    """
+    Args:
+        max_bytes: the most a message may inflate to.
+
+    Raises:
+        RemoteProtocolError: ``data`` is not a message of this version, or a larger one.
+    """
+    try:
+        unpacked = msgpack.unpackb(
+            _inflate(data, max_bytes),
+            ext_hook=_unpack_array,
+            strict_map_key=True,
+            max_array_len=MAX_CONTAINER,
+            max_map_len=MAX_CONTAINER,
+        )
+        return _build_message(unpacked)
+    except RemoteProtocolError:
+        raise
+    # RecursionError: nesting. UnicodeDecodeError is a ValueError, msgpack's StackError and FormatError are too.
+    except (
+        zstandard.ZstdError,
+        msgpack.UnpackException,
+        ValueError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        raise RemoteProtocolError(f"not a message: {error}") from None
+
+
+def _inflate(data: bytes, max_bytes: int) -> bytes:
+    size = zstandard.frame_content_size(data)
+    if size < 0:
+        raise RemoteProtocolError("not a message: the zstd frame does not announce its size")
+    if size > max_bytes:
+        raise RemoteProtocolError(f"message of {size} bytes exceeds the limit of {max_bytes} bytes")
+    inflated: bytes = zstandard.ZstdDecompressor().decompress(data, max_output_size=max_bytes, allow_extra_data=False)
+    if len(inflated) != size:
+        raise RemoteProtocolError(f"not a message: {size} bytes announced, {len(inflated)} came")
+    return inflated
+
+
+def _build_message(unpacked: Any) -> Message:
+    if not isinstance(unpacked, list) or len(unpacked) != 3:
+        raise RemoteProtocolError("not a message: expected [version, kind, fields]")
+    version, kind, values = unpacked
+    if version != PROTOCOL_VERSION:
+        raise RemoteProtocolError(f"peer speaks protocol version {str(version)[:20]}, this side speaks {PROTOCOL_VERSION}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise RemoteProtocolError(f"unknown kind of message {str(kind)[:40]!r}")
+    message: Message = _build(KINDS[kind], values, kind)
+    return message
+
+
+# Values as the types of their fields say
+
+
+@cache
+def _field_types(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _as_map(value: Any) -> dict[str, Any]:
+    return {field.name: _as_plain(getattr(value, field.name)) for field in fields(value)}
+
+
+def _as_plain(value: Any) -> Any:
+    return _as_map(value) if is_dataclass(value) else value
+
+
+def _build(kind: type, values: Any, where: str) -> Any:
+    """An instance of the dataclass. Fields with defaults may be absent; fields we do not know are a later version's."""
+    if not isinstance(values, dict):
+        raise RemoteProtocolError(f"{where}: expected a map")
+    checked = {}
+    for field in fields(kind):
+        if field.name in values:
+            checked[field.name] = _check(values[field.name], _field_types(kind)[field.name], f"{where}.{field.name}")
+        elif field.default is MISSING:
+            raise RemoteProtocolError(f"{where}.{field.name} is missing")
+    try:
+        return kind(**checked)
+    except ValueError as error:
+        raise RemoteProtocolError(f"{where}: {error}") from None
+
+
+def _check(value: Any, expected: Any, where: str) -> Any:
+    """``value`` if it is what the annotation ``expected`` asks for."""
+    origin, arguments = get_origin(expected), get_args(expected)
+    if origin is Annotated:
+        return _check_array(value, arguments[1], where)
+    if origin in (Union, types.UnionType):  # X | None
+        return None if value is None else _check(value, arguments[0], where)
+    if origin is dict and isinstance(value, dict):
+        return {_check(key, str, where): _check(item, arguments[1], f"{where}[{key!r:.80}]") for key, item in value.items()}
+    if origin is tuple and isinstance(value, list):
+        return tuple(_check(item, arguments[0], where) for item in value)
+    if is_dataclass(expected):
+        return _build(expected, value, where)  # type: ignore[arg-type]
+    if expected is int and type(value) is int and 0 <= value <= MAX_INTEGER:
+        return value
+    if expected is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if expected is str and isinstance(value, str) and len(value) <= MAX_TEXT:
+        return value
+    name = getattr(expected, "__name__", str(expected))
+    raise RemoteProtocolError(f"{where}: expected {name}, got {type(value).__name__} {str(value)[:40]!r}")
+
+
+def _check_array(value: Any, expected: ArrayType, where: str) -> Array:
+    if not isinstance(value, np.ndarray):
+        raise RemoteProtocolError(f"{where}: expected a tensor, got {type(value).__name__}")
+    if value.dtype.name not in expected.dtypes or value.ndim != expected.num_dimensions:
+        wanted = f"{' or '.join(expected.dtypes)} of {expected.num_dimensions} dimensions"
+        raise RemoteProtocolError(f"{where}: expected {wanted}, got {value.dtype.name}{list(value.shape)}")
+    if value.dtype.kind == "f" and not np.isfinite(value).all():
+        raise RemoteProtocolError(f"{where}: has NaN or infinite values")
+    return value
+
+
+# Tensors: [dtype, shape, bytes], the bytes shuffled: all first bytes of the elements, then all second bytes, and so on.
+# The exponents of neighbouring floats are alike and compress; their mantissas are noise and are passed over quickly.
+
+
+def _pack_array(value: Any) -> msgpack.ExtType:
+    if not isinstance(value, np.ndarray) or value.dtype.name not in ARRAY_DTYPES:
+        raise TypeError(f"cannot send {type(value).__name__}")
+    array = np.ascontiguousarray(value, ARRAY_DTYPES[value.dtype.name])
+    planes = array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T
+    return msgpack.ExtType(ARRAY_EXTENSION, msgpack.packb([value.dtype.name, value.shape, planes.tobytes()]))
+
+
+def _unpack_array(code: int, data: bytes) -> Array:
+    if code != ARRAY_EXTENSION:
+        raise RemoteProtocolError(f"unknown msgpack extension {code}")
+    unpacked = msgpack.unpackb(data, max_array_len=8, max_map_len=0)
+    if not isinstance(unpacked, list) or len(unpacked) != 3:
+        raise RemoteProtocolError("a tensor is [dtype, shape, bytes]")
+    name, shape, raw = unpacked
+    if not isinstance(name, str) or name not in ARRAY_DTYPES or not isinstance(shape, list) or not isinstance(raw, bytes):
+        raise RemoteProtocolError("a tensor is [dtype, shape, bytes]")
+    if any(type(size) is not int or size < 0 for size in shape):
+        raise RemoteProtocolError(f"a tensor's shape is a list of sizes, got {str(shape)[:40]}")
+    dtype = np.dtype(ARRAY_DTYPES[name])
+    if math.prod(shape) * dtype.itemsize != len(raw):
+        raise RemoteProtocolError(f"{name}{shape} takes {math.prod(shape) * dtype.itemsize} bytes, got {len(raw)}")
+    planes = np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1)
+    return np.ascontiguousarray(planes.T).view(dtype).reshape(shape)

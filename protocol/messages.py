@@ -1,0 +1,260 @@
+"""
+Every message, in the order a conversation uses them. Field types are checked on arrival, `__post_init__` checks the rest.
+
+N rows of a packed batch, B sequences, M labelled rows, d width.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias
+
+import numpy as np
+
+from .errors import InvalidName
+from .settings import RunSettings
+
+__all__ = [
+    "PROTOCOL_VERSION",
+    "ActivationGradient",
+    "Activations",
+    "AdapterGradient",
+    "AdapterWeights",
+    "Array",
+    "Contribution",
+    "Done",
+    "EdgeAdapter",
+    "Evaluation",
+    "EvaluationLoss",
+    "Failure",
+    "Goodbye",
+    "Hello",
+    "Join",
+    "LabelledBatch",
+    "Message",
+    "Ping",
+    "Pong",
+    "Start",
+    "Tensors",
+    "Welcome",
+    "check_name",
+]
+
+PROTOCOL_VERSION = 1
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class ArrayType:
+    """What an array field may hold."""
+
+    dtypes: tuple[str, ...]
+    num_dimensions: int
+
+
+Floats = Annotated[Array, ArrayType(("float32", "float64"), 2)]
+Integers = Annotated[Array, ArrayType(("int32",), 1)]
+Tensors = dict[str, Floats]
+
+
+def check_name(name: str) -> str:
+    """
+    A client's name: it appears in files and terminals, so it is kept plain.
+
+    Raises:
+        InvalidName: it is something else.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise InvalidName(f"a client name is 1 to 64 of A-Z a-z 0-9 . _ - and starts with a letter or digit, got {name[:80]!r}")
+    return name
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ping:
+    """client -> server: is a server there?"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pong:
+    """server -> client: yes, and this is where its run stands."""
+
+    software: str
+    """Version of the server's software."""
+    run: str
+    clients: int
+    """How many clients the run waits for."""
+    joined: int
+    step: int
+    """Steps finished."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Hello:
+    """client -> server: who calls, and which model it holds."""
+
+    name: str
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Welcome:
+    """server -> client: the run, whole."""
+
+    run: str
+    settings: RunSettings
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Join:
+    """client -> server: what I bring. Answered when the run starts."""
+
+    num_samples: int
+    batch_size: int
+    longest: int
+    """Rows of its longest sequence; with the batch size, a bound on every later message."""
+
+    def __post_init__(self) -> None:
+        if min(self.num_samples, self.batch_size, self.longest) < 1:
+            raise ValueError("num_samples, batch_size and longest must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Start:
+    """server -> client: go on from here."""
+
+    step: int
+    """Steps finished: 0 in a fresh run."""
+    total_steps: int
+    """Of the whole run; a client whose data ends earlier takes part in fewer."""
+    adapter: Tensors
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelledBatch:
+    """Activations at the cut, and the tokens to predict from them."""
+
+    lengths: Integers
+    """(B,) rows of each sequence."""
+    label_counts: Integers
+    """(B,) how many of each sequence's last rows have a label."""
+    labels: Integers
+    """(M,) next tokens at the labelled rows."""
+    values: Floats
+    """(N, d)."""
+
+    def __post_init__(self) -> None:
+        if len(self.lengths) != len(self.label_counts) or not len(self.lengths):
+            raise ValueError(f"{len(self.lengths)} lengths and {len(self.label_counts)} label counts")
+        if self.lengths.min() < 1 or self.label_counts.min() < 0 or (self.label_counts > self.lengths).any():
+            raise ValueError("lengths must be positive, label counts between 0 and the length")
+        if self.lengths.sum(dtype=np.int64) != len(self.values):
+            raise ValueError(f"lengths add up to {self.lengths.sum(dtype=np.int64)}, values have {len(self.values)} rows")
+        if self.label_counts.sum(dtype=np.int64) != len(self.labels):
+            raise ValueError(f"label counts add up to {self.label_counts.sum(dtype=np.int64)}, got {len(self.labels)} labels")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Activations(LabelledBatch):
+    """client -> server: its batch of a step. Answered when the step is computed, for all clients together."""
+
+    step: int
+    edge_seconds: float
+    """Time the client computed since the reply before."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ActivationGradient:
+    """server -> client: the step's loss, and its gradient at the cut."""
+
+    step: int
+    loss: float
+    """Nats per labelled token of all clients."""
+    values: Floats
+    """(N, d)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Contribution:
+    """What a client adds to the next edge adapter. Answered when all have come."""
+
+    step: int
+    edge_seconds: float
+    tensors: Tensors
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AdapterGradient(Contribution):
+    """client -> server, in rounds of one step: the gradient of its LoRA matrices."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AdapterWeights(Contribution):
+    """client -> server, at the end of a longer round: its LoRA matrices."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EdgeAdapter:
+    """server -> client: the LoRA matrices everybody goes on with."""
+
+    step: int
+    """The last step that is in them."""
+    tensors: Tensors
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation(LabelledBatch):
+    """client -> server: a held-out batch. Changes nothing."""
+
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EvaluationLoss:
+    """server -> client: what the batch loses under the server's present adapter."""
+
+    index: int
+    summed_loss: float
+    """Nats, summed over the labelled tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Done:
+    """client -> server: my data is used up. Answered at the run's end with the final adapter."""
+
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Goodbye:
+    """client -> server: I leave for good."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Failure:
+    """server -> client: refused, and why. The last message."""
+
+    reason: str
+
+
+Message = (
+    Ping
+    | Pong
+    | Hello
+    | Welcome
+    | Join
+    | Start
+    | Activations
+    | ActivationGradient
+    | AdapterGradient
+    | AdapterWeights
+    | EdgeAdapter
+    | Evaluation
+    | EvaluationLoss
+    | Done
+    | Goodbye
+    | Failure
+)

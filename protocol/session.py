@@ -1,0 +1,129 @@
+"""
+The conversation as a state machine, without I/O.
+
+All that decides which message may come next is in TRANSITIONS, and both sides obey the same rows. The client asks, the server
+answers: there is never more than one question open.
+"""
+
+import enum
+
+from .encoding import decode, encode
+from .errors import LocalProtocolError, RemoteProtocolError
+from .limits import HANDSHAKE_BYTES
+from .messages import (
+    ActivationGradient,
+    Activations,
+    AdapterGradient,
+    AdapterWeights,
+    Done,
+    EdgeAdapter,
+    Evaluation,
+    EvaluationLoss,
+    Failure,
+    Goodbye,
+    Hello,
+    Join,
+    Message,
+    Ping,
+    Pong,
+    Start,
+    Welcome,
+)
+
+__all__ = ["TRANSITIONS", "Session", "Side", "State"]
+
+
+class Side(enum.Enum):
+    CLIENT = "client"
+    SERVER = "server"
+
+    @property
+    def peer(self) -> "Side":
+        return Side.SERVER if self is Side.CLIENT else Side.CLIENT
+
+
+class State(enum.Enum):
+    NEW = "new"
+    PINGED = "pinged"
+    GREETED = "greeted"
+    WELCOMED = "welcomed"
+    JOINING = "joining"
+    READY = "ready"
+    AWAITING_GRADIENT = "awaiting gradient"
+    AWAITING_ADAPTER = "awaiting adapter"
+    AWAITING_LOSS = "awaiting loss"
+    BROKEN = "broken by an illegal message"
+    CLOSED = "closed"
+
+
+_OPEN = [state for state in State if state is not State.CLOSED]
+
+# (state, who sends, what) -> next state
+TRANSITIONS: dict[tuple[State, Side, type], State] = {
+    (State.NEW, Side.CLIENT, Ping): State.PINGED,
+    (State.PINGED, Side.SERVER, Pong): State.NEW,
+    (State.NEW, Side.CLIENT, Hello): State.GREETED,
+    (State.GREETED, Side.SERVER, Welcome): State.WELCOMED,
+    (State.WELCOMED, Side.CLIENT, Join): State.JOINING,
+    (State.JOINING, Side.SERVER, Start): State.READY,
+    (State.READY, Side.CLIENT, Activations): State.AWAITING_GRADIENT,
+    (State.AWAITING_GRADIENT, Side.SERVER, ActivationGradient): State.READY,
+    (State.READY, Side.CLIENT, AdapterGradient): State.AWAITING_ADAPTER,
+    (State.READY, Side.CLIENT, AdapterWeights): State.AWAITING_ADAPTER,
+    (State.READY, Side.CLIENT, Done): State.AWAITING_ADAPTER,
+    (State.AWAITING_ADAPTER, Side.SERVER, EdgeAdapter): State.READY,
+    (State.READY, Side.CLIENT, Evaluation): State.AWAITING_LOSS,
+    (State.AWAITING_LOSS, Side.SERVER, EvaluationLoss): State.READY,
+    **{(state, Side.CLIENT, Goodbye): State.CLOSED for state in _OPEN},
+    **{(state, Side.SERVER, Failure): State.CLOSED for state in _OPEN},
+}
+
+
+class Session:
+    """
+    One side of one conversation.
+
+    Args:
+        side: which side we are.
+        max_bytes: the most a message of the peer may inflate to; raise it when a `Join` has said what to expect.
+    """
+
+    def __init__(self, side: Side, max_bytes: int = HANDSHAKE_BYTES) -> None:
+        self.side = side
+        self.max_bytes = max_bytes
+        self.state = State.NEW
+
+    def send(self, message: Message) -> bytes:
+        """
+        Note that we send ``message``; return its bytes.
+
+        Raises:
+            LocalProtocolError: it is not our turn to say this.
+        """
+        next_state = TRANSITIONS.get((self.state, self.side, type(message)))
+        if next_state is None:
+            raise LocalProtocolError(f"{self.side.value} cannot send {type(message).__name__} while {self.state.value}")
+        data = encode(message)
+        self.state = next_state
+        return data
+
+    def receive(self, data: bytes | str) -> Message:
+        """
+        Take one WebSocket message. After an error nothing may follow but a `Failure` or `Goodbye`.
+
+        Raises:
+            RemoteProtocolError: it is no message, too large, or not the peer's turn.
+        """
+        try:
+            if isinstance(data, str):
+                raise RemoteProtocolError("got a text frame; messages are binary")
+            message = decode(data, self.max_bytes)
+            next_state = TRANSITIONS.get((self.state, self.side.peer, type(message)))
+            if next_state is None:
+                peer = self.side.peer.value
+                raise RemoteProtocolError(f"{peer} sent {type(message).__name__} while {self.state.value}")
+        except RemoteProtocolError:
+            self.state = State.BROKEN
+            raise
+        self.state = next_state
+        return message

@@ -1,0 +1,59 @@
+"""What the server decides for everybody, and announces in `Welcome`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["RunSettings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """One run's configuration. Exactly one of ``steps`` and ``epochs`` is given."""
+
+    cut_layer: int
+    """Blocks [0, cut_layer) are on the edge."""
+    lora_rank: int
+    lora_alpha: float
+    lora_dropout: float
+    lora_targets: tuple[str, ...]
+    clients: int
+    """How many clients the run starts with."""
+    steps: int | None = None
+    epochs: int | None = None
+    aggregate_every: int = 1
+    """Steps in a round. 1: gradients are summed at every step. More: adapters are averaged at each round's end."""
+    lr: float
+    lr_schedule: str
+    warmup_steps: int
+    weight_decay: float
+    seed: int
+    precision: str
+    """"float32" or "float64": of activations, gradients and adapters on the wire."""
+
+    def lora(self) -> dict[str, Any]:
+        """The keyword arguments of ``split_model.LoraConfig``."""
+        return {
+            "rank": self.lora_rank,
+            "alpha": self.lora_alpha,
+            "dropout": self.lora_dropout,
+            "targets": self.lora_targets,
+        }
+
+    def optimiser(self) -> dict[str, Any]:
+        """The keyword arguments of ``split_model.OptimiserConfig``."""
+        return {
+            "learning_rate": self.lr,
+            "schedule": self.lr_schedule,
+            "warmup_steps": self.warmup_steps,
+            "weight_decay": self.weight_decay,
+        }
+
+    def steps_of_client(self, num_samples: int, batch_size: int) -> int:
+        """In how many steps a client with this much data takes part: ``steps``, or its own ``epochs`` to the last sample."""
+        if self.steps is not None:
+            return self.steps
+        return (self.epochs or 0) * -(-num_samples // batch_size)
+
+    def ends_round(self, step: int) -> bool:
+        """Whether adapters are averaged after ``step``, the run's last step aside."""
+        return step % self.aggregate_every == 0

@@ -1,0 +1,36 @@
+"""GPT-2 cut in two, with LoRA on both parts. Knows nothing of networks."""
+
+from .adapter_folder import load_adapter, save_adapter
+from .base_model import BaseModel, ModelConfig, find_model
+from .errors import AdapterError, ModelError
+from .generation import continue_greedily
+from .lora import Adapter, LoraConfig, adapter_shapes, initial_adapter
+from .optimisation import OptimiserConfig, adamw, take_step
+from .parts import EdgePart, ServerPart, check_cut_layer
+from .precision import choose_device, choose_dtype, working_dtype
+from .seeds import derive_seed
+
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "BaseModel",
+    "EdgePart",
+    "LoraConfig",
+    "ModelConfig",
+    "ModelError",
+    "OptimiserConfig",
+    "ServerPart",
+    "adamw",
+    "adapter_shapes",
+    "check_cut_layer",
+    "choose_device",
+    "choose_dtype",
+    "continue_greedily",
+    "derive_seed",
+    "find_model",
+    "initial_adapter",
+    "load_adapter",
+    "save_adapter",
+    "take_step",
+    "working_dtype",
+]

@@ -1,0 +1,190 @@
+"""A GPT-2 checkpoint in Hugging Face's layout: config.json and safetensors, mapped into memory and never read whole."""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import ModelError
+
+__all__ = ["BaseModel", "ModelConfig", "find_model"]
+
+FILES_NEEDED = [
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*.json",
+    "vocab.json",
+    "merges.txt",
+]
+ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu")
+UNSUPPORTED = ("scale_attn_by_inverse_layer_idx", "add_cross_attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a GPT-2."""
+
+    num_layers: int
+    width: int
+    """Elements of a hidden state, d."""
+    num_heads: int
+    inner_width: int
+    """Elements between the two matrices of an MLP; 4 d unless the checkpoint says otherwise."""
+    num_positions: int
+    """Longest sequence, in tokens."""
+    vocabulary_size: int
+    norm_epsilon: float
+    activation: str
+    tied_head: bool
+    """Whether the LM head is the token embedding."""
+    end_token: int
+    """Id of <|endoftext|>."""
+
+    @classmethod
+    def from_file(cls, path: Path) -> "ModelConfig":
+        """
+        Raises:
+            ModelError: the file is missing, no JSON, or describes something other than a GPT-2 this package can cut.
+        """
+        raw = _read_json(path)
+        if raw.get("model_type") != "gpt2":
+            raise ModelError(f"{path}: model_type is {raw.get('model_type')!r}; only 'gpt2' can be split")
+        for option in UNSUPPORTED:
+            if raw.get(option):
+                raise ModelError(f"{path}: {option} is not supported")
+        try:
+            config = cls(
+                num_layers=int(raw["n_layer"]),
+                width=int(raw["n_embd"]),
+                num_heads=int(raw["n_head"]),
+                inner_width=int(raw.get("n_inner") or 4 * raw["n_embd"]),
+                num_positions=int(raw.get("n_positions") or raw["n_ctx"]),
+                vocabulary_size=int(raw["vocab_size"]),
+                norm_epsilon=float(raw.get("layer_norm_epsilon", 1e-5)),
+                activation=str(raw.get("activation_function", "gelu_new")),
+                tied_head=bool(raw.get("tie_word_embeddings", True)),
+                end_token=int(raw.get("eos_token_id", 50256)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{path}: {type(error).__name__}: {error}; a GPT-2 configuration needs it") from None
+        if config.activation not in ACTIVATIONS:
+            raise ModelError(f"{path}: activation_function {config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        if config.width % config.num_heads:
+            raise ModelError(f"{path}: n_embd {config.width} is not a multiple of n_head {config.num_heads}")
+        return config
+
+
+class BaseModel:
+    """
+    A model folder, opened. Tensors come out as views of the mapped files: nothing is read before it is used.
+
+    Raises:
+        ModelError: there is no such folder, or no GPT-2 with safetensors weights in it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not folder.is_dir():
+            raise ModelError(f"no model folder at {folder}")
+        self.config = ModelConfig.from_file(folder / "config.json")
+        self._files = {name: _open(folder / name) for name in _weight_files(folder)}
+        self._places = {
+            stored.removeprefix("transformer."): (file, stored) for file in self._files.values() for stored in file.keys()
+        }
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """
+        The tensor ``name`` (transformers' name without "transformer."), in the dtype it is stored in.
+
+        Raises:
+            ModelError: it is missing or has another shape.
+        """
+        if name not in self._places:
+            raise ModelError(f"{self.folder}: tensor {name!r} is missing; is this a complete GPT-2 checkpoint?")
+        file, stored = self._places[name]
+        found = tuple(file.get_slice(stored).get_shape())
+        if found != shape:
+            raise ModelError(f"{self.folder}: tensor {name!r} has shape {list(found)}, config.json asks for {list(shape)}")
+        tensor: Tensor = file.get_tensor(stored)
+        return tensor
+
+    def fingerprint(self) -> str:
+        """
+        SHA-256 over the configuration and every weight's name, shape, dtype and first, middle and last row, as 32 hex digits.
+
+        Rows, not whole tensors: it takes milliseconds for any size, and training of any kind moves every row.
+        """
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        for name in sorted(name for name in self._places if _is_weight(name)):
+            file, stored = self._places[name]
+            rows = file.get_slice(stored)
+            shape = rows.get_shape()
+            digest.update(f"{name} {shape} {rows.get_dtype()}".encode())
+            for row in {0, shape[0] // 2, shape[0] - 1}:
+                digest.update(rows[row : row + 1].contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+
+def find_model(name: str) -> Path:
+    """
+    The folder of a model: ``name`` itself if it is one, else fetched from the Hugging Face hub (only the files needed).
+
+    Raises:
+        ModelError: neither a folder nor a model the hub gives us.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise ModelError(f"no model folder at {folder}")
+    from huggingface_hub import snapshot_download  # a slow import that a local folder does not need
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES_NEEDED))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"{name!r} is no folder here, and the Hugging Face hub did not give it: {reason}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing; a model folder has config.json and model.safetensors") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} is not a JSON object")
+    return value
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        raise ModelError(f"{folder} has no weights: neither model.safetensors nor model.safetensors.index.json")
+    names = _read_json(index).get("weight_map", {}).values()
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise ModelError(f"{index} names no shards, or shards outside its folder")
+    return sorted(set(names))
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} cannot be read as safetensors: {error}") from None
+
+
+def _is_weight(name: str) -> bool:
+    # Old checkpoints carry the causal mask as a buffer, and a tied head twice; neither is part of the model.
+    return not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight"

@@ -1,0 +1,6 @@
+"""What a person sees in a terminal: progress, and one sentence for what went wrong. The three programs speak with one voice."""
+
+from .program import run_program, version
+from .progress import Progress
+
+__all__ = ["Progress", "run_program", "version"]

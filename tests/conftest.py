@@ -1,0 +1,106 @@
+"""A tiny GPT-2 of our own, the evaluation data where it is, and whole runs over real sockets in one process."""
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from edge_client import EdgeClient, Step
+from gpu_server import GpuServer, StepRecord
+
+REPOSITORY = Path(__file__).parent.parent
+SHARED = REPOSITORY.parent / "shared"
+
+
+def shared_path(name: str) -> Path:
+    """A file of the evaluation data that lies beside the checkout; the test is skipped where it does not."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"needs {name} in the folder 'shared' beside the checkout")
+    return path
+
+
+def make_model(folder: Path, *, seed: int = 0, **shape: Any) -> Path:
+    """A random GPT-2 of bytes, with weights large enough that every layer matters."""
+    torch.manual_seed(seed)
+    sizes = {"n_layer": 4, "n_embd": 32, "n_head": 4, "vocab_size": 257, "n_positions": 128, **shape}
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, bos_token_id=256, eos_token_id=256, initializer_range=0.2))
+    model.save_pretrained(folder)
+    alphabet = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE({**alphabet, "<|endoftext|>": 256}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 blocks, d = 32, 257 bytes and an end."""
+    return make_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def pairs_file(tmp_path: Path) -> Callable[..., Path]:
+    """Writes ``pairs_file(name, count, offset)``: a .jsonl of prompts and completions of different lengths."""
+
+    def write(name: str, count: int, offset: int = 0) -> Path:
+        path = tmp_path / f"{name}.jsonl"
+        with path.open("w") as file:
+            for i in range(offset, offset + count):
+                pair = {"prompt": f"n{i} {'x' * (i % 7)}", "completion": f"{'abc' * (1 + i % 5)} {i * 37 % 101}"}
+                file.write(json.dumps(pair) + "\n")
+        return path
+
+    return write
+
+
+@dataclass
+class RunResult:
+    """What both sides of a run reported."""
+
+    run_dir: Path
+    records: list[StepRecord]
+    steps: dict[str, list[Step]]
+    perplexity: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """By client with eval_data: before and after."""
+
+    @property
+    def losses(self) -> list[float]:
+        return [record.loss for record in self.records]
+
+
+def run_split(server_options: dict[str, Any], clients: dict[str, dict[str, Any]]) -> RunResult:
+    """A whole run over loopback sockets: a server, and a thread for each client; ``clients`` are EdgeClient's arguments by name."""
+    steps: dict[str, list[Step]] = {}
+    perplexity: dict[str, tuple[float, float]] = {}
+    errors: list[BaseException] = []
+
+    def take_part(url: str, name: str, options: dict[str, Any]) -> None:
+        try:
+            with EdgeClient(url, model=str(server_options["model"]), name=name, **options) as client:
+                before = list(client.perplexity())[-1] if "eval_data" in options else 0.0
+                steps[name] = list(client.train())
+                if "eval_data" in options:
+                    perplexity[name] = (before, list(client.perplexity())[-1])
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    with GpuServer(**{"port": 0, "clients": len(clients), "dtype": "float32", **server_options}) as server:
+        threads = [threading.Thread(target=take_part, args=(server.url, name, options)) for name, options in clients.items()]
+        for thread in threads:
+            thread.start()
+        records = list(server.train())
+        for thread in threads:
+            thread.join()
+    assert not errors
+    return RunResult(Path(server_options["run_dir"]), records, steps, perplexity)
