@@ -112,9 +112,9 @@ def _say(line: str) -> None:
 
 def _errors_of_users() -> tuple[type[Exception], ...]:
     from protocol import InvalidName, RemoteProtocolError
-    from split_model import AdapterError, ModelError
+    from split_model import AdapterError, ModelError, TrainingDiverged
 
     from .connection import ConnectionFailed, Refused
     from .data import DataError
 
-    return (InvalidName, RemoteProtocolError, AdapterError, ModelError, ConnectionFailed, Refused, DataError)
+    return (InvalidName, RemoteProtocolError, AdapterError, ModelError, TrainingDiverged, ConnectionFailed, Refused, DataError)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from protocol import Hello, Join, Ping, Pong, Start, Welcome, check_name, largest_message_bytes
-from split_model import BaseModel, find_model
+from split_model import BaseModel, ModelError, find_model
 
 from .connection import Connection
 from .data import DataError, Dataset, load_tokenizer
@@ -64,6 +64,9 @@ class EdgeClient:
         self._device, self._dtype = device, dtype
         self._model = BaseModel(find_model(model))
         tokenizer = load_tokenizer(self._model.folder)
+        # Tokens added later may lie beyond: only a padding token of nobody's texts is usual there.
+        if tokenizer.get_vocab_size(with_added_tokens=False) > self._model.config.vocabulary_size:
+            raise ModelError(f"{self._model.folder}: the tokenizer has more tokens than the model's vocabulary")
         end_token, length = self._model.config.end_token, min(max_length, self._model.config.num_positions)
         self.data = Dataset.load(Path(data), tokenizer, end_token, length)
         self.eval_data = None if eval_data is None else Dataset.load(Path(eval_data), tokenizer, end_token, length)

@@ -1,6 +1,7 @@
 """The only file of this package that knows WebSockets. One verb: exchange a question for its answer."""
 
 import time
+from contextlib import ExitStack
 from types import TracebackType
 from typing import TypeVar
 
@@ -35,12 +36,14 @@ class Connection:
     def __init__(self, url: str) -> None:
         self.url = url
         self.session = Session(Side.CLIENT)
+        self._open = ExitStack()
         self.num_bytes = 0
         """Bytes of all messages so far, both ways."""
         try:
             # No proxy: an address of the local network is meant. No deflate: messages are compressed already.
-            self._socket = connect(url, compression=None, max_size=LARGEST_FRAME_BYTES, proxy=None)
-        except InvalidURI:
+            opened = connect(url, compression=None, max_size=LARGEST_FRAME_BYTES, proxy=None)
+            self._socket = self._open.enter_context(opened)
+        except (InvalidURI, ValueError):  # a port or host that cannot be is a ValueError
             raise ConnectionFailed(f"{url} is no WebSocket address; it looks like ws://192.168.1.20:8765") from None
         except (OSError, InvalidHandshake, EOFError) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -58,12 +61,18 @@ class Connection:
         """
         data = self.session.send(message)
         try:
-            self._socket.send(data)
+            try:
+                self._socket.send(data)
+            except ConnectionClosed:
+                pass  # a refusal that says why may have arrived before
             answer = self._socket.recv()
         except ConnectionClosed as error:
             raise ConnectionFailed(f"the connection to {self.url} was lost: {error}") from None
         self.num_bytes += len(data) + len(answer)
-        reply = self.session.receive(answer)
+        try:
+            reply = self.session.receive(answer)
+        except RemoteProtocolError as error:
+            raise RemoteProtocolError(f"{self.url} does not keep to the protocol: {error}") from None
         self._last_reply = time.perf_counter()
         if isinstance(reply, Failure):
             raise Refused(f"the server at {self.url} refuses: {reply.reason}")
@@ -82,7 +91,7 @@ class Connection:
         except (ConnectionClosed, LocalProtocolError):
             pass  # it is gone, or has refused us: there is nobody to say goodbye to
         finally:
-            self._socket.close()
+            self._open.close()
 
     def __enter__(self) -> "Connection":
         return self

@@ -17,6 +17,8 @@ from split_model import ModelError, derive_seed
 
 __all__ = ["Batch", "DataError", "Dataset", "Sample", "Text", "load_tokenizer", "read_texts"]
 
+END_OF_TEXT = "<|endoftext|>"
+
 
 class DataError(ValueError):
     """A data file that cannot be used; the message names file, line and reason."""
@@ -133,10 +135,15 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     whole, vocabulary, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
     try:
         if whole.is_file():
-            return Tokenizer.from_file(str(whole))
+            tokenizer = Tokenizer.from_file(str(whole))
+            # Some files keep the settings of their last batch.
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            return tokenizer
         if vocabulary.is_file() and merges.is_file():
             tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
             tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.add_special_tokens([END_OF_TEXT])
             return tokenizer
     except Exception as error:  # the library raises bare Exception for whatever is wrong with a file
         raise ModelError(f"{folder}: the tokenizer cannot be read: {error}") from None
@@ -185,9 +192,14 @@ def _read_jsonl(path: Path, content: str) -> Iterator[Text]:
             continue
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: broken JSON: {error.msg} at character {error.pos + 1}") from None
+        except (ValueError, RecursionError) as error:  # an endless number, or endless nesting
             raise DataError(f"{path}, line {number}: broken JSON: {error}") from None
-        yield _text_of_fields(entry, f"{path}, line {number}")
+        text = _text_of_fields(entry, f"{path}, line {number}")
+        if any("\ud800" <= character <= "\udfff" for character in f"{text.prompt}{text.completion}"):
+            raise DataError(f"{path}, line {number}: a \\ud800 to \\udfff alone is half a character; they come in pairs")
+        yield text
 
 
 def _read_csv(path: Path, content: str) -> Iterator[Text]:
@@ -196,7 +208,7 @@ def _read_csv(path: Path, content: str) -> Iterator[Text]:
         for entry in reader:
             yield _text_of_fields(entry, f"{path}, line {reader.line_num}")
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: broken CSV: {error}") from None
+        raise DataError(f"{path}, line {reader.reader.line_num}: broken CSV: {error}") from None
 
 
 def _read_txt(path: Path, content: str) -> Iterator[Text]:

@@ -9,6 +9,7 @@ from split_model import (
     EdgePart,
     LoraConfig,
     OptimiserConfig,
+    TrainingDiverged,
     adamw,
     choose_device,
     choose_dtype,
@@ -40,10 +41,17 @@ class TorchEngine:
         return sum(matrix.numel() for matrix in self._part.matrices().values())
 
     def forward(self, batch: Batch, dropout_seed: int) -> Array:
-        """Activations at the cut, (N, d); `backward` goes on from them."""
+        """
+        Activations at the cut, (N, d); `backward` goes on from them.
+
+        Raises:
+            TrainingDiverged: they are not finite.
+        """
         self._part.train()
         self._part.seed_dropout(dropout_seed)
         self._activations = self._run(batch)
+        if not torch.isfinite(self._activations).all():
+            raise TrainingDiverged("the activations are no longer finite numbers; try a lower --lr on the server")
         return _to_array(self._activations)
 
     def backward(self, gradient: Array) -> None:

@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING, Any
 from .config import ConfigError, ServerConfig
 
 if TYPE_CHECKING:
-    from .compute import TrainingDiverged
-    from .gpu_server import GpuServer
+    from .gpu_server import GpuServer, RunEndedEarly
     from .server import StepRecord
 
-__all__ = ["ConfigError", "GpuServer", "ServerConfig", "StepRecord", "TrainingDiverged"]
+__all__ = ["ConfigError", "GpuServer", "RunEndedEarly", "ServerConfig", "StepRecord"]
 
-_HOMES = {"GpuServer": "gpu_server", "StepRecord": "server", "TrainingDiverged": "compute"}
+_HOMES = {"GpuServer": "gpu_server", "RunEndedEarly": "gpu_server", "StepRecord": "server"}
 
 
 def __getattr__(name: str) -> Any:

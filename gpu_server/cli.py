@@ -50,6 +50,9 @@ def run_serve(options: argparse.Namespace) -> None:
 
     given = {name: value for name, value in vars(options).items() if name not in ("command", "run", "config")}
     from_file = options_from_toml(options.config) if options.config else {}
+    for flag, opposite in (("steps", "epochs"), ("epochs", "steps")):
+        if flag in given:
+            from_file.pop(opposite, None)
     with GpuServer(**{**from_file, **given}) as server:
         _say(f"listening on {server.url} for {server.config.clients} clients; the run goes to {server.config.run_dir}")
         progress = None
@@ -79,9 +82,9 @@ def _say(line: str) -> None:
 
 
 def _errors_of_users() -> tuple[type[Exception], ...]:
-    from split_model import AdapterError, ModelError
+    from split_model import AdapterError, ModelError, TrainingDiverged
 
-    from .compute import TrainingDiverged
     from .config import ConfigError
+    from .gpu_server import RunEndedEarly
 
-    return (ConfigError, ModelError, AdapterError, TrainingDiverged)
+    return (ConfigError, ModelError, AdapterError, TrainingDiverged, RunEndedEarly)

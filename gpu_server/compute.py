@@ -10,17 +10,14 @@ from split_model import (
     LoraConfig,
     OptimiserConfig,
     ServerPart,
+    TrainingDiverged,
     adamw,
     adapter_shapes,
     derive_seed,
     take_step,
 )
 
-__all__ = ["Compute", "TrainingDiverged"]
-
-
-class TrainingDiverged(ArithmeticError):
-    """The loss is no longer a number."""
+__all__ = ["Compute"]
 
 
 class Compute:

@@ -10,7 +10,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from protocol import RunSettings
 
-__all__ = ["ConfigError", "ServerConfig", "options_from_toml"]
+__all__ = ["LARGEST_COUNT", "ConfigError", "ServerConfig", "options_from_toml"]
+
+LARGEST_COUNT = 2**31 - 1  # far below the largest integer that a message may hold
 
 
 class ConfigError(ValueError):
@@ -57,9 +59,10 @@ class ServerConfig:
         if (self.steps is None) == (self.epochs is None):
             raise ConfigError("give either steps or epochs" if self.steps is None else "give steps or epochs, not both")
         for name in ("clients", "steps", "epochs", "aggregate_every", "max_batch_tokens"):
-            self._require(name, lambda value: value is None or value >= 1, "at least 1")
-        for name in ("warmup_steps", "weight_decay", "seed"):
-            self._require(name, lambda value: value >= 0, "at least 0")
+            self._require(name, lambda value: value is None or 1 <= value <= LARGEST_COUNT, f"1 to {LARGEST_COUNT}")
+        for name in ("warmup_steps", "seed"):
+            self._require(name, lambda value: 0 <= value <= LARGEST_COUNT, f"0 to {LARGEST_COUNT}")
+        self._require("weight_decay", lambda value: value >= 0, "at least 0")
         self._require("lr", lambda value: value > 0, "positive")
         self._require("port", lambda value: 0 <= value < 65536, "a port, 0 to 65535")
 
@@ -93,6 +96,9 @@ class ServerConfig:
         return cls(**{name: _typed(name, value, kinds[name], known[name].metadata) for name, value in options.items()})
 
 
+KINDS = {int: "a whole number", float: "a number", str: "a text"}
+
+
 def options_from_toml(path: Path) -> dict[str, Any]:
     """
     The settings of a TOML file, under the fields' names; "cut-layer" and "cut_layer" are the same.
@@ -124,9 +130,12 @@ def _typed(name: str, value: Any, kind: Any, metadata: Mapping[str, Any]) -> Any
         if isinstance(parts, list | tuple) and all(isinstance(part, str) for part in parts):
             return tuple(part.strip() for part in parts)
     elif kind is float and type(value) in (int, float):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return float("inf")
     elif type(value) is kind:
         if metadata["choices"] and value not in metadata["choices"] and not (name == "dtype" and value == "float64"):
             raise ConfigError(f"{name.replace('_', '-')} must be one of {', '.join(metadata['choices'])}; got {value!r}")
         return value
-    raise ConfigError(f"{name.replace('_', '-')} must be a {getattr(kind, '__name__', 'list of names')}, got {value!r}")
+    raise ConfigError(f"{name.replace('_', '-')} must be {KINDS.get(kind, 'a list of names')}, got {value!r}")

@@ -30,6 +30,7 @@ from protocol import (
     Welcome,
 )
 
+from .config import LARGEST_COUNT
 from .timing import StepTiming
 
 __all__ = [
@@ -199,6 +200,8 @@ class Federation:
                 f"{self.limits.max_batch_tokens}; choose a smaller --batch-size or --max-length"
             )
         last_step = self.settings.steps_of_client(join.num_samples, join.batch_size)
+        if last_step > LARGEST_COUNT:
+            raise RemoteProtocolError(f"{join.num_samples} samples take {last_step} steps; at most {LARGEST_COUNT} can be")
         self.members[name] = Member(join, last_step, (Activations, 1))
         return self._advance(now)
 

@@ -1,6 +1,5 @@
 """The SDK: a server for one run, in five lines."""
 
-import asyncio
 import queue
 import threading
 import uuid
@@ -29,11 +28,15 @@ from terminal import version
 
 from .compute import Compute
 from .config import ConfigError, ServerConfig
-from .federation import Federation, ModelLimits
+from .federation import Federation, ModelLimits, Phase
 from .run_directory import RunDirectory
 from .server import RunServer, StepRecord
 
-__all__ = ["GpuServer"]
+__all__ = ["GpuServer", "RunEndedEarly"]
+
+
+class RunEndedEarly(RuntimeError):
+    """All clients left before the last step."""
 
 
 class GpuServer:
@@ -73,16 +76,14 @@ class GpuServer:
         self._federation = Federation(uuid.uuid4().hex[:12], settings, limits, compute.edge_adapter())
         self._compute = compute
         self._directory = RunDirectory(Path(config.run_dir))
-        self._directory.describe(
-            {
-                "run": self._federation.run,
-                "fingerprint": limits.fingerprint,
-                "config": asdict(config),
-                "device": str(device),
-                "dtype": str(weight_dtype).removeprefix("torch."),
-                "versions": {"splitlora": version(), "torch": str(torch.__version__), "numpy": numpy.__version__},
-            }
-        )
+        self._description = {
+            "run": self._federation.run,
+            "fingerprint": limits.fingerprint,
+            "config": asdict(config),
+            "device": str(device),
+            "dtype": str(weight_dtype).removeprefix("torch."),
+            "versions": {"splitlora": version(), "torch": str(torch.__version__), "numpy": numpy.__version__},
+        }
 
     @property
     def adapter_folder(self) -> Path:
@@ -100,38 +101,54 @@ class GpuServer:
         if isinstance(answer, BaseException):
             self._thread.join()
             raise answer
-        self.url = answer
         return self
 
     def train(self) -> Iterator[StepRecord]:
-        """Follow the run step by step, until it is complete and its clients have left. TrainingDiverged ends it early."""
+        """
+        Follow the run step by step, until it is complete and its clients have left.
+
+        Raises:
+            RunEndedEarly: all clients left before the last step; what was learnt until then is saved.
+            TrainingDiverged: the loss is no longer a number.
+            ConfigError: the run directory cannot be written any more.
+        """
         while (record := self._records.get()) is not None:
             if isinstance(record, BaseException):
                 raise record
             yield record
+        federation = self._federation
+        if federation.phase is Phase.FINISHED and federation.step < federation.total_steps:
+            raise RunEndedEarly(
+                f"all clients left after step {federation.step} of {federation.total_steps}; "
+                f"the adapter of that step is in {self.adapter_folder}"
+            )
 
     @property
     def total_steps(self) -> int:
         """Length of the run in steps; 0 until it starts."""
         return self._federation.total_steps
 
+    def stop(self) -> None:
+        """End the run before its time; its clients are told. From any thread."""
+        self._server.stop()
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._server.stop)
-        except RuntimeError:
-            pass  # the run is over, and its loop is closed
+        self.stop()
         self._thread.join()
 
     def _serve(self, listening: "queue.Queue[str | BaseException]") -> None:
-        async def run() -> None:
-            self._loop = asyncio.get_running_loop()
-            await self._server.run(self.config.host, self.config.port, listening.put)
+        def begin(url: str) -> None:
+            # Not before: a run whose port is in use leaves nothing behind.
+            self._directory.describe(self._description)
+            self.url = url
+            listening.put(url)
 
         try:
-            asyncio.run(run())
+            self._server.run(self.config.host, self.config.port, begin)
         except OSError as error:
             where = f"{self.config.host}:{self.config.port}"
             listening.put(ConfigError(f"cannot listen on {where}: {error.strerror or error}; choose another --port or --host"))
+            self._records.put(error)
         except Exception as error:
             listening.put(error)
             self._records.put(error)

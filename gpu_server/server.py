@@ -26,9 +26,10 @@ from protocol import (
     compressed_bound,
     largest_message_bytes,
 )
+from split_model import TrainingDiverged
 from terminal import version
 
-from .compute import Compute, TrainingDiverged
+from .compute import Compute
 from .federation import Action, Aggregate, Evaluate, Federation, FinishRun, FinishStep, Reply, Train
 
 __all__ = ["RunServer", "StepRecord"]
@@ -110,9 +111,9 @@ class RunServer:
         self._ended: asyncio.Future[None]
         self._complete = False
 
-    async def run(self, host: str, port: int, listening: Callable[[str], None]) -> None:
+    def run(self, host: str, port: int, listening: Callable[[str], None]) -> None:
         """
-        Listen until the run is complete and all clients have left.
+        Listen until the run is complete and all clients have left, or `stop` is called.
 
         Args:
             listening: called with the server's URL once it accepts connections.
@@ -121,7 +122,18 @@ class RunServer:
             OSError: the address cannot be listened on.
             TrainingDiverged: the loss is no longer a number.
         """
-        self._ended = asyncio.get_running_loop().create_future()
+        asyncio.run(self._listen(host, port, listening))
+
+    def stop(self) -> None:
+        """End the run before its time; its clients are told. From any thread, after `run` called ``listening``."""
+        try:
+            self._loop.call_soon_threadsafe(self._end)
+        except RuntimeError:
+            pass  # the run is over, and its loop is closed
+
+    async def _listen(self, host: str, port: int, listening: Callable[[str], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ended = self._loop.create_future()
         # Clients that have left may still be writing: no reply of ours waits for them on the way out.
         server = await serve(
             self._converse,
@@ -144,8 +156,7 @@ class RunServer:
             finally:
                 self._worker.shutdown()
 
-    def stop(self) -> None:
-        """End the run before its time. On the event loop's thread."""
+    def _end(self) -> None:
         if not self._ended.done():
             self._ended.set_result(None)
 
@@ -268,7 +279,7 @@ class RunServer:
 
     def _end_if_over(self) -> None:
         if self._complete and not self._peers:
-            self.stop()
+            self._end()
 
     async def _dismiss(self, reason: str) -> None:
         if self._tasks:

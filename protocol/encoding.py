@@ -7,6 +7,7 @@ field's type and finiteness before a message is made. The only error that bytes 
 
 import math
 import types
+from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -23,9 +24,17 @@ __all__ = ["decode", "encode"]
 COMPRESSION_LEVEL = 1  # on shuffled floats higher levels save under 2 % and take three times as long
 ARRAY_EXTENSION = 1
 ARRAY_DTYPES = {"float32": "<f4", "float64": "<f8", "int32": "<i4"}
-MAX_CONTAINER = 4096  # elements of one list or map; msgpack allocates what a header claims
+MAX_ELEMENTS = 4096  # of all lists and maps of a message: an empty list is one byte of a frame, but 64 of memory
+MAX_TENSOR_ELEMENTS = 16  # the same, of one tensor's [dtype, shape, bytes]
 MAX_TEXT = 4096  # characters
 MAX_INTEGER = 2**53
+WANTED = {
+    int: "an integer from 0 to 2^53",
+    float: "a finite number",
+    str: f"a text of at most {MAX_TEXT} characters",
+    tuple: "a list",
+    dict: "a map",
+}
 
 KINDS: dict[str, type] = {kind.__name__: kind for kind in get_args(Message)}
 
@@ -44,13 +53,16 @@ def decode(data: bytes, max_bytes: int) -> Message:
     Raises:
         RemoteProtocolError: ``data`` is not a message of this version, or a larger one.
     """
+    count = _at_most(MAX_ELEMENTS)
     try:
         unpacked = msgpack.unpackb(
             _inflate(data, max_bytes),
             ext_hook=_unpack_array,
+            list_hook=count,
+            object_hook=count,
             strict_map_key=True,
-            max_array_len=MAX_CONTAINER,
-            max_map_len=MAX_CONTAINER,
+            max_array_len=MAX_ELEMENTS,  # msgpack allocates what a header claims
+            max_map_len=MAX_ELEMENTS,
         )
         return _build_message(unpacked)
     except RemoteProtocolError:
@@ -64,7 +76,21 @@ def decode(data: bytes, max_bytes: int) -> Message:
         OverflowError,
         RecursionError,
     ) as error:
-        raise RemoteProtocolError(f"not a message: {error}") from None
+        raise RemoteProtocolError(f"not a message: {str(error) or type(error).__name__}") from None
+
+
+def _at_most(limit: int) -> Callable[[Any], Any]:
+    """A hook for msgpack that counts the elements of all lists and maps together."""
+    total = 0
+
+    def count(container: Any) -> Any:
+        nonlocal total
+        total += 1 + len(container)
+        if total > limit:
+            raise RemoteProtocolError(f"not a message: more than {limit} elements")
+        return container
+
+    return count
 
 
 def _inflate(data: bytes, max_bytes: int) -> bytes:
@@ -74,19 +100,19 @@ def _inflate(data: bytes, max_bytes: int) -> bytes:
     if size > max_bytes:
         raise RemoteProtocolError(f"message of {size} bytes exceeds the limit of {max_bytes} bytes")
     inflated: bytes = zstandard.ZstdDecompressor().decompress(data, max_output_size=max_bytes, allow_extra_data=False)
-    if len(inflated) != size:
-        raise RemoteProtocolError(f"not a message: {size} bytes announced, {len(inflated)} came")
     return inflated
 
 
 def _build_message(unpacked: Any) -> Message:
-    if not isinstance(unpacked, list) or len(unpacked) != 3:
+    if not isinstance(unpacked, list) or not unpacked or type(unpacked[0]) is not int:
         raise RemoteProtocolError("not a message: expected [version, kind, fields]")
-    version, kind, values = unpacked
-    if version != PROTOCOL_VERSION:
-        raise RemoteProtocolError(f"peer speaks protocol version {str(version)[:20]}, this side speaks {PROTOCOL_VERSION}")
+    if unpacked[0] != PROTOCOL_VERSION:  # before anything else: what follows is that version's
+        raise RemoteProtocolError(f"peer speaks protocol version {unpacked[0]}, this side speaks {PROTOCOL_VERSION}")
+    if len(unpacked) != 3:
+        raise RemoteProtocolError("not a message: expected [version, kind, fields]")
+    _, kind, values = unpacked
     if not isinstance(kind, str) or kind not in KINDS:
-        raise RemoteProtocolError(f"unknown kind of message {str(kind)[:40]!r}")
+        raise RemoteProtocolError(f"unknown kind of message: {_shown(kind)}")
     message: Message = _build(KINDS[kind], values, kind)
     return message
 
@@ -142,8 +168,16 @@ def _check(value: Any, expected: Any, where: str) -> Any:
         return float(value)
     if expected is str and isinstance(value, str) and len(value) <= MAX_TEXT:
         return value
-    name = getattr(expected, "__name__", str(expected))
-    raise RemoteProtocolError(f"{where}: expected {name}, got {type(value).__name__} {str(value)[:40]!r}")
+    raise RemoteProtocolError(f"{where}: expected {WANTED[origin or expected]}, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """A value for an error message; of lists, maps and tensors, which may be huge, only the type."""
+    if isinstance(value, str | bytes):
+        value = value[:40]
+    elif not isinstance(value, int | float):
+        return type(value).__name__
+    return f"{type(value).__name__} {value!r}"
 
 
 def _check_array(value: Any, expected: ArrayType, where: str) -> Array:
@@ -172,16 +206,19 @@ def _pack_array(value: Any) -> msgpack.ExtType:
 def _unpack_array(code: int, data: bytes) -> Array:
     if code != ARRAY_EXTENSION:
         raise RemoteProtocolError(f"unknown msgpack extension {code}")
-    unpacked = msgpack.unpackb(data, max_array_len=8, max_map_len=0)
+    unpacked = msgpack.unpackb(data, list_hook=_at_most(MAX_TENSOR_ELEMENTS), max_array_len=MAX_TENSOR_ELEMENTS, max_map_len=0)
     if not isinstance(unpacked, list) or len(unpacked) != 3:
         raise RemoteProtocolError("a tensor is [dtype, shape, bytes]")
     name, shape, raw = unpacked
     if not isinstance(name, str) or name not in ARRAY_DTYPES or not isinstance(shape, list) or not isinstance(raw, bytes):
         raise RemoteProtocolError("a tensor is [dtype, shape, bytes]")
     if any(type(size) is not int or size < 0 for size in shape):
-        raise RemoteProtocolError(f"a tensor's shape is a list of sizes, got {str(shape)[:40]}")
+        raise RemoteProtocolError("a tensor's shape is a list of sizes")
     dtype = np.dtype(ARRAY_DTYPES[name])
     if math.prod(shape) * dtype.itemsize != len(raw):
         raise RemoteProtocolError(f"{name}{shape} takes {math.prod(shape) * dtype.itemsize} bytes, got {len(raw)}")
-    planes = np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1)
-    return np.ascontiguousarray(planes.T).view(dtype).reshape(shape)
+    array = np.empty(shape, dtype)  # memory of its own, writable
+    elements = array.reshape(-1).view(np.uint8).reshape(-1, dtype.itemsize)
+    for index, plane in enumerate(np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1)):  # much faster than transposing
+        elements[:, index] = plane
+    return array

@@ -123,7 +123,8 @@ class Session:
                 peer = self.side.peer.value
                 raise RemoteProtocolError(f"{peer} sent {type(message).__name__} while {self.state.value}")
         except RemoteProtocolError:
-            self.state = State.BROKEN
+            if self.state is not State.CLOSED:
+                self.state = State.BROKEN
             raise
         self.state = next_state
         return message

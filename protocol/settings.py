@@ -30,6 +30,14 @@ class RunSettings:
     precision: str
     """"float32" or "float64": of activations, gradients and adapters on the wire."""
 
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"exactly one of steps and epochs is given, got {self.steps} and {self.epochs}")
+        if self.aggregate_every < 1:
+            raise ValueError(f"aggregate_every must be at least 1, got {self.aggregate_every}")
+        if self.precision not in ("float32", "float64"):
+            raise ValueError(f"precision must be float32 or float64, got {self.precision[:40]!r}")
+
     def lora(self) -> dict[str, Any]:
         """The keyword arguments of ``split_model.LoraConfig``."""
         return {

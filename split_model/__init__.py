@@ -2,7 +2,7 @@
 
 from .adapter_folder import load_adapter, save_adapter
 from .base_model import BaseModel, ModelConfig, find_model
-from .errors import AdapterError, ModelError
+from .errors import AdapterError, ModelError, TrainingDiverged
 from .generation import continue_greedily
 from .lora import Adapter, LoraConfig, adapter_shapes, initial_adapter
 from .optimisation import OptimiserConfig, adamw, take_step
@@ -20,6 +20,7 @@ __all__ = [
     "ModelError",
     "OptimiserConfig",
     "ServerPart",
+    "TrainingDiverged",
     "adamw",
     "adapter_shapes",
     "check_cut_layer",

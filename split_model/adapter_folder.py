@@ -53,7 +53,9 @@ def load_adapter(folder: Path, config: ModelConfig, lora: LoraConfig) -> Adapter
     stored = _read_config(folder / CONFIG_FILE)
     _check_plain_lora(folder, stored)
     for key, expected in {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": set(lora.targets)}.items():
-        found = set(stored.get(key) or ()) if isinstance(expected, set) else stored.get(key)
+        found = stored.get(key)
+        if isinstance(found, list):
+            found = set(map(str, found))
         if found != expected:
             raise AdapterError(f"{folder}: {key} is {stored.get(key)!r}, the run asks for {expected!r}")
     try:

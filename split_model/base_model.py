@@ -72,8 +72,14 @@ class ModelConfig:
                 tied_head=bool(raw.get("tie_word_embeddings", True)),
                 end_token=int(raw.get("eos_token_id", 50256)),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"{path}: {type(error).__name__}: {error}; a GPT-2 configuration needs it") from None
+        except KeyError as error:
+            raise ModelError(f"{path}: {error} is missing; a GPT-2 configuration needs it") from None
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ModelError(f"{path} is no GPT-2 configuration: {error}") from None
+        if min(config.num_layers, config.width, config.num_heads, config.num_positions, config.vocabulary_size) < 1:
+            raise ModelError(f"{path}: n_layer, n_embd, n_head, n_positions and vocab_size must be at least 1")
+        if not 0 <= config.end_token < config.vocabulary_size:
+            raise ModelError(f"{path}: eos_token_id {config.end_token} is not below vocab_size {config.vocabulary_size}")
         if config.activation not in ACTIVATIONS:
             raise ModelError(f"{path}: activation_function {config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         if config.width % config.num_heads:
@@ -127,7 +133,7 @@ class BaseModel:
             rows = file.get_slice(stored)
             shape = rows.get_shape()
             digest.update(f"{name} {shape} {rows.get_dtype()}".encode())
-            for row in {0, shape[0] // 2, shape[0] - 1}:
+            for row in sorted({0, shape[0] // 2, shape[0] - 1}) if shape else ():
                 digest.update(rows[row : row + 1].contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:32]
 
@@ -142,14 +148,16 @@ def find_model(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if folder.exists():
+        raise ModelError(f"{folder} is a file; a model is a folder with config.json and model.safetensors")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ModelError(f"no model folder at {folder}")
     from huggingface_hub import snapshot_download  # a slow import that a local folder does not need
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=FILES_NEEDED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{name!r} is no folder here, and the Hugging Face hub did not give it: {reason}") from None
 
@@ -172,8 +180,9 @@ def _weight_files(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         raise ModelError(f"{folder} has no weights: neither model.safetensors nor model.safetensors.index.json")
-    names = _read_json(index).get("weight_map", {}).values()
-    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+    weight_map = _read_json(index).get("weight_map")
+    names = weight_map.values() if isinstance(weight_map, dict) else ()
+    if not names or any(not isinstance(name, str) or name == ".." or Path(name).name != name for name in names):
         raise ModelError(f"{index} names no shards, or shards outside its folder")
     return sorted(set(names))
 

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from edge_client import EdgeClient, Step
 from gpu_server import GpuServer, StepRecord
+
+# Whole federations run in this process, on models so small that a second thread only waits for the first.
+torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"
@@ -27,24 +30,37 @@ def shared_path(name: str) -> Path:
     return path
 
 
-def make_model(folder: Path, *, seed: int = 0, **shape: Any) -> Path:
-    """A random GPT-2 of bytes, with weights large enough that every layer matters."""
-    torch.manual_seed(seed)
-    sizes = {"n_layer": 4, "n_embd": 32, "n_head": 4, "vocab_size": 257, "n_positions": 128, **shape}
-    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, bos_token_id=256, eos_token_id=256, initializer_range=0.2))
-    model.save_pretrained(folder)
-    alphabet = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE({**alphabet, "<|endoftext|>": 256}, []))
+def make_tokenizer() -> Tokenizer:
+    """A byte-level BPE of 600 entries, learnt in a moment from the project's own sample."""
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([str(REPOSITORY / "examples/restaurants/valid.jsonl")], trainer)
+    return tokenizer
+
+
+def make_model(folder: Path, *, seed: int = 0, **shape: Any) -> Path:
+    """A random GPT-2 with a vocabulary of 600, and weights large enough that every layer matters."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
+    end = tokenizer.token_to_id("<|endoftext|>")
+    sizes = {"n_layer": 4, "n_embd": 32, "n_head": 4, "vocab_size": tokenizer.get_vocab_size(), "n_positions": 256, **shape}
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, bos_token_id=end, eos_token_id=end, initializer_range=0.2))
+    model.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4 blocks, d = 32, 257 bytes and an end."""
+    """4 blocks, d = 32, 600 tokens."""
     return make_model(tmp_path_factory.mktemp("tiny"))
 
 
@@ -79,7 +95,7 @@ class RunResult:
 
 
 def run_split(server_options: dict[str, Any], clients: dict[str, dict[str, Any]]) -> RunResult:
-    """A whole run over loopback sockets: a server, and a thread for each client; ``clients`` are EdgeClient's arguments by name."""
+    """A whole run over loopback sockets: a server, and a thread for each client, given EdgeClient's arguments by name."""
     steps: dict[str, list[Step]] = {}
     perplexity: dict[str, tuple[float, float]] = {}
     errors: list[BaseException] = []
@@ -93,7 +109,7 @@ def run_split(server_options: dict[str, Any], clients: dict[str, dict[str, Any]]
                     perplexity[name] = (before, list(client.perplexity())[-1])
         except BaseException as error:
             errors.append(error)
-            raise
+            server.stop()
 
     with GpuServer(**{"port": 0, "clients": len(clients), "dtype": "float32", **server_options}) as server:
         threads = [threading.Thread(target=take_part, args=(server.url, name, options)) for name, options in clients.items()]
@@ -102,5 +118,6 @@ def run_split(server_options: dict[str, Any], clients: dict[str, dict[str, Any]]
         records = list(server.train())
         for thread in threads:
             thread.join()
-    assert not errors
+    if errors:
+        raise errors[0]
     return RunResult(Path(server_options["run_dir"]), records, steps, perplexity)

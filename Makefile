@@ -1,0 +1,38 @@
+# make demo   train a split model end to end, here and now
+# make test   run all tests
+# make check  lint, format, types
+# make bench  the benchmarks, long
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test check bench
+.DEFAULT_GOAL := demo
+
+demo: $(VENV)/.runtime
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.development
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.development
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.development
+	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/device_weight.py
+	$(BIN)/python benchmarks/e2e.py
+
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	$(PIP) install --constraint constraints.txt --editable '.[server]'
+	touch $@
+
+# Dependency groups need a pip of 2025, which the runtime's recipe has just installed.
+$(VENV)/.development: $(VENV)/.runtime
+	$(PIP) install --constraint constraints.txt --group dev
+	touch $@

@@ -1,0 +1,104 @@
+"""
+The main job, small: a server and two devices on loopback fine-tune the base model of this folder on two restaurant guides.
+
+Each is a process of its own, started with the command a user would type. Takes about two minutes on two cores.
+"""
+
+import itertools
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+HERE = Path(__file__).parent.relative_to(Path.cwd()) if Path(__file__).is_relative_to(Path.cwd()) else Path(__file__).parent
+MODEL = HERE / "base_model"
+GUIDES = HERE / "restaurants"
+STEPS, CUT_LAYER, RANK, ALPHA = 100, 2, 8, 32.0
+NUM_CLIENTS = 2
+
+
+def main() -> int:
+    run_dir = _unused_folder()
+    url = f"ws://127.0.0.1:{_free_port()}"
+    print(f"A server and {NUM_CLIENTS} devices on this machine; the texts of each device stay in its process.\n")
+    with ExitStack() as running:
+        server = _start(running, _server_command(run_dir, url))
+        devices = [_start(running, _edge_command(url, client), stderr=subprocess.PIPE) for client in range(NUM_CLIENTS)]
+        readers = [threading.Thread(target=_relay, args=(client, device)) for client, device in enumerate(devices)]
+        for reader in readers:
+            reader.start()
+        statuses = [process.wait() for process in (server, *devices)]
+        for reader in readers:
+            reader.join()
+    if any(statuses):
+        print(f"the demo failed: exit statuses {statuses}", file=sys.stderr)
+        return 1
+    _say_what_it_learnt(run_dir)
+    return 0
+
+
+def _server_command(run_dir: Path, url: str) -> list[str]:
+    options = f"--model {MODEL} --cut-layer {CUT_LAYER} --lora-rank {RANK} --lora-alpha {ALPHA} --clients {NUM_CLIENTS}"
+    training = f"--steps {STEPS} --lr 3e-3 --run-dir {run_dir} --port {url.rpartition(':')[2]}"
+    return ["splitlora-server", "serve", *options.split(), *training.split()]
+
+
+def _edge_command(url: str, client: int) -> list[str]:
+    command = (
+        f"splitlora-edge train --server {url} --model {MODEL} --data {GUIDES}/client-{client}.jsonl --name device-{client}"
+    )
+    return [*command.split(), *([] if client else ["--eval-data", f"{GUIDES}/valid.jsonl"])]
+
+
+def _start(running: ExitStack, command: list[str], **options: object) -> "subprocess.Popen[str]":
+    print("$ " + " ".join(command), flush=True)
+    # The programs beside this interpreter: they need not be on the PATH.
+    process = subprocess.Popen([str(Path(sys.executable).parent / command[0]), *command[1:]], text=True, **options)  # type: ignore[call-overload]
+    running.callback(process.terminate)
+    return process  # type: ignore[no-any-return]
+
+
+def _relay(client: int, device: "subprocess.Popen[str]") -> None:
+    """Show what a device has to say, but for its progress: the server's bar tells that already."""
+    assert device.stderr is not None
+    for line in device.stderr:
+        if not line.startswith(("step ", "batch ")):
+            print(f"\r\x1b[Kdevice-{client}: {line}" if sys.stderr.isatty() else f"device-{client}: {line}", end="", flush=True)
+
+
+def _say_what_it_learnt(run_dir: Path) -> None:
+    import torch  # only now: the demo's own process stays light while it runs
+
+    from edge_client.data import load_tokenizer, read_texts
+    from split_model import BaseModel, EdgePart, LoraConfig, ServerPart, continue_greedily, load_adapter
+
+    model, lora = BaseModel(MODEL), LoraConfig(rank=RANK, alpha=ALPHA)
+    adapter = load_adapter(run_dir / "adapter", model.config, lora)
+    placed = {"weight_dtype": torch.float32, "device": torch.device("cpu")}
+    edge, server = EdgePart(model, CUT_LAYER, lora, **placed), ServerPart(model, CUT_LAYER, lora, **placed)
+    for part in (edge, server):
+        part.load_adapter({name: adapter[name] for name in part.matrices()})
+    tokenizer, end = load_tokenizer(MODEL), model.config.end_token
+    print(f"\nThe adapter of both parts, a PEFT folder: {run_dir / 'adapter'}\nThree prompts it has never seen:")
+    for prompt, _ in itertools.islice(read_texts(GUIDES / "valid.jsonl"), 0, 60, 20):
+        ids = [*tokenizer.encode(prompt or "").ids, end]
+        continuation = continue_greedily(edge, server, ids, end, limit=80)
+        print(f"\n  {prompt}\n  -> {tokenizer.decode(continuation).strip()}")
+
+
+def _unused_folder() -> Path:
+    folders: Iterator[Path] = (Path("runs") / f"demo-{number}" for number in itertools.count(1))
+    return next(folder for folder in folders if not folder.exists())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""A message of every kind, and the encoding written a second time, from PROTOCOL.md alone."""
+
+import dataclasses
+from typing import Any
+
+import msgpack
+import numpy as np
+import zstandard
+
+from protocol import (
+    ActivationGradient,
+    Activations,
+    AdapterGradient,
+    AdapterWeights,
+    Array,
+    Done,
+    EdgeAdapter,
+    Evaluation,
+    EvaluationLoss,
+    Failure,
+    Goodbye,
+    Hello,
+    Join,
+    Message,
+    Ping,
+    Pong,
+    RunSettings,
+    Start,
+    Welcome,
+)
+
+SETTINGS = RunSettings(
+    cut_layer=1,
+    lora_rank=2,
+    lora_alpha=32.0,
+    lora_dropout=0.05,
+    lora_targets=("c_attn", "c_fc"),
+    clients=3,
+    steps=100,
+    aggregate_every=5,
+    lr=2e-4,
+    lr_schedule="linear",
+    warmup_steps=10,
+    weight_decay=0.01,
+    seed=7,
+    precision="float32",
+)
+
+_NAME = "base_model.model.transformer.h.0.attn.c_attn.lora_"
+_MATRICES = {
+    f"{_NAME}A.weight": np.array([[0.5, -1.0, 2.0], [0.25, 0.0, -0.0]], np.float32),
+    f"{_NAME}B.weight": np.array([[1e-30, 3.0]], np.float32),
+}
+_BATCH: dict[str, Any] = {
+    "lengths": np.array([2, 1], np.int32),
+    "label_counts": np.array([1, 0], np.int32),
+    "labels": np.array([50256], np.int32),
+    "values": np.array([[0.1, -0.2], [0.3, 1e20], [-1.5, 0.0]], np.float32),
+}
+
+SAMPLES: dict[str, Message] = {
+    type(message).__name__: message
+    for message in [
+        Ping(),
+        Pong(software="0.1.0", run="20250102-030405", clients=3, joined=1, step=0),
+        Hello(name="jetson-1.kitchen_A", fingerprint="0123456789abcdef0123456789abcdef"),
+        Welcome(run="20250102-030405", settings=SETTINGS, fingerprint="0123456789abcdef0123456789abcdef"),
+        Join(num_samples=1000, batch_size=8, longest=512),
+        Start(step=0, total_steps=100, adapter=_MATRICES),
+        Activations(**_BATCH, step=1, edge_seconds=0.125),
+        ActivationGradient(step=1, loss=3.5, values=_BATCH["values"].astype(np.float64)),
+        AdapterGradient(step=1, edge_seconds=0.0, tensors=_MATRICES),
+        AdapterWeights(step=5, edge_seconds=1.5, tensors={name: matrix.astype(float) for name, matrix in _MATRICES.items()}),
+        EdgeAdapter(step=5, tensors=_MATRICES),
+        Evaluation(**_BATCH, index=3),
+        EvaluationLoss(index=3, summed_loss=12.75),
+        Done(step=100),
+        Goodbye(),
+        Failure(reason="der Name ist vergeben: „jetson“"),
+    ]
+}
+
+
+def assert_same(left: Any, right: Any) -> None:
+    """Equal to the bit, types included."""
+    assert type(left) is type(right)
+    if isinstance(left, np.ndarray):
+        assert (left.dtype, left.shape, left.tobytes()) == (right.dtype, right.shape, right.tobytes())
+    elif isinstance(left, dict):
+        assert list(left) == list(right)
+        for name in left:
+            assert_same(left[name], right[name])
+    elif dataclasses.is_dataclass(left):
+        for item in dataclasses.fields(left):
+            assert_same(getattr(left, item.name), getattr(right, item.name))
+    else:
+        assert left == right
+
+
+def tensor_of(dtype: Any, shape: Any, data: Any) -> msgpack.ExtType:
+    return msgpack.ExtType(1, msgpack.packb([dtype, shape, data]))
+
+
+def tensor(array: Array) -> msgpack.ExtType:
+    data = array.tobytes()
+    planes = b"".join(data[byte :: array.itemsize] for byte in range(array.itemsize))
+    return tensor_of(array.dtype.name, array.shape, planes)
+
+
+def plain(value: Any) -> Any:
+    """A message, or a part of one, as msgpack knows it."""
+    if dataclasses.is_dataclass(value):
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    return tensor(value) if isinstance(value, np.ndarray) else value
+
+
+def compress(packed: bytes) -> bytes:
+    return zstandard.ZstdCompressor().compress(packed)
+
+
+def inflate(data: bytes) -> bytes:
+    return zstandard.ZstdDecompressor().decompress(data)
+
+
+def frame(unpacked: Any) -> bytes:
+    return compress(msgpack.packb(unpacked))
+
+
+def frame_of(kind: str, fields: Any) -> bytes:
+    return frame([1, kind, fields])

@@ -1,0 +1,70 @@
+"""The import table of ARCHITECTURE.md, and what an import may load."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+MAY_IMPORT = {
+    "protocol": {"msgpack", "numpy", "zstandard"},
+    "split_model": {"torch", "safetensors", "huggingface_hub"},
+    "terminal": {"tqdm"},
+    "edge_client": {"protocol", "split_model", "terminal", "numpy", "tokenizers", "torch", "websockets"},
+    "gpu_server": {"protocol", "split_model", "terminal", "numpy", "safetensors", "tomli", "torch", "websockets"},
+}
+ONLY_IN = {
+    "websockets": {"edge_client/connection.py", "gpu_server/server.py"},
+    "asyncio": {"gpu_server/server.py"},
+}
+
+
+def imported_by(file: Path) -> set[str]:
+    """Top-level names of everything a file imports from elsewhere."""
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0}
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_package_imports_only_what_its_row_allows(package: str) -> None:
+    files = list((REPOSITORY / package).rglob("*.py"))
+    assert files
+    for file in files:
+        assert imported_by(file) - sys.stdlib_module_names <= MAY_IMPORT[package] | {package}, file
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_library_is_known_only_to_its_own_files(library: str) -> None:
+    files = {file for package in MAY_IMPORT for file in (REPOSITORY / package).rglob("*.py") if library in imported_by(file)}
+    assert {file.relative_to(REPOSITORY).as_posix() for file in files} == ONLY_IN[library]
+
+
+def test_protocol_knows_no_clock_and_no_socket() -> None:
+    for file in (REPOSITORY / "protocol").rglob("*.py"):
+        assert not imported_by(file) & {"time", "datetime", "socket", "ssl", "asyncio", "threading"}, file
+
+
+def test_nothing_is_pickled() -> None:
+    for package in MAY_IMPORT:
+        for file in (REPOSITORY / package).rglob("*.py"):
+            assert not imported_by(file) & {"pickle", "marshal", "shelve", "dill", "joblib"}, file
+            assert "torch.load" not in file.read_text(encoding="utf-8"), file
+
+
+def test_packages_are_those_that_are_installed() -> None:
+    try:
+        import tomllib
+    except ModuleNotFoundError:
+        import tomli as tomllib
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    assert set(project["tool"]["setuptools"]["packages"]) == MAY_IMPORT.keys()
+
+
+@pytest.mark.parametrize("package", ["edge_client.client", "gpu_server.gpu_server"])
+def test_neither_side_imports_transformers_or_peft(package: str) -> None:
+    check = f"import sys, {package}; sys.exit(bool({{'transformers', 'peft', 'accelerate'}} & sys.modules.keys()))"
+    subprocess.run([sys.executable, "-c", check], check=True)

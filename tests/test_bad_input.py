@@ -1,0 +1,959 @@
+"""What goes wrong outside of us: one sentence and an exit status, nothing lost, no traceback; and the others go on."""
+
+import http.server
+import json
+import os
+import shutil
+import signal
+import socket
+import socketserver
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+import torch
+import zstandard
+from safetensors.torch import load_file, save_file
+from websockets.sync.client import connect
+from websockets.sync.server import serve
+
+import edge_client.cli
+import gpu_server.cli
+from edge_client import EdgeClient, Refused
+from gpu_server import GpuServer, RunEndedEarly
+from protocol import (
+    PROTOCOL_VERSION,
+    ActivationGradient,
+    Activations,
+    AdapterGradient,
+    Array,
+    Done,
+    EdgeAdapter,
+    Evaluation,
+    EvaluationLoss,
+    Failure,
+    Hello,
+    Join,
+    Message,
+    Ping,
+    Pong,
+    Start,
+    Welcome,
+    decode,
+    encode,
+)
+from split_model import BaseModel, LoraConfig, TrainingDiverged, initial_adapter, save_adapter
+
+WIDTH, VOCABULARY = 32, 600  # of the tiny model
+Say = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def sentence(capsys: pytest.CaptureFixture[str]) -> Callable[[int], str]:
+    """What a program said, having ended with status 1: one line, of which this is all behind its name."""
+
+    def said(status: int) -> str:
+        out, error = capsys.readouterr()
+        program, _, text = error.strip().partition(": ")
+        assert (status, out) == (1, "")
+        assert program in ("splitlora-edge", "splitlora-server")
+        assert "\n" not in text
+        assert "Traceback" not in text
+        return text
+
+    return said
+
+
+@pytest.fixture
+def edge_says(tiny_model: Path, pairs_file: Callable[..., Path], sentence: Callable[[int], str]) -> Say:
+    """Runs splitlora-edge train with what is good, and the flags given."""
+    good = {"server": f"ws://127.0.0.1:{free_port()}", "model": tiny_model, "data": pairs_file("good", 3), "device": "cpu"}
+
+    def run(**flags: Any) -> str:
+        return sentence(edge_client.cli.main(["train", *arguments({**good, **flags})]))
+
+    return run
+
+
+@pytest.fixture
+def server_says(tiny_model: Path, tmp_path: Path, sentence: Callable[[int], str]) -> Say:
+    """Runs splitlora-server serve with what is good, and the flags given. Whatever goes wrong, no run is begun."""
+
+    def run(**flags: Any) -> str:
+        told = {**server_options(tiny_model, tmp_path / "run"), **flags}
+        text = sentence(gpu_server.cli.main(["serve", *arguments(told)]))
+        assert not list(tmp_path.rglob("run.json"))
+        return text
+
+    return run
+
+
+def server_options(model: Path, run_dir: Path) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        "run_dir": str(run_dir),
+        "steps": 2,
+        "cut_layer": 1,
+        "lora_rank": 2,
+        "port": 0,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+
+
+def arguments(flags: dict[str, Any]) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+# Data files, and what is told of them
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text"\n', "line 2: broken JSON"),
+        ("a.jsonl", b'{"text": "\xff"}', "line 1: not UTF-8"),
+        ("a.jsonl", b"", "is empty"),
+        ("a.csv", b"a,b\n1,2\n", 'line 2: expected "prompt" and "completion"'),
+        ("a.parquet", b"PAR1", "data files end in .jsonl, .csv, .txt"),
+        ("a.jsonl", json.dumps({"prompt": "p, " * 500, "completion": "c"}).encode(), "no token to predict is left"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["data", "eval_data"])
+def test_edge_names_a_bad_data_file(edge_says: Say, tmp_path: Path, flag: str, name: str, content: bytes, reason: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    text = edge_says(**{flag: path})
+    assert text.startswith(str(path))
+    assert reason in text
+
+
+def test_edge_names_a_missing_data_file(edge_says: Say, tmp_path: Path) -> None:
+    assert edge_says(data=tmp_path / "none.txt") == f"{tmp_path / 'none.txt'} cannot be read: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "text"),
+    [
+        ("batch_size", 0, "batch-size must be at least 1, got 0"),
+        ("max_length", 1, "max-length must be at least 2 tokens, got 1"),
+        ("name", "a b", "a client name is 1 to 64 of A-Z a-z 0-9 . _ - and starts with a letter or digit, got 'a b'"),
+        ("name", "../x", "a client name is 1 to 64 of A-Z a-z 0-9 . _ - and starts with a letter or digit, got '../x'"),
+        ("name", "x\n", "a client name is 1 to 64 of A-Z a-z 0-9 . _ - and starts with a letter or digit, got 'x\\n'"),
+    ],
+)
+def test_edge_refuses_a_flag_that_cannot_be(edge_says: Say, flag: str, value: Any, text: str) -> None:
+    assert edge_says(**{flag: value}) == text
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["train"], ["train", "--batch-size=x"], ["serve"], ["train", "--device=tpu"], ["ping", "--data=x"]]
+)
+def test_edge_shows_its_usage_to_other_flags(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        edge_client.cli.main(words)
+    assert capsys.readouterr().err.startswith("usage: splitlora-edge")
+
+
+# Model folders
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may spoil."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def change_config(model: Path, **changes: Any) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def change_weights(model: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    weights = load_file(model / "model.safetensors")
+    change(weights)
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
+
+
+def shorten(weights: dict[str, torch.Tensor], name: str) -> None:
+    weights[name] = weights[name][:-1]
+
+
+def use_index(model: Path, index: Any) -> None:
+    (model / "model.safetensors").rename(model / "weights.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+SPOILT_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no folder": (shutil.rmtree, "no model folder at"),
+    "no config": (lambda model: (model / "config.json").unlink(), "config.json is missing; a model folder has"),
+    "broken config": (lambda model: (model / "config.json").write_text("{"), "config.json cannot be read"),
+    "binary config": (lambda model: (model / "config.json").write_bytes(b"\xff"), "config.json cannot be read"),
+    "config no object": (lambda model: (model / "config.json").write_text("[]"), "config.json is not a JSON object"),
+    "other architecture": (lambda model: change_config(model, model_type="llama"), "model_type is 'llama'; only 'gpt2'"),
+    "no architecture": (lambda model: (model / "config.json").write_text("{}"), "model_type is None; only 'gpt2'"),
+    "no width": (lambda model: (model / "config.json").write_text('{"model_type": "gpt2"}'), "'n_layer' is missing"),
+    "width no number": (lambda model: change_config(model, n_embd="wide"), "is no GPT-2 configuration"),
+    "no heads": (lambda model: change_config(model, n_head=0), "must be at least 1"),
+    "odd heads": (lambda model: change_config(model, n_head=5), "n_embd 32 is not a multiple of n_head 5"),
+    "end beyond": (lambda model: change_config(model, eos_token_id=50256), "eos_token_id 50256 is not below vocab_size"),
+    "other activation": (lambda model: change_config(model, activation_function="swish"), "activation_function 'swish'"),
+    "unsupported": (lambda model: change_config(model, add_cross_attention=True), "add_cross_attention is not supported"),
+    "no weights": (lambda model: (model / "model.safetensors").unlink(), "has no weights: neither model.safetensors nor"),
+    "corrupt weights": (lambda model: (model / "model.safetensors").write_bytes(b"\xff" * 99), "cannot be read as safetensors"),
+    "half the weights": (
+        lambda model: (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:9000]),
+        "cannot be read as safetensors",
+    ),
+    "no shards": (lambda model: use_index(model, {"weight_map": {}}), "names no shards, or shards outside its folder"),
+    "shards no map": (lambda model: use_index(model, {"weight_map": ["a"]}), "names no shards, or shards outside its folder"),
+    "shards outside": (
+        lambda model: use_index(model, {"weight_map": {"wte.weight": "../model.safetensors"}}),
+        "names no shards, or shards outside its folder",
+    ),
+    "shard above": (
+        lambda model: use_index(model, {"weight_map": {"a": ".."}}),
+        "names no shards, or shards outside its folder",
+    ),
+    "shard missing": (lambda model: use_index(model, {"weight_map": {"a": "b.safetensors"}}), "b.safetensors cannot be read"),
+}
+SPOILT_FOR_THE_EDGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no tokenizer": (lambda model: (model / "tokenizer.json").unlink(), "has no tokenizer: neither tokenizer.json nor"),
+    "broken tokenizer": (lambda model: (model / "tokenizer.json").write_text("{}"), "the tokenizer cannot be read"),
+}
+SPOILT_FOR_THE_SERVER: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "tensor missing": (
+        lambda model: change_weights(model, lambda weights: weights.pop("transformer.h.2.attn.c_attn.weight")),
+        "tensor 'h.2.attn.c_attn.weight' is missing; is this a complete GPT-2 checkpoint?",
+    ),
+    "tensor of another shape": (
+        lambda model: change_weights(model, lambda weights: shorten(weights, "transformer.h.3.mlp.c_fc.bias")),
+        "tensor 'h.3.mlp.c_fc.bias' has shape [127], config.json asks for [128]",
+    ),
+    "config of another model": (
+        lambda model: change_config(model, n_embd=64),
+        "has shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", [*SPOILT_MODELS, *SPOILT_FOR_THE_EDGE])
+def test_edge_refuses_a_model(edge_says: Say, model: Path, case: str) -> None:
+    spoil, reason = {**SPOILT_MODELS, **SPOILT_FOR_THE_EDGE}[case]
+    spoil(model)
+    text = edge_says(model=model)
+    assert reason in text
+    assert str(model) in text
+
+
+@pytest.mark.parametrize("case", [*SPOILT_MODELS, *SPOILT_FOR_THE_SERVER])
+def test_server_refuses_a_model(server_says: Say, model: Path, case: str) -> None:
+    spoil, reason = {**SPOILT_MODELS, **SPOILT_FOR_THE_SERVER}[case]
+    spoil(model)
+    text = server_says(model=model)
+    assert reason in text
+    assert str(model) in text
+
+
+def test_edge_refuses_a_model_whose_own_blocks_are_incomplete(
+    tiny_model: Path, edge_says: Say, model: Path, tmp_path: Path
+) -> None:
+    # Both have the same model: the server never looks at the device's blocks.
+    change_weights(model, lambda weights: weights.pop("transformer.h.0.attn.c_attn.weight"))
+    with GpuServer(**server_options(model, tmp_path / "run")) as server:
+        assert "tensor 'h.0.attn.c_attn.weight' is missing" in edge_says(model=model, server=server.url)
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "nobody/no-such-model", "a--b"])
+def test_name_that_is_neither_folder_nor_on_the_hub_is_named(edge_says: Say, name: str) -> None:
+    assert edge_says(model=name).startswith(f"{name!r} is no folder here, and the Hugging Face hub did not give it: ")
+
+
+def test_file_is_no_model(edge_says: Say, model: Path) -> None:
+    assert edge_says(model=model / "config.json").startswith(f"{model / 'config.json'} is a file; a model is a folder")
+
+
+# Settings of the server
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"cut_layer": 0}, "cut layer must be between 1 and 3 for a model of 4 blocks, got 0"),
+        ({"cut_layer": 4}, "cut layer must be between 1 and 3 for a model of 4 blocks, got 4"),
+        ({"lora_rank": 0}, "LoRA rank must be at least 1, got 0"),
+        ({"lora_alpha": 0}, "LoRA alpha must be positive, got 0.0"),
+        ({"lora_dropout": 1.0}, "LoRA dropout must be in [0, 1), got 1.0"),
+        ({"lora_dropout": "nan"}, "LoRA dropout must be in [0, 1), got nan"),
+        ({"lora_targets": "c_attn,q_proj"}, "LoRA targets must be among c_attn, c_proj, c_fc; got q_proj"),
+        ({"lora_targets": ""}, "LoRA targets must be among c_attn, c_proj, c_fc; got "),
+        ({"steps": 0}, "steps must be 1 to 2147483647, got 0"),
+        ({"epochs": 2}, "give steps or epochs, not both"),
+        ({"lr": "nan"}, "lr must be positive, got nan"),
+        ({"host": "no.such.host.invalid"}, "cannot listen on no.such.host.invalid:0"),
+        ({"config": "none.toml"}, "none.toml cannot be read: No such file or directory"),
+        ({"init_adapter": "none"}, "none/adapter_config.json cannot be read"),
+    ],
+)
+def test_server_refuses_a_setting(server_says: Say, flags: dict[str, Any], reason: str) -> None:
+    assert server_says(**flags).startswith(reason)
+
+
+def test_server_names_an_unknown_key_of_the_file_and_the_nearest_known_one(server_says: Say, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("lora-rnak = 3\n")
+    assert server_says(config=path) == "unknown setting 'lora_rnak'; the nearest known one is 'lora-rank'"
+
+
+@pytest.mark.parametrize(
+    ("rank", "changes", "reason"),
+    [
+        (4, {}, "r is 4, the run asks for 2"),
+        (2, {"lora_alpha": 7}, "lora_alpha is 7, the run asks for 32.0"),
+        (2, {"target_modules": ["c_fc"]}, "target_modules is ['c_fc'], the run asks for {'c_attn'}"),
+        (2, {"target_modules": 3}, "target_modules is 3, the run asks for {'c_attn'}"),
+        (2, {"use_dora": True}, "only plain LoRA can be continued; this adapter uses use_dora"),
+        (2, {"bias": "all"}, "only plain LoRA can be continued; this adapter uses bias"),
+        (2, {"peft_type": "IA3"}, "does not describe a LoRA adapter"),
+    ],
+)
+def test_server_refuses_an_adapter_of_another_kind(
+    server_says: Say, tiny_model: Path, tmp_path: Path, rank: int, changes: dict[str, Any], reason: str
+) -> None:
+    folder, lora = tmp_path / "adapter", LoraConfig(rank=rank)
+    save_adapter(folder, initial_adapter(BaseModel(tiny_model).config, lora, 0), lora, "tiny")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    text = server_says(init_adapter=folder)
+    assert str(folder) in text
+    assert reason in text
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff" * 50])
+def test_server_refuses_an_adapter_without_matrices(
+    server_says: Say, tiny_model: Path, tmp_path: Path, content: bytes | None
+) -> None:
+    folder, lora = tmp_path / "adapter", LoraConfig(rank=2)
+    save_adapter(folder, initial_adapter(BaseModel(tiny_model).config, lora, 0), lora, "tiny")
+    weights = folder / "adapter_model.safetensors"
+    weights.unlink()
+    if content is not None:
+        weights.write_bytes(content)
+    assert server_says(init_adapter=folder).startswith(f"{weights} cannot be read: ")
+
+
+def test_server_refuses_an_adapter_of_another_model(server_says: Say, tiny_model: Path, tmp_path: Path) -> None:
+    folder, lora = tmp_path / "adapter", LoraConfig(rank=2)
+    adapter = initial_adapter(BaseModel(tiny_model).config, lora, 0)
+    save_adapter(folder, dict(list(adapter.items())[2:]), lora, "tiny")
+    assert "h.0.attn.c_attn.lora_A.weight is missing, unknown or of another shape" in server_says(init_adapter=folder)
+
+
+def test_server_names_a_port_in_use_and_begins_no_run(server_says: Say) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        text = server_says(port=port)
+    assert text.startswith(f"cannot listen on 127.0.0.1:{port}: ")
+    assert "in use" in text
+    assert text.endswith("choose another --port or --host")
+
+
+def test_server_leaves_a_run_that_is_there_as_it_is(tiny_model: Path, tmp_path: Path, sentence: Callable[[int], str]) -> None:
+    run_dir = tmp_path / "run"
+    (run_dir / "adapter").mkdir(parents=True)
+    for name in ("run.json", "metrics.jsonl", "adapter/adapter_config.json"):
+        (run_dir / name).write_text(f"{name} of long ago")
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run_dir.rglob("*") if path.is_file()}
+    text = sentence(gpu_server.cli.main(["serve", *arguments(server_options(tiny_model, run_dir))]))
+    assert text == f"{run_dir} holds a run already; choose another --run-dir"
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_server_refuses_a_run_directory_that_is_a_file(server_says: Say, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("precious")
+    assert server_says(run_dir=path) == f"run directory {path} cannot be written: File exists"
+    assert path.read_text() == "precious"
+
+
+def test_server_refuses_a_run_directory_it_cannot_write(server_says: Say, tmp_path: Path) -> None:
+    (tmp_path / "run" / "run.json.part").mkdir(parents=True)  # stands for a full or a read-only disk
+    assert server_says() == f"run directory {tmp_path / 'run'} cannot be written: Is a directory"
+
+
+def test_server_that_cannot_write_the_adapter_does_not_end_well(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, port = tmp_path / "run", free_port()
+    run_dir.mkdir()
+    (run_dir / "adapter").write_text("")  # stands for a disk that fills up during the run
+    flags = {**server_options(tiny_model, run_dir), "port": port}
+    with ThreadPoolExecutor(1) as background:
+        status = background.submit(gpu_server.cli.main, ["serve", *arguments(flags)])
+        wait_for_server(port)
+        url = f"ws://127.0.0.1:{port}"
+        with pytest.raises(ConnectionError), EdgeClient(url, model=str(tiny_model), data=pairs_file("a", 3)) as client:
+            list(client.train())
+        assert status.result() == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == f"splitlora-server: run directory {run_dir} cannot be written: File exists"
+
+
+def wait_for_server(port: int) -> None:
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        threading.Event().wait(0.01)
+
+
+# Servers
+
+
+@pytest.fixture(params=["train", "ping"])
+def says_of_server(request: pytest.FixtureRequest, edge_says: Say, sentence: Callable[[int], str]) -> Callable[[str], str]:
+    """What splitlora-edge train, and splitlora-edge ping, say of a server."""
+    if request.param == "train":
+        return lambda url: edge_says(server=url)
+    return lambda url: sentence(edge_client.cli.main(["ping", f"--server={url}"]))
+
+
+def test_edge_names_a_server_that_is_not_there(says_of_server: Callable[[str], str]) -> None:
+    url = f"ws://127.0.0.1:{free_port()}"
+    assert says_of_server(url) == f"no server at {url}: Connection refused; is splitlora-server running there?"
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "127.0.0.1:8765", "ws://", "ws://127.0.0.1:99999", "ws://[::1", ""])
+def test_edge_names_an_address_that_is_no_websocket(says_of_server: Callable[[str], str], url: str) -> None:
+    assert says_of_server(url) == f"{url} is no WebSocket address; it looks like ws://192.168.1.20:8765"
+
+
+def test_edge_names_a_plain_http_server(says_of_server: Callable[[str], str]) -> None:
+    class Quiet(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(404)
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            pass
+
+    with tcp_server(Quiet) as port:
+        assert says_of_server(f"ws://127.0.0.1:{port}").startswith(f"no server at ws://127.0.0.1:{port}: ")
+
+
+@pytest.mark.parametrize("greeting", [b"", b"SSH-2.0-OpenSSH_9.6\r\n", b"\x00" * 2000])
+def test_edge_names_a_server_of_something_else(says_of_server: Callable[[str], str], greeting: bytes) -> None:
+    class Other(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(4096)
+            self.request.sendall(greeting)
+
+    with tcp_server(Other) as port:
+        assert says_of_server(f"ws://127.0.0.1:{port}").startswith(f"no server at ws://127.0.0.1:{port}: ")
+
+
+@contextmanager
+def tcp_server(handler: type[socketserver.BaseRequestHandler]) -> Iterator[int]:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def packed(version: int, kind: str, **fields: Any) -> bytes:
+    return zstandard.compress(msgpack.packb([version, kind, fields]))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"rubbish", "not a message"),
+        (b"", "not a message"),
+        ("a text", "got a text frame; messages are binary"),
+        (packed(PROTOCOL_VERSION + 1, "Pong"), f"peer speaks protocol version {PROTOCOL_VERSION + 1}, this side speaks"),
+        (packed(PROTOCOL_VERSION, "Pong"), "Pong.software is missing"),
+        (packed(PROTOCOL_VERSION, "Nonsense"), "unknown kind of message"),
+        (encode(EdgeAdapter(step=1, tensors={})), "server sent EdgeAdapter while"),
+        (encode(Ping()), "server sent Ping while"),
+    ],
+)
+def test_edge_names_what_a_server_answers_wrongly(
+    says_of_server: Callable[[str], str], answer: bytes | str, reason: str
+) -> None:
+    def handler(connection: Any) -> None:
+        connection.recv()
+        connection.send(answer)
+
+    with serve(handler, "127.0.0.1", 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+        try:
+            text = says_of_server(url)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert url in text
+    assert reason in text
+
+
+def test_edge_names_a_server_that_hangs_up(says_of_server: Callable[[str], str]) -> None:
+    with serve(lambda connection: connection.recv(), "127.0.0.1", 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+        try:
+            assert says_of_server(url).startswith(f"the connection to {url} was lost: ")
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+# Hostile clients, beside an honest one
+
+
+class Hostile:
+    """A client that says what it likes."""
+
+    def __init__(self, url: str) -> None:
+        self.stack = ExitStack()
+        self.socket = self.stack.enter_context(connect(url, compression=None, max_size=None, proxy=None))
+
+    def say(self, words: Message | bytes | str) -> None:
+        self.socket.send(words if isinstance(words, bytes | str) else encode(words))
+
+    def hear(self, kind: Any = Failure) -> Any:
+        heard = decode(self.socket.recv(timeout=30), 2**26)
+        assert isinstance(heard, kind), heard
+        return heard
+
+    def hang_up(self) -> None:
+        """As a device that loses power: no closing handshake, and not even a FIN."""
+        self.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.socket.socket.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> "Hostile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+
+def batch(**changes: Any) -> Activations:
+    """What is right in step 1, after a Join of batches of 2 x 4 rows, and the changes given."""
+    right = {
+        "step": 1,
+        "edge_seconds": 0.0,
+        "lengths": ints(4, 3),
+        "label_counts": ints(2, 1),
+        "labels": ints(1, 2, 3),
+        "values": np.ones((7, WIDTH), np.float32),
+    }
+    message = object.__new__(Activations)  # its own checks left out
+    vars(message).update({**right, **changes})
+    return message
+
+
+def ints(*values: int) -> Array:
+    return np.array(values, np.int32)
+
+
+def floats(rows: int, width: int = WIDTH, value: float = 1.0, dtype: Any = np.float32) -> Array:
+    return np.full((rows, width), value, dtype)
+
+
+def bomb() -> bytes:
+    """A zstd frame that announces 100 bytes and holds a million."""
+    frame = bytearray(zstandard.ZstdCompressor(write_content_size=True).compress(bytes(2**20)))
+    assert frame[4] & 0b11100000 == 0b10100000  # one segment, a size of four bytes
+    frame[5:9] = struct.pack("<I", 100)
+    return bytes(frame)
+
+
+def unannounced() -> bytes:
+    return zstandard.ZstdCompressor(write_content_size=False).compress(bytes(2**20))
+
+
+@dataclass
+class Run:
+    """A server, and an honest client that it has welcomed."""
+
+    server: GpuServer
+    honest: EdgeClient
+    background: Executor
+    steps: "Future[list[int]] | None" = None
+
+    def train(self) -> "Future[list[int]]":
+        """Let the honest client take part, to the run's end; the numbers of its steps."""
+        if self.steps is None:
+            self.steps = self.background.submit(lambda: [step.number for step in self.honest.train()])
+        return self.steps
+
+
+@contextmanager
+def a_run(model: Path, tmp_path: Path, data: Path, *, clients: int, **options: Any) -> Iterator[Run]:
+    """A run of two steps. Whatever happens in the block, at its end the honest client finishes it."""
+    told = {**server_options(model, tmp_path / "run"), "clients": clients, **options}
+    with ThreadPoolExecutor(1) as background, GpuServer(**told) as server:
+        with EdgeClient(server.url, model=str(model), data=data, name="honest", batch_size=2, dtype="float32") as honest:
+            run = Run(server, honest, background)
+            yield run
+            assert run.train().result() == [1, 2]
+        assert [record.number for record in server.train()] == [1, 2]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@contextmanager
+def joined(run: Run, fingerprint: str) -> Iterator[Hostile]:
+    """A hostile client that has joined as it should, batches of 2 x 4 rows: with the honest one, the run has started."""
+    while True:
+        with Hostile(run.server.url) as hostile:
+            hostile.say(Hello(name="hostile", fingerprint=fingerprint))
+            if isinstance(hostile.hear(Welcome | Failure), Failure):
+                continue  # one refused before has not left quite yet
+            hostile.say(Join(num_samples=4, batch_size=2, longest=4))
+            run.honest.start()
+            assert hostile.hear(Start).step == 0
+            yield hostile
+            return
+
+
+FINGERPRINT = "0" * 32
+UNASKED: dict[str, tuple[Message | bytes | str, str]] = {
+    "rubbish": (b"rubbish", "not a message"),
+    "nothing": (b"", "not a message"),
+    "text frame": ("hello", "got a text frame; messages are binary"),
+    "other version": (packed(PROTOCOL_VERSION + 1, "Hello", name="x"), f"protocol version {PROTOCOL_VERSION + 1}, this side"),
+    "unknown kind": (packed(PROTOCOL_VERSION, "Nonsense"), "unknown kind of message"),
+    "field missing": (packed(PROTOCOL_VERSION, "Hello", name="x"), "Hello.fingerprint is missing"),
+    "bad name": (packed(PROTOCOL_VERSION, "Hello", name="../x", fingerprint=FINGERPRINT), "Hello: a client name is 1 to 64"),
+    "out of turn": (Join(num_samples=1, batch_size=1, longest=1), "client sent Join while new"),
+    "not its to say": (Pong(software="x", run="x", clients=1, joined=1, step=1), "client sent Pong while new"),
+    "early batch": (batch(), "client sent Activations while new"),
+    "bomb": (bomb(), "not a message"),
+    "huge frame": (zstandard.compress(bytes(2**27)), f"message of {2**27} bytes exceeds the limit of 65536 bytes"),
+    "frame of unknown size": (unannounced(), "does not announce its size"),
+}
+
+
+@pytest.mark.parametrize("case", UNASKED)
+def test_client_that_says_what_it_may_not_is_refused_and_the_other_goes_on(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], case: str
+) -> None:
+    words, reason = UNASKED[case]
+    with a_run(tiny_model, tmp_path, pairs_file("honest", 3), clients=1) as run, Hostile(run.server.url) as hostile:
+        hostile.say(words)
+        assert reason in hostile.hear().reason
+
+
+@pytest.fixture
+def fingerprint(tiny_model: Path) -> str:
+    return BaseModel(tiny_model).fingerprint()
+
+
+def test_client_with_another_model_is_refused_with_both_fingerprints(
+    tiny_model: Path, model: Path, tmp_path: Path, pairs_file: Callable[..., Path], edge_says: Say, fingerprint: str
+) -> None:
+    change_config(model, layer_norm_epsilon=1e-4)
+    with a_run(tiny_model, tmp_path, pairs_file("honest", 3), clients=2) as run:
+        text = edge_says(server=run.server.url, model=model)
+        assert fingerprint in text
+        assert BaseModel(model).fingerprint() in text
+        with joined(run, fingerprint):
+            pass
+
+
+def test_client_with_a_name_in_use_is_refused(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], edge_says: Say
+) -> None:
+    with a_run(tiny_model, tmp_path, pairs_file("honest", 3), clients=1) as run:
+        text = edge_says(server=run.server.url, name="honest")
+        assert text.endswith("refuses: the name honest is taken; choose another with --name")
+
+
+def test_client_too_many_is_refused(tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], edge_says: Say) -> None:
+    with a_run(tiny_model, tmp_path, pairs_file("honest", 3), clients=1) as run:
+        assert edge_says(server=run.server.url, name="late").endswith("refuses: the run has its 1 clients already")
+
+
+@pytest.mark.parametrize(
+    ("join", "reason"),
+    [
+        ({"longest": 257}, "sequences of 257 tokens; the model has 256 positions"),
+        ({"batch_size": 100, "longest": 100}, "choose a smaller --batch-size or --max-length"),
+        ({"num_samples": 2**53}, "at most 2147483647 can be"),
+    ],
+)
+def test_client_that_brings_too_much_is_refused_and_leaves_its_place(
+    tiny_model: Path,
+    tmp_path: Path,
+    pairs_file: Callable[..., Path],
+    fingerprint: str,
+    join: dict[str, int],
+    reason: str,
+) -> None:
+    options = {"steps": None, "epochs": 1, "max_batch_tokens": 300}
+    with a_run(tiny_model, tmp_path, pairs_file("honest", 4), clients=2, **options) as run:
+        with Hostile(run.server.url) as hostile:
+            hostile.say(Hello(name="greedy", fingerprint=fingerprint))
+            hostile.hear(Welcome)
+            hostile.say(Join(**{"num_samples": 1, "batch_size": 1, "longest": 1, **join}))
+            assert reason in hostile.hear().reason
+        with joined(run, fingerprint):
+            pass
+
+
+MISFITS: dict[str, tuple[Message | bytes | str, str]] = {
+    "rubbish": (b"rubbish", "not a message"),
+    "text frame": ("hello", "got a text frame; messages are binary"),
+    "bomb": (bomb(), "not a message"),
+    "out of turn": (Hello(name="again", fingerprint=FINGERPRINT), "client sent Hello while ready"),
+    "other width": (batch(values=floats(7, 31)), "values are 31 wide, the model is 32"),
+    "other dtype": (batch(values=floats(7, dtype=np.float64)), "values are float64, the run's are float32"),
+    "integers for values": (
+        packed(PROTOCOL_VERSION, "Activations", step=1, edge_seconds=0.0, lengths=[1], label_counts=[1], labels=[1], values=1),
+        "Activations.lengths: expected a tensor",
+    ),
+    "not a number": (batch(values=floats(7, value=float("nan"))), "Activations.values: has NaN or infinite values"),
+    "infinite": (batch(values=floats(7, value=float("-inf"))), "Activations.values: has NaN or infinite values"),
+    "step ahead": (batch(step=2), "expected Activations of step 1, got Activations of step 2"),
+    "adapter first": (
+        AdapterGradient(step=1, edge_seconds=0.0, tensors={}),
+        "expected Activations of step 1, got AdapterGradient of step 1",
+    ),
+    "done first": (Done(step=2), "expected Activations of step 1, got Done of step 2"),
+    "lengths beside the rows": (batch(lengths=ints(4, 4)), "lengths add up to 8, values have 7 rows"),
+    "no sequence": (batch(lengths=ints(), label_counts=ints(), labels=ints(), values=floats(0)), "0 lengths"),
+    "more rows": (
+        batch(lengths=ints(3, 3, 3), label_counts=ints(1, 1, 1), values=floats(9)),
+        "9 rows, at most 8 were announced",
+    ),
+    "more sequences": (
+        batch(lengths=ints(1, 1, 1), label_counts=ints(1, 1, 1), values=floats(3)),
+        "at most 8 were announced",
+    ),
+    "longer sequence": (
+        batch(lengths=ints(7), label_counts=ints(3)),
+        "a sequence of 7 tokens, at most 4 were announced",
+    ),
+    "far more rows": (batch(lengths=ints(4, 4000), values=floats(4004)), "exceeds the limit of"),
+    "label beyond": (batch(labels=ints(1, 2, VOCABULARY)), f"labels must be ids below {VOCABULARY}"),
+    "label below": (batch(labels=ints(-1, 2, 3)), f"labels must be ids below {VOCABULARY}"),
+    "more labels": (batch(labels=ints(1, 2, 3, 4)), "label counts add up to 3, got 4 labels"),
+    "label counts beyond": (batch(label_counts=ints(5, 1)), "label counts between 0 and the length"),
+    "evaluation of another width": (
+        Evaluation(index=0, lengths=ints(1), label_counts=ints(1), labels=ints(1), values=floats(1, 5)),
+        "values are 5 wide, the model is 32",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_client_whose_message_does_not_fit_the_run_is_dropped_and_the_other_goes_on(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], fingerprint: str, case: str
+) -> None:
+    words, reason = MISFITS[case]
+    with (
+        a_run(tiny_model, tmp_path, pairs_file("honest", 3), clients=2) as run,
+        joined(run, fingerprint) as hostile,
+    ):
+        hostile.say(words)
+        assert reason in hostile.hear().reason
+
+
+def edge_tensors(**changes: Any) -> dict[str, Array]:
+    prefix = "base_model.model.transformer.h.0.attn.c_attn.lora_"
+    right = {f"{prefix}A.weight": floats(2), f"{prefix}B.weight": floats(3 * WIDTH, 2)}
+    return {**right, **{f"{prefix}{matrix}.weight": value for matrix, value in changes.items()}}
+
+
+BAD_GRADIENTS: dict[str, tuple[Message, str]] = {
+    "none": (AdapterGradient(step=1, edge_seconds=0.0, tensors={}), "the tensors are not the LoRA matrices of the edge part"),
+    "other shape": (
+        AdapterGradient(step=1, edge_seconds=0.0, tensors=edge_tensors(A=floats(4))),
+        "the tensors are not the LoRA matrices of the edge part",
+    ),
+    "one more": (
+        AdapterGradient(step=1, edge_seconds=0.0, tensors=edge_tensors(C=floats(2))),
+        "the tensors are not the LoRA matrices of the edge part",
+    ),
+    "other dtype": (
+        AdapterGradient(step=1, edge_seconds=0.0, tensors=edge_tensors(A=floats(2, dtype=np.float64))),
+        "the run's adapters are float32",
+    ),
+    "not a number": (
+        AdapterGradient(step=1, edge_seconds=0.0, tensors=edge_tensors(A=floats(2, value=float("nan")))),
+        "has NaN or infinite values",
+    ),
+    "of another step": (
+        AdapterGradient(step=2, edge_seconds=0.0, tensors=edge_tensors()),
+        "expected AdapterGradient of step 1, got AdapterGradient of step 2",
+    ),
+    "a batch instead": (batch(step=2), "expected AdapterGradient of step 1, got Activations of step 2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GRADIENTS)
+def test_client_with_a_bad_gradient_is_dropped_in_the_middle_of_a_step_and_the_other_goes_on(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], fingerprint: str, case: str
+) -> None:
+    words, reason = BAD_GRADIENTS[case]
+    with (
+        a_run(tiny_model, tmp_path, pairs_file("honest", 3), clients=2) as run,
+        joined(run, fingerprint) as hostile,
+    ):
+        run.train()
+        hostile.say(batch())
+        assert hostile.hear(ActivationGradient).values.shape == (7, WIDTH)
+        hostile.say(words)
+        assert reason in hostile.hear().reason
+        assert run.train().result() == [1, 2]
+
+
+@pytest.mark.parametrize("moment", ["before its batch", "after its batch", "after its gradient", "after a step"])
+@pytest.mark.parametrize("politely", [True, False])
+def test_client_that_leaves_in_the_middle_does_not_stop_the_others(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], fingerprint: str, moment: str, politely: bool
+) -> None:
+    with (
+        a_run(tiny_model, tmp_path, pairs_file("honest", 3), clients=2) as run,
+        joined(run, fingerprint) as hostile,
+    ):
+        run.train()
+        if moment != "before its batch":
+            hostile.say(batch())
+        if moment in ("after its gradient", "after a step"):
+            hostile.hear(ActivationGradient)
+        if moment == "after a step":
+            hostile.say(AdapterGradient(step=1, edge_seconds=0.0, tensors=edge_tensors()))
+            hostile.hear(EdgeAdapter)
+        if not politely:
+            hostile.hang_up()
+        hostile.socket.close()
+        assert run.train().result() == [1, 2]
+
+
+def test_evaluation_of_a_hostile_client_changes_nothing(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], fingerprint: str
+) -> None:
+    with (
+        a_run(tiny_model, tmp_path, pairs_file("honest", 3), clients=2) as run,
+        joined(run, fingerprint) as hostile,
+    ):
+        hostile.say(Evaluation(index=7, lengths=ints(2), label_counts=ints(2), labels=ints(1, 2), values=floats(2)))
+        first = hostile.hear(EvaluationLoss)
+        hostile.say(Evaluation(index=7, lengths=ints(2), label_counts=ints(2), labels=ints(1, 2), values=floats(2)))
+        assert (first.index, hostile.hear(EvaluationLoss).summed_loss) == (7, first.summed_loss)
+
+
+# Training that diverges
+
+
+@pytest.mark.parametrize("aggregate_every", [1, 2])
+def test_training_that_diverges_ends_the_edge_with_one_sentence(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], capsys: pytest.CaptureFixture[str], aggregate_every: int
+) -> None:
+    options = {**server_options(tiny_model, tmp_path / "run"), "lr": 1e30, "steps": 20, "aggregate_every": aggregate_every}
+    with GpuServer(**options) as server:
+        flags = {"server": server.url, "model": tiny_model, "data": pairs_file("a", 9), "device": "cpu"}
+        assert edge_client.cli.main(["train", *arguments(flags)]) == 1
+        with pytest.raises(RunEndedEarly, match="all clients left after step"):
+            list(server.train())
+    introduction, text = capsys.readouterr().err.strip().splitlines()
+    assert introduction.endswith("waiting for all 1 clients")
+    assert text.startswith("splitlora-edge: ")
+    assert "no longer finite numbers; try a lower --lr" in text
+
+
+def test_loss_that_is_no_number_ends_the_run_and_everybody_is_told_why(
+    tiny_model: Path, tmp_path: Path, fingerprint: str
+) -> None:
+    with GpuServer(**server_options(tiny_model, tmp_path / "run")) as server, Hostile(server.url) as hostile:
+        hostile.say(Hello(name="huge", fingerprint=fingerprint))
+        hostile.hear(Welcome)
+        hostile.say(Join(num_samples=4, batch_size=2, longest=4))
+        hostile.hear(Start)
+        hostile.say(batch(values=floats(7, value=3e38)))
+        told = hostile.hear().reason
+        with pytest.raises(TrainingDiverged) as caught:
+            list(server.train())
+    assert str(caught.value) == told == "the loss of step 1 is nan; try a lower --lr"
+
+
+# Ctrl-C
+
+
+@contextmanager
+def program(package: str, *words: str) -> Iterator["subprocess.Popen[str]"]:
+    with subprocess.Popen([sys.executable, "-m", package, *words], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def read_until(process: "subprocess.Popen[str]", words: str) -> str:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if words in line:
+            return line
+    pytest.fail(f"the program never said {words!r}")
+
+
+def interrupt(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    """Exit status, and what was said after the signal."""
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    return process.returncode, said
+
+
+def test_ctrl_c_ends_the_server_and_its_client_is_told(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    flags = {**server_options(tiny_model, tmp_path / "run"), "steps": 10**6}
+    with program("gpu_server", "serve", *arguments(flags)) as process:
+        url = read_until(process, "listening on").split()[2]
+        with EdgeClient(url, model=str(tiny_model), data=pairs_file("a", 3)) as client:
+            steps = client.train()
+            next(steps)
+            status, said = interrupt(process)
+            assert (status, said.splitlines()[-1]) == (130, "splitlora-server: interrupted")
+            assert "Traceback" not in said
+            with pytest.raises(Refused, match="the server was stopped"):
+                list(steps)
+
+
+def test_ctrl_c_ends_an_edge_that_waits_and_its_place_is_free_again(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], fingerprint: str
+) -> None:
+    with a_run(tiny_model, tmp_path, pairs_file("honest", 3), clients=2) as run:
+        flags = {"server": run.server.url, "model": tiny_model, "data": pairs_file("a", 3), "device": "cpu"}
+        with program("edge_client", "train", *arguments(flags)) as process:
+            read_until(process, "waiting for all 2 clients")
+            assert interrupt(process) == (130, "splitlora-edge: interrupted\n")
+        with joined(run, fingerprint):
+            pass

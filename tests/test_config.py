@@ -1,0 +1,379 @@
+"""Settings: what they may be, where they come from, and the lists of flags and names that people rely on."""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import edge_client.cli
+import gpu_server.cli
+from gpu_server import ConfigError, ServerConfig
+from gpu_server.config import options_from_toml
+from protocol import RunSettings
+
+REQUIRED = {"model": "gpt2", "run_dir": "runs/demo", "steps": 10}
+
+
+def config(**options: Any) -> ServerConfig:
+    return ServerConfig.from_options({**REQUIRED, **options})
+
+
+def refused(**options: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config(**options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Ranges
+
+
+@pytest.mark.parametrize("name", ["clients", "steps", "epochs", "aggregate_every", "max_batch_tokens"])
+@pytest.mark.parametrize("value", [0, -1, 2**31])
+def test_counts_begin_at_one(name: str, value: int) -> None:
+    options = {"steps": None, "epochs": value} if name == "epochs" else {name: value}
+    assert refused(**options) == f"{name.replace('_', '-')} must be 1 to 2147483647, got {value}"
+
+
+@pytest.mark.parametrize("name", ["warmup_steps", "seed"])
+@pytest.mark.parametrize("value", [-1, 2**31])
+def test_warmup_and_seed_begin_at_zero(name: str, value: int) -> None:
+    assert refused(**{name: value}) == f"{name.replace('_', '-')} must be 0 to 2147483647, got {value}"
+
+
+@pytest.mark.parametrize("value", [0.0, -1e-4, float("nan"), float("inf")])
+def test_learning_rate_is_a_positive_number(value: float) -> None:
+    assert refused(lr=value) == f"lr must be positive, got {value}"
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_weight_decay_is_not_negative(value: float) -> None:
+    assert refused(weight_decay=value) == f"weight-decay must be at least 0, got {value}"
+
+
+@pytest.mark.parametrize("value", [-1, 65536])
+def test_port_is_a_port(value: int) -> None:
+    assert refused(port=value) == f"port must be a port, 0 to 65535, got {value}"
+
+
+@pytest.mark.parametrize(
+    "options", [{"port": 0}, {"seed": 0}, {"weight_decay": 0.0}, {"warmup_steps": 0}, {"clients": 1}, {"port": 65535}]
+)
+def test_ends_of_ranges_are_in_them(options: dict[str, Any]) -> None:
+    assert config(**options)
+
+
+def test_run_has_steps_or_epochs() -> None:
+    assert refused(steps=None) == "give either steps or epochs"
+
+
+def test_run_has_not_both_steps_and_epochs() -> None:
+    assert refused(epochs=1) == "give steps or epochs, not both"
+
+
+@pytest.mark.parametrize("name", ["model", "run_dir"])
+def test_missing_setting_is_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name.replace('_', '-')} is missing: "):
+        ServerConfig.from_options({key: value for key, value in REQUIRED.items() if key != name})
+
+
+# Types and choices
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("cut_layer", True, "a whole number"),
+        ("cut_layer", 3.0, "a whole number"),
+        ("cut_layer", "3", "a whole number"),
+        ("steps", True, "a whole number"),
+        ("steps", [1], "a whole number"),
+        ("lr", "2e-4", "a number"),
+        ("lr", True, "a number"),
+        ("lora_alpha", None, "a number"),
+        ("model", 3, "a text"),
+        ("host", ["127.0.0.1"], "a text"),
+        ("init_adapter", False, "a text"),
+        ("lora_targets", 3, "a list of names"),
+        ("lora_targets", ["c_attn", 3], "a list of names"),
+    ],
+)
+def test_value_of_another_type_is_refused(name: str, value: Any, wanted: str) -> None:
+    assert refused(**{name: value}) == f"{name.replace('_', '-')} must be {wanted}, got {value!r}"
+
+
+def test_whole_number_will_do_for_a_number() -> None:
+    assert config(lora_alpha=32) == config(lora_alpha=32.0)
+
+
+def test_number_beyond_all_floats_is_refused() -> None:
+    assert refused(lr=10**400) == "lr must be positive, got inf"
+
+
+@pytest.mark.parametrize("value", ["c_attn,c_fc", "c_attn, c_fc", ["c_attn", "c_fc"], ("c_attn", "c_fc")])
+def test_targets_are_a_list_or_a_text_with_commas(value: Any) -> None:
+    assert config(lora_targets=value).lora_targets == ("c_attn", "c_fc")
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [("lr_schedule", "constant, linear"), ("device", "auto, cpu, cuda"), ("dtype", "auto, float32, bfloat16")],
+)
+def test_value_beside_the_choices_is_refused_with_the_choices(name: str, choices: str) -> None:
+    assert refused(**{name: "other"}) == f"{name.replace('_', '-')} must be one of {choices}; got 'other'"
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [("lora_rnak", "lora-rank"), ("client", "clients"), ("stepz", "steps"), ("cut", "cut-layer"), ("Seed", "seed")],
+)
+def test_unknown_setting_is_named_with_the_nearest_known_one(given: str, nearest: str) -> None:
+    assert refused(**{given: 1}) == f"unknown setting {given!r}; the nearest known one is {nearest!r}"
+
+
+def test_setting_that_is_like_no_other_is_named_all_the_same() -> None:
+    assert refused(xyz=1).startswith("unknown setting 'xyz'; the nearest known one is ")
+
+
+# TOML
+
+
+def toml(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    return path
+
+
+def test_toml_keys_may_have_dashes_or_underscores(tmp_path: Path) -> None:
+    path = toml(tmp_path, 'model = "gpt2"\nrun-dir = "a"\ncut_layer = 2\nlora-targets = ["c_fc"]\nlr = 1e-3\nsteps = 5\n')
+    expected = ServerConfig(model="gpt2", run_dir="a", cut_layer=2, lora_targets=("c_fc",), lr=1e-3, steps=5)
+    assert ServerConfig.from_options(options_from_toml(path)) == expected
+
+
+@pytest.mark.parametrize("content", ["steps = \n", "steps", "a = 1\na = 2\n", "\x00"])
+def test_broken_toml_is_named(tmp_path: Path, content: str) -> None:
+    path = toml(tmp_path, content)
+    with pytest.raises(ConfigError, match="is not TOML: ") as caught:
+        options_from_toml(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_toml_of_other_bytes_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="is not TOML: "):
+        options_from_toml(path)
+
+
+def test_missing_toml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml cannot be read: No such file or directory"):
+        options_from_toml(tmp_path / "none.toml")
+
+
+def built(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> ServerConfig:
+    """The configuration a command line comes to; nothing is served."""
+
+    class Told(Exception):
+        pass
+
+    def told(**options: Any) -> None:
+        raise Told(options)
+
+    monkeypatch.setattr("gpu_server.gpu_server.GpuServer", told)
+    options = gpu_server.cli.build_parser().parse_args(["serve", *arguments])
+    with pytest.raises(Told) as caught:
+        options.run(options)
+    return ServerConfig.from_options(caught.value.args[0])
+
+
+def test_flags_override_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = toml(tmp_path, 'model = "gpt2"\nrun-dir = "a"\nsteps = 5\nlr = 1e-3\nseed = 4\n')
+    told = built(monkeypatch, "--config", str(path), "--lr", "1e-2", "--run-dir", "b", "--seed", "0")
+    assert (told.model, told.run_dir, told.steps, told.lr, told.seed) == ("gpt2", "b", 5, 1e-2, 0)
+
+
+def test_without_flag_and_file_the_defaults_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = built(monkeypatch, "--model", "gpt2", "--run-dir", "a", "--steps", "1")
+    assert told == ServerConfig(model="gpt2", run_dir="a", steps=1)
+
+
+OTHER_VALUES: dict[str, Any] = {
+    "model": "m",
+    "run_dir": "r",
+    "cut_layer": 5,
+    "lora_rank": 4,
+    "lora_alpha": 16.5,
+    "lora_dropout": 0.1,
+    "lora_targets": ("c_attn", "c_proj"),
+    "clients": 7,
+    "steps": 9,
+    "epochs": 2,
+    "aggregate_every": 3,
+    "lr": 1e-3,
+    "lr_schedule": "linear",
+    "warmup_steps": 8,
+    "weight_decay": 0.5,
+    "seed": 42,
+    "init_adapter": "folder",
+    "device": "cpu",
+    "dtype": "bfloat16",
+    "host": "0.0.0.0",
+    "port": 1234,
+    "max_batch_tokens": 100,
+}
+
+
+@pytest.mark.parametrize("name", OTHER_VALUES)
+def test_every_setting_is_a_flag(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    value = OTHER_VALUES[name]
+    options = {"model": "gpt2", "run_dir": "a", **({} if name == "epochs" else {"steps": 1}), name: value}
+    arguments = []
+    for key, given in options.items():
+        arguments += [f"--{key.replace('_', '-')}", ",".join(given) if isinstance(given, tuple) else str(given)]
+    assert built(monkeypatch, *arguments) == ServerConfig(**options)
+
+
+def test_every_setting_has_another_value_in_these_tests() -> None:
+    defaults = {item.name: item.default for item in dataclasses.fields(ServerConfig)}
+    assert OTHER_VALUES.keys() == defaults.keys()
+    assert all(value != defaults[name] for name, value in OTHER_VALUES.items())
+
+
+# What clients are told
+
+
+def test_clients_are_told_the_settings_of_the_run() -> None:
+    told = ServerConfig(**{**OTHER_VALUES, "epochs": None}).settings("float64")
+    assert isinstance(told, RunSettings)
+    assert told.precision == "float64"
+    for item in dataclasses.fields(RunSettings):
+        if item.name not in ("precision", "epochs"):
+            assert getattr(told, item.name) == OTHER_VALUES[item.name]
+
+
+def test_clients_are_not_told_where_things_lie() -> None:
+    told = {item.name for item in dataclasses.fields(RunSettings)}
+    assert told.isdisjoint({"model", "run_dir", "init_adapter", "host", "port", "device", "dtype"})
+
+
+# Public flags and names: people and scripts rely on them, so that a change is a decision
+
+FLAGS = {
+    "splitlora-edge": {
+        "": {"--help", "-h", "--version"},
+        "train": {
+            *("--batch-size", "--data", "--device", "--dtype", "--eval-data", "--help", "--max-length", "--model", "--name"),
+            *("--no-shuffle", "--server", "-h"),
+        },
+        "ping": {"--help", "--server", "-h"},
+    },
+    "splitlora-server": {
+        "": {"--help", "-h", "--version"},
+        "serve": {"--help", "-h", "--config", *(f"--{name.replace('_', '-')}" for name in OTHER_VALUES)},
+    },
+}
+
+NAMES = {
+    "edge_client": ["ConnectionFailed", "DataError", "EdgeClient", "Refused", "ServerStatus", "Step", "ping"],
+    "gpu_server": ["ConfigError", "GpuServer", "RunEndedEarly", "ServerConfig", "StepRecord"],
+    "protocol": [
+        *("HANDSHAKE_BYTES", "PROTOCOL_VERSION", "TRANSITIONS", "ActivationGradient", "Activations", "AdapterGradient"),
+        *(
+            "AdapterWeights",
+            "Array",
+            "Contribution",
+            "Done",
+            "EdgeAdapter",
+            "Evaluation",
+            "EvaluationLoss",
+            "Failure",
+            "Goodbye",
+        ),
+        *("Hello", "InvalidName", "Join", "LabelledBatch", "LocalProtocolError", "Message", "Ping", "Pong", "ProtocolError"),
+        *("RemoteProtocolError", "RunSettings", "Session", "Side", "Start", "State", "Tensors", "Welcome", "check_name"),
+        *("compressed_bound", "decode", "encode", "largest_message_bytes"),
+    ],
+    "split_model": [
+        *("Adapter", "AdapterError", "BaseModel", "EdgePart", "LoraConfig", "ModelConfig", "ModelError", "OptimiserConfig"),
+        *(
+            "ServerPart",
+            "TrainingDiverged",
+            "adamw",
+            "adapter_shapes",
+            "check_cut_layer",
+            "choose_device",
+            "choose_dtype",
+            "continue_greedily",
+        ),
+        *("derive_seed", "find_model", "initial_adapter", "load_adapter", "save_adapter", "take_step", "working_dtype"),
+    ],
+    "terminal": ["Progress", "run_program", "version"],
+}
+
+
+def flags_of(parser: argparse.ArgumentParser) -> dict[str, set[str]]:
+    found = {"": {flag for action in parser._actions for flag in action.option_strings}}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, command in action.choices.items():
+                found[name] = flags_of(command)[""]
+    return found
+
+
+@pytest.mark.parametrize("module", [edge_client.cli, gpu_server.cli])
+def test_flags_are_those_people_know(module: Any) -> None:
+    assert flags_of(module.build_parser()) == FLAGS[module.PROGRAM]
+
+
+@pytest.mark.parametrize("package", NAMES)
+def test_public_names_are_those_people_know(package: str) -> None:
+    module = importlib.import_module(package)
+    assert sorted(module.__all__) == sorted(NAMES[package])
+    assert all(hasattr(module, name) for name in module.__all__)
+
+
+@pytest.mark.parametrize("package", ["edge_client", "gpu_server"])
+def test_package_has_no_attribute_that_is_not_there(package: str) -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        importlib.import_module(package).nothing  # noqa: B018
+
+
+HEAVY = {"torch", "transformers", "peft", "tokenizers", "websockets", "safetensors", "huggingface_hub"}
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [
+        ("edge_client", ["--help"]),
+        ("edge_client", ["train", "--help"]),
+        ("gpu_server", ["--help"]),
+        ("gpu_server", ["serve", "--help"]),
+    ],
+)
+def test_help_loads_nothing_heavy(package: str, arguments: list[str]) -> None:
+    script = f"""
+import json, sys
+from {package}.cli import main
+try:
+    main({arguments!r})
+except SystemExit as ended:
+    print(json.dumps([ended.code, sorted(sys.modules)]))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    status, modules = json.loads(ended.stdout.splitlines()[-1])
+    assert status == 0
+    assert "usage: splitlora-" in ended.stdout
+    assert HEAVY.isdisjoint(modules)
+
+
+@pytest.mark.parametrize("package", ["edge_client", "gpu_server"])
+def test_package_runs_as_a_module(package: str) -> None:
+    ended = subprocess.run([sys.executable, "-m", package, "--version"], capture_output=True, text=True, check=True)
+    assert ended.stdout.startswith("splitlora-")

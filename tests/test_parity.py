@@ -1,0 +1,237 @@
+"""A run over real sockets is centralised LoRA: same losses, same adapter as transformers + PEFT in one process."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from conftest import REPOSITORY, SHARED, make_model, run_split, shared_path
+from transformers import get_linear_schedule_with_warmup
+
+LEARNING_RATE = 2e-3
+# As the mission states them: (loss at every step, final adapter)
+FLOAT64_TOLERANCE = (1e-9, 1e-8)
+FLOAT32_TOLERANCE = (1e-4, 1e-3)
+
+
+def rows(count: int, offset: int = 0) -> list[reference.Pair]:
+    """Pairs of E2E where it is at hand, else of the project's own sample."""
+    path = SHARED / "data/e2e/train.txt"
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()[offset : offset + count]
+        return [(prompt, completion) for prompt, completion in (line.split("||") for line in lines)]
+    pairs = [
+        json.loads(line)
+        for client in (0, 1)
+        for line in (REPOSITORY / f"examples/restaurants/client-{client}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    return [(pair["prompt"], pair["completion"]) for pair in pairs[offset : offset + count]]
+
+
+def write_pairs(path: Path, pairs: list[reference.Pair]) -> Path:
+    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def four_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("four-blocks"))
+
+
+class Federation:
+    """Clients with their own rows and batch sizes, and the union batches that centralised training would see."""
+
+    def __init__(self, tmp_path: Path, batch_sizes: list[int], steps: int) -> None:
+        self.batch_sizes, self.steps = batch_sizes, steps
+        # Fewer rows than the steps use, so that data is gone through more than once.
+        sizes = [max(2, steps * size * 2 // 3) + i for i, size in enumerate(batch_sizes)]
+        self.pairs = [rows(size, offset=1000 * i) for i, size in enumerate(sizes)]
+        self.files = [write_pairs(tmp_path / f"client-{i}.jsonl", pairs) for i, pairs in enumerate(self.pairs)]
+
+    def clients(self) -> dict[str, dict[str, Any]]:
+        return {
+            f"client-{i}": {"data": file, "batch_size": size, "shuffle": False, "dtype": "float32"}
+            for i, (file, size) in enumerate(zip(self.files, self.batch_sizes, strict=True))
+        }
+
+    def batches(self, base: Path) -> list[list[list[reference.Sample]]]:
+        """By step and client."""
+        samples = [reference.encode(pairs, base) for pairs in self.pairs]
+        return [[self._batch(samples[i], size, step) for i, size in enumerate(self.batch_sizes)] for step in range(self.steps)]
+
+    def union_batches(self, base: Path) -> list[list[reference.Sample]]:
+        return [[sample for batch in step for sample in batch] for step in self.batches(base)]
+
+    @staticmethod
+    def _batch(samples: list[reference.Sample], size: int, step: int) -> list[reference.Sample]:
+        index = step % -(-len(samples) // size)
+        return samples[index * size : (index + 1) * size]
+
+
+def assert_equals_centralised(
+    base: Path,
+    tmp_path: Path,
+    *,
+    batch_sizes: list[int],
+    steps: int,
+    dtype: str,
+    tolerance: tuple[float, float],
+    **options: Any,
+) -> None:
+    federation = Federation(tmp_path, batch_sizes, steps)
+    targets = options.get("lora_targets", ("c_attn",))
+    start = reference.make_adapter(base, tmp_path / "start", targets=targets)
+    run_dir = tmp_path / "run"
+    lora = {"lora_rank": 4, "lora_alpha": 8.0, "init_adapter": str(start)}
+    server = {
+        "model": str(base),
+        "run_dir": str(run_dir),
+        "steps": steps,
+        "lr": LEARNING_RATE,
+        "dtype": dtype,
+        **lora,
+        **options,
+    }
+    result = run_split(server, federation.clients())
+    schedule = None
+    if options.get("lr_schedule") == "linear":
+        warmup = options["warmup_steps"]
+        schedule = lambda optimiser: get_linear_schedule_with_warmup(optimiser, warmup, steps)  # noqa: E731
+    losses, adapter, _ = reference.train(
+        base, start, federation.union_batches(base), dtype=getattr(torch, dtype), lr=LEARNING_RATE, schedule=schedule
+    )
+    assert [record.number for record in result.records] == list(range(1, steps + 1))
+    assert max(abs(a - b) for a, b in zip(result.losses, losses, strict=True)) <= tolerance[0]
+    found = reference.read_adapter(run_dir / "adapter")
+    if dtype == "float64":
+        assert reference.largest_difference(found, adapter) <= tolerance[1]
+    else:
+        assert reference.relative_difference(found, adapter) <= tolerance[1]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("cut_layer", [1, 2, 3])
+@pytest.mark.parametrize("batch_sizes", [[3], [2, 2], [2, 2, 2], [4, 1]], ids=["one", "two", "three", "unequal"])
+def test_run_equals_centralised_lora_in_float64(
+    four_blocks: Path, tmp_path: Path, batch_sizes: list[int], cut_layer: int
+) -> None:
+    steps = 100 if batch_sizes == [2, 2] else 30
+    assert_equals_centralised(
+        four_blocks,
+        tmp_path,
+        batch_sizes=batch_sizes,
+        steps=steps,
+        dtype="float64",
+        tolerance=FLOAT64_TOLERANCE,
+        cut_layer=cut_layer,
+    )
+
+
+def test_run_equals_centralised_lora_with_all_targets_and_a_linear_schedule(four_blocks: Path, tmp_path: Path) -> None:
+    options = {"lora_targets": ("c_attn", "c_proj", "c_fc"), "lr_schedule": "linear", "warmup_steps": 5, "cut_layer": 2}
+    assert_equals_centralised(
+        four_blocks, tmp_path, batch_sizes=[2, 3], steps=30, dtype="float64", tolerance=FLOAT64_TOLERANCE, **options
+    )
+
+
+def test_run_equals_centralised_lora_in_float32(four_blocks: Path, tmp_path: Path) -> None:
+    assert_equals_centralised(
+        four_blocks, tmp_path, batch_sizes=[2, 2], steps=100, dtype="float32", tolerance=FLOAT32_TOLERANCE, cut_layer=2
+    )
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "cut_layer"),
+    [("float64", FLOAT64_TOLERANCE, 3), ("float32", FLOAT32_TOLERANCE, 3), ("float32", FLOAT32_TOLERANCE, 11)],
+)
+def test_run_equals_centralised_lora_on_a_pretrained_model(
+    tmp_path: Path, dtype: str, tolerance: tuple[float, float], cut_layer: int
+) -> None:
+    base = shared_path("models/gpt2-mini")
+    steps = 100 if cut_layer == 3 else 20
+    assert_equals_centralised(
+        base, tmp_path, batch_sizes=[1, 2], steps=steps, dtype=dtype, tolerance=tolerance, cut_layer=cut_layer
+    )
+
+
+def test_one_client_with_long_rounds_equals_centralised_lora(four_blocks: Path, tmp_path: Path) -> None:
+    assert_equals_centralised(
+        four_blocks,
+        tmp_path,
+        batch_sizes=[3],
+        steps=30,
+        dtype="float64",
+        tolerance=FLOAT64_TOLERANCE,
+        cut_layer=2,
+        aggregate_every=7,
+        lr_schedule="linear",
+        warmup_steps=3,
+    )
+
+
+def test_clients_with_long_rounds_equal_ten_lines_of_federated_averaging(four_blocks: Path, tmp_path: Path) -> None:
+    batch_sizes, steps, every, cut = [2, 3, 1], 20, 6, 2
+    federation = Federation(tmp_path, batch_sizes, steps)
+    start = reference.make_adapter(four_blocks, tmp_path / "start", targets=["c_attn"])
+    options = {"lora_rank": 4, "lora_alpha": 8.0, "init_adapter": str(start), "lr": LEARNING_RATE, "dtype": "float64"}
+    server = {"model": str(four_blocks), "run_dir": str(tmp_path / "run"), "steps": steps, "aggregate_every": every, **options}
+    result = run_split({**server, "cut_layer": cut}, federation.clients())
+
+    # The reference: whole models that share the server's matrices and differ in the edge's, until they are averaged.
+    models = [reference.load_peft(four_blocks, start, torch.float64, is_trainable=True) for _ in batch_sizes]
+    matrices = [{n: p for n, p in model.named_parameters() if p.requires_grad} for model in models]
+    is_edge = {name: int(name.split(".h.")[1].split(".")[0]) < cut for name in matrices[0]}
+    edge_steps = [torch.optim.AdamW([p for n, p in m.items() if is_edge[n]], lr=LEARNING_RATE) for m in matrices]
+    server_step = torch.optim.AdamW([p for n, p in matrices[0].items() if not is_edge[n]], lr=LEARNING_RATE)
+    losses, tokens = [], [0] * len(models)
+    for step, batches in enumerate(federation.batches(four_blocks), 1):
+        counts = [sum(len(t) - u for t, u in batch) for batch in batches]
+        tokens = [a + b for a, b in zip(tokens, counts, strict=True)]
+        parts = [reference.mean_loss(m, b) * c / sum(counts) for m, b, c in zip(models, batches, counts, strict=True)]
+        sum(parts).backward()
+        losses.append(sum(parts).item())
+        for name, matrix in matrices[0].items():
+            if not is_edge[name]:
+                matrix.grad = sum(m[name].grad for m in matrices)
+        for optimiser in [*edge_steps, server_step]:
+            optimiser.step()
+        for model in models:
+            model.zero_grad()
+        with torch.no_grad():
+            for name in matrices[0]:
+                ends = step % every == 0 or step == steps
+                mean = sum(m[name] * w / sum(tokens) for m, w in zip(matrices, tokens, strict=True)) if ends else None
+                for m in matrices:
+                    m[name].copy_(matrices[0][name] if not is_edge[name] else m[name] if mean is None else mean)
+        tokens = [0] * len(models) if step % every == 0 else tokens
+
+    assert max(abs(a - b) for a, b in zip(result.losses, losses, strict=True)) <= FLOAT64_TOLERANCE[0]
+    expected = {name.replace(".default", ""): matrix.detach() for name, matrix in matrices[0].items()}
+    assert reference.largest_difference(reference.read_adapter(tmp_path / "run/adapter"), expected) <= FLOAT64_TOLERANCE[1]
+
+
+def test_adapter_loaded_by_peft_gives_the_perplexity_the_run_reported_merged_and_unmerged(
+    four_blocks: Path, tmp_path: Path
+) -> None:
+    federation = Federation(tmp_path, [4, 4], 15)
+    held_out = rows(30, offset=4000 if (SHARED / "data/e2e/train.txt").exists() else 300)
+    clients = federation.clients()
+    clients["client-0"]["eval_data"] = write_pairs(tmp_path / "valid.jsonl", held_out)
+    run_dir = tmp_path / "run"
+    result = run_split(
+        {"model": str(four_blocks), "run_dir": str(run_dir), "steps": 15, "lr": LEARNING_RATE, "cut_layer": 2}, clients
+    )
+    before, after = result.perplexity["client-0"]
+    samples = reference.encode(held_out, four_blocks)
+    model = reference.load_peft(four_blocks, run_dir / "adapter")
+    assert reference.perplexity(reference.load_base(four_blocks), samples) == pytest.approx(before, rel=1e-4)
+    assert reference.perplexity(model, samples) == pytest.approx(after, rel=1e-4)
+    ids, _ = reference.pad(samples[:4])
+    with torch.no_grad():
+        merged = copy.deepcopy(model).merge_and_unload()
+        assert (merged(input_ids=ids).logits - model(input_ids=ids).logits).abs().max() < 1e-4
+    assert after < before
