@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .client import EdgeClient, ServerStatus, ping
+    from .client import EdgeClient
     from .connection import ConnectionFailed, Refused
     from .data import DataError
+    from .status import ServerStatus, ping
     from .training import Step
 
 __all__ = ["ConnectionFailed", "DataError", "EdgeClient", "Refused", "ServerStatus", "Step", "ping"]
@@ -15,9 +16,9 @@ _HOMES = {
     "DataError": "data",
     "EdgeClient": "client",
     "Refused": "connection",
-    "ServerStatus": "client",
+    "ServerStatus": "status",
     "Step": "training",
-    "ping": "client",
+    "ping": "status",
 }
 
 

@@ -76,7 +76,7 @@ def run_train(options: argparse.Namespace) -> None:
 
 
 def run_ping(options: argparse.Namespace) -> None:
-    from .client import ping
+    from .status import ping
 
     status = ping(options.server)
     pong = status.pong

@@ -3,13 +3,11 @@
 import os
 import platform
 import re
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from protocol import Hello, Join, Ping, Pong, Start, Welcome, check_name, largest_message_bytes
+from protocol import Hello, Join, Start, Welcome, check_name, largest_message_bytes
 from split_model import BaseModel, ModelError, find_model
 
 from .connection import Connection
@@ -17,7 +15,7 @@ from .data import DataError, Dataset, load_tokenizer
 from .engine import TorchEngine
 from .training import Step, perplexity, train
 
-__all__ = ["EdgeClient", "ServerStatus", "ping"]
+__all__ = ["EdgeClient"]
 
 
 class EdgeClient:
@@ -137,29 +135,6 @@ class EdgeClient:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._connection.close()
-
-
-@dataclass(frozen=True)
-class ServerStatus:
-    """What `ping` finds."""
-
-    seconds: float
-    """One question and its answer."""
-    pong: Pong
-
-
-def ping(server: str) -> ServerStatus:
-    """
-    Ask the server at an address how it is.
-
-    Raises:
-        ConnectionFailed: nobody answers.
-        RemoteProtocolError: somebody else answers.
-    """
-    with Connection(server) as connection:
-        asked = time.perf_counter()
-        pong = connection.exchange(Ping(), Pong)
-        return ServerStatus(time.perf_counter() - asked, pong)
 
 
 def _default_name(data: Path) -> str:

@@ -85,8 +85,12 @@ class Dataset:
         return -(-len(self.samples) // batch_size)
 
     def batch(self, step: int, batch_size: int, order_seed: tuple[int | str, ...] | None) -> Batch:
+        """The batch of step 1, 2, ...; a function of its arguments alone. See `order`."""
+        return pack([self.samples[index] for index in self.order(step, batch_size, order_seed)])
+
+    def order(self, step: int, batch_size: int, order_seed: tuple[int | str, ...] | None) -> list[int]:
         """
-        The batch of step 1, 2, ...; a function of its arguments alone.
+        Which samples the batch of step 1, 2, ... has.
 
         Args:
             order_seed: of the shuffle, made anew for each epoch; None keeps the file's order.
@@ -95,7 +99,7 @@ class Dataset:
         order = list(range(len(self.samples)))
         if order_seed is not None:
             random.Random(derive_seed(*order_seed, epoch)).shuffle(order)
-        return pack([self.samples[i] for i in order[index * batch_size : (index + 1) * batch_size]])
+        return order[index * batch_size : (index + 1) * batch_size]
 
 
 def pack(samples: list[Sample]) -> Batch:

@@ -4,28 +4,36 @@ The main job, small: a server and two devices on loopback fine-tune the base mod
 Each is a process of its own, started with the command a user would type. Takes about two minutes on two cores.
 """
 
+import argparse
 import itertools
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+from edge_client import ConnectionFailed, ping
+
 HERE = Path(__file__).parent.relative_to(Path.cwd()) if Path(__file__).is_relative_to(Path.cwd()) else Path(__file__).parent
 MODEL = HERE / "base_model"
 GUIDES = HERE / "restaurants"
-STEPS, CUT_LAYER, RANK, ALPHA = 100, 2, 8, 32.0
+CUT_LAYER, RANK, ALPHA = 2, 8, 32.0
 NUM_CLIENTS = 2
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description="Train a split model end to end on this machine.")
+    parser.add_argument("--steps", type=int, default=100)
+    steps = parser.parse_args().steps
     run_dir = _unused_folder()
     url = f"ws://127.0.0.1:{_free_port()}"
     print(f"A server and {NUM_CLIENTS} devices on this machine; the texts of each device stay in its process.\n")
     with ExitStack() as running:
-        server = _start(running, _server_command(run_dir, url))
+        server = _start(running, _server_command(run_dir, url, steps))
+        _wait_until_it_answers(server, url)
         devices = [_start(running, _edge_command(url, client), stderr=subprocess.PIPE) for client in range(NUM_CLIENTS)]
         readers = [threading.Thread(target=_relay, args=(client, device)) for client, device in enumerate(devices)]
         for reader in readers:
@@ -40,9 +48,9 @@ def main() -> int:
     return 0
 
 
-def _server_command(run_dir: Path, url: str) -> list[str]:
+def _server_command(run_dir: Path, url: str, steps: int) -> list[str]:
     options = f"--model {MODEL} --cut-layer {CUT_LAYER} --lora-rank {RANK} --lora-alpha {ALPHA} --clients {NUM_CLIENTS}"
-    training = f"--steps {STEPS} --lr 3e-3 --run-dir {run_dir} --port {url.rpartition(':')[2]}"
+    training = f"--steps {steps} --lr 3e-3 --run-dir {run_dir} --port {url.rpartition(':')[2]}"
     return ["splitlora-server", "serve", *options.split(), *training.split()]
 
 
@@ -59,6 +67,15 @@ def _start(running: ExitStack, command: list[str], **options: object) -> "subpro
     process = subprocess.Popen([str(Path(sys.executable).parent / command[0]), *command[1:]], text=True, **options)  # type: ignore[call-overload]
     running.callback(process.terminate)
     return process  # type: ignore[no-any-return]
+
+
+def _wait_until_it_answers(server: "subprocess.Popen[str]", url: str) -> None:
+    while server.poll() is None:
+        try:
+            ping(url)
+            return
+        except ConnectionFailed:
+            time.sleep(0.1)
 
 
 def _relay(client: int, device: "subprocess.Popen[str]") -> None:

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,14 @@ class RunResult:
     @property
     def losses(self) -> list[float]:
         return [record.loss for record in self.records]
+
+
+def run_in_thread(function: Callable[[], Any]) -> "Future[Any]":
+    """Like a pool of one; the future holds the result or the error."""
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(function)
+    pool.shutdown(wait=False)
+    return future
 
 
 def run_split(server_options: dict[str, Any], clients: dict[str, dict[str, Any]]) -> RunResult:

@@ -1,0 +1,119 @@
+"""What the benchmarks share: E2E rows, a model of GPT-2 small's shape, and whole split runs in processes of their own."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from edge_client import ConnectionFailed, ping
+
+REPOSITORY = Path(__file__).parent.parent
+SHARED = REPOSITORY.parent / "shared"
+sys.path.insert(0, str(REPOSITORY / "tests"))  # the independent reference: transformers + PEFT
+PROGRAMS = Path(sys.executable).parent
+
+
+def shared(name: str) -> Path:
+    path = SHARED / name
+    if not path.exists():
+        sys.exit(f"this benchmark needs {name} in a folder 'shared' beside the checkout")
+    return path
+
+
+def e2e_rows(split: str, rows: slice) -> list[tuple[str, str]]:
+    """Prompt and completion of E2E NLG rows; ``split`` is "train" or "valid"."""
+    lines = shared(f"data/e2e/{split}.txt").read_text(encoding="utf-8").splitlines()[rows]
+    return [(prompt, completion) for prompt, completion in (line.split("||") for line in lines)]
+
+
+def write_rows(path: Path, pairs: Sequence[tuple[str, str]]) -> Path:
+    path.write_text("".join(f"{prompt}||{completion}\n" for prompt, completion in pairs), encoding="utf-8")
+    return path
+
+
+def read_rows(path: Path) -> list[tuple[str, str]]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [(prompt, completion) for prompt, completion in (line.split("||") for line in lines)]
+
+
+def make_gpt2_small(folder: Path) -> Path:
+    """GPT-2 small's shape and tokenizer with random weights: what a step costs does not depend on their values."""
+    import shutil
+
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    GPT2LMHeadModel(GPT2Config(**no_dropout)).save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(shared(f"tokenizers/gpt2/{name}"), folder / name)
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class SplitRun:
+    """A server and its clients, each started by its own command."""
+
+    def __init__(
+        self,
+        model: Path,
+        run_dir: Path,
+        files: Sequence[Path],
+        server_flags: str,
+        edge_flags: str = "",
+        first_edge_flags: str = "",
+    ) -> None:
+        self.run_dir = run_dir
+        port = free_port()
+        server = f"serve --model {model} --run-dir {run_dir} --clients {len(files)} --port {port} {server_flags}"
+        self._server = self._start("splitlora-server", server)
+        self._wait_until_it_answers(f"ws://127.0.0.1:{port}")
+        self.edges = []
+        for number, file in enumerate(files):
+            edge = f"train --server ws://127.0.0.1:{port} --model {model} --data {file} --name client-{number} {edge_flags}"
+            if number == 0:
+                edge += f" {first_edge_flags}"
+            self.edges.append(self._start("splitlora-edge", edge))
+
+    def wait(self) -> list[str]:
+        """What each client said; the benchmark ends if a program failed."""
+        said = [edge.communicate()[1] for edge in self.edges]
+        if self._server.wait() or any(edge.returncode for edge in self.edges):
+            sys.exit(f"a program of the run failed:\n{''.join(said)}")
+        return said
+
+    def _wait_until_it_answers(self, url: str) -> None:
+        while self._server.poll() is None:
+            try:
+                ping(url)
+                return
+            except ConnectionFailed:
+                time.sleep(0.1)
+        sys.exit("the server of the run did not start")
+
+    @staticmethod
+    def _start(program: str, arguments: str) -> "subprocess.Popen[str]":
+        command = [str(PROGRAMS / program), *arguments.split()]
+        stderr = subprocess.PIPE if program == "splitlora-edge" else subprocess.DEVNULL
+        return subprocess.Popen(command, stderr=stderr, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+
+
+def perplexities(said: str) -> tuple[float, float]:
+    """Before and after, from what a client printed."""
+    before, after = (float(re.search(rf"^perplexity {when}: ([\d.]+)$", said, re.M)[1]) for when in ("before", "after"))  # type: ignore[index]
+    return before, after
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

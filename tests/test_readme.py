@@ -1,0 +1,113 @@
+"""What the README tells people to type works, word for word but for the model, the data and the address."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, run_in_thread
+
+from edge_client import EdgeClient
+from gpu_server import GpuServer
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def commands(program: str) -> list[list[str]]:
+    """The indented commands of the README that start with ``program``, continuation lines joined."""
+    text = README.replace("\\\n", " ")
+    return [shlex.split(line) for line in re.findall(rf"^    ({program} .*)$", text, re.M)]
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def adapted(command: list[str], **values: object) -> list[str]:
+    """The command with the values of some of its flags exchanged; every flag must be in it."""
+    for flag, value in values.items():
+        command = [*command]
+        command[command.index(f"--{flag.replace('_', '-')}") + 1] = str(value)
+    return command
+
+
+@contextmanager
+def started(command: list[str], folder: Path) -> Iterator["subprocess.Popen[str]"]:
+    program = Path(sys.executable).parent / command[0]
+    with subprocess.Popen([str(program), *command[1:]], cwd=folder, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_server_and_devices_of_the_readme_train_to_the_end(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    (serve,), (train,) = commands("splitlora-server serve"), commands("splitlora-edge train")
+    serve = [*adapted(serve, model=tiny_model, host="127.0.0.1"), "--port", "0"]
+    with started(serve, tmp_path) as server:
+        assert server.stderr is not None
+        url = re.search(r"ws://\S+", server.stderr.readline())[0]  # type: ignore[index]
+        data = {"server": url, "model": tiny_model, "eval_data": pairs_file("held-out", 5, 50)}
+        first = adapted(train, data=pairs_file("notes", 20), **data)
+        second = adapted(train, data=pairs_file("more", 9, 20), **data)
+        with started(first, tmp_path) as one, started(second, tmp_path) as two:
+            said = [one.communicate(timeout=120)[1], two.communicate(timeout=120)[1], server.communicate(timeout=120)[1]]
+    assert (one.returncode, two.returncode, server.returncode) == (0, 0, 0), said
+    assert "perplexity before" in said[0]
+    assert "perplexity after" in said[0]
+    for name in ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "metrics.jsonl", "run.json"):
+        assert (tmp_path / "runs/mine" / name).is_file()
+
+
+def test_five_lines_of_the_edge_sdk_train(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = next(block for block in python_blocks() if "EdgeClient" in block)
+    with GpuServer(model=str(tiny_model), clients=1, steps=3, run_dir=str(tmp_path / "run"), port=0) as server:
+        code = code.replace("ws://127.0.0.1:8765", server.url).replace('"gpt2"', repr(str(tiny_model)))
+        exec(code.replace('"notes.jsonl"', repr(str(pairs_file("notes", 20)))), {})
+        losses = [record.loss for record in server.train()]
+    assert capsys.readouterr().out == "".join(f"{number} {loss}\n" for number, loss in enumerate(losses, 1))
+
+
+def test_five_lines_of_the_server_sdk_train(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = next(block for block in python_blocks() if "GpuServer" in block)
+    code = code.replace('"gpt2", clients=2', f"{str(tiny_model)!r}, clients=2, port=0").replace("steps=300", "steps=3")
+    assert "port=0" in code
+    clients = []
+
+    class Announced(GpuServer):
+        def __enter__(self) -> GpuServer:
+            super().__enter__()
+            for name in ("one", "two"):
+                client = EdgeClient(self.url, model=str(tiny_model), data=pairs_file(name, 20), name=name)
+                clients.append(run_in_thread(lambda client=client: train(client)))
+            return self
+
+    def train(client: EdgeClient) -> None:
+        with client:
+            list(client.train())
+
+    monkeypatch.setattr("gpu_server.gpu_server.GpuServer", Announced)
+    exec(code.replace('"runs/mine"', repr(str(tmp_path / "run"))), {})
+    for client in clients:
+        client.result(timeout=60)
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+
+
+def test_demo_trains_and_shows_what_it_learnt() -> None:
+    command = [sys.executable, "examples/demo.py", "--steps", "2"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "perplexity before" in done.stdout
+    assert "perplexity after" in done.stdout
+    assert "runs/demo-" in done.stdout
+    assert done.stdout.count("->") == 3
