@@ -1,0 +1,194 @@
+"""The cut model against transformers, how checkpoints are read, and the small numerical parts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from conftest import make_model
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import get_linear_schedule_with_warmup
+
+from split_model import (
+    BaseModel,
+    EdgePart,
+    LoraConfig,
+    ModelError,
+    OptimiserConfig,
+    ServerPart,
+    continue_greedily,
+    derive_seed,
+    find_model,
+    initial_adapter,
+    load_adapter,
+    save_adapter,
+)
+from split_model.loss import CHUNK_ROWS, summed_cross_entropy
+from split_model.packing import Packing, labelled_positions
+
+LORA = LoraConfig(rank=2, alpha=4.0, targets=("c_attn", "c_proj", "c_fc"))
+PLACED: dict[str, Any] = {"weight_dtype": torch.float64, "device": torch.device("cpu")}
+
+
+def parts(folder: Path, cut_layer: int, lora: LoraConfig = LORA) -> tuple[EdgePart, ServerPart]:
+    model = BaseModel(folder)
+    return EdgePart(model, cut_layer, lora, **PLACED), ServerPart(model, cut_layer, lora, **PLACED)
+
+
+def whole_logits(folder: Path, tokens: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return reference.load_base(folder, torch.float64)(input_ids=torch.tensor([tokens])).logits[0]
+
+
+@pytest.mark.parametrize("cut_layer", [1, 2, 3])
+def test_chained_parts_give_the_logits_of_transformers_for_every_sequence_of_a_batch(tiny_model: Path, cut_layer: int) -> None:
+    edge, server = parts(tiny_model, cut_layer)
+    sequences = [[5, 17, 99, 3], [42], [7, 8, 9, 10, 11, 12, 13]]
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    with torch.no_grad():
+        logits = server.logits(edge(torch.tensor([t for s in sequences for t in s]), lengths), lengths)
+    for found, sequence in zip(logits.split(lengths.tolist()), sequences, strict=True):
+        assert torch.allclose(found, whole_logits(tiny_model, sequence), atol=1e-10)
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu", "relu"])
+def test_other_shapes_and_activations_are_read_from_the_configuration(tmp_path: Path, activation: str) -> None:
+    folder = make_model(tmp_path, n_layer=2, n_inner=48, activation_function=activation, tie_word_embeddings=False)
+    edge, server = parts(folder, 1)
+    lengths = torch.tensor([5])
+    with torch.no_grad():
+        logits = server.logits(edge(torch.tensor([1, 2, 3, 4, 5]), lengths), lengths)
+    assert torch.allclose(logits, whole_logits(folder, [1, 2, 3, 4, 5]), atol=1e-10)
+
+
+def test_greedy_continuation_is_that_of_transformers(tiny_model: Path) -> None:
+    edge, server = parts(tiny_model, 2)
+    model = reference.load_base(tiny_model, torch.float64)
+    prompt = [10, 20, 30]
+    end = model.config.eos_token_id
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=end)[0, 3:].tolist()
+    found = continue_greedily(edge, server, prompt, end, limit=12)
+    assert found == (expected[: expected.index(end)] if end in expected else expected)
+
+
+def test_summed_cross_entropy_and_its_gradient_are_torchs_over_several_chunks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = 2 * CHUNK_ROWS + 7
+    hidden = torch.randn(rows, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(50, 8, generator=generator, dtype=torch.float64)
+    labels = torch.randint(50, (rows,), generator=generator)
+    (expected,) = torch.autograd.grad(F.cross_entropy(hidden @ head.T, labels, reduction="sum") * 3, hidden)
+    loss = summed_cross_entropy(hidden, head, labels)
+    (found,) = torch.autograd.grad(loss * 3, hidden)
+    assert loss.item() == pytest.approx(F.cross_entropy(hidden @ head.T, labels, reduction="sum").item(), rel=1e-12)
+    assert torch.allclose(found, expected, atol=1e-12)
+
+
+def test_packing_goes_to_the_grid_and_back() -> None:
+    packing = Packing(torch.tensor([2, 4, 1]))
+    rows = torch.arange(1.0, 15.0).view(7, 2)
+    grid = packing.pad(rows)
+    assert grid.shape == (3, 4, 2)
+    assert grid[0, 2:].abs().sum() == 0
+    assert torch.equal(packing.pack(grid), rows)
+    assert packing.positions.tolist() == [0, 1, 0, 1, 2, 3, 0]
+
+
+def test_labelled_positions_are_the_last_rows_of_each_sequence() -> None:
+    assert labelled_positions(torch.tensor([3, 2, 4]), torch.tensor([1, 0, 3])).tolist() == [2, 6, 7, 8]
+
+
+def test_shards_and_names_without_prefix_are_the_same_model(tiny_model: Path, tmp_path: Path) -> None:
+    sharded, bare = tmp_path / "sharded", tmp_path / "bare"
+    reference.load_base(tiny_model).save_pretrained(sharded, max_shard_size="60KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    bare.mkdir()
+    (bare / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    tensors = load_file(tiny_model / "model.safetensors")
+    masks = {"h.0.attn.bias": torch.zeros(1, 1, 4, 4)}  # old checkpoints carry them
+    save_file({**{name.removeprefix("transformer."): t for name, t in tensors.items()}, **masks}, bare / "model.safetensors")
+    assert len({BaseModel(folder).fingerprint() for folder in (tiny_model, sharded, bare)}) == 1
+
+
+def test_fingerprint_knows_another_model(tiny_model: Path, tmp_path: Path) -> None:
+    assert BaseModel(make_model(tmp_path, seed=1)).fingerprint() != BaseModel(tiny_model).fingerprint()
+
+
+def test_tensors_are_mapped_and_not_copied(tiny_model: Path) -> None:
+    model = BaseModel(tiny_model)
+    shape = (model.config.vocabulary_size, model.config.width)
+    assert model.tensor("wte.weight", shape).data_ptr() == model.tensor("wte.weight", shape).data_ptr()
+
+
+def test_hub_is_asked_only_for_the_files_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert find_model("distilgpt2") == tmp_path
+    ((name, patterns),) = asked
+    assert name == "distilgpt2"
+    assert "config.json" in patterns
+    assert not any(pattern.endswith((".bin", ".h5", ".msgpack", ".onnx", "*")) for pattern in patterns)
+
+
+def test_hub_that_does_not_answer_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, allow_patterns: list[str]) -> str:
+        raise OSError("no route to host\nand much more")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(
+        ModelError, match=r"'gpt2' is no folder here, and the Hugging Face hub did not give it: no route to host$"
+    ):
+        find_model("gpt2")
+
+
+def test_initial_adapter_is_drawn_as_peft_draws_it(tiny_model: Path) -> None:
+    config = BaseModel(tiny_model).config
+    adapter = initial_adapter(config, LoraConfig(rank=8), seed=3)
+    for name, matrix in adapter.items():
+        if ".lora_A." in name:
+            # Kaiming-uniform with a = sqrt(5) is uniform in +- 1 / sqrt(in).
+            bound = matrix.shape[1] ** -0.5
+            assert matrix.abs().max() <= bound
+            assert matrix.std().item() == pytest.approx(bound / 3**0.5, rel=0.15)
+        else:
+            assert not matrix.any()
+    again = initial_adapter(config, LoraConfig(rank=8), seed=3)
+    assert all(torch.equal(adapter[name], again[name]) for name in adapter)
+
+
+def test_adapter_folder_survives_a_round_trip_through_peft(tiny_model: Path, tmp_path: Path) -> None:
+    config = BaseModel(tiny_model).config
+    adapter = {name: torch.randn_like(matrix) for name, matrix in initial_adapter(config, LORA, seed=0).items()}
+    save_adapter(tmp_path / "ours", adapter, LORA, str(tiny_model))
+    reference.load_peft(tiny_model, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    again = load_adapter(tmp_path / "theirs", config, LORA)
+    assert list(again) == list(adapter)
+    assert all(torch.equal(again[name], adapter[name]) for name in adapter)
+    assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["fan_in_fan_out"] is True
+
+
+def test_learning_rate_is_that_of_transformers() -> None:
+    config = OptimiserConfig(learning_rate=0.5, schedule="linear", warmup_steps=4)
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    schedule = get_linear_schedule_with_warmup(optimiser, 4, 20)
+    for step in range(1, 21):
+        assert config.learning_rate_at(step, 20) == pytest.approx(schedule.get_last_lr()[0])
+        optimiser.step()
+        schedule.step()
+
+
+def test_seeds_are_functions_of_all_their_parts() -> None:
+    seeds = {derive_seed(*parts) for parts in [(0, "a", 1), (0, "a", 2), (0, "b", 1), (1, "a", 1)]}
+    assert len(seeds) == 4
+    assert derive_seed(0, "a", 1) == 3805457466603685491  # part of the contract: it decides every run
+    assert all(0 <= seed < 2**63 for seed in seeds)

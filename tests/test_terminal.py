@@ -1,0 +1,52 @@
+"""What a person sees."""
+
+import io
+import sys
+
+import pytest
+
+from terminal import Progress, run_program
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_terminal_gets_a_bar_with_loss_rates_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with Progress(4) as progress:
+        for loss in (3.0, 2.5):
+            progress.update(loss, tokens=100, num_bytes=5_000)
+    shown = terminal.getvalue()
+    assert "loss 2.500" in shown
+    assert "tokens/s" in shown
+    assert "B/s" in shown
+    assert "2/4" in shown
+
+
+def test_file_gets_plain_lines_and_always_the_last_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(3, done=1) as progress:
+        progress.update(3.0, tokens=100, num_bytes=5_000)
+        progress.update(2.0, tokens=100, num_bytes=5_000)
+    said = capsys.readouterr().err
+    assert "\r" not in said
+    assert said.splitlines()[-1].startswith("step 3/3: loss 2.000, ")
+
+
+def test_expected_error_is_one_sentence_and_another_one_is_a_defect(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise ValueError("7 is too much")
+
+    assert run_program("program", fail, lambda: (ValueError,)) == 1
+    assert capsys.readouterr().err == "program: 7 is too much\n"
+    with pytest.raises(ValueError, match="7 is too much"):
+        run_program("program", fail, lambda: (KeyError,))
+
+
+def test_interruption_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    assert run_program("program", interrupt, lambda: ()) == 130
+    assert capsys.readouterr().err == "program: interrupted\n"
