@@ -13,6 +13,7 @@ from protocol import (
     EdgeAdapter,
     Evaluation,
     EvaluationLoss,
+    RemoteProtocolError,
     RunSettings,
     Start,
 )
@@ -71,6 +72,11 @@ def train(
             ),
             ActivationGradient,
         )
+        if gradient.step != step or gradient.values.shape != values.shape:
+            raise RemoteProtocolError(
+                f"expected the gradient of step {step}, {list(values.shape)}; "
+                f"got that of step {gradient.step}, {list(gradient.values.shape)}"
+            )
         engine.backward(gradient.values)
 
         if settings.aggregate_every == 1:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from terminal import Progress, run_program, version
+from terminal import Progress, run_program, show_log, version
 
 from .config import ServerConfig, options_from_toml
 
@@ -53,7 +53,7 @@ def run_serve(options: argparse.Namespace) -> None:
     for flag, opposite in (("steps", "epochs"), ("epochs", "steps")):
         if flag in given:
             from_file.pop(opposite, None)
-    with GpuServer(**{**from_file, **given}) as server:
+    with show_log("gpu_server"), GpuServer(**{**from_file, **given}) as server:
         _say(f"listening on {server.url} for {server.config.clients} clients; the run goes to {server.config.run_dir}")
         progress = None
         for step in server.train():

@@ -37,6 +37,8 @@ __all__ = ["RunServer", "StepRecord"]
 logger = logging.getLogger("gpu_server")
 Result = TypeVar("Result")
 
+SECONDS_TO_FINISH = 10.0
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -190,7 +192,8 @@ class RunServer:
             assert peer.name is not None
             actions = federation.join(peer.name, message, now)
             peer.session.max_bytes = self._largest_message(message.batch_size * message.longest)
-            logger.info("%s joined with %d samples", peer.name, message.num_samples)
+            joined, clients = len(federation.members), federation.settings.clients
+            logger.info("%s joined with %d samples, %d of %d clients", peer.name, message.num_samples, joined, clients)
             self._perform(actions)
         else:
             assert peer.name is not None
@@ -283,7 +286,8 @@ class RunServer:
 
     async def _dismiss(self, reason: str) -> None:
         if self._tasks:
-            await asyncio.wait(self._tasks)
+            # What is being computed is finished; a reply that nobody reads is not waited for.
+            await asyncio.wait(self._tasks, timeout=SECONDS_TO_FINISH)
         await asyncio.gather(*(self._refuse(peer, reason) for peer in list(self._peers.values())))
 
     def _pong(self) -> Pong:

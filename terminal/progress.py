@@ -1,12 +1,15 @@
 """A bar where somebody watches, plain lines where nobody does."""
 
+import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from tqdm import tqdm
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "show_log"]
 
 SECONDS_BETWEEN_LINES = 5.0
 BAR = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -54,6 +57,25 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
+
+
+class _AboveTheBar(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def show_log(name: str) -> Iterator[None]:
+    """Show what the logger ``name`` has to say meanwhile, from INFO on, without disturbing a bar."""
+    logger, handler = logging.getLogger(name), _AboveTheBar()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _amount(num_bytes: float) -> str:

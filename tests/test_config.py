@@ -314,7 +314,7 @@ NAMES = {
         ),
         *("derive_seed", "find_model", "initial_adapter", "load_adapter", "save_adapter", "take_step", "working_dtype"),
     ],
-    "terminal": ["Progress", "run_program", "version"],
+    "terminal": ["Progress", "run_program", "show_log", "version"],
 }
 
 
