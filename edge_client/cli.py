@@ -90,8 +90,8 @@ def _introduction(client: "EdgeClient") -> str:
     data, settings = client.data, client.welcome.settings
     cut = f", {data.num_cut} of them cut" if data.num_cut else ""
     return (
-        f"{client.name} in run {client.welcome.run}: {len(data.samples)} samples{cut}, blocks 0 to {settings.cut_layer - 1} "
-        f"here; waiting for all {settings.clients} clients"
+        f"run {client.welcome.run}, here {client.name}: {len(data.samples)} samples{cut}, "
+        f"blocks 0 to {settings.cut_layer - 1}; waiting for all {settings.clients} clients"
     )
 
 
