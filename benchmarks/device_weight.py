@@ -21,7 +21,6 @@ from gpu_server.federation import Action, Federation
 from protocol import Activations, Message
 
 STEPS = 5
-OWN_PACKAGES = ["splitlora"]
 
 
 class Watched:

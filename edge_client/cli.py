@@ -36,18 +36,18 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="of the frozen weights (default: %(default)s)",
     )
-    train.set_defaults(run=run_train)
+    train.set_defaults(run=run_train, errors=_errors_of_train)
 
     ping = commands.add_parser("ping", help="ask a server how it is", description="Ask a server how it is.")
     ping.add_argument("--server", required=True, metavar="URL")
-    ping.set_defaults(run=run_ping)
+    ping.set_defaults(run=run_ping, errors=_errors_of_ping)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 after an error with one sentence on standard error, 130 after Ctrl-C."""
     options = build_parser().parse_args(arguments)
-    return run_program(PROGRAM, lambda: options.run(options), _errors_of_users)
+    return run_program(PROGRAM, lambda: options.run(options), options.errors)
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -89,6 +89,8 @@ def run_ping(options: argparse.Namespace) -> None:
 def _introduction(client: "EdgeClient") -> str:
     data, settings = client.data, client.welcome.settings
     cut = f", {data.num_cut} of them cut" if data.num_cut else ""
+    if client.eval_data is not None and client.eval_data.num_cut:
+        cut += f" and {client.eval_data.num_cut} of the {len(client.eval_data.samples)} held-out ones"
     return (
         f"run {client.welcome.run}, here {client.name}: {len(data.samples)} samples{cut}, "
         f"blocks 0 to {settings.cut_layer - 1}; waiting for all {settings.clients} clients"
@@ -110,11 +112,18 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
-def _errors_of_users() -> tuple[type[Exception], ...]:
-    from protocol import InvalidName, RemoteProtocolError
-    from split_model import AdapterError, ModelError, TrainingDiverged
+def _errors_of_ping() -> tuple[type[Exception], ...]:
+    from protocol import RemoteProtocolError
 
     from .connection import ConnectionFailed, Refused
+
+    return (RemoteProtocolError, ConnectionFailed, Refused)
+
+
+def _errors_of_train() -> tuple[type[Exception], ...]:
+    from protocol import InvalidName
+    from split_model import AdapterError, ModelError, TrainingDiverged
+
     from .data import DataError
 
-    return (InvalidName, RemoteProtocolError, AdapterError, ModelError, TrainingDiverged, ConnectionFailed, Refused, DataError)
+    return (*_errors_of_ping(), InvalidName, AdapterError, ModelError, TrainingDiverged, DataError)

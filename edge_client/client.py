@@ -62,12 +62,15 @@ class EdgeClient:
         self._device, self._dtype = device, dtype
         self._model = BaseModel(find_model(model))
         tokenizer = load_tokenizer(self._model.folder)
-        # Tokens added later may lie beyond: only a padding token of nobody's texts is usual there.
-        if tokenizer.get_vocab_size(with_added_tokens=False) > self._model.config.vocabulary_size:
-            raise ModelError(f"{self._model.folder}: the tokenizer has more tokens than the model's vocabulary")
         end_token, length = self._model.config.end_token, min(max_length, self._model.config.num_positions)
         self.data = Dataset.load(Path(data), tokenizer, end_token, length)
         self.eval_data = None if eval_data is None else Dataset.load(Path(eval_data), tokenizer, end_token, length)
+        highest = max(data.highest_token for data in (self.data, self.eval_data) if data is not None)
+        if highest >= self._model.config.vocabulary_size:
+            raise ModelError(
+                f"{self._model.folder}: the tokenizer gives token {highest} ({tokenizer.id_to_token(highest)!r}), "
+                f"the model's vocabulary has {self._model.config.vocabulary_size}"
+            )
 
     def __enter__(self) -> "EdgeClient":
         """Join the run; the device's part of the model is ready, and waits for the others in `start`."""

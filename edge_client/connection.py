@@ -8,13 +8,23 @@ from typing import TypeVar
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.sync.client import connect
 
-from protocol import Failure, Goodbye, LocalProtocolError, Message, RemoteProtocolError, Session, Side
+from protocol import (
+    SECONDS_BETWEEN_PINGS,
+    SECONDS_TO_PONG,
+    Failure,
+    Goodbye,
+    LocalProtocolError,
+    Message,
+    RemoteProtocolError,
+    Session,
+    Side,
+)
 
 __all__ = ["Connection", "ConnectionFailed", "Refused"]
 
 Answer = TypeVar("Answer", bound=Message)
 
-LARGEST_FRAME_BYTES = 2**28  # a guard for the transport; the session holds every message to the bytes it can legally have
+LARGEST_FRAME_BYTES = 2**30  # a guard for the transport; the session holds every message to the bytes it can legally have
 
 
 class ConnectionFailed(ConnectionError):
@@ -41,7 +51,14 @@ class Connection:
         """Bytes of all messages so far, both ways."""
         try:
             # No proxy: an address of the local network is meant. No deflate: messages are compressed already.
-            opened = connect(url, compression=None, max_size=LARGEST_FRAME_BYTES, proxy=None)
+            opened = connect(
+                url,
+                compression=None,
+                max_size=LARGEST_FRAME_BYTES,
+                proxy=None,
+                ping_interval=SECONDS_BETWEEN_PINGS,
+                ping_timeout=SECONDS_TO_PONG,
+            )
             self._socket = self._open.enter_context(opened)
         except (InvalidURI, ValueError):  # a port or host that cannot be is a ValueError
             raise ConnectionFailed(f"{url} is no WebSocket address; it looks like ws://192.168.1.20:8765") from None

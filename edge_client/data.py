@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,6 +81,10 @@ class Dataset:
         """Rows of the longest sequence in a batch."""
         return max(len(sample.tokens) for sample in self.samples) - 1
 
+    @property
+    def highest_token(self) -> int:
+        return max(int(sample.tokens.max()) for sample in self.samples)
+
     def num_batches(self, batch_size: int) -> int:
         """In one epoch; the last may be smaller."""
         return -(-len(self.samples) // batch_size)
@@ -96,10 +101,16 @@ class Dataset:
             order_seed: of the shuffle, made anew for each epoch; None keeps the file's order.
         """
         epoch, index = divmod(step - 1, self.num_batches(batch_size))
-        order = list(range(len(self.samples)))
-        if order_seed is not None:
-            random.Random(derive_seed(*order_seed, epoch)).shuffle(order)
+        order = _epoch_order(len(self.samples), order_seed, epoch)
         return order[index * batch_size : (index + 1) * batch_size]
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(num_samples: int, order_seed: tuple[int | str, ...] | None, epoch: int) -> list[int]:
+    order = list(range(num_samples))
+    if order_seed is not None:
+        random.Random(derive_seed(*order_seed, epoch)).shuffle(order)
+    return order
 
 
 def pack(samples: list[Sample]) -> Batch:

@@ -8,9 +8,11 @@ from split_model import (
     BaseModel,
     EdgePart,
     LoraConfig,
+    ModelError,
     OptimiserConfig,
     TrainingDiverged,
     adamw,
+    check_cut_layer,
     choose_device,
     choose_dtype,
     take_step,
@@ -30,6 +32,9 @@ class TorchEngine:
     """
 
     def __init__(self, model: BaseModel, settings: RunSettings, device: str, dtype: str) -> None:
+        check_cut_layer(settings.cut_layer, model.config.num_layers)
+        if settings.lora_rank > model.config.width:
+            raise ModelError(f"the run's LoRA rank is {settings.lora_rank}, more than the model's width {model.config.width}")
         place = choose_device(device)
         weights = torch.float64 if settings.precision == "float64" else choose_dtype(dtype, place)
         self._part = EdgePart(model, settings.cut_layer, LoraConfig(**settings.lora()), weight_dtype=weights, device=place)
@@ -49,9 +54,7 @@ class TorchEngine:
         """
         self._part.train()
         self._part.seed_dropout(dropout_seed)
-        self._activations = self._run(batch)
-        if not torch.isfinite(self._activations).all():
-            raise TrainingDiverged("the activations are no longer finite numbers; try a lower --lr on the server")
+        self._activations = _finite(self._run(batch))
         return _to_array(self._activations)
 
     def backward(self, gradient: Array) -> None:
@@ -66,7 +69,7 @@ class TorchEngine:
     def infer(self, batch: Batch) -> Array:
         """Activations at the cut, (N, d), without dropout and without anything kept."""
         self._part.eval()
-        return _to_array(self._run(batch))
+        return _to_array(_finite(self._run(batch)))
 
     def take_step(self, learning_rate: float) -> None:
         """Update the adapter with the gradients of the last `backward`."""
@@ -89,6 +92,12 @@ class TorchEngine:
         tokens, lengths = torch.from_numpy(batch.tokens), torch.from_numpy(batch.lengths)
         activations: torch.Tensor = self._part(tokens.long(), lengths.long())
         return activations
+
+
+def _finite(activations: torch.Tensor) -> torch.Tensor:
+    if not torch.isfinite(activations).all():
+        raise TrainingDiverged("the activations are no longer finite numbers; try a lower --lr on the server")
+    return activations
 
 
 def _to_tensor(array: Array) -> torch.Tensor:

@@ -25,6 +25,8 @@ from .engine import TorchEngine
 
 __all__ = ["Step", "perplexity", "train"]
 
+LARGEST_EXPONENT = 700.0  # exp() of more is no float
+
 
 @dataclass(frozen=True)
 class Step:
@@ -106,7 +108,8 @@ def perplexity(connection: Connection, engine: TorchEngine, data: Dataset, batch
         batch = pack(data.samples[index * batch_size : (index + 1) * batch_size])
         summed_loss += _evaluate(connection, engine, batch, index)
         num_labels += len(batch.labels)
-        yield math.exp(summed_loss / max(1, num_labels))
+        mean_loss = summed_loss / max(1, num_labels)
+        yield math.exp(mean_loss) if mean_loss < LARGEST_EXPONENT else math.inf
 
 
 def _evaluate(connection: Connection, engine: TorchEngine, batch: Batch, index: int) -> float:
@@ -117,4 +120,7 @@ def _evaluate(connection: Connection, engine: TorchEngine, batch: Batch, index: 
         labels=batch.labels,
         values=engine.infer(batch),
     )
-    return connection.exchange(question, EvaluationLoss).summed_loss
+    answer = connection.exchange(question, EvaluationLoss)
+    if answer.index != index:
+        raise RemoteProtocolError(f"expected the loss of batch {index}, got that of batch {answer.index}")
+    return answer.summed_loss

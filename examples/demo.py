@@ -27,8 +27,9 @@ NUM_CLIENTS = 2
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train a split model end to end on this machine.")
     parser.add_argument("--steps", type=int, default=100)
-    steps = parser.parse_args().steps
-    run_dir = _unused_folder()
+    parser.add_argument("--run-dir", type=Path, help="default: the next free runs/demo-N")
+    options = parser.parse_args()
+    steps, run_dir = options.steps, options.run_dir or _unused_folder()
     url = f"ws://127.0.0.1:{_free_port()}"
     print(f"A server and {NUM_CLIENTS} devices on this machine; the texts of each device stay in its process.\n")
     with ExitStack() as running:
@@ -38,7 +39,7 @@ def main() -> int:
         readers = [threading.Thread(target=_relay, args=(client, device)) for client, device in enumerate(devices)]
         for reader in readers:
             reader.start()
-        statuses = [process.wait() for process in (server, *devices)]
+        statuses = _wait_for_all([server, *devices])
         for reader in readers:
             reader.join()
     if any(statuses):
@@ -76,6 +77,16 @@ def _wait_until_it_answers(server: "subprocess.Popen[str]", url: str) -> None:
             return
         except ConnectionFailed:
             time.sleep(0.1)
+
+
+def _wait_for_all(processes: "list[subprocess.Popen[str]]") -> list[int]:
+    """Exit statuses; when one has failed, the others would wait for it, and are ended."""
+    while any(process.poll() is None for process in processes):
+        if any(process.returncode for process in processes):
+            for process in processes:
+                process.terminate()
+        time.sleep(0.1)
+    return [process.wait() for process in processes]
 
 
 def _relay(client: int, device: "subprocess.Popen[str]") -> None:

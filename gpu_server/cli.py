@@ -4,6 +4,7 @@ import argparse
 import sys
 import types
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -55,13 +56,12 @@ def run_serve(options: argparse.Namespace) -> None:
             from_file.pop(opposite, None)
     with show_log("gpu_server"), GpuServer(**{**from_file, **given}) as server:
         _say(f"listening on {server.url} for {server.config.clients} clients; the run goes to {server.config.run_dir}")
-        progress = None
-        for step in server.train():
-            if progress is None:
-                progress = Progress(server.total_steps, step.number - 1)
-            progress.update(step.loss, step.tokens, sum(step.bytes_up.values()) + sum(step.bytes_down.values()))
-        if progress is not None:
-            progress.close()
+        with ExitStack() as shown:
+            progress = None
+            for step in server.train():
+                if progress is None:
+                    progress = shown.enter_context(Progress(server.total_steps, step.number - 1))
+                progress.update(step.loss, step.tokens, sum(step.bytes_up.values()) + sum(step.bytes_down.values()))
         _say(f"done: the adapter is in {server.adapter_folder}")
 
 

@@ -66,8 +66,10 @@ class Compute:
         if not torch.isfinite(loss):
             raise TrainingDiverged(f"the loss of step {step} is {loss.item()}; try a lower --lr")
         torch.autograd.backward(loss)
-        take_step(self._server_optimiser, self._schedule.learning_rate_at(step, total_steps))
         assert activations.grad is not None
+        if not torch.isfinite(activations.grad).all():
+            raise TrainingDiverged(f"the gradient of step {step} is not finite; try a lower --lr")
+        take_step(self._server_optimiser, self._schedule.learning_rate_at(step, total_steps))
         gradients = torch.split(activations.grad.cpu(), [len(batch.values) for batch in union])
         return loss.item(), {name: gradient.numpy() for name, gradient in zip(batches, gradients, strict=True)}
 
@@ -81,11 +83,15 @@ class Compute:
                 matrix.grad = torch.stack([_tensor(tensors[name]) for tensors in contributions.values()]).sum(0)
             take_step(self._edge_optimiser, self._schedule.learning_rate_at(step, total_steps))
         else:
-            total = max(1, sum(weights.values()))
+            # A round without any label has taught nobody anything: all count alike.
+            weights = weights if any(weights.values()) else dict.fromkeys(weights, 1)
+            total = sum(weights.values())
             with torch.no_grad():
                 for name, matrix in self._edge.items():
                     shares = [_tensor(tensors[name]) * (weights[client] / total) for client, tensors in contributions.items()]
                     matrix.copy_(torch.stack(shares).sum(0))
+        if not all(torch.isfinite(matrix).all() for matrix in self._edge.values()):
+            raise TrainingDiverged(f"the edge adapter of step {step} is not finite; try a lower --lr")
         return self.edge_adapter()
 
     @torch.no_grad()
@@ -93,7 +99,10 @@ class Compute:
         """Summed loss of a held-out batch in nats, without dropout."""
         self._part.eval()
         labels = self._join([batch.labels]).long()
-        return float(self._summed_loss(self._join([batch.values]), [batch], labels))
+        loss = self._summed_loss(self._join([batch.values]), [batch], labels)
+        if not torch.isfinite(loss):
+            raise TrainingDiverged(f"the loss of held-out texts is {loss.item()}; try a lower --lr")
+        return loss.item()
 
     def edge_adapter(self) -> Tensors:
         """A copy of the edge part's LoRA matrices."""

@@ -74,7 +74,10 @@ class ServerConfig:
     def settings(self, precision: str) -> RunSettings:
         """The part of it that every client is told."""
         shared = {name.name: getattr(self, name.name) for name in fields(RunSettings) if name.name != "precision"}
-        return RunSettings(precision=precision, **shared)
+        try:
+            return RunSettings(precision=precision, **shared)
+        except ValueError as error:
+            raise ConfigError(str(error).replace("_", "-")) from None
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "ServerConfig":

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import numpy as np
+
 from protocol import (
     ActivationGradient,
     Activations,
@@ -104,6 +106,12 @@ class FinishRun:
 
 Question = TypeVar("Question", bound="Message | Contribution")
 
+LARGEST_VALUE = 1e6
+"""
+Of activations, gradients and adapters, in magnitude. GPT-2's largest activations are some thousands; what is beyond would make
+the loss of everybody infinite, and belongs to one client that has diverged or means harm.
+"""
+
 Action = Reply | Train | Aggregate | Evaluate | FinishStep | FinishRun
 
 
@@ -175,8 +183,8 @@ class Federation:
         """
         if hello.fingerprint != self.limits.fingerprint:
             raise RemoteProtocolError(
-                f"the model of {hello.name} has fingerprint {hello.fingerprint}, the run's has {self.limits.fingerprint}; "
-                "use the same base model on both sides"
+                f"the model of {hello.name} has fingerprint {ascii(hello.fingerprint[:64])[1:-1]}, "
+                f"the run's has {self.limits.fingerprint}; use the same base model on both sides"
             )
         if hello.name in self.greeted:
             raise RemoteProtocolError(f"the name {hello.name} is taken; choose another with --name")
@@ -275,10 +283,11 @@ class Federation:
         self.phase = Phase.FINISHED
         return self._advance(now)
 
-    def evaluated(self, name: str, index: int, summed_loss: float) -> list[Action]:
+    def evaluated(self, name: str, index: int, summed_loss: float, now: float) -> list[Action]:
         """The loss of an `Evaluate` is computed."""
         if name not in self.members:
             return []
+        self.timing.replied(name, now)  # the time of an evaluation belongs to no step
         return [Reply(name, EvaluationLoss(index=index, summed_loss=summed_loss))]
 
     # What follows from it
@@ -340,7 +349,7 @@ class Federation:
         return [FinishStep(self.step, self._loss, self._tokens, self._labelled_tokens, seconds)]
 
     def _close_last_round(self, now: float) -> list[Action]:
-        if self._asked(AdapterWeights):
+        if any(member.next_question[0] is AdapterWeights for member in self.members.values()):
             self.phase = Phase.CONTRIBUTIONS
             return self._advance(now)
         return self._finish_run()
@@ -392,6 +401,7 @@ class Federation:
             raise RemoteProtocolError(f"values are {batch.values.dtype.name}, the run's are {self.settings.precision}")
         if batch.values.shape[1] != limits.width:
             raise RemoteProtocolError(f"values are {batch.values.shape[1]} wide, the model is {limits.width}")
+        _check_size(batch.values)
         if len(batch.values) > rows or len(batch.lengths) > member.join.batch_size:
             raise RemoteProtocolError(f"{len(batch.values)} rows, at most {rows} were announced")
         if batch.lengths.max() > member.join.longest:
@@ -407,3 +417,11 @@ class Federation:
             raise RemoteProtocolError("the tensors are not the LoRA matrices of the edge part")
         if any(tensor.dtype.name != self.settings.precision for tensor in tensors.values()):
             raise RemoteProtocolError(f"the run's adapters are {self.settings.precision}")
+        for tensor in tensors.values():
+            _check_size(tensor)
+
+
+def _check_size(values: Array) -> None:
+    largest = np.abs(values).max(initial=0.0)
+    if largest > LARGEST_VALUE:
+        raise RemoteProtocolError(f"has values up to {largest:.3g}; beyond {LARGEST_VALUE:g} training has diverged")

@@ -27,7 +27,7 @@ from split_model import (
 from terminal import version
 
 from .compute import Compute
-from .config import ConfigError, ServerConfig
+from .config import ServerConfig
 from .federation import Federation, ModelLimits, Phase
 from .run_directory import RunDirectory
 from .server import RunServer, StepRecord
@@ -36,7 +36,7 @@ __all__ = ["GpuServer", "RunEndedEarly"]
 
 
 class RunEndedEarly(RuntimeError):
-    """All clients left before the last step."""
+    """All clients left, or the server was stopped, before the last step."""
 
 
 class GpuServer:
@@ -108,7 +108,7 @@ class GpuServer:
         Follow the run step by step, until it is complete and its clients have left.
 
         Raises:
-            RunEndedEarly: all clients left before the last step; what was learnt until then is saved.
+            RunEndedEarly: all clients left, or `stop` was called, before the last step; what was learnt until then is saved.
             TrainingDiverged: the loss is no longer a number.
             ConfigError: the run directory cannot be written any more.
         """
@@ -116,12 +116,13 @@ class GpuServer:
             if isinstance(record, BaseException):
                 raise record
             yield record
+        self._records.put(None)  # whoever follows a second time finds the end, too
         federation = self._federation
-        if federation.phase is Phase.FINISHED and federation.step < federation.total_steps:
-            raise RunEndedEarly(
-                f"all clients left after step {federation.step} of {federation.total_steps}; "
-                f"the adapter of that step is in {self.adapter_folder}"
-            )
+        if federation.phase is Phase.FINISHED and federation.step == federation.total_steps:
+            return
+        what = "all clients left" if federation.phase is Phase.FINISHED else "the server was stopped"
+        where = f"; the adapter of that step is in {self.adapter_folder}" if federation.step else ""
+        raise RunEndedEarly(f"{what} after step {federation.step} of {federation.total_steps}{where}")
 
     @property
     def total_steps(self) -> int:
@@ -145,10 +146,6 @@ class GpuServer:
 
         try:
             self._server.run(self.config.host, self.config.port, begin)
-        except OSError as error:
-            where = f"{self.config.host}:{self.config.port}"
-            listening.put(ConfigError(f"cannot listen on {where}: {error.strerror or error}; choose another --port or --host"))
-            self._records.put(error)
         except Exception as error:
             listening.put(error)
             self._records.put(error)

@@ -12,6 +12,8 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from protocol import (
+    SECONDS_BETWEEN_PINGS,
+    SECONDS_TO_PONG,
     Failure,
     Goodbye,
     Hello,
@@ -30,6 +32,7 @@ from split_model import TrainingDiverged
 from terminal import version
 
 from .compute import Compute
+from .config import ConfigError
 from .federation import Action, Aggregate, Evaluate, Federation, FinishRun, FinishStep, Reply, Train
 
 __all__ = ["RunServer", "StepRecord"]
@@ -38,6 +41,8 @@ logger = logging.getLogger("gpu_server")
 Result = TypeVar("Result")
 
 SECONDS_TO_FINISH = 10.0
+SECONDS_TO_CLOSE = 2.0
+LONGEST_REASON = 1000  # characters
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ class RunServer:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: asyncio.Future[None]
+        self._last_row: asyncio.Task[None] | None = None
         self._complete = False
 
     def run(self, host: str, port: int, listening: Callable[[str], None]) -> None:
@@ -121,7 +127,7 @@ class RunServer:
             listening: called with the server's URL once it accepts connections.
 
         Raises:
-            OSError: the address cannot be listened on.
+            ConfigError: the address cannot be listened on, or the run directory not be written.
             TrainingDiverged: the loss is no longer a number.
         """
         asyncio.run(self._listen(host, port, listening))
@@ -136,27 +142,39 @@ class RunServer:
     async def _listen(self, host: str, port: int, listening: Callable[[str], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._ended = self._loop.create_future()
-        # Clients that have left may still be writing: no reply of ours waits for them on the way out.
-        server = await serve(
-            self._converse,
-            host,
-            port,
-            compression=None,
-            max_size=self._largest_frame(),
-            create_connection=CountingConnection,
-            close_timeout=2,
-            server_header=None,
-        )
-        async with server:
+        async with await self._open(host, port) as server:
             listening(_url(server))
             try:
                 await self._ended
                 await self._dismiss("the server was stopped")
-            except TrainingDiverged as error:
+                await self._save_unfinished()
+            except (ConfigError, TrainingDiverged) as error:
                 await self._dismiss(str(error))
+                raise
+            except Exception:
+                await self._dismiss("the server failed")
                 raise
             finally:
                 self._worker.shutdown()
+
+    async def _open(self, host: str, port: int) -> Server:
+        try:
+            server: Server = await serve(
+                self._converse,
+                host,
+                port,
+                compression=None,  # messages are compressed already
+                max_size=self._largest_frame(),
+                create_connection=CountingConnection,
+                ping_interval=SECONDS_BETWEEN_PINGS,
+                ping_timeout=SECONDS_TO_PONG,
+                close_timeout=SECONDS_TO_CLOSE,
+                server_header=None,
+            )
+            return server
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from None
 
     def _end(self) -> None:
         if not self._ended.done():
@@ -174,6 +192,7 @@ class RunServer:
                     break
                 await self._answer(peer, message)
         except RemoteProtocolError as error:
+            self._forget(peer)  # first: the others do not wait for a peer that does not listen
             await self._refuse(peer, str(error))
         except ConnectionClosed:
             logger.info("%s: connection lost", peer.name or "a client")
@@ -203,16 +222,19 @@ class RunServer:
         if peer.name is None or self._peers.get(peer.name) is not peer:
             return
         del self._peers[peer.name]
+        if self._ended.done():
+            return  # it did not leave: we dismissed it
         self._perform(self._federation.leave(peer.name, time.monotonic()))
         self._end_if_over()
 
     async def _refuse(self, peer: Peer, reason: str) -> None:
         logger.warning("%s refused: %s", peer.name or "a client", reason)
         try:
-            await peer.connection.send(peer.session.send(Failure(reason=reason)))
+            data = peer.session.send(Failure(reason=reason[:LONGEST_REASON]))
+            await asyncio.wait_for(peer.connection.send(data), SECONDS_TO_CLOSE)
             await peer.connection.close(1008)
-        except (ConnectionClosed, LocalProtocolError):
-            pass  # gone already, or refused already: nobody is left to be told
+        except (ConnectionClosed, LocalProtocolError, asyncio.TimeoutError):
+            pass  # gone already, refused already, or deaf: nobody is left to be told
 
     async def _send(self, peer: Peer, message: Message) -> None:
         try:
@@ -231,7 +253,7 @@ class RunServer:
                 if peer is not None:
                     replies.append(self._spawn(self._send(peer, action.message)))
             elif isinstance(action, FinishStep):
-                self._spawn(self._finish_step(action, replies))
+                self._last_row = self._spawn(self._finish_step(action, replies, self._last_row))
             else:
                 self._spawn(self._do(action))
 
@@ -247,15 +269,17 @@ class RunServer:
             self._perform(federation.aggregated(adapter, now - started, now))
         elif isinstance(action, Evaluate):
             summed_loss = await self._work(compute.evaluate, action.batch)
-            self._perform(federation.evaluated(action.client, action.batch.index, summed_loss))
+            self._perform(federation.evaluated(action.client, action.batch.index, summed_loss, time.monotonic()))
         else:
             await self._work(self._save)
             self._complete = True
             self._perform(federation.saved(time.monotonic()))
             self._end_if_over()
 
-    async def _finish_step(self, action: FinishStep, replies: list[asyncio.Task[None]]) -> None:
-        await asyncio.gather(*replies)
+    async def _finish_step(
+        self, action: FinishStep, replies: list[asyncio.Task[None]], row_before: asyncio.Task[None] | None
+    ) -> None:
+        await asyncio.gather(*replies, *([row_before] if row_before else []))
         up, down = {}, {}
         for name, peer in sorted(self._peers.items()):
             connection = peer.connection
@@ -289,6 +313,12 @@ class RunServer:
             # What is being computed is finished; a reply that nobody reads is not waited for.
             await asyncio.wait(self._tasks, timeout=SECONDS_TO_FINISH)
         await asyncio.gather(*(self._refuse(peer, reason) for peer in list(self._peers.values())))
+
+    async def _save_unfinished(self) -> None:
+        step, total_steps = self._federation.step, self._federation.total_steps
+        if step and not self._complete:
+            await self._work(self._save)
+            logger.info("stopped after step %d of %d; its adapter is saved", step, total_steps)
 
     def _pong(self) -> Pong:
         federation = self._federation

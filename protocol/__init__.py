@@ -2,7 +2,7 @@
 
 from .encoding import decode, encode
 from .errors import InvalidName, LocalProtocolError, ProtocolError, RemoteProtocolError
-from .limits import HANDSHAKE_BYTES, compressed_bound, largest_message_bytes
+from .limits import HANDSHAKE_BYTES, SECONDS_BETWEEN_PINGS, SECONDS_TO_PONG, compressed_bound, largest_message_bytes
 from .messages import (
     PROTOCOL_VERSION,
     ActivationGradient,
@@ -34,6 +34,8 @@ from .settings import RunSettings
 __all__ = [
     "HANDSHAKE_BYTES",
     "PROTOCOL_VERSION",
+    "SECONDS_BETWEEN_PINGS",
+    "SECONDS_TO_PONG",
     "TRANSITIONS",
     "ActivationGradient",
     "Activations",

@@ -1,9 +1,16 @@
 """How large a legal message can be."""
 
-__all__ = ["HANDSHAKE_BYTES", "compressed_bound", "largest_message_bytes"]
+__all__ = ["HANDSHAKE_BYTES", "SECONDS_BETWEEN_PINGS", "SECONDS_TO_PONG", "compressed_bound", "largest_message_bytes"]
 
 HANDSHAKE_BYTES = 64 * 1024
 """Nothing before `Start` is larger."""
+
+SECONDS_BETWEEN_PINGS = 30.0
+SECONDS_TO_PONG = 300.0
+"""
+Of WebSocket's keepalive. A pong waits behind the message that is being sent, and 10 MB take 80 s at 1 Mbit/s: a peer is
+given up only when it is silent for longer than any message of a slow link takes.
+"""
 
 _OVERHEAD = 64 * 1024  # names, headers, everything that is not a tensor's data
 

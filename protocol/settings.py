@@ -6,6 +6,9 @@ from typing import Any
 __all__ = ["RunSettings"]
 
 
+LARGEST_COUNT = 2**31 - 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """One run's configuration. Exactly one of ``steps`` and ``epochs`` is given."""
@@ -33,8 +36,16 @@ class RunSettings:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"exactly one of steps and epochs is given, got {self.steps} and {self.epochs}")
-        if self.aggregate_every < 1:
-            raise ValueError(f"aggregate_every must be at least 1, got {self.aggregate_every}")
+        for name in ("cut_layer", "lora_rank", "clients", "aggregate_every"):
+            if not 1 <= getattr(self, name) <= LARGEST_COUNT:
+                raise ValueError(f"{name} must be 1 to {LARGEST_COUNT}, got {getattr(self, name)}")
+        for name in ("lora_alpha", "lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        if self.lr_schedule not in ("constant", "linear"):
+            raise ValueError(f"lr_schedule must be constant or linear, got {self.lr_schedule[:40]!r}")
         if self.precision not in ("float32", "float64"):
             raise ValueError(f"precision must be float32 or float64, got {self.precision[:40]!r}")
 

@@ -128,7 +128,7 @@ class BaseModel:
         Rows, not whole tensors: it takes milliseconds for any size, and training of any kind moves every row.
         """
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
-        for name in sorted(name for name in self._places if _is_weight(name)):
+        for name in sorted(filter(self._is_part_of_the_model, self._places)):
             file, stored = self._places[name]
             rows = file.get_slice(stored)
             shape = rows.get_shape()
@@ -136,6 +136,11 @@ class BaseModel:
             for row in sorted({0, shape[0] // 2, shape[0] - 1}) if shape else ():
                 digest.update(rows[row : row + 1].contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:32]
+
+    def _is_part_of_the_model(self, name: str) -> bool:
+        # Old checkpoints carry the causal mask as a buffer, and a tied head twice.
+        is_mask, is_head = name.endswith((".attn.bias", ".attn.masked_bias")), name == "lm_head.weight"
+        return not is_mask and not (is_head and self.config.tied_head)
 
 
 def find_model(name: str) -> Path:
@@ -192,8 +197,3 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be read as safetensors: {error}") from None
-
-
-def _is_weight(name: str) -> bool:
-    # Old checkpoints carry the causal mask as a buffer, and a tied head twice; neither is part of the model.
-    return not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight"

@@ -20,7 +20,9 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    if name not in ("cpu", "cuda"):
+        raise ModelError(f"device must be auto, cpu or cuda; got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
         raise ModelError("--device cuda: torch finds no CUDA device here; use --device cpu")
     return torch.device(name)
 
@@ -28,6 +30,8 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of the frozen weights. "auto" is bfloat16 where products in it are clearly faster, else float32."""
     if name != "auto":
+        if name not in DTYPES:
+            raise ModelError(f"dtype must be auto, {', '.join(DTYPES)}; got {name!r}")
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from edge_client import EdgeClient, Step
-from gpu_server import GpuServer, StepRecord
+from gpu_server import GpuServer, RunEndedEarly, StepRecord
 
 # Whole federations run in this process, on models so small that a second thread only waits for the first.
 torch.set_num_threads(1)
@@ -124,7 +124,10 @@ def run_split(server_options: dict[str, Any], clients: dict[str, dict[str, Any]]
         threads = [threading.Thread(target=take_part, args=(server.url, name, options)) for name, options in clients.items()]
         for thread in threads:
             thread.start()
-        records = list(server.train())
+        try:
+            records = list(server.train())
+        except RunEndedEarly:
+            assert errors, "the run ended early, and no client says why"
         for thread in threads:
             thread.join()
     if errors:

@@ -302,8 +302,8 @@ def test_file_is_no_model(edge_says: Say, model: Path) -> None:
     [
         ({"cut_layer": 0}, "cut layer must be between 1 and 3 for a model of 4 blocks, got 0"),
         ({"cut_layer": 4}, "cut layer must be between 1 and 3 for a model of 4 blocks, got 4"),
-        ({"lora_rank": 0}, "LoRA rank must be at least 1, got 0"),
-        ({"lora_alpha": 0}, "LoRA alpha must be positive, got 0.0"),
+        ({"lora_rank": 0}, "lora-rank must be 1 to 2147483647, got 0"),
+        ({"lora_alpha": 0}, "lora-alpha must be positive, got 0.0"),
         ({"lora_dropout": 1.0}, "LoRA dropout must be in [0, 1), got 1.0"),
         ({"lora_dropout": "nan"}, "LoRA dropout must be in [0, 1), got nan"),
         ({"lora_targets": "c_attn,q_proj"}, "LoRA targets must be among c_attn, c_proj, c_fc; got q_proj"),
@@ -889,19 +889,37 @@ def test_training_that_diverges_ends_the_edge_with_one_sentence(
     assert "no longer finite numbers; try a lower --lr" in text
 
 
+def test_values_that_are_too_large_are_refused_and_the_others_go_on(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], fingerprint: str
+) -> None:
+    with (
+        a_run(tiny_model, tmp_path, pairs_file("honest", 3), clients=2) as run,
+        joined(run, fingerprint) as hostile,
+    ):
+        hostile.say(batch(values=floats(7, value=3e38)))
+        assert hostile.hear(Failure).reason == "has values up to 3e+38; beyond 1e+06 training has diverged"
+
+
 def test_loss_that_is_no_number_ends_the_run_and_everybody_is_told_why(
     tiny_model: Path, tmp_path: Path, fingerprint: str
 ) -> None:
-    with GpuServer(**server_options(tiny_model, tmp_path / "run")) as server, Hostile(server.url) as hostile:
-        hostile.say(Hello(name="huge", fingerprint=fingerprint))
+    with GpuServer(**{**server_options(tiny_model, tmp_path / "run"), "lr": 1e30}) as server, Hostile(server.url) as hostile:
+        hostile.say(Hello(name="stubborn", fingerprint=fingerprint))
         hostile.hear(Welcome)
         hostile.say(Join(num_samples=4, batch_size=2, longest=4))
-        hostile.hear(Start)
-        hostile.say(batch(values=floats(7, value=3e38)))
-        told = hostile.hear().reason
+        adapter = hostile.hear(Start).adapter
+        values = np.random.default_rng(0).standard_normal((7, WIDTH)).astype(np.float32)
+        hostile.say(batch(values=values))
+        hostile.hear(ActivationGradient)
+        # A gradient of zero leaves the edge as it is; the server's own part is thrown far off by its step.
+        hostile.say(AdapterGradient(step=1, edge_seconds=0.0, tensors={name: 0 * value for name, value in adapter.items()}))
+        hostile.hear(EdgeAdapter)
+        hostile.say(batch(step=2, values=values))
+        told = hostile.hear(Failure).reason
         with pytest.raises(TrainingDiverged) as caught:
             list(server.train())
-    assert str(caught.value) == told == "the loss of step 1 is nan; try a lower --lr"
+    assert str(caught.value) == told
+    assert told.endswith("try a lower --lr")
 
 
 # Ctrl-C

@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies
+from hypothesis import settings as settings_of_hypothesis
 
 from gpu_server.federation import Action, Aggregate, Federation, FinishRun, FinishStep, ModelLimits, Phase, Reply, Train
 from protocol import (
@@ -13,6 +15,7 @@ from protocol import (
     AdapterWeights,
     Done,
     EdgeAdapter,
+    Evaluation,
     Hello,
     Join,
     RemoteProtocolError,
@@ -65,6 +68,17 @@ class Table:
     def trained(self, *names: str) -> list[Action]:
         gradients = {name: np.zeros((ROWS, WIDTH), np.float32) for name in names}
         return self.federation.trained(1.5, gradients, 0.1, self.now)
+
+    def ask(self, name: str, kind: type, step: int) -> list[Action]:
+        if kind is Activations:
+            return self.activations(name, step)
+        return self.done(name, step) if kind is Done else self.contribute(name, step, kind)
+
+    def compute(self, action: Action) -> list[Action]:
+        """What the server does of its own accord."""
+        if isinstance(action, Train):
+            return self.trained(*action.batches)
+        return self.aggregated() if isinstance(action, Aggregate) else self.federation.saved(self.now)
 
     def aggregated(self) -> list[Action]:
         return self.federation.aggregated(tensors(1.0), 0.1, self.now)
@@ -168,6 +182,17 @@ def test_last_round_is_closed_when_those_with_steps_left_leave() -> None:
     assert kinds(actions) == [Reply, FinishRun]
 
 
+def test_last_round_waits_for_matrices_that_are_still_owed() -> None:
+    table = Table({"long": 9, "short": 1}, aggregate_every=5)
+    for name in ("long", "short"):
+        table.activations(name, 1)
+    table.trained("long", "short")
+    assert table.federation.leave("long", 0.0) == []
+    (aggregate,) = table.contribute("short", 1, AdapterWeights)
+    assert list(aggregate.contributions) == ["short"]  # type: ignore[union-attr]
+    assert kinds(table.aggregated()) == [Reply, FinishRun]
+
+
 @pytest.mark.parametrize("moment", ["before its activations", "while computing", "before its gradient"])
 def test_others_go_on_when_a_client_leaves(moment: str) -> None:
     table = Table({"stays": 2, "leaves": 2})
@@ -234,3 +259,51 @@ def test_time_of_a_client_is_divided_without_gap() -> None:
     seconds = finished.seconds["a"]
     assert (seconds["edge_compute"], seconds["wire"], seconds["waiting"]) == (6.0, 4.0, 3.0)
     assert seconds["server_compute"] == pytest.approx(0.2)
+
+
+def test_time_of_an_evaluation_belongs_to_no_step() -> None:
+    table = Table({"a": 1, "b": 1})
+    table.federation.evaluated("a", 0, 3.0, now=50.0)
+    table.now = 52.0
+    table.activations("a", 1)
+    table.activations("b", 1)
+    table.trained("a", "b")
+    table.contribute("a", 1)
+    table.contribute("b", 1)
+    (finished,) = [action for action in table.aggregated() if isinstance(action, FinishStep)]
+    assert finished.seconds["a"]["wire"] == 2.0
+
+
+@settings_of_hypothesis(max_examples=200, deadline=None)
+@given(data=strategies.data())
+def test_every_question_is_answered_whoever_leaves_and_whenever(data: strategies.DataObject) -> None:
+    samples = {name: data.draw(strategies.integers(1, 6), name) for name in "abc"}
+    table = Table(samples, aggregate_every=data.draw(strategies.integers(1, 4), "every"))
+    federation, asked, ended, actions = table.federation, {}, set(), list(table.started)
+    computing: list[Action] = []
+    while True:
+        for action in actions:
+            if isinstance(action, Reply):
+                asked.pop(action.client, None)
+                if isinstance(action.message, EdgeAdapter) and federation.members[action.client].next_question[0] is Evaluation:
+                    ended.add(action.client)
+            elif not isinstance(action, FinishStep):
+                computing.append(action)
+        ready = [name for name in federation.members if name not in asked and name not in ended]
+        choices = [("ask", name) for name in ready] + [("leave", name) for name in federation.members]
+        choices += [("compute", "")] if computing else []
+        if not [choice for choice in choices if choice[0] != "leave"]:
+            break
+        what, name = data.draw(strategies.sampled_from(choices))
+        if what == "leave":
+            asked.pop(name, None)
+            actions = federation.leave(name, 0.0)
+        elif what == "ask":
+            kind, step = federation.members[name].next_question
+            asked[name] = kind
+            actions = table.ask(name, kind, step)
+        else:
+            actions = table.compute(computing.pop(0))
+    assert not asked
+    assert federation.phase is Phase.FINISHED
+    assert ended == set(federation.members)

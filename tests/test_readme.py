@@ -103,11 +103,11 @@ def test_five_lines_of_the_server_sdk_train(
     assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
 
 
-def test_demo_trains_and_shows_what_it_learnt() -> None:
-    command = [sys.executable, "examples/demo.py", "--steps", "2"]
+def test_demo_trains_and_shows_what_it_learnt(tmp_path: Path) -> None:
+    command = [sys.executable, "examples/demo.py", "--steps", "2", "--run-dir", str(tmp_path / "run")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert "perplexity before" in done.stdout
     assert "perplexity after" in done.stdout
-    assert "runs/demo-" in done.stdout
+    assert str(tmp_path / "run/adapter") in done.stdout
     assert done.stdout.count("->") == 3

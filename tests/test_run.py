@@ -172,3 +172,17 @@ def test_bfloat16_weights_train_nearly_as_float32_ones_do(
     # bfloat16 has 8 bits of mantissa; the loss is a mean over some dozens of tokens.
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=2e-2)
     assert losses["bfloat16"] != losses["float32"]
+
+
+def test_round_without_any_label_leaves_the_adapter_as_it_is(tiny_model: Path, tmp_path: Path) -> None:
+    # The first rows are cut before their completion begins; the last one has labels.
+    lines = [{"prompt": "x" * 400, "completion": "y"}] * 4 + [{"prompt": "a", "completion": "b c d"}] * 2
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    start = reference.make_adapter(tiny_model, tmp_path / "start", targets=["c_attn"])
+    settings = options(tiny_model, tmp_path / "run", steps=2, aggregate_every=2, lora_alpha=8.0, init_adapter=str(start))
+    client = {"data": file, "batch_size": 1, "max_length": 12, "shuffle": False}
+    result = run_split({**settings, "weight_decay": 0.0}, {"a": client})
+    assert [record.labelled_tokens for record in result.records] == [0, 0]
+    found, before = (reference.read_adapter(folder) for folder in (tmp_path / "run/adapter", start))
+    assert reference.largest_difference(found, before) == 0
