@@ -21,6 +21,7 @@ check: $(VENV)/.development
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Long: the last one trains for the better part of an hour on two cores.
 bench: $(VENV)/.development
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/device_weight.py

@@ -1,4 +1,4 @@
-"""What a person sees in a terminal: progress, and one sentence for what went wrong. The three programs speak with one voice."""
+"""What a person sees in a terminal: progress, and one sentence for what went wrong. The programs speak with one voice."""
 
 from .program import run_program, version
 from .progress import Progress, show_log
