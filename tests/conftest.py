@@ -1,6 +1,7 @@
 """A tiny GPT-2 of our own, the evaluation data where it is, and whole runs over real sockets in one process."""
 
 import json
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,9 @@ from gpu_server import GpuServer, RunEndedEarly, StepRecord
 
 # Whole federations run in this process, on models so small that a second thread only waits for the first.
 torch.set_num_threads(1)
+
+# A script that starts the tests in the background has Ctrl-C ignored; the programs that tests interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"
