@@ -38,7 +38,12 @@ class TorchEngine:
         place = choose_device(device)
         weights = torch.float64 if settings.precision == "float64" else choose_dtype(dtype, place)
         self._part = EdgePart(model, settings.cut_layer, LoraConfig(**settings.lora()), weight_dtype=weights, device=place)
-        self._optimiser = adamw(self._part.matrices().values(), OptimiserConfig(**settings.optimiser()))
+        # With rounds of one step the server steps for everybody; torch's optimisers would be 70 MB for nothing.
+        self._optimiser = (
+            adamw(self._part.matrices().values(), OptimiserConfig(**settings.optimiser()))
+            if settings.aggregate_every > 1
+            else None
+        )
         self._activations: torch.Tensor | None = None
 
     @property
@@ -62,7 +67,9 @@ class TorchEngine:
         if self._activations is None:
             raise RuntimeError("backward() needs a forward() before it")
         self._part.clear_gradients()
-        torch.autograd.backward(self._activations, _to_tensor(gradient).to(self._activations.device))
+        # A scalar with the wanted gradient: handing the gradient to autograd makes it import sympy, 25 MB and a second.
+        product = (self._activations * _to_tensor(gradient).to(self._activations.device)).sum()
+        torch.autograd.backward(product)
         self._activations = None
 
     @torch.no_grad()
@@ -72,7 +79,9 @@ class TorchEngine:
         return _to_array(_finite(self._run(batch)))
 
     def take_step(self, learning_rate: float) -> None:
-        """Update the adapter with the gradients of the last `backward`."""
+        """Update the adapter with the gradients of the last `backward`. For rounds of several steps."""
+        if self._optimiser is None:
+            raise RuntimeError("in rounds of one step, the server takes it")
         take_step(self._optimiser, learning_rate)
 
     def gradients(self) -> Tensors:

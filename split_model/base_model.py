@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ FILES_NEEDED = [
     "merges.txt",
 ]
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu")
+STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 UNSUPPORTED = ("scale_attn_by_inverse_layer_idx", "add_cross_attention")
 
 
@@ -121,6 +123,12 @@ class BaseModel:
         tensor: Tensor = file.get_tensor(stored)
         return tensor
 
+    def rows(self, name: str) -> "Rows":
+        """The same tensor as rows that are read one by one. For tables of which little is used: see `Rows`."""
+        file, stored = self._places[name]
+        path = next(self.folder / shard for shard, opened in self._files.items() if opened is file)
+        return Rows(path, stored)
+
     def fingerprint(self) -> str:
         """
         SHA-256 over the configuration and every weight's name, shape, dtype and first, middle and last row, as 32 hex digits.
@@ -129,18 +137,53 @@ class BaseModel:
         """
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
         for name in sorted(filter(self._is_part_of_the_model, self._places)):
-            file, stored = self._places[name]
-            rows = file.get_slice(stored)
-            shape = rows.get_shape()
-            digest.update(f"{name} {shape} {rows.get_dtype()}".encode())
-            for row in sorted({0, shape[0] // 2, shape[0] - 1}) if shape else ():
-                digest.update(rows[row : row + 1].contiguous().view(torch.uint8).numpy().tobytes())
+            rows = self.rows(name)
+            digest.update(f"{name} {rows.shape} {rows.dtype}".encode())
+            for row in sorted({0, rows.shape[0] // 2, rows.shape[0] - 1}) if rows.shape else ():
+                digest.update(rows.read([row]))
         return digest.hexdigest()[:32]
 
     def _is_part_of_the_model(self, name: str) -> bool:
         # Old checkpoints carry the causal mask as a buffer, and a tied head twice.
         is_mask, is_head = name.endswith((".attn.bias", ".attn.masked_bias")), name == "lm_head.weight"
         return not is_mask and not (is_head and self.config.tied_head)
+
+
+class Rows:
+    """
+    A stored tensor's rows, read from the file when they are asked for.
+
+    Pages of a mapped file stay resident with dozens of their neighbours once touched: a vocabulary's table would soon be
+    in memory whole.
+    """
+
+    def __init__(self, path: Path, stored: str) -> None:
+        self._file = path.open("rb", buffering=0)
+        header_bytes = int.from_bytes(self._file.read(8), "little")  # the format of safetensors: length, JSON, data
+        entry = json.loads(self._file.read(header_bytes))[stored]
+        self.dtype: str = entry["dtype"]
+        self.shape: list[int] = entry["shape"]
+        begin, end = entry["data_offsets"]
+        self._begin = 8 + header_bytes + begin
+        self._row_bytes = (end - begin) // max(1, self.shape[0] if self.shape else 1)
+
+    def read(self, indices: Sequence[int]) -> bytearray:
+        """The bytes of the rows, one after the other."""
+        buffer = bytearray(len(indices) * self._row_bytes)
+        view = memoryview(buffer)
+        for place, index in enumerate(indices):
+            self._file.seek(self._begin + index * self._row_bytes)
+            self._file.readinto(view[place * self._row_bytes : (place + 1) * self._row_bytes])
+        return buffer
+
+    def gather(self, indices: Tensor) -> Tensor:
+        """Rows of a matrix, (N,) indices -> (N, width), each different row read once."""
+        distinct, places = torch.unique(indices, return_inverse=True)
+        rows = torch.frombuffer(self.read(distinct.tolist()), dtype=STORED_DTYPES[self.dtype])
+        return rows.view(len(distinct), -1).index_select(0, places)
+
+    def __del__(self) -> None:
+        self._file.close()
 
 
 def find_model(name: str) -> Path:

@@ -95,20 +95,21 @@ class Part(nn.Module):
 
 
 class EdgePart(Part):
-    """Embeddings and blocks [0, cut). The embedding tables stay mapped; only the rows a batch uses are touched."""
+    """Embeddings and blocks [0, cut). Of the token embedding, only the rows a batch uses are read."""
 
     def __init__(
         self, model: BaseModel, cut_layer: int, lora: LoraConfig, *, weight_dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(model, range(cut_layer), lora, weight_dtype=weight_dtype, device=device)
         config = model.config
-        self.tokens = model.tensor("wte.weight", (config.vocabulary_size, config.width))
+        model.tensor("wte.weight", (config.vocabulary_size, config.width))  # is there, and has its shape
+        self.tokens = model.rows("wte.weight")
         self.positions = model.tensor("wpe.weight", (config.num_positions, config.width))
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Packed ids (N,) and lengths (B,), both on the CPU -> activations (N, d)."""
         packing = Packing(lengths)
-        tokens_embedded = F.embedding(tokens, self.tokens).to(self.device, self.dtype)
+        tokens_embedded = self.tokens.gather(tokens).to(self.device, self.dtype)
         hidden = tokens_embedded + F.embedding(packing.positions, self.positions).to(self.device, self.dtype)
         return self._run(hidden, packing if self.device.type == "cpu" else Packing(lengths.to(self.device)))
 
