@@ -122,4 +122,4 @@ class LoraLinear(nn.Module):
         if self.lora_A is None or self.lora_B is None:
             return y
         low_rank = self.dropout(x) @ self.lora_A.T  # (N, r)
-        return torch.addmm(y, low_rank, self.lora_B.T, alpha=self.scale)
+        return y.addmm_(low_rank, self.lora_B.T, alpha=self.scale)

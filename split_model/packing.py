@@ -24,7 +24,7 @@ class Packing:
     def pad(self, rows: Tensor) -> Tensor:
         """(N, w) -> (B, T, w), zero where a sequence has ended."""
         grid = rows.new_zeros(self.num_sequences * self.longest, rows.shape[1])
-        return grid.index_copy(0, self.cells, rows).view(self.num_sequences, self.longest, -1)
+        return grid.index_copy_(0, self.cells, rows).view(self.num_sequences, self.longest, -1)
 
     def pack(self, grid: Tensor) -> Tensor:
         """(B, T, w) -> (N, w)."""
