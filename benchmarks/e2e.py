@@ -64,7 +64,10 @@ def main() -> None:
         print(contestants.markdown(["after " + f"{options.steps} steps of 3 x 8", "perplexity", "seconds", "difference"], rows))
         print(
             "\n"
-            + "\n".join(f"- {prompt.strip()} → {text}" for prompt, text in continuations(base, scratch / "run", valid[:10]))
+            + "\n".join(
+                f"- {prompt.strip()} → {text}"
+                for prompt, text in continuations(base, scratch / "run", valid[:: max(1, len(valid) // 10)][:10])
+            )
         )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from protocol import Array
 from split_model import ModelError, derive_seed
@@ -158,6 +158,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         if vocabulary.is_file() and merges.is_file():
             tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
             tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
             tokenizer.add_special_tokens([END_OF_TEXT])
             return tokenizer
     except Exception as error:  # the library raises bare Exception for whatever is wrong with a file
