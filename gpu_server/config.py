@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from protocol import RunSettings
+from protocol.settings import LARGEST_COUNT
 
-__all__ = ["LARGEST_COUNT", "ConfigError", "ServerConfig", "options_from_toml"]
-
-LARGEST_COUNT = 2**31 - 1  # far below the largest integer that a message may hold
+__all__ = ["ConfigError", "ServerConfig", "options_from_toml"]
 
 
 class ConfigError(ValueError):

@@ -31,8 +31,8 @@ from protocol import (
     Tensors,
     Welcome,
 )
+from protocol.settings import LARGEST_COUNT
 
-from .config import LARGEST_COUNT
 from .timing import StepTiming
 
 __all__ = [

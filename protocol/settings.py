@@ -6,7 +6,7 @@ from typing import Any
 __all__ = ["RunSettings"]
 
 
-LARGEST_COUNT = 2**31 - 1
+LARGEST_COUNT = 2**31 - 1  # far below the largest integer that a message may hold
 
 
 @dataclass(frozen=True, kw_only=True)
