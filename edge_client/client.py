@@ -10,9 +10,13 @@ from types import TracebackType
 from protocol import Hello, Join, Start, Welcome, check_name, largest_message_bytes
 from split_model import BaseModel, ModelError, find_model
 
-from .connection import Connection
+from .access import Access
+from .connection import ConnectionFailed
 from .data import DataError, Dataset, load_tokenizer
 from .engine import TorchEngine
+from .enrolment import state_folder
+from .membership import Membership, Moved
+from .place import Place
 from .training import Step, perplexity, train
 
 __all__ = ["EdgeClient"]
@@ -27,7 +31,7 @@ class EdgeClient:
                 print(step.number, step.loss)
 
     Args:
-        server: WebSocket address.
+        server: WebSocket address; for wss:// this device has been enrolled there, or the certificate is an authority's.
         model: the run's base model, a Hugging Face folder or a hub name.
         data: .jsonl, .csv or .txt; the texts stay on this device.
         eval_data: held-out texts for `perplexity`.
@@ -35,10 +39,15 @@ class EdgeClient:
         shuffle: a new order in every epoch, from the run's seed; False keeps the file's order.
         name: of this device in the run; the default is made of the host's name and the data file's.
         device, dtype: where and in which precision the frozen weights compute; "auto" chooses by the hardware.
+        state_dir: where this device keeps its enrolments, and its place in a run in case it is killed; the default is the
+            user's folder for such things.
+        give_up_after: seconds without a connection after which the run is given up; None tries forever. A first connection
+            is tried once, unless this device was killed in a run of this server.
 
     Raises:
-        DataError, ModelError, InvalidName: a file or the name cannot be used.
+        DataError, ModelError, InvalidName, EnrolmentError: a file or the name cannot be used.
         ConnectionFailed, Refused, RemoteProtocolError: the server cannot be used, on entering and later.
+        StateError: the folder for this device's state cannot be written.
     """
 
     def __init__(
@@ -54,11 +63,16 @@ class EdgeClient:
         name: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        state_dir: str | os.PathLike[str] | None = None,
+        give_up_after: float | None = None,
     ) -> None:
         if batch_size < 1:
             raise DataError(f"batch-size must be at least 1, got {batch_size}")
         self.server, self.batch_size, self.shuffle = server, batch_size, shuffle
-        self.name = _default_name(Path(data)) if name is None else check_name(name)
+        state = state_folder(None if state_dir is None else os.fspath(state_dir))
+        self._access = Access.to(server, state, None if name is None else check_name(name))
+        self.name = name or self._access.name or _default_name(Path(data))
+        self._place, self._give_up_after = Place(state, server, self.name), give_up_after
         self._device, self._dtype = device, dtype
         self._model = BaseModel(find_model(model))
         tokenizer = load_tokenizer(self._model.folder)
@@ -74,44 +88,55 @@ class EdgeClient:
 
     def __enter__(self) -> "EdgeClient":
         """Join the run; the device's part of the model is ready, and waits for the others in `start`."""
-        self._connection = Connection(self.server)
+        self._membership = Membership(
+            self._access.connect,
+            Hello(name=self.name, fingerprint=self._model.fingerprint()),
+            give_up_after=self._give_up_after,
+            patient=self._place.is_kept,
+        )
         try:
-            fingerprint = self._model.fingerprint()
-            self.welcome = self._connection.exchange(Hello(name=self.name, fingerprint=fingerprint), Welcome)
+            self._place.keep(self.welcome.run)
             self._engine = TorchEngine(self._model, self.welcome.settings, self._device, self._dtype)
         except BaseException:
-            self._connection.close()
+            self._membership.close()
             raise
         self._start: Start | None = None
         return self
+
+    @property
+    def welcome(self) -> Welcome:
+        """The run, as the server announced it."""
+        return self._membership.welcome
 
     def start(self) -> Start:
         """Wait until the run starts, with all of its clients. `train` and `perplexity` do it themselves."""
         if self._start is None:
             longest = max(data.longest for data in (self.data, self.eval_data) if data is not None)
-            join = Join(num_samples=len(self.data.samples), batch_size=self.batch_size, longest=longest)
-            self._connection.session.max_bytes = largest_message_bytes(
+            membership, join = self._membership, Join(
+                num_samples=len(self.data.samples), batch_size=self.batch_size, longest=longest
+            )
+            membership.largest_message = largest_message_bytes(
                 rows=self.batch_size * longest,
                 width=self._model.config.width,
                 precision=self.welcome.settings.precision,
                 adapter_elements=self._engine.num_adapter_elements,
             )
-            self._start = self._connection.exchange(join, Start)
-            self._engine.load_adapter(self._start.adapter)
+            membership.step = self._place.last_step()
+            self._go_to(membership.start(join))
+        assert self._start is not None
         return self._start
 
     def train(self) -> Iterator[Step]:
         """Take part in the run, step by step, to its end."""
-        start = self.start()
         return train(
-            self._connection,
+            self._membership,
             self._engine,
             self.data,
-            self.welcome.settings,
-            start,
+            self.start(),
             name=self.name,
             batch_size=self.batch_size,
             shuffle=self.shuffle,
+            place=self._place,
         )
 
     def perplexity(self) -> Iterator[float]:
@@ -124,7 +149,16 @@ class EdgeClient:
         if self.eval_data is None:
             raise DataError("perplexity needs eval_data")
         self.start()
-        return perplexity(self._connection, self._engine, self.eval_data, self.batch_size)
+        while True:
+            try:
+                yield from perplexity(self._membership, self._engine, self.eval_data, self.batch_size)
+                return
+            except Moved as moved:  # the server has gone back to a checkpoint: begin again with its adapter
+                self._go_to(moved.start)
+
+    def _go_to(self, start: Start) -> None:
+        self._start = start
+        self._engine.load_adapter(start.adapter)
 
     @property
     def num_steps(self) -> int:
@@ -134,10 +168,13 @@ class EdgeClient:
     @property
     def num_bytes(self) -> int:
         """Bytes of all messages so far, both ways."""
-        return self._connection.num_bytes
+        return self._membership.num_bytes
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._connection.close()
+        """Leave the run. A device that is killed, or gives up waiting for a connection, keeps its place."""
+        if kind is None or not issubclass(kind, ConnectionFailed):
+            self._place.give_up()
+        self._membership.close()
 
 
 def _default_name(data: Path) -> str:

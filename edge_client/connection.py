@@ -1,11 +1,13 @@
-"""The only file of this package that knows WebSockets. One verb: exchange a question for its answer."""
+"""The only file of this package that knows WebSockets: one conversation, as long as its link lasts."""
 
-import time
+import ssl
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TypeVar
 
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.headers import build_authorization_basic
 from websockets.sync.client import connect
 
 from protocol import (
@@ -20,11 +22,13 @@ from protocol import (
     Side,
 )
 
-__all__ = ["Connection", "ConnectionFailed", "Refused"]
+__all__ = ["Connection", "ConnectionFailed", "Dial", "Refused"]
 
 Answer = TypeVar("Answer", bound=Message)
+Dial = Callable[[], "Connection"]
 
 LARGEST_FRAME_BYTES = 2**30  # a guard for the transport; the session holds every message to the bytes it can legally have
+UNAUTHORISED = 401
 
 
 class ConnectionFailed(ConnectionError):
@@ -34,16 +38,28 @@ class ConnectionFailed(ConnectionError):
 class Refused(ConnectionError):
     """The server refuses this client; the message is its reason."""
 
+    def __init__(self, reason: str, retry_after: float = 0.0) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
+        """Seconds after which the same may be allowed; 0: never."""
+
 
 class Connection:
     """
     A conversation with the server at ``url``.
 
+    Args:
+        credentials: name and secret of this device.
+        encryption: for wss://; the default trusts the system's authorities.
+
     Raises:
         ConnectionFailed: nobody there speaks WebSocket.
+        Refused: the server does not accept the credentials.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(
+        self, url: str, *, credentials: tuple[str, str] | None = None, encryption: ssl.SSLContext | None = None
+    ) -> None:
         self.url = url
         self.session = Session(Side.CLIENT)
         self._open = ExitStack()
@@ -53,6 +69,8 @@ class Connection:
             # No proxy: an address of the local network is meant. No deflate: messages are compressed already.
             opened = connect(
                 url,
+                ssl=encryption,
+                additional_headers={"Authorization": build_authorization_basic(*credentials)} if credentials else None,
                 compression=None,
                 max_size=LARGEST_FRAME_BYTES,
                 proxy=None,
@@ -60,14 +78,19 @@ class Connection:
                 ping_timeout=SECONDS_TO_PONG,
             )
             self._socket = self._open.enter_context(opened)
+        except InvalidStatus as error:
+            if error.response.status_code != UNAUTHORISED:
+                raise ConnectionFailed(f"no server at {url}: {error}; is splitlora-server running there?") from None
+            raise Refused(_why_unauthorised(url, credentials)) from None
         except (InvalidURI, ValueError):  # a port or host that cannot be is a ValueError
             raise ConnectionFailed(f"{url} is no WebSocket address; it looks like ws://192.168.1.20:8765") from None
+        except ssl.SSLError as error:
+            raise ConnectionFailed(f"{url} does not speak TLS as this side does: {error.reason or error}") from None
         except (OSError, InvalidHandshake, EOFError) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise ConnectionFailed(f"no server at {url}: {reason}; is splitlora-server running there?") from None
-        self._last_reply = time.perf_counter()
 
-    def exchange(self, message: Message, answer_kind: type[Answer]) -> Answer:
+    def exchange(self, message: Message, *answer_kinds: type[Answer]) -> Answer:
         """
         Send a question, wait for its answer as long as it takes.
 
@@ -82,27 +105,29 @@ class Connection:
                 self._socket.send(data)
             except ConnectionClosed:
                 pass  # a refusal that says why may have arrived before
-            answer = self._socket.recv()
+            self.num_bytes += len(data)
+            reply = self._receive()
         except ConnectionClosed as error:
             raise ConnectionFailed(f"the connection to {self.url} was lost: {error}") from None
-        self.num_bytes += len(data) + len(answer)
-        try:
-            reply = self.session.receive(answer)
-        except RemoteProtocolError as error:
-            raise RemoteProtocolError(f"{self.url} does not keep to the protocol: {error}") from None
-        self._last_reply = time.perf_counter()
         if isinstance(reply, Failure):
-            raise Refused(f"the server at {self.url} refuses: {reply.reason}")
-        if not isinstance(reply, answer_kind):
-            raise RemoteProtocolError(f"expected {answer_kind.__name__}, got {type(reply).__name__}")
+            raise Refused(f"the server at {self.url} refuses: {reply.reason}", reply.retry_after)
+        if not isinstance(reply, answer_kinds):
+            raise RemoteProtocolError(f"expected {answer_kinds[0].__name__}, got {type(reply).__name__}")
         return reply
 
-    def seconds_since_reply(self) -> float:
-        """How long this side has been busy with the last answer."""
-        return time.perf_counter() - self._last_reply
+    def _receive(self) -> Message:
+        reply = None
+        while reply is None:  # what is delivered twice, counts once
+            answer = self._socket.recv()
+            self.num_bytes += len(answer)
+            try:
+                reply = self.session.receive(answer)
+            except RemoteProtocolError as error:
+                raise RemoteProtocolError(f"{self.url} does not keep to the protocol: {error}") from None
+        return reply
 
     def close(self) -> None:
-        """Leave, politely where the server still listens."""
+        """Leave the run, politely where the server still listens."""
         try:
             self._socket.send(self.session.send(Goodbye()))
         except (ConnectionClosed, LocalProtocolError):
@@ -110,8 +135,18 @@ class Connection:
         finally:
             self._open.close()
 
+    def abandon(self) -> None:
+        """Close a connection that is lost. The place in the run stays."""
+        self._open.close()
+
     def __enter__(self) -> "Connection":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
+
+
+def _why_unauthorised(url: str, credentials: tuple[str, str] | None) -> str:
+    if credentials is None:
+        return f"the server at {url} takes enrolled devices only: splitlora-server enrol NAME prints what to join with"
+    return f"the server at {url} does not know {credentials[0]} with this secret; it may have been revoked: enrol it again"

@@ -15,12 +15,16 @@ from split_model import (
     check_cut_layer,
     choose_device,
     choose_dtype,
+    optimiser_state,
+    restore_optimiser,
     take_step,
 )
 
 from .data import Batch
 
 __all__ = ["TorchEngine"]
+
+ADAPTER, OPTIMISER = "adapter/", "optimiser/"
 
 
 class TorchEngine:
@@ -96,6 +100,22 @@ class TorchEngine:
             AdapterError: they are not this part's matrices.
         """
         self._part.load_adapter({name: _to_tensor(value) for name, value in tensors.items()})
+
+    def state(self) -> Tensors:
+        """The adapter and what AdamW has learnt, for `restore`. For rounds of several steps."""
+        assert self._optimiser is not None
+        learnt = {f"{OPTIMISER}{name}": _to_array(tensor) for name, tensor in optimiser_state(self._optimiser).items()}
+        return {**{f"{ADAPTER}{name}": matrix for name, matrix in self.adapter().items()}, **learnt}
+
+    def restore(self, state: Tensors) -> None:
+        """
+        Raises:
+            AdapterError: it is another part's.
+        """
+        assert self._optimiser is not None
+        self.load_adapter({name.removeprefix(ADAPTER): value for name, value in state.items() if name.startswith(ADAPTER)})
+        learnt = {name.removeprefix(OPTIMISER): value for name, value in state.items() if name.startswith(OPTIMISER)}
+        restore_optimiser(self._optimiser, {name: _to_tensor(value) for name, value in learnt.items()})
 
     def _run(self, batch: Batch) -> torch.Tensor:
         tokens, lengths = torch.from_numpy(batch.tokens), torch.from_numpy(batch.lengths)

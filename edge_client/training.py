@@ -9,19 +9,22 @@ from protocol import (
     Activations,
     AdapterGradient,
     AdapterWeights,
+    Contribution,
     Done,
     EdgeAdapter,
     Evaluation,
     EvaluationLoss,
     RemoteProtocolError,
-    RunSettings,
+    RunEnd,
     Start,
+    Tensors,
 )
 from split_model import OptimiserConfig, derive_seed
 
-from .connection import Connection
 from .data import Batch, Dataset, pack
 from .engine import TorchEngine
+from .membership import Membership, Moved
+from .place import Place, SavedStep
 
 __all__ = ["Step", "perplexity", "train"]
 
@@ -43,84 +46,134 @@ class Step:
 
 
 def train(
-    connection: Connection,
+    membership: Membership,
     engine: TorchEngine,
     data: Dataset,
-    settings: RunSettings,
     start: Start,
     *,
     name: str,
     batch_size: int,
     shuffle: bool,
+    place: Place,
 ) -> Iterator[Step]:
-    """Take part in every step this device has data for; at the end the engine holds the run's final adapter."""
+    """
+    Take part in every step this device has data for; at the end the engine holds the run's final adapter.
+
+    Steps are repeated, and given again, where a server has gone back to a checkpoint.
+    """
+    settings = membership.welcome.settings
     optimiser = OptimiserConfig(**settings.optimiser())
     order_seed = (settings.seed, name, "order") if shuffle else None
     last_step = settings.steps_of_client(len(data.samples), batch_size)
-    engine.load_adapter(start.adapter)
 
-    for step in range(start.step + 1, last_step + 1):
-        bytes_before = connection.num_bytes
-        batch = data.batch(step, batch_size, order_seed)
-        values = engine.forward(batch, derive_seed(settings.seed, name, "dropout", step))
-        gradient = connection.exchange(
-            Activations(
-                step=step,
-                edge_seconds=connection.seconds_since_reply(),
-                lengths=batch.lengths,
-                label_counts=batch.label_counts,
-                labels=batch.labels,
-                values=values,
-            ),
-            ActivationGradient,
-        )
-        if gradient.step != step or gradient.values.shape != values.shape:
-            raise RemoteProtocolError(
-                f"expected the gradient of step {step}, {list(values.shape)}; "
-                f"got that of step {gradient.step}, {list(gradient.values.shape)}"
+    def contribute(step: int, kind: type[Contribution], tensors: Tensors) -> int:
+        """Exchange what this device adds for the adapter that everybody goes on with; gives that one's earliest checkpoint."""
+        summand = kind(step=step, edge_seconds=membership.seconds_since_reply(), tensors=tensors)
+        answer = membership.exchange(summand, EdgeAdapter)
+        engine.load_adapter(answer.tensors)
+        return answer.checkpoint
+
+    def steps_after(start: Start) -> Iterator[Step]:
+        is_due, checkpoint = _go_to(start, engine, membership, place), start.round
+        if is_due and (settings.ends_round(start.step) or start.step == last_step):
+            checkpoint = contribute(start.step, AdapterWeights, engine.adapter())
+
+        for step in range(start.step + 1, last_step + 1):
+            bytes_before = membership.num_bytes
+            batch = data.batch(step, batch_size, order_seed)
+            values = engine.forward(batch, derive_seed(settings.seed, name, "dropout", step))
+            gradient = membership.exchange(
+                Activations(
+                    step=step,
+                    edge_seconds=membership.seconds_since_reply(),
+                    lengths=batch.lengths,
+                    label_counts=batch.label_counts,
+                    labels=batch.labels,
+                    values=values,
+                ),
+                ActivationGradient,
             )
-        engine.backward(gradient.values)
+            if gradient.step != step or gradient.values.shape != values.shape:
+                raise RemoteProtocolError(
+                    f"expected the gradient of step {step}, {list(values.shape)}; "
+                    f"got that of step {gradient.step}, {list(gradient.values.shape)}"
+                )
+            engine.backward(gradient.values)
 
-        if settings.aggregate_every == 1:
-            # The server sums the gradients of all clients and takes the step for everybody.
-            summand = AdapterGradient(step=step, edge_seconds=connection.seconds_since_reply(), tensors=engine.gradients())
-            engine.load_adapter(connection.exchange(summand, EdgeAdapter).tensors)
+            if settings.aggregate_every == 1:
+                # The server sums the gradients of all clients and takes the step for everybody.
+                contribute(step, AdapterGradient, engine.gradients())
+                membership.step = step
+            else:
+                # Every client steps by itself; at a round's end the adapters are averaged.
+                engine.take_step(optimiser.learning_rate_at(step, start.total_steps))
+                ends_round = settings.ends_round(step) or step == last_step
+                _keep_step(step, engine, membership, place, keep_from=checkpoint, is_round_end=ends_round)
+                if ends_round:
+                    checkpoint = contribute(step, AdapterWeights, engine.adapter())
+
+            yield Step(step, gradient.loss, len(batch.tokens), membership.num_bytes - bytes_before)
+
+    while True:
+        try:
+            yield from steps_after(start)
+            end = membership.exchange(Done(step=last_step), RunEnd)
+        except Moved as moved:
+            start = moved.start
         else:
-            # Every client steps by itself; at a round's end the adapters are averaged.
-            engine.take_step(optimiser.learning_rate_at(step, start.total_steps))
-            if settings.ends_round(step) or step == last_step:
-                mine = AdapterWeights(step=step, edge_seconds=connection.seconds_since_reply(), tensors=engine.adapter())
-                engine.load_adapter(connection.exchange(mine, EdgeAdapter).tensors)
-
-        yield Step(step, gradient.loss, len(batch.tokens), connection.num_bytes - bytes_before)
-
-    engine.load_adapter(connection.exchange(Done(step=last_step), EdgeAdapter).tensors)
+            engine.load_adapter(end.tensors)
+            return
 
 
-def perplexity(connection: Connection, engine: TorchEngine, data: Dataset, batch_size: int) -> Iterator[float]:
+def _go_to(start: Start, engine: TorchEngine, membership: Membership, place: Place) -> bool:
+    """Stand where the run does. Says whether this device has just finished the step, and not contributed it yet."""
+    settings, restarts = membership.welcome.settings, membership.welcome.restarts
+    saved = place.load(start.step) if settings.aggregate_every > 1 else None
+    if saved is not None:
+        engine.restore(saved.state)
+    goes_on = saved is not None and (saved.restarts, saved.round) == (restarts, start.round)
+    if not goes_on:
+        engine.load_adapter(start.adapter)
+    membership.step = start.step
+    return goes_on and saved is not None and saved.step == start.step
+
+
+def _keep_step(
+    step: int, engine: TorchEngine, membership: Membership, place: Place, *, keep_from: int, is_round_end: bool
+) -> None:
+    """Before the next question: an answer is kept by the server only until then."""
+    saved = SavedStep(step=step, round=membership.round, restarts=membership.welcome.restarts, state=engine.state())
+    place.save(saved, keep_from=keep_from, is_round_end=is_round_end)
+    membership.step = step
+
+
+def perplexity(membership: Membership, engine: TorchEngine, data: Dataset, batch_size: int) -> Iterator[float]:
     """
     Token-weighted perplexity through both parts, exp(summed loss / labelled tokens).
 
     Gives the estimate after every batch; the last one is the perplexity of all data.
+
+    Raises:
+        Moved: the server has gone back to a checkpoint meanwhile: the batches before had another adapter.
     """
     summed_loss, num_labels = 0.0, 0
     for index in range(data.num_batches(batch_size)):
         batch = pack(data.samples[index * batch_size : (index + 1) * batch_size])
-        summed_loss += _evaluate(connection, engine, batch, index)
+        summed_loss += _evaluate(membership, engine, batch)
         num_labels += len(batch.labels)
         mean_loss = summed_loss / max(1, num_labels)
         yield math.exp(mean_loss) if mean_loss < LARGEST_EXPONENT else math.inf
 
 
-def _evaluate(connection: Connection, engine: TorchEngine, batch: Batch, index: int) -> float:
+def _evaluate(membership: Membership, engine: TorchEngine, batch: Batch) -> float:
     question = Evaluation(
-        index=index,
+        index=membership.next_index(),
         lengths=batch.lengths,
         label_counts=batch.label_counts,
         labels=batch.labels,
         values=engine.infer(batch),
     )
-    answer = connection.exchange(question, EvaluationLoss)
-    if answer.index != index:
-        raise RemoteProtocolError(f"expected the loss of batch {index}, got that of batch {answer.index}")
+    answer = membership.exchange(question, EvaluationLoss)
+    if answer.index != question.index:
+        raise RemoteProtocolError(f"expected the loss of batch {question.index}, got that of batch {answer.index}")
     return answer.summed_loss

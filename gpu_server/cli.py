@@ -29,12 +29,16 @@ def build_parser() -> argparse.ArgumentParser:
     kinds = get_type_hints(ServerConfig)
     for item in fields(ServerConfig):
         # Left out flags do not appear: the configuration file, and then the defaults, fill them in.
+        flag, text = f"--{item.name.replace('_', '-')}", item.metadata["help"]
+        if kinds[item.name] is bool:
+            serve.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+            continue
         serve.add_argument(
-            f"--{item.name.replace('_', '-')}",
+            flag,
             type=_flag_type(kinds[item.name]),
             choices=item.metadata["choices"],
             default=argparse.SUPPRESS,
-            help=item.metadata["help"] + _default(item.default),
+            help=text + _default(item.default),
         )
     serve.set_defaults(run=run_serve)
     return parser

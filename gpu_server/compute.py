@@ -6,6 +6,7 @@ from torch import nn
 from protocol import Activations, Array, LabelledBatch, RunSettings, Tensors
 from split_model import (
     Adapter,
+    AdapterError,
     BaseModel,
     LoraConfig,
     OptimiserConfig,
@@ -14,10 +15,14 @@ from split_model import (
     adamw,
     adapter_shapes,
     derive_seed,
+    optimiser_state,
+    restore_optimiser,
     take_step,
 )
 
 __all__ = ["Compute"]
+
+ADAPTER = "adapter/"
 
 
 class Compute:
@@ -46,6 +51,8 @@ class Compute:
         self._edge = {name: nn.Parameter(adapter[name].to(self._part.dtype, copy=True)) for name in edge_names}
         self._server_optimiser = adamw(self._part.matrices().values(), self._schedule)
         self._edge_optimiser = adamw(self._edge.values(), self._schedule)
+        self.round_end: Adapter = self._state()
+        """Everything to go on from, as it was when the last round ended; never changed, only replaced."""
 
     def train(self, step: int, total_steps: int, batches: dict[str, Activations]) -> tuple[float, dict[str, Array]]:
         """
@@ -92,7 +99,35 @@ class Compute:
                     matrix.copy_(torch.stack(shares).sum(0))
         if not all(torch.isfinite(matrix).all() for matrix in self._edge.values()):
             raise TrainingDiverged(f"the edge adapter of step {step} is not finite; try a lower --lr")
+        self.round_end = self._state()
         return self.edge_adapter()
+
+    def restore(self, state: Adapter) -> None:
+        """
+        Go back to a round's end.
+
+        Raises:
+            AdapterError: the state is of another model or other LoRA settings.
+        """
+        adapter = {name.removeprefix(ADAPTER): tensor for name, tensor in state.items() if name.startswith(ADAPTER)}
+        if adapter.keys() != self._edge.keys() | self._part.matrices().keys():
+            raise AdapterError("the checkpoint's matrices are not those of the run's model and LoRA settings")
+        self._part.load_adapter({name: adapter[name] for name in self._part.matrices()})
+        with torch.no_grad():
+            for name, matrix in self._edge.items():
+                matrix.copy_(adapter[name])
+        for prefix, optimiser in self._optimisers().items():
+            restore_optimiser(optimiser, {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
+        self.round_end = self._state()
+
+    def _state(self) -> Adapter:
+        state = {f"{ADAPTER}{name}": matrix for name, matrix in self.adapter().items()}
+        for prefix, optimiser in self._optimisers().items():
+            state.update({f"{prefix}{name}": tensor for name, tensor in optimiser_state(optimiser).items()})
+        return state
+
+    def _optimisers(self) -> dict[str, torch.optim.AdamW]:
+        return {"server_optimiser/": self._server_optimiser, "edge_optimiser/": self._edge_optimiser}
 
     @torch.no_grad()
     def evaluate(self, batch: LabelledBatch) -> float:

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from protocol import RunSettings
 from protocol.settings import LARGEST_COUNT
 
-__all__ = ["ConfigError", "ServerConfig", "options_from_toml"]
+__all__ = ["ConfigError", "ServerConfig", "options_from_toml", "resumed"]
 
 
 class ConfigError(ValueError):
@@ -20,6 +20,16 @@ class ConfigError(ValueError):
 
 def option(help: str, default: Any = None, *, choices: tuple[str, ...] | None = None, required: bool = False) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices, "required": required})
+
+
+# A run that goes on may do so elsewhere, and with other limits; what it computes stays what it was.
+OF_THE_RUN = {item.name for item in fields(RunSettings)} - {"precision"} | {"dtype"}
+
+
+COUNTS = (
+    *("clients", "steps", "epochs", "aggregate_every", "checkpoint_every", "quorum"),
+    *("max_batch_tokens", "max_connections", "max_strangers", "max_queue"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +62,34 @@ class ServerConfig:
     dtype: str = option("of the frozen weights", "auto", choices=("auto", "float32", "bfloat16"))
     host: str = option("address to listen on", "127.0.0.1")
     port: int = option("port to listen on; 0 takes a free one", 8765)
+    resume: bool = option("go on with the run in --run-dir; its settings need not be given again", False)
+    checkpoint_every: int = option("rounds between two checkpoints", 10)
+    quorum: int | None = option("clients with which a step may go on after its deadline; all, if not given")
+    step_deadline: float | None = option("seconds a step waits for its clients; derived from their times, if not given")
+    linger: float = option("seconds a finished run waits for devices that have not fetched its adapter", 60.0)
+    tls_cert: str | None = option("certificate of the server, PEM; it makes its own, if not given")
+    tls_key: str | None = option("its private key, PEM")
+    insecure: bool = option("listen without encryption on an address that others reach", False)
+    clients_file: str | None = option("who is enrolled; RUN_DIR/clients.json, if not given")
     max_batch_tokens: int = option("tokens a client may send in one step", 65536)
+    max_connections: int = option("connections at a time", 256)
+    max_strangers: int = option("connections that have not said who they are, at a time", 64)
+    handshake_seconds: float = option("time for each of TLS, HTTP and the first message", 10.0)
+    max_messages_per_second: float = option("of one client; more have to wait", 1000.0)
+    max_queue: int = option("messages of one client that are held before its socket is no longer read", 2)
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ConfigError("give either steps or epochs" if self.steps is None else "give steps or epochs, not both")
-        for name in ("clients", "steps", "epochs", "aggregate_every", "max_batch_tokens"):
+        for name in COUNTS:
             self._require(name, lambda value: value is None or 1 <= value <= LARGEST_COUNT, f"1 to {LARGEST_COUNT}")
         for name in ("warmup_steps", "seed"):
             self._require(name, lambda value: 0 <= value <= LARGEST_COUNT, f"0 to {LARGEST_COUNT}")
         self._require("weight_decay", lambda value: value >= 0, "at least 0")
-        self._require("lr", lambda value: value > 0, "positive")
+        for name in ("lr", "handshake_seconds", "max_messages_per_second", "step_deadline"):
+            self._require(name, lambda value: value is None or value > 0, "positive")
+        self._require("linger", lambda value: value >= 0, "at least 0")
+        self._require("quorum", lambda value: value is None or value <= self.clients, f"at most the {self.clients} clients")
         self._require("port", lambda value: 0 <= value < 65536, "a port, 0 to 65535")
 
     def _require(self, name: str, holds: Any, wanted: str) -> None:
@@ -98,7 +125,25 @@ class ServerConfig:
         return cls(**{name: _typed(name, value, kinds[name], known[name].metadata) for name, value in options.items()})
 
 
-KINDS = {int: "a whole number", float: "a number", str: "a text"}
+def resumed(options: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    A run's recorded settings, and over them those that are given again.
+
+    Raises:
+        ConfigError: one that is given again would make it another run.
+    """
+    for name in OF_THE_RUN & options.keys() & recorded.keys():
+        given, before = options[name], recorded[name]
+        if isinstance(before, list):
+            given = list(_typed(name, given, tuple[str, ...], {"choices": None}))
+        if given != before:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"{options['run_dir']} holds a run with {flag} {before}; it cannot go on with {flag} {given}")
+    known = {item.name for item in fields(ServerConfig)}
+    return {**{name: value for name, value in recorded.items() if name in known}, **options}
+
+
+KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 def options_from_toml(path: Path) -> dict[str, Any]:

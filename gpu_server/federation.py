@@ -2,12 +2,15 @@
 Who is in the run, when a step can start, what is averaged: the server's decisions.
 
 Pure: messages and the time come in, actions go out. No sockets, no clock, no torch.
+
+A member whose connection is lost stays a member, and so do its questions: when it comes back it is told where to go on, and
+a question that was answered already gets the same answer again. Nothing is computed, averaged or stepped twice.
 """
 
 import enum
 import math
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,31 +29,37 @@ from protocol import (
     Join,
     Message,
     RemoteProtocolError,
+    RunEnd,
     RunSettings,
     Start,
     Tensors,
     Welcome,
+    identity,
 )
 from protocol.settings import LARGEST_COUNT
 
+from .deadline import Deadline
 from .timing import StepTiming
 
 __all__ = [
     "Action",
     "Aggregate",
+    "Checkpoint",
     "Evaluate",
     "Federation",
     "FinishRun",
     "FinishStep",
     "ModelLimits",
+    "NameInUse",
     "Reply",
+    "Report",
     "Train",
 ]
 
 
 @dataclass(frozen=True)
 class Reply:
-    """Send this to that client."""
+    """Send this to that client, if it is connected."""
 
     client: str
     message: Message
@@ -98,10 +107,28 @@ class FinishStep:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """A round is complete: write what is needed to go on from here, then call `Federation.checkpointed`."""
+
+    step: int
+
+
+@dataclass(frozen=True)
 class FinishRun:
     """The run is complete, or nobody is left: write the adapter, then call `Federation.saved`."""
 
     step: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Tell the operator."""
+
+    text: str
+
+
+class NameInUse(RemoteProtocolError):
+    """A client of this name is connected."""
 
 
 Question = TypeVar("Question", bound="Message | Contribution")
@@ -112,7 +139,7 @@ Of activations, gradients and adapters, in magnitude. GPT-2's largest activation
 the loss of everybody infinite, and belongs to one client that has diverged or means harm.
 """
 
-Action = Reply | Train | Aggregate | Evaluate | FinishStep | FinishRun
+Action = Reply | Train | Aggregate | Evaluate | FinishStep | Checkpoint | FinishRun | Report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,71 +174,127 @@ class Member:
     """The last step it has data for."""
     next_question: tuple[type, int]
     """What it has to ask next, besides evaluations: kind and step."""
+    connected: bool = True
+    absent: bool = False
+    """A step has gone on without it. It is not waited for until it comes back."""
+    left: bool = False
+    """For good, as far as it knows; it may still come back."""
+    in_round: bool = False
+    """It took part in a step of the present round."""
     labelled_tokens: int = 0
     """In this round."""
+    answer: tuple[tuple[type, int], Message] | None = None
+    """The question that was answered last, and its answer."""
 
 
 @dataclass
 class Federation:
-    """One run. Every method that is told ``now`` gets seconds of one monotonic clock."""
+    """
+    One run. Every method that is told ``now`` gets seconds of one monotonic clock.
+
+    Args:
+        quorum: clients that a step needs at least once its deadline has passed; None is all of them.
+        checkpoint_every: rounds.
+    """
 
     run: str
     settings: RunSettings
     limits: ModelLimits
     edge_adapter: Tensors
+    quorum: int | None = None
+    checkpoint_every: int = 1
+    deadline: Deadline = field(default_factory=Deadline)
+    restarts: int = 0
     step: int = 0
     """Steps trained."""
+    round: int = 0
+    """The last step that is in the edge adapter."""
+    checkpoints: tuple[int, int] = (0, 0)
+    """Steps of the last two checkpoints, the earlier first."""
     phase: Phase = Phase.GATHERING
     members: dict[str, Member] = field(default_factory=dict)
     greeted: set[str] = field(default_factory=set)
-    """Names in use, whether or not they have joined."""
+    """Names in use that have not joined."""
     waiting: dict[str, Message] = field(default_factory=dict)
     """Questions of the present round that are not answered yet, at most one a member."""
     timing: StepTiming = field(default_factory=StepTiming)
     total_steps: int = 0
+    _since: float = 0.0
+    """When the present phase began."""
+    _warned: bool = False
+    _returning: set[str] = field(default_factory=set)
+    """Absent members that wait to be told where to go on."""
     _loss: float = math.nan
     _tokens: int = 0
     _labelled_tokens: int = 0
     _finished_step: int = 0
+
+    # Across a restart of the server
+
+    def membership(self) -> dict[str, dict[str, Any]]:
+        """What has to be known of the members to go on after a round's end."""
+        return {name: {**asdict(member.join), "left": member.left} for name, member in self.members.items()}
+
+    def restore(self, step: int, membership: dict[str, dict[str, Any]], now: float) -> list[Action]:
+        """Stand at the end of the round that ended with ``step``, with everybody's connection lost."""
+        for name, fields in membership.items():
+            join = Join(**{key: value for key, value in fields.items() if key != "left"})
+            last_step = self.settings.steps_of_client(join.num_samples, join.batch_size)
+            self.members[name] = Member(join, last_step, (Activations, 1), connected=False, left=fields["left"])
+        self.step = self.round = self._finished_step = step
+        self.checkpoints = (step, step)
+        self.total_steps = max(member.last_step for member in self.members.values())
+        for member in self.members.values():
+            member.next_question = self._question_after_round(member)
+        self._enter(Phase.ACTIVATIONS, now)
+        return self._advance(now)
 
     # What comes in
 
     def welcome(self, hello: Hello) -> Welcome:
         """
         Raises:
-            RemoteProtocolError: another model, a name in use, or no place in the run.
+            NameInUse: a client of this name is connected.
+            RemoteProtocolError: another model, or no place in the run.
         """
         if hello.fingerprint != self.limits.fingerprint:
             raise RemoteProtocolError(
                 f"the model of {hello.name} has fingerprint {ascii(hello.fingerprint[:64])[1:-1]}, "
                 f"the run's has {self.limits.fingerprint}; use the same base model on both sides"
             )
-        if hello.name in self.greeted:
-            raise RemoteProtocolError(f"the name {hello.name} is taken; choose another with --name")
-        if self.phase is not Phase.GATHERING or len(self.greeted) >= self.settings.clients:
-            raise RemoteProtocolError(f"the run has its {self.settings.clients} clients already")
+        member = self.members.get(hello.name)
+        if hello.name in self.greeted or (member is not None and member.connected):
+            raise NameInUse(f"the name {hello.name} is taken; choose another with --name")
+        if member is not None and member.left and self.phase in (Phase.SAVING, Phase.FINISHED):
+            raise RemoteProtocolError(f"{hello.name} has left the run, and the run is over")
+        if member is None:
+            places = self.settings.clients - len(self.greeted.union(self.members))
+            if self.phase is not Phase.GATHERING or places < 1:
+                raise RemoteProtocolError(f"the run has its {self.settings.clients} clients already")
         self.greeted.add(hello.name)
-        return Welcome(run=self.run, settings=self.settings, fingerprint=self.limits.fingerprint)
+        return Welcome(run=self.run, settings=self.settings, fingerprint=self.limits.fingerprint, restarts=self.restarts)
 
     def join(self, name: str, join: Join, now: float) -> list[Action]:
         """
         Raises:
-            RemoteProtocolError: its batches would be too large.
+            RemoteProtocolError: its batches would be too large, or are not those that it joined the run with before.
         """
-        if join.longest > self.limits.num_positions:
+        member = self.members.get(name)
+        if member is None:
+            self.members[name] = self._new_member(join)
+            self.greeted.discard(name)
+            return self._advance(now)
+        before = member.join
+        if replace(join, step=0).__dict__ != replace(before, step=0).__dict__:
             raise RemoteProtocolError(
-                f"sequences of {join.longest} tokens; the model has {self.limits.num_positions} positions"
+                f"{name} joined this run with {before.num_samples} samples of up to {before.longest} tokens in batches of "
+                f"{before.batch_size}, and comes back with {join.num_samples} of up to {join.longest} in batches of "
+                f"{join.batch_size}; start it as before"
             )
-        if join.batch_size * join.longest > self.limits.max_batch_tokens:
-            raise RemoteProtocolError(
-                f"batches of up to {join.batch_size} x {join.longest} tokens, the server takes "
-                f"{self.limits.max_batch_tokens}; choose a smaller --batch-size or --max-length"
-            )
-        last_step = self.settings.steps_of_client(join.num_samples, join.batch_size)
-        if last_step > LARGEST_COUNT:
-            raise RemoteProtocolError(f"{join.num_samples} samples take {last_step} steps; at most {LARGEST_COUNT} can be")
-        self.members[name] = Member(join, last_step, (Activations, 1))
-        return self._advance(now)
+        self.greeted.discard(name)
+        member.absent = member.absent or member.left
+        member.join, member.connected, member.left = join, True, False
+        return self._tell_where_to_go_on(name, now)
 
     def receive(self, name: str, message: Message, now: float) -> list[Action]:
         """
@@ -226,27 +309,52 @@ class Federation:
             return [Evaluate(name, message)]
         if not isinstance(message, Activations | Contribution | Done):
             raise RemoteProtocolError(f"{type(message).__name__} out of turn")
-        kind, step = member.next_question
-        if (type(message), message.step) != (kind, step):
+        question = identity(message)
+        self.deadline.observe(_waited_for_as(question[0]), self.timing.away(name, now))
+        if not member.absent and question == member.next_question:
+            self._check(member, message)
+            if name not in self.waiting and not isinstance(message, Done):
+                self.timing.question(name, message.edge_seconds, now)
+            self.waiting[name] = message
+            return self._advance(now)
+        if not member.absent and member.answer is not None and question == member.answer[0]:
+            self.timing.replied(name, now)
+            return [Reply(name, member.answer[1])]
+        if not self._is_behind(member, question):
+            kind, step = member.next_question
             raise RemoteProtocolError(
                 f"expected {kind.__name__} of step {step}, got {type(message).__name__} of step {message.step}"
             )
-        if isinstance(message, Activations):
-            self._check_batch(member, message)
-        elif not isinstance(message, Done):
-            self._check_adapter(message.tensors)
-        if not isinstance(message, Done):
-            self.timing.question(name, message.edge_seconds, now)
-        self.waiting[name] = message
-        return self._advance(now)
+        return self._tell_where_to_go_on(name, now)
+
+    def disconnected(self, name: str, now: float) -> list[Action]:
+        """A client's connection is lost. Once the run has started it keeps its place."""
+        self.greeted.discard(name)
+        if self.phase is Phase.GATHERING:
+            self.members.pop(name, None)
+        elif name in self.members:
+            self.members[name].connected = False
+            self._returning.discard(name)
+        return []
 
     def leave(self, name: str, now: float) -> list[Action]:
-        """A client is gone for good; the run goes on with the others."""
-        self.greeted.discard(name)
-        self.waiting.pop(name, None)
-        if self.members.pop(name, None) is None or self.phase is Phase.GATHERING:
+        """A client says that it is gone for good; the run goes on with the others."""
+        self.disconnected(name, now)
+        member = self.members.get(name)
+        if member is None:
             return []
+        member.left, member.in_round = True, False
+        self.waiting.pop(name, None)
         return self._advance(now)
+
+    def tick(self, now: float) -> list[Action]:
+        """Time has passed; see `expires`."""
+        return self._advance(now)
+
+    def expires(self) -> float | None:
+        """When `tick` should be called, if nothing else happens before."""
+        kind = {Phase.ACTIVATIONS: Activations, Phase.CONTRIBUTIONS: Contribution}.get(self.phase)
+        return None if kind is None or self._warned else self._since + self.deadline.seconds(kind)
 
     def trained(self, loss: float, gradients: dict[str, Array], seconds: float, now: float) -> list[Action]:
         """The step of the last `Train` is computed: its loss, and each client's gradient at the cut."""
@@ -255,93 +363,134 @@ class Federation:
         self.timing.computed(list(gradients), seconds)
         actions: list[Action] = []
         for name, gradient in gradients.items():
-            if name in self.members:
+            if not self.members[name].left:
                 answer = ActivationGradient(step=self.step, loss=loss, values=gradient)
                 actions += self._reply(name, answer, self._question_after_gradient(self.members[name]), now)
         if self.settings.ends_round(self.step) or not self._participants():
-            self.phase = Phase.CONTRIBUTIONS
+            self._enter(Phase.CONTRIBUTIONS, now)
         else:
-            actions += self._finish_step()
+            actions += self._finish_step(now)
         return actions + self._advance(now)
 
     def aggregated(self, edge_adapter: Tensors, seconds: float, now: float) -> list[Action]:
         """The edge adapter of the last `Aggregate` is computed."""
-        self.edge_adapter = edge_adapter
-        contributors = [name for name in self._contributors() if name in self.waiting]
+        self.edge_adapter, self.round = edge_adapter, self.step
+        contributors = [name for name in self._contributors() if name in self._asked(Contribution)]
         self.timing.computed(contributors, seconds)
+        answer = EdgeAdapter(step=self.step, tensors=edge_adapter, checkpoint=self.checkpoints[0])
         actions: list[Action] = []
         for name in contributors:
-            member = self.members[name]
-            member.labelled_tokens = 0
-            ahead = self.step < member.last_step
-            next_question = (Activations, self.step + 1) if ahead else (Done, member.last_step)
-            actions += self._reply(name, EdgeAdapter(step=self.step, tensors=edge_adapter), next_question, now)
-        return actions + self._finish_step() + self._advance(now)
+            actions += self._reply(name, answer, self._question_after_round(self.members[name]), now)
+        for member in self.members.values():
+            member.in_round, member.labelled_tokens = False, 0
+        actions += self._finish_step(now)
+        if self._rounds_since_checkpoint() >= self.checkpoint_every or not self._participants():
+            actions.append(Checkpoint(self.step))
+        return actions + self._advance(now)
+
+    def checkpointed(self, step: int) -> None:
+        """The checkpoint of a `Checkpoint` is on disk."""
+        self.checkpoints = (self.checkpoints[1], step)
 
     def saved(self, now: float) -> list[Action]:
         """The adapter of `FinishRun` is on disk."""
-        self.phase = Phase.FINISHED
+        self._enter(Phase.FINISHED, now)
         return self._advance(now)
 
     def evaluated(self, name: str, index: int, summed_loss: float, now: float) -> list[Action]:
         """The loss of an `Evaluate` is computed."""
-        if name not in self.members:
-            return []
         self.timing.replied(name, now)  # the time of an evaluation belongs to no step
         return [Reply(name, EvaluationLoss(index=index, summed_loss=summed_loss))]
+
+    def unfinished(self) -> list[str]:
+        """Members that are to come back for the final adapter."""
+        return [
+            name
+            for name, member in self.members.items()
+            if not member.left and (member.answer is None or not isinstance(member.answer[1], RunEnd))
+        ]
 
     # What follows from it
 
     def _advance(self, now: float) -> list[Action]:
-        """Go on as far as what has come in allows."""
+        """Go on as far as what has come in, and the time, allow."""
         if self.phase is Phase.GATHERING:
             return self._start(now) if len(self.members) == self.settings.clients else []
         if self.phase is Phase.ACTIVATIONS:
+            actions = self._answer_returning(now)
             participants = self._participants()
             if not participants:
-                return self._close_last_round(now)
-            if self._asked(Activations).keys() >= set(participants):
-                return [self._train(participants, now)]
+                return actions + self._close_last_round(now)
+            ready, notes = self._gathered(Activations, participants, now)
+            return actions + notes + ([self._train(ready, now)] if ready else [])
         if self.phase is Phase.CONTRIBUTIONS:
             contributors = self._contributors()
             if not contributors:
-                return self._finish_step() + self._advance(now)
-            if self._asked(Contribution).keys() >= set(contributors):
-                return [self._aggregate(contributors, now)]
+                return self._finish_step(now) + self._advance(now)
+            ready, notes = self._gathered(Contribution, contributors, now)
+            return notes + ([self._aggregate(ready, now)] if ready else [])
         if self.phase is Phase.FINISHED:
-            return self._answer_done(now)
+            return self._answer_returning(now) + self._answer_done(now)
         return []
 
+    def _gathered(self, kind: type[Question], wanted: list[str], now: float) -> tuple[list[str], list[Action]]:
+        """
+        Those of ``wanted`` with whom the step can go on: all that are present, or after the deadline those that have
+        asked, if they are a quorum; nobody as long as the step has to wait.
+        """
+        asked = self._asked(kind)
+        ready = [name for name in wanted if name in asked]
+        missing = [name for name in wanted if name not in asked]
+        needed = len(wanted) if self.quorum is None else min(self.quorum, len(wanted))
+        awaited = [name for name in missing if not self.members[name].absent]
+        seconds = self.deadline.seconds(kind)
+        late = now - self._since >= seconds
+        if len(ready) >= needed and not awaited:
+            return ready, []
+        if not late:
+            return [], []
+        step = self.step + 1 if kind is Activations else self.step
+        if len(ready) >= needed:
+            for name in awaited:
+                self.members[name].absent = True
+                self.waiting.pop(name, None)
+            return ready, [Report(f"step {step} goes on without {', '.join(awaited)}, not heard of for {seconds:.1f} s")]
+        if self._warned:
+            return [], []
+        self._warned = True
+        here = f"; {len(ready)} of the {needed} it needs are here" if len(ready) else ""
+        return [], [Report(f"step {step} waits for {', '.join(missing)}, not heard of for {seconds:.1f} s{here}")]
+
     def _start(self, now: float) -> list[Action]:
-        self.phase = Phase.ACTIVATIONS
+        self._enter(Phase.ACTIVATIONS, now)
         self.total_steps = max(member.last_step for member in self.members.values())
-        actions: list[Action] = []
+        actions: list[Action] = [Checkpoint(0)]
         for name in self.members:
-            answer = Start(step=self.step, total_steps=self.total_steps, adapter=self.edge_adapter)
-            actions += self._reply(name, answer, (Activations, 1), now)
+            actions += self._tell_where_to_go_on(name, now)
         return actions
 
     def _train(self, participants: list[str], now: float) -> Train:
-        self.phase = Phase.TRAINING
+        self._enter(Phase.TRAINING, now)
         asked = self._asked(Activations)
         batches = {name: asked[name] for name in participants}
         for name, batch in batches.items():
             self.members[name].labelled_tokens += len(batch.labels)
+            self.members[name].in_round = True
         self._tokens = sum(len(batch.values) for batch in batches.values())
         self._labelled_tokens = sum(len(batch.labels) for batch in batches.values())
         self.timing.computing(participants, now)
         return Train(self.step + 1, self.total_steps, batches)
 
     def _aggregate(self, contributors: list[str], now: float) -> Aggregate:
-        self.phase = Phase.AGGREGATING
+        self._enter(Phase.AGGREGATING, now)
         asked = self._asked(Contribution)
         contributions = {name: asked[name].tensors for name in contributors}
         weights = {name: self.members[name].labelled_tokens for name in contributors}
         self.timing.computing(contributors, now)
         return Aggregate(self.step, self.total_steps, contributions, weights)
 
-    def _finish_step(self) -> list[Action]:
-        self.phase = Phase.ACTIVATIONS
+    def _finish_step(self, now: float) -> list[Action]:
+        self._enter(Phase.ACTIVATIONS, now)
         seconds = self.timing.take()
         if self._finished_step == self.step:  # a last round closed early, by the leaving of those who had steps left
             return []
@@ -349,38 +498,79 @@ class Federation:
         return [FinishStep(self.step, self._loss, self._tokens, self._labelled_tokens, seconds)]
 
     def _close_last_round(self, now: float) -> list[Action]:
-        if any(member.next_question[0] is AdapterWeights for member in self.members.values()):
-            self.phase = Phase.CONTRIBUTIONS
+        if self._contributors():
+            self._enter(Phase.CONTRIBUTIONS, now)
             return self._advance(now)
-        return self._finish_run()
-
-    def _finish_run(self) -> list[Action]:
-        self.phase = Phase.SAVING
+        self._enter(Phase.SAVING, now)
         return [FinishRun(self.step)]
 
     def _answer_done(self, now: float) -> list[Action]:
         actions: list[Action] = []
         for name in self._asked(Done):
-            answer = EdgeAdapter(step=self.step, tensors=self.edge_adapter)
+            answer = RunEnd(step=self.step, tensors=self.edge_adapter)
             actions += self._reply(name, answer, (Evaluation, self.step), now)
         return actions
 
     def _reply(self, name: str, message: Message, next_question: tuple[type, int], now: float) -> list[Action]:
-        self.waiting.pop(name, None)
-        self.members[name].next_question = next_question
+        member = self.members[name]
+        member.answer = (identity(self.waiting.pop(name)), message)
+        member.next_question = next_question
         self.timing.replied(name, now)
         return [Reply(name, message)]
+
+    def _enter(self, phase: Phase, now: float) -> None:
+        self.phase, self._since, self._warned = phase, now, False
+
+    # Members that come back
+
+    def _tell_where_to_go_on(self, name: str, now: float) -> list[Action]:
+        """At once, or where a step has gone on without it, between two steps."""
+        member = self.members[name]
+        if self.phase is Phase.GATHERING:
+            return []
+        if member.absent:
+            self._returning.add(name)
+            return self._advance(now)
+        self.timing.replied(name, now)
+        answer = Start(step=self._last_step_of(member), round=self.round, total_steps=self.total_steps, adapter=self.edge_adapter)
+        return [Reply(name, answer)]
+
+    def _answer_returning(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for name in sorted(self._returning):
+            member = self.members[name]
+            member.absent, member.answer = False, None
+            member.next_question = self._question_after_round(member)
+            actions += self._tell_where_to_go_on(name, now)
+        self._returning.clear()
+        return actions
+
+    def _last_step_of(self, member: Member) -> int:
+        """The step after which the member goes on. It repeats one whose outcome it has not kept."""
+        kind, step = member.next_question
+        if kind is Activations:
+            answered = member.answer is not None and member.answer[0] == (Activations, step - 1)
+            lost = answered and member.join.step < step - 1
+            return step - 2 if lost else step - 1
+        if kind is AdapterGradient or (kind is AdapterWeights and member.join.step != step):
+            return step - 1
+        return min(step, member.last_step)
+
+    def _is_behind(self, member: Member, question: tuple[type, int]) -> bool:
+        """Whether the run has left this question behind, so that the member has to be told where to go on."""
+        if member.absent:
+            return question[1] <= self.step + 1
+        return _place(question) < _place(member.next_question)
 
     # The calendar
 
     def _participants(self) -> list[str]:
         """Clients with data for the step, in the order of the union batch."""
-        return sorted(name for name, member in self.members.items() if member.last_step > self.step)
+        return sorted(name for name, member in self.members.items() if member.last_step > self.step and not member.left)
 
     def _contributors(self) -> list[str]:
-        """Clients whose adapters make the next edge adapter: all that took part in the round of the last step."""
-        round_start = (self.step - 1) - (self.step - 1) % self.settings.aggregate_every
-        return sorted(name for name, member in self.members.items() if member.last_step > round_start)
+        """Clients whose adapters make the next edge adapter: all that took part in a step of the round."""
+        return sorted(name for name, member in self.members.items() if member.in_round and not member.left)
 
     def _asked(self, kind: type[Question]) -> dict[str, Question]:
         """The open questions of this kind, by client."""
@@ -393,7 +583,34 @@ class Federation:
             return AdapterWeights, self.step
         return Activations, self.step + 1
 
+    def _question_after_round(self, member: Member) -> tuple[type, int]:
+        return (Activations, self.step + 1) if self.step < member.last_step else (Done, member.last_step)
+
+    def _rounds_since_checkpoint(self) -> int:
+        return -(-(self.step - self.checkpoints[1]) // self.settings.aggregate_every)
+
     # What a message must respect, beyond what its type says
+
+    def _new_member(self, join: Join) -> Member:
+        if join.longest > self.limits.num_positions:
+            raise RemoteProtocolError(
+                f"sequences of {join.longest} tokens; the model has {self.limits.num_positions} positions"
+            )
+        if join.batch_size * join.longest > self.limits.max_batch_tokens:
+            raise RemoteProtocolError(
+                f"batches of up to {join.batch_size} x {join.longest} tokens, the server takes "
+                f"{self.limits.max_batch_tokens}; choose a smaller --batch-size or --max-length"
+            )
+        last_step = self.settings.steps_of_client(join.num_samples, join.batch_size)
+        if last_step > LARGEST_COUNT:
+            raise RemoteProtocolError(f"{join.num_samples} samples take {last_step} steps; at most {LARGEST_COUNT} can be")
+        return Member(join, last_step, (Activations, 1))
+
+    def _check(self, member: Member, message: Activations | Contribution | Done) -> None:
+        if isinstance(message, Activations):
+            self._check_batch(member, message)
+        elif not isinstance(message, Done):
+            self._check_adapter(message.tensors)
 
     def _check_batch(self, member: Member, batch: Activations | Evaluation) -> None:
         limits, rows = self.limits, member.join.batch_size * member.join.longest
@@ -419,6 +636,17 @@ class Federation:
             raise RemoteProtocolError(f"the run's adapters are {self.settings.precision}")
         for tensor in tensors.values():
             _check_size(tensor)
+
+
+def _place(question: tuple[type, int]) -> tuple[int, int]:
+    """Where a question stands in the order in which a client asks them."""
+    kind, step = question
+    return step, [Activations, AdapterGradient, AdapterWeights, Done, Evaluation].index(kind)
+
+
+def _waited_for_as(kind: type) -> type:
+    """The kind under which the deadline knows a question."""
+    return Contribution if issubclass(kind, Contribution) else kind
 
 
 def _check_size(values: Array) -> None:

@@ -1,7 +1,9 @@
 """The SDK: a server for one run, in five lines."""
 
+import logging
 import queue
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -26,13 +28,18 @@ from split_model import (
 )
 from terminal import version
 
+from .checkpoints import SavedRound
 from .compute import Compute
-from .config import ServerConfig
-from .federation import Federation, ModelLimits, Phase
+from .config import ConfigError, ServerConfig, resumed
+from .deadline import Deadline
+from .door import open_door
+from .federation import Action, Federation, ModelLimits, Phase
 from .run_directory import RunDirectory
 from .server import RunServer, StepRecord
 
 __all__ = ["GpuServer", "RunEndedEarly"]
+
+logger = logging.getLogger("gpu_server")
 
 
 class RunEndedEarly(RuntimeError):
@@ -55,14 +62,17 @@ class GpuServer:
     """
 
     def __init__(self, **options: Any) -> None:
-        self.config = config = ServerConfig.from_options(options)
+        self._directory = directory = _run_directory(options)
+        recorded = directory.description() if options.get("resume") else None
+        self.config = config = ServerConfig.from_options(resumed(options, recorded["config"]) if recorded else options)
+        self._door = open_door(config)
         model = BaseModel(find_model(config.model))
         check_cut_layer(config.cut_layer, model.config.num_layers)
         device = choose_device(config.device)
         weight_dtype = choose_dtype(config.dtype, device)
         settings = config.settings(precision="float64" if weight_dtype == torch.float64 else "float32")
         self._lora = LoraConfig(**settings.lora())
-        compute = Compute(
+        self._compute = compute = Compute(
             model, settings, _starting_adapter(config, model, self._lora), weight_dtype=weight_dtype, device=device
         )
         limits = ModelLimits(
@@ -73,11 +83,23 @@ class GpuServer:
             max_batch_tokens=config.max_batch_tokens,
             edge_shapes=adapter_shapes(model.config, self._lora, range(config.cut_layer)),
         )
-        self._federation = Federation(uuid.uuid4().hex[:12], settings, limits, compute.edge_adapter())
-        self._compute = compute
-        self._directory = RunDirectory(Path(config.run_dir))
+        self._federation = Federation(
+            recorded["run"] if recorded else uuid.uuid4().hex[:12],
+            settings,
+            limits,
+            compute.edge_adapter(),
+            quorum=config.quorum,
+            checkpoint_every=config.checkpoint_every,
+            deadline=Deadline(config.step_deadline),
+            restarts=recorded.get("restarts", 0) + 1 if recorded else 0,
+        )
+        if recorded and recorded["fingerprint"] != limits.fingerprint:
+            raise ConfigError(
+                f"{config.run_dir} holds a run of the model {recorded['fingerprint']}; {config.model} is {limits.fingerprint}"
+            )
         self._description = {
             "run": self._federation.run,
+            "restarts": self._federation.restarts,
             "fingerprint": limits.fingerprint,
             "config": asdict(config),
             "device": str(device),
@@ -91,17 +113,46 @@ class GpuServer:
         return self._directory.path / "adapter"
 
     def __enter__(self) -> "GpuServer":
-        """Listen; ``url`` tells where. ConfigError if the address cannot be listened on."""
+        """Listen; ``url`` tells where. ConfigError if the address cannot be listened on, or the run not be gone on with."""
+        self._directory.hold()
+        try:
+            return self._begin()
+        except BaseException:
+            self._directory.release()
+            raise
+
+    def _begin(self) -> "GpuServer":
         self._records: queue.Queue[StepRecord | BaseException | None] = queue.Queue()
-        self._server = RunServer(self._federation, self._compute, report=self._record, save=self._save)
+        self._server = RunServer(
+            self._federation,
+            self._compute,
+            door=self._door,
+            model_name="" if Path(self.config.model).expanduser().is_dir() else self.config.model,
+            linger=self.config.linger,
+            report=self._record,
+            keep=self._keep,
+            save=self._save,
+        )
+        actions = self._go_back() if self._federation.restarts else []
         listening: queue.Queue[str | BaseException] = queue.Queue()
-        self._thread = threading.Thread(target=self._serve, args=(listening,), name="server")
+        self._thread = threading.Thread(target=self._serve, args=(listening, actions), name="server")
         self._thread.start()
         answer = listening.get()
         if isinstance(answer, BaseException):
             self._thread.join()
             raise answer
         return self
+
+    def _go_back(self) -> list[Action]:
+        """To the last checkpoint, or to the beginning of a run that has written none."""
+        saved = self._directory.checkpoints.latest(self._federation.run)
+        self._directory.forget_metrics_after(saved.step if saved else 0)
+        if saved is None:
+            return []
+        self._compute.restore(saved.state)
+        self._federation.edge_adapter = self._compute.edge_adapter()
+        logger.info("going on after step %d; waiting for the run's devices to come back", saved.step)
+        return self._federation.restore(saved.step, saved.membership, time.monotonic())
 
     def train(self) -> Iterator[StepRecord]:
         """
@@ -121,6 +172,8 @@ class GpuServer:
         if federation.phase is Phase.FINISHED and federation.step == federation.total_steps:
             return
         what = "all clients left" if federation.phase is Phase.FINISHED else "the server was stopped"
+        if federation.phase is Phase.FINISHED and not all(member.left for member in federation.members.values()):
+            what = "the clients with steps left have left"
         where = f"; the adapter of that step is in {self.adapter_folder}" if federation.step else ""
         raise RunEndedEarly(f"{what} after step {federation.step} of {federation.total_steps}{where}")
 
@@ -133,11 +186,19 @@ class GpuServer:
         """End the run before its time; its clients are told. From any thread."""
         self._server.stop()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.stop()
-        self._thread.join()
+    def suspend(self) -> None:
+        """Stop after a checkpoint; the clients try to come back until the run goes on with ``resume``. From any thread."""
+        self._server.suspend()
 
-    def _serve(self, listening: "queue.Queue[str | BaseException]") -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit):
+            self.suspend()  # Ctrl-C or SIGTERM: the run may go on later
+        else:
+            self.stop()
+        self._thread.join()
+        self._directory.release()
+
+    def _serve(self, listening: "queue.Queue[str | BaseException]", actions: list[Action]) -> None:
         def begin(url: str) -> None:
             # Not before: a run whose port is in use leaves nothing behind.
             self._directory.describe(self._description)
@@ -145,7 +206,7 @@ class GpuServer:
             listening.put(url)
 
         try:
-            self._server.run(self.config.host, self.config.port, begin)
+            self._server.run(begin, actions)
         except Exception as error:
             listening.put(error)
             self._records.put(error)
@@ -170,8 +231,19 @@ class GpuServer:
         self._directory.append_metrics(row)
         self._records.put(record)
 
+    def _keep(self, step: int, membership: dict[str, Any], state: Adapter) -> None:
+        self._directory.keep_metrics()
+        saved = SavedRound(run=self._federation.run, step=step, membership=membership, state=state)
+        self._directory.checkpoints.write(saved)
+
     def _save(self) -> None:
         self._directory.save_adapter(self._compute.adapter(), self._lora, self.config.model)
+
+
+def _run_directory(options: dict[str, Any]) -> RunDirectory:
+    if not isinstance(options.get("run_dir"), str):
+        ServerConfig.from_options(options)  # says what is wrong with it
+    return RunDirectory(Path(options["run_dir"]), resume=bool(options.get("resume")))
 
 
 def _starting_adapter(config: ServerConfig, model: BaseModel, lora: LoraConfig) -> Adapter:

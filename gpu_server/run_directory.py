@@ -1,4 +1,4 @@
-"""What a run leaves behind: run.json, metrics.jsonl and adapter/."""
+"""What a run leaves behind: run.json, metrics.jsonl, checkpoints/ and adapter/."""
 
 import json
 import os
@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from split_model import Adapter, LoraConfig, save_adapter
 
+from .checkpoints import Checkpoints, replace_file
 from .config import ConfigError
 
 __all__ = ["RunDirectory"]
@@ -18,28 +20,84 @@ __all__ = ["RunDirectory"]
 
 class RunDirectory:
     """
-    A folder for one run.
+    A folder for one run, held by one server at a time.
+
+    Args:
+        resume: whether it holds a run to go on with, or is to hold a new one.
 
     Raises:
-        ConfigError: it holds a run already, or cannot be written.
+        ConfigError: it holds a run and shall not, or the other way about; it cannot be written; another server holds it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
         self.path = path
+        self.checkpoints = Checkpoints(path / "checkpoints")
+        self._lock = FileLock(path / ".lock", timeout=0)
+        exists = (path / "run.json").exists()
+        if resume and not exists:
+            raise ConfigError(f"{path} holds no run to resume; leave --resume out to begin one")
+        if exists and not resume:
+            raise ConfigError(f"{path} holds a run already; go on with it by --resume, or choose another --run-dir")
         with self._writing():
             path.mkdir(parents=True, exist_ok=True)
-        if (path / "run.json").exists():
-            raise ConfigError(f"{path} holds a run already; choose another --run-dir")
+
+    def hold(self) -> None:
+        """
+        Keep other servers out until `release`, or until this process ends, however it ends.
+
+        Raises:
+            ConfigError: another server holds the folder.
+        """
+        with self._writing():
+            try:
+                self._lock.acquire()
+            except Timeout:
+                raise ConfigError(f"{self.path} is in use by another server") from None
+
+    def release(self) -> None:
+        self._lock.release()
 
     def describe(self, description: dict[str, Any]) -> None:
         """Write run.json."""
         with self._writing():
-            self._write_whole("run.json", json.dumps(description, indent=2) + "\n")
+            replace_file(self.path / "run.json", (json.dumps(description, indent=2) + "\n").encode())
+
+    def description(self) -> dict[str, Any]:
+        """What `describe` wrote."""
+        path = self.path / "run.json"
+        try:
+            description = json.loads(path.read_text(encoding="utf-8"))
+            if not {"run", "fingerprint", "config"} <= description.keys():
+                raise ValueError("it does not describe a run")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from None
+        return dict(description)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add a step's line to metrics.jsonl."""
-        with self._writing(), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with self._writing(), self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def keep_metrics(self) -> None:
+        """Have all lines of metrics on the disk: a checkpoint must not know of more steps than they do."""
+        if self._metrics.exists():
+            with self._writing(), self._metrics.open("a") as file:
+                os.fsync(file.fileno())
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Take back the lines of steps that will be done again, and one that a crash has torn."""
+        if not self._metrics.exists():
+            return
+        kept = []
+        for line in self._metrics.read_bytes().splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] > step or not line.endswith(b"\n"):
+                    break
+            except ValueError:
+                break
+            kept.append(line)
+        with self._writing():
+            replace_file(self._metrics, b"".join(kept))
 
     def save_adapter(self, adapter: Adapter, lora: LoraConfig, base_model: str) -> Path:
         """Write the adapter of both parts as one PEFT folder; give its path."""
@@ -48,15 +106,14 @@ class RunDirectory:
             save_adapter(folder, adapter, lora, base_model)
         return folder
 
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
         except (OSError, SafetensorError) as error:
-            raise ConfigError(f"run directory {self.path} cannot be written: {getattr(error, 'strerror', error)}") from None
-
-    def _write_whole(self, name: str, text: str) -> None:
-        # Under another name first: a reader never sees half a file.
-        unfinished = self.path / f"{name}.part"
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, self.path / name)
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"run directory {self.path} cannot be written: {reason}") from None

@@ -1,6 +1,7 @@
-"""The only file of this package that knows WebSockets and asyncio. It moves bytes, and does what `Federation` decides."""
+"""The only file of this package that knows WebSockets and asyncio: it moves bytes, and does what the federation decides."""
 
 import asyncio
+import http
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -8,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.asyncio.server import Server, ServerConnection, basic_auth, serve
 from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
 
 from protocol import (
+    HANDSHAKE_BYTES,
     SECONDS_BETWEEN_PINGS,
     SECONDS_TO_PONG,
     Failure,
@@ -25,15 +28,29 @@ from protocol import (
     RemoteProtocolError,
     Session,
     Side,
+    State,
     compressed_bound,
     largest_message_bytes,
 )
-from split_model import TrainingDiverged
+from split_model import Adapter, TrainingDiverged
 from terminal import version
 
 from .compute import Compute
-from .config import ConfigError
-from .federation import Action, Aggregate, Evaluate, Federation, FinishRun, FinishStep, Reply, Train
+from .door import Door
+from .federation import (
+    Action,
+    Aggregate,
+    Checkpoint,
+    Evaluate,
+    Federation,
+    FinishRun,
+    FinishStep,
+    NameInUse,
+    Reply,
+    Report,
+    Train,
+)
+from .listener import Listener, Pace
 
 __all__ = ["RunServer", "StepRecord"]
 
@@ -42,7 +59,13 @@ Result = TypeVar("Result")
 
 SECONDS_TO_FINISH = 10.0
 SECONDS_TO_CLOSE = 2.0
+SECONDS_TO_JOIN = 600.0  # between Welcome and Join a device reads its part of the model, from a slow card perhaps
+SECONDS_TO_SHOW_LIFE = 10.0
+SECONDS_FOR_REPLIES = 1.0
+SECONDS_BETWEEN_LOOKS = 1.0
 LONGEST_REASON = 1000  # characters
+SERVICE_RESTART = 1012  # RFC 6455's registry: come back later
+POLICY_VIOLATION = 1008
 
 
 @dataclass(frozen=True)
@@ -87,8 +110,10 @@ class Peer:
     """One connection, and who it turned out to be."""
 
     connection: CountingConnection
+    pace: Pace
     session: Session = field(default_factory=lambda: Session(Side.SERVER))
     name: str | None = None
+    joined: bool = False
     counted_up: int = 0
     counted_down: int = 0
 
@@ -98,7 +123,10 @@ class RunServer:
     Serves one run to its end.
 
     Args:
+        model_name: of the base model on the Hugging Face hub, if it came from there.
+        linger: seconds that a finished run waits for devices which have not fetched its adapter.
         report: called on the event loop for every finished step.
+        keep: called on another thread with what a round can go on from: its step, the members, `Compute.round_end`.
         save: called on the worker thread when the run is complete, before anybody hears of it.
     """
 
@@ -107,132 +135,243 @@ class RunServer:
         federation: Federation,
         compute: Compute,
         *,
+        door: Door,
+        model_name: str,
+        linger: float,
         report: Callable[[StepRecord], None],
+        keep: Callable[[int, dict[str, Any], Adapter], None],
         save: Callable[[], None],
     ) -> None:
-        self._federation, self._compute = federation, compute
-        self._report, self._save = report, save
+        self._federation, self._compute, self._door = federation, compute, door
+        self._model_name, self._linger = model_name, linger
+        self._report, self._keep, self._save = report, keep, save
         self._peers: dict[str, Peer] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._tasks: set[asyncio.Task[None]] = set()
-        self._ended: asyncio.Future[None]
+        self._ended: asyncio.Future[bool]
+        """Whether the run can go on later."""
         self._last_row: asyncio.Task[None] | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        self._round_end = (federation.round, compute.round_end)
+        self._to_keep: tuple[int, Adapter] | None = None
+        self._keeper: asyncio.Task[None] | None = None
         self._complete = False
 
-    def run(self, host: str, port: int, listening: Callable[[str], None]) -> None:
+    def run(self, listening: Callable[[str], None], first: list[Action]) -> None:
         """
-        Listen until the run is complete and all clients have left, or `stop` is called.
+        Listen until the run is complete and all clients have left, or `stop` or `suspend` is called.
 
         Args:
             listening: called with the server's URL once it accepts connections.
+            first: what the federation wants done before anything else.
 
         Raises:
             ConfigError: the address cannot be listened on, or the run directory not be written.
             TrainingDiverged: the loss is no longer a number.
         """
-        asyncio.run(self._listen(host, port, listening))
+        asyncio.run(self._listen(listening, first))
 
     def stop(self) -> None:
         """End the run before its time; its clients are told. From any thread, after `run` called ``listening``."""
+        self._call(self._end)
+
+    def suspend(self) -> None:
+        """Stop so that the run can go on later: its clients will try to come back. From any thread, as `stop`."""
+        self._call(self._end, True)
+
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._end)
+            self._loop.call_soon_threadsafe(function, *arguments)
         except RuntimeError:
             pass  # the run is over, and its loop is closed
 
-    async def _listen(self, host: str, port: int, listening: Callable[[str], None]) -> None:
+    async def _listen(self, listening: Callable[[str], None], first: list[Action]) -> None:
         self._loop = asyncio.get_running_loop()
         self._ended = self._loop.create_future()
-        async with await self._open(host, port) as server:
-            listening(_url(server))
+        self._listener = Listener.open(self._door.host, self._door.port, self._door.limits)
+        async with await self._open() as server:
+            listening(self._url())
+            watch = self._loop.create_task(self._watch_enrolments())
             try:
-                await self._ended
-                await self._dismiss("the server was stopped")
-                await self._save_unfinished()
-            except (ConfigError, TrainingDiverged) as error:
+                self._perform(first)
+                to_be_continued = await self._ended
+                await self._dismiss("the server was stopped", to_be_continued=to_be_continued)
+                await self._save_unfinished(to_be_continued=to_be_continued)
+            except TrainingDiverged as error:
                 await self._dismiss(str(error))
                 raise
             except Exception:
-                await self._dismiss("the server failed")
+                # Whatever it was, a disk that is full or a defect: when it is mended, the run can go on.
+                await self._dismiss("the server failed", to_be_continued=True)
                 raise
             finally:
+                watch.cancel()
+                if self._alarm is not None:
+                    self._alarm.cancel()
+                server.close()
                 self._worker.shutdown()
 
-    async def _open(self, host: str, port: int) -> Server:
-        try:
-            server: Server = await serve(
-                self._converse,
-                host,
-                port,
-                compression=None,  # messages are compressed already
-                max_size=self._largest_frame(),
-                create_connection=CountingConnection,
-                ping_interval=SECONDS_BETWEEN_PINGS,
-                ping_timeout=SECONDS_TO_PONG,
-                close_timeout=SECONDS_TO_CLOSE,
-                server_header=None,
-            )
-            return server
-        except (OSError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from None
+    async def _open(self) -> Server:
+        limits, encryption = self._door.limits, self._door.encryption
+        server: Server = await serve(
+            self._converse,
+            sock=self._listener,
+            ssl=encryption,
+            **({"ssl_handshake_timeout": limits.handshake_seconds} if encryption else {}),
+            compression=None,  # messages are compressed already
+            process_request=self._authenticate,
+            open_timeout=limits.handshake_seconds,
+            max_size=compressed_bound(HANDSHAKE_BYTES),
+            max_queue=limits.queue,
+            create_connection=CountingConnection,
+            ping_interval=SECONDS_BETWEEN_PINGS,
+            ping_timeout=SECONDS_TO_PONG,
+            close_timeout=SECONDS_TO_CLOSE,
+            server_header=None,
+        )
+        return server
 
-    def _end(self) -> None:
+    def _end(self, to_be_continued: bool = False) -> None:
         if not self._ended.done():
-            self._ended.set_result(None)
+            self._ended.set_result(to_be_continued)
+
+    # Who gets in
+
+    async def _authenticate(self, connection: ServerConnection, request: Request) -> Response | None:
+        """During the HTTP handshake, before any message is read."""
+        admits = self._door.admits
+        if admits is not None:
+            refusal = await basic_auth("splitlora", check_credentials=admits)(connection, request)
+            if refusal is not None:
+                logger.warning("a device without a valid secret was refused")
+                return refusal
+            self._listener.admit(_descriptor(connection))
+        if request.path.strip("/"):
+            return connection.respond(http.HTTPStatus.NOT_FOUND, "there is nothing here\n")
+        return None
+
+    async def _watch_enrolments(self) -> None:
+        """A device that is revoked has left the run, connected or not."""
+        enrolled = self._door.enrolled
+        while enrolled is not None:
+            await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+            names = await asyncio.to_thread(enrolled)
+            for name, member in list(self._federation.members.items()):
+                if name not in names and not member.left:
+                    await self._expel(name, "it was revoked")
+
+    async def _expel(self, name: str, reason: str) -> None:
+        peer = self._peers.pop(name, None)
+        self._leave(name, reason)
+        if peer is not None:
+            await self._refuse(peer, reason)
 
     # A conversation
 
     async def _converse(self, connection: ServerConnection) -> None:
         assert isinstance(connection, CountingConnection)
-        peer = Peer(connection)
+        peer = Peer(connection, Pace(self._door.limits.messages_per_second))
         try:
-            async for data in connection:
+            while True:
+                data = await asyncio.wait_for(connection.recv(), self._patience(peer))
+                await asyncio.sleep(peer.pace.delay(time.monotonic()))
                 message = await asyncio.to_thread(peer.session.receive, data)
                 if isinstance(message, Goodbye):
+                    self._forget(peer, "it said goodbye")
                     break
-                await self._answer(peer, message)
+                if message is not None:
+                    await self._answer(peer, message)
+        except asyncio.TimeoutError:
+            self._forget(peer)
+            await self._refuse(peer, "nothing was heard for too long")
         except RemoteProtocolError as error:
-            self._forget(peer)  # first: the others do not wait for a peer that does not listen
-            await self._refuse(peer, str(error))
+            # First: the others do not wait for a peer that does not listen. One that had not joined has no place to lose.
+            self._forget(peer, str(error) if peer.joined else None)
+            await self._refuse(peer, str(error), error)
         except ConnectionClosed:
-            logger.info("%s: connection lost", peer.name or "a client")
+            if peer.joined and not self._complete:
+                logger.info("%s: connection lost", peer.name)
         finally:
             self._forget(peer)
+
+    def _patience(self, peer: Peer) -> float | None:
+        """How long a peer may take for its next message. Those who have joined take as long as they compute."""
+        if peer.joined:
+            return None
+        return SECONDS_TO_JOIN if peer.session.state is State.WELCOMED else self._door.limits.handshake_seconds
 
     async def _answer(self, peer: Peer, message: Message) -> None:
         federation, now = self._federation, time.monotonic()
         if isinstance(message, Ping):
-            await self._send(peer, self._pong())
+            await self._send(peer, self._pong(message))
         elif isinstance(message, Hello):
-            welcome = federation.welcome(message)
-            peer.name, self._peers[message.name] = message.name, peer
-            await self._send(peer, welcome)
+            await self._greet(peer, message)
         elif isinstance(message, Join):
             assert peer.name is not None
             actions = federation.join(peer.name, message, now)
-            peer.session.max_bytes = self._largest_message(message.batch_size * message.longest)
-            joined, clients = len(federation.members), federation.settings.clients
-            logger.info("%s joined with %d samples, %d of %d clients", peer.name, message.num_samples, joined, clients)
+            peer.joined = True
+            self._expect(peer, self._largest_message(message.batch_size * message.longest))
+            here = sum(member.connected for member in federation.members.values())
+            logger.info(
+                "%s joined with %d samples, %d of %d clients", peer.name, message.num_samples, here, federation.settings.clients
+            )
             self._perform(actions)
         else:
             assert peer.name is not None
             self._perform(federation.receive(peer.name, message, now))
 
-    def _forget(self, peer: Peer) -> None:
+    async def _greet(self, peer: Peer, hello: Hello) -> None:
+        if self._door.admits is not None and hello.name != (owner := peer.connection.username):
+            raise RemoteProtocolError(f"the secret is that of {owner}; it does not open the run for {hello.name}")
+        if (before := self._peers.get(hello.name)) is not None and not await self._lives(before):
+            logger.info("%s: an earlier connection shows no life", hello.name)
+            self._forget(before)
+            before.connection.transport.abort()
+        welcome = self._federation.welcome(hello)
+        self._listener.admit(_descriptor(peer.connection))
+        peer.name, self._peers[hello.name] = hello.name, peer
+        await self._send(peer, welcome)
+
+    async def _lives(self, peer: Peer) -> bool:
+        """Whether a connection that looks open is. A device that lost its network may be back before its old link times out."""
+        received = peer.connection.bytes_up
+        try:
+            await asyncio.wait_for(await peer.connection.ping(), SECONDS_TO_SHOW_LIFE)
+        except (ConnectionClosed, asyncio.TimeoutError):
+            return peer.connection.bytes_up > received  # a long message of a slow link is coming in before the pong
+        return True
+
+    def _expect(self, peer: Peer, size: int) -> None:
+        """Take messages of up to ``size`` bytes from now on; a frame that claims more is refused before it is read."""
+        peer.session.max_bytes = size
+        peer.connection.protocol.max_message_size = compressed_bound(size)
+
+    def _forget(self, peer: Peer, for_good: str | None = None) -> None:
+        """A peer is gone: its connection is lost, or, with a reason, it is out of the run."""
         if peer.name is None or self._peers.get(peer.name) is not peer:
             return
         del self._peers[peer.name]
         if self._ended.done():
-            return  # it did not leave: we dismissed it
-        self._perform(self._federation.leave(peer.name, time.monotonic()))
+            return  # it did not go: we dismissed it
+        if for_good is None:
+            self._perform(self._federation.disconnected(peer.name, time.monotonic()))
+        else:
+            self._leave(peer.name, for_good)
         self._end_if_over()
 
-    async def _refuse(self, peer: Peer, reason: str) -> None:
+    def _leave(self, name: str, reason: str) -> None:
+        federation = self._federation
+        if name in federation.members and federation.total_steps and not self._complete:
+            logger.info("%s has left the run after step %d: %s", name, federation.step, reason)
+        self._perform(federation.leave(name, time.monotonic()))
+
+    async def _refuse(self, peer: Peer, reason: str, error: Exception | None = None) -> None:
         logger.warning("%s refused: %s", peer.name or "a client", reason)
+        retry_after = SECONDS_TO_SHOW_LIFE if isinstance(error, NameInUse) else 0.0
         try:
-            data = peer.session.send(Failure(reason=reason[:LONGEST_REASON]))
+            data = peer.session.send(Failure(reason=reason[:LONGEST_REASON], retry_after=retry_after))
             await asyncio.wait_for(peer.connection.send(data), SECONDS_TO_CLOSE)
-            await peer.connection.close(1008)
+            await peer.connection.close(POLICY_VIOLATION)
         except (ConnectionClosed, LocalProtocolError, asyncio.TimeoutError):
             pass  # gone already, refused already, or deaf: nobody is left to be told
 
@@ -241,7 +380,7 @@ class RunServer:
             data = await asyncio.to_thread(peer.session.send, message)
             await peer.connection.send(data)
         except (ConnectionClosed, LocalProtocolError):
-            pass  # it is gone, or has just been refused; the conversation itself notices
+            pass  # it is gone, or back and has not asked again yet; the conversation itself notices
 
     # What the federation decides
 
@@ -254,8 +393,25 @@ class RunServer:
                     replies.append(self._spawn(self._send(peer, action.message)))
             elif isinstance(action, FinishStep):
                 self._last_row = self._spawn(self._finish_step(action, replies, self._last_row))
+            elif isinstance(action, Report):
+                logger.info("%s", action.text)
+            elif isinstance(action, Checkpoint):
+                self._to_keep = self._round_end
+                if self._keeper is None or self._keeper.done():
+                    self._keeper = self._spawn(self._keep_rounds())
             else:
                 self._spawn(self._do(action))
+        self._set_alarm()
+
+    def _set_alarm(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        expires = self._federation.expires()
+        if expires is not None:
+            self._alarm = self._loop.call_later(expires - time.monotonic(), self._tick)
+
+    def _tick(self) -> None:
+        self._perform(self._federation.tick(time.monotonic()))
 
     async def _do(self, action: Train | Aggregate | Evaluate | FinishRun) -> None:
         federation, compute, started = self._federation, self._compute, time.monotonic()
@@ -265,21 +421,36 @@ class RunServer:
             self._perform(federation.trained(loss, gradients, now - started, now))
         elif isinstance(action, Aggregate):
             adapter = await self._work(compute.aggregate, action.step, action.total_steps, action.contributions, action.weights)
-            now = time.monotonic()
+            now, self._round_end = time.monotonic(), (action.step, compute.round_end)
             self._perform(federation.aggregated(adapter, now - started, now))
         elif isinstance(action, Evaluate):
             summed_loss = await self._work(compute.evaluate, action.batch)
             self._perform(federation.evaluated(action.client, action.batch.index, summed_loss, time.monotonic()))
         else:
+            if self._keeper is not None:
+                await self._keeper
             await self._work(self._save)
             self._complete = True
             self._perform(federation.saved(time.monotonic()))
             self._end_if_over()
 
+    async def _keep_rounds(self) -> None:
+        """Write the newest round that is to be kept, as often as there is a newer one."""
+        while self._to_keep is not None:
+            (step, state), self._to_keep = self._to_keep, None
+            if self._last_row is not None:
+                await self._last_row  # metrics know at least the steps that a checkpoint knows
+            await asyncio.to_thread(self._keep, step, self._federation.membership(), state)
+            self._federation.checkpointed(step)
+
     async def _finish_step(
         self, action: FinishStep, replies: list[asyncio.Task[None]], row_before: asyncio.Task[None] | None
     ) -> None:
-        await asyncio.gather(*replies, *([row_before] if row_before else []))
+        if replies:
+            # Bytes that a slow reader takes later than this are counted in the next line.
+            await asyncio.wait(replies, timeout=SECONDS_FOR_REPLIES)
+        if row_before is not None:
+            await row_before
         up, down = {}, {}
         for name, peer in sorted(self._peers.items()):
             connection = peer.connection
@@ -305,29 +476,48 @@ class RunServer:
             self._ended.set_exception(error)
 
     def _end_if_over(self) -> None:
-        if self._complete and not self._peers:
+        """The run is over when everybody has its adapter; those who do not come for it are not waited for much longer."""
+        if not self._complete or self._peers:
+            return
+        if self._federation.unfinished():
+            self._loop.call_later(self._linger, lambda: None if self._peers else self._end())
+        else:
             self._end()
 
-    async def _dismiss(self, reason: str) -> None:
+    async def _dismiss(self, reason: str, *, to_be_continued: bool = False) -> None:
         if self._tasks:
             # What is being computed is finished; a reply that nobody reads is not waited for.
             await asyncio.wait(self._tasks, timeout=SECONDS_TO_FINISH)
-        await asyncio.gather(*(self._refuse(peer, reason) for peer in list(self._peers.values())))
+        peers = list(self._peers.values())
+        if to_be_continued:
+            await asyncio.gather(*(peer.connection.close(SERVICE_RESTART) for peer in peers))
+        else:
+            await asyncio.gather(*(self._refuse(peer, reason) for peer in peers))
 
-    async def _save_unfinished(self) -> None:
-        step, total_steps = self._federation.step, self._federation.total_steps
-        if step and not self._complete:
-            await self._work(self._save)
-            logger.info("stopped after step %d of %d; its adapter is saved", step, total_steps)
+    async def _save_unfinished(self, *, to_be_continued: bool) -> None:
+        federation = self._federation
+        if not federation.total_steps or self._complete:
+            return
+        step, state = self._round_end
+        await asyncio.to_thread(self._keep, step, federation.membership(), state)
+        await self._work(self._save)
+        logger.info(
+            "stopped after step %d of %d; its adapter is saved%s",
+            federation.round,
+            federation.total_steps,
+            ", and --resume goes on from there" if to_be_continued else "",
+        )
 
-    def _pong(self) -> Pong:
+    def _pong(self, ping: Ping) -> Pong:
         federation = self._federation
         return Pong(
+            index=ping.index,
             software=version(),
             run=federation.run,
             clients=federation.settings.clients,
-            joined=len(federation.members),
+            joined=sum(member.connected for member in federation.members.values()),
             step=federation.step,
+            model=self._model_name,
         )
 
     def _largest_message(self, rows: int) -> int:
@@ -339,10 +529,12 @@ class RunServer:
             adapter_elements=sum(a * b for a, b in limits.edge_shapes.values()),
         )
 
-    def _largest_frame(self) -> int:
-        return compressed_bound(self._largest_message(self._federation.limits.max_batch_tokens))
+    def _url(self) -> str:
+        host, port = self._listener.getsockname()[:2]
+        scheme = "wss" if self._door.encryption else "ws"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def _url(server: Server) -> str:
-    host, port = next(iter(server.sockets)).getsockname()[:2]
-    return f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}"
+def _descriptor(connection: ServerConnection) -> int:
+    number: int = connection.transport.get_extra_info("socket").fileno()
+    return number

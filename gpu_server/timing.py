@@ -20,8 +20,12 @@ class StepTiming:
         self._asked: dict[str, float] = {}
         self._seconds: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
 
+    def away(self, client: str, now: float) -> float:
+        """Seconds since the client's last reply."""
+        return now - self._replied.get(client, now)
+
     def question(self, client: str, edge_seconds: float, now: float) -> None:
-        away = now - self._replied.get(client, now)
+        away = self.away(client, now)
         self._seconds[client]["edge_compute"] += min(edge_seconds, away)
         self._seconds[client]["wire"] += max(0.0, away - edge_seconds)
         self._asked[client] = now

@@ -23,10 +23,12 @@ from .messages import (
     Message,
     Ping,
     Pong,
+    RunEnd,
     Start,
     Tensors,
     Welcome,
     check_name,
+    identity,
 )
 from .session import TRANSITIONS, Session, Side, State
 from .settings import RunSettings
@@ -59,6 +61,7 @@ __all__ = [
     "Pong",
     "ProtocolError",
     "RemoteProtocolError",
+    "RunEnd",
     "RunSettings",
     "Session",
     "Side",
@@ -70,5 +73,6 @@ __all__ = [
     "compressed_bound",
     "decode",
     "encode",
+    "identity",
     "largest_message_bytes",
 ]

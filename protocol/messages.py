@@ -33,13 +33,15 @@ __all__ = [
     "Message",
     "Ping",
     "Pong",
+    "RunEnd",
     "Start",
     "Tensors",
     "Welcome",
     "check_name",
+    "identity",
 ]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -73,11 +75,15 @@ def check_name(name: str) -> str:
 class Ping:
     """client -> server: is a server there?"""
 
+    index: int = 0
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pong:
     """server -> client: yes, and this is where its run stands."""
 
+    index: int = 0
+    """The question's."""
     software: str
     """Version of the server's software."""
     run: str
@@ -86,6 +92,8 @@ class Pong:
     joined: int
     step: int
     """Steps finished."""
+    model: str = ""
+    """The base model's name on the Hugging Face hub; empty where the server has it from elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -106,16 +114,23 @@ class Welcome:
     run: str
     settings: RunSettings
     fingerprint: str
+    restarts: int = 0
+    """How often the server was started again in this run. Progress since its last checkpoint is lost with each."""
+
+    def __post_init__(self) -> None:
+        check_name(self.run)  # it names a folder on the device
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Join:
-    """client -> server: what I bring. Answered when the run starts."""
+    """client -> server: what I bring, and where I stand. Answered when the run starts, or at once if it has."""
 
     num_samples: int
     batch_size: int
     longest: int
     """Rows of its longest sequence; with the batch size, a bound on every later message."""
+    step: int = 0
+    """The last step it has finished: 0 if none, or if it does not remember."""
 
     def __post_init__(self) -> None:
         if min(self.num_samples, self.batch_size, self.longest) < 1:
@@ -124,13 +139,16 @@ class Join:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Start:
-    """server -> client: go on from here."""
+    """server -> client: go on from here. Also the answer to a question about a step that the run has left behind."""
 
     step: int
-    """Steps finished: 0 in a fresh run."""
+    """Steps finished: 0 in a fresh run. The client goes on with the next one."""
     total_steps: int
     """Of the whole run; a client whose data ends earlier takes part in fewer."""
     adapter: Tensors
+    """As it was when the present round began."""
+    round: int = 0
+    """The last step that is in the adapter. Not later than `step`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -203,6 +221,8 @@ class EdgeAdapter:
     step: int
     """The last step that is in them."""
     tensors: Tensors
+    checkpoint: int = 0
+    """The earliest step that the server may still go back to: a client keeps what it needs from there on."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -223,9 +243,18 @@ class EvaluationLoss:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Done:
-    """client -> server: my data is used up. Answered at the run's end with the final adapter."""
+    """client -> server: my data is used up. Answered at the run's end."""
 
     step: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RunEnd:
+    """server -> client: the run is over, and saved; this is its final edge adapter."""
+
+    step: int
+    """The run's last."""
+    tensors: Tensors
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -238,6 +267,8 @@ class Failure:
     """server -> client: refused, and why. The last message."""
 
     reason: str
+    retry_after: float = 0.0
+    """Seconds after which the same may be allowed; 0: never."""
 
 
 Message = (
@@ -255,6 +286,18 @@ Message = (
     | Evaluation
     | EvaluationLoss
     | Done
+    | RunEnd
     | Goodbye
     | Failure
 )
+
+
+def identity(message: Message) -> tuple[type, int]:
+    """
+    What makes a message this one within its conversation: its kind, and its step or index.
+
+    No side sends two messages of one identity in succession, so a message with the identity of the one before it is that
+    message, delivered twice.
+    """
+    number: int = getattr(message, "step", getattr(message, "index", 0))
+    return type(message), number

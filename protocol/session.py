@@ -26,8 +26,10 @@ from .messages import (
     Message,
     Ping,
     Pong,
+    RunEnd,
     Start,
     Welcome,
+    identity,
 )
 
 __all__ = ["TRANSITIONS", "Session", "Side", "State"]
@@ -52,6 +54,7 @@ class State(enum.Enum):
     AWAITING_GRADIENT = "awaiting gradient"
     AWAITING_ADAPTER = "awaiting adapter"
     AWAITING_LOSS = "awaiting loss"
+    AWAITING_END = "awaiting the end"
     BROKEN = "broken by an illegal message"
     CLOSED = "closed"
 
@@ -70,8 +73,12 @@ TRANSITIONS: dict[tuple[State, Side, type], State] = {
     (State.AWAITING_GRADIENT, Side.SERVER, ActivationGradient): State.READY,
     (State.READY, Side.CLIENT, AdapterGradient): State.AWAITING_ADAPTER,
     (State.READY, Side.CLIENT, AdapterWeights): State.AWAITING_ADAPTER,
-    (State.READY, Side.CLIENT, Done): State.AWAITING_ADAPTER,
     (State.AWAITING_ADAPTER, Side.SERVER, EdgeAdapter): State.READY,
+    (State.READY, Side.CLIENT, Done): State.AWAITING_END,
+    (State.AWAITING_END, Side.SERVER, RunEnd): State.READY,
+    # A question about a step that the run has left behind.
+    (State.AWAITING_GRADIENT, Side.SERVER, Start): State.READY,
+    (State.AWAITING_ADAPTER, Side.SERVER, Start): State.READY,
     (State.READY, Side.CLIENT, Evaluation): State.AWAITING_LOSS,
     (State.AWAITING_LOSS, Side.SERVER, EvaluationLoss): State.READY,
     **{(state, Side.CLIENT, Goodbye): State.CLOSED for state in _OPEN},
@@ -92,6 +99,7 @@ class Session:
         self.side = side
         self.max_bytes = max_bytes
         self.state = State.NEW
+        self._received: tuple[type, int] | None = None
 
     def send(self, message: Message) -> bytes:
         """
@@ -107,9 +115,12 @@ class Session:
         self.state = next_state
         return data
 
-    def receive(self, data: bytes | str) -> Message:
+    def receive(self, data: bytes | str) -> Message | None:
         """
         Take one WebSocket message. After an error nothing may follow but a `Failure` or `Goodbye`.
+
+        Returns:
+            The message, or None if it is the one before it, delivered twice.
 
         Raises:
             RemoteProtocolError: it is no message, too large, or not the peer's turn.
@@ -118,6 +129,8 @@ class Session:
             if isinstance(data, str):
                 raise RemoteProtocolError("got a text frame; messages are binary")
             message = decode(data, self.max_bytes)
+            if identity(message) == self._received and self.state is not State.BROKEN:
+                return None
             next_state = TRANSITIONS.get((self.state, self.side.peer, type(message)))
             if next_state is None:
                 peer = self.side.peer.value
@@ -127,4 +140,5 @@ class Session:
                 self.state = State.BROKEN
             raise
         self.state = next_state
+        self._received = identity(message)
         return message

@@ -5,7 +5,7 @@ from .base_model import BaseModel, ModelConfig, find_model
 from .errors import AdapterError, ModelError, TrainingDiverged
 from .generation import continue_greedily
 from .lora import Adapter, LoraConfig, adapter_shapes, initial_adapter
-from .optimisation import OptimiserConfig, adamw, take_step
+from .optimisation import OptimiserConfig, adamw, optimiser_state, restore_optimiser, take_step
 from .parts import EdgePart, ServerPart, check_cut_layer
 from .precision import choose_device, choose_dtype, working_dtype
 from .seeds import derive_seed
@@ -32,6 +32,8 @@ __all__ = [
     "initial_adapter",
     "load_adapter",
     "save_adapter",
+    "optimiser_state",
+    "restore_optimiser",
     "take_step",
     "working_dtype",
 ]

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["OptimiserConfig", "adamw", "take_step"]
+__all__ = ["OptimiserConfig", "adamw", "optimiser_state", "restore_optimiser", "take_step"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,3 +39,21 @@ def take_step(optimiser: torch.optim.AdamW, learning_rate: float) -> None:
         group["lr"] = learning_rate
     optimiser.step()
     optimiser.zero_grad()
+
+
+def optimiser_state(optimiser: torch.optim.AdamW) -> dict[str, Tensor]:
+    """A copy of what the optimiser has learnt, on the CPU: "0/exp_avg", "0/exp_avg_sq", "0/step", "1/...", by parameter."""
+    return {
+        f"{index}/{key}": value.detach().cpu().clone()
+        for index, state in optimiser.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+
+
+def restore_optimiser(optimiser: torch.optim.AdamW, state: dict[str, Tensor]) -> None:
+    """Take over what `optimiser_state` gave."""
+    by_parameter: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        index, _, key = name.partition("/")
+        by_parameter.setdefault(int(index), {})[key] = tensor.clone()
+    optimiser.load_state_dict({"state": by_parameter, "param_groups": optimiser.state_dict()["param_groups"]})

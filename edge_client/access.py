@@ -1,0 +1,56 @@
+"""How a device reaches its server: the address, and what the two know each other by."""
+
+import ssl
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from .connection import Connection
+from .enrolment import find
+from .pinning import PinnedContext
+
+__all__ = ["Access"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """
+    Args:
+        name: under which this device is enrolled there; None where it is not.
+        encryption: None for the system's authorities, or for no encryption.
+    """
+
+    url: str
+    name: str | None = None
+    credentials: tuple[str, str] | None = field(default=None, repr=False)
+    encryption: ssl.SSLContext | None = None
+
+    @classmethod
+    def to(cls, url: str, state_folder: Path, name: str | None = None) -> "Access":
+        """
+        With what `splitlora-edge join` has stored for the server, if it has.
+
+        Raises:
+            EnrolmentError: what is stored cannot be read, or is ambiguous without a name.
+        """
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port or (443 if parts.scheme == "wss" else 80)
+        except ValueError:
+            return cls(url=url)  # no address at all: the connection says so
+        invitation = find(state_folder, host, port, name) if host else None
+        if invitation is None:
+            return cls(url=url)
+        return cls(
+            url=url,
+            name=invitation.name,
+            credentials=invitation.credentials,
+            encryption=PinnedContext(invitation.pin) if invitation.pin and parts.scheme == "wss" else None,
+        )
+
+    def connect(self) -> Connection:
+        """
+        Raises:
+            ConnectionFailed, Refused, CertificateChanged: see `Connection`, `PinnedContext`.
+        """
+        return Connection(self.url, credentials=self.credentials, encryption=self.encryption)

@@ -1,0 +1,190 @@
+"""A place in a run, which outlives its connections."""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TypeVar
+
+from protocol import EdgeAdapter, Hello, Join, Message, Start, Welcome
+
+from .connection import Connection, ConnectionFailed, Dial, Refused
+
+__all__ = ["Membership", "Moved"]
+
+logger = logging.getLogger("edge_client")
+Answer = TypeVar("Answer", bound=Message)
+
+SHORTEST_WAIT = 0.5  # seconds
+LONGEST_WAIT = 30.0
+
+
+class Moved(Exception):
+    """The run does not stand where this client does: a server went back to a checkpoint, or a step went on without us."""
+
+    def __init__(self, start: Start) -> None:
+        super().__init__(f"go on after step {start.step}")
+        self.start = start
+
+
+class Membership:
+    """
+    Exchanges questions for answers as `Connection` does, and connects again when the link is lost.
+
+    Args:
+        dial: opens a connection.
+        give_up_after: seconds without a connection; None tries forever.
+        patient: whether the first connection is tried again, too.
+        sleep: waits for so many seconds.
+
+    Raises:
+        ConnectionFailed, Refused, RemoteProtocolError: as `Connection`, where trying again is of no use.
+    """
+
+    def __init__(
+        self,
+        dial: Dial,
+        hello: Hello,
+        *,
+        give_up_after: float | None = None,
+        patient: bool = False,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._dial, self._hello, self._give_up_after, self._sleep = dial, hello, give_up_after, sleep
+        self._random = random.Random(hello.name)  # devices that lost the same server do not come back all at once
+        self._join: Join | None = None
+        self._bytes_before = 0
+        self.largest_message = 0
+        """Bytes that an answer may inflate to from `start` on."""
+        self.step = 0
+        """The last step that this client has finished and remembers."""
+        self.round = 0
+        """The last step that is in the adapter this client began the present round with."""
+        self._num_evaluations = 0
+        self._last_reply = time.perf_counter()
+        self._connection: Connection | None = None
+        try:
+            self._connection = dial()
+            self.welcome = self._connection.exchange(hello, Welcome)
+        except ConnectionFailed as error:
+            if not patient:
+                self.close()
+                raise
+            self.welcome = self._keep_trying(error, lambda connection: connection.exchange(hello, Welcome))
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, join: Join) -> Start:
+        """Wait until the run starts, or learn where it stands."""
+        self._join = join
+        try:
+            start = self._enter(self._connected())
+        except ConnectionFailed as error:
+            start = self._keep_trying(error, self._come_back)
+        self.round = start.round
+        return start
+
+    def exchange(self, question: Message, answer_kind: type[Answer]) -> Answer:
+        """
+        A question's answer, however often it has to be asked.
+
+        Raises:
+            Moved: the run stands elsewhere.
+            ConnectionFailed: no connection for ``give_up_after`` seconds.
+            Refused, RemoteProtocolError: as `Connection.exchange`.
+        """
+        while True:
+            try:
+                answer = self._connected().exchange(question, answer_kind, Start)
+            except ConnectionFailed as error:
+                before = (self.welcome.restarts, self.round)
+                start = self._keep_trying(error, self._come_back)
+                if (self.welcome.restarts, start.round) != before:
+                    self._go_to(start)
+                continue
+            self._last_reply = time.perf_counter()
+            if isinstance(answer, Start):
+                self._go_to(answer)
+            if isinstance(answer, EdgeAdapter):
+                self.round = answer.step
+            return answer  # type: ignore[return-value]
+
+    def next_index(self) -> int:
+        """A number for the next `Evaluation` that no other has had."""
+        self._num_evaluations += 1
+        return self._num_evaluations
+
+    def seconds_since_reply(self) -> float:
+        """How long this side has been busy with the last answer."""
+        return time.perf_counter() - self._last_reply
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all messages so far, both ways."""
+        return self._bytes_before + (self._connection.num_bytes if self._connection else 0)
+
+    def close(self) -> None:
+        """Leave the run for good."""
+        if self._connection is not None:
+            self._connection.close()
+
+    def _go_to(self, start: Start) -> None:
+        self.round = start.round
+        raise Moved(start)
+
+    def _connected(self) -> Connection:
+        if self._connection is None:
+            raise ConnectionFailed("not connected")
+        return self._connection
+
+    def _enter(self, connection: Connection) -> Start:
+        assert self._join is not None
+        connection.session.max_bytes = self.largest_message
+        start = connection.exchange(replace(self._join, step=self.step), Start)
+        self._last_reply = time.perf_counter()
+        return start
+
+    def _come_back(self, connection: Connection) -> Start:
+        welcome = connection.exchange(self._hello, Welcome)
+        if welcome.run != self.welcome.run:
+            raise Refused(f"{connection.url} has another run now: {welcome.run} instead of {self.welcome.run}")
+        self.welcome = welcome
+        start = self._enter(connection)
+        logger.info("connected again; the run goes on after step %d", start.step)
+        return start
+
+    def _keep_trying(self, error: ConnectionFailed | Refused, talk: Callable[[Connection], Answer]) -> Answer:
+        """Open a connection and ``talk`` on it until that succeeds."""
+        lost_at = time.monotonic()
+        for wait in self._waits():
+            self._drop()
+            if self._give_up_after is not None and time.monotonic() - lost_at + wait > self._give_up_after:
+                raise ConnectionFailed(f"{error}; gave up after {self._give_up_after:g} s")
+            wait = max(wait, getattr(error, "retry_after", 0.0))
+            logger.info("%s; trying again in %.1f s", error, wait)
+            self._sleep(wait)
+            try:
+                self._connection = self._dial()
+                return talk(self._connection)
+            except ConnectionFailed as failed:
+                error = failed
+            except Refused as refused:
+                if not refused.retry_after:
+                    raise
+                error = refused
+        raise AssertionError("waits never end")
+
+    def _waits(self) -> Iterator[float]:
+        """Seconds between attempts: doubling on average, never the same for two devices."""
+        longest = SHORTEST_WAIT
+        while True:
+            yield self._random.uniform(SHORTEST_WAIT, longest)
+            longest = min(LONGEST_WAIT, 2 * longest)
+
+    def _drop(self) -> None:
+        if self._connection is not None:
+            self._bytes_before += self._connection.num_bytes
+            self._connection.abandon()
+            self._connection = None

@@ -1,0 +1,149 @@
+"""What a device keeps of a run, so that it finds back to its place after it was killed."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from protocol import Array
+
+__all__ = ["Place", "SavedStep", "StateError"]
+
+
+class StateError(OSError):
+    """The folder for the device's state cannot be written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedStep:
+    """What the device had learnt when it had finished a step."""
+
+    step: int
+    round: int
+    """The last step that was in the adapter it began the round with."""
+    restarts: int
+    """Of the server, as `Welcome` gave them."""
+    state: dict[str, Array]
+    """See `TorchEngine.state`."""
+
+
+class Place:
+    """
+    A folder of its own for each server and name. It is there as long as the device has a place in an unfinished run.
+
+    In rounds of one step only the run is noted; in longer ones the adapter and AdamW's moments, after every step: those of
+    the last one, and those of rounds' ends that the server may still go back to.
+    """
+
+    def __init__(self, state_folder: Path, server: str, name: str) -> None:
+        digest = hashlib.sha256(f"{server} {name}".encode()).hexdigest()
+        self._server, self._name = server, name
+        self._folder = state_folder / "places" / digest[:32]
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether this device was killed in a run of this server."""
+        return self._run() is not None
+
+    def keep(self, run: str) -> None:
+        """
+        Note that there is a place in this run; what is known of another one is of no use any more.
+
+        Raises:
+            StateError: the folder cannot be written.
+        """
+        if self._run() == run:
+            return
+        self.give_up()
+        with _readable_errors(self._folder):
+            self._folder.mkdir(parents=True, mode=0o700)
+            text = json.dumps({"run": run, "server": self._server, "name": self._name})
+            _replace(self._folder / "place.json", text.encode())
+
+    def give_up(self) -> None:
+        """The run is over for this device."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def save(self, saved: SavedStep, *, keep_from: int, is_round_end: bool) -> None:
+        """
+        Args:
+            keep_from: the earliest step that the server may go back to.
+            is_round_end: whether the server may go back to this one.
+
+        Raises:
+            StateError: the disk is full, or the folder cannot be written.
+        """
+        metadata = {"step": saved.step, "round": saved.round, "restarts": saved.restarts, "is_round_end": int(is_round_end)}
+        with _readable_errors(self._folder):
+            text = {name: str(value) for name, value in metadata.items()}
+            _replace(self._path(saved.step), save(saved.state, text))
+            for path in self._paths():
+                step = int(path.stem)
+                if step != saved.step and (step < keep_from or not _is_round_end(path)):
+                    path.unlink()
+
+    def load(self, step: int) -> SavedStep | None:
+        """What is kept of the latest step up to ``step``, if anything is."""
+        for path in reversed(self._paths()):
+            if int(path.stem) <= step:
+                try:
+                    return _read(path)
+                except (OSError, SafetensorError, KeyError, ValueError):
+                    continue  # torn by a crash of the system: one before it may do
+        return None
+
+    def last_step(self) -> int:
+        """The latest step that is kept; 0 if none."""
+        return max((int(path.stem) for path in self._paths()), default=0)
+
+    def _run(self) -> str | None:
+        try:
+            run = json.loads((self._folder / "place.json").read_text(encoding="utf-8"))["run"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return run if isinstance(run, str) else None
+
+    def _paths(self) -> list[Path]:
+        return sorted(path for path in self._folder.glob("*.safetensors") if path.stem.isdigit())
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"{step:010}.safetensors"
+
+
+def _read(path: Path) -> SavedStep:
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+        state = {name: file.get_tensor(name) for name in file.keys()}
+    fields = {name: int(metadata[name]) for name in ("step", "round", "restarts")}
+    return SavedStep(**fields, state=state)
+
+
+def _is_round_end(path: Path) -> bool:
+    with safe_open(path, "numpy") as file:
+        return (file.metadata() or {}).get("is_round_end") == "1"
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file whole: its old content stays until the new one is on the disk."""
+    unfinished = path.with_name(f"{path.name}.part")
+    with unfinished.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+@contextmanager
+def _readable_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StateError(f"this device's state cannot be kept in {folder}: {reason}; choose another --state-dir") from None

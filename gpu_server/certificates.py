@@ -1,0 +1,162 @@
+"""The server's TLS identity: a key and a certificate, its own or somebody's. Devices know it by the certificate's SHA-256."""
+
+import hashlib
+import os
+import ssl
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+from filelock import FileLock
+
+from .config import ConfigError
+
+__all__ = ["Certificate", "given_certificate", "own_certificate", "write_private"]
+
+DAYS_VALID = 3653  # devices compare the certificate itself and look at no date; other software may
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Two PEM files that belong together."""
+
+    certificate_file: Path
+    key_file: Path
+
+    def fingerprint(self) -> str:
+        """
+        SHA-256 of the certificate in DER, 64 hexadecimal digits.
+
+        Raises:
+            ConfigError: the file cannot be read or holds no certificate.
+        """
+        try:
+            text = self.certificate_file.read_text(
+                encoding="ascii", errors="replace"
+            )  # between the blocks stands what you like
+            # The first one is the server's; those of a chain, if there are any, come after it.
+            begin = text.index(ssl.PEM_HEADER)
+            end = text.index(ssl.PEM_FOOTER, begin) + len(ssl.PEM_FOOTER)
+            return hashlib.sha256(ssl.PEM_cert_to_DER_cert(text[begin:end])).hexdigest()
+        except OSError as error:
+            raise ConfigError(f"{self.certificate_file} cannot be read: {error.strerror}") from None
+        except ValueError:
+            raise ConfigError(f"{self.certificate_file} holds no certificate in PEM") from None
+
+    def server_context(self) -> ssl.SSLContext:
+        """
+        What the server's sockets need.
+
+        Raises:
+            ConfigError: a file cannot be read, or the key is encrypted or another certificate's.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        try:
+            context.load_cert_chain(self.certificate_file, self.key_file, password=self._refuse_passphrase)
+        except ssl.SSLError as error:
+            reason = (error.reason or "not PEM").lower().replace("_", " ")
+            raise ConfigError(f"{self.certificate_file} and {self.key_file} are no pair to serve with: {reason}") from None
+        except OSError as error:
+            raise ConfigError(f"{self.certificate_file} and {self.key_file} cannot be read: {error.strerror}") from None
+        return context
+
+    def _refuse_passphrase(self) -> str:
+        # Without this OpenSSL asks at the terminal, and a server that was started by no person waits for ever.
+        raise ConfigError(f"{self.key_file} is encrypted; write it without a passphrase: openssl pkey -in OLD -out NEW")
+
+
+def own_certificate(folder: Path) -> Certificate:
+    """
+    The certificate that the server made for itself in ``folder``; makes it if there is none.
+
+    Raises:
+        ConfigError: half of it is there, it is damaged, or it cannot be written.
+    """
+    own = Certificate(folder / "server-certificate.pem", folder / "server-key.pem")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # `serve` and `enrol` may both be first; the later one takes what the earlier one made.
+        with FileLock(folder / "server-key.lock", mode=0o600):
+            missing = [file for file in (own.key_file, own.certificate_file) if not file.exists()]
+            if len(missing) == 2:
+                _make(own)
+    except OSError as error:
+        raise ConfigError(f"the server's certificate cannot be kept in {folder}: {error.strerror}") from None
+    if len(missing) == 1:
+        other = own.key_file if missing == [own.certificate_file] else own.certificate_file
+        raise ConfigError(f"{other} is there and {missing[0].name} is not; bring that back, or {_start_anew(other)}")
+    try:
+        own.fingerprint()
+        own.server_context()
+    except ConfigError as error:
+        raise ConfigError(f"{error}; bring back the right ones, or {_start_anew(own.key_file, own.certificate_file)}") from None
+    return own
+
+
+def given_certificate(certificate: str | None, key: str | None) -> Certificate | None:
+    """
+    The certificate a user brings, as paths of PEM files; None if none is brought.
+
+    Raises:
+        ConfigError: only one of both is given, or they cannot be loaded.
+    """
+    if certificate is None and key is None:
+        return None
+    if certificate is None:
+        raise ConfigError(f"the TLS key {key} needs its certificate; give both or neither")
+    if key is None:
+        raise ConfigError(f"the TLS certificate {certificate} needs its key; give both or neither")
+    given = Certificate(Path(certificate), Path(key))
+    given.fingerprint()
+    given.server_context()
+    return given
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """
+    Write a file that only its owner may read, whole or not at all. The caller holds a lock: one writer at a time.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    unfinished = path.with_name(f"{path.name}.part")
+    unfinished.unlink(missing_ok=True)  # of a writer that was killed
+    # Private from its creation on: who opened it before a later chmod would still read what is written after.
+    with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def _start_anew(*files: Path) -> str:
+    return f"delete {' and '.join(map(str, files))}: a new certificate is made, and every device must be enrolled again"
+
+
+def _make(own: Certificate) -> None:
+    """A new key and its certificate, signed by itself: devices are told its SHA-256, so nobody else need vouch for it."""
+    try:
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+    except ModuleNotFoundError:
+        raise ConfigError("making a certificate takes the package cryptography: pip install 'splitlora[server]'") from None
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "splitlora")])
+    now = datetime.now(timezone.utc)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now)
+        .not_valid_after(now + timedelta(days=DAYS_VALID))
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    pkcs8, unencrypted = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    # The key first: a certificate without a key would look like an identity and be none.
+    write_private(own.key_file, key.private_bytes(pem, pkcs8, unencrypted))
+    write_private(own.certificate_file, certificate.public_bytes(pem))

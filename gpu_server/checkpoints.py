@@ -1,0 +1,142 @@
+"""What a run can go on from after its server was killed: whole, or not there."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .config import ConfigError
+
+__all__ = ["Checkpoints", "SavedRound", "replace_file"]
+
+logger = logging.getLogger("gpu_server")
+
+FORMAT = 1
+KEPT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRound:
+    """The end of a round."""
+
+    run: str
+    step: int
+    """The last one that is in it."""
+    membership: dict[str, dict[str, Any]]
+    """See `Federation.membership`."""
+    state: dict[str, Tensor]
+    """See `Compute.round_end`."""
+
+
+class Checkpoints:
+    """The folder ``checkpoints`` of a run: a safetensors file for each of the last two rounds that were kept."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, saved: SavedRound) -> None:
+        """
+        Raises:
+            ConfigError: the disk is full, or the folder cannot be written. Earlier checkpoints are untouched.
+        """
+        described = {"format": FORMAT, "run": saved.run, "step": saved.step, "membership": saved.membership}
+        text = json.dumps(described)
+        metadata = {"checkpoint": text, "sha256": _digest(text, saved.state)}
+        with _readable_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            replace_file(self._path(saved.step), save(saved.state, metadata))
+            for step in self.steps()[:-KEPT]:
+                self._path(step).unlink()
+
+    def latest(self, run: str) -> SavedRound | None:
+        """
+        The newest one that is intact; None where a run has written none.
+
+        Raises:
+            ConfigError: none is intact, or they are of another run.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                saved = _read(self._path(step))
+            except ValueError as error:
+                logger.warning("checkpoint %s is damaged: %s; trying the one before", self._path(step), error)
+                # Under this name it is neither counted among those to keep nor written over.
+                self._path(step).rename(self._path(step).with_suffix(".damaged"))
+                continue
+            if saved.run != run:
+                raise ConfigError(f"{self._path(step)} is of run {saved.run}, not of {run}")
+            return saved
+        if steps:
+            raise ConfigError(f"no checkpoint in {self.folder} is intact; the run cannot go on")
+        return None
+
+    def steps(self) -> list[int]:
+        """Of the files there are."""
+        return sorted(int(path.stem) for path in self.folder.glob("*.safetensors") if path.stem.isdigit())
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"{step:09}.safetensors"
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that whatever happens, power loss included, it has its old content or its new one."""
+    unfinished = path.with_name(f"{path.name}.part")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)  # on a full disk half a file would keep the rest of the room
+        raise
+    if os.name == "posix":  # the new name has to reach the disk, too; elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _read(path: Path) -> SavedRound:
+    """ValueError if the file is not what was written."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(str(error)) from None
+    text = metadata.get("checkpoint", "")
+    if _digest(text, state) != metadata.get("sha256"):
+        raise ValueError("its content is not what was written")
+    described = json.loads(text)
+    if described["format"] != FORMAT:
+        raise ConfigError(f"{path} has format {described['format']}, this version reads {FORMAT}")
+    return SavedRound(run=described["run"], step=described["step"], membership=described["membership"], state=state)
+
+
+def _digest(text: str, state: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(np.ascontiguousarray(tensor.numpy()).data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _readable_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"a checkpoint cannot be written to {folder}: {error.strerror}; the ones before are kept") from None

@@ -1,0 +1,176 @@
+"""Who may come in: the devices' names and the hashes of their secrets, in a file that commands change while the server runs."""
+
+import difflib
+import hashlib
+import hmac
+import json
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from protocol import check_name
+
+from .certificates import write_private
+from .config import ConfigError
+
+__all__ = ["Enrolments"]
+
+logger = logging.getLogger("gpu_server")
+
+FORMAT = 1
+NOBODYS_HASH = bytes(32)  # compared with where a name is unknown
+
+
+@dataclass(frozen=True)
+class Client:
+    """What is kept of an enrolled device."""
+
+    secret_sha256: bytes = field(repr=False)
+    enrolled: datetime
+
+
+class Enrolments:
+    """The file at ``path``, which need not be there yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._seen: tuple[int, ...] | None = None
+        """What the file looked like when it was last read without fault."""
+        self._admitted: dict[str, Client] = {}
+        self._complained = False
+
+    def enrol(self, name: str) -> str:
+        """
+        Let a device in; give its secret, which is stored nowhere.
+
+        Raises:
+            InvalidName: the name cannot be one.
+            ConfigError: it is taken, or the file cannot be read or written.
+        """
+        check_name(name)
+        secret = secrets.token_urlsafe(32)
+        with self._changing() as clients:
+            if name in clients:
+                raise ConfigError(f"{name} is enrolled already; revoke it first")
+            clients[name] = Client(_sha256(secret), datetime.now(timezone.utc))
+        return secret
+
+    def revoke(self, name: str) -> None:
+        """
+        Let a device in no longer.
+
+        Raises:
+            ConfigError: it is not enrolled, or the file cannot be read or written.
+        """
+        # Looked at before the lock, which would make a folder of a mistyped name, and again under it.
+        self._require(name, self._read())
+        with self._changing() as clients:
+            self._require(name, clients)
+            del clients[name]
+
+    def clients(self) -> dict[str, datetime]:
+        """
+        By name, when each was enrolled.
+
+        Raises:
+            ConfigError: the file cannot be read.
+        """
+        return {name: client.enrolled for name, client in sorted(self._read().items())}
+
+    def exists(self) -> bool:
+        """
+        Is anybody enrolled?
+
+        Raises:
+            ConfigError: the file cannot be read.
+        """
+        return bool(self._read())
+
+    def admits(self, name: str, secret: str) -> bool:
+        """Is this device enrolled with this secret, as the file stands now? The time it takes does not tell what is wrong."""
+        client = self._current().get(name)
+        same = hmac.compare_digest(NOBODYS_HASH if client is None else client.secret_sha256, _sha256(secret))
+        return same and client is not None
+
+    def _require(self, name: str, clients: dict[str, Client]) -> None:
+        if name not in clients:
+            nearest = difflib.get_close_matches(name, clients, n=1, cutoff=0.0)
+            hint = f"the nearest name that is, is {nearest[0]}" if nearest else f"nobody is in {self.path}"
+            raise ConfigError(f"{name[:80]!r} is not enrolled; {hint}")
+
+    def _current(self) -> dict[str, Client]:
+        """As of the file, read again if it changed; nobody while it cannot be read, which is logged once."""
+        try:
+            stat = os.stat(self.path)
+            seen = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+            if seen != self._seen:  # looked at before it is read: a change between the two is seen the next time
+                self._admitted, self._seen = self._read(), seen
+        except (OSError, ConfigError) as error:
+            if isinstance(error, FileNotFoundError) and self._seen is None:
+                return {}  # there is none yet, which is no fault
+            self._admitted, self._seen = {}, None
+            if not self._complained:
+                reason = f"{self.path} cannot be read: {error.strerror}" if isinstance(error, OSError) else error
+                logger.error("%s; no device is admitted until it can be read", reason)
+            self._complained = True
+        else:
+            self._complained = False
+        return self._admitted
+
+    def _read(self) -> dict[str, Client]:
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT:
+                raise ConfigError(f"{self.path} is of format {content['format']!r}, this version reads format {FORMAT}")
+            return {check_name(name): _client(entry) for name, entry in content["clients"].items()}
+        except FileNotFoundError:
+            return {}  # nobody was ever enrolled
+        except OSError as error:
+            raise ConfigError(f"{self.path} cannot be read: {error.strerror}") from None
+        except ConfigError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ConfigError(
+                f"{self.path} is no list of enrolled devices; restore it, or delete it and enrol them again"
+            ) from None
+
+    @contextmanager
+    def _changing(self) -> Iterator[dict[str, Client]]:
+        """What the file holds, to be changed; it is written when the block ends without an error."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path.with_name(f"{self.path.name}.lock"), mode=0o600):
+                clients = self._read()
+                yield clients
+                write_private(self.path, _json(clients))
+        except OSError as error:
+            raise ConfigError(f"{self.path} cannot be written: {error.strerror}") from None
+        self._seen = None  # two changes within one tick of the file system's clock may look alike
+
+
+def _sha256(secret: str) -> bytes:
+    # A slow hash makes guessing passwords dear. These are 256 random bits, which nobody guesses at any speed.
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+
+
+def _client(entry: Any) -> Client:
+    client = Client(bytes.fromhex(entry["secret_sha256"]), datetime.fromisoformat(entry["enrolled"]))
+    if len(client.secret_sha256) != len(NOBODYS_HASH) or client.enrolled.tzinfo is None:
+        raise ValueError("no SHA-256, or a time of no time zone")
+    return client
+
+
+def _json(clients: dict[str, Client]) -> bytes:
+    entries = {
+        name: {"secret_sha256": client.secret_sha256.hex(), "enrolled": client.enrolled.isoformat(timespec="seconds")}
+        for name, client in sorted(clients.items())
+    }
+    return (json.dumps({"format": FORMAT, "clients": entries}, indent=2) + "\n").encode()

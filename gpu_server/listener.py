@@ -1,0 +1,100 @@
+"""Who may knock: a listening socket that keeps strangers few, and a pace for everybody."""
+
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from .config import ConfigError
+
+__all__ = ["Limits", "Listener", "Pace"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one peer, and all together, may use of the server."""
+
+    connections: int
+    strangers: int
+    """Connections that have not said who they are."""
+    handshake_seconds: float
+    """For each of: TLS, HTTP, the first message."""
+    messages_per_second: float
+    queue: int
+    """Messages of one client that are held before its socket is no longer read."""
+
+
+class Listener(socket.socket):
+    """
+    A listening socket that accepts a limited number of connections.
+
+    Beyond ``limits.connections`` a new one is closed at once. Beyond ``limits.strangers`` the stranger that has been one for
+    longest has to go: honest clients are strangers for a moment, those that say nothing wait longest.
+    """
+
+    def __init__(self, family: int, limits: Limits) -> None:
+        super().__init__(family, socket.SOCK_STREAM)
+        self._limits = limits
+        self._open: dict[int, socket.socket] = {}
+        self._strangers: dict[int, socket.socket] = {}  # in the order of their coming
+
+    @classmethod
+    def open(cls, host: str, port: int, limits: Limits) -> "Listener":
+        """
+        Raises:
+            ConfigError: the address cannot be listened on.
+        """
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+            listener = cls(family, limits)
+            try:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(address)
+                listener.listen()
+            except OSError:
+                listener.close()
+                raise
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from None
+        return listener
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        while True:
+            connection, address = super().accept()
+            self._forget_closed()
+            if len(self._open) >= self._limits.connections:
+                connection.close()
+                continue
+            if len(self._strangers) >= self._limits.strangers:
+                self._turn_away(next(iter(self._strangers)))
+            self._open[connection.fileno()] = self._strangers[connection.fileno()] = connection
+            return connection, address
+
+    def admit(self, descriptor: int) -> None:
+        """The connection of this file descriptor is no stranger's."""
+        self._strangers.pop(descriptor, None)
+
+    def _turn_away(self, descriptor: int) -> None:
+        try:
+            self._strangers.pop(descriptor).shutdown(socket.SHUT_RDWR)  # its owner sees the end, and closes it
+        except OSError:
+            pass  # it was closed from the other side
+
+    def _forget_closed(self) -> None:
+        for known in (self._open, self._strangers):
+            for descriptor in [number for number, connection in known.items() if connection.fileno() == -1]:
+                del known[descriptor]
+
+
+class Pace:
+    """A bucket of tokens: how long the next message has to wait so that there are at most so many a second."""
+
+    def __init__(self, per_second: float) -> None:
+        self._per_second = per_second
+        self._free_at = 0.0
+
+    def delay(self, now: float) -> float:
+        """Seconds; a second's worth may come at once."""
+        self._free_at = max(self._free_at, now - 1.0) + 1.0 / self._per_second
+        return max(0.0, self._free_at - now)

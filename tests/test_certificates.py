@@ -1,0 +1,231 @@
+"""The server's key and certificate: private from the first byte, one pair whoever comes first, clear faults."""
+
+import hashlib
+import os
+import ssl
+import stat
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from gpu_server import ConfigError
+from gpu_server.certificates import Certificate, given_certificate, own_certificate, write_private
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        own_certificate(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def no_umask() -> object:
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+# Its own
+
+
+def test_own_certificate_is_what_the_documentation_says(tmp_path: Path) -> None:
+    own = own_certificate(tmp_path)
+    loaded = x509.load_pem_x509_certificate(own.certificate_file.read_bytes())
+    key = loaded.public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    assert key.curve.name == "secp256r1"
+    assert loaded.subject == loaded.issuer
+    assert loaded.subject.rfc4514_string() == "CN=splitlora"
+    loaded.verify_directly_issued_by(loaded)
+    until = loaded.not_valid_after_utc - datetime.now(timezone.utc)
+    assert timedelta(days=3650) < until < timedelta(days=3654)
+
+
+def test_fingerprint_is_the_sha256_of_the_der(tmp_path: Path) -> None:
+    own = own_certificate(tmp_path)
+    loaded = x509.load_pem_x509_certificate(own.certificate_file.read_bytes())
+    assert own.fingerprint() == loaded.fingerprint(hashes.SHA256()).hex()
+    assert own.fingerprint() == hashlib.sha256(loaded.public_bytes(serialization.Encoding.DER)).hexdigest()
+
+
+def test_certificate_once_made_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "mine"
+    first = own_certificate(folder).fingerprint()
+    assert own_certificate(folder).fingerprint() == first
+    assert own_certificate(tmp_path / "other").fingerprint() != first
+
+
+def test_server_speaks_tls_1_3_only(tmp_path: Path) -> None:
+    assert own_certificate(tmp_path).server_context().minimum_version is ssl.TLSVersion.TLSv1_3
+
+
+@pytest.mark.usefixtures("no_umask")
+def test_key_is_private_before_its_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = {}
+    real_open = os.open
+
+    def open_and_look(path: "os.PathLike[str]", flags: int, *arguments: int, **options: int) -> int:
+        descriptor = real_open(path, flags, *arguments, **options)
+        if str(path).endswith(".part"):
+            modes[Path(path).name] = (stat.S_IMODE(os.fstat(descriptor).st_mode), bool(flags & os.O_EXCL))
+        return descriptor
+
+    monkeypatch.setattr(os, "open", open_and_look)
+    own = own_certificate(tmp_path)
+    assert modes["server-key.pem.part"] == (0o600, True)
+    assert mode(own.key_file) == 0o600
+
+
+def test_files_appear_whole_and_the_key_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    appeared = []
+    real_replace = os.replace
+
+    def look_and_replace(source: Path, target: Path) -> None:
+        assert b"-----END" in source.read_bytes()
+        appeared.append(target.name)
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "replace", look_and_replace)
+    own_certificate(tmp_path)
+    assert appeared == ["server-key.pem", "server-certificate.pem"]
+
+
+def test_unfinished_file_of_a_killed_writer_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "server-key.pem.part").write_text("half a k")
+    own_certificate(tmp_path)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_private(path, b"before")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_private(path, b"after")
+    assert path.read_bytes() == b"before"
+
+
+def test_two_who_are_first_at_once_end_with_one_pair(tmp_path: Path) -> None:
+    for attempt in range(10):
+        barrier = threading.Barrier(2)
+
+        def make(folder: Path = tmp_path / str(attempt), barrier: threading.Barrier = barrier) -> str:
+            barrier.wait(timeout=60)
+            return own_certificate(folder).fingerprint()  # loads both files, so they belong together
+
+        with ThreadPoolExecutor(2) as pool:
+            fingerprints = [future.result(timeout=60) for future in [pool.submit(make), pool.submit(make)]]
+        assert fingerprints == [own_certificate(tmp_path / str(attempt)).fingerprint()] * 2
+
+
+@pytest.mark.parametrize("gone", ["server-key.pem", "server-certificate.pem"])
+def test_half_a_pair_is_named_and_not_made_anew(tmp_path: Path, gone: str) -> None:
+    own = own_certificate(tmp_path)
+    (there,) = {own.key_file, own.certificate_file} - {tmp_path / gone}
+    (tmp_path / gone).unlink()
+    said = refused(tmp_path)
+    assert said.startswith(f"{there} is there and {gone} is not")
+    assert f"delete {there}" in said
+    assert "every device must be enrolled again" in said
+    assert not (tmp_path / gone).exists()
+
+
+def test_key_of_another_certificate_is_noticed(tmp_path: Path) -> None:
+    own, other = own_certificate(tmp_path / "own"), own_certificate(tmp_path / "other")
+    own.key_file.write_bytes(other.key_file.read_bytes())
+    said = refused(tmp_path / "own")
+    assert "key values mismatch" in said
+    assert f"delete {own.key_file} and {own.certificate_file}" in said
+
+
+@pytest.mark.parametrize("name", ["server-key.pem", "server-certificate.pem"])
+@pytest.mark.parametrize(
+    "content", [b"", b"nonsense", b"\xff\xfe", b"-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n"]
+)
+def test_damaged_file_is_a_sentence_and_stays(tmp_path: Path, name: str, content: bytes) -> None:
+    own_certificate(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    said = refused(tmp_path)
+    assert name in said
+    assert "delete" in said
+    assert (tmp_path / name).read_bytes() == content
+
+
+def test_folder_that_cannot_be_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file" / "run") in refused(tmp_path / "file" / "run")
+    (tmp_path / "server-key.pem").mkdir()
+    (tmp_path / "server-certificate.pem").mkdir()
+    assert "cannot be read" in refused(tmp_path)
+
+
+def test_missing_library_is_named_with_what_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    assert "pip install 'splitlora[server]'" in refused(tmp_path)
+
+
+def test_certificate_that_is_there_needs_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = own_certificate(tmp_path).fingerprint()
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    assert own_certificate(tmp_path).fingerprint() == first
+
+
+# Somebody's
+
+
+def test_given_certificate_is_taken_with_its_chain_and_comments(tmp_path: Path) -> None:
+    own, authority = own_certificate(tmp_path / "own"), own_certificate(tmp_path / "authority")
+    chain = tmp_path / "chain.pem"
+    chain.write_bytes(
+        "Müllers Zertifikat\n".encode() + own.certificate_file.read_bytes() + authority.certificate_file.read_bytes()
+    )
+    given = given_certificate(str(chain), str(own.key_file))
+    assert given == Certificate(chain, own.key_file)
+    assert given.fingerprint() == own.fingerprint()
+
+
+def test_none_given_is_none() -> None:
+    assert given_certificate(None, None) is None
+
+
+def test_one_without_the_other_is_refused_by_its_name() -> None:
+    with pytest.raises(ConfigError, match=r"certificate c\.pem needs its key"):
+        given_certificate("c.pem", None)
+    with pytest.raises(ConfigError, match=r"key k\.pem needs its certificate"):
+        given_certificate(None, "k.pem")
+
+
+def test_given_files_that_are_not_there_or_no_pair_are_refused(tmp_path: Path) -> None:
+    one, other = own_certificate(tmp_path / "one"), own_certificate(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"absent\.pem cannot be read: No such file"):
+        given_certificate(str(tmp_path / "absent.pem"), str(one.key_file))
+    with pytest.raises(ConfigError, match=r"absent\.pem cannot be read: No such file"):
+        given_certificate(str(one.certificate_file), str(tmp_path / "absent.pem"))
+    with pytest.raises(ConfigError, match="key values mismatch"):
+        given_certificate(str(one.certificate_file), str(other.key_file))
+
+
+def test_encrypted_key_is_refused_instead_of_asking_at_the_terminal(tmp_path: Path) -> None:
+    own = own_certificate(tmp_path)
+    key = serialization.load_pem_private_key(own.key_file.read_bytes(), None)
+    encrypted = tmp_path / "encrypted.pem"
+    protection = serialization.BestAvailableEncryption(b"passphrase")
+    encrypted.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, protection))
+    with pytest.raises(ConfigError, match=r"encrypted\.pem is encrypted; write it without a passphrase"):
+        given_certificate(str(own.certificate_file), str(encrypted))
