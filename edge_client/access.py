@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from .connection import Connection
-from .enrolment import find
+from .enrolment import EnrolmentError, find
 from .pinning import PinnedContext
 
 __all__ = ["Access"]
@@ -31,7 +31,7 @@ class Access:
         With what `splitlora-edge join` has stored for the server, if it has.
 
         Raises:
-            EnrolmentError: what is stored cannot be read, or is ambiguous without a name.
+            EnrolmentError: what is stored cannot be read, is ambiguous without a name, or is of another scheme.
         """
         try:
             parts = urlsplit(url)
@@ -41,11 +41,14 @@ class Access:
         invitation = find(state_folder, host, port, name) if host else None
         if invitation is None:
             return cls(url=url)
+        if parts.scheme != urlsplit(invitation.url).scheme:
+            # Never the secret in the clear to a server that can encrypt.
+            raise EnrolmentError(f"this device is enrolled at {invitation.url}; use that address instead of {url}")
         return cls(
             url=url,
             name=invitation.name,
             credentials=invitation.credentials,
-            encryption=PinnedContext(invitation.pin) if invitation.pin and parts.scheme == "wss" else None,
+            encryption=None if invitation.pin is None else PinnedContext(invitation.pin),
         )
 
     def connect(self) -> Connection:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from terminal import Progress, run_program, version
+from terminal import Progress, run_program, show_log, version
 
 if TYPE_CHECKING:
     from .client import EdgeClient
@@ -23,25 +23,49 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="join a run and train in it to its end", description="Join a run.")
     train.add_argument("--server", required=True, metavar="URL", help="such as ws://192.168.1.20:8765")
     train.add_argument("--model", required=True, help="the run's base model: a Hugging Face folder, or a hub name such as gpt2")
-    train.add_argument("--data", required=True, metavar="FILE", help=".jsonl, .csv or .txt; never leaves this device")
-    train.add_argument("--eval-data", metavar="FILE", help="held-out texts: perplexity before and after")
-    train.add_argument("--batch-size", type=int, default=8, help="samples a step (default: %(default)s)")
-    train.add_argument("--max-length", type=int, default=512, help="tokens a sample (default: %(default)s)")
-    train.add_argument("--no-shuffle", action="store_true", help="keep the file's order")
-    train.add_argument("--name", help="of this device in the run (default: from the host's and the file's name)")
-    train.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    train.add_argument(
+    train.add_argument("--name", help="of this device in the run (default: as enrolled, or made of host and file)")
+    _add_training_flags(train)
+    train.set_defaults(run=run_train, errors=_errors_of_train)
+
+    join = commands.add_parser(
+        "join",
+        help="enrol this device by its invitation, and train",
+        description="Enrol this device, and train.",
+    )
+    join.add_argument("invitation", metavar="STRING", help="what splitlora-server enrol printed: splitlora://HOST:PORT/#...")
+    join.add_argument("--model", help="as of train (default: what the server names, if it has it from the hub)")
+    _add_training_flags(join)
+    join.set_defaults(run=run_join, errors=_errors_of_train)
+
+    ping = commands.add_parser("ping", help="ask a server how it is", description="Ask a server how it is.")
+    ping.add_argument("--server", required=True, metavar="URL")
+    ping.add_argument("--name", help="of this device there, where it is enrolled under several")
+    ping.add_argument("--state-dir", metavar="DIR", help="where this device keeps its enrolments")
+    ping.set_defaults(run=run_ping, errors=_errors_of_ping)
+    return parser
+
+
+def _add_training_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--data", required=True, metavar="FILE", help=".jsonl, .csv or .txt; never leaves this device")
+    command.add_argument("--eval-data", metavar="FILE", help="held-out texts: perplexity before and after")
+    command.add_argument("--batch-size", type=int, default=8, help="samples a step (default: %(default)s)")
+    command.add_argument("--max-length", type=int, default=512, help="tokens a sample (default: %(default)s)")
+    command.add_argument("--no-shuffle", action="store_true", help="keep the file's order")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
         help="of the frozen weights (default: %(default)s)",
     )
-    train.set_defaults(run=run_train, errors=_errors_of_train)
-
-    ping = commands.add_parser("ping", help="ask a server how it is", description="Ask a server how it is.")
-    ping.add_argument("--server", required=True, metavar="URL")
-    ping.set_defaults(run=run_ping, errors=_errors_of_ping)
-    return parser
+    command.add_argument(
+        "--state-dir",
+        metavar="DIR",
+        help="where this device keeps its enrolments and its place in a run (default: the user's folder for state)",
+    )
+    command.add_argument(
+        "--give-up-after", type=float, metavar="SECONDS", help="without a connection (default: it tries again forever)"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,26 +75,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_train(options: argparse.Namespace) -> None:
+    _train(options, options.server, options.model, options.name)
+
+
+def run_join(options: argparse.Namespace) -> None:
+    from protocol.invitation import Invitation
+
+    from .enrolment import state_folder, store
+
+    invitation = Invitation.parse(options.invitation)
+    store(state_folder(options.state_dir), invitation)
+    model = options.model or _model_of_server(invitation.url, invitation.name, options.state_dir)
+    _train(options, invitation.url, model, invitation.name)
+
+
+def _model_of_server(url: str, name: str, state_dir: str | None) -> str:
+    from split_model import ModelError, is_hub_name
+
+    from .status import ping
+
+    model = ping(url, name=name, state_dir=state_dir).pong.model
+    if not model:
+        raise ModelError("the server has its base model from a folder: give --model with a copy of it")
+    if not is_hub_name(model):
+        raise ModelError(f"the server names the model {model[:80]!a}, which is no name on the hub; give --model")
+    return model
+
+
+def _train(options: argparse.Namespace, server: str, model: str, name: str | None) -> None:
     from .client import EdgeClient
 
-    with EdgeClient(
-        options.server,
-        model=options.model,
-        data=options.data,
-        eval_data=options.eval_data,
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-        shuffle=not options.no_shuffle,
-        name=options.name,
-        device=options.device,
-        dtype=options.dtype,
-    ) as client:
+    with (
+        show_log("edge_client"),
+        EdgeClient(
+            server,
+            model=model,
+            data=options.data,
+            eval_data=options.eval_data,
+            batch_size=options.batch_size,
+            max_length=options.max_length,
+            shuffle=not options.no_shuffle,
+            name=name,
+            device=options.device,
+            dtype=options.dtype,
+            state_dir=options.state_dir,
+            give_up_after=options.give_up_after,
+        ) as client,
+    ):
         _say(_introduction(client))
         start = client.start()
         _show_perplexity(client, "before")
         with Progress(client.num_steps, start.step) as progress:
             for step in client.train():
-                progress.update(step.loss, step.tokens, step.num_bytes)
+                progress.update(step.number, step.loss, step.tokens, step.num_bytes)
         _show_perplexity(client, "after")
         _say(f"done: {client.num_bytes / 1e6:.2f} MB exchanged")
 
@@ -78,7 +135,7 @@ def run_train(options: argparse.Namespace) -> None:
 def run_ping(options: argparse.Namespace) -> None:
     from .status import ping
 
-    status = ping(options.server)
+    status = ping(options.server, name=options.name, state_dir=options.state_dir)
     pong = status.pong
     print(  # noqa: T201
         f"{options.server}: splitlora {pong.software}, run {pong.run}, {pong.joined} of {pong.clients} clients, "
@@ -116,14 +173,19 @@ def _errors_of_ping() -> tuple[type[Exception], ...]:
     from protocol import RemoteProtocolError
 
     from .connection import ConnectionFailed, Refused
+    from .enrolment import EnrolmentError
+    from .pinning import CertificateChanged
 
-    return (RemoteProtocolError, ConnectionFailed, Refused)
+    return (RemoteProtocolError, ConnectionFailed, Refused, CertificateChanged, EnrolmentError)
 
 
 def _errors_of_train() -> tuple[type[Exception], ...]:
     from protocol import InvalidName
+    from protocol.invitation import InvalidInvitation
     from split_model import AdapterError, ModelError, TrainingDiverged
 
     from .data import DataError
+    from .place import StateError
 
-    return (*_errors_of_ping(), InvalidName, AdapterError, ModelError, TrainingDiverged, DataError)
+    ours = (DataError, StateError, InvalidInvitation, InvalidName)
+    return (*_errors_of_ping(), *ours, AdapterError, ModelError, TrainingDiverged)

@@ -112,8 +112,9 @@ class EdgeClient:
         """Wait until the run starts, with all of its clients. `train` and `perplexity` do it themselves."""
         if self._start is None:
             longest = max(data.longest for data in (self.data, self.eval_data) if data is not None)
-            membership, join = self._membership, Join(
-                num_samples=len(self.data.samples), batch_size=self.batch_size, longest=longest
+            membership, join = (
+                self._membership,
+                Join(num_samples=len(self.data.samples), batch_size=self.batch_size, longest=longest),
             )
             membership.largest_message = largest_message_bytes(
                 rows=self.batch_size * longest,

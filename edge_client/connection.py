@@ -22,6 +22,8 @@ from protocol import (
     Side,
 )
 
+from .pinning import CertificateChanged
+
 __all__ = ["Connection", "ConnectionFailed", "Dial", "Refused"]
 
 Answer = TypeVar("Answer", bound=Message)
@@ -55,6 +57,7 @@ class Connection:
     Raises:
         ConnectionFailed: nobody there speaks WebSocket.
         Refused: the server does not accept the credentials.
+        CertificateChanged: it is not the one this device was enrolled with.
     """
 
     def __init__(
@@ -78,6 +81,8 @@ class Connection:
                 ping_timeout=SECONDS_TO_PONG,
             )
             self._socket = self._open.enter_context(opened)
+        except CertificateChanged:
+            raise
         except InvalidStatus as error:
             if error.response.status_code != UNAUTHORISED:
                 raise ConnectionFailed(f"no server at {url}: {error}; is splitlora-server running there?") from None

@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from protocol import EdgeAdapter, Hello, Join, Message, Start, Welcome
 
@@ -109,7 +109,7 @@ class Membership:
                 self._go_to(answer)
             if isinstance(answer, EdgeAdapter):
                 self.round = answer.step
-            return answer  # type: ignore[return-value]
+            return cast(Answer, answer)
 
     def next_index(self) -> int:
         """A number for the next `Evaluation` that no other has had."""

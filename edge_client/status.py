@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from protocol import Ping, Pong
 
-from .connection import Connection
+from .access import Access
+from .enrolment import state_folder
 
 __all__ = ["ServerStatus", "ping"]
 
@@ -19,15 +20,20 @@ class ServerStatus:
     pong: Pong
 
 
-def ping(server: str) -> ServerStatus:
+def ping(server: str, *, name: str | None = None, state_dir: str | None = None) -> ServerStatus:
     """
     Ask the server at an address how it is.
+
+    Args:
+        name: of this device there, where it is enrolled under several.
+        state_dir: where its enrolments are.
 
     Raises:
         ConnectionFailed: nobody answers.
         RemoteProtocolError: somebody else answers.
+        Refused, CertificateChanged, EnrolmentError: this device is not enrolled there, or not as it should be.
     """
-    with Connection(server) as connection:
+    with Access.to(server, state_folder(state_dir), name).connect() as connection:
         asked = time.perf_counter()
         pong = connection.exchange(Ping(), Pong)
         return ServerStatus(time.perf_counter() - asked, pong)

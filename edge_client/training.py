@@ -9,7 +9,6 @@ from protocol import (
     Activations,
     AdapterGradient,
     AdapterWeights,
-    Contribution,
     Done,
     EdgeAdapter,
     Evaluation,
@@ -66,7 +65,7 @@ def train(
     order_seed = (settings.seed, name, "order") if shuffle else None
     last_step = settings.steps_of_client(len(data.samples), batch_size)
 
-    def contribute(step: int, kind: type[Contribution], tensors: Tensors) -> int:
+    def contribute(step: int, kind: type[AdapterGradient | AdapterWeights], tensors: Tensors) -> int:
         """Exchange what this device adds for the adapter that everybody goes on with; gives that one's earliest checkpoint."""
         summand = kind(step=step, edge_seconds=membership.seconds_since_reply(), tensors=tensors)
         answer = membership.exchange(summand, EdgeAdapter)

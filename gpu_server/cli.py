@@ -1,6 +1,7 @@
 """The command splitlora-server. Its flags are the fields of `ServerConfig`."""
 
 import argparse
+import signal
 import sys
 import types
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from protocol.invitation import SCHEME
 from terminal import Progress, run_program, show_log, version
 
 from .config import ServerConfig, options_from_toml
@@ -41,12 +43,39 @@ def build_parser() -> argparse.ArgumentParser:
             help=text + _default(item.default),
         )
     serve.set_defaults(run=run_serve)
+
+    enrol = commands.add_parser("enrol", help="let a device in", description="Print what a device joins the run with.")
+    enrol.add_argument("name", metavar="NAME", help="of the device in the run")
+    _add_where(enrol)
+    enrol.add_argument(
+        "--address", metavar="HOST:PORT", help="where devices reach the server (default: this machine's address, port 8765)"
+    )
+    enrol.add_argument("--tls-cert", metavar="FILE", help="the certificate that the server is given, if it is given one")
+    enrol.add_argument("--insecure", action="store_true", help="the server listens without encryption")
+    enrol.set_defaults(run=run_enrol)
+
+    revoke = commands.add_parser("revoke", help="shut a device out", description="Shut a device out, from a running run, too.")
+    revoke.add_argument("name", metavar="NAME")
+    _add_where(revoke)
+    revoke.set_defaults(run=run_revoke)
+
+    clients = commands.add_parser("clients", help="who is enrolled", description="List the enrolled devices.")
+    _add_where(clients)
+    clients.set_defaults(run=run_clients)
     return parser
+
+
+def _add_where(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--run-dir", metavar="DIR", help="of the run whose clients are meant")
+    command.add_argument("--clients-file", metavar="FILE", help="the file that the server was given, if it was given one")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 after an error with one sentence on standard error, 130 after Ctrl-C."""
     options = build_parser().parse_args(arguments)
+    if options.command == "serve":
+        # As Ctrl-C does: the run is kept, and can go on. 128 + 15 is what a shell calls the end by this signal.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     return run_program(PROGRAM, lambda: options.run(options), _errors_of_users)
 
 
@@ -65,8 +94,33 @@ def run_serve(options: argparse.Namespace) -> None:
             for step in server.train():
                 if progress is None:
                     progress = shown.enter_context(Progress(server.total_steps, step.number - 1))
-                progress.update(step.loss, step.tokens, sum(step.bytes_up.values()) + sum(step.bytes_down.values()))
+                progress.update(
+                    step.number, step.loss, step.tokens, sum(step.bytes_up.values()) + sum(step.bytes_down.values())
+                )
         _say(f"done: the adapter is in {server.adapter_folder}")
+
+
+def run_enrol(options: argparse.Namespace) -> None:
+    from .door import enrolments_of, invite
+
+    enrolments = enrolments_of(options.run_dir, options.clients_file)
+    invitation = invite(enrolments, options.name, address=options.address, tls_cert=options.tls_cert, insecure=options.insecure)
+    print(invitation.text())  # noqa: T201
+    _say(f"on the device: splitlora-edge join {SCHEME}... --data FILE; whoever has this string is {options.name}")
+
+
+def run_revoke(options: argparse.Namespace) -> None:
+    from .door import enrolments_of
+
+    enrolments_of(options.run_dir, options.clients_file).revoke(options.name)
+    _say(f"{options.name} is shut out")
+
+
+def run_clients(options: argparse.Namespace) -> None:
+    from .door import enrolments_of
+
+    for name, since in enrolments_of(options.run_dir, options.clients_file).clients().items():
+        print(f"{name:<24} enrolled {since:%Y-%m-%d %H:%M} UTC")  # noqa: T201
 
 
 def _flag_type(kind: Any) -> type:
@@ -86,9 +140,16 @@ def _say(line: str) -> None:
 
 
 def _errors_of_users() -> tuple[type[Exception], ...]:
-    from split_model import AdapterError, ModelError, TrainingDiverged
+    from protocol import InvalidName
+    from protocol.invitation import InvalidInvitation
 
     from .config import ConfigError
+
+    simple = (ConfigError, InvalidName, InvalidInvitation)
+    if "torch" not in sys.modules:
+        return simple
+    from split_model import AdapterError, ModelError, TrainingDiverged
+
     from .gpu_server import RunEndedEarly
 
-    return (ConfigError, ModelError, AdapterError, TrainingDiverged, RunEndedEarly)
+    return (*simple, ModelError, AdapterError, TrainingDiverged, RunEndedEarly)

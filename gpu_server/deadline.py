@@ -10,7 +10,7 @@ NEEDED = 5
 UNTIL_KNOWN = 300.0
 SHORTEST = 1.0
 """
-Seconds. Answers of a small model take milliseconds and deviate by less: a pause of the operating system would make a client late.
+Seconds. Answers of a small model take milliseconds and deviate by less: a pause of the system would make a client late.
 """
 
 

@@ -2,17 +2,22 @@
 
 import ipaddress
 import logging
+import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .certificates import given_certificate, own_certificate
+from protocol.invitation import Invitation, normal_host
+
+from .certificates import Certificate, given_certificate, own_certificate
 from .config import ConfigError, ServerConfig
 from .enrolment import Enrolments
 from .listener import Limits
 
-__all__ = ["Door", "enrolments_of", "open_door"]
+__all__ = ["Door", "enrolments_of", "invite", "open_door"]
+
+DEFAULT_PORT = 8765
 
 logger = logging.getLogger("gpu_server")
 
@@ -76,6 +81,47 @@ def enrolments_of(run_dir: str | None, clients_file: str | None) -> Enrolments:
     if clients_file is None and run_dir is None:
         raise ConfigError("say whose clients are meant: give --run-dir or --clients-file")
     return Enrolments(Path(clients_file) if clients_file is not None else Path(run_dir or "") / "clients.json")
+
+
+def invite(
+    enrolments: Enrolments, name: str, *, address: str | None = None, tls_cert: str | None = None, insecure: bool = False
+) -> Invitation:
+    """
+    Enrol a device; give the string it joins with.
+
+    Args:
+        address: HOST:PORT where devices reach the server; the default is this machine's own address.
+
+    Raises:
+        ConfigError, InvalidName, InvalidInvitation: the name, the address or a file cannot be used.
+    """
+    host, port = _split(address) if address is not None else (_own_address(), DEFAULT_PORT)
+    normal_host(host)  # before the name is taken
+    if insecure:
+        pin = None
+    elif tls_cert is not None:
+        pin = Certificate(Path(tls_cert), Path(tls_cert)).fingerprint()
+    else:
+        pin = own_certificate(enrolments.path.parent).fingerprint()
+    return Invitation(host=host, port=port, name=name, secret=enrolments.enrol(name), pin=pin)
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise ConfigError(f"address must be HOST:PORT, got {address!r}")
+    return host.strip("[]"), int(port)
+
+
+def _own_address() -> str:
+    """The one that other machines of the network see; nothing is sent to find it out."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # an address for documentation, RFC 5737: only the route is looked up
+        except OSError:
+            raise ConfigError("this machine's address cannot be found out; give --address HOST:PORT") from None
+        host: str = probe.getsockname()[0]
+        return host
 
 
 def _is_loopback(host: str) -> bool:

@@ -532,7 +532,9 @@ class Federation:
             self._returning.add(name)
             return self._advance(now)
         self.timing.replied(name, now)
-        answer = Start(step=self._last_step_of(member), round=self.round, total_steps=self.total_steps, adapter=self.edge_adapter)
+        answer = Start(
+            step=self._last_step_of(member), round=self.round, total_steps=self.total_steps, adapter=self.edge_adapter
+        )
         return [Reply(name, answer)]
 
     def _answer_returning(self, now: float) -> list[Action]:

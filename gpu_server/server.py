@@ -217,7 +217,7 @@ class RunServer:
             self._converse,
             sock=self._listener,
             ssl=encryption,
-            **({"ssl_handshake_timeout": limits.handshake_seconds} if encryption else {}),
+            ssl_handshake_timeout=limits.handshake_seconds if encryption else None,
             compression=None,  # messages are compressed already
             process_request=self._authenticate,
             open_timeout=limits.handshake_seconds,

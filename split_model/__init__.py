@@ -1,7 +1,7 @@
 """GPT-2 cut in two, with LoRA on both parts. Knows nothing of networks."""
 
 from .adapter_folder import load_adapter, save_adapter
-from .base_model import BaseModel, ModelConfig, find_model
+from .base_model import BaseModel, ModelConfig, find_model, is_hub_name
 from .errors import AdapterError, ModelError, TrainingDiverged
 from .generation import continue_greedily
 from .lora import Adapter, LoraConfig, adapter_shapes, initial_adapter
@@ -30,10 +30,11 @@ __all__ = [
     "derive_seed",
     "find_model",
     "initial_adapter",
+    "is_hub_name",
     "load_adapter",
-    "save_adapter",
     "optimiser_state",
     "restore_optimiser",
+    "save_adapter",
     "take_step",
     "working_dtype",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import ModelError
 
-__all__ = ["BaseModel", "ModelConfig", "find_model"]
+__all__ = ["BaseModel", "ModelConfig", "find_model", "is_hub_name"]
 
 FILES_NEEDED = [
     "config.json",
@@ -186,6 +186,11 @@ class Rows:
         self._file.close()
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether a model can have this name on the Hugging Face hub."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
+
+
 def find_model(name: str) -> Path:
     """
     The folder of a model: ``name`` itself if it is one, else fetched from the Hugging Face hub (only the files needed).
@@ -198,7 +203,7 @@ def find_model(name: str) -> Path:
         return folder
     if folder.exists():
         raise ModelError(f"{folder} is a file; a model is a folder with config.json and model.safetensors")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+    if not is_hub_name(name):
         raise ModelError(f"no model folder at {folder}")
     from huggingface_hub import snapshot_download  # a slow import that a local folder does not need
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -31,8 +31,11 @@ class Progress:
         self._start = self._last_line = time.monotonic()
         self._tokens = self._bytes = 0
 
-    def update(self, loss: float, tokens: int, num_bytes: int) -> None:
-        """One step more: its loss in nats per labelled token, its tokens, its bytes both ways."""
+    def update(self, number: int, loss: float, tokens: int, num_bytes: int) -> None:
+        """A step is done: its number, its loss in nats per labelled token, its tokens, its bytes both ways."""
+        # Not always the next: a server that went back to a checkpoint repeats some.
+        self._done = number - 1
+        self._bar.n = number - 1
         self._tokens += tokens
         self._bytes += num_bytes
         seconds = max(time.monotonic() - self._start, 1e-9)

@@ -16,8 +16,8 @@ class Terminal(io.StringIO):
 def test_terminal_gets_a_bar_with_loss_rates_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     with Progress(4) as progress:
-        for loss in (3.0, 2.5):
-            progress.update(loss, tokens=100, num_bytes=5_000)
+        for number, loss in ((1, 3.0), (2, 2.5)):
+            progress.update(number, loss, tokens=100, num_bytes=5_000)
     shown = terminal.getvalue()
     assert "loss 2.500" in shown
     assert "tokens/s" in shown
@@ -27,8 +27,8 @@ def test_terminal_gets_a_bar_with_loss_rates_and_time_left(monkeypatch: pytest.M
 
 def test_file_gets_plain_lines_and_always_the_last_one(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(3, done=1) as progress:
-        progress.update(3.0, tokens=100, num_bytes=5_000)
-        progress.update(2.0, tokens=100, num_bytes=5_000)
+        progress.update(2, 3.0, tokens=100, num_bytes=5_000)
+        progress.update(3, 2.0, tokens=100, num_bytes=5_000)
     said = capsys.readouterr().err
     assert "\r" not in said
     assert said.splitlines()[-1].startswith("step 3/3: loss 2.000, ")
