@@ -148,7 +148,7 @@ class Start:
     adapter: Tensors
     """As it was when the present round began."""
     round: int = 0
-    """The last step that is in the adapter. Not later than `step`."""
+    """The last step that is in the adapter. Later than `step` only where the client's data has ended."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -294,10 +294,10 @@ Message = (
 
 def identity(message: Message) -> tuple[type, int]:
     """
-    What makes a message this one within its conversation: its kind, and its step or index.
+    What makes a message this one within its conversation: its kind, and its index or step.
 
-    No side sends two messages of one identity in succession, so a message with the identity of the one before it is that
-    message, delivered twice.
+    No side sends two messages of one identity in succession (a `Start` counts as another if its round is), so a message with
+    the identity of the one before it is that message, delivered twice.
     """
-    number: int = getattr(message, "step", getattr(message, "index", 0))
+    number: int = getattr(message, "index", getattr(message, "step", 0))  # a Pong has both
     return type(message), number

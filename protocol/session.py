@@ -99,7 +99,7 @@ class Session:
         self.side = side
         self.max_bytes = max_bytes
         self.state = State.NEW
-        self._received: tuple[type, int] | None = None
+        self._received: tuple[type, int, int] | None = None
 
     def send(self, message: Message) -> bytes:
         """
@@ -129,7 +129,9 @@ class Session:
             if isinstance(data, str):
                 raise RemoteProtocolError("got a text frame; messages are binary")
             message = decode(data, self.max_bytes)
-            if identity(message) == self._received and self.state is not State.BROKEN:
+            # A `Start` may name the step of the one before it, where only its round has ended meanwhile.
+            received = (*identity(message), getattr(message, "round", 0))
+            if received == self._received and self.state is not State.BROKEN:
                 return None
             next_state = TRANSITIONS.get((self.state, self.side.peer, type(message)))
             if next_state is None:
@@ -140,5 +142,5 @@ class Session:
                 self.state = State.BROKEN
             raise
         self.state = next_state
-        self._received = identity(message)
+        self._received = received
         return message

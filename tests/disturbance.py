@@ -21,7 +21,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 PIECES = 8  # of a slow frame
 LARGEST_HEAD = 2**20
 SWITCHING = b"HTTP/1.1 101 "
-RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: on, for no seconds
+RESET_ON_CLOSE, END_ON_CLOSE = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)  # SO_LINGER: on for no seconds; off
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,14 @@ class Broken(Exception):
 
 
 class Stream:
-    """The socket to one side."""
+    """The socket to one side. However it is closed, this resets the connection, except by ``close``."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
         # What was sent is then in the system's hands, which deliver it whatever happens here, a reset excepted.
         writer.transport.set_write_buffer_limits(0)
+        self._on_close(RESET_ON_CLOSE)
 
     @classmethod
     async def open(cls, **where: Any) -> "Stream":
@@ -146,14 +147,17 @@ class Stream:
         number = fcntl.ioctl(self._writer.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
         return int.from_bytes(number, "little")
 
-    def reset(self) -> None:
-        """Close at once, and not as one does; nothing happens to a stream that is closed."""
-        if not self._writer.is_closing():
-            self._writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
-        self._writer.transport.abort()
+    def _on_close(self, linger: bytes) -> None:
+        self._writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
     def close(self) -> None:
-        self._writer.close()
+        if not self._writer.is_closing():
+            self._on_close(END_ON_CLOSE)
+            self._writer.close()
+
+    def reset(self) -> None:
+        """At once; nothing happens to a stream that is closed."""
+        self._writer.transport.abort()
 
     async def closed(self) -> None:
         try:
@@ -222,8 +226,10 @@ class Link:
             near, _ = self._listener.accept()
         except OSError:
             return  # the client has thought better of it
+        # Streams do both themselves, but the link may close before there is one.
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
         task = self._loop.create_task(self._connect(near))
-        task.add_done_callback(lambda _: near.close())  # also where the link closed before the task began
+        task.add_done_callback(lambda _: near.close())
         self._tasks.append(task)
 
     async def _connect(self, near_socket: socket.socket) -> None:

@@ -24,6 +24,7 @@ from protocol import (
     Message,
     Ping,
     Pong,
+    RunEnd,
     RunSettings,
     Start,
     Welcome,
@@ -61,22 +62,23 @@ _BATCH: dict[str, Any] = {
 SAMPLES: dict[str, Message] = {
     type(message).__name__: message
     for message in [
-        Ping(),
-        Pong(software="0.1.0", run="20250102-030405", clients=3, joined=1, step=0),
+        Ping(index=2),
+        Pong(index=2, software="0.1.0", run="20250102-030405", clients=3, joined=1, step=0, model="openai-community/gpt2"),
         Hello(name="jetson-1.kitchen_A", fingerprint="0123456789abcdef0123456789abcdef"),
-        Welcome(run="20250102-030405", settings=SETTINGS, fingerprint="0123456789abcdef0123456789abcdef"),
-        Join(num_samples=1000, batch_size=8, longest=512),
-        Start(step=0, total_steps=100, adapter=_MATRICES),
+        Welcome(run="20250102-030405", settings=SETTINGS, fingerprint="0123456789abcdef0123456789abcdef", restarts=1),
+        Join(num_samples=1000, batch_size=8, longest=512, step=7),
+        Start(step=7, total_steps=100, adapter=_MATRICES, round=5),
         Activations(**_BATCH, step=1, edge_seconds=0.125),
         ActivationGradient(step=1, loss=3.5, values=_BATCH["values"].astype(np.float64)),
         AdapterGradient(step=1, edge_seconds=0.0, tensors=_MATRICES),
         AdapterWeights(step=5, edge_seconds=1.5, tensors={name: matrix.astype(float) for name, matrix in _MATRICES.items()}),
-        EdgeAdapter(step=5, tensors=_MATRICES),
+        EdgeAdapter(step=10, tensors=_MATRICES, checkpoint=5),
         Evaluation(**_BATCH, index=3),
         EvaluationLoss(index=3, summed_loss=12.75),
         Done(step=100),
+        RunEnd(step=100, tensors=_MATRICES),
         Goodbye(),
-        Failure(reason="der Name ist vergeben: „jetson“"),
+        Failure(reason="der Name ist vergeben: „jetson“", retry_after=10.0),
     ]
 }
 
@@ -129,4 +131,4 @@ def frame(unpacked: Any) -> bytes:
 
 
 def frame_of(kind: str, fields: Any) -> bytes:
-    return frame([1, kind, fields])
+    return frame([2, kind, fields])

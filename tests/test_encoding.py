@@ -40,7 +40,7 @@ from protocol import (
     largest_message_bytes,
 )
 
-GOLDEN: dict[str, str] = json.loads((Path(__file__).parent / "golden" / "protocol-1.json").read_text())
+GOLDEN: dict[str, str] = json.loads((Path(__file__).parent / "golden" / "protocol-2.json").read_text())
 KINDS = [kind.__name__ for kind in get_args(Message)]
 MEGABYTE = 2**20
 
@@ -80,16 +80,16 @@ def test_a_message_survives_the_round_trip(kind: str) -> None:
 
 @every_kind
 def test_a_message_is_encoded_as_the_document_says(kind: str) -> None:
-    assert inflate(encode(SAMPLES[kind])) == msgpack.packb([1, kind, plain(SAMPLES[kind])])
+    assert inflate(encode(SAMPLES[kind])) == msgpack.packb([2, kind, plain(SAMPLES[kind])])
 
 
 @every_kind
-def test_the_bytes_of_version_1_are_still_understood(kind: str) -> None:
+def test_the_bytes_of_version_2_are_still_understood(kind: str) -> None:
     assert_same(decode(compress(bytes.fromhex(GOLDEN[kind])), HANDSHAKE_BYTES), SAMPLES[kind])
 
 
 @every_kind
-def test_the_bytes_of_version_1_are_still_written(kind: str) -> None:
+def test_the_bytes_of_version_2_are_still_written(kind: str) -> None:
     assert inflate(encode(SAMPLES[kind])).hex() == GOLDEN[kind]
 
 
@@ -176,6 +176,25 @@ def test_absent_fields_have_their_defaults() -> None:
     assert message.settings == dataclasses.replace(SETTINGS, steps=None, epochs=2, aggregate_every=1)
 
 
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "Ping": {"index": 0},
+    "Pong": {"index": 0, "model": ""},
+    "Welcome": {"restarts": 0},
+    "Join": {"step": 0},
+    "Start": {"round": 0},
+    "EdgeAdapter": {"checkpoint": 0},
+    "Failure": {"retry_after": 0.0},
+}
+
+
+@every_kind
+def test_absent_fields_of_a_message_have_their_defaults(kind: str) -> None:
+    defaults = DEFAULTS.get(kind, {})
+    fields = {name: value for name, value in plain(SAMPLES[kind]).items() if name not in defaults}
+    assert_same(decode(frame_of(kind, fields), HANDSHAKE_BYTES), dataclasses.replace(SAMPLES[kind], **defaults))
+    assert all(getattr(SAMPLES[kind], name) != default for name, default in defaults.items())  # or the test shows nothing
+
+
 def required_fields() -> list[tuple[str, str]]:
     return [
         (kind, field.name)
@@ -198,9 +217,11 @@ def test_a_missing_field_of_the_settings_is_refused_by_its_name() -> None:
     assert refusal(frame_of("Welcome", fields)) == "Welcome.settings.lr is missing"
 
 
-@pytest.mark.parametrize("unpacked", [[2, "Ping", {}], [0, "Ping", {}], [2], [2, "Ping", {}, "more"], [2, None, None]])
+@pytest.mark.parametrize(
+    "unpacked", [[1, "Ping", {}], [3, "Ping", {}], [0, "Ping", {}], [1], [3, "Ping", {}, "more"], [3, None, None]]
+)
 def test_another_version_is_refused_and_both_are_named(unpacked: list[Any]) -> None:
-    assert refusal(frame(unpacked)) == f"peer speaks protocol version {unpacked[0]}, this side speaks 1"
+    assert refusal(frame(unpacked)) == f"peer speaks protocol version {unpacked[0]}, this side speaks 2"
 
 
 @pytest.mark.parametrize("version", [True, 1.0, "1", None, [1]])
@@ -283,15 +304,15 @@ def test_an_integer_is_a_number() -> None:
         1,
         "Ping",
         {},
-        {"version": 1},
+        {"version": 2},
         [],
-        [1],
-        [1, "Ping"],
-        [1, "Ping", {}, 0],
-        [1, "Ping", None],
-        [1, "Ping", []],
-        [1, "Ping", "fields"],
-        [1, "Ping", tensor(np.zeros(3))],
+        [2],
+        [2, "Ping"],
+        [2, "Ping", {}, 0],
+        [2, "Ping", None],
+        [2, "Ping", []],
+        [2, "Ping", "fields"],
+        [2, "Ping", tensor(np.zeros(3))],
         tensor(np.zeros(3)),
     ],
 )
@@ -301,7 +322,7 @@ def test_what_is_no_triple_is_refused(unpacked: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["Pang", "ping", "", "LabelledBatch", "Contribution", "x" * 10_000, None, 1, b"Ping", [], {}])
 def test_an_unknown_kind_is_refused(kind: Any) -> None:
-    assert refusal(frame([1, kind, {}])).startswith("unknown kind of message")
+    assert refusal(frame([2, kind, {}])).startswith("unknown kind of message")
 
 
 # What types cannot say
@@ -312,6 +333,11 @@ def test_a_name_that_cannot_be_is_refused(name: str) -> None:
     assert "client name" in refusal(frame_of("Hello", {"name": name, "fingerprint": ""}))
     with pytest.raises(InvalidName):
         Hello(name=name, fingerprint="")
+
+
+@pytest.mark.parametrize("run", ["", "..", "../elsewhere", "a/b", "a\\b", "C:", "a b", "ä", "a\0", "a\n", "a" * 65])
+def test_a_run_that_cannot_name_a_folder_is_refused(run: str) -> None:
+    assert refusal(frame_of("Welcome", plain(SAMPLES["Welcome"]) | {"run": run})).startswith("Welcome: ")
 
 
 @pytest.mark.parametrize("name", ["num_samples", "batch_size", "longest"])
@@ -437,7 +463,7 @@ def zstd_block(data: bytes, *, repeat: int = 0, last: bool = True) -> bytes:
     return (size << 3 | kind << 1 | last).to_bytes(3, "little") + data
 
 
-PING = msgpack.packb([1, "Ping", {}])
+PING = msgpack.packb([2, "Ping", {}])
 
 
 def test_a_frame_made_by_hand_is_understood() -> None:
@@ -499,7 +525,7 @@ def test_a_header_that_promises_more_than_the_frame_holds_is_refused(header: str
 @pytest.mark.parametrize("opening", [b"\x91", b"\x81\xa1a", b"\x81\xa1a\x91", b"\xdc\x00\x01"])
 @pytest.mark.parametrize("depth", [100, 1000, 10_000])
 def test_deep_nesting_does_no_harm(opening: bytes, depth: int) -> None:
-    for prefix in (b"", b"\x93\x01\xa4Ping", b"\x93\x01\xa4Ping\x81\xa5later"):
+    for prefix in (b"", b"\x93\x02\xa4Ping", b"\x93\x02\xa4Ping\x81\xa5later"):
         refusal(compress(prefix + opening * depth))
         decode_if_possible(compress(prefix + opening * depth + b"\xc0"))
     refusal(compress(opening * depth + b"\xc0"))
@@ -511,12 +537,12 @@ def test_a_key_that_is_no_text_is_refused(key: Any) -> None:
 
 
 def test_a_list_cannot_be_a_key() -> None:
-    refusal(compress(b"\x93\x01\xa4Ping\x81\x91\x01\x01"))
+    refusal(compress(b"\x93\x02\xa4Ping\x81\x91\x01\x01"))
 
 
 def test_text_that_is_no_utf_8_is_refused() -> None:
-    refusal(compress(b"\x93\x01\xa4Ping\x81\xa2\xff\xfe\x01"))
-    refusal(compress(b"\x93\x01\xa7Failure\x81\xa6reason\xa3\xed\xa0\x80"))
+    refusal(compress(b"\x93\x02\xa4Ping\x81\xa2\xff\xfe\x01"))
+    refusal(compress(b"\x93\x02\xa7Failure\x81\xa6reason\xa3\xed\xa0\x80"))
 
 
 def test_a_message_of_too_many_elements_is_refused() -> None:
@@ -540,7 +566,7 @@ def peak_bytes(data: bytes, max_bytes: int) -> int:
 
 
 def test_lists_of_nothing_cannot_fill_the_memory() -> None:
-    lists = b"\x93\x01\xa4Ping\x81\xa5later\xdc\x0f\xff" + (b"\xdc\x0f\xff" + b"\x90" * 4095) * 1000
+    lists = b"\x93\x02\xa4Ping\x81\xa5later\xdc\x0f\xff" + (b"\xdc\x0f\xff" + b"\x90" * 4095) * 1000
     assert peak_bytes(compress(lists), 8 * MEGABYTE) < len(lists) + MEGABYTE
 
 
@@ -710,7 +736,7 @@ def test_the_adapter_of_the_largest_gpt2_is_not_larger_than_the_bound(precision:
 @pytest.mark.parametrize("kind", ["Ping", "Pong", "Hello", "Welcome", "Join", "Failure"])
 def test_a_message_of_the_handshake_fits_its_bound(kind: str) -> None:
     longest = {name: "ü" * 4096 if isinstance(value, str) else value for name, value in plain(SAMPLES[kind]).items()}
-    assert len(msgpack.packb([1, kind, longest])) < HANDSHAKE_BYTES
+    assert len(msgpack.packb([2, kind, longest])) < HANDSHAKE_BYTES
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 2**10, 2**16 - 1, 2**17, 2**20, 3 * 2**20 + 1])

@@ -13,6 +13,7 @@ from protocol_samples import SAMPLES, inflate
 import protocol
 from protocol import HANDSHAKE_BYTES, PROTOCOL_VERSION, TRANSITIONS, Message, RunSettings, Side, State, encode
 from protocol.encoding import MAX_ELEMENTS, MAX_TENSOR_ELEMENTS, MAX_TEXT
+from protocol.invitation import FORM
 
 DOCUMENT = (Path(__file__).parent.parent / "PROTOCOL.md").read_text(encoding="utf-8")
 KINDS = {kind.__name__: kind for kind in get_args(Message)}
@@ -89,13 +90,22 @@ def test_it_lists_the_settings_of_a_run_and_their_types_in_order() -> None:
 
 
 def test_it_names_the_defaults_of_fields_that_may_be_absent() -> None:
-    _, rows = tables(section("Welcome"), "field", "type", "meaning")
-    documented = {name.strip("`"): meaning.rpartition("default ")[2] for name, _, meaning in rows if "default " in meaning}
-    defaults = {field.name: field.default for field in dataclasses.fields(RunSettings)}
-    actual = {name: default for name, default in defaults.items() if default is not dataclasses.MISSING}
-    assert documented == {name: "nil" if default is None else str(default) for name, default in actual.items()}
-    for kind in KINDS.values():
-        assert all(field.default is dataclasses.MISSING for field in dataclasses.fields(kind))
+    _, settings = tables(section("Welcome"), "field", "type", "meaning")
+    described = [(RunSettings, settings)]
+    described += [(kind, ([*tables(section(name), "field", "type", "meaning"), []])[0]) for name, kind in KINDS.items()]
+    for owner, rows in described:
+        documented = {name.strip("`"): meaning.rpartition("default ")[2] for name, _, meaning in rows if "default " in meaning}
+        defaults = {field.name: field.default for field in dataclasses.fields(owner)}
+        actual = {name: default for name, default in defaults.items() if default is not dataclasses.MISSING}
+        assert documented == {name: in_words(default) for name, default in actual.items()}, owner
+
+
+def in_words(default: Any) -> str:
+    return "nil" if default is None else f"{default:g}" if isinstance(default, int | float) else default or "empty"
+
+
+def test_its_invitation_is_the_programs() -> None:
+    assert f"\n    {FORM}\n" in DOCUMENT
 
 
 @every_kind

@@ -1,7 +1,8 @@
 """The conversation: TRANSITIONS is the whole truth, and both sides are always at the same place in it."""
 
 import itertools
-from typing import get_args
+from dataclasses import replace
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,7 +13,14 @@ from protocol_samples import SAMPLES
 from protocol import (
     HANDSHAKE_BYTES,
     TRANSITIONS,
+    ActivationGradient,
+    Activations,
+    AdapterGradient,
+    AdapterWeights,
+    Done,
     EdgeAdapter,
+    Evaluation,
+    EvaluationLoss,
     Failure,
     Goodbye,
     Hello,
@@ -20,12 +28,17 @@ from protocol import (
     LocalProtocolError,
     Message,
     Ping,
+    Pong,
     RemoteProtocolError,
+    RunEnd,
     Session,
     Side,
     Start,
     State,
+    Welcome,
+    decode,
     encode,
+    identity,
 )
 
 KINDS = get_args(Message)
@@ -44,15 +57,31 @@ def session_in(state: State, side: Side) -> Session:
     return session
 
 
+def numbered(kind: type, number: int) -> Any:
+    """A message of another identity for every number, where the kind has any."""
+    message: Any = SAMPLES[kind.__name__]
+    names = [name for name in ("index", "step") if hasattr(message, name)]
+    return replace(message, **{names[0]: number}) if names else message
+
+
 class Pair:
     """Both ends of one conversation; what one says the other hears at once."""
 
     def __init__(self) -> None:
         self.ends = {side: Session(side) for side in Side}
+        self.heard: dict[Side, list[bytes]] = {side: [] for side in Side}
+        self.numbers = itertools.count(1)
 
     def say(self, side: Side, kind: type) -> None:
-        heard = self.ends[side.peer].receive(self.ends[side].send(SAMPLES[kind.__name__]))
+        data = self.ends[side].send(numbered(kind, next(self.numbers)))
+        heard = self.ends[side.peer].receive(data)
         assert type(heard) is kind
+        self.heard[side.peer].append(data)
+
+    def say_something(self, choice: int) -> None:
+        """One of the messages that may come next, last words aside."""
+        legal = [(side, kind) for state, side, kind in TRANSITIONS if state is self.state and kind not in LAST_WORDS]
+        self.say(*legal[choice % len(legal)])
 
     def walk(self, *moves: tuple[Side, type]) -> "Pair":
         for side, kind in moves:
@@ -199,11 +228,8 @@ def test_both_sides_agree_whatever_they_try_to_say(script: list[tuple[Side, type
 def test_both_sides_agree_throughout_a_legal_conversation(choices: list[int]) -> None:
     pair = Pair()
     for choice in choices:
-        legal = [(side, kind) for state, side, kind in TRANSITIONS if state is pair.state and kind not in LAST_WORDS]
-        side, kind = legal[choice % len(legal)]
-        expected = TRANSITIONS[pair.state, side, kind]
-        pair.say(side, kind)
-        assert pair.state is expected
+        pair.say_something(choice)
+        assert pair.state not in (State.BROKEN, State.CLOSED)  # and it is one state: see Pair
 
 
 @given(st.lists(st.integers(0, 99), max_size=20), st.binary(max_size=40), st.sampled_from(Side), st.lists(moves, max_size=10))
@@ -213,8 +239,7 @@ def test_after_illegal_bytes_only_last_words_follow(
 ) -> None:
     pair = Pair()
     for choice in choices:
-        legal = [(who, kind) for state, who, kind in TRANSITIONS if state is pair.state and kind not in LAST_WORDS]
-        pair.say(*legal[choice % len(legal)])
+        pair.say_something(choice)
     session = pair.ends[side]
     with pytest.raises(RemoteProtocolError):
         session.receive(junk)
@@ -230,3 +255,165 @@ def test_after_illegal_bytes_only_last_words_follow(
             assert kind in LAST_WORDS
             assert session.state is State.CLOSED
             return
+
+
+# The answers that lead on
+
+TO_READY = [(Side.CLIENT, Hello), (Side.SERVER, Welcome), (Side.CLIENT, Join), (Side.SERVER, Start)]
+
+
+@pytest.mark.parametrize("question", [Activations, AdapterGradient, AdapterWeights])
+def test_a_question_that_the_run_has_left_behind_is_answered_with_a_start(question: type) -> None:
+    pair = Pair().walk(*TO_READY, (Side.CLIENT, question), (Side.SERVER, Start))
+    assert pair.state is State.READY
+    assert pair.walk((Side.CLIENT, Activations), (Side.SERVER, Start), (Side.CLIENT, Done)).state is State.AWAITING_END
+
+
+def test_a_start_answers_nothing_else() -> None:
+    answered = {state for state, _, kind in TRANSITIONS if kind is Start}
+    assert answered == {State.JOINING, State.AWAITING_GRADIENT, State.AWAITING_ADAPTER}
+
+
+def test_the_runs_end_answers_done_and_nothing_else_does() -> None:
+    assert Pair().walk(*TO_READY, (Side.CLIENT, Done), (Side.SERVER, RunEnd)).state is State.READY
+    assert {kind for state, _, kind in TRANSITIONS if state is State.AWAITING_END} - LAST_WORDS == {RunEnd}
+    assert {state for state, _, kind in TRANSITIONS if kind is RunEnd} == {State.AWAITING_END}
+
+
+# Messages that are delivered twice, late or in another order
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        *((kind, 9) for kind in (Join, Start, Activations, ActivationGradient, AdapterGradient, AdapterWeights, EdgeAdapter)),
+        *((kind, 9) for kind in (Ping, Pong, Evaluation, EvaluationLoss, Done, RunEnd)),
+        *((kind, 0) for kind in (Hello, Welcome, Goodbye, Failure)),
+    ],
+)
+def test_a_message_is_identified_by_its_kind_and_its_index_or_step(kind: type, number: int) -> None:
+    assert identity(numbered(kind, 9)) == (kind, number)
+
+
+@pytest.mark.parametrize(
+    ("state", "side", "kind"), [pytest.param(*row, id=f"{row[0].name}-{row[2].__name__}") for row in TRANSITIONS]
+)
+def test_a_message_delivered_twice_is_ignored_in_every_state(state: State, side: Side, kind: type) -> None:
+    session = session_in(state, side.peer)
+    assert session.receive(BYTES[kind]) is not None
+    for later in set(State) - {State.BROKEN}:
+        session.state = later
+        assert session.receive(BYTES[kind]) is None
+        assert session.state is later
+
+
+def test_whoever_is_broken_refuses_a_message_delivered_twice() -> None:
+    server = session_in(State.READY, Side.SERVER)
+    server.receive(BYTES[Activations])
+    with pytest.raises(RemoteProtocolError):
+        server.receive(b"junk")
+    with pytest.raises(RemoteProtocolError, match="while broken"):
+        server.receive(BYTES[Activations])
+    assert server.state is State.BROKEN
+
+
+@given(st.lists(st.integers(0, 99), max_size=40), st.integers(2, 4))
+@some_hundred
+def test_a_conversation_in_which_everything_is_delivered_several_times_is_the_same(choices: list[int], times: int) -> None:
+    pair = Pair()
+    for choice in choices:
+        pair.say_something(choice)
+        before = pair.state
+        for side in Side:  # of both directions, so that answers are repeated after the next question, too
+            for _ in range(times):
+                assert not pair.heard[side] or pair.ends[side].receive(pair.heard[side][-1]) is None
+        assert pair.state is before
+
+
+def test_of_a_message_delivered_twice_the_first_counts_whatever_the_second_says() -> None:
+    client = session_in(State.AWAITING_LOSS, Side.CLIENT)
+    assert client.receive(encode(EvaluationLoss(index=1, summed_loss=2.0))) is not None
+    assert client.receive(encode(EvaluationLoss(index=1, summed_loss=3.0))) is None
+
+
+@pytest.mark.parametrize("asked", [Ping, Evaluation])
+def test_a_question_with_a_fresh_index_is_another_question(asked: type) -> None:
+    state = State.NEW if asked is Ping else State.READY
+    server = session_in(state, Side.SERVER)
+    for number in (1, 2):
+        assert server.receive(encode(numbered(asked, number))) is not None
+        assert server.receive(encode(numbered(asked, number))) is None
+        server.state = state  # as after the answer
+    server.receive(encode(numbered(asked, 1)))
+    assert server.state is not state
+
+
+def test_a_start_of_the_same_step_in_the_next_round_is_another_start() -> None:
+    """A client stands after step 5, is too late with its adapter, and the round ends without it."""
+    client = session_in(State.JOINING, Side.CLIENT)
+    start: Any = SAMPLES["Start"]
+    assert client.receive(encode(replace(start, step=5, round=0))) is not None
+    client.send(numbered(AdapterWeights, 5))
+    assert client.receive(encode(replace(start, step=5, round=0))) is None
+    assert client.state is State.AWAITING_ADAPTER
+    assert client.receive(encode(replace(start, step=5, round=5))) is not None
+    assert client.send(numbered(Activations, 6))  # it is this side's turn again
+
+
+@given(st.lists(st.integers(0, 99), min_size=2, max_size=40), st.integers(0, 99), st.sampled_from(Side))
+@some_hundred
+def test_an_old_message_is_refused_unless_its_kind_is_awaited(choices: list[int], old: int, side: Side) -> None:
+    """Where its kind is awaited, its step says that it is old: that is seen by whoever knows the run."""
+    pair = Pair()
+    for choice in choices:
+        pair.say_something(choice)
+    before, session = pair.heard[side][:-1], pair.ends[side]
+    if not before:
+        return
+    replayed, state = before[old % len(before)], session.state
+    kind = type(decode(replayed, HANDSHAKE_BYTES))
+    if (state, side.peer, kind) in TRANSITIONS:
+        assert session.receive(replayed) is not None
+    else:
+        with pytest.raises(RemoteProtocolError, match=f"sent {kind.__name__} while"):
+            session.receive(replayed)
+        assert session.state is State.BROKEN
+
+
+@pytest.mark.parametrize(
+    ("side", "heard", "late"),
+    [
+        (Side.SERVER, [Activations, AdapterGradient], Activations),
+        (Side.SERVER, [Activations, Evaluation], Activations),
+        (Side.CLIENT, [ActivationGradient, EdgeAdapter], ActivationGradient),
+        (Side.CLIENT, [ActivationGradient, EdgeAdapter, EvaluationLoss], EdgeAdapter),
+        (Side.CLIENT, [Start, ActivationGradient], Start),
+    ],
+)
+def test_a_message_that_comes_again_after_another_is_refused(side: Side, heard: list[type], late: type) -> None:
+    session = Session(side)
+    for kind in heard:
+        session.state = next(state for state, who, what in TRANSITIONS if (who, what) == (side.peer, kind))
+        assert session.receive(BYTES[kind]) is not None
+    with pytest.raises(RemoteProtocolError, match=f"sent {late.__name__} while {session.state.value}"):
+        session.receive(BYTES[late])
+    assert session.state is State.BROKEN
+
+
+@pytest.mark.parametrize(
+    ("state", "side", "first"),
+    [
+        (State.NEW, Side.SERVER, Join),
+        (State.READY, Side.SERVER, Join),
+        (State.GREETED, Side.CLIENT, Start),
+        (State.AWAITING_GRADIENT, Side.CLIENT, EdgeAdapter),
+        (State.AWAITING_ADAPTER, Side.CLIENT, ActivationGradient),
+        (State.AWAITING_ADAPTER, Side.CLIENT, RunEnd),
+        (State.AWAITING_END, Side.CLIENT, EdgeAdapter),
+    ],
+)
+def test_a_message_that_overtakes_another_is_refused(state: State, side: Side, first: type) -> None:
+    session = session_in(state, side)
+    with pytest.raises(RemoteProtocolError, match=f"sent {first.__name__} while {state.value}"):
+        session.receive(BYTES[first])
+    assert session.state is State.BROKEN
