@@ -107,6 +107,11 @@ class TorchEngine:
         learnt = {f"{OPTIMISER}{name}": _to_array(tensor) for name, tensor in optimiser_state(self._optimiser).items()}
         return {**{f"{ADAPTER}{name}": matrix for name, matrix in self.adapter().items()}, **learnt}
 
+    def forget(self) -> None:
+        """Let AdamW begin anew. For rounds of several steps."""
+        assert self._optimiser is not None
+        restore_optimiser(self._optimiser, {})
+
     def restore(self, state: Tensors) -> None:
         """
         Raises:

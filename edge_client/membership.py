@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TypeVar, cast
 
-from protocol import EdgeAdapter, Hello, Join, Message, Start, Welcome
+from protocol import Activations, AdapterGradient, EdgeAdapter, Evaluation, Hello, Join, Message, Start, Welcome, identity
 
 from .connection import Connection, ConnectionFailed, Dial, Refused
 
@@ -61,6 +61,8 @@ class Membership:
         """The last step that this client has finished and remembers."""
         self.round = 0
         """The last step that is in the adapter this client began the present round with."""
+        self.checkpoint = 0
+        """The earliest step that the server may go back to."""
         self._num_evaluations = 0
         self._last_reply = time.perf_counter()
         self._connection: Connection | None = None
@@ -101,7 +103,7 @@ class Membership:
             except ConnectionFailed as error:
                 before = (self.welcome.restarts, self.round)
                 start = self._keep_trying(error, self._come_back)
-                if (self.welcome.restarts, start.round) != before:
+                if (self.welcome.restarts, start.round) != before or not _is_next(question, start):
                     self._go_to(start)
                 continue
             self._last_reply = time.perf_counter()
@@ -109,6 +111,7 @@ class Membership:
                 self._go_to(answer)
             if isinstance(answer, EdgeAdapter):
                 self.round = answer.step
+                self.checkpoint = max(self.checkpoint, answer.checkpoint)
             return cast(Answer, answer)
 
     def next_index(self) -> int:
@@ -188,3 +191,11 @@ class Membership:
             self._bytes_before += self._connection.num_bytes
             self._connection.abandon()
             self._connection = None
+
+
+def _is_next(question: Message, start: Start) -> bool:
+    """Whether one who goes on from ``start`` would ask this; else the run has left the question behind."""
+    kind, number = identity(question)
+    if kind is Evaluation:
+        return True
+    return number == (start.step + 1 if kind in (Activations, AdapterGradient) else start.step)

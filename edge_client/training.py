@@ -65,17 +65,18 @@ def train(
     order_seed = (settings.seed, name, "order") if shuffle else None
     last_step = settings.steps_of_client(len(data.samples), batch_size)
 
-    def contribute(step: int, kind: type[AdapterGradient | AdapterWeights], tensors: Tensors) -> int:
-        """Exchange what this device adds for the adapter that everybody goes on with; gives that one's earliest checkpoint."""
+    def contribute(step: int, kind: type[AdapterGradient | AdapterWeights], tensors: Tensors) -> None:
+        """Exchange what this device adds for the adapter that everybody goes on with."""
         summand = kind(step=step, edge_seconds=membership.seconds_since_reply(), tensors=tensors)
         answer = membership.exchange(summand, EdgeAdapter)
+        if answer.step < step:
+            raise RemoteProtocolError(f"expected the adapter of step {step} or later, got that of step {answer.step}")
         engine.load_adapter(answer.tensors)
-        return answer.checkpoint
 
     def steps_after(start: Start) -> Iterator[Step]:
-        is_due, checkpoint = _go_to(start, engine, membership, place), start.round
+        is_due = _go_to(start, engine, membership, place)
         if is_due and (settings.ends_round(start.step) or start.step == last_step):
-            checkpoint = contribute(start.step, AdapterWeights, engine.adapter())
+            contribute(start.step, AdapterWeights, engine.adapter())
 
         for step in range(start.step + 1, last_step + 1):
             bytes_before = membership.num_bytes
@@ -107,9 +108,9 @@ def train(
                 # Every client steps by itself; at a round's end the adapters are averaged.
                 engine.take_step(optimiser.learning_rate_at(step, start.total_steps))
                 ends_round = settings.ends_round(step) or step == last_step
-                _keep_step(step, engine, membership, place, keep_from=checkpoint, is_round_end=ends_round)
+                _keep_step(step, engine, membership, place, is_round_end=ends_round)
                 if ends_round:
-                    checkpoint = contribute(step, AdapterWeights, engine.adapter())
+                    contribute(step, AdapterWeights, engine.adapter())
 
             yield Step(step, gradient.loss, len(batch.tokens), membership.num_bytes - bytes_before)
 
@@ -130,6 +131,8 @@ def _go_to(start: Start, engine: TorchEngine, membership: Membership, place: Pla
     saved = place.load(start.step) if settings.aggregate_every > 1 else None
     if saved is not None:
         engine.restore(saved.state)
+    elif settings.aggregate_every > 1:
+        engine.forget()
     goes_on = saved is not None and (saved.restarts, saved.round) == (restarts, start.round)
     if not goes_on:
         engine.load_adapter(start.adapter)
@@ -137,12 +140,10 @@ def _go_to(start: Start, engine: TorchEngine, membership: Membership, place: Pla
     return goes_on and saved is not None and saved.step == start.step
 
 
-def _keep_step(
-    step: int, engine: TorchEngine, membership: Membership, place: Place, *, keep_from: int, is_round_end: bool
-) -> None:
+def _keep_step(step: int, engine: TorchEngine, membership: Membership, place: Place, *, is_round_end: bool) -> None:
     """Before the next question: an answer is kept by the server only until then."""
     saved = SavedStep(step=step, round=membership.round, restarts=membership.welcome.restarts, state=engine.state())
-    place.save(saved, keep_from=keep_from, is_round_end=is_round_end)
+    place.save(saved, keep_from=membership.checkpoint, is_round_end=is_round_end)
     membership.step = step
 
 

@@ -235,14 +235,18 @@ class Federation:
         """What has to be known of the members to go on after a round's end."""
         return {name: {**asdict(member.join), "left": member.left} for name, member in self.members.items()}
 
-    def restore(self, step: int, membership: dict[str, dict[str, Any]], now: float) -> list[Action]:
-        """Stand at the end of the round that ended with ``step``, with everybody's connection lost."""
+    def restore(self, step: int, earliest: int, membership: dict[str, dict[str, Any]], now: float) -> list[Action]:
+        """Stand at the end of the round that ended with ``step``, with everybody's connection lost.
+
+        Args:
+            earliest: step of the earliest checkpoint that there is.
+        """
         for name, fields in membership.items():
             join = Join(**{key: value for key, value in fields.items() if key != "left"})
             last_step = self.settings.steps_of_client(join.num_samples, join.batch_size)
             self.members[name] = Member(join, last_step, (Activations, 1), connected=False, left=fields["left"])
         self.step = self.round = self._finished_step = step
-        self.checkpoints = (step, step)
+        self.checkpoints = (earliest, step)
         self.total_steps = max(member.last_step for member in self.members.values())
         for member in self.members.values():
             member.next_question = self._question_after_round(member)
@@ -560,6 +564,8 @@ class Federation:
 
     def _is_behind(self, member: Member, question: tuple[type, int]) -> bool:
         """Whether the run has left this question behind, so that the member has to be told where to go on."""
+        if question[0] is Done:
+            return False  # nothing that the run does makes it stale
         if member.absent:
             return question[1] <= self.step + 1
         return _place(question) < _place(member.next_question)

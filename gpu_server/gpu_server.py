@@ -152,7 +152,8 @@ class GpuServer:
         self._compute.restore(saved.state)
         self._federation.edge_adapter = self._compute.edge_adapter()
         logger.info("going on after step %d; waiting for the run's devices to come back", saved.step)
-        return self._federation.restore(saved.step, saved.membership, time.monotonic())
+        earliest = self._directory.checkpoints.steps()[0]
+        return self._federation.restore(saved.step, earliest, saved.membership, time.monotonic())
 
     def train(self) -> Iterator[StepRecord]:
         """

@@ -268,7 +268,11 @@ class Failure:
 
     reason: str
     retry_after: float = 0.0
-    """Seconds after which the same may be allowed; 0: never."""
+    """Seconds after which the same may be allowed, at most an hour; 0: never."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.retry_after <= 3600:
+            raise ValueError(f"retry_after is 0 to 3600 seconds, got {self.retry_after}")
 
 
 Message = (

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+OURS = {"protocol", "split_model", "terminal"}
 MAY_IMPORT = {
     "protocol": {"msgpack", "numpy", "zstandard"},
     "split_model": {"torch", "safetensors", "huggingface_hub"},
     "terminal": {"tqdm"},
-    "edge_client": {"protocol", "split_model", "terminal", "numpy", "tokenizers", "torch", "websockets"},
-    "gpu_server": {"protocol", "split_model", "terminal", "numpy", "safetensors", "tomli", "torch", "websockets"},
+    "edge_client": OURS | {"numpy", "platformdirs", "safetensors", "tokenizers", "torch", "websockets"},
+    "gpu_server": OURS | {"cryptography", "filelock", "numpy", "safetensors", "tomli", "torch", "websockets"},
 }
 ONLY_IN = {
     "websockets": {"edge_client/connection.py", "gpu_server/server.py"},
