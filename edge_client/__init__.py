@@ -6,12 +6,29 @@ if TYPE_CHECKING:
     from .client import EdgeClient
     from .connection import ConnectionFailed, Refused
     from .data import DataError
+    from .enrolment import EnrolmentError
+    from .pinning import CertificateChanged
+    from .place import StateError
     from .status import ServerStatus, ping
     from .training import Step
 
-__all__ = ["ConnectionFailed", "DataError", "EdgeClient", "Refused", "ServerStatus", "Step", "ping"]
+__all__ = [
+    "CertificateChanged",
+    "ConnectionFailed",
+    "DataError",
+    "EdgeClient",
+    "EnrolmentError",
+    "Refused",
+    "ServerStatus",
+    "StateError",
+    "Step",
+    "ping",
+]
 
 _HOMES = {
+    "CertificateChanged": "pinning",
+    "EnrolmentError": "enrolment",
+    "StateError": "place",
     "ConnectionFailed": "connection",
     "DataError": "data",
     "EdgeClient": "client",

@@ -413,9 +413,10 @@ def test_server_that_cannot_write_the_adapter_does_not_end_well(
         status = background.submit(gpu_server.cli.main, ["serve", *arguments(flags)])
         wait_for_server(port)
         url = f"ws://127.0.0.1:{port}"
-        with pytest.raises(ConnectionError), EdgeClient(
-            url, model=str(tiny_model), data=pairs_file("a", 3), give_up_after=0.1
-        ) as client:
+        with (
+            pytest.raises(ConnectionError),
+            EdgeClient(url, model=str(tiny_model), data=pairs_file("a", 3), give_up_after=0.1) as client,
+        ):
             list(client.train())  # the run could go on once there is room again: the device is not dismissed
         assert status.result() == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]

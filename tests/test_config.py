@@ -14,7 +14,7 @@ import pytest
 import edge_client.cli
 import gpu_server.cli
 from gpu_server import ConfigError, ServerConfig
-from gpu_server.config import options_from_toml
+from gpu_server.config import COUNTS, options_from_toml, resumed
 from protocol import RunSettings
 
 REQUIRED = {"model": "gpt2", "run_dir": "runs/demo", "steps": 10}
@@ -34,7 +34,7 @@ def refused(**options: Any) -> str:
 # Ranges
 
 
-@pytest.mark.parametrize("name", ["clients", "steps", "epochs", "aggregate_every", "max_batch_tokens"])
+@pytest.mark.parametrize("name", COUNTS)
 @pytest.mark.parametrize("value", [0, -1, 2**31])
 def test_counts_begin_at_one(name: str, value: int) -> None:
     options = {"steps": None, "epochs": value} if name == "epochs" else {name: value}
@@ -47,9 +47,30 @@ def test_warmup_and_seed_begin_at_zero(name: str, value: int) -> None:
     assert refused(**{name: value}) == f"{name.replace('_', '-')} must be 0 to 2147483647, got {value}"
 
 
+@pytest.mark.parametrize("name", ["lr", "step_deadline", "handshake_seconds", "max_messages_per_second"])
 @pytest.mark.parametrize("value", [0.0, -1e-4, float("nan"), float("inf")])
-def test_learning_rate_is_a_positive_number(value: float) -> None:
-    assert refused(lr=value) == f"lr must be positive, got {value}"
+def test_learning_rate_and_times_are_positive_numbers(name: str, value: float) -> None:
+    assert refused(**{name: value}) == f"{name.replace('_', '-')} must be positive, got {value}"
+
+
+def test_quorum_is_not_more_than_all() -> None:
+    assert refused(clients=2, quorum=3) == "quorum must be at most the 2 clients, got 3"
+
+
+def test_run_goes_on_with_what_it_was_begun_with_and_where_it_is_told() -> None:
+    recorded = {**dataclasses.asdict(config(lr=1e-3)), "lora_targets": ["c_attn"]}
+    told = resumed({"run_dir": "moved", "port": 9, "lora_targets": "c_attn", "steps": 10}, recorded)
+    assert (told["run_dir"], told["port"], told["lr"]) == ("moved", 9, 1e-3)
+
+
+@pytest.mark.parametrize(("name", "given", "before"), [("lr", 1e-2, 0.0002), ("lora_targets", ("c_fc",), ["c_attn"])])
+def test_run_cannot_go_on_as_another_one(name: str, given: Any, before: Any) -> None:
+    recorded = {**dataclasses.asdict(config()), "lora_targets": ["c_attn"]}
+    with pytest.raises(ConfigError) as caught:
+        resumed({"run_dir": "r", name: given}, recorded)
+    flag = name.replace("_", "-")
+    shown = list(given) if isinstance(given, tuple) else given
+    assert str(caught.value) == f"r holds a run with {flag} {before}; it cannot go on with {flag} {shown}"
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
@@ -226,7 +247,21 @@ OTHER_VALUES: dict[str, Any] = {
     "dtype": "bfloat16",
     "host": "0.0.0.0",
     "port": 1234,
+    "resume": True,
+    "checkpoint_every": 3,
+    "quorum": 1,
+    "step_deadline": 2.5,
+    "linger": 1.5,
+    "tls_cert": "c.pem",
+    "tls_key": "k.pem",
+    "insecure": True,
+    "clients_file": "clients.json",
     "max_batch_tokens": 100,
+    "max_connections": 10,
+    "max_strangers": 5,
+    "handshake_seconds": 3.5,
+    "max_messages_per_second": 7.5,
+    "max_queue": 1,
 }
 
 
@@ -236,7 +271,9 @@ def test_every_setting_is_a_flag(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     options = {"model": "gpt2", "run_dir": "a", **({} if name == "epochs" else {"steps": 1}), name: value}
     arguments = []
     for key, given in options.items():
-        arguments += [f"--{key.replace('_', '-')}", ",".join(given) if isinstance(given, tuple) else str(given)]
+        arguments.append(f"--{key.replace('_', '-')}")
+        if given is not True:
+            arguments.append(",".join(given) if isinstance(given, tuple) else str(given))
     assert built(monkeypatch, *arguments) == ServerConfig(**options)
 
 
@@ -265,31 +302,39 @@ def test_clients_are_not_told_where_things_lie() -> None:
 
 # Public flags and names: people and scripts rely on them, so that a change is a decision
 
+TRAINING = {
+    *("--batch-size", "--data", "--device", "--dtype", "--eval-data", "--give-up-after", "--help", "--max-length", "--model"),
+    *("--no-shuffle", "--state-dir", "-h"),
+}
 FLAGS = {
     "splitlora-edge": {
         "": {"--help", "-h", "--version"},
-        "train": {
-            *("--batch-size", "--data", "--device", "--dtype", "--eval-data", "--help", "--max-length", "--model", "--name"),
-            *("--no-shuffle", "--server", "-h"),
-        },
-        "ping": {"--help", "--server", "-h"},
+        "train": {*TRAINING, "--name", "--server"},
+        "join": TRAINING,
+        "ping": {"--help", "--server", "-h", "--name", "--state-dir"},
     },
     "splitlora-server": {
         "": {"--help", "-h", "--version"},
         "serve": {"--help", "-h", "--config", *(f"--{name.replace('_', '-')}" for name in OTHER_VALUES)},
+        "enrol": {"--help", "-h", "--run-dir", "--clients-file", "--address", "--tls-cert", "--insecure"},
+        "revoke": {"--help", "-h", "--run-dir", "--clients-file"},
+        "clients": {"--help", "-h", "--run-dir", "--clients-file"},
     },
 }
 
 NAMES = {
-    "edge_client": ["ConnectionFailed", "DataError", "EdgeClient", "Refused", "ServerStatus", "Step", "ping"],
+    "edge_client": [
+        *("CertificateChanged", "ConnectionFailed", "DataError", "EdgeClient", "EnrolmentError", "Refused", "ServerStatus"),
+        *("StateError", "Step", "ping"),
+    ],
     "gpu_server": ["ConfigError", "GpuServer", "RunEndedEarly", "ServerConfig", "StepRecord"],
     "protocol": [
         *("HANDSHAKE_BYTES", "PROTOCOL_VERSION", "SECONDS_BETWEEN_PINGS", "SECONDS_TO_PONG", "TRANSITIONS"),
         *("ActivationGradient", "Activations", "AdapterGradient", "AdapterWeights", "Array", "Contribution", "Done"),
         *("EdgeAdapter", "Evaluation", "EvaluationLoss", "Failure", "Goodbye", "Hello", "InvalidName", "Join"),
         *("LabelledBatch", "LocalProtocolError", "Message", "Ping", "Pong", "ProtocolError", "RemoteProtocolError"),
-        *("RunSettings", "Session", "Side", "Start", "State", "Tensors", "Welcome", "check_name", "compressed_bound"),
-        *("decode", "encode", "largest_message_bytes"),
+        *("RunEnd", "RunSettings", "Session", "Side", "Start", "State", "Tensors", "Welcome", "check_name", "compressed_bound"),
+        *("decode", "encode", "identity", "largest_message_bytes"),
     ],
     "split_model": [
         *("Adapter", "AdapterError", "BaseModel", "EdgePart", "LoraConfig", "ModelConfig", "ModelError", "OptimiserConfig"),
@@ -303,7 +348,8 @@ NAMES = {
             "choose_dtype",
             "continue_greedily",
         ),
-        *("derive_seed", "find_model", "initial_adapter", "load_adapter", "save_adapter", "take_step", "working_dtype"),
+        *("derive_seed", "find_model", "initial_adapter", "is_hub_name", "load_adapter", "optimiser_state"),
+        *("restore_optimiser", "save_adapter", "take_step", "working_dtype"),
     ],
     "terminal": ["Progress", "run_program", "show_log", "version"],
 }

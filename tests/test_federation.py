@@ -7,7 +7,20 @@ import pytest
 from hypothesis import given, strategies
 from hypothesis import settings as settings_of_hypothesis
 
-from gpu_server.federation import Action, Aggregate, Federation, FinishRun, FinishStep, ModelLimits, Phase, Reply, Train
+from gpu_server.federation import (
+    Action,
+    Aggregate,
+    Checkpoint,
+    Federation,
+    FinishRun,
+    FinishStep,
+    ModelLimits,
+    NameInUse,
+    Phase,
+    Reply,
+    Report,
+    Train,
+)
 from protocol import (
     ActivationGradient,
     Activations,
@@ -15,10 +28,11 @@ from protocol import (
     AdapterWeights,
     Done,
     EdgeAdapter,
-    Evaluation,
     Hello,
     Join,
+    Message,
     RemoteProtocolError,
+    RunEnd,
     RunSettings,
     Start,
 )
@@ -43,15 +57,19 @@ def settings(**changes: Any) -> RunSettings:
 class Table:
     """A federation, its clients' questions asked in any order, and the actions they cause."""
 
-    def __init__(self, samples: dict[str, int], **changes: Any) -> None:
-        self.federation = Federation("run", settings(clients=len(samples), **changes), LIMITS, tensors())
+    def __init__(self, samples: dict[str, int], quorum: int | None = None, **changes: Any) -> None:
+        self.federation = Federation("run", settings(clients=len(samples), **changes), LIMITS, tensors(), quorum=quorum)
         self.now = 0.0
         for name in samples:
             self.federation.welcome(Hello(name=name, fingerprint="f"))
         self.started = [a for name, count in samples.items() for a in self.join(name, count)]
 
-    def join(self, name: str, num_samples: int) -> list[Action]:
-        return self.federation.join(name, Join(num_samples=num_samples, batch_size=1, longest=ROWS), self.now)
+    def join(self, name: str, num_samples: int, step: int = 0) -> list[Action]:
+        return self.federation.join(name, Join(num_samples=num_samples, batch_size=1, longest=ROWS, step=step), self.now)
+
+    def come_back(self, name: str, step: int = 0) -> list[Action]:
+        self.federation.welcome(Hello(name=name, fingerprint="f"))
+        return self.join(name, self.federation.members[name].join.num_samples, step)
 
     def activations(self, name: str, step: int) -> list[Action]:
         ints = {"lengths": [ROWS], "label_counts": [2], "labels": [5, 6]}
@@ -118,7 +136,7 @@ def test_gradients_are_aggregated_when_all_are_there_and_the_step_is_then_finish
     assert aggregate.weights == {"a": 2, "b": 2}
     actions = table.aggregated()
     assert told(actions, EdgeAdapter) == ["a", "b"]
-    assert kinds(actions) == [Reply, Reply, FinishStep, FinishRun]
+    assert kinds(actions) == [Reply, Reply, FinishStep, Checkpoint, FinishRun]
 
 
 def test_final_adapter_is_sent_only_when_it_is_saved() -> None:
@@ -128,7 +146,7 @@ def test_final_adapter_is_sent_only_when_it_is_saved() -> None:
     table.contribute("a", 1)
     table.aggregated()
     assert table.done("a", 1) == []
-    assert told(table.federation.saved(0.0), EdgeAdapter) == ["a"]
+    assert told(table.federation.saved(0.0), RunEnd) == ["a"]
 
 
 def test_client_whose_data_is_used_up_waits_for_the_end_while_the_others_go_on() -> None:
@@ -179,7 +197,7 @@ def test_last_round_is_closed_when_those_with_steps_left_leave() -> None:
     assert list(aggregate.contributions) == ["short"]  # type: ignore[union-attr]
     actions = table.aggregated()
     assert told(actions, EdgeAdapter) == ["short"]
-    assert kinds(actions) == [Reply, FinishRun]
+    assert kinds(actions) == [Reply, Checkpoint, FinishRun]
 
 
 def test_last_round_waits_for_matrices_that_are_still_owed() -> None:
@@ -190,7 +208,7 @@ def test_last_round_waits_for_matrices_that_are_still_owed() -> None:
     assert table.federation.leave("long", 0.0) == []
     (aggregate,) = table.contribute("short", 1, AdapterWeights)
     assert list(aggregate.contributions) == ["short"]  # type: ignore[union-attr]
-    assert kinds(table.aggregated()) == [Reply, FinishRun]
+    assert kinds(table.aggregated()) == [Reply, Checkpoint, FinishRun]
 
 
 @pytest.mark.parametrize("moment", ["before its activations", "while computing", "before its gradient"])
@@ -274,36 +292,258 @@ def test_time_of_an_evaluation_belongs_to_no_step() -> None:
     assert finished.seconds["a"]["wire"] == 2.0
 
 
-@settings_of_hypothesis(max_examples=200, deadline=None)
-@given(data=strategies.data())
-def test_every_question_is_answered_whoever_leaves_and_whenever(data: strategies.DataObject) -> None:
-    samples = {name: data.draw(strategies.integers(1, 6), name) for name in "abc"}
-    table = Table(samples, aggregate_every=data.draw(strategies.integers(1, 4), "every"))
-    federation, asked, ended, actions = table.federation, {}, set(), list(table.started)
-    computing: list[Action] = []
-    while True:
-        for action in actions:
-            if isinstance(action, Reply):
-                asked.pop(action.client, None)
-                if isinstance(action.message, EdgeAdapter) and federation.members[action.client].next_question[0] is Evaluation:
-                    ended.add(action.client)
-            elif not isinstance(action, FinishStep):
-                computing.append(action)
-        ready = [name for name in federation.members if name not in asked and name not in ended]
-        choices = [("ask", name) for name in ready] + [("leave", name) for name in federation.members]
-        choices += [("compute", "")] if computing else []
-        if not [choice for choice in choices if choice[0] != "leave"]:
-            break
-        what, name = data.draw(strategies.sampled_from(choices))
-        if what == "leave":
-            asked.pop(name, None)
-            actions = federation.leave(name, 0.0)
-        elif what == "ask":
-            kind, step = federation.members[name].next_question
-            asked[name] = kind
-            actions = table.ask(name, kind, step)
+# Connections that are lost, and clients that come back
+
+
+def replies(actions: list[Action]) -> dict[str, Message]:
+    return {action.client: action.message for action in actions if isinstance(action, Reply)}
+
+
+def test_member_whose_connection_is_lost_is_waited_for() -> None:
+    table = Table({"a": 2, "b": 2})
+    table.federation.disconnected("b", 0.0)
+    assert table.activations("a", 1) == []
+    start = replies(table.come_back("b"))["b"]
+    assert isinstance(start, Start)
+    assert (start.step, start.round) == (0, 0)
+    assert kinds(table.activations("b", 1)) == [Train]
+
+
+def test_question_stays_when_its_connection_is_lost() -> None:
+    table = Table({"a": 2, "b": 2})
+    table.activations("b", 1)
+    table.federation.disconnected("b", 0.0)
+    assert kinds(table.activations("a", 1)) == [Train]
+
+
+def test_question_that_was_answered_gets_the_same_answer() -> None:
+    table = Table({"a": 2, "b": 2})
+    table.activations("a", 1)
+    table.activations("b", 1)
+    table.federation.disconnected("b", 0.0)
+    first = replies(table.trained("a", "b"))["b"]
+    table.come_back("b")
+    assert replies(table.activations("b", 1))["b"] is first
+    assert table.federation.step == 1
+
+
+def test_device_that_forgot_everything_repeats_the_step_it_is_in() -> None:
+    table = Table({"a": 2, "b": 2})
+    for name in ("a", "b"):
+        table.activations(name, 1)
+    gradient = replies(table.trained("a", "b"))["b"]
+    table.contribute("b", 1)
+    table.federation.disconnected("b", 0.0)
+    assert replies(table.come_back("b"))["b"].step == 0  # type: ignore[union-attr]
+    assert replies(table.activations("b", 1))["b"] is gradient
+    (aggregate,) = table.contribute("a", 1)
+    assert list(aggregate.contributions) == ["a", "b"]  # type: ignore[union-attr]
+
+
+def test_question_the_run_has_left_behind_is_answered_with_where_to_go_on() -> None:
+    table = Table({"a": 2, "b": 2})
+    for name in ("a", "b"):
+        table.activations(name, 1)
+    table.trained("a", "b")
+    table.contribute("b", 1)
+    table.federation.disconnected("b", 0.0)
+    table.come_back("b")
+    table.contribute("a", 1)
+    table.aggregated()
+    start = replies(table.activations("b", 1))["b"]
+    assert isinstance(start, Start)
+    assert (start.step, start.round) == (1, 1)
+
+
+def test_name_of_a_connected_client_is_taken_and_that_of_a_lost_one_is_not() -> None:
+    table = Table({"a": 2, "b": 2})
+    with pytest.raises(NameInUse):
+        table.federation.welcome(Hello(name="b", fingerprint="f"))
+    table.federation.disconnected("b", 0.0)
+    assert table.federation.welcome(Hello(name="b", fingerprint="f")).run == "run"
+
+
+def test_client_that_comes_back_with_other_data_is_refused_and_keeps_its_place() -> None:
+    table = Table({"a": 2, "b": 2})
+    table.federation.disconnected("b", 0.0)
+    with pytest.raises(RemoteProtocolError, match=r"b joined this run with 2 samples .* comes back with 3"):
+        table.join("b", 3)
+    assert isinstance(replies(table.come_back("b"))["b"], Start)
+
+
+def test_without_a_quorum_a_step_waits_for_all_however_long_and_says_so_once() -> None:
+    table = Table({"a": 2, "b": 2})
+    table.activations("a", 1)
+    (report,) = table.federation.tick(1e6)
+    assert isinstance(report, Report)
+    assert "step 1 waits for b" in report.text
+    assert table.federation.tick(2e6) == []
+    assert table.federation.expires() is None
+
+
+def test_step_goes_on_with_a_quorum_after_its_deadline_and_not_before() -> None:
+    table = Table({"a": 2, "b": 2, "c": 2}, quorum=2)
+    table.activations("a", 1)
+    table.activations("b", 1)
+    expires = table.federation.expires()
+    assert expires is not None
+    assert table.federation.tick(expires - 0.1) == []
+    report, train = table.federation.tick(expires)
+    assert isinstance(report, Report)
+    assert "without c" in report.text
+    assert isinstance(train, Train)
+    assert list(train.batches) == ["a", "b"]
+
+
+def test_late_client_joins_the_next_step() -> None:
+    table = Table({"a": 3, "b": 3, "c": 3}, quorum=2)
+    for name in ("a", "b"):
+        table.activations(name, 1)
+    table.federation.tick(1e6)
+    assert table.activations("c", 1) == []  # it is told when step 1 is done
+    table.trained("a", "b")
+    table.contribute("a", 1)
+    table.contribute("b", 1)
+    told_where = replies(table.aggregated())
+    assert isinstance(told_where["c"], Start)
+    assert (told_where["c"].step, told_where["c"].round) == (1, 1)
+    for name in ("a", "b"):
+        assert table.activations(name, 2) == []  # it is waited for again
+    (train,) = table.activations("c", 2)
+    assert list(train.batches) == ["a", "b", "c"]  # type: ignore[union-attr]
+
+
+def test_absent_client_is_not_waited_for_again() -> None:
+    table = Table({"a": 3, "b": 3, "c": 3}, quorum=2)
+    for name in ("a", "b"):
+        table.activations(name, 1)
+    table.federation.tick(1e6)
+    table.trained("a", "b")
+    table.contribute("a", 1)
+    table.contribute("b", 1)
+    table.aggregated()
+    table.activations("a", 2)
+    assert kinds(table.activations("b", 2)) == [Train]
+
+
+def test_client_that_said_goodbye_may_come_back() -> None:
+    table = Table({"a": 3, "b": 3})
+    table.activations("a", 1)
+    assert kinds(table.federation.leave("b", 0.0)) == [Train]
+    assert table.come_back("b") == []
+    table.trained("a")
+    table.contribute("a", 1)
+    assert isinstance(replies(table.aggregated())["b"], Start)
+
+
+def test_restored_run_goes_on_where_the_checkpoint_stands() -> None:
+    table = Table({"a": 3, "b": 3})
+    membership = table.federation.membership()
+    restored = Federation("run", table.federation.settings, LIMITS, tensors(), restarts=1)
+    assert restored.restore(2, 1, membership, 0.0) == []
+    for name in ("a", "b"):
+        assert restored.welcome(Hello(name=name, fingerprint="f")).restarts == 1
+        start = replies(restored.join(name, Join(num_samples=3, batch_size=1, longest=ROWS, step=3), 0.0))[name]
+        assert (start.step, start.round) == (2, 2)  # type: ignore[union-attr]
+
+
+def test_restored_run_that_was_complete_is_finished_again() -> None:
+    table = Table({"a": 3, "b": 3})
+    restored = Federation("run", table.federation.settings, LIMITS, tensors(), restarts=1)
+    assert kinds(restored.restore(3, 2, table.federation.membership(), 0.0)) == [FinishRun]
+
+
+class Player:
+    """A client that does what PROTOCOL.md says, as far as questions go."""
+
+    def __init__(self, name: str, last_step: int, every: int) -> None:
+        self.name, self.last_step, self.every = name, last_step, every
+        self.step = self.round = self.remembered = 0
+        self.state = "joined"
+        self.next: tuple[type, int] | None = None
+        self.ended = False
+
+    def hear(self, message: Message) -> None:
+        if isinstance(message, Start):
+            due = message.round == self.round and self.remembered == message.step > message.round
+            self.step, self.round = message.step, message.round
+            ends = self.step == self.last_step or self.step % self.every == 0
+            self.next = (AdapterWeights, self.step) if due and ends and self.every > 1 else self.following()
+        elif isinstance(message, ActivationGradient):
+            if self.every == 1:
+                self.next = (AdapterGradient, message.step)
+            else:
+                self.step = self.remembered = message.step
+                ends = self.step == self.last_step or self.step % self.every == 0
+                self.next = (AdapterWeights, self.step) if ends else self.following()
+        elif isinstance(message, EdgeAdapter):
+            self.round = message.step
+            self.step = min(message.step, self.last_step)
+            if self.every == 1:
+                self.remembered = self.step
+            self.next = self.following()
         else:
-            actions = table.compute(computing.pop(0))
-    assert not asked
+            assert isinstance(message, RunEnd)
+            self.ended, self.next = True, None
+
+    def following(self) -> tuple[type, int]:
+        return (Activations, self.step + 1) if self.step < self.last_step else (Done, self.last_step)
+
+
+@settings_of_hypothesis(max_examples=300, deadline=None)
+@given(
+    random=strategies.randoms(use_true_random=False),
+    every=strategies.integers(1, 4),
+    quorum=strategies.none() | strategies.just(1),
+)
+def test_run_ends_for_everybody_whoever_is_lost_comes_back_leaves_or_is_late(
+    random: Any, every: int, quorum: int | None
+) -> None:
+    samples = {name: random.randint(1, 6) for name in "abc"}
+    table = Table(samples, quorum=quorum, aggregate_every=every)
+    players = {name: Player(name, count, every) for name, count in samples.items()}
+    connected, asked, computing, trained = set(players), set(), [], []
+    federation = table.federation
+
+    def take(actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Reply) and action.client in connected:
+                players[action.client].hear(action.message)
+                asked.discard(action.client)
+            elif isinstance(action, Train | Aggregate | FinishRun):
+                computing.append(action)
+                if isinstance(action, Train):
+                    trained.append(action.step)
+
+    def do(what: str, name: str) -> None:
+        player = players[name]
+        if what == "ask" and name in connected and name not in asked and player.next is not None:
+            asked.add(name)
+            take(table.ask(name, *player.next))
+        elif what == "lose" and name in connected and not player.ended:
+            connected.discard(name)
+            asked.discard(name)
+            federation.disconnected(name, table.now)
+            if random.random() < 0.5 and every == 1:
+                player.remembered = 0  # it was killed; in longer rounds it keeps its state
+        elif what == "back" and name not in connected:
+            connected.add(name)
+            asked.add(name)
+            take(table.come_back(name, player.remembered))
+        elif what == "compute" and computing:
+            take(table.compute(computing.pop(0)))
+        elif what == "wait":
+            table.now += 1000.0
+            take(federation.tick(table.now))
+
+    take(table.started)
+    for _ in range(random.randint(0, 60)):
+        do(random.choice(["ask", "ask", "ask", "lose", "back", "compute", "compute", "wait"]), random.choice("abc"))
+    for _ in range(200):
+        for name in players:
+            do("back", name)
+            do("ask", name)
+        do("compute", "a")
+    assert all(player.ended for player in players.values())
     assert federation.phase is Phase.FINISHED
-    assert ended == set(federation.members)
+    assert trained == list(range(1, max(samples.values()) + 1))  # every step, and every step once
