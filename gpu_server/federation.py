@@ -547,6 +547,8 @@ class Federation:
             member = self.members[name]
             member.absent, member.answer = False, None
             member.next_question = self._question_after_round(member)
+            if member.next_question[0] is Done:
+                member.in_round = False  # the step after which it was to contribute has gone on without it
             actions += self._tell_where_to_go_on(name, now)
         self._returning.clear()
         return actions
