@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+import threading
 import types
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -73,7 +74,7 @@ def _add_where(command: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 after an error with one sentence on standard error, 130 after Ctrl-C."""
     options = build_parser().parse_args(arguments)
-    if options.command == "serve":
+    if options.command == "serve" and threading.current_thread() is threading.main_thread():
         # As Ctrl-C does: the run is kept, and can go on. 128 + 15 is what a shell calls the end by this signal.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     return run_program(PROGRAM, lambda: options.run(options), _errors_of_users)

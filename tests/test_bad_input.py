@@ -24,12 +24,13 @@ import pytest
 import torch
 import zstandard
 from safetensors.torch import load_file, save_file
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 from websockets.sync.server import serve
 
 import edge_client.cli
 import gpu_server.cli
-from edge_client import EdgeClient, Refused
+from edge_client import ConnectionFailed, EdgeClient
 from gpu_server import GpuServer, RunEndedEarly
 from protocol import (
     PROTOCOL_VERSION,
@@ -42,6 +43,7 @@ from protocol import (
     Evaluation,
     EvaluationLoss,
     Failure,
+    Goodbye,
     Hello,
     Join,
     Message,
@@ -642,6 +644,10 @@ def joined(run: Run, fingerprint: str) -> Iterator[Hostile]:
             run.honest.start()
             assert hostile.hear(Start).step == 0
             yield hostile
+            try:
+                hostile.say(Goodbye())  # a lost connection would keep the place
+            except ConnectionClosed:
+                pass  # refused, as it should be
             return
 
 
@@ -843,7 +849,7 @@ def test_client_that_leaves_in_the_middle_does_not_stop_the_others(
     tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], fingerprint: str, moment: str, politely: bool
 ) -> None:
     with (
-        a_run(tiny_model, tmp_path, pairs_file("honest", 3), clients=2) as run,
+        a_run(tiny_model, tmp_path, pairs_file("honest", 3), clients=2, quorum=1, step_deadline=1.0, linger=0.1) as run,
         joined(run, fingerprint) as hostile,
     ):
         run.train()
@@ -854,7 +860,9 @@ def test_client_that_leaves_in_the_middle_does_not_stop_the_others(
         if moment == "after a step":
             hostile.say(AdapterGradient(step=1, edge_seconds=0.0, tensors=edge_tensors()))
             hostile.hear(EdgeAdapter)
-        if not politely:
+        if politely:
+            hostile.say(Goodbye())
+        else:
             hostile.hang_up()
         hostile.socket.close()
         assert run.train().result() == [1, 2]
@@ -869,7 +877,7 @@ def test_evaluation_of_a_hostile_client_changes_nothing(
     ):
         hostile.say(Evaluation(index=7, lengths=ints(2), label_counts=ints(2), labels=ints(1, 2), values=floats(2)))
         first = hostile.hear(EvaluationLoss)
-        hostile.say(Evaluation(index=7, lengths=ints(2), label_counts=ints(2), labels=ints(1, 2), values=floats(2)))
+        hostile.say(Evaluation(index=8, lengths=ints(2), label_counts=ints(2), labels=ints(1, 2), values=floats(2)))
         assert (first.index, hostile.hear(EvaluationLoss).summed_loss) == (7, first.summed_loss)
 
 
@@ -952,19 +960,20 @@ def interrupt(process: "subprocess.Popen[str]") -> tuple[int, str]:
     return process.returncode, said
 
 
-def test_ctrl_c_ends_the_server_and_its_client_is_told(
+def test_ctrl_c_keeps_the_run_and_its_client_tries_to_come_back(
     tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path]
 ) -> None:
     flags = {**server_options(tiny_model, tmp_path / "run"), "steps": 10**6}
     with program("gpu_server", "serve", *arguments(flags)) as process:
         url = read_until(process, "listening on").split()[2]
-        with EdgeClient(url, model=str(tiny_model), data=pairs_file("a", 3)) as client:
+        with EdgeClient(url, model=str(tiny_model), data=pairs_file("a", 3), give_up_after=0.1) as client:
             steps = client.train()
             next(steps)
             status, said = interrupt(process)
             assert (status, said.splitlines()[-1]) == (130, "splitlora-server: interrupted")
             assert "Traceback" not in said
-            with pytest.raises(Refused, match="the server was stopped"):
+            assert "--resume goes on from there" in said
+            with pytest.raises(ConnectionFailed, match=r"gave up after 0\.1 s"):
                 list(steps)
 
 
