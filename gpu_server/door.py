@@ -1,7 +1,6 @@
 """Where and how the server listens, and whom it lets in."""
 
 import ipaddress
-import logging
 import socket
 import ssl
 from collections.abc import Callable
@@ -19,8 +18,6 @@ __all__ = ["Door", "enrolments_of", "invite", "open_door"]
 
 DEFAULT_PORT = 8765
 
-logger = logging.getLogger("gpu_server")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Door:
@@ -34,6 +31,8 @@ class Door:
     """Whether a name and a secret belong together; None lets everybody in."""
     enrolled: Callable[[], set[str]] | None = None
     """Who may still be in the run."""
+    notices: tuple[str, ...] = ()
+    """What the operator has to be told."""
 
 
 def open_door(config: ServerConfig) -> Door:
@@ -51,12 +50,14 @@ def open_door(config: ServerConfig) -> Door:
     certificate = given
     if given is None and guarded and not config.insecure:
         certificate = own_certificate(enrolments.path.parent)
+    notices = []
     if config.insecure and not private:
-        logger.warning(
-            "without encryption whoever shares the network reads what %s", "passes, secrets too" if guarded else "passes"
-        )
+        what = "passes, secrets too" if guarded else "passes, and joins the run if it likes"
+        notices.append(f"insecure: without encryption whoever shares the network reads what {what}")
     if guarded and not enrolments.exists():
-        logger.info("nobody is enrolled yet: splitlora-server enrol NAME --run-dir %s", config.run_dir)
+        notices.append(
+            f"nobody is enrolled yet, and nobody else is let in: splitlora-server enrol NAME --run-dir {config.run_dir}"
+        )
     return Door(
         host=config.host,
         port=config.port,
@@ -70,6 +71,7 @@ def open_door(config: ServerConfig) -> Door:
         encryption=None if certificate is None else certificate.server_context(),
         admits=enrolments.admits if guarded else None,
         enrolled=(lambda: set(enrolments.clients())) if guarded else None,
+        notices=tuple(notices),
     )
 
 

@@ -191,6 +191,8 @@ class RunServer:
         self._listener = Listener.open(self._door.host, self._door.port, self._door.limits)
         async with await self._open() as server:
             listening(self._url())
+            for notice in self._door.notices:
+                logger.warning("%s", notice)
             watch = self._loop.create_task(self._watch_enrolments())
             try:
                 self._perform(first)
