@@ -1,0 +1,203 @@
+"""Exported graphs at work. Alone here is onnxruntime known."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .exported_model import ExportedModelError
+
+__all__ = ["Decoder", "RuntimeMissing", "open_session", "runtime_version"]
+
+PAST, PRESENT = "past_key_values.", "present."
+LOGITS_START = "logits_start"
+
+
+class RuntimeMissing(ImportError):
+    """onnxruntime is not installed, or cannot be loaded here."""
+
+
+class Decoder:
+    """
+    The graphs of a model, one after the other, and the keys and values of the tokens they have seen, of one sequence.
+
+    Args:
+        graphs: the whole model, or its edge part and its server part.
+        shares_buffer: whether the graphs write new keys and values where the earlier ones lie. They then need no copying.
+        configuration: of each session, see `open_session`.
+
+    Raises:
+        RuntimeMissing: there is no onnxruntime.
+        ExportedModelError: a graph cannot be loaded.
+    """
+
+    def __init__(self, graphs: Sequence[Path], *, shares_buffer: bool, configuration: Mapping[str, str] | None = None) -> None:
+        self._parts = [_Part(path, shares_buffer, configuration or {}) for path in graphs]
+        self._length = 0
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether an adapter can be put in."""
+        return any(name != LOGITS_START for part in self._parts for name in part.optional_inputs)
+
+    def use_adapter(self, path: Path) -> None:
+        """
+        Put an adapter in, in place of the one there is. Nothing is loaded again.
+
+        Raises:
+            ExportedModelError: the file is no adapter, or one for another model.
+        """
+        parameters = _read_adapter(path)
+        slots = {name: shape for part in self._parts for name, shape in part.optional_inputs.items() if name != LOGITS_START}
+        for name, value in parameters.items():
+            if name not in slots:
+                raise ExportedModelError(f"{path} adapts {name}, for which these graphs have no room")
+            if not _fits(value.shape(), slots[name]):
+                raise ExportedModelError(f"{path}: {name} is {value.shape()}, which does not fit {slots[name]}")
+        for part in self._parts:
+            part.adapter = {name: value for name, value in parameters.items() if name in part.optional_inputs}
+
+    def clear(self, capacity: int) -> None:
+        """Forget the sequence, and make room for one of ``capacity`` tokens."""
+        self._length = 0
+        for part in self._parts:
+            part.clear(capacity)
+
+    def extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """
+        Append tokens to the sequence.
+
+        Returns:
+            (vocabulary,) the logits of the token that comes next.
+        """
+        start, self._length = self._length, self._length + len(tokens)
+        values: NDArray[Any] = np.array([tokens], np.int64)  # (1, S)
+        for part in self._parts:
+            values = part.extend(values, start)  # (1, S, width), at last (1, S or 1, vocabulary)
+        return values[0, -1].astype(np.float32, copy=False)
+
+
+class _Part:
+    """One graph, and its keys and values."""
+
+    def __init__(self, path: Path, shares_buffer: bool, configuration: Mapping[str, str]) -> None:
+        self._path, self._session = path, open_session(path, configuration)
+        self._shares_buffer = shares_buffer
+        inputs = self._session.get_inputs()
+        self._input, self._output = inputs[0].name, self._session.get_outputs()[0].name
+        self._takes_positions = any(value.name == "position_ids" for value in inputs)
+        self._cached = [value for value in inputs if value.name.startswith(PAST)]
+        self._cache: list[Any] = []
+        self.optional_inputs = {value.name: value.shape for value in self._session.get_overridable_initializers()}
+        self.adapter: dict[str, Any] = {}
+
+    def clear(self, capacity: int) -> None:
+        from onnxruntime import OrtValue
+
+        length = capacity if self._shares_buffer else 0
+        # Not filled with zeros: only pages that are written to take memory.
+        self._cache = [
+            OrtValue.ortvalue_from_shape_and_type((1, value.shape[1], length, value.shape[3]), _dtype(value.type), "cpu")
+            for value in self._cached
+        ]
+
+    def extend(self, values: NDArray[Any], start: int) -> NDArray[Any]:
+        binding = self._session.io_binding()
+        for name, value in self._inputs(values, start).items():
+            binding.bind_cpu_input(name, value)
+        for name, value in self.adapter.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output(self._output)
+        for place, value in zip(self._cached, self._cache, strict=True):
+            binding.bind_ortvalue_input(place.name, value)
+            present = place.name.replace(PAST, PRESENT)
+            if self._shares_buffer:
+                binding.bind_ortvalue_output(present, value)
+            else:
+                binding.bind_output(present)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's errors have no common type
+            raise ExportedModelError(f"{self._path} failed: {_first_line(error)}") from None
+        output, *present_values = binding.get_outputs()
+        if not self._shares_buffer:
+            self._cache = present_values
+        return output.numpy()  # type: ignore[no-any-return]
+
+    def _inputs(self, values: NDArray[Any], start: int) -> dict[str, NDArray[Any]]:
+        end = start + values.shape[1]
+        inputs = {self._input: values, "attention_mask": np.ones((1, end), np.int64)}
+        if self._takes_positions:
+            inputs["position_ids"] = np.arange(start, end)[None]
+        if LOGITS_START in self.optional_inputs:
+            inputs[LOGITS_START] = np.array([-1])  # the head is a third of a small model's work, and only the last row counts
+        return inputs
+
+
+def open_session(path: Path, configuration: Mapping[str, str], *, save_to: Path | None = None) -> Any:
+    """
+    Args:
+        configuration: onnxruntime's session entries, such as "session.disable_prepacking".
+        save_to: where to write the graph as it is after onnxruntime's optimisations.
+
+    Raises:
+        RuntimeMissing: there is no onnxruntime.
+        ExportedModelError: the graph cannot be loaded.
+    """
+    onnxruntime = _import_runtime()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Threads that wait for each other spin for this long, and then sleep. Spinning on, as is the default, halves the speed on
+    # a machine that does anything else beside; not spinning at all costs a sixth of it on one that does not.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
+    for name, value in configuration.items():
+        options.add_session_config_entry(name, value)
+    if save_to is not None:
+        options.optimized_model_filepath = str(save_to)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors have no common type
+        raise ExportedModelError(f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}: {_first_line(error)}") from None
+
+
+def runtime_version() -> str:
+    """
+    Raises:
+        RuntimeMissing: there is no onnxruntime.
+    """
+    return str(_import_runtime().__version__)
+
+
+def _import_runtime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise RuntimeMissing(f"generating needs onnxruntime ({error}): pip install 'splitlora[generate]'") from None
+    return onnxruntime
+
+
+def _read_adapter(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ExportedModelError(f"no adapter file at {path}")
+    onnxruntime = _import_runtime()
+    try:
+        parameters = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
+        # Copied, because those lie in the mapped file, which goes when its reader does.
+        return {name: onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy()) for name, value in parameters.items()}
+    except Exception as error:
+        raise ExportedModelError(f"{path} is no adapter that onnxruntime can read: {_first_line(error)}") from None
+
+
+def _fits(shape: Sequence[int], slot: Sequence[int | str | None]) -> bool:
+    """Whether a value can take a place some of whose sizes, such as the rank, are free."""
+    return len(shape) == len(slot) and all(not isinstance(place, int) or size == place for size, place in zip(shape, slot, strict=True))
+
+
+def _dtype(type_name: str) -> type[np.floating[Any]]:
+    return np.float16 if "float16" in type_name else np.float32
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,129 @@
+"""The folder that splitlora-export writes: what is in it, and whether all of it is there. Loads nothing."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+__all__ = ["KIND", "SPLIT_KIND", "ExportedModel", "ExportedModelError"]
+
+MANIFEST = "splitlora.json"
+FORMAT = 1
+KIND, SPLIT_KIND = "language model", "split language model"
+GRAPHS_OF = {KIND: ("graph",), SPLIT_KIND: ("edge_graph", "server_graph")}
+
+
+class ExportedModelError(ValueError):
+    """A folder that cannot be used as an exported model; the message says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graphs:
+    """One precision of a model."""
+
+    paths: tuple[Path, ...]
+    """One graph, or those of the edge part and the server part."""
+    num_bytes: dict[Path, int]
+    """The size of every file of the graphs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedModel:
+    """What the manifest of an exported folder says."""
+
+    folder: Path
+    kind: str
+    attention: str
+    adapter: Path | None
+    """The adapter that came with it, if its graphs hold the base model and have room for one."""
+    vocabulary_size: int
+    context: int
+    """Most tokens, prompt and continuation together."""
+    end_token: int
+    precisions: dict[str, Graphs]
+
+    @classmethod
+    def open(cls, folder: Path) -> "ExportedModel":
+        """
+        Raises:
+            ExportedModelError: there is no such folder, it is of another kind, or its manifest is broken.
+        """
+        raw = _read_manifest(folder)
+        if raw.get("kind") not in GRAPHS_OF:
+            raise ExportedModelError(f"{folder} holds a {raw.get('kind')!r}; text is generated with {' or '.join(GRAPHS_OF)}")
+        try:
+            return cls(
+                folder=folder,
+                kind=raw["kind"],
+                attention=str(raw["attention"]),
+                adapter=None if raw["adapter"] is None else _inside(folder, raw["adapter"]),
+                vocabulary_size=int(raw["vocabulary_size"]),
+                context=int(raw["context"]),
+                end_token=int(raw["end_token"]),
+                precisions={name: _graphs(folder, raw["kind"], entry) for name, entry in raw["precisions"].items()},
+            )
+        except KeyError as error:
+            raise ExportedModelError(f"{folder / MANIFEST}: {error} is missing; export the model again") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ExportedModelError(f"{folder / MANIFEST} is broken: {error}; export the model again") from None
+
+    def graphs(self, precision: str) -> Graphs:
+        """
+        The files of a precision, each there with its full size.
+
+        Raises:
+            ExportedModelError: it was not exported, or not all of it has come.
+        """
+        if precision not in self.precisions:
+            exported = ", ".join(self.precisions) or "none"
+            raise ExportedModelError(f"{self.folder} was exported without {precision}; there is {exported}")
+        graphs = self.precisions[precision]
+        for path, expected in graphs.num_bytes.items():
+            require_whole(path, expected)
+        return graphs
+
+
+def require_whole(path: Path, expected: int) -> None:
+    """
+    Raises:
+        ExportedModelError: the file is not there, or of another size than it was written with.
+    """
+    if not path.is_file():
+        raise ExportedModelError(f"{path} is missing: the folder is incomplete; copy or export it again")
+    found = path.stat().st_size
+    if found != expected:
+        raise ExportedModelError(f"{path} has {found:,} bytes of {expected:,}: copy or export the folder again")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise ExportedModelError(f"no folder at {folder}; splitlora-export onnx makes one")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ExportedModelError(f"{folder} has no {MANIFEST}: it is no folder that splitlora-export onnx has made") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExportedModelError(f"{path} cannot be read: {error}; export the model again") from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        found = raw.get("format") if isinstance(raw, dict) else raw
+        raise ExportedModelError(f"{path} has format {str(found)[:40]}; this splitlora reads format {FORMAT}")
+    return raw
+
+
+def _graphs(folder: Path, kind: str, entry: dict[str, Any]) -> Graphs:
+    num_bytes = {_inside(folder, name): int(size) for name, size in entry["bytes"].items()}
+    paths: Sequence[Path] = [_inside(folder, entry[key]) for key in GRAPHS_OF[kind]]
+    for path in paths:
+        if path not in num_bytes:
+            raise ValueError(f"the size of {path.name} is not given")
+    return Graphs(paths=tuple(paths), num_bytes=num_bytes)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A path of the manifest, which may have come over a network."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name!r} is outside the folder")
+    return folder / path

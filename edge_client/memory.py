@@ -1,0 +1,28 @@
+"""What this process has of the machine's memory, where the system tells."""
+
+import re
+from pathlib import Path
+
+__all__ = ["available_memory", "process_memory"]
+
+
+def process_memory(field: str) -> int | None:
+    """
+    Bytes that Linux counts for this process: "VmHWM" is the peak of resident memory, "RssAnon" what no file stands behind.
+
+    Not `resource.getrusage`: its peak is inherited from the program that started this one.
+    """
+    return _read(Path("/proc/self/status"), field)
+
+
+def available_memory() -> int | None:
+    """Bytes that programs can still have without swapping."""
+    return _read(Path("/proc/meminfo"), "MemAvailable")
+
+
+def _read(path: Path, field: str) -> int | None:
+    try:
+        found = re.search(rf"^{field}:\s+(\d+) kB$", path.read_text(), re.M)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None

@@ -1,0 +1,124 @@
+"""
+Weights as one processor wants them. onnxruntime rearranges quantised weights whenever it loads them, in memory of its own;
+saved once, they are mapped from the disk instead, which takes a tenth of the memory.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from .decoder import open_session, runtime_version
+from .exported_model import ExportedModel, ExportedModelError
+
+__all__ = ["PACKED", "Prepared", "find_prepared", "prepare"]
+
+FOLDER, NOTE = "prepared", "prepared.json"
+PACKED = ("q8", "q4")
+"""The precisions whose weights are rearranged; of the others, the files are mapped as they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a folder has for a precision: graphs that can be used here, or why not."""
+
+    graphs: tuple[Path, ...] | None
+    reason: str
+
+
+def prepare(model: ExportedModel) -> Iterator[str]:
+    """
+    Save the weights of every quantised precision, rearranged for this processor and this onnxruntime.
+
+    Yields:
+        each precision, when it is done.
+
+    Raises:
+        ExportedModelError: nothing here is quantised, or the folder cannot be written or is incomplete.
+        RuntimeMissing: there is no onnxruntime.
+    """
+    precisions = [name for name in PACKED if name in model.precisions]
+    if not precisions:
+        raise ExportedModelError(f"{model.folder} has neither q8 nor q4: other weights need no preparation")
+    unfinished = model.folder / f"{FOLDER}.part"
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        for precision in precisions:
+            _save(model, precision, unfinished)
+            yield precision
+        _write_note(model, precisions, unfinished)
+        shutil.rmtree(model.folder / FOLDER, ignore_errors=True)
+        unfinished.rename(model.folder / FOLDER)
+    except OSError as error:
+        raise ExportedModelError(f"{model.folder} cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def find_prepared(model: ExportedModel, precision: str) -> Prepared:
+    """What was prepared of a precision, if it was on this processor, by this onnxruntime, from the files that are there now."""
+    folder = model.folder / FOLDER
+    try:
+        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+        graphs = {folder / name: int(size) for name, size in note["precisions"][precision].items()}
+        for key, value in _surroundings().items():
+            if note[key] != value:
+                return Prepared(graphs=None, reason=f"prepared for {key} {note[key]}, and here is {value}")
+        if note["made_of"][precision] != _state_of(model, precision):
+            return Prepared(graphs=None, reason="prepared from other files than are there now")
+        if any(path.stat().st_size != size for path, size in graphs.items()):
+            return Prepared(graphs=None, reason="what was prepared is incomplete")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Prepared(graphs=None, reason="not prepared")
+    return Prepared(graphs=tuple(path for path in graphs if path.suffix == GRAPH), reason="prepared")
+
+
+GRAPH = ".prepared"  # not .onnx: programs that look for graphs in the whole folder would take it for one of the model's
+
+
+def _save(model: ExportedModel, precision: str, folder: Path) -> None:
+    for number, path in enumerate(model.graphs(precision).paths):
+        graph = folder / f"{precision}-{number}{GRAPH}"
+        configuration = {
+            "session.save_external_prepacked_constant_initializers": "1",
+            "session.optimized_model_external_initializers_file_name": f"{graph.name}_data",
+        }
+        open_session(path, configuration, save_to=graph)
+
+
+def _write_note(model: ExportedModel, precisions: list[str], folder: Path) -> None:
+    files = {name: {path.name: path.stat().st_size for path in sorted(folder.glob(f"{name}-*"))} for name in precisions}
+    made_of = {name: _state_of(model, name) for name in precisions}
+    note = {**_surroundings(), "precisions": files, "made_of": made_of}
+    with (folder / NOTE).open("w", encoding="utf-8") as file:
+        json.dump(note, file, indent=2)
+        os.fsync(file.fileno())
+
+
+def _surroundings() -> dict[str, str]:
+    return {"processor": _processor(), "onnxruntime": runtime_version()}
+
+
+def _state_of(model: ExportedModel, precision: str) -> dict[str, Any]:
+    """Name, size and time of each file: another run's export has the same sizes."""
+    states = {path.name: path.stat() for path in model.graphs(precision).num_bytes}
+    return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+
+
+def _processor() -> str:
+    """Its name, and a digest of the instructions it has."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}".strip()
+    name = re.search(r"^(?:model name|Model|CPU part)\s*:\s*(.+)$", text, re.M)
+    instructions = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.M)
+    digest = sha256((instructions[1] if instructions else "").encode()).hexdigest()[:8]
+    return f"{platform.machine()} {name[1] if name else 'unknown'} {digest}"
