@@ -1,0 +1,81 @@
+"""The command splitlora-export. Nothing heavy is imported before it is known what is asked."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from terminal import run_program, version
+
+__all__ = ["build_parser", "main"]
+
+PROGRAM = "splitlora-export"
+PRECISIONS = ("fp32", "fp16", "q8", "q4")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="Turn a run's result into what people deploy.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    onnx = commands.add_parser(
+        "onnx", help="a folder that every runtime loads", description="Write a folder that every runtime loads."
+    )
+    _add_source(onnx)
+    onnx.add_argument(
+        "--precision",
+        type=_precisions,
+        default=("fp32", "q8", "q4"),
+        metavar="LIST",
+        help="of fp32, fp16 (for GPUs), q8 and q4, separated by commas (default: fp32,q8,q4)",
+    )
+    onnx.add_argument("--attention", choices=("gqa", "attn23", "ops"), default="gqa", help="(default: %(default)s)")
+    onnx.set_defaults(run=run_onnx)
+    return parser
+
+
+def _add_source(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--adapter", type=Path, metavar="DIR", help="a PEFT folder")
+    command.add_argument("--model", required=True, help="the base model: a Hugging Face folder, or a hub name such as gpt2")
+    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder to be made")
+    command.add_argument("--overwrite", action="store_true", help="replace a folder that exists")
+
+
+def _precisions(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    unknown = [name for name in names if name not in PRECISIONS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(PRECISIONS)}")
+    return names
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0, 1 after an error with one sentence on standard error, 130 after Ctrl-C."""
+    options = build_parser().parse_args(arguments)
+    return run_program(PROGRAM, lambda: options.run(options), _errors_of_users)
+
+
+def run_onnx(options: argparse.Namespace) -> None:
+    from .onnx_folder import export_onnx
+
+    export_onnx(
+        options.model,
+        options.output,
+        adapter=options.adapter,
+        precisions=options.precision,
+        attention=options.attention,
+        overwrite=options.overwrite,
+    )
+    _say(f"done: {options.output}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _errors_of_users() -> tuple[type[Exception], ...]:
+    from split_model import AdapterError, ModelError
+
+    from .errors import ExportError
+
+    return (ExportError, AdapterError, ModelError)

@@ -1,0 +1,7 @@
+"""What can be wrong with an export that a user asks for."""
+
+__all__ = ["ExportError"]
+
+
+class ExportError(ValueError):
+    """A run, an adapter, an output folder or an exported folder that cannot be used; the message says why and what to do."""
