@@ -6,7 +6,10 @@ if TYPE_CHECKING:
     from .client import EdgeClient
     from .connection import ConnectionFailed, Refused
     from .data import DataError
+    from .decoder import RuntimeMissing
     from .enrolment import EnrolmentError
+    from .exported_model import ExportedModelError
+    from .generation import GenerationError, Generator, Sampling
     from .pinning import CertificateChanged
     from .place import StateError
     from .status import ServerStatus, ping
@@ -18,7 +21,12 @@ __all__ = [
     "DataError",
     "EdgeClient",
     "EnrolmentError",
+    "ExportedModelError",
+    "GenerationError",
+    "Generator",
     "Refused",
+    "RuntimeMissing",
+    "Sampling",
     "ServerStatus",
     "StateError",
     "Step",
@@ -32,7 +40,12 @@ _HOMES = {
     "ConnectionFailed": "connection",
     "DataError": "data",
     "EdgeClient": "client",
+    "ExportedModelError": "exported_model",
+    "GenerationError": "generation",
+    "Generator": "generation",
     "Refused": "connection",
+    "RuntimeMissing": "decoder",
+    "Sampling": "generation",
     "ServerStatus": "status",
     "Step": "training",
     "ping": "status",

@@ -2,13 +2,15 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from terminal import Progress, run_program, show_log, version
 
 if TYPE_CHECKING:
     from .client import EdgeClient
+    from .generation import Generator, Speed
 
 __all__ = ["build_parser", "main"]
 
@@ -16,7 +18,9 @@ PROGRAM = "splitlora-edge"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Take part in a split fine-tuning run. The texts stay here.")
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description="Take part in a split fine-tuning run, and use what came of it. The texts stay here."
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -42,7 +46,49 @@ def build_parser() -> argparse.ArgumentParser:
     ping.add_argument("--name", help="of this device there, where it is enrolled under several")
     ping.add_argument("--state-dir", metavar="DIR", help="where this device keeps its enrolments")
     ping.set_defaults(run=run_ping, errors=_errors_of_ping)
+
+    generate = commands.add_parser(
+        "generate",
+        help="continue a text with an exported model",
+        description="Continue a text with a model that splitlora-export onnx has written. Needs onnxruntime, and no torch.",
+    )
+    _add_generation_flags(generate)
+    generate.set_defaults(run=run_generate, errors=_errors_of_generate)
+
+    prepare = commands.add_parser(
+        "prepare",
+        help="save an exported model as this processor wants it: it then takes less memory and loads faster",
+        description="Save the quantised weights of an exported model rearranged for this processor and this onnxruntime.",
+    )
+    prepare.add_argument("folder", metavar="DIR", type=Path, help="what splitlora-export onnx has written")
+    prepare.set_defaults(run=run_prepare, errors=_errors_of_generate)
     return parser
+
+
+def _add_generation_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="DIR", type=Path, help="what splitlora-export onnx has written")
+    command.add_argument(
+        "--prompt",
+        required=True,
+        metavar="TEXT",
+        help="what is continued; a model that has learnt completions expects <|endoftext|> behind the prompt",
+    )
+    command.add_argument("--precision", choices=("auto", "fp32", "fp16", "q8", "q4"), default="auto")
+    command.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most (default: %(default)s)")
+    command.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the most likely token, 1 draws as the model says (default: 0)"
+    )
+    command.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this probability together (default: 1)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
+    command.add_argument("--stream", action="store_true", help="print the text while it is made")
+    command.add_argument(
+        "--adapter",
+        metavar="FILE",
+        type=Path,
+        help="a .onnx_adapter in place of the one of the folder (exported with --keep-adapter)",
+    )
 
 
 def _add_training_flags(command: argparse.ArgumentParser) -> None:
@@ -143,6 +189,58 @@ def run_ping(options: argparse.Namespace) -> None:
     )
 
 
+def run_generate(options: argparse.Namespace) -> None:
+    from .exported_model import ExportedModel
+    from .generation import Generator, Sampling, choose_precision
+
+    sampling = Sampling(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
+    precision = options.precision
+    if precision == "auto":
+        precision, reason = choose_precision(ExportedModel.open(options.folder))
+        _say(f"precision {precision}: {reason}")
+    generator = Generator(options.folder, precision=precision, adapter=options.adapter)
+    _say(f"weights: {generator.preparation}")
+    pieces = generator.stream(options.prompt, max_new_tokens=options.max_new_tokens, sampling=sampling)
+    if options.stream:
+        for piece in pieces:
+            print(piece, end="", flush=True)  # noqa: T201
+        print()  # noqa: T201
+    else:
+        print(_collect(pieces, generator, options.max_new_tokens))  # noqa: T201
+    _say(_figures(generator.speed))
+
+
+def _collect(pieces: Iterator[str], generator: "Generator", max_new_tokens: int) -> str:
+    text = ""
+    with Progress(max_new_tokens, unit="token") as progress:
+        for piece in pieces:
+            text += piece
+            progress.advance(f"{generator.speed.tokens_per_second:.1f} tokens/s")
+    return text
+
+
+def run_prepare(options: argparse.Namespace) -> None:
+    from .exported_model import ExportedModel
+    from .prepared import precisions_to_prepare, prepare
+
+    model = ExportedModel.open(options.folder)
+    with Progress(len(precisions_to_prepare(model)), unit="precision") as progress:
+        for precision in prepare(model):
+            progress.advance(precision)
+    _say(f"done: {options.folder / 'prepared'}, for this processor and this onnxruntime; splitlora-edge generate uses it")
+
+
+def _figures(speed: "Speed") -> str:
+    from .memory import process_memory
+
+    peak = process_memory("VmHWM")
+    return (
+        f"prompt: {speed.prompt_tokens} tokens in {speed.prompt_seconds:.2f} s; "
+        f"continuation: {speed.new_tokens} tokens, {speed.tokens_per_second:.1f} tokens/s"
+        + (f"; peak memory {peak / 1e6:.0f} MB" if peak else "")
+    )
+
+
 def _introduction(client: "EdgeClient") -> str:
     data, settings = client.data, client.welcome.settings
     cut = f", {data.num_cut} of them cut" if data.num_cut else ""
@@ -177,6 +275,14 @@ def _errors_of_ping() -> tuple[type[Exception], ...]:
     from .pinning import CertificateChanged
 
     return (RemoteProtocolError, ConnectionFailed, Refused, CertificateChanged, EnrolmentError)
+
+
+def _errors_of_generate() -> tuple[type[Exception], ...]:
+    from .decoder import RuntimeMissing
+    from .exported_model import ExportedModelError
+    from .generation import GenerationError
+
+    return (ExportedModelError, GenerationError, RuntimeMissing)
 
 
 def _errors_of_train() -> tuple[type[Exception], ...]:

@@ -76,13 +76,14 @@ class Decoder:
         values: NDArray[Any] = np.array([tokens], np.int64)  # (1, S)
         for part in self._parts:
             values = part.extend(values, start)  # (1, S, width), at last (1, S or 1, vocabulary)
-        return values[0, -1].astype(np.float32, copy=False)
+        return np.asarray(values[0, -1], np.float32)
 
 
 class _Part:
     """One graph, and its keys and values."""
 
     def __init__(self, path: Path, shares_buffer: bool, configuration: Mapping[str, str]) -> None:
+        self._runtime = _import_runtime()
         self._path, self._session = path, open_session(path, configuration)
         self._shares_buffer = shares_buffer
         inputs = self._session.get_inputs()
@@ -92,22 +93,21 @@ class _Part:
         self._cache: list[Any] = []
         self.optional_inputs = {value.name: value.shape for value in self._session.get_overridable_initializers()}
         self.adapter: dict[str, Any] = {}
+        # The head is a third of a small model's work, and only the logits of the last position are asked for.
+        last_only = {LOGITS_START: np.array([-1])} if LOGITS_START in self.optional_inputs else {}
+        self._settings = {name: self._runtime.OrtValue.ortvalue_from_numpy(value) for name, value in last_only.items()}
 
     def clear(self, capacity: int) -> None:
-        from onnxruntime import OrtValue
-
         length = capacity if self._shares_buffer else 0
         # Not filled with zeros: only pages that are written to take memory.
-        self._cache = [
-            OrtValue.ortvalue_from_shape_and_type((1, value.shape[1], length, value.shape[3]), _dtype(value.type), "cpu")
-            for value in self._cached
-        ]
+        empty = self._runtime.OrtValue.ortvalue_from_shape_and_type
+        self._cache = [empty((1, value.shape[1], length, value.shape[3]), _dtype(value.type), "cpu") for value in self._cached]
 
     def extend(self, values: NDArray[Any], start: int) -> NDArray[Any]:
         binding = self._session.io_binding()
         for name, value in self._inputs(values, start).items():
             binding.bind_cpu_input(name, value)
-        for name, value in self.adapter.items():
+        for name, value in (self._settings | self.adapter).items():
             binding.bind_ortvalue_input(name, value)
         binding.bind_output(self._output)
         for place, value in zip(self._cached, self._cache, strict=True):
@@ -131,8 +131,6 @@ class _Part:
         inputs = {self._input: values, "attention_mask": np.ones((1, end), np.int64)}
         if self._takes_positions:
             inputs["position_ids"] = np.arange(start, end)[None]
-        if LOGITS_START in self.optional_inputs:
-            inputs[LOGITS_START] = np.array([-1])  # the head is a third of a small model's work, and only the last row counts
         return inputs
 
 
@@ -159,7 +157,9 @@ def open_session(path: Path, configuration: Mapping[str, str], *, save_to: Path 
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common type
-        raise ExportedModelError(f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}: {_first_line(error)}") from None
+        raise ExportedModelError(
+            f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}: {_first_line(error)}"
+        ) from None
 
 
 def runtime_version() -> str:
@@ -192,7 +192,9 @@ def _read_adapter(path: Path) -> dict[str, Any]:
 
 def _fits(shape: Sequence[int], slot: Sequence[int | str | None]) -> bool:
     """Whether a value can take a place some of whose sizes, such as the rank, are free."""
-    return len(shape) == len(slot) and all(not isinstance(place, int) or size == place for size, place in zip(shape, slot, strict=True))
+    return len(shape) == len(slot) and all(
+        not isinstance(place, int) or size == place for size, place in zip(shape, slot, strict=True)
+    )
 
 
 def _dtype(type_name: str) -> type[np.floating[Any]]:

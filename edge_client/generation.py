@@ -66,6 +66,11 @@ class Speed:
     seconds: float = 0.0
     """From the first token to the last, without what was done with them."""
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding; the first token is the prompt's."""
+        return (self.new_tokens - 1) / self.seconds if self.seconds else 0.0
+
 
 class Generator:
     """
@@ -108,6 +113,10 @@ class Generator:
             raise ExportedModelError(f"{self.model.folder} has its adapter merged; --keep-adapter exports with room for others")
         self._decoder.use_adapter(Path(path))
 
+    def text(self, prompt: str, *, max_new_tokens: int = 64, sampling: Sampling | None = None) -> str:
+        """The continuation. See `stream`."""
+        return "".join(self.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling))
+
     def stream(self, prompt: str, *, max_new_tokens: int = 64, sampling: Sampling | None = None) -> Iterator[str]:
         """
         The continuation, piece by piece; a piece has whole characters, of however many tokens. ``"".join(...)`` is all of it.
@@ -121,12 +130,10 @@ class Generator:
             piece = stream.step(self.tokenizer, token) or ""
             streamed += piece
             yield piece
-        # A last character that was begun and not finished.
-        yield self.tokenizer.decode(tokens).removeprefix(streamed)
+        if rest := self.tokenizer.decode(tokens).removeprefix(streamed):
+            yield rest  # a last character that was begun and not finished
 
-    def tokens(
-        self, prompt: Sequence[int], *, max_new_tokens: int = 64, sampling: Sampling | None = None
-    ) -> Iterator[int]:
+    def tokens(self, prompt: Sequence[int], *, max_new_tokens: int = 64, sampling: Sampling | None = None) -> Iterator[int]:
         """The continuation as token ids, up to the end of the text, ``max_new_tokens`` or the model's context. See `stream`."""
         sampling = sampling or Sampling()
         capacity = self._capacity(prompt, max_new_tokens)
@@ -186,12 +193,15 @@ def choose_precision(model: ExportedModel) -> tuple[str, str]:
     room = available_memory()
     fitting = [name for name in present if room is None or _memory_needed(model, name) < room]
     if not fitting:
-        smallest = min(present, key=lambda name: _memory_needed(model, name))
+        smallest = min(present, key=lambda name: sum(model.precisions[name].num_bytes.values()))
         return smallest, "the smallest one; memory is short for it too"
     passed_over = present[: present.index(fitting[0])]
     if passed_over:
         return fitting[0], f"{passed_over[0]} would not fit into the {room or 0:,} free bytes of memory"
-    reasons = {"q8": "close to fp32, and its decoding reads a quarter of the bytes", "q4": "the fastest to decode that is there"}
+    reasons = {
+        "q8": "close to fp32, and its decoding reads a quarter of the bytes",
+        "q4": "the fastest to decode that is there",
+    }
     return fitting[0], reasons.get(fitting[0], "no quantised one was exported")
 
 

@@ -17,9 +17,11 @@ from typing import Any
 from .decoder import open_session, runtime_version
 from .exported_model import ExportedModel, ExportedModelError
 
-__all__ = ["PACKED", "Prepared", "find_prepared", "prepare"]
+__all__ = ["PACKED", "Prepared", "find_prepared", "precisions_to_prepare", "prepare"]
 
 FOLDER, NOTE = "prepared", "prepared.json"
+GRAPH = ".prepared"
+"""Not .onnx: programs that look for graphs in the whole folder would take it for one of the model's."""
 PACKED = ("q8", "q4")
 """The precisions whose weights are rearranged; of the others, the files are mapped as they are."""
 
@@ -43,9 +45,7 @@ def prepare(model: ExportedModel) -> Iterator[str]:
         ExportedModelError: nothing here is quantised, or the folder cannot be written or is incomplete.
         RuntimeMissing: there is no onnxruntime.
     """
-    precisions = [name for name in PACKED if name in model.precisions]
-    if not precisions:
-        raise ExportedModelError(f"{model.folder} has neither q8 nor q4: other weights need no preparation")
+    precisions = precisions_to_prepare(model)
     unfinished = model.folder / f"{FOLDER}.part"
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -62,8 +62,21 @@ def prepare(model: ExportedModel) -> Iterator[str]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def precisions_to_prepare(model: ExportedModel) -> list[str]:
+    """
+    Raises:
+        ExportedModelError: nothing here is quantised.
+    """
+    precisions = [name for name in PACKED if name in model.precisions]
+    if not precisions:
+        raise ExportedModelError(f"{model.folder} has neither {' nor '.join(PACKED)}: other weights need no preparation")
+    return precisions
+
+
 def find_prepared(model: ExportedModel, precision: str) -> Prepared:
     """What was prepared of a precision, if it was on this processor, by this onnxruntime, from the files that are there now."""
+    if precision not in PACKED:
+        return Prepared(graphs=None, reason="mapped as they are")
     folder = model.folder / FOLDER
     try:
         note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
@@ -76,11 +89,8 @@ def find_prepared(model: ExportedModel, precision: str) -> Prepared:
         if any(path.stat().st_size != size for path, size in graphs.items()):
             return Prepared(graphs=None, reason="what was prepared is incomplete")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return Prepared(graphs=None, reason="not prepared")
+        return Prepared(graphs=None, reason="not prepared; splitlora-edge prepare would save memory and time")
     return Prepared(graphs=tuple(path for path in graphs if path.suffix == GRAPH), reason="prepared")
-
-
-GRAPH = ".prepared"  # not .onnx: programs that look for graphs in the whole folder would take it for one of the model's
 
 
 def _save(model: ExportedModel, precision: str, folder: Path) -> None:

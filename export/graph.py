@@ -94,6 +94,11 @@ class Graph:
             self._initializers[name] = self._external(name, array) if large else numpy_helper.from_array(array, name)
         return name
 
+    def optional_input(self, name: str, default: Array) -> str:
+        """An input that callers may leave out, and that those who do not know of it never see."""
+        self.input(name, default.dtype, default.shape)
+        return self.weight(name, default)
+
     def slot(self, name: str, dtype: DTypeLike, shape: Shape) -> str:
         """An initializer that a caller, or an adapter, may replace; without them it is empty. Words in the shape are free."""
         self.input(name, dtype, shape)

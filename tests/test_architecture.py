@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "protocol": {"msgpack", "numpy", "zstandard"},
     "split_model": {"torch", "safetensors", "huggingface_hub"},
     "terminal": {"tqdm"},
-    "edge_client": OURS | {"numpy", "platformdirs", "safetensors", "tokenizers", "torch", "websockets"},
+    "edge_client": OURS | {"numpy", "onnxruntime", "platformdirs", "safetensors", "tokenizers", "torch", "websockets"},
     "gpu_server": OURS | {"cryptography", "filelock", "numpy", "safetensors", "tomli", "torch", "websockets"},
 }
 ONLY_IN = {

@@ -1,0 +1,412 @@
+"""Text from an exported folder, held to transformers' own generate; and everything that such a folder can lack."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import shared_path
+from transformers import GPT2LMHeadModel
+from transformers.generation.logits_process import TopPLogitsWarper
+
+from edge_client import ExportedModelError, GenerationError, Generator, Sampling
+from edge_client.cli import main
+from edge_client.exported_model import ExportedModel
+from export.onnx_folder import export_onnx
+
+ATTENTIONS = ("gqa", "attn23", "ops")
+
+
+@pytest.fixture(scope="session")
+def exported(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, in every precision that a device is made for."""
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    export_onnx(str(tiny_model), folder, precisions=("fp32", "q8", "q4"))
+    return folder
+
+
+@pytest.fixture
+def copied(exported: Path, tmp_path: Path) -> Path:
+    """The same, to be spoilt."""
+    return Path(shutil.copytree(exported, tmp_path / "model"))
+
+
+def change_manifest(folder: Path, **values: Any) -> None:
+    path = folder / "splitlora.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def expected_tokens(model: Path, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
+    """What transformers continues the prompts with, greedily and without the end token."""
+    reference = GPT2LMHeadModel.from_pretrained(model, dtype=torch.float32).eval()
+    end = options.setdefault("eos_token_id", reference.config.eos_token_id)
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[end] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    output = reference.generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=end, **options
+    )
+    continuations = output[:, longest:].tolist()
+    return [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in continuations]
+
+
+def random_prompts(count: int, longest: int) -> list[list[int]]:
+    random = np.random.default_rng(0)
+    return [random.integers(1, 600, random.integers(1, longest)).tolist() for _ in range(count)]
+
+
+# Parity
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_greedy_tokens_are_those_of_transformers(tiny_model: Path, tmp_path: Path, attention: str) -> None:
+    export_onnx(str(tiny_model), tmp_path / "model", precisions=("fp32",), attention=attention)
+    generator = Generator(tmp_path / "model", precision="fp32")
+    prompts = random_prompts(12, longest=40)
+    for prompt, expected in zip(prompts, expected_tokens(tiny_model, prompts, 16), strict=True):
+        assert list(generator.tokens(prompt, max_new_tokens=16)) == expected
+
+
+def test_fifty_greedy_texts_are_those_of_transformers(tmp_path: Path) -> None:
+    model = shared_path("models/gpt2-mini")
+    lines = shared_path("data/e2e/valid.txt").read_text(encoding="utf-8").splitlines()[::90][:50]
+    export_onnx(str(model), tmp_path / "model", precisions=("fp32",))
+    generator = Generator(tmp_path / "model")
+    prompts = [line.split("||")[0] + "<|endoftext|>" for line in lines]
+    expected = expected_tokens(model, [generator.encode(prompt) for prompt in prompts], 20)
+    assert len(prompts) == 50
+    for prompt, tokens in zip(prompts, expected, strict=True):
+        assert generator.text(prompt, max_new_tokens=20) == generator.tokenizer.decode(tokens)
+
+
+def test_continuation_ends_with_the_context(tiny_model: Path, exported: Path) -> None:
+    prompt = np.random.default_rng(1).integers(1, 600, 230).tolist()
+    tokens = list(Generator(exported, precision="fp32").tokens(prompt, max_new_tokens=100))
+    assert len(tokens) == 256 - 230
+    assert [tokens] == expected_tokens(tiny_model, [prompt], 26)
+
+
+def test_continuation_ends_with_the_text(tiny_model: Path, copied: Path) -> None:
+    prompt = [5, 6, 7]
+    (unlimited,) = expected_tokens(tiny_model, [prompt], 30)
+    end = next(token for token in unlimited[5:] if token not in unlimited[:5])
+    change_manifest(copied, end_token=end)
+    tokens = list(Generator(copied, precision="fp32").tokens(prompt, max_new_tokens=30))
+    assert [tokens] == expected_tokens(tiny_model, [prompt], 30, eos_token_id=end) == [unlimited[: unlimited.index(end)]]
+
+
+def test_every_text_starts_afresh(exported: Path) -> None:
+    generator = Generator(exported, precision="q8")
+    first = generator.text("The Wrestlers is", max_new_tokens=12)
+    generator.text("something else, and longer than that one was", max_new_tokens=20)
+    assert generator.text("The Wrestlers is", max_new_tokens=12) == first
+
+
+def test_empty_prompt_begins_a_text(exported: Path) -> None:
+    generator = Generator(exported, precision="fp32")
+    assert generator.text("") == generator.text("<|endoftext|>")
+
+
+# Streaming
+
+
+def test_streamed_pieces_are_the_whole_text_and_cut_no_character(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Generator(exported, precision="fp32")
+    text = "naïve café → 10 €, 東京 🎉 done"
+    tokens = generator.encode(text)
+    assert len(tokens) > len(text), "characters of several tokens are the point"
+    monkeypatch.setattr(generator, "tokens", lambda *_, **__: iter(tokens))
+    pieces = list(generator.stream("x"))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_streamed_nonsense_is_the_whole_text_too(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Generator(exported, precision="fp32")
+    random = np.random.default_rng(0)
+    for _ in range(200):  # of bytes that are no UTF-8, or that end within a character
+        tokens = random.integers(0, 600, random.integers(1, 30)).tolist()
+        monkeypatch.setattr(generator, "tokens", lambda *_, tokens=tokens, **__: iter(tokens))
+        assert "".join(generator.stream("x")) == generator.tokenizer.decode(tokens)
+
+
+def test_a_piece_comes_before_the_next_token_is_computed(exported: Path) -> None:
+    generator = Generator(exported, precision="fp32")
+    next(generator.stream("The Wrestlers is", max_new_tokens=50))
+    assert generator.speed.new_tokens == 1
+
+
+# Sampling
+
+
+def test_same_seed_gives_the_same_text_and_another_seed_another(exported: Path) -> None:
+    generator = Generator(exported, precision="q8")
+    texts = [generator.text("The", sampling=Sampling(temperature=1.0, seed=seed)) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_samples_come_from_transformers_nucleus_in_its_proportions() -> None:
+    logits = np.random.default_rng(3).normal(0, 1, 50).astype(np.float32)
+    kept = TopPLogitsWarper(0.8)(torch.zeros(1, 1), torch.from_numpy(logits)[None] / 0.7)[0]
+    expected = kept.softmax(-1).numpy()
+    assert 3 < np.count_nonzero(expected) < 40
+    sampling, random = Sampling(temperature=0.7, top_p=0.8), np.random.default_rng(0)
+    counts = np.bincount([sampling.choose(logits, random) for _ in range(4000)], minlength=50)
+    assert set(counts.nonzero()[0]) <= set(expected.nonzero()[0])
+    assert np.abs(counts / 4000 - expected).max() < 4 * (0.25 / 4000) ** 0.5  # four standard deviations of the worst
+
+
+def test_small_temperature_and_small_nucleus_are_greedy() -> None:
+    logits = np.random.default_rng(3).normal(0, 2, 50).astype(np.float32)
+    for sampling in (Sampling(temperature=1e-4), Sampling(temperature=1.0, top_p=1e-6)):
+        assert sampling.choose(logits, np.random.default_rng(0)) == logits.argmax()
+
+
+# What is chosen, and what is said
+
+
+def test_automatic_precision_is_eight_bits_unless_memory_is_short(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edge_client import generation
+
+    model = ExportedModel.open(exported)
+    sizes = {name: sum(graphs.num_bytes.values()) for name, graphs in model.precisions.items()}
+    assert sizes["q4"] < sizes["q8"] < sizes["fp32"]
+    for room, expected in ((10**12, "q8"), (None, "q8"), (3 * sizes["q4"] + 1, "q4"), (1, "q4")):
+        monkeypatch.setattr(generation, "available_memory", lambda room=room: room)
+        precision, reason = generation.choose_precision(model)
+        assert precision == expected, reason
+        assert ("memory" in reason) == (expected == "q4")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_command_prints_the_text_and_says_how_fast_it_was(
+    exported: Path, capsys: pytest.CaptureFixture[str], stream: bool
+) -> None:
+    command = ["generate", str(exported), "--prompt", "The Wrestlers is", "--max-new-tokens", "9"]
+    assert main([*command, *(["--stream"] if stream else [])]) == 0
+    said = capsys.readouterr()
+    assert said.out == Generator(exported, precision="q8").text("The Wrestlers is", max_new_tokens=9) + "\n"
+    assert "precision q8: " in said.err
+    assert "9 tokens, " in said.err
+    assert "tokens/s" in said.err
+    assert "peak memory" in said.err
+
+
+def test_generating_imports_neither_torch_nor_transformers_nor_export(exported: Path) -> None:
+    check = (
+        "import sys; from edge_client.cli import main\n"
+        f"status = main(['generate', {str(exported)!r}, '--prompt', 'The', '--max-new-tokens', '2'])\n"
+        "heavy = {'torch', 'transformers', 'export', 'split_model', 'onnx', 'safetensors', 'websockets'} & sys.modules.keys()\n"
+        "sys.exit(f'imported {heavy}' if heavy else status)"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_missing_onnxruntime_is_one_sentence(exported: Path) -> None:
+    check = (
+        "import sys; sys.modules['onnxruntime'] = None; from edge_client.cli import main\n"
+        f"sys.exit(main(['generate', {str(exported)!r}, '--prompt', 'The']))"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("splitlora-edge: generating needs onnxruntime")
+    assert "pip install 'splitlora[generate]'" in done.stderr
+
+
+# Preparing
+
+
+def test_prepared_weights_give_the_same_text(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {name: Generator(copied, precision=name).text("The Wrestlers is") for name in ("q8", "q4")}
+    assert main(["prepare", str(copied)]) == 0
+    assert "prepared" in capsys.readouterr().err
+    for name, text in before.items():
+        generator = Generator(copied, precision=name)
+        assert generator.preparation == "prepared"
+        assert generator.text("The Wrestlers is") == text
+    assert not list((copied / "prepared").glob("*.onnx")), "other programs would take them for the model"
+
+
+@pytest.mark.parametrize("key", ["processor", "onnxruntime"])
+def test_what_was_prepared_elsewhere_is_not_used(copied: Path, key: str) -> None:
+    assert main(["prepare", str(copied)]) == 0
+    note = copied / "prepared/prepared.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | {key: "another"}))
+    generator = Generator(copied, precision="q8")
+    assert f"prepared for {key} another" in generator.preparation
+    assert generator.text("The")
+
+
+def spoil_nothing(folder: Path) -> None:
+    shutil.rmtree(folder / "prepared")
+
+
+def spoil_size(folder: Path) -> None:
+    (folder / "prepared/q8-0.prepared_data").write_bytes(b"")
+
+
+def spoil_note(folder: Path) -> None:
+    (folder / "prepared/prepared.json").write_text("[]")
+
+
+def spoil_source(folder: Path) -> None:
+    path = folder / "onnx/model_quantized.onnx_data"
+    path.write_bytes(path.read_bytes())
+
+
+@pytest.mark.parametrize("spoil", [spoil_nothing, spoil_size, spoil_note, spoil_source])
+def test_what_was_prepared_of_something_else_is_not_used(copied: Path, spoil: Callable[[Path], None]) -> None:
+    assert main(["prepare", str(copied)]) == 0
+    spoil(copied)
+    generator = Generator(copied, precision="q8")
+    assert generator.preparation != "prepared"
+    assert generator.text("The")
+
+
+def test_float_weights_need_no_preparation(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = json.loads((copied / "splitlora.json").read_text())
+    change_manifest(copied, precisions={"fp32": manifest["precisions"]["fp32"]})
+    assert main(["prepare", str(copied)]) == 1
+    assert "neither q8 nor q4" in capsys.readouterr().err
+    assert not (copied / "prepared").exists()
+
+
+# Faults
+
+
+def no_folder(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def no_manifest(folder: Path) -> None:
+    (folder / "splitlora.json").unlink()
+
+
+def broken_manifest(folder: Path) -> None:
+    (folder / "splitlora.json").write_text('{"format": 1, "kind"')
+
+
+def list_for_a_manifest(folder: Path) -> None:
+    (folder / "splitlora.json").write_text("[]")
+
+
+def later_format(folder: Path) -> None:
+    change_manifest(folder, format=2)
+
+
+def other_kind(folder: Path) -> None:
+    change_manifest(folder, kind="image classifier")
+
+
+def no_context(folder: Path) -> None:
+    path = folder / "splitlora.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "context"}))
+
+
+def nonsense_for_a_number(folder: Path) -> None:
+    change_manifest(folder, context="long")
+
+
+def path_outside(folder: Path) -> None:
+    graph = "../outside.onnx"
+    change_manifest(folder, precisions={"q8": {"graph": graph, "bytes": {graph: 1}}})
+
+
+def no_graph(folder: Path) -> None:
+    (folder / "onnx/model_quantized.onnx").unlink()
+
+
+def half_copied(folder: Path) -> None:
+    path = folder / "onnx/model_quantized.onnx_data"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def overwritten_graph(folder: Path) -> None:
+    path = folder / "onnx/model_quantized.onnx"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+
+
+def no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def broken_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def other_tokenizer(folder: Path) -> None:
+    change_manifest(folder, vocabulary_size=20)
+
+
+def no_precisions(folder: Path) -> None:
+    change_manifest(folder, precisions={})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (no_folder, "no folder at"),
+        (no_manifest, "has no splitlora.json: it is no folder that splitlora-export onnx has made"),
+        (broken_manifest, "cannot be read"),
+        (list_for_a_manifest, "has format []; this splitlora reads format 1"),
+        (later_format, "has format 2; this splitlora reads format 1"),
+        (other_kind, "holds a 'image classifier'"),
+        (no_context, "'context' is missing"),
+        (nonsense_for_a_number, "is broken"),
+        (path_outside, "'../outside.onnx' is outside the folder"),
+        (no_graph, "model_quantized.onnx is missing: the folder is incomplete"),
+        (half_copied, "model_quantized.onnx_data has"),
+        (overwritten_graph, "model_quantized.onnx cannot be loaded by onnxruntime"),
+        (no_tokenizer, "tokenizer.json is missing: the folder is incomplete"),
+        (broken_tokenizer, "tokenizer.json cannot be read"),
+        (other_tokenizer, "the tokenizer is of another model"),
+        (no_precisions, "has no precision that is known here"),
+    ],
+)
+def test_unusable_folder_is_one_sentence(
+    copied: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None], sentence: str
+) -> None:
+    spoil(copied)
+    assert main(["generate", str(copied), "--prompt", "The Wrestlers is"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert sentence in said.err.splitlines()[-1]
+    assert "Traceback" not in said.err
+
+
+def test_precision_that_was_not_exported_is_named(exported: Path) -> None:
+    with pytest.raises(ExportedModelError, match="was exported without fp16; there is fp32, q8, q4"):
+        Generator(exported, precision="fp16")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--temperature", "-1"], "temperature must be 0 or more, got -1.0"),
+        (["--temperature", "nan"], "temperature must be 0 or more, got nan"),
+        (["--top-p", "0"], "top-p must be above 0 and at most 1, got 0.0"),
+        (["--top-p", "1.5"], "top-p must be above 0 and at most 1, got 1.5"),
+        (["--seed", "-3"], "seed must be 0 or more, got -3"),
+        (["--max-new-tokens", "0"], "max-new-tokens must be at least 1, got 0"),
+        (["--prompt", "x " * 300], "the prompt has"),
+        (["--prompt", "half \udce9"], "the prompt is not UTF-8"),
+        (["--adapter", "missing.onnx_adapter"], "has its adapter merged"),
+    ],
+)
+def test_unusable_setting_is_one_sentence(
+    exported: Path, capsys: pytest.CaptureFixture[str], flags: list[str], sentence: str
+) -> None:
+    assert main(["generate", str(exported), "--prompt", "The", *flags]) == 1
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_setting_is_refused_when_it_is_given_and_not_at_the_first_token() -> None:
+    with pytest.raises(GenerationError, match="top-p"):
+        Sampling(top_p=2.0)
