@@ -1,13 +1,15 @@
-# make demo   train a split model end to end, here and now
-# make test   run all tests
-# make check  lint, format, types
-# make bench  the benchmarks, long
+# make demo           train a split model end to end, export it and generate with it, here and now
+# make test           run all tests
+# make test-runtimes  load an exported folder with every runtime that people deploy with; needs node
+# make check          lint, format, types
+# make bench          the benchmarks, long
+# make bench-export   how fast an exported model is, beside what else there is; compiles llama.cpp once
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test check bench
+.PHONY: demo test test-runtimes check bench bench-export
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.runtime
@@ -15,6 +17,9 @@ demo: $(VENV)/.runtime
 
 test: $(VENV)/.development
 	$(BIN)/python -m pytest
+
+test-runtimes: $(VENV)/.development .venv-runtimes/.runtimes .venv-node/.packages
+	$(BIN)/python -m pytest tests/runtimes
 
 check: $(VENV)/.development
 	$(BIN)/ruff check .
@@ -27,6 +32,9 @@ bench: $(VENV)/.development
 	$(BIN)/python benchmarks/device_weight.py
 	$(BIN)/python benchmarks/e2e.py
 
+bench-export: $(VENV)/.development .venv-runtimes/.engines
+	$(BIN)/python benchmarks/export_speed.py
+
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
 	$(PIP) install --upgrade pip
@@ -36,4 +44,21 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 # Dependency groups need a pip of 2025, which the runtime's recipe has just installed.
 $(VENV)/.development: $(VENV)/.runtime
 	$(PIP) install --constraint constraints.txt --group dev
+	touch $@
+
+.venv-runtimes/.runtimes: tests/runtimes/requirements.txt
+	python3 -m venv .venv-runtimes
+	.venv-runtimes/bin/python -m pip --disable-pip-version-check --quiet install --requirement $<
+	touch $@
+
+.venv-runtimes/.engines: benchmarks/engines.txt .venv-runtimes/.runtimes
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF CMAKE_BUILD_PARALLEL_LEVEL=2 \
+		.venv-runtimes/bin/python -m pip --disable-pip-version-check --quiet install --requirement $<
+	touch $@
+
+# Its packages bring what they need; their install scripts would fetch libraries for GPUs.
+.venv-node/.packages: tests/runtimes/package.json
+	mkdir -p .venv-node
+	cp $< .venv-node/
+	npm install --prefix .venv-node --ignore-scripts --no-audit --no-fund
 	touch $@

@@ -63,7 +63,10 @@ def write_genai_config(folder: Path, config: ModelConfig, *, filename: str, shar
     }
     model = {
         "type": "decoder",  # "gpt2" would mean the names and the combined cache of older exports
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), config.end_token),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), config.end_token),
+        # Every token that equals it is masked, and the end token stands between prompt and completion. -1 is in no text; as an
+        # index it means the table's last row.
+        "pad_token_id": -1,
         "context_length": config.num_positions,
         "vocab_size": config.vocabulary_size,
         "decoder": decoder,

@@ -1,0 +1,107 @@
+"""
+One folder, loaded as it is by every runtime that people deploy with: each with its real package, its own tokenizer and its
+own loop, in an environment where it can live. `make test-runtimes` makes the environments and runs this.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY
+
+from edge_client import Generator
+from export.onnx_folder import export_onnx
+
+HERE = Path(__file__).parent
+OTHER_PYTHON = REPOSITORY / ".venv-runtimes/bin/python"
+NODE_PACKAGES = REPOSITORY / ".venv-node"
+
+PROMPTS = (
+    "name : The Wrestlers | food : French<|endoftext|>",
+    "A restaurant in the city centre",
+    "naïve café → 10 €",
+    "x",
+)
+FILES = {"fp32": "model.onnx", "q8": "model_quantized.onnx", "q4": "model_q4.onnx"}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    program: str
+    needs: Path
+    """What `make test-runtimes` installs it into."""
+    script: str
+    precisions: tuple[str, ...] = ("fp32", "q8", "q4")
+
+
+RUNTIMES = {
+    "transformers": Runtime(sys.executable, Path(sys.executable), "with_transformers.py", ("fp32",)),
+    "onnxruntime": Runtime(sys.executable, Path(sys.executable), "with_onnxruntime.py"),
+    "optimum": Runtime(str(OTHER_PYTHON), OTHER_PYTHON, "with_optimum.py"),
+    "onnxruntime-genai": Runtime(str(OTHER_PYTHON), OTHER_PYTHON, "with_genai.py"),
+    "transformers.js": Runtime("node", NODE_PACKAGES, "with_transformers_js.mjs"),
+}
+CASES = [(name, precision) for name, runtime in RUNTIMES.items() for precision in runtime.precisions]
+
+
+@pytest.fixture(scope="module", params=["gqa", "attn23"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / request.param
+    export_onnx(str(REPOSITORY / "examples/base_model"), folder, precisions=tuple(FILES), attention=request.param)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "precision"), CASES)
+def test_greedy_tokens_are_the_same_everywhere(folder: Path, name: str, precision: str) -> None:
+    expected = list(continued_here(folder, precision))
+    assert any(len(answer) > 30 for answer in expected)
+    assert continued(RUNTIMES[name], folder, precision) == expected
+
+
+def test_device_without_torch_generates(folder: Path, tmp_path: Path) -> None:
+    """As docs/deploy.md installs it: onnxruntime, numpy, tokenizers and this package, without its other dependencies."""
+    environment = tmp_path / "device"
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    install = [environment / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*install, "onnxruntime", "numpy", "tokenizers"], check=True)
+    subprocess.run([*install, "--no-deps", REPOSITORY], check=True)
+    command = [environment / "bin/splitlora-edge", "generate", folder, "--prompt", PROMPTS[0], "--precision", "fp32"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == Generator(folder, precision="fp32").text(PROMPTS[0]) + "\n"
+
+
+def continued_here(folder: Path, precision: str) -> Iterator[list[int]]:
+    generator = Generator(folder, precision=precision)
+    for prompt in PROMPTS:
+        ids = generator.encode(prompt)
+        yield [*ids, *generator.tokens(ids, max_new_tokens=24)]
+
+
+def continued(runtime: Runtime, folder: Path, precision: str) -> list[list[int]]:
+    """Tokens of prompts and continuations, these without the end token."""
+    if not runtime.needs.exists():
+        pytest.fail(f"{runtime.needs} is missing; `make test-runtimes` installs it")
+    end = json.loads((folder / "splitlora.json").read_text())["end_token"]
+    task: dict[str, Any] = {"folder": str(folder), "file": FILES[precision], "dtype": precision, "end_token": end}
+    task |= {"prompts": PROMPTS, "max_new_tokens": 24}
+    program = shutil.which(runtime.program)
+    assert program is not None, f"{runtime.program} is not installed"
+    done = subprocess.run(
+        [program, HERE / runtime.script],
+        input=json.dumps(task),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "NODE_PACKAGES": str(NODE_PACKAGES), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    answers: list[list[int]] = json.loads(done.stdout.splitlines()[-1])
+    return [answer[:-1] if answer[-1] == end else answer for answer in answers]
