@@ -26,15 +26,22 @@ class Decoder:
     Args:
         graphs: the whole model, or its edge part and its server part.
         shares_buffer: whether the graphs write new keys and values where the earlier ones lie. They then need no copying.
-        configuration: of each session, see `open_session`.
+        configuration, num_threads: of each session, see `open_session`.
 
     Raises:
         RuntimeMissing: there is no onnxruntime.
         ExportedModelError: a graph cannot be loaded.
     """
 
-    def __init__(self, graphs: Sequence[Path], *, shares_buffer: bool, configuration: Mapping[str, str] | None = None) -> None:
-        self._parts = [_Part(path, shares_buffer, configuration or {}) for path in graphs]
+    def __init__(
+        self,
+        graphs: Sequence[Path],
+        *,
+        shares_buffer: bool,
+        configuration: Mapping[str, str] | None = None,
+        num_threads: int = 0,
+    ) -> None:
+        self._parts = [_Part(open_session(path, configuration or {}, num_threads), shares_buffer) for path in graphs]
         self._length = 0
 
     @property
@@ -82,10 +89,9 @@ class Decoder:
 class _Part:
     """One graph, and its keys and values."""
 
-    def __init__(self, path: Path, shares_buffer: bool, configuration: Mapping[str, str]) -> None:
+    def __init__(self, session: Any, shares_buffer: bool) -> None:
         self._runtime = _import_runtime()
-        self._path, self._session = path, open_session(path, configuration)
-        self._shares_buffer = shares_buffer
+        self._session, self._shares_buffer = session, shares_buffer
         inputs = self._session.get_inputs()
         self._input, self._output = inputs[0].name, self._session.get_outputs()[0].name
         self._takes_positions = any(value.name == "position_ids" for value in inputs)
@@ -98,10 +104,15 @@ class _Part:
         self._settings = {name: self._runtime.OrtValue.ortvalue_from_numpy(value) for name, value in last_only.items()}
 
     def clear(self, capacity: int) -> None:
-        length = capacity if self._shares_buffer else 0
-        # Not filled with zeros: only pages that are written to take memory.
-        empty = self._runtime.OrtValue.ortvalue_from_shape_and_type
-        self._cache = [empty((1, value.shape[1], length, value.shape[3]), _dtype(value.type), "cpu") for value in self._cached]
+        self._cache = [self._empty(place, capacity) for place in self._cached]
+
+    def _empty(self, place: Any, capacity: int) -> Any:
+        dtype, (_, num_heads, _, width) = _dtype(place.type), place.shape
+        if self._shares_buffer:
+            # Without zeros in it, it takes memory only as it is written to.
+            return self._runtime.OrtValue.ortvalue_from_shape_and_type((1, num_heads, capacity, width), dtype, "cpu")
+        # Of numpy: the Attention of onnxruntime 1.23 takes an empty array of onnxruntime's own for none.
+        return np.empty((1, num_heads, 0, width), dtype)
 
     def extend(self, values: NDArray[Any], start: int) -> NDArray[Any]:
         binding = self._session.io_binding()
@@ -111,7 +122,8 @@ class _Part:
             binding.bind_ortvalue_input(name, value)
         binding.bind_output(self._output)
         for place, value in zip(self._cached, self._cache, strict=True):
-            binding.bind_ortvalue_input(place.name, value)
+            bind = binding.bind_cpu_input if isinstance(value, np.ndarray) else binding.bind_ortvalue_input
+            bind(place.name, value)
             present = place.name.replace(PAST, PRESENT)
             if self._shares_buffer:
                 binding.bind_ortvalue_output(present, value)
@@ -120,7 +132,7 @@ class _Part:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's errors have no common type
-            raise ExportedModelError(f"{self._path} failed: {_first_line(error)}") from None
+            raise ExportedModelError(f"the model cannot be computed: {_first_line(error)}") from None
         output, *present_values = binding.get_outputs()
         if not self._shares_buffer:
             self._cache = present_values
@@ -134,10 +146,11 @@ class _Part:
         return inputs
 
 
-def open_session(path: Path, configuration: Mapping[str, str], *, save_to: Path | None = None) -> Any:
+def open_session(path: Path, configuration: Mapping[str, str], num_threads: int = 0, *, save_to: Path | None = None) -> Any:
     """
     Args:
         configuration: onnxruntime's session entries, such as "session.disable_prepacking".
+        num_threads: 0 is one for every core.
         save_to: where to write the graph as it is after onnxruntime's optimisations.
 
     Raises:
@@ -146,7 +159,8 @@ def open_session(path: Path, configuration: Mapping[str, str], *, save_to: Path 
     """
     onnxruntime = _import_runtime()
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it has to say of errors, the exceptions say
+    options.intra_op_num_threads = num_threads
     # Threads that wait for each other spin for this long, and then sleep. Spinning on, as is the default, halves the speed on
     # a machine that does anything else beside; not spinning at all costs a sixth of it on one that does not.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "50")

@@ -80,22 +80,28 @@ class Generator:
         folder: what `splitlora-export onnx` made.
         precision: one that was exported; "auto" chooses, see `choose_precision`.
         adapter: a .onnx_adapter file; by default the one that came with the folder, if one did.
+        num_threads: 0 is one for every core.
 
     Raises:
         ExportedModelError: the folder or the adapter cannot be used.
         RuntimeMissing: there is no onnxruntime.
     """
 
-    def __init__(self, folder: str | Path, *, precision: str = "auto", adapter: str | Path | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, *, precision: str = "auto", adapter: str | Path | None = None, num_threads: int = 0
+    ) -> None:
         self.model = ExportedModel.open(Path(folder))
         self.precision = choose_precision(self.model)[0] if precision == "auto" else precision
         graphs = self.model.graphs(self.precision)
         prepared = find_prepared(self.model, self.precision)
         self.preparation = prepared.reason
-        # Of float weights, a rearranged copy in memory is no faster than the mapped file.
-        configuration = {} if self.precision in PACKED else {"session.disable_prepacking": "1"}
-        shares_buffer = self.model.attention == "gqa"
-        self._decoder = Decoder(prepared.graphs or graphs.paths, shares_buffer=shares_buffer, configuration=configuration)
+        self._decoder = Decoder(
+            prepared.graphs or graphs.paths,
+            shares_buffer=self.model.attention == "gqa",
+            # Of float weights, a rearranged copy in memory is no faster than the mapped file.
+            configuration={} if self.precision in PACKED else {"session.disable_prepacking": "1"},
+            num_threads=num_threads,
+        )
         self.tokenizer = _load_tokenizer(self.model)
         self.speed = Speed()
         first_adapter = adapter or self.model.adapter
