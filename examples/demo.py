@@ -1,11 +1,13 @@
 """
-The main job, small: a server and two devices on loopback fine-tune the base model of this folder on two restaurant guides.
+The main job, small: a server and two devices on loopback fine-tune the base model of this folder on two restaurant guides;
+then the model is exported, checked, and generates as it would on a device.
 
 Each is a process of its own, started with the command a user would type. Takes about two minutes on two cores.
 """
 
 import argparse
 import itertools
+import shlex
 import socket
 import subprocess
 import sys
@@ -14,12 +16,15 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from edge_client import ConnectionFailed, ping
 
 HERE = Path(__file__).parent.relative_to(Path.cwd()) if Path(__file__).is_relative_to(Path.cwd()) else Path(__file__).parent
 MODEL = HERE / "base_model"
 GUIDES = HERE / "restaurants"
+PROGRAMS = Path(sys.executable).parent
+"""The programs beside this interpreter: they need not be on the PATH."""
 CUT_LAYER, RANK, ALPHA = 2, 8, 32.0
 NUM_CLIENTS = 2
 
@@ -45,7 +50,11 @@ def main() -> int:
     if any(statuses):
         print(f"the demo failed: exit statuses {statuses}", file=sys.stderr)
         return 1
-    _say_what_it_learnt(run_dir)
+    try:
+        _deploy(run_dir)
+    except subprocess.CalledProcessError as error:
+        print(f"the demo failed: {error.cmd[0]} has exit status {error.returncode}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -62,12 +71,11 @@ def _edge_command(url: str, client: int) -> list[str]:
     return [*command.split(), *([] if client else ["--eval-data", f"{GUIDES}/valid.jsonl"])]
 
 
-def _start(running: ExitStack, command: list[str], **options: object) -> "subprocess.Popen[str]":
+def _start(running: ExitStack, command: list[str], **options: Any) -> "subprocess.Popen[str]":
     print("$ " + " ".join(command), flush=True)
-    # The programs beside this interpreter: they need not be on the PATH.
-    process = subprocess.Popen([str(Path(sys.executable).parent / command[0]), *command[1:]], text=True, **options)  # type: ignore[call-overload]
+    process = subprocess.Popen([str(PROGRAMS / command[0]), *command[1:]], text=True, **options)
     running.callback(process.terminate)
-    return process  # type: ignore[no-any-return]
+    return process
 
 
 def _wait_until_it_answers(server: "subprocess.Popen[str]", url: str) -> None:
@@ -97,24 +105,24 @@ def _relay(client: int, device: "subprocess.Popen[str]") -> None:
             print(f"\r\x1b[Kdevice-{client}: {line}" if sys.stderr.isatty() else f"device-{client}: {line}", end="", flush=True)
 
 
-def _say_what_it_learnt(run_dir: Path) -> None:
-    import torch  # only now: the demo's own process stays light while it runs
+def _deploy(run_dir: Path) -> None:
+    """Export what was learnt, check it, and generate with it as a device does: with onnxruntime, and without torch."""
+    from edge_client.data import read_texts  # imports torch; the demo's own process stays light while it trains
 
-    from edge_client.data import load_tokenizer, read_texts
-    from split_model import BaseModel, EdgePart, LoraConfig, ServerPart, continue_greedily, load_adapter
-
-    model, lora = BaseModel(MODEL), LoraConfig(rank=RANK, alpha=ALPHA)
-    adapter = load_adapter(run_dir / "adapter", model.config, lora)
-    placed = {"weight_dtype": torch.float32, "device": torch.device("cpu")}
-    edge, server = EdgePart(model, CUT_LAYER, lora, **placed), ServerPart(model, CUT_LAYER, lora, **placed)
-    for part in (edge, server):
-        part.load_adapter({name: adapter[name] for name in part.matrices()})
-    tokenizer, end = load_tokenizer(MODEL), model.config.end_token
-    print(f"\nThe adapter of both parts, a PEFT folder: {run_dir / 'adapter'}\nThree prompts it has never seen:")
+    print(f"\nThe adapter of both parts, a PEFT folder: {run_dir / 'adapter'}")
+    folder = run_dir / "deployed"
+    _run(["splitlora-export", "onnx", "--run-dir", str(run_dir), "--model", str(MODEL), "--output", str(folder)])
+    _run(["splitlora-export", "verify", str(folder)])
+    print("Three prompts it has never seen, continued on the device's side:\n")
     for prompt, _ in itertools.islice(read_texts(GUIDES / "valid.jsonl"), 0, 60, 20):
-        ids = [*tokenizer.encode(prompt or "").ids, end]
-        continuation = continue_greedily(edge, server, ids, end, limit=80)
-        print(f"\n  {prompt}\n  -> {tokenizer.decode(continuation).strip()}")
+        command = ["splitlora-edge", "generate", str(folder), "--prompt", f"{prompt}<|endoftext|>", "--max-new-tokens", "80"]
+        print(f"  -> {_run(command, stdout=subprocess.PIPE).stdout.strip()}\n")
+
+
+def _run(command: list[str], **options: Any) -> "subprocess.CompletedProcess[str]":
+    """A command from its beginning to its end. CalledProcessError if it fails."""
+    print("$ " + shlex.join(command), flush=True)
+    return subprocess.run([str(PROGRAMS / command[0]), *command[1:]], text=True, check=True, **options)
 
 
 def _unused_folder() -> Path:
