@@ -40,7 +40,7 @@ def add_gpt2(
     adapted: Collection[str] = (),
 ) -> None:
     """
-    Add the blocks of a stretch; the embeddings if it begins with the first, the final norm and LM head if it ends with the last.
+    Add the blocks of a stretch; the embeddings if it begins with the first, the final norm and head if it ends with the last.
 
     Args:
         attention: a key of `ATTENTIONS`.
@@ -119,8 +119,9 @@ class GPT2:
         inputs, outputs = self.config.layer_shapes[name.split(".", 2)[2]]
         matrix, bias = f"{name}.weight", self.plain(f"{name}.bias")
         with self.graph.scope(name):
-            if self.precision.matrices:
-                y = self.quantised_product(x, matrix, (outputs, inputs), self.precision.matrices, bias, transposed=True)
+            form = self.precision.projection if name.endswith("attn.c_proj") else self.precision.matrices
+            if form:
+                y = self.quantised_product(x, matrix, (outputs, inputs), form, bias, transposed=True)
             else:
                 y = self.node("Add", self.node("MatMul", x, self.plain(matrix)), bias)
             return self.node("Add", y, self.low_rank(name, x, inputs, outputs)) if name in self.adapted else y

@@ -15,7 +15,7 @@ __all__ = ["MICROSOFT", "Graph"]
 
 MICROSOFT = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
-PAGE_BYTES = 4096
+PAGE_BYTES, CACHE_LINE_BYTES = 4096, 64
 SMALLEST_EXTERNAL_BYTES = 1024
 """Below it a tensor stays in the graph, where shape inference can see it."""
 
@@ -27,13 +27,14 @@ class Graph:
     """
     Nodes, inputs, outputs and initializers of one model. Values are known by their names.
 
-    Large initializers go straight to ``path`` + "_data", each at the beginning of a page, so that a runtime can map them and
-    a model of any size is written in the memory of its largest tensor.
+    Large initializers go straight to ``path`` + "_data", from a page on at the beginning of one, so that a runtime can map them
+    and a model of any size is written in the memory of its largest tensor.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._data = path.with_name(f"{path.name}_data").open("wb")
+        self.data_path = path.with_name(f"{path.name}_data")
+        self._data = self.data_path.open("wb")
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -122,10 +123,11 @@ class Graph:
         onnx.checker.check_model(self.path)
 
     def _external(self, name: str, array: Array) -> onnx.TensorProto:
-        self._data.write(b"\0" * (-self._data.tell() % PAGE_BYTES))
+        alignment = PAGE_BYTES if array.nbytes >= PAGE_BYTES else CACHE_LINE_BYTES
+        self._data.write(b"\0" * (-self._data.tell() % alignment))
         tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
         tensor.data_location = TensorProto.EXTERNAL
-        place = {"location": Path(self._data.name).name, "offset": self._data.tell(), "length": array.nbytes}
+        place = {"location": self.data_path.name, "offset": self._data.tell(), "length": array.nbytes}
         for key, value in place.items():
             tensor.external_data.add(key=key, value=str(value))
         self._data.write(array.data)

@@ -15,7 +15,7 @@ from .weights import Floats, StoredWeights, Weights
 if TYPE_CHECKING:  # a graph is built without torch, which split_model imports
     from split_model import ModelConfig
 
-__all__ = ["BeyondLora", "LoraAdapter", "LoraUpdate", "Merged", "read_adapter"]
+__all__ = ["BeyondLora", "LoraAdapter", "LoraUpdate", "Merged", "lora_updates", "read_adapter"]
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # Settings of PEFT's LoraConfig under which an adapter does more than to add a product of two matrices.
@@ -84,7 +84,7 @@ def read_adapter(folder: Path, config: "ModelConfig") -> LoraAdapter:
     if not path.is_file():
         raise ExportError(f"{path} is missing; an adapter folder has {CONFIG_FILE} and {WEIGHTS_FILE}")
     stored = StoredWeights([path])
-    return _updates(folder, {name: stored.read(name) for name in stored.names()}, settings, config)
+    return lora_updates(folder, {name: stored.read(name) for name in stored.names()}, settings, config)
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -101,29 +101,39 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return dict(settings)
 
 
-def _updates(folder: Path, matrices: dict[str, Floats], settings: dict[str, Any], config: "ModelConfig") -> LoraAdapter:
+def lora_updates(where: Path, matrices: dict[str, Floats], settings: dict[str, Any], config: "ModelConfig") -> LoraAdapter:
+    """
+    The adapter that matrices under PEFT's names make.
+
+    Args:
+        where: they come from, for messages.
+        settings: of PEFT's LoraConfig.
+
+    Raises:
+        ExportError: a matrix is missing, or adapts no layer of the model, or is of another shape.
+    """
     pairs: dict[str, dict[str, Floats]] = {}
     for name, matrix in matrices.items():
         found = MATRIX.fullmatch(name)
         layer = found[1].split(".", 2) if found else []
         if found is None or layer[2] not in config.layer_shapes or int(layer[1]) >= config.num_layers:
             known = ", ".join(config.layer_shapes)
-            raise ExportError(f"{folder}: {name} adapts nothing that is known; known are {known} of {config.num_layers} blocks")
+            raise ExportError(f"{where}: {name} adapts nothing that is known; known are {known} of {config.num_layers} blocks")
         pairs.setdefault(found[1], {})[found[2]] = matrix
     if not pairs:
-        raise ExportError(f"{folder}: the adapter is empty")
-    return {layer: _update(folder, layer, pair, settings, config) for layer, pair in pairs.items()}
+        raise ExportError(f"{where}: the adapter is empty")
+    return {layer: _update(where, layer, pair, settings, config) for layer, pair in pairs.items()}
 
 
-def _update(folder: Path, layer: str, pair: dict[str, Floats], settings: dict[str, Any], config: "ModelConfig") -> LoraUpdate:
+def _update(where: Path, layer: str, pair: dict[str, Floats], settings: dict[str, Any], config: "ModelConfig") -> LoraUpdate:
     if pair.keys() != {"A", "B"}:
-        raise ExportError(f"{folder}: {layer} has only one of its two matrices")
+        raise ExportError(f"{where}: {layer} has only one of its two matrices")
     a, b = pair["A"], pair["B"]
     inputs, outputs = config.layer_shapes[layer.split(".", 2)[2]]
     rank = a.shape[0]
     if a.shape != (rank, inputs) or b.shape != (outputs, rank):
         raise ExportError(
-            f"{folder}: the matrices of {layer} are {list(a.shape)} and {list(b.shape)}, the model asks for "
+            f"{where}: the matrices of {layer} are {list(a.shape)} and {list(b.shape)}, the model asks for "
             f"[r, {inputs}] and [{outputs}, r]; the adapter is of another model"
         )
     alpha = float(_for_layer(settings.get("alpha_pattern"), layer, settings.get("lora_alpha", 8)))

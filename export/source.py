@@ -1,5 +1,7 @@
 """What is exported: a base model, and the adapter of a run or of a folder."""
 
+import logging
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,20 +9,15 @@ from pathlib import Path
 
 from split_model import BaseModel, ModelConfig, find_model
 
-from .lora import LoraAdapter, Merged, read_adapter
+from .errors import ExportError
+from .lora import BeyondLora, LoraAdapter, Merged, read_adapter
+from .peft_merge import merge_with_peft
+from .run_directory import Run, read_run
 from .weights import StoredWeights, Weights
 
-__all__ = ["Run", "Source", "open_source"]
+__all__ = ["Source", "open_source"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """Where an adapter comes from."""
-
-    id: str
-    step: int
-    """The last one that is in it."""
-    finished: bool
+logger = logging.getLogger("export")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,19 +40,37 @@ class Source:
 
 
 @contextmanager
-def open_source(model: str, *, adapter: Path | None = None) -> Iterator[Source]:
+def open_source(
+    model: str, *, run_dir: Path | None = None, adapter: Path | None = None, plain_only: bool = False
+) -> Iterator[Source]:
     """
+    Args:
+        plain_only: whether an adapter that is more than LoRA is refused; else PEFT merges it, and that is the source.
+
     Raises:
         ModelError, ExportError: the model, the run or the adapter cannot be read, or they do not belong together.
     """
     base = BaseModel(find_model(model))
     base.check()
-    yield Source(
-        name=model,
-        folder=base.folder,
-        config=base.config,
-        fingerprint=base.fingerprint(),
-        base=StoredWeights(base.weight_files),
-        adapter=read_adapter(adapter, base.config) if adapter else None,
-        run=None,
-    )
+    name, fingerprint, run, lora = model, base.fingerprint(), None, None
+    with tempfile.TemporaryDirectory(prefix="splitlora-") as scratch:
+        if run_dir is not None:
+            run, lora = read_run(run_dir, base.config, fingerprint)
+        elif adapter is not None:
+            try:
+                lora = read_adapter(adapter, base.config)
+            except BeyondLora as error:
+                if plain_only:
+                    raise ExportError(f"{error}, which only merging can export; leave --keep-adapter out") from None
+                logger.info("%s; it is merged by PEFT", error)
+                merge_with_peft(base.folder, adapter, Path(scratch))
+                base = BaseModel(Path(scratch))
+        yield Source(
+            name=name,
+            folder=base.folder,
+            config=base.config,
+            fingerprint=fingerprint,
+            base=StoredWeights(base.weight_files),
+            adapter=lora,
+            run=run,
+        )
