@@ -197,9 +197,10 @@ def _read_adapter(path: Path) -> dict[str, Any]:
         raise ExportedModelError(f"no adapter file at {path}")
     onnxruntime = _import_runtime()
     try:
-        parameters = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
-        # Copied, because those lie in the mapped file, which goes when its reader does.
-        return {name: onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy()) for name, value in parameters.items()}
+        reader = onnxruntime.AdapterFormat.read_adapter(str(path))
+        parameters = {name: np.array(value.numpy()) for name, value in reader.get_parameters().items()}
+        del reader  # and with it the mapped file, in which its values lie
+        return {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in parameters.items()}
     except Exception as error:
         raise ExportedModelError(f"{path} is no adapter that onnxruntime can read: {_first_line(error)}") from None
 

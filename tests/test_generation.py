@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import shared_path
+from conftest import make_model, shared_path
 from transformers import GPT2LMHeadModel
 from transformers.generation.logits_process import TopPLogitsWarper
 
@@ -19,6 +19,7 @@ from edge_client import ExportedModelError, GenerationError, Generator, Sampling
 from edge_client.cli import main
 from edge_client.exported_model import ExportedModel
 from export.onnx_folder import export_onnx
+from split_model import BaseModel, LoraConfig, initial_adapter, save_adapter
 
 ATTENTIONS = ("gqa", "attn23", "ops")
 
@@ -276,6 +277,89 @@ def test_float_weights_need_no_preparation(copied: Path, capsys: pytest.CaptureF
     assert main(["prepare", str(copied)]) == 1
     assert "neither q8 nor q4" in capsys.readouterr().err
     assert not (copied / "prepared").exists()
+
+
+# Adapters and parts
+
+
+def make_adapter(folder: Path, model: Path, *, seed: int, **settings: Any) -> Path:
+    """A PEFT folder whose adapter changes what is said."""
+    lora = LoraConfig(**{"rank": 4, "alpha": 32.0, **settings})
+    adapter = initial_adapter(BaseModel(model).config, lora, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name in adapter:
+        if ".lora_B." in name:
+            adapter[name].normal_(generator=generator)
+    save_adapter(folder, adapter, lora, str(model))
+    return folder
+
+
+def test_adapter_that_is_put_in_says_what_the_merged_model_says(tiny_model: Path, tmp_path: Path) -> None:
+    texts, files = [], []
+    for seed in (1, 2):
+        adapter = make_adapter(tmp_path / f"adapter-{seed}", tiny_model, seed=seed)
+        export_onnx(str(tiny_model), tmp_path / f"merged-{seed}", adapter=adapter, precisions=("fp32",))
+        export_onnx(str(tiny_model), tmp_path / f"kept-{seed}", adapter=adapter, precisions=("fp32",), keep_adapter=True)
+        texts.append(Generator(tmp_path / f"merged-{seed}").text("The Wrestlers is"))
+        files.append(tmp_path / f"kept-{seed}/adapter.onnx_adapter")
+    generator = Generator(tmp_path / "kept-1")
+    assert generator.text("The Wrestlers is") == texts[0] != texts[1]
+    generator.use_adapter(files[1])
+    assert generator.text("The Wrestlers is") == texts[1]
+    generator.use_adapter(files[0])
+    assert generator.text("The Wrestlers is") == texts[0]
+
+
+def test_command_takes_another_adapter(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (1, 2):
+        adapter = make_adapter(tmp_path / f"adapter-{seed}", tiny_model, seed=seed)
+        export_onnx(str(tiny_model), tmp_path / f"kept-{seed}", adapter=adapter, precisions=("q8",), keep_adapter=True)
+    file = tmp_path / "kept-2/adapter.onnx_adapter"
+    assert main(["prepare", str(tmp_path / "kept-1")]) == 0
+    assert main(["generate", str(tmp_path / "kept-1"), "--prompt", "The Wrestlers is", "--adapter", str(file)]) == 0
+    assert capsys.readouterr().out == Generator(tmp_path / "kept-2").text("The Wrestlers is") + "\n"
+
+
+def test_adapter_that_does_not_fit_is_refused_and_leaves_the_other_in(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "wide").mkdir()
+    wide = make_model(tmp_path / "wide", n_embd=64)
+    folders = {}
+    for name, model, settings in (
+        ("first", tiny_model, {}),
+        ("other-targets", tiny_model, {"targets": ("c_attn", "c_fc")}),
+        ("other-model", wide, {}),
+    ):
+        adapter = make_adapter(tmp_path / f"adapter-{name}", model, seed=1, **settings)
+        folders[name] = tmp_path / name
+        export_onnx(str(model), folders[name], adapter=adapter, precisions=("fp32",), keep_adapter=True)
+    nonsense = tmp_path / "nonsense.onnx_adapter"
+    nonsense.write_bytes(b"nonsense" * 100)
+    generator = Generator(folders["first"])
+    text = generator.text("The Wrestlers is")
+    for path, sentence in (
+        (folders["other-targets"] / "adapter.onnx_adapter", "for which these graphs have no room"),
+        (folders["other-model"] / "adapter.onnx_adapter", "does not fit"),
+        (nonsense, "is no adapter that onnxruntime can read"),
+        (tmp_path / "missing.onnx_adapter", "no adapter file at"),
+    ):
+        with pytest.raises(ExportedModelError, match=sentence):
+            generator.use_adapter(path)
+        assert generator.text("The Wrestlers is") == text
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_two_parts_say_what_the_whole_says(tiny_model: Path, tmp_path: Path, attention: str) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    export_onnx(str(tiny_model), whole, precisions=("fp32", "q8"), attention=attention)
+    export_onnx(str(tiny_model), parts, precisions=("fp32", "q8"), attention=attention, split=1)
+    assert len(ExportedModel.open(parts).precisions["fp32"].paths) == 2
+    for precision in ("fp32", "q8"):
+        expected = Generator(whole, precision=precision).text("The Wrestlers is")
+        assert Generator(parts, precision=precision).text("The Wrestlers is") == expected
+    assert main(["prepare", str(parts)]) == 0
+    generator = Generator(parts, precision="q8")
+    assert generator.preparation == "prepared"
+    assert generator.text("The Wrestlers is") == expected
 
 
 # Faults

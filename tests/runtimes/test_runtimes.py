@@ -5,6 +5,7 @@ own loop, in an environment where it can live. `make test-runtimes` makes the en
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ PROMPTS = (
     "naïve café → 10 €",
     "x",
 )
+CODE = re.findall(r"```(python|javascript)\n(.*?)```", (REPOSITORY / "docs/deploy.md").read_text(encoding="utf-8"), re.S)
 FILES = {"fp32": "model.onnx", "q8": "model_quantized.onnx", "q4": "model_q4.onnx"}
 
 
@@ -65,17 +67,36 @@ def test_greedy_tokens_are_the_same_everywhere(folder: Path, name: str, precisio
     assert continued(RUNTIMES[name], folder, precision) == expected
 
 
-def test_device_without_torch_generates(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("onnxruntime", ["onnxruntime==1.23.2", "onnxruntime"], ids=["oldest", "newest"])
+def test_device_without_torch_generates(folder: Path, tmp_path: Path, onnxruntime: str) -> None:
     """As docs/deploy.md installs it: onnxruntime, numpy, tokenizers and this package, without its other dependencies."""
     environment = tmp_path / "device"
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     install = [environment / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*install, "onnxruntime", "numpy", "tokenizers"], check=True)
-    subprocess.run([*install, "--no-deps", REPOSITORY], check=True)
-    command = [environment / "bin/splitlora-edge", "generate", folder, "--prompt", PROMPTS[0], "--precision", "fp32"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    subprocess.run([*install, onnxruntime, "numpy", "tokenizers"], check=True)
+    subprocess.run([*install, "--no-deps", "--editable", REPOSITORY], check=True)
+    for precision in FILES:
+        command = ["generate", folder, "--prompt", PROMPTS[0], "--precision", precision]
+        done = subprocess.run([environment / "bin/splitlora-edge", *command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == Generator(folder, precision=precision).text(PROMPTS[0]) + "\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["edge_client", "onnxruntime_genai", "AutoTokenizer, env", "optimum", "import AutoModelForCausalLM\n"]
+)
+def test_what_the_document_shows_runs(folder: Path, tmp_path: Path, name: str) -> None:
+    (language, code), *others = [block for block in CODE if name in block[1]]
+    assert not others
+    (tmp_path / "deployed").symlink_to(folder)
+    (tmp_path / "node_modules").symlink_to(NODE_PACKAGES / "node_modules")
+    script = tmp_path / ("script.mjs" if language == "javascript" else "script.py")
+    script.write_text(code)
+    elsewhere = name in ("onnxruntime_genai", "optimum")
+    program = "node" if language == "javascript" else str(OTHER_PYTHON) if elsewhere else sys.executable
+    done = subprocess.run([program, script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == Generator(folder, precision="fp32").text(PROMPTS[0]) + "\n"
+    assert done.stdout.strip() or "print" not in code
 
 
 def continued_here(folder: Path, precision: str) -> Iterator[list[int]]:
