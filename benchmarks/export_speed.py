@@ -178,7 +178,7 @@ def report(models: Path, figures: Figures) -> None:
                 f"{found['peak'] / 1e6:.0f}",
             ]
         )
-    header = ["", "MB", "prompt, tokens/s", "decoding, tokens/s", "against the first of the others", "GB/s read"]
+    header = ["", "MB", "prompt, tokens/s", "decoding, tokens/s", "times transformers", "GB/s read"]
     print(contestants.markdown([*header, "load, s", "anonymous MB by loading", "peak MB"], rows))
     print(f"\nTwo threads read {bandwidth / 1e9:.0f} GB/s from this machine's memory.\n")
     print(contestants.markdown(["", "measured", "goal", ""], list(goals(figures))))

@@ -19,6 +19,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "websockets": {"edge_client/connection.py", "gpu_server/server.py"},
     "asyncio": {"gpu_server/server.py"},
+    "onnxruntime": {"edge_client/decoder.py"},
 }
 
 

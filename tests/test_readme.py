@@ -20,7 +20,7 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 def commands(program: str) -> list[list[str]]:
     """The indented commands of the README that start with ``program``, continuation lines joined."""
     text = README.replace("\\\n", " ")
-    return [shlex.split(line) for line in re.findall(rf"^    ({program} .*)$", text, re.M)]
+    return [shlex.split(line, comments=True) for line in re.findall(rf"^    ({program} .*)$", text, re.M)]
 
 
 def python_blocks() -> list[str]:
@@ -63,6 +63,13 @@ def test_server_and_devices_of_the_readme_train_to_the_end(
     assert "perplexity after" in said[0]
     for name in ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "metrics.jsonl", "run.json"):
         assert (tmp_path / "runs/mine" / name).is_file()
+    (export,), (verify,) = commands("splitlora-export onnx"), commands("splitlora-export verify")
+    (prepare,), (generate,) = commands("splitlora-edge prepare"), commands("splitlora-edge generate")
+    for command in (adapted(export, model=tiny_model), verify, prepare, generate):
+        with started(command, tmp_path) as program:
+            _, said_of_it = program.communicate(timeout=120)
+        assert program.returncode == 0, said_of_it
+    assert "tokens/s" in said_of_it
 
 
 def test_five_lines_of_the_edge_sdk_train(
