@@ -47,7 +47,7 @@ class Decoder:
     @property
     def has_slots(self) -> bool:
         """Whether an adapter can be put in."""
-        return any(name != LOGITS_START for part in self._parts for name in part.optional_inputs)
+        return any(part.slots for part in self._parts)
 
     def use_adapter(self, path: Path) -> None:
         """
@@ -57,14 +57,14 @@ class Decoder:
             ExportedModelError: the file is no adapter, or one for another model.
         """
         parameters = _read_adapter(path)
-        slots = {name: shape for part in self._parts for name, shape in part.optional_inputs.items() if name != LOGITS_START}
+        slots = {name: shape for part in self._parts for name, shape in part.slots.items()}
         for name, value in parameters.items():
             if name not in slots:
                 raise ExportedModelError(f"{path} adapts {name}, for which these graphs have no room")
             if not _fits(value.shape(), slots[name]):
                 raise ExportedModelError(f"{path}: {name} is {value.shape()}, which does not fit {slots[name]}")
         for part in self._parts:
-            part.adapter = {name: value for name, value in parameters.items() if name in part.optional_inputs}
+            part.adapter = {name: value for name, value in parameters.items() if name in part.slots}
 
     def clear(self, capacity: int) -> None:
         """Forget the sequence, and make room for one of ``capacity`` tokens."""
@@ -97,11 +97,12 @@ class _Part:
         self._takes_positions = any(value.name == "position_ids" for value in inputs)
         self._cached = [value for value in inputs if value.name.startswith(PAST)]
         self._cache: list[Any] = []
-        self.optional_inputs = {value.name: value.shape for value in self._session.get_overridable_initializers()}
+        self.slots = {value.name: value.shape for value in self._session.get_overridable_initializers()}
         self.adapter: dict[str, Any] = {}
-        # The head is a third of a small model's work, and only the logits of the last position are asked for.
-        last_only = {LOGITS_START: np.array([-1])} if LOGITS_START in self.optional_inputs else {}
-        self._settings = {name: self._runtime.OrtValue.ortvalue_from_numpy(value) for name, value in last_only.items()}
+        self._settings = {}
+        if self.slots.pop(LOGITS_START, None) is not None:
+            # The head is a third of a small model's work, and only the logits of the last position are asked for.
+            self._settings[LOGITS_START] = self._runtime.OrtValue.ortvalue_from_numpy(np.array([-1]))
 
     def clear(self, capacity: int) -> None:
         self._cache = [self._empty(place, capacity) for place in self._cached]
