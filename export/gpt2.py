@@ -174,18 +174,17 @@ class GPT2:
         self, x: str, name: str, shape: tuple[int, int], form: BlockFormat, bias: str = "", *, transposed: bool = False
     ) -> str:
         """(B, S, K) times the transposed matrix of shape (N, K) -> (B, S, N)."""
-        integers, scales, *zero_points = self.quantised(name, form, transposed=transposed)
-        inputs = [x, integers, scales, *(zero_points or [""]), "", bias]
+        inputs = [x, *self.quantised(name, form, transposed=transposed), "", bias]
         layout = {"N": shape[0], "K": shape[1], "bits": form.bits, "block_size": form.size}
         return self.node("MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=INTEGER_PRODUCTS, **layout)
 
     def quantised(self, name: str, form: BlockFormat, *, transposed: bool = False) -> list[str]:
-        """Integers, scales and, where there are any, zero points of a matrix's rows, or of its columns if it is transposed."""
-        names = [f"{name}.{part}" for part in ("integers", "scales", "zero_points")[: 2 if form.symmetric else 3]]
+        """Integers, scales and zero points of a matrix's rows, or of its columns if it is transposed."""
+        names = [f"{name}.{part}" for part in ("integers", "scales", "zero_points")]
         if not self.graph.has_weight(names[0]):
             matrix = self.weights.read(name)
             stored = quantise(matrix.T if transposed else matrix, form)
-            for part, array in zip(names, (stored.integers, stored.scales, stored.zero_points), strict=False):
+            for part, array in zip(names, (stored.integers, stored.scales, stored.zero_points), strict=True):
                 self.graph.weight(part, array)
         return names
 

@@ -29,9 +29,9 @@ class Precision:
 
 # Blocks of 64 elements keep GPT-2 small below 140 MB and let prefill run in larger products; the table, of which every logit is
 # made, has blocks of 32. Zero points cost a 64th, and a third of the error.
-EIGHT_BITS = BlockFormat(bits=8, size=64, symmetric=False)
-EIGHT_BIT_TABLE = BlockFormat(bits=8, size=32, symmetric=False)
-FOUR_BITS = BlockFormat(bits=4, size=64, symmetric=False)
+EIGHT_BITS = BlockFormat(bits=8, size=64)
+EIGHT_BIT_TABLE = BlockFormat(bits=8, size=32)
+FOUR_BITS = BlockFormat(bits=4, size=64)
 
 PRECISIONS = {
     precision.name: precision

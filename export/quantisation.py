@@ -1,6 +1,5 @@
 """Weights as small integers, a scale and a zero point for each block of a row: the layout of ONNX Runtime's MatMulNBits."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +21,6 @@ class BlockFormat:
     """8 or 4."""
     size: int
     """Elements of a block; a power of two from 16."""
-    symmetric: bool
-    """Whether the zero point is fixed at the middle of the integers, and need not be stored."""
 
     def padded(self, width: int) -> int:
         """``width`` rounded up to whole blocks."""
@@ -38,24 +35,18 @@ class QuantisedMatrix:
     """(N, b, bytes of a block); of two 4-bit integers in a byte, the first is the lower half."""
     scales: Floats
     """(N, b)"""
-    zero_points: NDArray[np.uint8] | None
-    """(N, b) bytes, packed as the integers are; None where symmetric."""
+    zero_points: NDArray[np.uint8]
+    """(N, b), packed as the integers are."""
 
 
 def quantise(rows: Floats, form: BlockFormat) -> QuantisedMatrix:
     """(N, K) -> its nearest representation; the last block of a row is filled up with zeros."""
-    pieces = [_quantise_piece(piece, form) for piece in _pieces(rows)]
-    asymmetric = [piece.zero_points for piece in pieces if piece.zero_points is not None]
+    pieces = [_quantise_piece(rows[start : start + ROWS_AT_ONCE], form) for start in range(0, len(rows), ROWS_AT_ONCE)]
     return QuantisedMatrix(
         integers=np.concatenate([piece.integers for piece in pieces]),
         scales=np.concatenate([piece.scales for piece in pieces]),
-        zero_points=np.concatenate(asymmetric) if asymmetric else None,
+        zero_points=np.concatenate([piece.zero_points for piece in pieces]),
     )
-
-
-def _pieces(rows: Floats) -> Iterator[Floats]:
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        yield rows[start : start + ROWS_AT_ONCE]
 
 
 def _quantise_piece(rows: Floats, form: BlockFormat) -> QuantisedMatrix:
@@ -63,30 +54,18 @@ def _quantise_piece(rows: Floats, form: BlockFormat) -> QuantisedMatrix:
     blocks = np.zeros((count, form.padded(width)), np.float32)
     blocks[:, :width] = rows
     blocks = blocks.reshape(count, -1, form.size)
-    scales, zero_points = _symmetric_grid(blocks, form.bits) if form.symmetric else _asymmetric_grid(blocks, form.bits)
-    steps = np.rint(blocks / np.where(scales == 0, 1, scales)) + zero_points
-    integers = np.clip(steps, 0, 2**form.bits - 1).astype(np.uint8)
-    return QuantisedMatrix(
-        integers=_pack(integers, form.bits),
-        scales=np.ascontiguousarray(scales[..., 0]),
-        zero_points=None if form.symmetric else _pack(zero_points[..., 0].astype(np.uint8), form.bits),
-    )
-
-
-def _symmetric_grid(blocks: Floats, bits: int) -> tuple[Floats, Floats]:
-    # The integers reach one further below the middle than above: the element furthest from zero is put there, whatever its
-    # sign, so that no half step of the range is lost. A scale may be negative.
-    furthest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)
-    middle = np.float32(2 ** (bits - 1))
-    return furthest / -middle, np.full_like(furthest, middle)
-
-
-def _asymmetric_grid(blocks: Floats, bits: int) -> tuple[Floats, Floats]:
     # Zero is always on the grid: it is what rows are filled up with.
-    lowest = np.minimum(blocks.min(-1, keepdims=True), 0)
-    highest = np.maximum(blocks.max(-1, keepdims=True), 0)
-    scales = (highest - lowest) / np.float32(2**bits - 1)
-    return scales, np.rint(-lowest / np.where(scales == 0, 1, scales))
+    lowest, highest = np.minimum(blocks.min(-1, keepdims=True), 0), np.maximum(blocks.max(-1, keepdims=True), 0)
+    largest = 2**form.bits - 1
+    scales = (highest - lowest) / np.float32(largest)
+    steps = np.where(scales == 0, 1, scales)
+    zero_points = np.rint(-lowest / steps)
+    integers = np.clip(np.rint(blocks / steps) + zero_points, 0, largest)
+    return QuantisedMatrix(
+        integers=_pack(integers.astype(np.uint8), form.bits),
+        scales=np.ascontiguousarray(scales[..., 0]),
+        zero_points=_pack(zero_points[..., 0].astype(np.uint8), form.bits),
+    )
 
 
 def _pack(integers: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
