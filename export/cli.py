@@ -94,7 +94,7 @@ def run_onnx(options: argparse.Namespace) -> None:
 
 
 def run_merge(options: argparse.Namespace) -> None:
-    from .merge import merge
+    from .merged_folder import merge
 
     merge(options.model, options.output, run_dir=options.run_dir, adapter=options.adapter, overwrite=options.overwrite)
     _say(f"done: {options.output}")
@@ -102,7 +102,7 @@ def run_merge(options: argparse.Namespace) -> None:
 
 def run_verify(options: argparse.Namespace) -> None:
     from .errors import Disagreement
-    from .verify import table, verify
+    from .verification import table, verify
 
     agreements = verify(options.folder, options.prompts)
     print(table(agreements))  # noqa: T201

@@ -85,6 +85,10 @@ class OnnxFolder:
         self.adapter: LoraAdapter = {}
         self.weights = source.merged()
         if keep_adapter:
+            if split is not None:
+                raise ExportError(
+                    "--keep-adapter and --split cannot be combined: a runtime takes an adapter for one whole graph"
+                )
             if source.adapter is None:
                 raise ExportError("--keep-adapter needs an adapter: give --run-dir or --adapter")
             self.adapter, self.weights = source.adapter, source.base
@@ -125,7 +129,7 @@ class OnnxFolder:
         write_json(self.folder / "splitlora.json", self._manifest(files))
 
     def _write_graphs(self, precision: Precision, progress: Progress) -> dict[str, Any]:
-        form, entry, sizes = ATTENTIONS[self.attention], {}, {}
+        form, entry, sizes = ATTENTIONS[self.attention], {}, dict[str, int]()
         weights = Watched(Equalised(self.weights, self.config), progress, precision.name)
         for part in self.parts:
             path = self.folder / "onnx" / f"{part.file}{precision.suffix}.onnx"
