@@ -73,5 +73,4 @@ def _pack(integers: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
         return integers
     if integers.shape[-1] % 2:
         integers = np.concatenate([integers, np.zeros_like(integers[..., :1])], -1)
-    packed: NDArray[np.uint8] = integers[..., 0::2] | (integers[..., 1::2] << 4)
-    return packed
+    return np.bitwise_or(integers[..., 0::2], np.left_shift(integers[..., 1::2], 4), dtype=np.uint8)

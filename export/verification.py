@@ -146,7 +146,7 @@ class Reference:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._model: Any = AutoModelForCausalLM.from_pretrained(manifest.folder, dtype=torch.float32)
-        self._model.eval()
+        self._model.eval()  # type: ignore[no-untyped-call]
         self.end_token: int = manifest.content["end_token"]
         self._context = manifest.content["context"]
         if manifest.adapter is not None:
