@@ -1,8 +1,8 @@
 """
 What an export takes: time, memory and disk, for GPT-2 small's and XL's shape with random weights.
 
-Memory is that of `splitlora-export onnx` while it runs. Anonymous memory is what has to fit; pages of mapped files, which are the
-rest of resident memory, are given back when somebody needs the room.
+Memory is that of `splitlora-export onnx` while it runs. Anonymous memory is what has to fit; pages of mapped files, the rest of
+resident memory, are given back when somebody needs the room.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from .gpt2 import add_gpt2
 from .graph import Graph
 from .lora import LoraAdapter
 from .model_files import write_genai_config, write_json, write_model_files
-from .output_folder import output_folder
+from .output_folder import check_output, output_folder
 from .precision import PRECISIONS, Precision
 from .source import Source, open_source
 from .weights import Floats, Weights
@@ -58,6 +58,7 @@ def export_onnx(
     Raises:
         ModelError, ExportError: what is to be exported cannot be read, or ``output`` cannot be written. Nothing is left of it.
     """
+    check_output(output, overwrite=overwrite)
     with (
         open_source(model, run_dir=run_dir, adapter=adapter, plain_only=keep_adapter) as source,
         output_folder(output, overwrite=overwrite) as folder,

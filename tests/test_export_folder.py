@@ -23,7 +23,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from export import ExportError, export_onnx, merge, verify
-from export.cli import main
+from export.attention import ATTENTIONS
+from export.cli import build_parser, main
+from export.precision import PRECISIONS
 from export.verification import table
 from gpu_server import GpuServer
 from split_model import ModelError
@@ -328,6 +330,9 @@ def test_other_bad_input_is_refused_in_a_sentence(tiny_model: Path, adapter: Pat
 def test_output_that_exists_is_replaced_only_when_that_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/precious").touch()
+    with pytest.raises(ExportError, match="is no folder of a model, and --overwrite would remove all that is in it"):
+        merge(str(tiny_model), tmp_path / "out", overwrite=True)
+    (tmp_path / "out/config.json").touch()
     with pytest.raises(ExportError, match="exists already; choose another --output, or replace it with --overwrite"):
         merge(str(tiny_model), tmp_path / "out")
     assert (tmp_path / "out/precious").exists()
@@ -346,7 +351,7 @@ def test_full_disk_is_one_sentence_and_leaves_what_was_there(
 ) -> None:
     if exists:
         (tmp_path / "out").mkdir()
-        (tmp_path / "out/old").touch()
+        (tmp_path / "out/config.json").touch()
 
     def fill(path: Path, *rest: object) -> None:
         path.write_text("half")
@@ -355,7 +360,7 @@ def test_full_disk_is_one_sentence_and_leaves_what_was_there(
     monkeypatch.setattr("export.model_files.write_checkpoint", fill)
     with pytest.raises(ExportError, match=f"no space left for {tmp_path}/out; nothing of it was kept"):
         export_onnx(str(tiny_model), tmp_path / "out", precisions=["fp32"], overwrite=True)
-    assert [path.name for path in tmp_path.rglob("*")] == (["out", "old"] if exists else [])
+    assert [path.name for path in tmp_path.rglob("*")] == (["out", "config.json"] if exists else [])
 
 
 def test_command_writes_verifies_and_merges(
@@ -372,6 +377,28 @@ def test_command_writes_verifies_and_merges(
     with pytest.raises(SystemExit):
         main(["onnx", *source, str(tmp_path / "more"), "--precision", "q5"])
     assert "'q5' is not one of fp32, fp16, q8, q4" in capsys.readouterr().err
+
+
+def test_command_knows_all_precisions_and_forms_of_attention() -> None:
+    (onnx,) = (action.choices["onnx"] for action in build_parser()._actions if isinstance(action.choices, dict))
+    choices = {action.dest: action for action in onnx._actions}
+    assert tuple(choices["attention"].choices) == tuple(ATTENTIONS)
+    assert choices["precision"].type(",".join(PRECISIONS)) == tuple(PRECISIONS)
+
+
+def test_command_that_is_ended_leaves_no_half_folder(tiny_model: Path, tmp_path: Path) -> None:
+    """It is ended while it writes: the unfinished folder is there, and then it is not."""
+    slow = (
+        "import export.model_files as files, time, sys; files.write_checkpoint = lambda *_: (print(flush=True), time.sleep(60))"
+    )
+    run = f"from export.cli import main; sys.exit(main(['merge', '--model', {str(tiny_model)!r}, '--output', 'out']))"
+    with subprocess.Popen([sys.executable, "-c", f"{slow}; {run}"], cwd=tmp_path, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
+        process.terminate()
+        assert process.wait(60) == 143
+    assert not list(tmp_path.iterdir())
 
 
 def test_verify_exits_with_1_beyond_tolerance(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
