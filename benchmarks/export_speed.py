@@ -105,7 +105,7 @@ def make_base(folder: Path) -> None:
 
 
 def make_exported(folder: Path) -> None:
-    from export.onnx_folder import export_onnx
+    from export import export_onnx
 
     export_onnx(str(folder / "base"), folder / "exported", precisions=("fp32", "q8", "q4"))
     list(prepare(ExportedModel.open(folder / "exported")))

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 from .errors import Disagreement, ExportError
 
 if TYPE_CHECKING:
-    from .merge import merge
+    from .merged_folder import merge
     from .onnx_folder import export_onnx
-    from .verify import Agreement, verify
+    from .verification import Agreement, verify
 
 __all__ = ["Agreement", "Disagreement", "ExportError", "export_onnx", "merge", "verify"]
 
-_HOMES = {"Agreement": "verify", "export_onnx": "onnx_folder", "merge": "merge", "verify": "verify"}
+_HOMES = {"Agreement": "verification", "export_onnx": "onnx_folder", "merge": "merged_folder", "verify": "verification"}
 
 
 def __getattr__(name: str) -> Any:

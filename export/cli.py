@@ -1,7 +1,9 @@
 """The command splitlora-export. Nothing heavy is imported before it is known what is asked."""
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,6 +74,9 @@ def _precisions(text: str) -> tuple[str, ...]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 after an error with one sentence on standard error, 130 after Ctrl-C."""
     options = build_parser().parse_args(arguments)
+    if threading.current_thread() is threading.main_thread():
+        # As Ctrl-C does: no half folder is left. 128 + 15 is what a shell calls the end by this signal.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with show_log("export"):
         return run_program(PROGRAM, lambda: options.run(options), _errors_of_users)
 
@@ -94,7 +99,7 @@ def run_onnx(options: argparse.Namespace) -> None:
 
 
 def run_merge(options: argparse.Namespace) -> None:
-    from .merge import merge
+    from .merged_folder import merge
 
     merge(options.model, options.output, run_dir=options.run_dir, adapter=options.adapter, overwrite=options.overwrite)
     _say(f"done: {options.output}")
@@ -102,7 +107,7 @@ def run_merge(options: argparse.Namespace) -> None:
 
 def run_verify(options: argparse.Namespace) -> None:
     from .errors import Disagreement
-    from .verify import table, verify
+    from .verification import table, verify
 
     agreements = verify(options.folder, options.prompts)
     print(table(agreements))  # noqa: T201

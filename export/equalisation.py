@@ -78,7 +78,8 @@ class Equalised:
     def _size_of_normed(self, norm: str) -> Floats:
         # A normed element has mean 0 and variance 1: times the gain, and around the offset, this is its root mean square.
         gain, offset = (self._weights.read(f"{norm}.{parameter}") for parameter in ("weight", "bias"))
-        return np.sqrt(gain**2 + offset**2)
+        size: Floats = np.sqrt(gain**2 + offset**2)
+        return size
 
 
 def _balance(inputs: Floats, matrix: Floats) -> Floats:

@@ -106,7 +106,7 @@ class ExportedModel:
             names = [item.name for item in session.get_outputs()]
             for name, value in zip(names, session.run(names, wanted, self._run_options), strict=True):
                 (present if name.startswith("present.") else values)[name.replace("present.", "past_key_values.")] = value
-        return values["logits"].astype(np.float32), present
+        return values["logits"].astype(np.float32, copy=False), present
 
     def empty_cache(self, batch: int) -> Cache:
         inputs = [

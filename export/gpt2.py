@@ -5,9 +5,10 @@ B sequences, S new tokens of each, d width, V tokens in the vocabulary.
 """
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .attention import ATTENTIONS, Cache, Heads
 from .graph import MICROSOFT, Graph
@@ -90,7 +91,7 @@ class GPT2:
 
     def hidden_states(self) -> str:
         """What an earlier stretch of the model gave, (B, S, d)."""
-        shape = ["batch_size", "sequence_length", self.config.width]
+        shape: list[int | str] = ["batch_size", "sequence_length", self.config.width]
         self.tokens = self.graph.input("hidden_states", self.precision.dtype, shape)
         self.graph.input("attention_mask", np.int64, ["batch_size", "total_sequence_length"])
         return self.tokens
@@ -184,7 +185,8 @@ class GPT2:
         if not self.graph.has_weight(names[0]):
             matrix = self.weights.read(name)
             stored = quantise(matrix.T if transposed else matrix, form)
-            for part, array in zip(names, (stored.integers, stored.scales, stored.zero_points), strict=True):
+            arrays: tuple[NDArray[Any], ...] = (stored.integers, stored.scales, stored.zero_points)
+            for part, array in zip(names, arrays, strict=True):
                 self.graph.weight(part, array)
         return names
 

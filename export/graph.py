@@ -16,6 +16,8 @@ __all__ = ["MICROSOFT", "Graph"]
 MICROSOFT = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
 PAGE_BYTES, CACHE_LINE_BYTES = 4096, 64
+SMALLEST_PAGED_BYTES = 1 << 16
+"""Below it the gap before a page would be a noticeable part of the tensor, and there are hundreds of them."""
 SMALLEST_EXTERNAL_BYTES = 1024
 """Below it a tensor stays in the graph, where shape inference can see it."""
 
@@ -27,8 +29,8 @@ class Graph:
     """
     Nodes, inputs, outputs and initializers of one model. Values are known by their names.
 
-    Large initializers go straight to ``path`` + "_data", from a page on at the beginning of one, so that a runtime can map them
-    and a model of any size is written in the memory of its largest tensor.
+    Initializers that are not small go straight to ``path`` + "_data", so that a model of any size is written in the memory of
+    its largest tensor; large ones at the beginning of a page, so that a runtime can map them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -123,7 +125,7 @@ class Graph:
         onnx.checker.check_model(self.path)
 
     def _external(self, name: str, array: Array) -> onnx.TensorProto:
-        alignment = PAGE_BYTES if array.nbytes >= PAGE_BYTES else CACHE_LINE_BYTES
+        alignment = PAGE_BYTES if array.nbytes >= SMALLEST_PAGED_BYTES else CACHE_LINE_BYTES
         self._data.write(b"\0" * (-self._data.tell() % alignment))
         tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
         tensor.data_location = TensorProto.EXTERNAL

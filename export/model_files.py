@@ -29,7 +29,7 @@ def write_model_files(folder: Path, source: Source, weights: Weights, more: dict
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
     tokenizer = _tokenizer(source.folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     _write_missing(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, source.config))
     _write_missing(
         folder / "generation_config.json", {"bos_token_id": source.config.end_token, "eos_token_id": source.config.end_token}

@@ -18,7 +18,7 @@ from .gpt2 import add_gpt2
 from .graph import Graph
 from .lora import LoraAdapter
 from .model_files import write_genai_config, write_json, write_model_files
-from .output_folder import output_folder
+from .output_folder import check_output, output_folder
 from .precision import PRECISIONS, Precision
 from .source import Source, open_source
 from .weights import Floats, Weights
@@ -58,6 +58,7 @@ def export_onnx(
     Raises:
         ModelError, ExportError: what is to be exported cannot be read, or ``output`` cannot be written. Nothing is left of it.
     """
+    check_output(output, overwrite=overwrite)
     with (
         open_source(model, run_dir=run_dir, adapter=adapter, plain_only=keep_adapter) as source,
         output_folder(output, overwrite=overwrite) as folder,
@@ -85,6 +86,10 @@ class OnnxFolder:
         self.adapter: LoraAdapter = {}
         self.weights = source.merged()
         if keep_adapter:
+            if split is not None:
+                raise ExportError(
+                    "--keep-adapter and --split cannot be combined: a runtime takes an adapter for one whole graph"
+                )
             if source.adapter is None:
                 raise ExportError("--keep-adapter needs an adapter: give --run-dir or --adapter")
             self.adapter, self.weights = source.adapter, source.base
@@ -125,7 +130,7 @@ class OnnxFolder:
         write_json(self.folder / "splitlora.json", self._manifest(files))
 
     def _write_graphs(self, precision: Precision, progress: Progress) -> dict[str, Any]:
-        form, entry, sizes = ATTENTIONS[self.attention], {}, {}
+        form, entry, sizes = ATTENTIONS[self.attention], {}, dict[str, int]()
         weights = Watched(Equalised(self.weights, self.config), progress, precision.name)
         for part in self.parts:
             path = self.folder / "onnx" / f"{part.file}{precision.suffix}.onnx"

@@ -10,7 +10,22 @@ from pathlib import Path
 
 from .errors import ExportError
 
-__all__ = ["output_folder"]
+__all__ = ["check_output", "output_folder"]
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """
+    For a word before the work begins.
+
+    Raises:
+        ExportError: ``path`` exists and may not be overwritten, or is no model and should not be.
+    """
+    if path.exists() and not overwrite:
+        raise ExportError(f"{path} exists already; choose another --output, or replace it with --overwrite")
+    if path.exists() and not path.is_dir():
+        raise ExportError(f"{path} is a file; --output is a folder")
+    if path.exists() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise ExportError(f"{path} is no folder of a model, and --overwrite would remove all that is in it; choose another")
 
 
 @contextmanager
@@ -22,10 +37,7 @@ def output_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         ExportError: ``path`` exists and may not be overwritten, or cannot be written; the disk is full.
     """
     path = Path(os.path.abspath(path.expanduser()))
-    if path.exists() and not overwrite:
-        raise ExportError(f"{path} exists already; choose another --output, or replace it with --overwrite")
-    if path.exists() and not path.is_dir():
-        raise ExportError(f"{path} is a file; --output is a folder")
+    check_output(path, overwrite=overwrite)
     with _readable_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))

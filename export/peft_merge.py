@@ -4,6 +4,8 @@ import shutil
 import warnings
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import ExportError
 
 __all__ = ["merge_with_peft"]
@@ -33,7 +35,10 @@ def merge_with_peft(base: Path, adapter: Path, folder: Path) -> None:
         merged.config.tie_word_embeddings = bool(torch.equal(head, table))
         if not merged.config.tie_word_embeddings:
             merged.lm_head.weight = torch.nn.Parameter(head.detach().clone())
-        merged.save_pretrained(folder)
-    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
-        if (base / name).is_file():
-            shutil.copyfile(base / name, folder / name)
+        try:
+            merged.save_pretrained(folder)
+            for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+                if (base / name).is_file():
+                    shutil.copyfile(base / name, folder / name)
+        except (OSError, SafetensorError) as error:
+            raise ExportError(f"the merged model cannot be written to {folder}: {error}; TMPDIR says where it goes") from None

@@ -51,9 +51,9 @@ def quantise(rows: Floats, form: BlockFormat) -> QuantisedMatrix:
 
 def _quantise_piece(rows: Floats, form: BlockFormat) -> QuantisedMatrix:
     count, width = rows.shape
-    blocks = np.zeros((count, form.padded(width)), np.float32)
-    blocks[:, :width] = rows
-    blocks = blocks.reshape(count, -1, form.size)
+    filled = np.zeros((count, form.padded(width)), np.float32)
+    filled[:, :width] = rows
+    blocks = filled.reshape(count, -1, form.size)
     # Zero is always on the grid: it is what rows are filled up with.
     lowest, highest = np.minimum(blocks.min(-1, keepdims=True), 0), np.maximum(blocks.max(-1, keepdims=True), 0)
     largest = 2**form.bits - 1
@@ -73,4 +73,4 @@ def _pack(integers: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
         return integers
     if integers.shape[-1] % 2:
         integers = np.concatenate([integers, np.zeros_like(integers[..., :1])], -1)
-    return integers[..., 0::2] | integers[..., 1::2] << 4
+    return np.bitwise_or(integers[..., 0::2], np.left_shift(integers[..., 1::2], 4), dtype=np.uint8)

@@ -37,7 +37,7 @@ class StoredWeights:
                 file = safe_open(path, framework="np")
             except (OSError, SafetensorError) as error:
                 raise ExportError(f"{path} cannot be read as safetensors: {error}") from None
-            self._places |= {stored.removeprefix("transformer."): (file, stored) for stored in file.keys()}
+            self._places |= {stored.removeprefix("transformer."): (file, stored) for stored in file.keys()}  # type: ignore[no-untyped-call]
 
     def names(self) -> list[str]:
         return list(self._places)

@@ -80,6 +80,8 @@ class ModelConfig:
         for option in UNSUPPORTED:
             if raw.get(option):
                 raise ModelError(f"{path}: {option} is not supported")
+        if not raw.get("scale_attn_weights", True):
+            raise ModelError(f"{path}: attention without scale_attn_weights is not supported")
         try:
             config = cls(
                 num_layers=int(raw["n_layer"]),

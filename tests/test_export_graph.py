@@ -152,6 +152,7 @@ def test_quantised_graph_is_the_model_with_rounded_weights(
     assert largest_difference(found, logits_of(model, ids)) < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")  # torch warns of its own code
 def test_graph_agrees_with_the_one_that_torch_exports(tiny_model: Path, tmp_path: Path) -> None:
     """torch.onnx.export traces transformers' own code: it shares nothing with ours but the weights."""
 
@@ -287,7 +288,7 @@ def test_weights_lie_where_a_runtime_can_map_them(wide_model: Path, tmp_path: Pa
     graph = onnx.load(tmp_path / "out/onnx/model.onnx", load_external_data=False).graph
     places = [{entry.key: entry.value for entry in item.external_data} for item in graph.initializer if item.external_data]
     assert {place["location"] for place in places} == {"model.onnx_data"}
-    assert all(int(place["offset"]) % (4096 if int(place["length"]) >= 4096 else 64) == 0 for place in places)
+    assert all(int(place["offset"]) % (4096 if int(place["length"]) >= 65536 else 64) == 0 for place in places)
     assert (tmp_path / "out/onnx/model.onnx").stat().st_size < 100_000
 
 

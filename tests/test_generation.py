@@ -18,7 +18,7 @@ from transformers.generation.logits_process import TopPLogitsWarper
 from edge_client import ExportedModelError, GenerationError, Generator, Sampling
 from edge_client.cli import main
 from edge_client.exported_model import ExportedModel
-from export.onnx_folder import export_onnx
+from export import export_onnx
 from split_model import BaseModel, LoraConfig, initial_adapter, save_adapter
 
 ATTENTIONS = ("gqa", "attn23", "ops")

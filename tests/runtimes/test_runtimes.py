@@ -18,7 +18,7 @@ import pytest
 from conftest import REPOSITORY
 
 from edge_client import Generator
-from export.onnx_folder import export_onnx
+from export import export_onnx
 
 HERE = Path(__file__).parent
 OTHER_PYTHON = REPOSITORY / ".venv-runtimes/bin/python"

@@ -6,7 +6,7 @@ from terminal import Progress
 
 from .model_files import write_model_files
 from .onnx_folder import Watched
-from .output_folder import output_folder
+from .output_folder import check_output, output_folder
 from .source import open_source
 
 __all__ = ["merge"]
@@ -20,6 +20,7 @@ def merge(
 
     Plain LoRA is added tensor by tensor, in the memory of one, and equal to what PEFT makes of it; the rest PEFT does itself.
     """
+    check_output(output, overwrite=overwrite)
     with (
         open_source(model, run_dir=run_dir, adapter=adapter) as source,
         output_folder(output, overwrite=overwrite) as folder,

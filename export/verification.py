@@ -11,6 +11,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from torch.nn.functional import cross_entropy
 
 from split_model import BaseModel
 from terminal import Progress
@@ -56,12 +57,27 @@ class Agreement:
         largest_difference = LARGEST_LOGIT_DIFFERENCE.get(self.precision, float("inf"))
         return self.logit_difference <= largest_difference and self.loss_change <= LARGEST_LOSS_CHANGE[self.precision]
 
-    def add(self, found: Floats, expected: Floats, tokens: Tokens) -> None:
-        """Logits (S, V) of a text's S tokens."""
-        self.logit_difference = max(self.logit_difference, float(np.abs(found - expected).max()))
-        self.summed_loss_change += _loss(found, tokens) - _loss(expected, tokens)
-        self.same_first += int((found[:-1].argmax(-1) == expected[:-1].argmax(-1)).sum())
-        self.tokens += len(tokens) - 1
+    def add(self, found: "Prediction", expected: "Prediction") -> None:
+        """What both say of one text."""
+        self.logit_difference = max(self.logit_difference, float((found.logits - expected.logits).abs().max()))
+        self.summed_loss_change += found.loss - expected.loss
+        self.same_first += int((found.first == expected.first).sum())
+        self.tokens += len(found.first)
+
+
+class Prediction:
+    """
+    What a model says of a text's S tokens.
+
+    Args:
+        logits: (S, V), of which the last, after the text's end, are compared but not judged.
+    """
+
+    def __init__(self, logits: Floats, tokens: Tokens) -> None:
+        self.logits = torch.from_numpy(logits)
+        self.first = self.logits[:-1].argmax(-1)
+        self.loss = float(cross_entropy(self.logits[:-1], torch.from_numpy(tokens[1:]), reduction="sum"))
+        """Summed over all tokens but the first, in nats."""
 
 
 def verify(folder: Path, prompts: Path | None = None) -> list[Agreement]:
@@ -79,9 +95,9 @@ def verify(folder: Path, prompts: Path | None = None) -> list[Agreement]:
     agreements = {name: Agreement(precision=name, num_bytes=manifest.num_bytes(name)) for name in models}
     with Progress(len(texts), unit="text") as progress:
         for number, tokens in enumerate(texts):
-            expected = reference.logits(tokens)
+            expected = Prediction(reference.logits(tokens), tokens)
             for name, model in models.items():
-                agreements[name].add(model.logits(tokens[None])[0], expected, tokens)
+                agreements[name].add(Prediction(model.logits(tokens[None])[0], tokens), expected)
             if number < NUM_CONTINUED:
                 _compare_continuations(agreements, models, reference, tokens[: (len(tokens) + 1) // 2].tolist())
             progress.advance(", ".join(f"{name} {found.loss_change:+.5f}" for name, found in agreements.items()))
@@ -126,11 +142,12 @@ class Reference:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
-        logging.disable_progress_bar()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._model: Any = AutoModelForCausalLM.from_pretrained(manifest.folder, dtype=torch.float32).eval()
-        self.end_token = manifest.content["end_token"]
+            self._model: Any = AutoModelForCausalLM.from_pretrained(manifest.folder, dtype=torch.float32)
+        self._model.eval()  # type: ignore[no-untyped-call]
+        self.end_token: int = manifest.content["end_token"]
         self._context = manifest.content["context"]
         if manifest.adapter is not None:
             self._merge(manifest.adapter, manifest.folder)
@@ -176,10 +193,3 @@ def _encoded(texts: Sequence[str], folder: Path, manifest: Manifest) -> list[Tok
     end, context = manifest.content["end_token"], manifest.content["context"]
     encoded = [np.array([*tokenizer.encode(text).ids, end][:context], np.int64) for text in texts]
     return [tokens for tokens in encoded if len(tokens) > 1]
-
-
-def _loss(logits: Floats, tokens: Tokens) -> float:
-    """Summed over all tokens but the first, in nats."""
-    shifted = logits[:-1] - logits[:-1].max(-1, keepdims=True)
-    normalisers = np.log(np.exp(shifted, dtype=np.float64).sum(-1))
-    return float((normalisers - shifted[np.arange(len(tokens) - 1), tokens[1:]]).sum())
