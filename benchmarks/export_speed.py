@@ -165,7 +165,7 @@ def run_once(python: Path, name: str, path: Path) -> dict[str, float]:
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr}")
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures | {"disturbance": (busy - own) / seconds / (os.cpu_count() or 1)}
+    return figures | {"disturbance": max(0.0, busy - own) / seconds / (os.cpu_count() or 1)}
 
 
 def busy_seconds() -> float:
