@@ -41,8 +41,8 @@ class EdgeClient:
         device, dtype: where and in which precision the frozen weights compute; "auto" chooses by the hardware.
         state_dir: where this device keeps its enrolments, and its place in a run in case it is killed; the default is the
             user's folder for such things.
-        give_up_after: seconds without a connection after which the run is given up; None tries forever. A first connection
-            is tried once, unless this device was killed in a run of this server.
+        give_up_after: seconds without a connection after which the run is given up; None tries forever. Where nobody answers
+            at first, None takes the address for wrong, unless this device was killed in a run of this server.
 
     Raises:
         DataError, ModelError, InvalidName, EnrolmentError: a file or the name cannot be used.
@@ -92,7 +92,7 @@ class EdgeClient:
             self._access.connect,
             Hello(name=self.name, fingerprint=self._model.fingerprint()),
             give_up_after=self._give_up_after,
-            patient=self._place.is_kept,
+            patient=self._place.is_kept or self._give_up_after is not None,
         )
         try:
             self._place.keep(self.welcome.run)

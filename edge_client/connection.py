@@ -91,7 +91,7 @@ class Connection:
             raise ConnectionFailed(f"{url} is no WebSocket address; it looks like ws://192.168.1.20:8765") from None
         except ssl.SSLError as error:
             raise ConnectionFailed(f"{url} does not speak TLS as this side does: {error.reason or error}") from None
-        except (OSError, InvalidHandshake, EOFError) as error:
+        except (OSError, InvalidHandshake, EOFError, ConnectionClosed) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise ConnectionFailed(f"no server at {url}: {reason}; is splitlora-server running there?") from None
 

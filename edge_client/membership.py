@@ -35,7 +35,7 @@ class Membership:
     Args:
         dial: opens a connection.
         give_up_after: seconds without a connection; None tries forever.
-        patient: whether the first connection is tried again, too.
+        patient: whether the server may be away when the first connection is opened; else its address is taken for wrong.
         sleep: waits for so many seconds.
 
     Raises:
@@ -67,13 +67,7 @@ class Membership:
         self._last_reply = time.perf_counter()
         self._connection: Connection | None = None
         try:
-            self._connection = dial()
-            self.welcome = self._connection.exchange(hello, Welcome)
-        except ConnectionFailed as error:
-            if not patient:
-                self.close()
-                raise
-            self.welcome = self._keep_trying(error, lambda connection: connection.exchange(hello, Welcome))
+            self.welcome = self._greet(patient)
         except BaseException:
             self.close()
             raise
@@ -132,6 +126,18 @@ class Membership:
         """Leave the run for good."""
         if self._connection is not None:
             self._connection.close()
+
+    def _greet(self, patient: bool) -> Welcome:
+        def talk(connection: Connection) -> Welcome:
+            return connection.exchange(self._hello, Welcome)
+
+        try:
+            self._connection = self._dial()
+            return talk(self._connection)
+        except ConnectionFailed as error:
+            if self._connection is None and not patient:
+                raise
+            return self._keep_trying(error, talk)
 
     def _go_to(self, start: Start) -> None:
         self.round = start.round

@@ -407,12 +407,8 @@ class Federation:
         return [Reply(name, EvaluationLoss(index=index, summed_loss=summed_loss))]
 
     def unfinished(self) -> list[str]:
-        """Members that are to come back for the final adapter."""
-        return [
-            name
-            for name, member in self.members.items()
-            if not member.left and (member.answer is None or not isinstance(member.answer[1], RunEnd))
-        ]
+        """Members that have not said goodbye: whether an adapter that was sent has arrived, only they know."""
+        return [name for name, member in self.members.items() if not member.left]
 
     # What follows from it
 
