@@ -69,7 +69,7 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 saved = _read(self._path(step))
-            except ValueError as error:
+            except _Damaged as error:
                 logger.warning("checkpoint %s is damaged: %s; trying the one before", self._path(step), error)
                 # Under this name it is neither counted among those to keep nor written over.
                 self._path(step).rename(self._path(step).with_suffix(".damaged"))
@@ -109,17 +109,20 @@ def replace_file(path: Path, data: bytes) -> None:
             os.close(folder)
 
 
+class _Damaged(Exception):
+    """A file is not what was written."""
+
+
 def _read(path: Path) -> SavedRound:
-    """ValueError if the file is not what was written."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise ValueError(str(error)) from None
+        raise _Damaged(error) from None
     text = metadata.get("checkpoint", "")
     if _digest(text, state) != metadata.get("sha256"):
-        raise ValueError("its content is not what was written")
+        raise _Damaged("its content is not what was written")
     described = json.loads(text)
     if described["format"] != FORMAT:
         raise ConfigError(f"{path} has format {described['format']}, this version reads {FORMAT}")
