@@ -104,6 +104,8 @@ class FinishStep:
     tokens: int
     labelled_tokens: int
     seconds: dict[str, dict[str, float]]
+    deadline: float
+    """Seconds that the next step waits for its clients' activations before it asks whether a quorum is there."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class NameInUse(RemoteProtocolError):
 
 
 Question = TypeVar("Question", bound="Message | Contribution")
+OfAStep = Activations | AdapterGradient | AdapterWeights | Done
 
 LARGEST_VALUE = 1e6
 """
@@ -311,10 +314,16 @@ class Federation:
         if isinstance(message, Evaluation):
             self._check_batch(member, message)
             return [Evaluate(name, message)]
-        if not isinstance(message, Activations | Contribution | Done):
+        if not isinstance(message, OfAStep):
             raise RemoteProtocolError(f"{type(message).__name__} out of turn")
-        question = identity(message)
-        self.deadline.observe(_waited_for_as(question[0]), self.timing.away(name, now))
+        kind = _waited_for_as(type(message))
+        actions: list[Action] = []
+        if self.deadline.observe(kind, self.timing.away(name, now)) and kind is Activations:
+            actions.append(Report(f"a step waits {self.deadline.seconds(kind):.1f} s for its clients, by the times they took"))
+        return actions + self._take(name, message, now)
+
+    def _take(self, name: str, message: OfAStep, now: float) -> list[Action]:
+        member, question = self.members[name], identity(message)
         if not member.absent and question == member.next_question:
             self._check(member, message)
             if name not in self.waiting and not isinstance(message, Done):
@@ -495,7 +504,8 @@ class Federation:
         if self._finished_step == self.step:  # a last round closed early, by the leaving of those who had steps left
             return []
         self._finished_step = self.step
-        return [FinishStep(self.step, self._loss, self._tokens, self._labelled_tokens, seconds)]
+        deadline = self.deadline.seconds(Activations)
+        return [FinishStep(self.step, self._loss, self._tokens, self._labelled_tokens, seconds, deadline)]
 
     def _close_last_round(self, now: float) -> list[Action]:
         if self._contributors():
@@ -612,7 +622,7 @@ class Federation:
             raise RemoteProtocolError(f"{join.num_samples} samples take {last_step} steps; at most {LARGEST_COUNT} can be")
         return Member(join, last_step, (Activations, 1))
 
-    def _check(self, member: Member, message: Activations | Contribution | Done) -> None:
+    def _check(self, member: Member, message: OfAStep) -> None:
         if isinstance(message, Activations):
             self._check_batch(member, message)
         elif not isinstance(message, Done):

@@ -82,6 +82,8 @@ class StepRecord:
     bytes_down: dict[str, int]
     seconds: dict[str, dict[str, float]]
     """By client: edge_compute, wire, waiting, server_compute."""
+    deadline: float
+    """Seconds that the next step waits for its clients."""
 
 
 class CountingConnection(ServerConnection):
@@ -458,7 +460,8 @@ class RunServer:
             connection = peer.connection
             up[name], down[name] = connection.bytes_up - peer.counted_up, connection.bytes_down - peer.counted_down
             peer.counted_up, peer.counted_down = connection.bytes_up, connection.bytes_down
-        self._report(StepRecord(action.step, action.loss, action.labelled_tokens, action.tokens, up, down, action.seconds))
+        counts = (action.labelled_tokens, action.tokens)
+        self._report(StepRecord(action.step, action.loss, *counts, up, down, action.seconds, action.deadline))
 
     # Small parts
 
