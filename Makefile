@@ -2,12 +2,14 @@
 # make test   run all tests
 # make check  lint, format, types
 # make bench  the benchmarks, long
+# make chaos  200 runs of a tiny model, disturbed at random
+# make soak   30 minutes of a server whose devices come and go
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test check bench
+.PHONY: demo test check bench chaos soak
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.runtime
@@ -26,6 +28,12 @@ bench: $(VENV)/.development
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/device_weight.py
 	$(BIN)/python benchmarks/e2e.py
+
+chaos: $(VENV)/.development
+	$(BIN)/python benchmarks/disturbed_runs.py --runs 200
+
+soak: $(VENV)/.development
+	$(BIN)/python benchmarks/soak.py --minutes 30
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
