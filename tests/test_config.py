@@ -351,7 +351,7 @@ NAMES = {
         *("derive_seed", "find_model", "initial_adapter", "is_hub_name", "load_adapter", "optimiser_state"),
         *("restore_optimiser", "save_adapter", "take_step", "working_dtype"),
     ],
-    "terminal": ["Progress", "run_program", "show_log", "version"],
+    "terminal": ["Progress", "plain", "run_program", "show_log", "version"],
 }
 
 
