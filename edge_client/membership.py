@@ -150,7 +150,7 @@ class Membership:
 
     def _enter(self, connection: Connection) -> Start:
         assert self._join is not None
-        connection.session.max_bytes = self.largest_message
+        connection.expect(self.largest_message)
         start = connection.exchange(replace(self._join, step=self.step), Start)
         self._last_reply = time.perf_counter()
         return start
