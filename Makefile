@@ -3,13 +3,14 @@
 # make check  lint, format, types
 # make bench  the benchmarks, long
 # make chaos  200 runs of a tiny model, disturbed at random
+# make fuzz   1.5 million broken frames, and attacks on a live server
 # make soak   30 minutes of a server whose devices come and go
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test check bench chaos soak
+.PHONY: demo test check bench chaos fuzz soak
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.runtime
@@ -31,6 +32,9 @@ bench: $(VENV)/.development
 
 chaos: $(VENV)/.development
 	$(BIN)/python benchmarks/disturbed_runs.py --runs 200
+
+fuzz: $(VENV)/.development
+	$(BIN)/python benchmarks/fuzz.py
 
 soak: $(VENV)/.development
 	$(BIN)/python benchmarks/soak.py --minutes 30
