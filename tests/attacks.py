@@ -114,9 +114,11 @@ class RawClient:
             if first & 15 == CLOSE:
                 raise EOFError("closed")
 
-    def end(self) -> str:
-        """What becomes of a connection that the server has to end: "refused" with a reason, or "cut off"."""
+    def end(self, *data: bytes) -> str:
+        """What becomes of a connection that the server has to end after this: "refused" with a reason, or "cut off"."""
         try:
+            for part in data:
+                self.send(part)
             while not isinstance(self.hear(), Failure):
                 pass
         except ENDED:
@@ -334,6 +336,8 @@ def free_port() -> int:
 
 # What frames can do
 
+THE_END = frame_header(BINARY, encode(Start(step=0, total_steps=0, adapter={})))  # is never a client's to say
+
 
 def frames_of_a_stranger(siege: Siege, amount: int) -> "Counter[str]":
     """Mutated and random frames, each the first of its connection."""
@@ -342,9 +346,7 @@ def frames_of_a_stranger(siege: Siege, amount: int) -> "Counter[str]":
     for _ in range(amount):
         _, frame = mutator.frame()
         with siege.stranger() as client:
-            client.say(frame)
-            client.say(encode(Start(step=0, total_steps=0, adapter={})))  # never a client's to say: this is the end
-            counts[client.end()] += 1
+            counts[client.end(frame_header(BINARY, frame), THE_END)] += 1
     return counts
 
 
@@ -355,9 +357,7 @@ def frames_of_a_member(siege: Siege, amount: int) -> "Counter[str]":
     for _ in range(amount):
         _, frame = mutator.frame()
         with siege.member() as (client, _):
-            client.say(frame)
-            client.say(encode(Start(step=0, total_steps=0, adapter={})))
-            counts[client.end()] += 1
+            counts[client.end(frame_header(BINARY, frame), THE_END)] += 1
     return counts
 
 
@@ -370,8 +370,7 @@ def bombs(siege: Siege, amount: int) -> "Counter[str]":
                 with ExitStack() as stack:
                     client = stack.enter_context(open_client() if open_client else siege.member())  # type: ignore[arg-type]
                     client = client if isinstance(client, RawClient) else client[0]
-                    client.say(frame)
-                    counts[client.end()] += 1
+                    counts[client.end(frame_header(BINARY, frame))] += 1
     return counts
 
 
@@ -423,8 +422,7 @@ def wrong_frames(siege: Siege, amount: int) -> "Counter[str]":
     for _ in range(amount):
         for frame in wrong:
             with siege.stranger() as client:
-                client.send(frame)
-                counts[client.end()] += 1
+                counts[client.end(frame)] += 1
     return counts
 
 

@@ -526,13 +526,18 @@ def test_edge_names_what_a_server_answers_wrongly(
     assert reason in text
 
 
-def test_edge_names_a_server_that_hangs_up(says_of_server: Callable[[str], str]) -> None:
+def test_edge_names_a_server_that_hangs_up(edge_says: Say, sentence: Callable[[int], str]) -> None:
     with serve(lambda connection: connection.recv(), "127.0.0.1", 0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         url = f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+        lost = f"the connection to {url} was lost: "
         try:
-            assert says_of_server(url).startswith(f"the connection to {url} was lost: ")
+            assert sentence(edge_client.cli.main(["ping", f"--server={url}"])).startswith(lost)
+            # It was reached once, so the device comes back until it is told to give up.
+            text = edge_says(server=url, give_up_after=0.1)
+            assert text.startswith(lost)
+            assert text.endswith("; gave up after 0.1 s")
         finally:
             server.shutdown()
             thread.join()
