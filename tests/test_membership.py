@@ -64,6 +64,9 @@ class FakeConnection:
         self.abandoned = self.closed = False
         self._replies = replies
 
+    def expect(self, size: int) -> None:
+        pass
+
     def exchange(self, message: Message, *_: type) -> Message:
         self.asked.append(message)
         self.num_bytes += 1
