@@ -375,8 +375,9 @@ class Federation:
         self._loss = loss
         self.timing.computed(list(gradients), seconds)
         actions: list[Action] = []
+        asked = self._asked(Activations)
         for name, gradient in gradients.items():
-            if not self.members[name].left:
+            if name in asked:  # it has not left meanwhile, and come back perhaps
                 answer = ActivationGradient(step=self.step, loss=loss, values=gradient)
                 actions += self._reply(name, answer, self._question_after_gradient(self.members[name]), now)
         if self.settings.ends_round(self.step) or not self._participants():

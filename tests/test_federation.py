@@ -436,6 +436,19 @@ def test_client_that_said_goodbye_may_come_back() -> None:
     assert isinstance(replies(table.aggregated())["b"], Start)
 
 
+def test_client_that_leaves_and_comes_back_while_its_step_is_computed_joins_the_next() -> None:
+    table = Table({"a": 3, "b": 3})
+    for name in ("a", "b"):
+        table.activations(name, 1)
+    table.federation.leave("b", 0.0)
+    assert table.come_back("b") == []
+    assert told(table.trained("a", "b"), ActivationGradient) == ["a"]
+    (aggregate,) = table.contribute("a", 1)
+    assert list(aggregate.contributions) == ["a"]  # type: ignore[union-attr]
+    start = replies(table.aggregated())["b"]
+    assert (start.step, start.round) == (1, 1)  # type: ignore[union-attr]
+
+
 def test_restored_run_goes_on_where_the_checkpoint_stands() -> None:
     table = Table({"a": 3, "b": 3})
     membership = table.federation.membership()
