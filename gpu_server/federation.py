@@ -272,12 +272,12 @@ class Federation:
         member = self.members.get(hello.name)
         if hello.name in self.greeted or (member is not None and member.connected):
             raise NameInUse(f"the name {hello.name} is taken; choose another with --name")
-        if member is not None and member.left and self.phase in (Phase.SAVING, Phase.FINISHED):
-            raise RemoteProtocolError(f"{hello.name} has left the run, and the run is over")
         if member is None:
             places = self.settings.clients - len(self.greeted.union(self.members))
             if self.phase is not Phase.GATHERING or places < 1:
                 raise RemoteProtocolError(f"the run has its {self.settings.clients} clients already")
+        else:
+            self._check_return(hello.name, member)
         self.greeted.add(hello.name)
         return Welcome(run=self.run, settings=self.settings, fingerprint=self.limits.fingerprint, restarts=self.restarts)
 
@@ -291,6 +291,7 @@ class Federation:
             self.members[name] = self._new_member(join)
             self.greeted.discard(name)
             return self._advance(now)
+        self._check_return(name, member)  # the run may have ended since its welcome
         before = member.join
         if replace(join, step=0).__dict__ != replace(before, step=0).__dict__:
             raise RemoteProtocolError(
@@ -607,6 +608,10 @@ class Federation:
         return -(-(self.step - self.checkpoints[1]) // self.settings.aggregate_every)
 
     # What a message must respect, beyond what its type says
+
+    def _check_return(self, name: str, member: Member) -> None:
+        if member.left and self.phase in (Phase.SAVING, Phase.FINISHED):
+            raise RemoteProtocolError(f"{name} has left the run, and the run is over")
 
     def _new_member(self, join: Join) -> Member:
         if join.longest > self.limits.num_positions:

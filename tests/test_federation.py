@@ -449,6 +449,16 @@ def test_client_that_leaves_and_comes_back_while_its_step_is_computed_joins_the_
     assert (start.step, start.round) == (1, 1)  # type: ignore[union-attr]
 
 
+def test_client_that_has_left_is_refused_when_the_run_ends_between_its_welcome_and_its_join() -> None:
+    table = Table({"a": 3, "b": 3})
+    table.federation.leave("b", 0.0)
+    table.federation.welcome(Hello(name="b", fingerprint="f"))
+    assert kinds(table.federation.leave("a", 0.0)) == [FinishRun]
+    with pytest.raises(RemoteProtocolError, match="b has left the run, and the run is over"):
+        table.join("b", 3)
+    assert table.federation.members["b"].left
+
+
 def test_restored_run_goes_on_where_the_checkpoint_stands() -> None:
     table = Table({"a": 3, "b": 3})
     membership = table.federation.membership()
