@@ -587,8 +587,13 @@ class Federation:
         return sorted(name for name, member in self.members.items() if member.last_step > self.step and not member.left)
 
     def _contributors(self) -> list[str]:
-        """Clients whose adapters make the next edge adapter: all that took part in a step of the round."""
-        return sorted(name for name, member in self.members.items() if member.in_round and not member.left)
+        """
+        Clients whose adapters make the next edge adapter: all that took part in a step of the round. Those that are absent
+        now are told where to go on only after it.
+        """
+        return sorted(
+            name for name, member in self.members.items() if member.in_round and not member.left and not member.absent
+        )
 
     def _asked(self, kind: type[Question]) -> dict[str, Question]:
         """The open questions of this kind, by client."""

@@ -459,6 +459,21 @@ def test_client_that_has_left_is_refused_when_the_run_ends_between_its_welcome_a
     assert table.federation.members["b"].left
 
 
+def test_round_does_not_wait_for_an_absent_client_that_can_only_come_back_after_it() -> None:
+    table = Table({"a": 4, "b": 4}, quorum=1, aggregate_every=2)
+    for name in ("a", "b"):
+        table.activations(name, 1)
+    table.trained("a", "b")
+    table.activations("a", 2)
+    table.federation.tick(1e6)
+    table.trained("a")
+    table.federation.leave("a", 0.0)
+    table.federation.disconnected("b", 0.0)
+    start = replies(table.come_back("b", step=1))["b"]
+    assert (start.step, start.round) == (2, 0)  # type: ignore[union-attr]
+    assert kinds(table.activations("b", 3)) == [Train]
+
+
 def test_restored_run_goes_on_where_the_checkpoint_stands() -> None:
     table = Table({"a": 3, "b": 3})
     membership = table.federation.membership()
