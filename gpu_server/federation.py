@@ -188,6 +188,8 @@ class Member:
     """In this round."""
     answer: tuple[tuple[type, int], Message] | None = None
     """The question that was answered last, and its answer."""
+    evaluation: Evaluation | None = None
+    """The held-out batch whose loss its present connection waits for."""
 
 
 @dataclass
@@ -314,6 +316,7 @@ class Federation:
         member = self.members[name]
         if isinstance(message, Evaluation):
             self._check_batch(member, message)
+            member.evaluation = message
             return [Evaluate(name, message)]
         if not isinstance(message, OfAStep):
             raise RemoteProtocolError(f"{type(message).__name__} out of turn")
@@ -347,7 +350,7 @@ class Federation:
         if self.phase is Phase.GATHERING:
             self.members.pop(name, None)
         elif name in self.members:
-            self.members[name].connected = False
+            self.members[name].connected, self.members[name].evaluation = False, None
             self._returning.discard(name)
         return []
 
@@ -412,10 +415,14 @@ class Federation:
         self._enter(Phase.FINISHED, now)
         return self._advance(now)
 
-    def evaluated(self, name: str, index: int, summed_loss: float, now: float) -> list[Action]:
-        """The loss of an `Evaluate` is computed."""
+    def evaluated(self, name: str, batch: Evaluation, summed_loss: float, now: float) -> list[Action]:
+        """The loss of an `Evaluate` is computed. A client that has come back meanwhile asks again, or something else."""
+        member = self.members[name]
+        if member.evaluation is not batch:
+            return []
+        member.evaluation = None
         self.timing.replied(name, now)  # the time of an evaluation belongs to no step
-        return [Reply(name, EvaluationLoss(index=index, summed_loss=summed_loss))]
+        return [Reply(name, EvaluationLoss(index=batch.index, summed_loss=summed_loss))]
 
     def unfinished(self) -> list[str]:
         """Members that have not said goodbye: whether an adapter that was sent has arrived, only they know."""

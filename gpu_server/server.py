@@ -482,7 +482,7 @@ class RunServer:
             self._perform(federation.aggregated(adapter, now - started, now))
         elif isinstance(action, Evaluate):
             summed_loss = await self._work(compute.evaluate, action.batch)
-            self._perform(federation.evaluated(action.client, action.batch.index, summed_loss, time.monotonic()))
+            self._perform(federation.evaluated(action.client, action.batch, summed_loss, time.monotonic()))
         else:
             if self._keeper is not None:
                 await self._keeper

@@ -28,6 +28,7 @@ from protocol import (
     AdapterWeights,
     Done,
     EdgeAdapter,
+    Evaluation,
     Hello,
     Join,
     Message,
@@ -75,6 +76,12 @@ class Table:
         ints = {"lengths": [ROWS], "label_counts": [2], "labels": [5, 6]}
         arrays = {field: np.array(values, np.int32) for field, values in ints.items()}
         message = Activations(step=step, edge_seconds=0.0, values=np.zeros((ROWS, WIDTH), np.float32), **arrays)
+        return self.federation.receive(name, message, self.now)
+
+    def evaluation(self, name: str, index: int) -> list[Action]:
+        ints = {"lengths": [ROWS], "label_counts": [2], "labels": [5, 6]}
+        arrays = {field: np.array(values, np.int32) for field, values in ints.items()}
+        message = Evaluation(index=index, values=np.zeros((ROWS, WIDTH), np.float32), **arrays)
         return self.federation.receive(name, message, self.now)
 
     def contribute(self, name: str, step: int, kind: type = AdapterGradient) -> list[Action]:
@@ -281,7 +288,8 @@ def test_time_of_a_client_is_divided_without_gap() -> None:
 
 def test_time_of_an_evaluation_belongs_to_no_step() -> None:
     table = Table({"a": 1, "b": 1})
-    table.federation.evaluated("a", 0, 3.0, now=50.0)
+    (evaluate,) = table.evaluation("a", 1)
+    table.federation.evaluated("a", evaluate.batch, 3.0, now=50.0)  # type: ignore[union-attr]
     table.now = 52.0
     table.activations("a", 1)
     table.activations("b", 1)
@@ -472,6 +480,17 @@ def test_round_does_not_wait_for_an_absent_client_that_can_only_come_back_after_
     start = replies(table.come_back("b", step=1))["b"]
     assert (start.step, start.round) == (2, 0)  # type: ignore[union-attr]
     assert kinds(table.activations("b", 3)) == [Train]
+
+
+def test_loss_of_a_held_out_batch_answers_only_the_connection_that_asked_for_it() -> None:
+    table = Table({"a": 2, "b": 2})
+    (before,) = table.evaluation("a", 7)
+    table.federation.disconnected("a", 0.0)
+    table.come_back("a")
+    (again,) = table.evaluation("a", 1)
+    assert table.federation.evaluated("a", before.batch, 3.0, now=0.0) == []  # type: ignore[union-attr]
+    answer = replies(table.federation.evaluated("a", again.batch, 5.0, now=0.0))["a"]  # type: ignore[union-attr]
+    assert (answer.index, answer.summed_loss) == (1, 5.0)  # type: ignore[union-attr]
 
 
 def test_restored_run_goes_on_where_the_checkpoint_stands() -> None:
