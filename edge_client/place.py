@@ -89,6 +89,18 @@ class Place:
                 if step != saved.step and (step < keep_from or not _is_round_end(path)):
                     path.unlink()
 
+    def forget_after(self, step: int) -> None:
+        """
+        Later steps are not part of the run any more: a server that has gone back takes them again.
+
+        Raises:
+            StateError: the folder cannot be written.
+        """
+        with _readable_errors(self._folder):
+            for path in self._paths():
+                if int(path.stem) > step:
+                    path.unlink()
+
     def load(self, step: int) -> SavedStep | None:
         """What is kept of the latest step up to ``step``, if anything is."""
         for path in reversed(self._paths()):

@@ -54,6 +54,19 @@ def test_disturbed_run_gives_the_adapter_and_the_losses_of_an_undisturbed_one(
     assert_same(outcome, undisturbed[mode])
 
 
+@pytest.mark.parametrize("number", [11, 12, 13])
+def test_device_that_is_killed_after_its_server_went_back_remembers_nothing_that_was_taken_back(
+    scene: Scene, tmp_path: Path, number: int
+) -> None:
+    (tmp_path / "undisturbed").mkdir()
+    twice = {"epochs": 2, "checkpoint_every": 1000}  # the server goes back to the beginning
+    undisturbed = scene.run(tmp_path / "undisturbed", "rounds of two steps", [], **twice).to_its_end()
+    faults = [Fault("server", "send", 17, "kill"), Fault("a", "receive", number, "kill")]
+    outcome = scene.run(tmp_path, "rounds of two steps", faults, **twice).to_its_end()
+    assert outcome.struck == ["kill", "kill"]
+    assert_same(outcome, undisturbed)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_run_disturbed_at_random_gives_them_too(
     scene: Scene, undisturbed: dict[str, Outcome], tmp_path: Path, seed: int

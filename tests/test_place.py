@@ -67,6 +67,13 @@ def test_the_last_step_and_the_rounds_that_may_come_back_are_kept(place: Place) 
     assert [step for step in range(7) if (found := place.load(step)) is not None and found.step == step] == [4, 6]
 
 
+def test_steps_that_a_server_took_back_are_forgotten(place: Place) -> None:
+    keep(place, 1, 2, 3, 4, 5, ends=(2, 4))
+    place.forget_after(2)
+    assert place.last_step() == 2
+    assert place.load(9).step == 2  # type: ignore[union-attr]
+
+
 def test_what_is_loaded_is_what_was_saved(place: Place) -> None:
     place.save(saved(3, round=2), keep_from=0, is_round_end=False)
     found = place.load(3)
