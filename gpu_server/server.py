@@ -453,9 +453,7 @@ class RunServer:
             elif isinstance(action, Report):
                 logger.info("%s", action.text)
             elif isinstance(action, Checkpoint):
-                self._to_keep = self._round_end
-                if self._keeper is None or self._keeper.done():
-                    self._keeper = self._spawn(self._keep_rounds())
+                self._keep_round_end()
             else:
                 self._spawn(self._do(action))
         self._set_alarm()
@@ -490,6 +488,13 @@ class RunServer:
             self._complete = True
             self._perform(federation.saved(time.monotonic()))
             self._end_if_over()
+
+    def _keep_round_end(self) -> asyncio.Task[None]:
+        """One writer at a time: who asks while it writes has the same file, or the next, written after."""
+        self._to_keep = self._round_end
+        if self._keeper is None or self._keeper.done():
+            self._keeper = self._spawn(self._keep_rounds())
+        return self._keeper
 
     async def _keep_rounds(self) -> None:
         """Write the newest round that is to be kept, as often as there is a newer one."""
@@ -556,8 +561,7 @@ class RunServer:
         federation = self._federation
         if not federation.total_steps or self._complete:
             return
-        step, state = self._round_end
-        await asyncio.to_thread(self._keep, step, federation.membership(), state)
+        await self._keep_round_end()
         await self._work(self._save)
         logger.info(
             "stopped after step %d of %d; its adapter is saved%s",

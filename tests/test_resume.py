@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +17,10 @@ import pytest
 from chaos import free_port
 from conftest import make_model, run_in_thread, run_split
 
-from edge_client import EdgeClient
-from gpu_server import GpuServer
+from edge_client import ConnectionFailed, EdgeClient
+from gpu_server import GpuServer, RunEndedEarly
+from gpu_server.checkpoints import Checkpoints, SavedRound
+from gpu_server.compute import Compute
 from gpu_server.config import ConfigError
 
 STEPS = 12
@@ -97,6 +100,41 @@ def test_terminated_server_keeps_its_last_round_and_goes_on_when_resumed(
     assert numbers.result(timeout=60) == list(range(1, STEPS + 1))  # no step was lost, and none was done twice
     assert adapter(run_dir) == adapter(tmp_path / "undisturbed")
     assert losses(run_dir) == losses(tmp_path / "undisturbed")
+
+
+def test_server_that_is_stopped_while_a_round_ends_writes_its_checkpoint_once_at_a_time(
+    settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path], monkeypatch: Any
+) -> None:
+    options = {**settings, "checkpoint_every": 3, "run_dir": str(tmp_path / "run")}
+    device = {"model": options["model"], "data": pairs_file("a", 9), "state_dir": tmp_path / "state", "dtype": "float32"}
+    aggregate, write, together = Compute.aggregate, Checkpoints.write, threading.Barrier(2)
+    first_is_written, met = threading.Event(), []
+
+    def aggregate_and_stop(self: Compute, step: int, *rest: Any) -> Any:
+        if step == 3:
+            assert first_is_written.wait(timeout=60)
+            server.suspend()
+        return aggregate(self, step, *rest)
+
+    def watched_write(self: Checkpoints, saved: SavedRound) -> None:
+        if saved.step == 3:
+            try:
+                met.append(together.wait(timeout=0.5))
+            except threading.BrokenBarrierError:
+                pass  # as it should be: no other write is on its way
+        write(self, saved)
+        first_is_written.set()
+
+    monkeypatch.setattr(Compute, "aggregate", aggregate_and_stop)
+    monkeypatch.setattr(Checkpoints, "write", watched_write)
+    with GpuServer(**options, port=0) as server:
+        with EdgeClient(server.url, name="a", give_up_after=0.0, **device) as client, pytest.raises(ConnectionFailed):
+            list(client.train())
+        with pytest.raises(RunEndedEarly, match="the server was stopped"):
+            list(server.train())
+    assert met == []
+    assert Checkpoints(tmp_path / "run/checkpoints").steps() == [0, 3]
+    assert len(losses(tmp_path / "run")) >= 3
 
 
 @pytest.fixture
