@@ -11,7 +11,7 @@ from protocol import Hello, Join, Start, Welcome, check_name, largest_message_by
 from split_model import BaseModel, ModelError, find_model
 
 from .access import Access
-from .connection import ConnectionFailed
+from .connection import ConnectionFailed, Refused
 from .data import DataError, Dataset, load_tokenizer
 from .engine import TorchEngine
 from .enrolment import state_folder
@@ -172,8 +172,12 @@ class EdgeClient:
         return self._membership.num_bytes
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Leave the run. A device that is killed, or gives up waiting for a connection, keeps its place."""
-        if kind is None or not issubclass(kind, ConnectionFailed):
+        """
+        Leave the run. A device that is killed, gives up waiting for a connection, or may come back when it is started as
+        before, keeps its place.
+        """
+        refused_at_the_door = kind is not None and issubclass(kind, Refused) and self._start is None
+        if kind is None or not (issubclass(kind, ConnectionFailed) or refused_at_the_door):
             self._place.give_up()
         self._membership.close()
 

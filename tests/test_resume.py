@@ -17,7 +17,7 @@ import pytest
 from chaos import free_port
 from conftest import make_model, run_in_thread, run_split
 
-from edge_client import ConnectionFailed, EdgeClient
+from edge_client import ConnectionFailed, EdgeClient, Refused
 from gpu_server import GpuServer, RunEndedEarly
 from gpu_server.checkpoints import Checkpoints, SavedRound
 from gpu_server.compute import Compute
@@ -135,6 +135,29 @@ def test_server_that_is_stopped_while_a_round_ends_writes_its_checkpoint_once_at
     assert met == []
     assert Checkpoints(tmp_path / "run/checkpoints").steps() == [0, 3]
     assert len(losses(tmp_path / "run")) >= 3
+
+
+def test_device_that_is_refused_for_other_data_is_started_again_as_before_and_loses_nothing(
+    settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    options = {**settings, "aggregate_every": STEPS}
+    device = {"data": pairs_file("a", 9), "batch_size": 2}
+    run_split({**options, "run_dir": str(tmp_path / "undisturbed")}, {"a": {**device, "state_dir": tmp_path / "other"}})
+    as_before = {"model": settings["model"], "name": "a", "dtype": "float32", "state_dir": tmp_path / "state", **device}
+    with GpuServer(**options, port=0, run_dir=str(tmp_path / "run")) as server:
+        killed = EdgeClient(server.url, **as_before)
+        killed.__enter__()
+        steps = killed.train()
+        for _ in range(5):
+            next(steps)
+        killed._membership._drop()
+        other_data = {**as_before, "batch_size": 3}
+        with pytest.raises(Refused, match="start it as before"), EdgeClient(server.url, **other_data) as other:
+            other.start()
+        with EdgeClient(server.url, **as_before) as client:
+            assert [step.number for step in client.train()] == list(range(6, STEPS + 1))
+        assert len(list(server.train())) == STEPS
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "undisturbed")
 
 
 @pytest.fixture
