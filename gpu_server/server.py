@@ -185,6 +185,7 @@ class RunServer:
         """Whether the run can go on later."""
         self._last_row: asyncio.Task[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
+        self._patience_ends: asyncio.TimerHandle | None = None
         self._round_end = (federation.round, compute.round_end)
         self._to_keep: tuple[int, Adapter] | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -543,7 +544,9 @@ class RunServer:
         if not self._complete or self._peers:
             return
         if self._federation.unfinished():
-            self._loop.call_later(self._linger, lambda: None if self._peers else self._end())
+            if self._patience_ends is not None:
+                self._patience_ends.cancel()  # a device has come since, and gets the whole time to come again
+            self._patience_ends = self._loop.call_later(self._linger, lambda: None if self._peers else self._end())
         else:
             self._end()
 

@@ -1,5 +1,6 @@
 """Runs that stop and go on, through the programs a person starts, and the run directories that cannot go on."""
 
+import itertools
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from gpu_server import GpuServer, RunEndedEarly
 from gpu_server.checkpoints import Checkpoints, SavedRound
 from gpu_server.compute import Compute
 from gpu_server.config import ConfigError
+from gpu_server.server import RunServer
 
 STEPS = 12
 
@@ -160,6 +163,28 @@ def test_device_that_is_refused_for_other_data_is_started_again_as_before_and_lo
     assert adapter(tmp_path / "run") == adapter(tmp_path / "undisturbed")
 
 
+class Clock:
+    """A loop's timers, without the loop."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._numbers = itertools.count()
+        self._due: dict[int, tuple[float, Callable[[], None]]] = {}
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> Any:
+        number = next(self._numbers)
+        self._due[number] = (self.now + seconds, callback)
+        return SimpleNamespace(cancel=lambda: self._due.pop(number, None))
+
+    def pass_to(self, then: float) -> None:
+        for timer, (due, callback) in sorted(self._due.items(), key=lambda item: item[1][0]):
+            if due <= then:
+                self.now = due
+                del self._due[timer]
+                callback()
+        self.now = then
+
+
 @pytest.fixture
 def stopped(settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]) -> dict[str, Any]:
     """The options of a run that was suspended after step 5."""
@@ -271,6 +296,23 @@ def test_full_disk_ends_the_server_with_one_sentence_and_the_run_goes_on_later(
     device.result(timeout=60)
     assert adapter(run_dir) == adapter(tmp_path / "undisturbed")
     assert losses(run_dir) == losses(tmp_path / "undisturbed")
+
+
+def test_finished_run_waits_as_long_as_it_says_after_every_device_that_is_lost(monkeypatch: Any) -> None:
+    unfetched: Any = SimpleNamespace(round=1, unfinished=lambda: ["a"])
+    nothing: Any = SimpleNamespace(round_end={})
+    ignore: Any = None
+    server = RunServer(unfetched, nothing, door=ignore, model_name="", linger=60.0, report=ignore, keep=ignore, save=ignore)
+    ended = []
+    monkeypatch.setattr(server, "_end", lambda: ended.append(clock.now))
+    clock: Any = Clock()
+    server._loop = clock
+    server._complete = True
+    server._end_if_over()
+    clock.pass_to(50.0)
+    server._end_if_over()  # a device had come, and its connection was lost
+    clock.pass_to(200.0)
+    assert ended == [110.0]
 
 
 def test_moved_run_directory_goes_on(
