@@ -64,6 +64,8 @@ class Membership:
         self.checkpoint = 0
         """The earliest step that the server may go back to."""
         self._num_evaluations = 0
+        self._start_unheard: Start | None = None
+        """Where the run went on while a held-out batch was asked about: the training has to go there, too."""
         self._last_reply = time.perf_counter()
         self._connection: Connection | None = None
         try:
@@ -91,6 +93,8 @@ class Membership:
             ConnectionFailed: no connection for ``give_up_after`` seconds.
             Refused, RemoteProtocolError: as `Connection.exchange`.
         """
+        if self._start_unheard is not None and not isinstance(question, Evaluation):
+            self._go_to(self._start_unheard, question)
         while True:
             try:
                 answer = self._connected().exchange(question, answer_kind, Start)
@@ -98,11 +102,11 @@ class Membership:
                 before = (self.welcome.restarts, self.round)
                 start = self._keep_trying(error, self._come_back)
                 if (self.welcome.restarts, start.round) != before or not _is_next(question, start):
-                    self._go_to(start)
+                    self._go_to(start, question)
                 continue
             self._last_reply = time.perf_counter()
             if isinstance(answer, Start):
-                self._go_to(answer)
+                self._go_to(answer, question)
             if isinstance(answer, EdgeAdapter):
                 self.round = answer.step
                 self.checkpoint = max(self.checkpoint, answer.checkpoint)
@@ -139,8 +143,9 @@ class Membership:
                 raise
             return self._keep_trying(error, talk)
 
-    def _go_to(self, start: Start) -> None:
+    def _go_to(self, start: Start, question: Message) -> None:
         self.round = start.round
+        self._start_unheard = start if isinstance(question, Evaluation) else None
         raise Moved(start)
 
     def _connected(self) -> Connection:

@@ -244,6 +244,33 @@ def test_torn_checkpoint_and_torn_metrics_send_the_run_back_to_the_one_before(
     assert losses(run_dir) == losses(tmp_path / "undisturbed")
 
 
+@pytest.mark.parametrize("aggregate_every", [1, 2])
+def test_device_that_evaluates_between_steps_while_its_server_goes_back_goes_back_too(
+    settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path], aggregate_every: int
+) -> None:
+    options = {**settings, "aggregate_every": aggregate_every, "checkpoint_every": 1}
+    device = {"data": pairs_file("a", 9), "eval_data": pairs_file("held-out", 3), "batch_size": 2}
+    run_split({**options, "run_dir": str(tmp_path / "undisturbed")}, {"a": {**device, "state_dir": tmp_path / "other"}})
+    run_dir, port = tmp_path / "run", free_port()
+    options = {**options, "port": port, "run_dir": str(run_dir)}
+    url, state = f"ws://127.0.0.1:{port}", tmp_path / "state"
+    with GpuServer(**options) as server:
+        client = EdgeClient(url, model=settings["model"], name="a", dtype="float32", state_dir=state, **device).__enter__()
+        steps = client.train()
+        for _ in range(7):
+            next(steps)
+        server.suspend()
+    newest = sorted((run_dir / "checkpoints").glob("*.safetensors"))[-1]
+    os.truncate(newest, newest.stat().st_size // 2)
+    with GpuServer(**options, resume=True) as again:
+        assert len(list(client.perplexity())) == 2
+        assert [step.number for step in steps][-1] == STEPS
+        client.__exit__(None, None, None)
+        assert list(again.train())[-1].number == STEPS
+    assert adapter(run_dir) == adapter(tmp_path / "undisturbed")
+    assert losses(run_dir) == losses(tmp_path / "undisturbed")
+
+
 def test_run_whose_checkpoints_are_all_torn_refuses_to_start(stopped: dict[str, Any]) -> None:
     for path in Path(stopped["run_dir"], "checkpoints").glob("*.safetensors"):
         os.truncate(path, 5)
