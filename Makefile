@@ -42,7 +42,7 @@ soak: $(VENV)/.development
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
 	$(PIP) install --upgrade pip
-	$(PIP) install --constraint constraints.txt --editable '.[server]'
+	$(PIP) install --constraint constraints.txt --editable '.[server,export]'
 	touch $@
 
 # Dependency groups need a pip of 2025, which the runtime's recipe has just installed.

@@ -1,6 +1,5 @@
 """What a run can go on from after its server was killed: whole, or not there."""
 
-import hashlib
 import json
 import logging
 import os
@@ -10,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
+
+from split_model import DamagedFile, read_sealed, seal
 
 from .config import ConfigError
 
@@ -50,11 +48,9 @@ class Checkpoints:
             ConfigError: the disk is full, or the folder cannot be written. Earlier checkpoints are untouched.
         """
         described = {"format": FORMAT, "run": saved.run, "step": saved.step, "membership": saved.membership}
-        text = json.dumps(described)
-        metadata = {"checkpoint": text, "sha256": _digest(text, saved.state)}
         with _readable_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            replace_file(self._path(saved.step), save(saved.state, metadata))
+            replace_file(self._path(saved.step), seal(json.dumps(described), saved.state))
             for step in self.steps()[:-KEPT]:
                 self._path(step).unlink()
 
@@ -69,7 +65,7 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 saved = _read(self._path(step))
-            except _Damaged as error:
+            except DamagedFile as error:
                 logger.warning("checkpoint %s is damaged: %s; trying the one before", self._path(step), error)
                 # Under this name it is neither counted among those to keep nor written over.
                 self._path(step).rename(self._path(step).with_suffix(".damaged"))
@@ -109,32 +105,12 @@ def replace_file(path: Path, data: bytes) -> None:
             os.close(folder)
 
 
-class _Damaged(Exception):
-    """A file is not what was written."""
-
-
 def _read(path: Path) -> SavedRound:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise _Damaged(error) from None
-    text = metadata.get("checkpoint", "")
-    if _digest(text, state) != metadata.get("sha256"):
-        raise _Damaged("its content is not what was written")
+    text, state = read_sealed(path)
     described = json.loads(text)
     if described["format"] != FORMAT:
         raise ConfigError(f"{path} has format {described['format']}, this version reads {FORMAT}")
     return SavedRound(run=described["run"], step=described["step"], membership=described["membership"], state=state)
-
-
-def _digest(text: str, state: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name, tensor in sorted(state.items()):
-        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(np.ascontiguousarray(tensor.numpy()).data)
-    return digest.hexdigest()
 
 
 @contextmanager

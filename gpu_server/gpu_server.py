@@ -240,6 +240,8 @@ class GpuServer:
 
     def _save(self) -> None:
         self._directory.save_adapter(self._compute.adapter(), self._lora, self.config.model)
+        reached = {"step": self._federation.round, "of": self._federation.total_steps}
+        self._directory.describe({**self._description, "adapter": reached})
 
 
 def _run_directory(options: dict[str, Any]) -> RunDirectory:

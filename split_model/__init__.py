@@ -8,12 +8,14 @@ from .lora import Adapter, LoraConfig, adapter_shapes, initial_adapter
 from .optimisation import OptimiserConfig, adamw, optimiser_state, restore_optimiser, take_step
 from .parts import EdgePart, ServerPart, check_cut_layer
 from .precision import choose_device, choose_dtype, working_dtype
+from .sealed_tensors import DamagedFile, read_sealed, seal
 from .seeds import derive_seed
 
 __all__ = [
     "Adapter",
     "AdapterError",
     "BaseModel",
+    "DamagedFile",
     "EdgePart",
     "LoraConfig",
     "ModelConfig",
@@ -33,8 +35,10 @@ __all__ = [
     "is_hub_name",
     "load_adapter",
     "optimiser_state",
+    "read_sealed",
     "restore_optimiser",
     "save_adapter",
+    "seal",
     "take_step",
     "working_dtype",
 ]

@@ -49,6 +49,25 @@ class ModelConfig:
     end_token: int
     """Id of <|endoftext|>."""
 
+    @property
+    def layer_shapes(self) -> dict[str, tuple[int, int]]:
+        """The four linear layers of a block: name -> (in, out)."""
+        d, inner = self.width, self.inner_width
+        return {"attn.c_attn": (d, 3 * d), "attn.c_proj": (d, d), "mlp.c_fc": (d, inner), "mlp.c_proj": (inner, d)}
+
+    @property
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """All tensors of the model, under transformers' names without "transformer.", in the order of the forward pass."""
+        table, norm = (self.vocabulary_size, self.width), (self.width,)
+        shapes: dict[str, tuple[int, ...]] = {"wte.weight": table, "wpe.weight": (self.num_positions, self.width)}
+        for block in range(self.num_layers):
+            for name in ("ln_1", "ln_2"):
+                shapes |= {f"h.{block}.{name}.weight": norm, f"h.{block}.{name}.bias": norm}
+            for name, shape in self.layer_shapes.items():
+                shapes |= {f"h.{block}.{name}.weight": shape, f"h.{block}.{name}.bias": shape[1:]}
+        shapes |= {"ln_f.weight": norm, "ln_f.bias": norm}
+        return shapes if self.tied_head else shapes | {"lm_head.weight": table}
+
     @classmethod
     def from_file(cls, path: Path) -> "ModelConfig":
         """
@@ -61,6 +80,8 @@ class ModelConfig:
         for option in UNSUPPORTED:
             if raw.get(option):
                 raise ModelError(f"{path}: {option} is not supported")
+        if not raw.get("scale_attn_weights", True):
+            raise ModelError(f"{path}: attention without scale_attn_weights is not supported")
         try:
             config = cls(
                 num_layers=int(raw["n_layer"]),
@@ -122,6 +143,19 @@ class BaseModel:
             raise ModelError(f"{self.folder}: tensor {name!r} has shape {list(found)}, config.json asks for {list(shape)}")
         tensor: Tensor = file.get_tensor(stored)
         return tensor
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files that hold the tensors."""
+        return [self.folder / name for name in self._files]
+
+    def check(self) -> None:
+        """
+        Raises:
+            ModelError: a tensor of the model is missing or has another shape.
+        """
+        for name, shape in self.config.tensor_shapes.items():
+            self.tensor(name, shape)
 
     def rows(self, name: str) -> "Rows":
         """The same tensor as rows that are read one by one. For tables of which little is used: see `Rows`."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base_model import BaseModel, ModelConfig
-from .lora import LoraLinear, layer_shapes
+from .lora import LoraLinear
 from .packing import Packing
 
 __all__ = ["Block", "LayerNorm"]
@@ -86,7 +86,7 @@ class Block(nn.Module):
         super().__init__()
         self.index = index
         linear = {}
-        for layer, shape in layer_shapes(model.config).items():
+        for layer, shape in model.config.layer_shapes.items():
             weight = model.tensor(f"h.{index}.{layer}.weight", shape).to(device, weight_dtype)
             bias = model.tensor(f"h.{index}.{layer}.bias", shape[1:]).to(device, weight_dtype)
             linear[layer] = LoraLinear(weight, bias)
@@ -96,7 +96,7 @@ class Block(nn.Module):
         self.mlp = MLP(model.config, linear["mlp.c_fc"], linear["mlp.c_proj"])
 
     def linear_layers(self) -> dict[str, LoraLinear]:
-        """The four linear layers under the names of `layer_shapes`."""
+        """The four linear layers under the names of `ModelConfig.layer_shapes`."""
         return {
             "attn.c_attn": self.attention.c_attn,
             "attn.c_proj": self.attention.c_proj,

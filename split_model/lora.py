@@ -48,12 +48,6 @@ class LoraConfig:
         return any(layer in LAYERS_OF_TARGET[target] for target in self.targets)
 
 
-def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """The four linear layers of a block: name -> (in, out)."""
-    d, inner = config.width, config.inner_width
-    return {"attn.c_attn": (d, 3 * d), "attn.c_proj": (d, d), "mlp.c_fc": (d, inner), "mlp.c_proj": (inner, d)}
-
-
 def adapter_name(block: int, layer: str, matrix: str) -> str:
     """PEFT's name of ``matrix`` ("A" or "B") of a layer in the whole model."""
     return f"base_model.model.transformer.h.{block}.{layer}.lora_{matrix}.weight"
@@ -63,7 +57,7 @@ def adapter_shapes(config: ModelConfig, lora: LoraConfig, blocks: range) -> dict
     """Name and shape of every adapter matrix of the given blocks, in the order of the forward pass."""
     shapes = {}
     for block in blocks:
-        for layer, (inputs, outputs) in layer_shapes(config).items():
+        for layer, (inputs, outputs) in config.layer_shapes.items():
             if lora.adapts(layer):
                 shapes[adapter_name(block, layer, "A")] = (lora.rank, inputs)
                 shapes[adapter_name(block, layer, "B")] = (outputs, lora.rank)

@@ -11,14 +11,20 @@ from conftest import REPOSITORY
 OURS = {"protocol", "split_model", "terminal"}
 MAY_IMPORT = {
     "protocol": {"msgpack", "numpy", "zstandard"},
-    "split_model": {"torch", "safetensors", "huggingface_hub"},
+    "split_model": {"huggingface_hub", "numpy", "safetensors", "torch"},
     "terminal": {"tqdm"},
     "edge_client": OURS | {"numpy", "platformdirs", "safetensors", "tokenizers", "torch", "websockets"},
+    "export": {
+        *("split_model", "terminal", "ml_dtypes", "numpy", "onnx", "onnxruntime", "safetensors", "tokenizers"),
+        *("peft", "torch", "transformers"),
+    },
     "gpu_server": OURS | {"cryptography", "filelock", "numpy", "safetensors", "tomli", "torch", "websockets"},
 }
 ONLY_IN = {
     "websockets": {"edge_client/connection.py", "gpu_server/server.py"},
     "asyncio": {"gpu_server/server.py"},
+    "peft": {"export/peft_merge.py"},
+    "transformers": {"export/peft_merge.py", "export/verification.py"},
 }
 
 

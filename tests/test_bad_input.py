@@ -222,6 +222,10 @@ SPOILT_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "end beyond": (lambda model: change_config(model, eos_token_id=50256), "eos_token_id 50256 is not below vocab_size"),
     "other activation": (lambda model: change_config(model, activation_function="swish"), "activation_function 'swish'"),
     "unsupported": (lambda model: change_config(model, add_cross_attention=True), "add_cross_attention is not supported"),
+    "unscaled attention": (
+        lambda model: change_config(model, scale_attn_weights=False),
+        "without scale_attn_weights is not supported",
+    ),
     "no weights": (lambda model: (model / "model.safetensors").unlink(), "has no weights: neither model.safetensors nor"),
     "corrupt weights": (lambda model: (model / "model.safetensors").write_bytes(b"\xff" * 99), "cannot be read as safetensors"),
     "half the weights": (

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from chaos import free_port
-from conftest import REPOSITORY, run_in_thread
+from conftest import REPOSITORY, run_in_thread, run_split
 
 from edge_client import EdgeClient
 from gpu_server import GpuServer
@@ -134,3 +134,17 @@ def test_demo_trains_and_shows_what_it_learnt(tmp_path: Path) -> None:
     assert "perplexity after" in done.stdout
     assert str(tmp_path / "run/adapter") in done.stdout
     assert done.stdout.count("->") == 3
+
+
+def test_exports_of_the_readme_are_written_and_verified(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    options = {"model": str(tiny_model), "run_dir": str(tmp_path / "run"), "cut_layer": 2, "steps": 2}
+    run_split(options, {"a": {"data": pairs_file("a", 10), "batch_size": 3}})
+    (tmp_path / "held-out.txt").write_text("A text.\nAnd another.\n")
+    write, check = commands("splitlora-export")
+    # What 8 and 4 bits do to random weights is no measure of what they do to trained ones.
+    for command in (adapted(write, model=tiny_model, run_dir=tmp_path / "run", precision="fp32"), check):
+        with started(command, tmp_path) as process:
+            _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said

@@ -1,0 +1,35 @@
+"""A Hugging Face checkpoint, written tensor by tensor."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .weights import Weights
+
+if TYPE_CHECKING:
+    from split_model import ModelConfig
+
+__all__ = ["write_checkpoint"]
+
+
+def write_checkpoint(path: Path, config: "ModelConfig", weights: Weights) -> None:
+    """
+    All weights in float32 under transformers' names.
+
+    The library of safetensors would hold them in memory twice; its format is a length, a JSON header and the data
+    (https://huggingface.co/docs/safetensors#format).
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in config.tensor_shapes.items():
+        begin, end = end, end + 4 * int(np.prod(shape))
+        stored = name if name == "lm_head.weight" else f"transformer.{name}"
+        header[stored] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in config.tensor_shapes:
+            file.write(np.ascontiguousarray(weights.read(name), "<f4").data)

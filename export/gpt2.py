@@ -1,0 +1,210 @@
+"""
+GPT-2 as an ONNX graph, from its embeddings to its logits, or a stretch of its blocks.
+
+B sequences, S new tokens of each, d width, V tokens in the vocabulary.
+"""
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .attention import ATTENTIONS, Cache, Heads
+from .graph import MICROSOFT, Graph
+from .precision import Precision
+from .quantisation import BlockFormat, quantise
+from .weights import Weights
+
+if TYPE_CHECKING:  # a graph is built without torch, which split_model imports
+    from split_model import ModelConfig
+
+__all__ = ["add_gpt2"]
+
+ACTIVATIONS = {
+    "gelu_new": ("Gelu", {"approximate": "tanh"}),
+    "gelu_pytorch_tanh": ("Gelu", {"approximate": "tanh"}),
+    "gelu": ("Gelu", {}),
+    "relu": ("Relu", {}),
+}
+INTEGER_PRODUCTS = 4
+"""MatMulNBits' accuracy_level at which activations are rounded to 8 bits, too. Without it 8-bit weights are 30 times slower."""
+
+
+def add_gpt2(
+    graph: Graph,
+    config: "ModelConfig",
+    weights: Weights,
+    precision: Precision,
+    attention: str,
+    blocks: range,
+    adapted: Collection[str] = (),
+) -> None:
+    """
+    Add the blocks of a stretch; the embeddings if it begins with the first, the final norm and head if it ends with the last.
+
+    Args:
+        attention: a key of `ATTENTIONS`.
+        adapted: layers, such as "h.0.attn.c_attn", with empty slots for LoRA matrices.
+    """
+    GPT2(graph, config, weights, precision, attention, blocks, adapted).build()
+
+
+class GPT2:
+    def __init__(
+        self,
+        graph: Graph,
+        config: "ModelConfig",
+        weights: Weights,
+        precision: Precision,
+        attention: str,
+        blocks: range,
+        adapted: Collection[str],
+    ) -> None:
+        self.graph, self.config, self.weights, self.precision = graph, config, weights, precision
+        self.form, self.blocks, self.adapted = ATTENTIONS[attention], blocks, adapted
+        self.node = graph.node
+        self.heads = Heads(count=config.num_heads, width=config.width // config.num_heads, dtype=precision.dtype)
+
+    def build(self) -> None:
+        hidden = self.embeddings() if self.blocks.start == 0 else self.hidden_states()
+        with self.graph.scope("mask"):
+            self.attention = self.form.build(self.graph, self.heads, self.tokens)
+        caches = [self.cache(index) for index in self.blocks]
+        for index, cache in zip(self.blocks, caches, strict=True):
+            hidden = self.block(f"h.{index}", hidden, cache)
+        if self.blocks.stop == self.config.num_layers:
+            self.head(self.norm("ln_f", hidden))
+        else:
+            self.name_output("hidden_states", hidden, self.config.width)
+        for cache in caches:
+            for name in (cache.present_key, cache.present_value):
+                self.graph.output(name, self.precision.dtype, self.cache_shape("total_sequence_length"))
+
+    def embeddings(self) -> str:
+        """Ids and positions (B, S) -> (B, S, d)."""
+        self.tokens = self.graph.input("input_ids", np.int64, ["batch_size", "sequence_length"])
+        self.graph.input("attention_mask", np.int64, ["batch_size", "total_sequence_length"])
+        positions = self.graph.input("position_ids", np.int64, ["batch_size", "sequence_length"])
+        with self.graph.scope("embeddings"):
+            return self.node("Add", self.embedded(self.tokens), self.node("Gather", self.plain("wpe.weight"), positions))
+
+    def hidden_states(self) -> str:
+        """What an earlier stretch of the model gave, (B, S, d)."""
+        shape: list[int | str] = ["batch_size", "sequence_length", self.config.width]
+        self.tokens = self.graph.input("hidden_states", self.precision.dtype, shape)
+        self.graph.input("attention_mask", np.int64, ["batch_size", "total_sequence_length"])
+        return self.tokens
+
+    def block(self, name: str, x: str, cache: Cache) -> str:  # (B, S, d) -> (B, S, d)
+        x = self.node("Add", x, self.self_attention(f"{name}.attn", self.norm(f"{name}.ln_1", x), cache))
+        return self.node("Add", x, self.mlp(f"{name}.mlp", self.norm(f"{name}.ln_2", x)))
+
+    def self_attention(self, name: str, x: str, cache: Cache) -> str:
+        qkv = self.linear(f"{name}.c_attn", x)
+        with self.graph.scope(name):
+            mixed = self.attention.attend(qkv, cache)
+        return self.linear(f"{name}.c_proj", mixed)
+
+    def mlp(self, name: str, x: str) -> str:
+        operator, attributes = ACTIVATIONS[self.config.activation]
+        return self.linear(f"{name}.c_proj", self.node(operator, self.linear(f"{name}.c_fc", x), **attributes))
+
+    def norm(self, name: str, x: str) -> str:
+        with self.graph.scope(name):
+            parameters = self.plain(f"{name}.weight"), self.plain(f"{name}.bias")
+            return self.node("LayerNormalization", x, *parameters, axis=-1, epsilon=self.config.norm_epsilon)
+
+    def linear(self, name: str, x: str) -> str:
+        """x W + b, and what an adapter adds to it: (B, S, in) -> (B, S, out)."""
+        inputs, outputs = self.config.layer_shapes[name.split(".", 2)[2]]
+        matrix, bias = f"{name}.weight", self.plain(f"{name}.bias")
+        with self.graph.scope(name):
+            form = self.precision.projection if name.endswith("attn.c_proj") else self.precision.matrices
+            if form:
+                y = self.quantised_product(x, matrix, (outputs, inputs), form, bias, transposed=True)
+            else:
+                y = self.node("Add", self.node("MatMul", x, self.plain(matrix)), bias)
+            return self.node("Add", y, self.low_rank(name, x, inputs, outputs)) if name in self.adapted else y
+
+    def low_rank(self, name: str, x: str, inputs: int, outputs: int) -> str:
+        """x A B: matrices of any rank, in float32 whatever the graph computes in, so that one adapter serves all precisions."""
+        a = self.graph.slot(f"{name}.lora_A.weight", np.float32, [inputs, f"{name}.rank"])
+        b = self.graph.slot(f"{name}.lora_B.weight", np.float32, [f"{name}.rank", outputs])
+        if self.precision.dtype != np.float32:
+            a, b = (self.graph.cast(matrix, self.precision.dtype) for matrix in (a, b))
+        return self.node("MatMul", self.node("MatMul", x, a), b)
+
+    def head(self, x: str) -> None:
+        """(B, S, d) -> logits (B, S, V)."""
+        table, shape = (
+            "wte.weight" if self.config.tied_head else "lm_head.weight",
+            (self.config.vocabulary_size, self.config.width),
+        )
+        with self.graph.scope("lm_head"):
+            if self.precision.table:
+                logits = self.quantised_product(x, table, shape, self.precision.table)
+            else:
+                # Gemm takes the table as it is. Before a MatMul it would be transposed, and lie in memory twice.
+                rows = self.node("Reshape", x, self.graph.constant([-1, self.config.width]))
+                leading = self.node("Shape", x, start=0, end=2)
+                whole = self.node("Concat", leading, self.graph.constant([self.config.vocabulary_size]), axis=0)
+                logits = self.node("Reshape", self.node("Gemm", rows, self.plain(table), transB=1), whole)
+        self.name_output("logits", logits, self.config.vocabulary_size)
+
+    def embedded(self, tokens: str) -> str:
+        """Ids (B, S) -> their rows of the token embedding, (B, S, d)."""
+        form = self.precision.table
+        if form is None:
+            return self.node("Gather", self.plain("wte.weight"), tokens)
+        integers, *grid = self.quantised("wte.weight", form)
+        # The LM head wants its blocks as a dimension of their own; reshaped when it is loaded, the table is one in memory.
+        table = self.node("Reshape", integers, self.graph.constant([self.config.vocabulary_size, -1]))
+        layout = {"bits": form.bits, "block_size": form.size, "gather_axis": 0, "quantize_axis": 1}
+        rows = self.node("GatherBlockQuantized", table, tokens, *grid, domain=MICROSOFT, **layout)
+        if form.padded(self.config.width) == self.config.width:
+            return rows
+        start, end, axis = (self.graph.constant([value]) for value in (0, self.config.width, 2))
+        return self.node("Slice", rows, start, end, axis)
+
+    def quantised_product(
+        self, x: str, name: str, shape: tuple[int, int], form: BlockFormat, bias: str = "", *, transposed: bool = False
+    ) -> str:
+        """(B, S, K) times the transposed matrix of shape (N, K) -> (B, S, N)."""
+        inputs = [x, *self.quantised(name, form, transposed=transposed), "", bias]
+        layout = {"N": shape[0], "K": shape[1], "bits": form.bits, "block_size": form.size}
+        return self.node("MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=INTEGER_PRODUCTS, **layout)
+
+    def quantised(self, name: str, form: BlockFormat, *, transposed: bool = False) -> list[str]:
+        """Integers, scales and zero points of a matrix's rows, or of its columns if it is transposed."""
+        names = [f"{name}.{part}" for part in ("integers", "scales", "zero_points")]
+        if not self.graph.has_weight(names[0]):
+            matrix = self.weights.read(name)
+            stored = quantise(matrix.T if transposed else matrix, form)
+            arrays: tuple[NDArray[Any], ...] = (stored.integers, stored.scales, stored.zero_points)
+            for part, array in zip(names, arrays, strict=True):
+                self.graph.weight(part, array)
+        return names
+
+    def plain(self, name: str) -> str:
+        """A tensor as it is."""
+        if not self.graph.has_weight(name):
+            self.graph.weight(name, self.weights.read(name).astype(self.precision.dtype, copy=False))
+        return name
+
+    def cache(self, index: int) -> Cache:
+        names = {
+            f"{when}_{what}": f"{prefix}.{index}.{what}"
+            for what in ("key", "value")
+            for when, prefix in (("past", "past_key_values"), ("present", "present"))
+        }
+        for what in ("key", "value"):
+            self.graph.input(names[f"past_{what}"], self.precision.dtype, self.cache_shape("past_sequence_length"))
+        return Cache(**names)
+
+    def cache_shape(self, length: str) -> list[int | str]:
+        return ["batch_size", self.heads.count, length, self.heads.width]
+
+    def name_output(self, name: str, value: str, width: int) -> None:
+        self.graph.node_with_outputs("Identity", [value], [name])
+        self.graph.output(name, self.precision.dtype, ["batch_size", "sequence_length", width])

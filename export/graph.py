@@ -1,0 +1,135 @@
+"""An ONNX graph that grows node by node, its large weights in a file beside it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import DTypeLike, NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+__all__ = ["MICROSOFT", "Graph"]
+
+MICROSOFT = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
+PAGE_BYTES, CACHE_LINE_BYTES = 4096, 64
+SMALLEST_PAGED_BYTES = 1 << 16
+"""Below it the gap before a page would be a noticeable part of the tensor, and there are hundreds of them."""
+SMALLEST_EXTERNAL_BYTES = 1024
+"""Below it a tensor stays in the graph, where shape inference can see it."""
+
+Array = NDArray[Any]
+Shape = Sequence[int | str]
+
+
+class Graph:
+    """
+    Nodes, inputs, outputs and initializers of one model. Values are known by their names.
+
+    Initializers that are not small go straight to ``path`` + "_data", so that a model of any size is written in the memory of
+    its largest tensor; large ones at the beginning of a page, so that a runtime can map them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data_path = path.with_name(f"{path.name}_data")
+        self._data = self.data_path.open("wb")
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._scope = ""
+
+    def __enter__(self) -> "Graph":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._data.close()
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Nodes made inside are named after this part of the model."""
+        outer, self._scope = self._scope, f"{name}/"
+        try:
+            yield
+        finally:
+            self._scope = outer
+
+    def node(self, operator: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
+        """A node with one output, whose name is given back. An input that is left out is ""."""
+        output = f"{self._scope}{operator}_{len(self._nodes)}"
+        self.node_with_outputs(operator, inputs, [output], domain=domain, **attributes)
+        return output
+
+    def node_with_outputs(
+        self, operator: str, inputs: Sequence[str], outputs: Sequence[str], *, domain: str = "", **attributes: Any
+    ) -> None:
+        """A node whose outputs have names given."""
+        name = f"{self._scope}{operator}.{len(self._nodes)}"
+        self._nodes.append(helper.make_node(operator, inputs, outputs, name=name, domain=domain, **attributes))
+
+    def cast(self, value: str, dtype: DTypeLike) -> str:
+        return self.node("Cast", value, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+    def input(self, name: str, dtype: DTypeLike, shape: Shape) -> str:
+        self._inputs.append(_described(name, dtype, shape))
+        return name
+
+    def output(self, name: str, dtype: DTypeLike, shape: Shape) -> None:
+        self._outputs.append(_described(name, dtype, shape))
+
+    def constant(self, value: Any, dtype: DTypeLike = np.int64) -> str:
+        """A small initializer; equal ones are the same."""
+        array = np.array(value, dtype)
+        return self.weight(f"constant/{array.dtype}/{array.tolist()}", array)
+
+    def has_weight(self, name: str) -> bool:
+        return name in self._initializers
+
+    def weight(self, name: str, array: Array) -> str:
+        """An initializer. A second one of the same name is the first: a tied matrix is stored once."""
+        if name not in self._initializers:
+            large = array.nbytes >= SMALLEST_EXTERNAL_BYTES
+            array = np.ascontiguousarray(array)
+            self._initializers[name] = self._external(name, array) if large else numpy_helper.from_array(array, name)
+        return name
+
+    def slot(self, name: str, dtype: DTypeLike, shape: Shape) -> str:
+        """An initializer that a caller, or an adapter, may replace; without them it is empty. Words in the shape are free."""
+        self.input(name, dtype, shape)
+        empty = np.zeros([0 if isinstance(size, str) else size for size in shape], dtype)
+        return self.weight(name, empty)
+
+    def save(self, name: str, opset: int, ir_version: int) -> None:
+        """
+        Write the file.
+
+        Args:
+            opset: version of the standard operators; runtimes refuse what is newer than they are.
+            ir_version: of the file's format, likewise.
+        """
+        graph = helper.make_graph(self._nodes, name, self._inputs, self._outputs, list(self._initializers.values()))
+        domains = {"": opset} | {node.domain: 1 for node in self._nodes if node.domain}
+        opsets = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version, producer_name="splitlora")
+        self._data.flush()
+        self.path.write_bytes(model.SerializeToString())
+        onnx.checker.check_model(self.path)
+
+    def _external(self, name: str, array: Array) -> onnx.TensorProto:
+        alignment = PAGE_BYTES if array.nbytes >= SMALLEST_PAGED_BYTES else CACHE_LINE_BYTES
+        self._data.write(b"\0" * (-self._data.tell() % alignment))
+        tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
+        tensor.data_location = TensorProto.EXTERNAL
+        place = {"location": self.data_path.name, "offset": self._data.tell(), "length": array.nbytes}
+        for key, value in place.items():
+            tensor.external_data.add(key=key, value=str(value))
+        self._data.write(array.data)
+        return tensor
+
+
+def _described(name: str, dtype: DTypeLike, shape: Shape) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)

@@ -1,0 +1,131 @@
+"""The files beside the graphs: by them every runtime knows what it has before it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from split_model import ModelConfig, ModelError
+
+from .checkpoint import write_checkpoint
+from .source import Source
+from .weights import Weights
+
+__all__ = ["write_genai_config", "write_json", "write_model_files"]
+
+COPIED = ("tokenizer_config.json", "vocab.json", "merges.txt", "generation_config.json", "special_tokens_map.json")
+
+
+def write_model_files(folder: Path, source: Source, weights: Weights, more: dict[str, Any]) -> None:
+    """
+    A Hugging Face checkpoint in float32 with its tokenizer.
+
+    Args:
+        more: what config.json says besides what the base model's says.
+    """
+    for name in COPIED:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+    tokenizer = _tokenizer(source.folder)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    _write_missing(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, source.config))
+    _write_missing(
+        folder / "generation_config.json", {"bos_token_id": source.config.end_token, "eos_token_id": source.config.end_token}
+    )
+    write_json(folder / "config.json", _config(source) | more)
+    write_checkpoint(folder / "model.safetensors", source.config, weights)
+
+
+def write_genai_config(folder: Path, config: ModelConfig, *, filename: str, shared_cache: bool) -> None:
+    """
+    What onnxruntime-genai wants to know.
+
+    Args:
+        filename: of the graph it loads.
+        shared_cache: whether past and present keys and values may be one buffer.
+    """
+    cache = {f"{when}_{part}_names": f"{prefix}.%d.{part}" for when, prefix in CACHE_NAMES.items() for part in ("key", "value")}
+    decoder = {
+        "session_options": {"provider_options": []},
+        "filename": filename,
+        "head_size": config.width // config.num_heads,
+        "hidden_size": config.width,
+        "num_attention_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_heads,
+        "inputs": {
+            **{name: name for name in ("input_ids", "attention_mask", "position_ids")},
+            **{name: pattern for name, pattern in cache.items() if name.startswith("past")},
+        },
+        "outputs": {"logits": "logits", **{name: pattern for name, pattern in cache.items() if name.startswith("present")}},
+    }
+    model = {
+        "type": "decoder",  # "gpt2" would mean the names and the combined cache of older exports
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), config.end_token),
+        "context_length": config.num_positions,
+        "vocab_size": config.vocabulary_size,
+        "decoder": decoder,
+    }
+    search = {"do_sample": False, "max_length": config.num_positions, "past_present_share_buffer": shared_cache}
+    write_json(folder / "genai_config.json", {"model": model, "search": search})
+
+
+CACHE_NAMES = {"past": "past_key_values", "present": "present"}
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_missing(path: Path, value: dict[str, Any]) -> None:
+    if not path.exists():
+        write_json(path, value)
+
+
+def _config(source: Source) -> dict[str, Any]:
+    """config.json of what is written: float32, with what other programs look for and transformers no longer writes."""
+    config: dict[str, Any] = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config.setdefault("architectures", ["GPT2LMHeadModel"])
+    config.setdefault("bos_token_id", source.config.end_token)
+    return config | {
+        "dtype": "float32",
+        "eos_token_id": source.config.end_token,
+        "n_positions": source.config.num_positions,
+        "n_ctx": source.config.num_positions,
+        "tie_word_embeddings": source.config.tied_head,
+    }
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    """GPT-2's byte-level BPE from tokenizer.json, or from vocab.json and merges.txt. ModelError if there is none."""
+    whole, vocabulary, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
+    try:
+        if whole.is_file():
+            tokenizer = Tokenizer.from_file(str(whole))
+            # Some files keep the settings of their last batch.
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            return tokenizer
+        if vocabulary.is_file() and merges.is_file():
+            tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
+            tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+            tokenizer.add_special_tokens(["<|endoftext|>"])
+            return tokenizer
+    except Exception as error:  # the library raises bare Exception for whatever is wrong with a file
+        raise ModelError(f"{folder}: the tokenizer cannot be read: {error}") from None
+    raise ModelError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
+
+
+def _tokenizer_config(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
+    end = tokenizer.id_to_token(config.end_token)
+    return {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": config.num_positions,
+        "add_prefix_space": False,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), end),
+    }

@@ -1,0 +1,507 @@
+"""What an export leaves on the disk, where adapters come from, what is refused, and what verify says."""
+
+import errno
+import json
+import math
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import make_model, run_split, shared_path
+from onnx_reference import exported, largest_difference, logits_of, random_ids
+from peft import IA3Config, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from export import ExportError, export_onnx, merge, verify
+from export.attention import ATTENTIONS
+from export.cli import build_parser, main
+from export.precision import PRECISIONS
+from export.verification import table
+from gpu_server import GpuServer
+from split_model import ModelError
+
+TARGETS = ("c_attn", "c_proj", "c_fc")
+
+
+def save_peft(base: Path, folder: Path, config: Any) -> Path:
+    """A PEFT folder whose every matrix is random."""
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some of these adapters are not what PEFT advises
+        model = get_peft_model(reference.load_base(base), config)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, mean=float("magnitude" in name or "ia3" in name), std=0.05)
+        model.save_pretrained(folder)
+    return folder
+
+
+def lora(**options: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "target_modules": list(TARGETS), "fan_in_fan_out": True, "task_type": "CAUSAL_LM", **options})
+
+
+def merged_by_peft(base: Path, adapter: Path) -> Any:
+    return reference.load_peft(base, adapter).merge_and_unload().eval()
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reference.make_adapter(tiny_model, tmp_path_factory.mktemp("adapter"), targets=TARGETS)
+
+
+def test_folder_has_what_every_runtime_looks_for(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    export_onnx(str(tiny_model), tmp_path / "out", adapter=adapter, precisions=["fp32", "fp16", "q8", "q4"])
+    names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    graphs = {f"onnx/model{suffix}.onnx" for suffix in ("", "_fp16", "_quantized", "_q4")}
+    described = {"config.json", "generation_config.json", "genai_config.json", "splitlora.json"}
+    tokenizer = {"tokenizer.json", "tokenizer_config.json"}
+    assert names == graphs | {f"{name}_data" for name in graphs} | described | tokenizer | {"model.safetensors"}
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["n_ctx"] == config["n_positions"] == 256
+    assert config["transformers.js_config"]["use_external_data_format"] == {Path(name).name: 1 for name in graphs}
+    genai = json.loads((tmp_path / "out/genai_config.json").read_text())
+    assert genai["model"]["type"] == "decoder"
+    assert genai["model"]["decoder"]["filename"] == "onnx/model_quantized.onnx"
+    assert genai["search"]["past_present_share_buffer"]
+
+
+def test_manifest_describes_the_folder_to_the_byte(tiny_model: Path, tmp_path: Path) -> None:
+    export_onnx(str(tiny_model), tmp_path / "out", precisions=["fp32", "q8"], attention="attn23")
+    manifest = json.loads((tmp_path / "out/splitlora.json").read_text())
+    for entry in manifest.pop("precisions").values():
+        assert entry["graph"] in entry["bytes"]
+        assert all((tmp_path / "out" / name).stat().st_size == size for name, size in entry["bytes"].items())
+    shape = {"num_layers": 4, "num_heads": 4, "width": 32, "vocabulary_size": 600, "context": 256, "end_token": 0}
+    assert manifest.pop("base")["model"] == str(tiny_model)
+    assert manifest.pop("software").startswith("splitlora ")
+    kind = {"format": 1, "kind": "language model", "run": None, "attention": "attn23", "adapter": None, "split": None}
+    assert manifest == kind | shape
+
+
+def test_kept_adapter_is_in_the_manifest(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    export_onnx(str(tiny_model), tmp_path / "out", adapter=adapter, precisions=["q8"], keep_adapter=True)
+    manifest = json.loads((tmp_path / "out/splitlora.json").read_text())
+    assert (tmp_path / "out" / manifest["adapter"]).is_file()
+
+
+def test_parts_of_a_split_are_in_the_manifest(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    export_onnx(str(tiny_model), tmp_path / "out", adapter=adapter, precisions=["q8"], split=1)
+    manifest = json.loads((tmp_path / "out/splitlora.json").read_text())
+    assert (manifest["kind"], manifest["split"]) == ("split language model", 1)
+    entry = manifest["precisions"]["q8"]
+    assert entry["edge_graph"] == "onnx/edge_part_quantized.onnx"
+    assert entry["server_graph"] == "onnx/server_part_quantized.onnx"
+    assert len(entry["bytes"]) == 4
+    assert not (tmp_path / "out/genai_config.json").exists()
+
+
+def test_transformers_loads_the_folder_as_it_is(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    export_onnx(str(tiny_model), tmp_path / "out", adapter=adapter, precisions=["fp32"])
+    ids = random_ids(600, 2, 20)
+    expected = logits_of(merged_by_peft(tiny_model, adapter), ids)
+    assert largest_difference(logits_of(reference.load_base(tmp_path / "out"), ids), expected) < 1e-5
+    text = "The Blue Heron is near the river."
+    expected_ids = Tokenizer.from_file(str(tiny_model / "tokenizer.json")).encode(text).ids
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text).input_ids == expected_ids
+
+
+def test_tokenizer_of_two_files_becomes_one_that_says_the_same(tiny_model: Path, tmp_path: Path) -> None:
+    whole = json.loads((tiny_model / "tokenizer.json").read_text())["model"]
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (model / name).write_bytes((tiny_model / name).read_bytes())
+    (model / "vocab.json").write_text(json.dumps(whole["vocab"]))
+    (model / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{' '.join(pair)}\n" for pair in whole["merges"]))
+    merge(str(model), tmp_path / "out")
+    text = "A family hotel, two rooms.<|endoftext|>Café"
+    expected = Tokenizer.from_file(str(tiny_model / "tokenizer.json")).encode(text).ids
+    assert Tokenizer.from_file(str(tmp_path / "out/tokenizer.json")).encode(text).ids == expected
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lora(lora_alpha=16),
+        lora(use_rslora=True, lora_alpha=3),
+        lora(rank_pattern={"c_fc": 7, "h.1.attn.c_attn": 2}, alpha_pattern={"c_fc": 5, "h.1.attn.c_attn": 9}),
+        lora(target_modules=["c_attn"], layers_to_transform=[1, 3]),
+        lora(target_modules=r".*h\.[02]\.mlp\.c_proj"),
+    ],
+    ids=["alpha", "rank-stabilised", "patterns", "some layers", "a regular expression"],
+)
+def test_lora_of_any_kind_is_merged_as_peft_merges_it(tiny_model: Path, tmp_path: Path, config: LoraConfig) -> None:
+    folder = save_peft(tiny_model, tmp_path / "adapter", config)
+    merge(str(tiny_model), tmp_path / "out", adapter=folder)
+    expected = merged_by_peft(tiny_model, folder).state_dict()
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert found.keys() == expected.keys() - {"lm_head.weight"}
+    for name, tensor in found.items():
+        assert torch.allclose(tensor, expected[name], rtol=0, atol=2e-6), name
+
+
+@pytest.mark.parametrize(
+    "config",
+    [lora(use_dora=True), lora(bias="all"), lora(modules_to_save=["lm_head"]), lora(modules_to_save=["ln_f"])],
+    ids=["DoRA", "bias", "an untied head", "a norm"],
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT's advice
+def test_what_is_more_than_lora_is_merged_by_peft(tiny_model: Path, tmp_path: Path, config: LoraConfig) -> None:
+    folder = save_peft(tiny_model, tmp_path / "adapter", config)
+    export_onnx(str(tiny_model), tmp_path / "out", adapter=folder, precisions=["fp32"])
+    ids = random_ids(600, 2, 20)
+    expected = logits_of(reference.load_peft(tiny_model, folder).eval(), ids)
+    assert largest_difference(expected, logits_of(reference.load_base(tiny_model), ids)) > 0.1
+    assert largest_difference(exported(tmp_path / "out").logits(ids), expected) < 2e-5
+    assert largest_difference(logits_of(reference.load_base(tmp_path / "out"), ids), expected) < 2e-5
+
+
+def test_checkpoint_in_half_precision_and_several_files_is_read(tiny_model: Path, tmp_path: Path) -> None:
+    model = reference.load_base(tiny_model, torch.bfloat16)
+    model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    (tmp_path / "model/tokenizer.json").write_bytes((tiny_model / "tokenizer.json").read_bytes())
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+    export_onnx(str(tmp_path / "model"), tmp_path / "out", precisions=["fp32"])
+    ids = random_ids(600, 1, 20)
+    assert largest_difference(exported(tmp_path / "out").logits(ids), logits_of(model.float(), ids)) < 2e-5
+
+
+@pytest.fixture
+def run_dir(tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path]) -> Path:
+    """A finished run of six steps, with checkpoints."""
+    options = {"model": str(tiny_model), "run_dir": str(tmp_path / "run"), "cut_layer": 2, "lora_rank": 4, "lr": 2e-2}
+    more = {"steps": 6, "checkpoint_every": 4, "lora_targets": ("c_attn", "c_fc")}
+    return run_split({**options, **more}, {"a": {"data": pairs_file("a", 20), "batch_size": 3}}).run_dir
+
+
+def export_run(model: Path, run_dir: Path, out: Path) -> tuple[dict[str, Any], Any]:
+    """The manifest's "run", and the logits."""
+    export_onnx(str(model), out, run_dir=run_dir, precisions=["fp32"])
+    return json.loads((out / "splitlora.json").read_text())["run"], exported(out).logits(random_ids(600, 2, 20))
+
+
+def unfinish(run_dir: Path) -> None:
+    """As a server that is killed before the last step leaves it."""
+    *_, newest = sorted((run_dir / "checkpoints").iterdir())
+    newest.unlink()
+    description = json.loads((run_dir / "run.json").read_text())
+    del description["adapter"]
+    (run_dir / "run.json").write_text(json.dumps(description))
+
+
+def test_finished_run_is_exported_with_its_adapter(tiny_model: Path, run_dir: Path, tmp_path: Path) -> None:
+    run, logits = export_run(tiny_model, run_dir, tmp_path / "out")
+    assert run == {"id": json.loads((run_dir / "run.json").read_text())["run"], "step": 6, "finished": True}
+    expected = logits_of(merged_by_peft(tiny_model, run_dir / "adapter"), random_ids(600, 2, 20))
+    assert largest_difference(logits, expected) < 2e-5
+
+
+def test_unfinished_run_is_exported_with_its_last_checkpoint_and_that_is_said(
+    tiny_model: Path, run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, finished = export_run(tiny_model, run_dir, tmp_path / "finished")
+    unfinish(run_dir)
+    run, logits = export_run(tiny_model, run_dir, tmp_path / "out")
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    assert (run["step"], run["finished"]) == (int(checkpoint.stem), False)
+    assert run["step"] < 6
+    assert f"the run has not finished: this is its last checkpoint, after step {run['step']}" in caplog.text
+    base = logits_of(reference.load_base(tiny_model), random_ids(600, 2, 20))
+    assert largest_difference(logits, base) > 1e-3
+    assert largest_difference(logits, finished) > 1e-3
+
+
+def test_run_that_was_stopped_is_exported_and_said_to_have_ended_early(
+    tiny_model: Path, run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    description = json.loads((run_dir / "run.json").read_text())
+    assert description["adapter"] == {"step": 6, "of": 6}
+    description["adapter"]["of"] = 9
+    (run_dir / "run.json").write_text(json.dumps(description))
+    run, _ = export_run(tiny_model, run_dir, tmp_path / "out")
+    assert not run["finished"]
+    assert "the run ended early: this is its adapter after step 6 of 9" in caplog.text
+
+
+def test_damaged_checkpoint_is_passed_over_and_without_another_there_is_nothing(
+    tiny_model: Path, run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unfinish(run_dir)
+    (checkpoint,) = (run_dir / "checkpoints").glob("*.safetensors")
+    data = bytearray(checkpoint.read_bytes())
+    data[-1] ^= 1
+    checkpoint.write_bytes(data)
+    with pytest.raises(ExportError, match="has no checkpoint yet and no adapter"):
+        export_run(tiny_model, run_dir, tmp_path / "out")
+    assert "is damaged: its content is not what was written" in caplog.text
+
+
+def test_run_of_another_model_is_refused(run_dir: Path, tmp_path: Path) -> None:
+    other = make_model(tmp_path, seed=3)
+    with pytest.raises(ExportError, match=r"is a run of the model '.*' \([0-9a-f]+\); --model is another one"):
+        export_onnx(str(other), tmp_path / "out", run_dir=run_dir)
+
+
+def refuse(model: Path, tmp_path: Path, message: str, **options: Any) -> None:
+    """The export fails with the sentence, and leaves nothing behind."""
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises((ExportError, ModelError), match=message):
+        export_onnx(str(model), tmp_path / "out", **{"precisions": ["fp32"], **options})
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_adapter_of_another_shape_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    other = make_model(tmp_path, n_embd=64)
+    folder = reference.make_adapter(other, tmp_path / "adapter", targets=["c_attn"])
+    refuse(tiny_model, tmp_path, r"\[4, 64\] and \[192, 4\], the model asks for \[r, 32\]", adapter=folder)
+
+
+@pytest.mark.parametrize("target", ["wte", "lm_head"])
+def test_adapter_on_a_layer_that_is_tied_is_refused_by_name(tiny_model: Path, tmp_path: Path, target: str) -> None:
+    folder = save_peft(tiny_model, tmp_path / "adapter", lora(target_modules=[target]))
+    refuse(tiny_model, tmp_path, f"{target}.*adapts nothing that is known; known are attn.c_attn", adapter=folder)
+
+
+def test_other_kinds_of_adapters_are_refused_by_name(tiny_model: Path, tmp_path: Path) -> None:
+    kind = IA3Config(target_modules=["c_attn"], feedforward_modules=[], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    folder = save_peft(tiny_model, tmp_path / "adapter", kind)
+    refuse(tiny_model, tmp_path, "only LoRA adapters can be exported; this one's peft_type is 'IA3'", adapter=folder)
+
+
+def test_dora_cannot_be_kept_apart(tiny_model: Path, tmp_path: Path) -> None:
+    folder = save_peft(tiny_model, tmp_path / "adapter", lora(use_dora=True))
+    refuse(tiny_model, tmp_path, "use_dora, which only merging can export", adapter=folder, keep_adapter=True)
+
+
+def test_adapter_that_peft_cannot_merge_is_refused_in_one_sentence(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "use_dora": True, "target_modules": ["nothing"]}))
+    save_file(load_file(adapter / "adapter_model.safetensors"), folder / "adapter_model.safetensors")
+    refuse(tiny_model, tmp_path, "PEFT cannot merge this adapter: ", adapter=folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json is missing"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json cannot be read"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "this one's peft_type is None"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"\0" * 20), "cannot be read as safetensors"),
+        (lambda folder: save_file({}, folder / "adapter_model.safetensors"), "the adapter is empty"),
+    ],
+)
+def test_adapter_folder_that_is_broken_is_refused(
+    tiny_model: Path, adapter: Path, tmp_path: Path, change: Callable[[Path], object], message: str
+) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for path in adapter.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    change(folder)
+    refuse(tiny_model, tmp_path, message, adapter=folder)
+
+
+def test_other_bad_input_is_refused_in_a_sentence(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    refuse(tmp_path / "nothing", tmp_path, "no model folder at")
+    refuse(tiny_model, tmp_path, "run.json is missing; --run-dir is the folder", run_dir=tmp_path / "nothing")
+    refuse(tiny_model, tmp_path, "--keep-adapter needs an adapter", keep_adapter=True)
+    refuse(tiny_model, tmp_path, "--keep-adapter and --split cannot be combined", keep_adapter=True, split=2, adapter=adapter)
+    refuse(tiny_model, tmp_path, "cut layer must be between 1 and 3 .* got 4", split=4)
+    (tmp_path / "narrow").mkdir()
+    narrow = make_model(tmp_path / "narrow", n_head=8)
+    refuse(narrow, tmp_path, "--attention gqa needs heads of a multiple of 8 elements, this model's have 4")
+    (narrow / "tokenizer.json").unlink()
+    refuse(narrow, tmp_path, "has no tokenizer", attention="ops")
+
+
+def test_output_that_exists_is_replaced_only_when_that_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/precious").touch()
+    with pytest.raises(ExportError, match="is no folder of a model, and --overwrite would remove all that is in it"):
+        merge(str(tiny_model), tmp_path / "out", overwrite=True)
+    (tmp_path / "out/config.json").touch()
+    with pytest.raises(ExportError, match="exists already; choose another --output, or replace it with --overwrite"):
+        merge(str(tiny_model), tmp_path / "out")
+    assert (tmp_path / "out/precious").exists()
+    merge(str(tiny_model), tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out/precious").exists()
+    assert (tmp_path / "out/model.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match="is a file; --output is a folder"):
+        merge(str(tiny_model), tmp_path / "file", overwrite=True)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_full_disk_is_one_sentence_and_leaves_what_was_there(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    if exists:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/config.json").touch()
+
+    def fill(path: Path, *rest: object) -> None:
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("export.model_files.write_checkpoint", fill)
+    with pytest.raises(ExportError, match=f"no space left for {tmp_path}/out; nothing of it was kept"):
+        export_onnx(str(tiny_model), tmp_path / "out", precisions=["fp32"], overwrite=True)
+    assert [path.name for path in tmp_path.rglob("*")] == (["out", "config.json"] if exists else [])
+
+
+def test_command_writes_verifies_and_merges(
+    tiny_model: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = ["--model", str(tiny_model), "--adapter", str(adapter), "--output"]
+    assert main(["onnx", *source, str(tmp_path / "out"), "--precision", "fp32,fp16"]) == 0
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert re.search(r"^fp32 .* agrees$", said.out, re.M)
+    assert re.search(r"^tensor \d+/\d+: ", said.err, re.M)
+    assert main(["merge", *source, str(tmp_path / "out")]) == 1
+    assert "exists already" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["onnx", *source, str(tmp_path / "more"), "--precision", "q5"])
+    assert "'q5' is not one of fp32, fp16, q8, q4" in capsys.readouterr().err
+
+
+def test_command_knows_all_precisions_and_forms_of_attention() -> None:
+    (onnx,) = (action.choices["onnx"] for action in build_parser()._actions if isinstance(action.choices, dict))
+    choices = {action.dest: action for action in onnx._actions}
+    assert tuple(choices["attention"].choices) == tuple(ATTENTIONS)
+    assert choices["precision"].type(",".join(PRECISIONS)) == tuple(PRECISIONS)
+
+
+def test_command_that_is_ended_leaves_no_half_folder(tiny_model: Path, tmp_path: Path) -> None:
+    """It is ended while it writes: the unfinished folder is there, and then it is not."""
+    slow = (
+        "import export.model_files as files, time, sys; files.write_checkpoint = lambda *_: (print(flush=True), time.sleep(60))"
+    )
+    run = f"from export.cli import main; sys.exit(main(['merge', '--model', {str(tiny_model)!r}, '--output', 'out']))"
+    with subprocess.Popen([sys.executable, "-c", f"{slow}; {run}"], cwd=tmp_path, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
+        process.terminate()
+        assert process.wait(60) == 143
+    assert not list(tmp_path.iterdir())
+
+
+def test_verify_exits_with_1_beyond_tolerance(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export_onnx(str(tiny_model), tmp_path / "out", precisions=["fp32"])
+    weights = load_file(tmp_path / "out/model.safetensors")
+    weights["transformer.h.2.mlp.c_fc.weight"][5] += 0.1
+    save_file(weights, tmp_path / "out/model.safetensors", {"format": "pt"})
+    assert main(["verify", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr()
+    assert "BEYOND TOLERANCE" in said.out
+    assert "is beyond tolerance in fp32" in said.err
+
+
+def test_verify_holds_a_kept_adapter_to_its_merged_model(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_onnx(str(tiny_model), out, adapter=adapter, precisions=["fp32"], keep_adapter=True)
+    (found,) = verify(out)
+    assert found.within_tolerance
+    assert found.continuations == [True] * 8
+    other = reference.make_adapter(tiny_model, tmp_path / "other", targets=TARGETS, seed=9)
+    export_onnx(str(tiny_model), tmp_path / "another", adapter=other, precisions=["fp32"], keep_adapter=True)
+    manifest = json.loads((out / "splitlora.json").read_text())
+    (out / manifest["adapter"]).write_bytes((tmp_path / "another/adapter.onnx_adapter").read_bytes())
+    (swapped,) = verify(out)
+    assert swapped.within_tolerance
+
+
+def test_verify_measures_on_the_texts_that_it_is_given(tiny_model: Path, tmp_path: Path) -> None:
+    """The loss that it compares is the one that transformers computes."""
+    export_onnx(str(tiny_model), tmp_path / "out", precisions=["q8"])
+    (tmp_path / "texts").write_text("one text\n\nand another one, longer\n")
+    (found,) = verify(tmp_path / "out", tmp_path / "texts")
+    tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
+    model, change, tokens = reference.load_base(tiny_model), 0.0, 0
+    for text in ("one text", "and another one, longer"):
+        ids = np.array([[*tokenizer.encode(text).ids, 0]])
+        losses = []
+        for logits in (exported(tmp_path / "out", "q8").logits(ids), logits_of(model, ids)):
+            target = torch.from_numpy(ids[0, 1:])
+            losses.append(torch.nn.functional.cross_entropy(torch.from_numpy(logits[0, :-1]), target, reduction="sum").item())
+        change, tokens = change + losses[0] - losses[1], tokens + ids.size - 1
+    assert found.tokens == tokens
+    assert math.isclose(found.loss_change, change / tokens, abs_tol=1e-5)
+    assert f"{tokens} tokens" in table([found])
+
+
+def test_verify_chains_the_parts_of_a_split(tiny_model: Path, tmp_path: Path) -> None:
+    export_onnx(str(tiny_model), tmp_path / "out", precisions=["fp32"], split=2)
+    (found,) = verify(tmp_path / "out")
+    assert found.within_tolerance
+    assert found.continuations == [True] * 8
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: (folder / "splitlora.json").unlink(), "is this a folder that `splitlora-export onnx` has written"),
+        (lambda folder: (folder / "splitlora.json").write_text("{}"), "splitlora.json cannot be read"),
+        (lambda folder: (folder / "onnx/model.onnx_data").unlink(), "model.onnx_data is missing: the folder is incomplete"),
+        (lambda folder: (folder / "onnx/model.onnx_data").write_bytes(b"cut"), "is 3 bytes long, not"),
+        (lambda folder: (folder / "empty").write_text("\n"), "has no text; --prompts is a file with a text on each line"),
+    ],
+)
+def test_verify_refuses_what_it_cannot_measure(
+    tiny_model: Path, tmp_path: Path, break_it: Callable[[Path], object], message: str
+) -> None:
+    export_onnx(str(tiny_model), tmp_path / "out", precisions=["fp32"])
+    break_it(tmp_path / "out")
+    with pytest.raises(ExportError, match=message):
+        verify(tmp_path / "out", tmp_path / "out/empty" if "no text" in message else None)
+
+
+@pytest.mark.shared
+def test_trained_model_loses_no_more_than_verify_allows(tmp_path: Path) -> None:
+    """200 rows of E2E, the like of which the base model has never seen: its loss moves more there than on its own domain."""
+    lines = shared_path("data/e2e/valid.txt").read_text(encoding="utf-8").splitlines()[::23][:200]
+    (tmp_path / "texts").write_text("\n".join(lines), encoding="utf-8")
+    export_onnx(str(shared_path("models/gpt2-mini")), tmp_path / "out", precisions=["fp32", "q8", "q4"])
+    found = {agreement.precision: agreement for agreement in verify(tmp_path / "out", tmp_path / "texts")}
+    assert found["fp32"].logit_difference <= 1e-4
+    assert found["q8"].loss_change <= 0.002
+    assert found["q4"].loss_change <= 0.02
+    assert found["q8"].same_first / found["q8"].tokens > 0.98
+    assert found["q4"].same_first / found["q4"].tokens > 0.85
+    assert all(found["fp32"].continuations)
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("export.cli", {"torch", "onnx", "onnxruntime", "numpy"}),
+        ("export.gpt2, export.lora, export.equalisation, export.checkpoint", {"torch", "transformers", "peft", "onnxruntime"}),
+        ("export.onnx_folder", {"transformers", "peft"}),
+    ],
+)
+def test_nothing_is_imported_that_is_not_needed(module: str, unwanted: set[str]) -> None:
+    check = f"import sys, {module}; sys.exit(str({unwanted!r} & sys.modules.keys() or '') or None)"
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_server_says_in_run_json_how_far_the_adapter_goes(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    options = {"model": str(tiny_model), "run_dir": str(tmp_path / "run"), "port": 0, "steps": 5}
+    with GpuServer(**options):
+        assert "adapter" not in json.loads((tmp_path / "run/run.json").read_text())
