@@ -4,12 +4,15 @@
 # make check          lint, format, types
 # make bench          the benchmarks, long
 # make bench-export   how fast an exported model is, beside what else there is; compiles llama.cpp once
+# make chaos          200 runs of a tiny model, disturbed at random
+# make fuzz           1.5 million broken frames, and attacks on a live server
+# make soak           30 minutes of a server whose devices come and go
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-runtimes check bench bench-export
+.PHONY: demo test test-runtimes check bench bench-export chaos fuzz soak
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.runtime
@@ -34,6 +37,15 @@ bench: $(VENV)/.development
 
 bench-export: $(VENV)/.development .venv-runtimes/.engines
 	$(BIN)/python benchmarks/export_speed.py
+
+chaos: $(VENV)/.development
+	$(BIN)/python benchmarks/disturbed_runs.py --runs 200
+
+fuzz: $(VENV)/.development
+	$(BIN)/python benchmarks/fuzz.py
+
+soak: $(VENV)/.development
+	$(BIN)/python benchmarks/soak.py --minutes 30
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from terminal import Progress, run_program, show_log, version
+from terminal import Progress, plain, run_program, show_log, version
 
 if TYPE_CHECKING:
     from .client import EdgeClient
@@ -184,7 +184,7 @@ def run_ping(options: argparse.Namespace) -> None:
     status = ping(options.server, name=options.name, state_dir=options.state_dir)
     pong = status.pong
     print(  # noqa: T201
-        f"{options.server}: splitlora {pong.software}, run {pong.run}, {pong.joined} of {pong.clients} clients, "
+        f"{options.server}: splitlora {plain(pong.software)}, run {plain(pong.run)}, {pong.joined} of {pong.clients} clients, "
         f"{pong.step} steps finished, answered in {status.seconds * 1000:.1f} ms"
     )
 

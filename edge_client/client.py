@@ -11,7 +11,7 @@ from protocol import Hello, Join, Start, Welcome, check_name, largest_message_by
 from split_model import BaseModel, ModelError, find_model
 
 from .access import Access
-from .connection import ConnectionFailed
+from .connection import ConnectionFailed, Refused
 from .data import DataError, Dataset, load_tokenizer
 from .engine import TorchEngine
 from .enrolment import state_folder
@@ -41,8 +41,8 @@ class EdgeClient:
         device, dtype: where and in which precision the frozen weights compute; "auto" chooses by the hardware.
         state_dir: where this device keeps its enrolments, and its place in a run in case it is killed; the default is the
             user's folder for such things.
-        give_up_after: seconds without a connection after which the run is given up; None tries forever. A first connection
-            is tried once, unless this device was killed in a run of this server.
+        give_up_after: seconds without a connection after which the run is given up; None tries forever. Where nobody answers
+            at first, None takes the address for wrong, unless this device was killed in a run of this server.
 
     Raises:
         DataError, ModelError, InvalidName, EnrolmentError: a file or the name cannot be used.
@@ -92,7 +92,7 @@ class EdgeClient:
             self._access.connect,
             Hello(name=self.name, fingerprint=self._model.fingerprint()),
             give_up_after=self._give_up_after,
-            patient=self._place.is_kept,
+            patient=self._place.is_kept or self._give_up_after is not None,
         )
         try:
             self._place.keep(self.welcome.run)
@@ -172,8 +172,12 @@ class EdgeClient:
         return self._membership.num_bytes
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Leave the run. A device that is killed, or gives up waiting for a connection, keeps its place."""
-        if kind is None or not issubclass(kind, ConnectionFailed):
+        """
+        Leave the run. A device that is killed, gives up waiting for a connection, or may come back when it is started as
+        before, keeps its place.
+        """
+        refused_at_the_door = kind is not None and issubclass(kind, Refused) and self._start is None
+        if kind is None or not (issubclass(kind, ConnectionFailed) or refused_at_the_door):
             self._place.give_up()
         self._membership.close()
 

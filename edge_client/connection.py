@@ -11,6 +11,7 @@ from websockets.headers import build_authorization_basic
 from websockets.sync.client import connect
 
 from protocol import (
+    HANDSHAKE_BYTES,
     SECONDS_BETWEEN_PINGS,
     SECONDS_TO_PONG,
     Failure,
@@ -20,6 +21,7 @@ from protocol import (
     RemoteProtocolError,
     Session,
     Side,
+    compressed_bound,
 )
 
 from .pinning import CertificateChanged
@@ -29,7 +31,6 @@ __all__ = ["Connection", "ConnectionFailed", "Dial", "Refused"]
 Answer = TypeVar("Answer", bound=Message)
 Dial = Callable[[], "Connection"]
 
-LARGEST_FRAME_BYTES = 2**30  # a guard for the transport; the session holds every message to the bytes it can legally have
 UNAUTHORISED = 401
 
 
@@ -75,7 +76,7 @@ class Connection:
                 ssl=encryption,
                 additional_headers={"Authorization": build_authorization_basic(*credentials)} if credentials else None,
                 compression=None,
-                max_size=LARGEST_FRAME_BYTES,
+                max_size=compressed_bound(HANDSHAKE_BYTES),
                 proxy=None,
                 ping_interval=SECONDS_BETWEEN_PINGS,
                 ping_timeout=SECONDS_TO_PONG,
@@ -91,9 +92,14 @@ class Connection:
             raise ConnectionFailed(f"{url} is no WebSocket address; it looks like ws://192.168.1.20:8765") from None
         except ssl.SSLError as error:
             raise ConnectionFailed(f"{url} does not speak TLS as this side does: {error.reason or error}") from None
-        except (OSError, InvalidHandshake, EOFError) as error:
+        except (OSError, InvalidHandshake, EOFError, ConnectionClosed) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise ConnectionFailed(f"no server at {url}: {reason}; is splitlora-server running there?") from None
+
+    def expect(self, size: int) -> None:
+        """Take messages of up to ``size`` bytes from now on; a frame that claims more is refused before it is read."""
+        self.session.max_bytes = size
+        self._socket.protocol.max_message_size = compressed_bound(size)
 
     def exchange(self, message: Message, *answer_kinds: type[Answer]) -> Answer:
         """

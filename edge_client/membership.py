@@ -35,7 +35,7 @@ class Membership:
     Args:
         dial: opens a connection.
         give_up_after: seconds without a connection; None tries forever.
-        patient: whether the first connection is tried again, too.
+        patient: whether the server may be away when the first connection is opened; else its address is taken for wrong.
         sleep: waits for so many seconds.
 
     Raises:
@@ -64,16 +64,12 @@ class Membership:
         self.checkpoint = 0
         """The earliest step that the server may go back to."""
         self._num_evaluations = 0
+        self._start_unheard: Start | None = None
+        """Where the run went on while a held-out batch was asked about: the training has to go there, too."""
         self._last_reply = time.perf_counter()
         self._connection: Connection | None = None
         try:
-            self._connection = dial()
-            self.welcome = self._connection.exchange(hello, Welcome)
-        except ConnectionFailed as error:
-            if not patient:
-                self.close()
-                raise
-            self.welcome = self._keep_trying(error, lambda connection: connection.exchange(hello, Welcome))
+            self.welcome = self._greet(patient)
         except BaseException:
             self.close()
             raise
@@ -97,6 +93,8 @@ class Membership:
             ConnectionFailed: no connection for ``give_up_after`` seconds.
             Refused, RemoteProtocolError: as `Connection.exchange`.
         """
+        if self._start_unheard is not None and not isinstance(question, Evaluation):
+            self._go_to(self._start_unheard, question)
         while True:
             try:
                 answer = self._connected().exchange(question, answer_kind, Start)
@@ -104,11 +102,11 @@ class Membership:
                 before = (self.welcome.restarts, self.round)
                 start = self._keep_trying(error, self._come_back)
                 if (self.welcome.restarts, start.round) != before or not _is_next(question, start):
-                    self._go_to(start)
+                    self._go_to(start, question)
                 continue
             self._last_reply = time.perf_counter()
             if isinstance(answer, Start):
-                self._go_to(answer)
+                self._go_to(answer, question)
             if isinstance(answer, EdgeAdapter):
                 self.round = answer.step
                 self.checkpoint = max(self.checkpoint, answer.checkpoint)
@@ -133,8 +131,21 @@ class Membership:
         if self._connection is not None:
             self._connection.close()
 
-    def _go_to(self, start: Start) -> None:
+    def _greet(self, patient: bool) -> Welcome:
+        def talk(connection: Connection) -> Welcome:
+            return connection.exchange(self._hello, Welcome)
+
+        try:
+            self._connection = self._dial()
+            return talk(self._connection)
+        except ConnectionFailed as error:
+            if self._connection is None and not patient:
+                raise
+            return self._keep_trying(error, talk)
+
+    def _go_to(self, start: Start, question: Message) -> None:
         self.round = start.round
+        self._start_unheard = start if isinstance(question, Evaluation) else None
         raise Moved(start)
 
     def _connected(self) -> Connection:
@@ -144,7 +155,7 @@ class Membership:
 
     def _enter(self, connection: Connection) -> Start:
         assert self._join is not None
-        connection.session.max_bytes = self.largest_message
+        connection.expect(self.largest_message)
         start = connection.exchange(replace(self._join, step=self.step), Start)
         self._last_reply = time.perf_counter()
         return start

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from protocol import Array
+from protocol.settings import LARGEST_COUNT
 
 __all__ = ["Place", "SavedStep", "StateError"]
 
@@ -89,6 +90,18 @@ class Place:
                 if step != saved.step and (step < keep_from or not _is_round_end(path)):
                     path.unlink()
 
+    def forget_after(self, step: int) -> None:
+        """
+        Later steps are not part of the run any more: a server that has gone back takes them again.
+
+        Raises:
+            StateError: the folder cannot be written.
+        """
+        with _readable_errors(self._folder):
+            for path in self._paths():
+                if int(path.stem) > step:
+                    path.unlink()
+
     def load(self, step: int) -> SavedStep | None:
         """What is kept of the latest step up to ``step``, if anything is."""
         for path in reversed(self._paths()):
@@ -100,8 +113,9 @@ class Place:
         return None
 
     def last_step(self) -> int:
-        """The latest step that is kept; 0 if none."""
-        return max((int(path.stem) for path in self._paths()), default=0)
+        """The latest step that is kept whole; 0 if none."""
+        saved = self.load(LARGEST_COUNT)
+        return 0 if saved is None else saved.step
 
     def _run(self) -> str | None:
         try:
@@ -126,8 +140,11 @@ def _read(path: Path) -> SavedStep:
 
 
 def _is_round_end(path: Path) -> bool:
-    with safe_open(path, "numpy") as file:
-        return (file.metadata() or {}).get("is_round_end") == "1"
+    try:
+        with safe_open(path, "numpy") as file:
+            return (file.metadata() or {}).get("is_round_end") == "1"
+    except (OSError, SafetensorError):
+        return False  # torn: nobody can go back there
 
 
 def _replace(path: Path, data: bytes) -> None:

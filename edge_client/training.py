@@ -128,6 +128,7 @@ def train(
 def _go_to(start: Start, engine: TorchEngine, membership: Membership, place: Place) -> bool:
     """Stand where the run does. Says whether this device has just finished the step, and not contributed it yet."""
     settings, restarts = membership.welcome.settings, membership.welcome.restarts
+    place.forget_after(start.step)
     saved = place.load(start.step) if settings.aggregate_every > 1 else None
     if saved is not None:
         engine.restore(saved.state)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from split_model import ModelConfig, read_sealed
+from split_model import DamagedFile, ModelConfig, read_sealed
 
 from .errors import ExportError
 from .lora import LoraAdapter, lora_updates, read_adapter
@@ -69,7 +69,7 @@ def _last_checkpoint(folder: Path, description: dict[str, Any], config: ModelCon
         try:
             text, tensors = read_sealed(path)
             saved = json.loads(text)
-        except ValueError as error:
+        except DamagedFile as error:
             logger.warning("checkpoint %s is damaged: %s; trying the one before", path, error)
             continue
         if saved["run"] != description["run"]:

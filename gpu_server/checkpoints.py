@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from split_model import read_sealed, seal
+from split_model import DamagedFile, read_sealed, seal
 
 from .config import ConfigError
 
@@ -65,7 +65,7 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 saved = _read(self._path(step))
-            except ValueError as error:
+            except DamagedFile as error:
                 logger.warning("checkpoint %s is damaged: %s; trying the one before", self._path(step), error)
                 # Under this name it is neither counted among those to keep nor written over.
                 self._path(step).rename(self._path(step).with_suffix(".damaged"))
@@ -106,7 +106,6 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def _read(path: Path) -> SavedRound:
-    """ValueError if the file is not what was written."""
     text, state = read_sealed(path)
     described = json.loads(text)
     if described["format"] != FORMAT:

@@ -73,7 +73,7 @@ class ServerConfig:
     clients_file: str | None = option("who is enrolled; RUN_DIR/clients.json, if not given")
     max_batch_tokens: int = option("tokens a client may send in one step", 65536)
     max_connections: int = option("connections at a time", 256)
-    max_strangers: int = option("connections that have not said who they are, at a time", 64)
+    max_strangers: int = option("connections that have not said who they are, at a time", 32)
     handshake_seconds: float = option("time for each of TLS, HTTP and the first message", 10.0)
     max_messages_per_second: float = option("of one client; more have to wait", 1000.0)
     max_queue: int = option("messages of one client that are held before its socket is no longer read", 2)
@@ -89,6 +89,8 @@ class ServerConfig:
         for name in ("lr", "handshake_seconds", "max_messages_per_second", "step_deadline"):
             self._require(name, lambda value: value is None or value > 0, "positive")
         self._require("linger", lambda value: value >= 0, "at least 0")
+        needed = self.clients + 1
+        self._require("max_connections", lambda value: value >= needed, f"at least {needed}: one for every client, and a spare")
         self._require("quorum", lambda value: value is None or value <= self.clients, f"at most the {self.clients} clients")
         self._require("port", lambda value: 0 <= value < 65536, "a port, 0 to 65535")
 

@@ -27,9 +27,11 @@ class Deadline:
         self._seconds = seconds
         self._seen: defaultdict[type, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
 
-    def observe(self, kind: type, seconds: float) -> None:
-        """A client took so long for a question of this kind."""
-        self._seen[kind].append(seconds)
+    def observe(self, kind: type, seconds: float) -> bool:
+        """A client took so long for a question of this kind. Says whether just now enough is known to derive a deadline."""
+        seen = self._seen[kind]
+        seen.append(seconds)
+        return self._seconds is None and len(seen) == NEEDED
 
     def seconds(self, kind: type) -> float:
         if self._seconds is not None:

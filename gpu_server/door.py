@@ -3,8 +3,9 @@
 import ipaddress
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from protocol.invitation import Invitation, normal_host
@@ -29,8 +30,8 @@ class Door:
     encryption: ssl.SSLContext | None = None
     admits: Callable[[str, str], bool] | None = None
     """Whether a name and a secret belong together; None lets everybody in."""
-    enrolled: Callable[[], set[str]] | None = None
-    """Who may still be in the run."""
+    enrolled: Callable[[], Mapping[str, datetime]] | None = None
+    """Who may still be in the run, and since when."""
     notices: tuple[str, ...] = ()
     """What the operator has to be told."""
 
@@ -70,7 +71,7 @@ def open_door(config: ServerConfig) -> Door:
         ),
         encryption=None if certificate is None else certificate.server_context(),
         admits=enrolments.admits if guarded else None,
-        enrolled=(lambda: set(enrolments.clients())) if guarded else None,
+        enrolled=enrolments.clients if guarded else None,
         notices=tuple(notices),
     )
 

@@ -35,6 +35,7 @@ class Client:
 
     secret_sha256: bytes = field(repr=False)
     enrolled: datetime
+    """To the microsecond: it tells a device from the one that had the name before it."""
 
 
 class Enrolments:
@@ -170,7 +171,7 @@ def _client(entry: Any) -> Client:
 
 def _json(clients: dict[str, Client]) -> bytes:
     entries = {
-        name: {"secret_sha256": client.secret_sha256.hex(), "enrolled": client.enrolled.isoformat(timespec="seconds")}
+        name: {"secret_sha256": client.secret_sha256.hex(), "enrolled": client.enrolled.isoformat()}
         for name, client in sorted(clients.items())
     }
     return (json.dumps({"format": FORMAT, "clients": entries}, indent=2) + "\n").encode()

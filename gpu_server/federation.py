@@ -104,6 +104,8 @@ class FinishStep:
     tokens: int
     labelled_tokens: int
     seconds: dict[str, dict[str, float]]
+    deadline: float
+    """Seconds that the next step waits for its clients' activations before it asks whether a quorum is there."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class NameInUse(RemoteProtocolError):
 
 
 Question = TypeVar("Question", bound="Message | Contribution")
+OfAStep = Activations | AdapterGradient | AdapterWeights | Done
 
 LARGEST_VALUE = 1e6
 """
@@ -185,6 +188,8 @@ class Member:
     """In this round."""
     answer: tuple[tuple[type, int], Message] | None = None
     """The question that was answered last, and its answer."""
+    evaluation: Evaluation | None = None
+    """The held-out batch whose loss its present connection waits for."""
 
 
 @dataclass
@@ -269,12 +274,12 @@ class Federation:
         member = self.members.get(hello.name)
         if hello.name in self.greeted or (member is not None and member.connected):
             raise NameInUse(f"the name {hello.name} is taken; choose another with --name")
-        if member is not None and member.left and self.phase in (Phase.SAVING, Phase.FINISHED):
-            raise RemoteProtocolError(f"{hello.name} has left the run, and the run is over")
         if member is None:
             places = self.settings.clients - len(self.greeted.union(self.members))
             if self.phase is not Phase.GATHERING or places < 1:
                 raise RemoteProtocolError(f"the run has its {self.settings.clients} clients already")
+        else:
+            self._check_return(hello.name, member)
         self.greeted.add(hello.name)
         return Welcome(run=self.run, settings=self.settings, fingerprint=self.limits.fingerprint, restarts=self.restarts)
 
@@ -288,6 +293,7 @@ class Federation:
             self.members[name] = self._new_member(join)
             self.greeted.discard(name)
             return self._advance(now)
+        self._check_return(name, member)  # the run may have ended since its welcome
         before = member.join
         if replace(join, step=0).__dict__ != replace(before, step=0).__dict__:
             raise RemoteProtocolError(
@@ -310,11 +316,18 @@ class Federation:
         member = self.members[name]
         if isinstance(message, Evaluation):
             self._check_batch(member, message)
+            member.evaluation = message
             return [Evaluate(name, message)]
-        if not isinstance(message, Activations | Contribution | Done):
+        if not isinstance(message, OfAStep):
             raise RemoteProtocolError(f"{type(message).__name__} out of turn")
-        question = identity(message)
-        self.deadline.observe(_waited_for_as(question[0]), self.timing.away(name, now))
+        kind = _waited_for_as(type(message))
+        actions: list[Action] = []
+        if self.deadline.observe(kind, self.timing.away(name, now)) and kind is Activations:
+            actions.append(Report(f"a step waits {self.deadline.seconds(kind):.1f} s for its clients, by the times they took"))
+        return actions + self._take(name, message, now)
+
+    def _take(self, name: str, message: OfAStep, now: float) -> list[Action]:
+        member, question = self.members[name], identity(message)
         if not member.absent and question == member.next_question:
             self._check(member, message)
             if name not in self.waiting and not isinstance(message, Done):
@@ -337,7 +350,7 @@ class Federation:
         if self.phase is Phase.GATHERING:
             self.members.pop(name, None)
         elif name in self.members:
-            self.members[name].connected = False
+            self.members[name].connected, self.members[name].evaluation = False, None
             self._returning.discard(name)
         return []
 
@@ -366,8 +379,9 @@ class Federation:
         self._loss = loss
         self.timing.computed(list(gradients), seconds)
         actions: list[Action] = []
+        asked = self._asked(Activations)
         for name, gradient in gradients.items():
-            if not self.members[name].left:
+            if name in asked:  # it has not left meanwhile, and come back perhaps
                 answer = ActivationGradient(step=self.step, loss=loss, values=gradient)
                 actions += self._reply(name, answer, self._question_after_gradient(self.members[name]), now)
         if self.settings.ends_round(self.step) or not self._participants():
@@ -401,18 +415,18 @@ class Federation:
         self._enter(Phase.FINISHED, now)
         return self._advance(now)
 
-    def evaluated(self, name: str, index: int, summed_loss: float, now: float) -> list[Action]:
-        """The loss of an `Evaluate` is computed."""
+    def evaluated(self, name: str, batch: Evaluation, summed_loss: float, now: float) -> list[Action]:
+        """The loss of an `Evaluate` is computed. A client that has come back meanwhile asks again, or something else."""
+        member = self.members[name]
+        if member.evaluation is not batch:
+            return []
+        member.evaluation = None
         self.timing.replied(name, now)  # the time of an evaluation belongs to no step
-        return [Reply(name, EvaluationLoss(index=index, summed_loss=summed_loss))]
+        return [Reply(name, EvaluationLoss(index=batch.index, summed_loss=summed_loss))]
 
     def unfinished(self) -> list[str]:
-        """Members that are to come back for the final adapter."""
-        return [
-            name
-            for name, member in self.members.items()
-            if not member.left and (member.answer is None or not isinstance(member.answer[1], RunEnd))
-        ]
+        """Members that have not said goodbye: whether an adapter that was sent has arrived, only they know."""
+        return [name for name, member in self.members.items() if not member.left]
 
     # What follows from it
 
@@ -499,7 +513,8 @@ class Federation:
         if self._finished_step == self.step:  # a last round closed early, by the leaving of those who had steps left
             return []
         self._finished_step = self.step
-        return [FinishStep(self.step, self._loss, self._tokens, self._labelled_tokens, seconds)]
+        deadline = self.deadline.seconds(Activations)
+        return [FinishStep(self.step, self._loss, self._tokens, self._labelled_tokens, seconds, deadline)]
 
     def _close_last_round(self, now: float) -> list[Action]:
         if self._contributors():
@@ -579,8 +594,13 @@ class Federation:
         return sorted(name for name, member in self.members.items() if member.last_step > self.step and not member.left)
 
     def _contributors(self) -> list[str]:
-        """Clients whose adapters make the next edge adapter: all that took part in a step of the round."""
-        return sorted(name for name, member in self.members.items() if member.in_round and not member.left)
+        """
+        Clients whose adapters make the next edge adapter: all that took part in a step of the round. Those that are absent
+        now are told where to go on only after it.
+        """
+        return sorted(
+            name for name, member in self.members.items() if member.in_round and not member.left and not member.absent
+        )
 
     def _asked(self, kind: type[Question]) -> dict[str, Question]:
         """The open questions of this kind, by client."""
@@ -601,6 +621,10 @@ class Federation:
 
     # What a message must respect, beyond what its type says
 
+    def _check_return(self, name: str, member: Member) -> None:
+        if member.left and self.phase in (Phase.SAVING, Phase.FINISHED):
+            raise RemoteProtocolError(f"{name} has left the run, and the run is over")
+
     def _new_member(self, join: Join) -> Member:
         if join.longest > self.limits.num_positions:
             raise RemoteProtocolError(
@@ -616,7 +640,7 @@ class Federation:
             raise RemoteProtocolError(f"{join.num_samples} samples take {last_step} steps; at most {LARGEST_COUNT} can be")
         return Member(join, last_step, (Activations, 1))
 
-    def _check(self, member: Member, message: Activations | Contribution | Done) -> None:
+    def _check(self, member: Member, message: OfAStep) -> None:
         if isinstance(message, Activations):
             self._check_batch(member, message)
         elif not isinstance(message, Done):

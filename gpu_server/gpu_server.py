@@ -220,6 +220,7 @@ class GpuServer:
             "loss": record.loss,
             "labelled_tokens": record.labelled_tokens,
             "tokens": record.tokens,
+            "deadline": round(record.deadline, 3),
             "clients": {
                 name: {
                     "bytes_up": record.bytes_up[name],

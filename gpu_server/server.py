@@ -1,12 +1,14 @@
 """The only file of this package that knows WebSockets and asyncio: it moves bytes, and does what the federation decides."""
 
 import asyncio
+import gc
 import http
 import logging
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, TypeVar
 
 from websockets.asyncio.server import Server, ServerConnection, basic_auth, serve
@@ -36,6 +38,7 @@ from split_model import Adapter, TrainingDiverged
 from terminal import version
 
 from .compute import Compute
+from .config import ConfigError
 from .door import Door
 from .federation import (
     Action,
@@ -64,8 +67,10 @@ SECONDS_TO_SHOW_LIFE = 10.0
 SECONDS_FOR_REPLIES = 1.0
 SECONDS_BETWEEN_LOOKS = 1.0
 LONGEST_REASON = 1000  # characters
-SERVICE_RESTART = 1012  # RFC 6455's registry: come back later
+NORMAL_CLOSURE = 1000  # of RFC 6455's registry, as the two below
 POLICY_VIOLATION = 1008
+SERVICE_RESTART = 1012  # come back later
+CONNECTIONS_A_DEVICE = 4  # the one it uses, one or two that it has lost without our knowing, and a ping
 
 
 @dataclass(frozen=True)
@@ -82,16 +87,25 @@ class StepRecord:
     bytes_down: dict[str, int]
     seconds: dict[str, dict[str, float]]
     """By client: edge_compute, wire, waiting, server_compute."""
+    deadline: float
+    """Seconds that the next step waits for its clients."""
 
 
 class CountingConnection(ServerConnection):
-    """Counts every byte that goes through the socket: handshake, frames, control frames."""
+    """
+    Counts every byte that goes through the socket: handshake, frames, control frames.
+
+    A peer that does not read is not read either, or the answers to its pings would pile up; nor is its closing waited for.
+    """
 
     bytes_up = 0
     bytes_down = 0
+    enrolled: datetime | None = None
+    """When its device was, where devices are."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self.recv_messages.resume = self._resume_reading
         write = self.transport.write
 
         def counting_write(data: bytes) -> None:
@@ -103,6 +117,25 @@ class CountingConnection(ServerConnection):
     def data_received(self, data: bytes) -> None:
         self.bytes_up += len(data)
         super().data_received(data)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._resume_reading()
+
+    def _resume_reading(self) -> None:
+        if not self.paused and not self.recv_messages.paused:
+            self.transport.resume_reading()
+
+    async def close(self, code: int = NORMAL_CLOSURE, reason: str = "") -> None:
+        end = self.loop.call_later(2 * SECONDS_TO_CLOSE, self.transport.abort)
+        try:
+            await super().close(code, reason)
+        finally:
+            end.cancel()
 
 
 @dataclass
@@ -152,6 +185,7 @@ class RunServer:
         """Whether the run can go on later."""
         self._last_row: asyncio.Task[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
+        self._patience_ends: asyncio.TimerHandle | None = None
         self._round_end = (federation.round, compute.round_end)
         self._to_keep: tuple[int, Adapter] | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -189,6 +223,8 @@ class RunServer:
         self._loop = asyncio.get_running_loop()
         self._ended = self._loop.create_future()
         self._listener = Listener.open(self._door.host, self._door.port, self._door.limits)
+        gc.collect()
+        gc.freeze()  # the listener collects often: it need not look at all that was here before
         async with await self._open() as server:
             listening(self._url())
             for notice in self._door.notices:
@@ -210,6 +246,7 @@ class RunServer:
                 watch.cancel()
                 if self._alarm is not None:
                     self._alarm.cancel()
+                gc.unfreeze()
                 server.close()
                 self._worker.shutdown()
 
@@ -221,6 +258,7 @@ class RunServer:
             ssl=encryption,
             ssl_handshake_timeout=limits.handshake_seconds if encryption else None,
             compression=None,  # messages are compressed already
+            origins=[None],  # no web page may speak to a server on its reader's own machine
             process_request=self._authenticate,
             open_timeout=limits.handshake_seconds,
             max_size=compressed_bound(HANDSHAKE_BYTES),
@@ -241,32 +279,40 @@ class RunServer:
 
     async def _authenticate(self, connection: ServerConnection, request: Request) -> Response | None:
         """During the HTTP handshake, before any message is read."""
-        admits = self._door.admits
-        if admits is not None:
+        admits, enrolled = self._door.admits, self._door.enrolled
+        if admits is not None and enrolled is not None:
             refusal = await basic_auth("splitlora", check_credentials=admits)(connection, request)
             if refusal is not None:
                 logger.warning("a device without a valid secret was refused")
                 return refusal
+            assert isinstance(connection, CountingConnection)
+            connection.enrolled = enrolled().get(connection.username)
+            if _connections_of(connection.username, connection.server) >= CONNECTIONS_A_DEVICE:
+                return connection.respond(http.HTTPStatus.TOO_MANY_REQUESTS, "this device has enough connections\n")
             self._listener.admit(_descriptor(connection))
         if request.path.strip("/"):
             return connection.respond(http.HTTPStatus.NOT_FOUND, "there is nothing here\n")
         return None
 
     async def _watch_enrolments(self) -> None:
-        """A device that is revoked has left the run, connected or not."""
-        enrolled = self._door.enrolled
-        while enrolled is not None:
+        """A device that is revoked has left the run, connected or not; also where its name has a new secret by now."""
+        while self._door.enrolled is not None:
             await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
-            names = await asyncio.to_thread(enrolled)
-            for name, member in list(self._federation.members.items()):
-                if name not in names and not member.left:
-                    await self._expel(name, "it was revoked")
+            try:
+                enrolled = await asyncio.to_thread(self._door.enrolled)
+            except ConfigError:
+                continue  # who comes anew is not let in, and the operator told; who is in stays until it can be read
+            here = {name for name, peer in self._peers.items() if peer.connection.enrolled != enrolled.get(name)}
+            away = {name for name, member in self._federation.members.items() if name not in enrolled and not member.left}
+            for name in here | away:
+                self._expel(name, "it was revoked")
 
-    async def _expel(self, name: str, reason: str) -> None:
+    def _expel(self, name: str, reason: str) -> None:
         peer = self._peers.pop(name, None)
         self._leave(name, reason)
         if peer is not None:
-            await self._refuse(peer, reason)
+            self._spawn(self._refuse(peer, reason))
+        self._end_if_over()
 
     # A conversation
 
@@ -278,6 +324,8 @@ class RunServer:
                 data = await asyncio.wait_for(connection.recv(), self._patience(peer))
                 await asyncio.sleep(peer.pace.delay(time.monotonic()))
                 message = await asyncio.to_thread(peer.session.receive, data)
+                if peer.name is not None and self._peers.get(peer.name) is not peer:
+                    break  # it was dismissed meanwhile, or lives no more and its device is back
                 if isinstance(message, Goodbye):
                     self._forget(peer, "it said goodbye")
                     break
@@ -336,11 +384,19 @@ class RunServer:
 
     async def _lives(self, peer: Peer) -> bool:
         """Whether a connection that looks open is. A device that lost its network may be back before its old link times out."""
-        received = peer.connection.bytes_up
+        connection = peer.connection
+        received, unsent = connection.bytes_up, connection.transport.get_write_buffer_size()
+
+        async def pong() -> None:
+            await (await connection.ping())  # which itself waits where the peer does not read
+
         try:
-            await asyncio.wait_for(await peer.connection.ping(), SECONDS_TO_SHOW_LIFE)
-        except (ConnectionClosed, asyncio.TimeoutError):
-            return peer.connection.bytes_up > received  # a long message of a slow link is coming in before the pong
+            await asyncio.wait_for(pong(), SECONDS_TO_SHOW_LIFE)
+        except ConnectionClosed:
+            return False
+        except asyncio.TimeoutError:
+            # A long message of a slow link may be on its way before the pong, or before the ping.
+            return connection.bytes_up > received or connection.transport.get_write_buffer_size() < unsent
         return True
 
     def _expect(self, peer: Peer, size: int) -> None:
@@ -373,9 +429,9 @@ class RunServer:
         try:
             data = peer.session.send(Failure(reason=reason[:LONGEST_REASON], retry_after=retry_after))
             await asyncio.wait_for(peer.connection.send(data), SECONDS_TO_CLOSE)
-            await peer.connection.close(POLICY_VIOLATION)
         except (ConnectionClosed, LocalProtocolError, asyncio.TimeoutError):
             pass  # gone already, refused already, or deaf: nobody is left to be told
+        await peer.connection.close(POLICY_VIOLATION)
 
     async def _send(self, peer: Peer, message: Message) -> None:
         try:
@@ -398,9 +454,7 @@ class RunServer:
             elif isinstance(action, Report):
                 logger.info("%s", action.text)
             elif isinstance(action, Checkpoint):
-                self._to_keep = self._round_end
-                if self._keeper is None or self._keeper.done():
-                    self._keeper = self._spawn(self._keep_rounds())
+                self._keep_round_end()
             else:
                 self._spawn(self._do(action))
         self._set_alarm()
@@ -427,7 +481,7 @@ class RunServer:
             self._perform(federation.aggregated(adapter, now - started, now))
         elif isinstance(action, Evaluate):
             summed_loss = await self._work(compute.evaluate, action.batch)
-            self._perform(federation.evaluated(action.client, action.batch.index, summed_loss, time.monotonic()))
+            self._perform(federation.evaluated(action.client, action.batch, summed_loss, time.monotonic()))
         else:
             if self._keeper is not None:
                 await self._keeper
@@ -435,6 +489,13 @@ class RunServer:
             self._complete = True
             self._perform(federation.saved(time.monotonic()))
             self._end_if_over()
+
+    def _keep_round_end(self) -> asyncio.Task[None]:
+        """One writer at a time: who asks while it writes has the same file, or the next, written after."""
+        self._to_keep = self._round_end
+        if self._keeper is None or self._keeper.done():
+            self._keeper = self._spawn(self._keep_rounds())
+        return self._keeper
 
     async def _keep_rounds(self) -> None:
         """Write the newest round that is to be kept, as often as there is a newer one."""
@@ -458,7 +519,8 @@ class RunServer:
             connection = peer.connection
             up[name], down[name] = connection.bytes_up - peer.counted_up, connection.bytes_down - peer.counted_down
             peer.counted_up, peer.counted_down = connection.bytes_up, connection.bytes_down
-        self._report(StepRecord(action.step, action.loss, action.labelled_tokens, action.tokens, up, down, action.seconds))
+        counts = (action.labelled_tokens, action.tokens)
+        self._report(StepRecord(action.step, action.loss, *counts, up, down, action.seconds, action.deadline))
 
     # Small parts
 
@@ -482,7 +544,9 @@ class RunServer:
         if not self._complete or self._peers:
             return
         if self._federation.unfinished():
-            self._loop.call_later(self._linger, lambda: None if self._peers else self._end())
+            if self._patience_ends is not None:
+                self._patience_ends.cancel()  # a device has come since, and gets the whole time to come again
+            self._patience_ends = self._loop.call_later(self._linger, lambda: None if self._peers else self._end())
         else:
             self._end()
 
@@ -500,8 +564,7 @@ class RunServer:
         federation = self._federation
         if not federation.total_steps or self._complete:
             return
-        step, state = self._round_end
-        await asyncio.to_thread(self._keep, step, federation.membership(), state)
+        await self._keep_round_end()
         await self._work(self._save)
         logger.info(
             "stopped after step %d of %d; its adapter is saved%s",
@@ -538,5 +601,10 @@ class RunServer:
 
 
 def _descriptor(connection: ServerConnection) -> int:
-    number: int = connection.transport.get_extra_info("socket").fileno()
-    return number
+    """-1 where the connection is lost."""
+    transport_socket = connection.transport.get_extra_info("socket")
+    return -1 if transport_socket is None else int(transport_socket.fileno())
+
+
+def _connections_of(device: str, server: Server) -> int:
+    return sum(getattr(connection, "username", None) == device for connection in server.connections)

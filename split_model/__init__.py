@@ -8,13 +8,14 @@ from .lora import Adapter, LoraConfig, adapter_shapes, initial_adapter
 from .optimisation import OptimiserConfig, adamw, optimiser_state, restore_optimiser, take_step
 from .parts import EdgePart, ServerPart, check_cut_layer
 from .precision import choose_device, choose_dtype, working_dtype
-from .sealed_tensors import read_sealed, seal
+from .sealed_tensors import DamagedFile, read_sealed, seal
 from .seeds import derive_seed
 
 __all__ = [
     "Adapter",
     "AdapterError",
     "BaseModel",
+    "DamagedFile",
     "EdgePart",
     "LoraConfig",
     "ModelConfig",

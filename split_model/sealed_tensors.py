@@ -8,7 +8,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-__all__ = ["read_sealed", "seal"]
+__all__ = ["DamagedFile", "read_sealed", "seal"]
+
+
+class DamagedFile(ValueError):
+    """A file cannot be read, or its content is not what was written."""
 
 
 def seal(text: str, tensors: dict[str, Tensor]) -> bytes:
@@ -21,17 +25,17 @@ def read_sealed(path: Path) -> tuple[str, dict[str, Tensor]]:
     The text and the tensors.
 
     Raises:
-        ValueError: the file cannot be read, or its content is not what was written.
+        DamagedFile: as it says.
     """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise ValueError(str(error)) from None
+        raise DamagedFile(str(error)) from None
     text = metadata.get("checkpoint", "")
     if _digest(text, tensors) != metadata.get("sha256"):
-        raise ValueError("its content is not what was written")
+        raise DamagedFile("its content is not what was written")
     return text, tensors
 
 

@@ -1,6 +1,6 @@
 """What a person sees in a terminal: progress, and one sentence for what went wrong. The programs speak with one voice."""
 
-from .program import run_program, version
+from .program import plain, run_program, version
 from .progress import Progress, show_log
 
-__all__ = ["Progress", "run_program", "show_log", "version"]
+__all__ = ["Progress", "plain", "run_program", "show_log", "version"]

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 
-__all__ = ["run_program", "version"]
+__all__ = ["plain", "run_program", "version"]
 
 
 def run_program(name: str, run: Callable[[], None], expected: Callable[[], tuple[type[Exception], ...]]) -> int:
@@ -27,9 +27,14 @@ def run_program(name: str, run: Callable[[], None], expected: Callable[[], tuple
     except Exception as error:
         if not isinstance(error, expected()):
             raise
-        print(f"{name}: {error}", file=sys.stderr)  # noqa: T201
+        print(f"{name}: {plain(str(error))}", file=sys.stderr)  # noqa: T201
         return 1
     return 0
+
+
+def plain(text: str) -> str:
+    """Somebody else's text on one line: what would move the cursor or imitate another line is shown as its escape."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def version() -> str:

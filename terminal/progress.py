@@ -9,6 +9,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from .program import plain
+
 __all__ = ["Progress", "show_log"]
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -62,6 +64,11 @@ class Progress:
         self.close()
 
 
+class _Plain(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return plain(super().formatMessage(record))
+
+
 class _AboveTheBar(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
@@ -71,6 +78,7 @@ class _AboveTheBar(logging.Handler):
 def show_log(name: str) -> Iterator[None]:
     """Show what the logger ``name`` has to say meanwhile, from INFO on, without disturbing a bar."""
     logger, handler = logging.getLogger(name), _AboveTheBar()
+    handler.setFormatter(_Plain())
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -3,7 +3,7 @@
 import json
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +61,14 @@ def make_model(folder: Path, *, seed: int = 0, **shape: Any) -> Path:
     model = GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, bos_token_id=end, eos_token_id=end, initializer_range=0.2))
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _state_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What devices keep by default lies in the user's folder for state: tests, and the programs they start, have another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -222,6 +222,10 @@ SPOILT_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "end beyond": (lambda model: change_config(model, eos_token_id=50256), "eos_token_id 50256 is not below vocab_size"),
     "other activation": (lambda model: change_config(model, activation_function="swish"), "activation_function 'swish'"),
     "unsupported": (lambda model: change_config(model, add_cross_attention=True), "add_cross_attention is not supported"),
+    "unscaled attention": (
+        lambda model: change_config(model, scale_attn_weights=False),
+        "without scale_attn_weights is not supported",
+    ),
     "no weights": (lambda model: (model / "model.safetensors").unlink(), "has no weights: neither model.safetensors nor"),
     "corrupt weights": (lambda model: (model / "model.safetensors").write_bytes(b"\xff" * 99), "cannot be read as safetensors"),
     "half the weights": (
@@ -526,13 +530,18 @@ def test_edge_names_what_a_server_answers_wrongly(
     assert reason in text
 
 
-def test_edge_names_a_server_that_hangs_up(says_of_server: Callable[[str], str]) -> None:
+def test_edge_names_a_server_that_hangs_up(edge_says: Say, sentence: Callable[[int], str]) -> None:
     with serve(lambda connection: connection.recv(), "127.0.0.1", 0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         url = f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+        lost = f"the connection to {url} was lost: "
         try:
-            assert says_of_server(url).startswith(f"the connection to {url} was lost: ")
+            assert sentence(edge_client.cli.main(["ping", f"--server={url}"])).startswith(lost)
+            # It was reached once, so the device comes back until it is told to give up.
+            text = edge_says(server=url, give_up_after=0.1)
+            assert text.startswith(lost)
+            assert text.endswith("; gave up after 0.1 s")
         finally:
             server.shutdown()
             thread.join()

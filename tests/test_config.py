@@ -337,21 +337,13 @@ NAMES = {
         *("decode", "encode", "identity", "largest_message_bytes"),
     ],
     "split_model": [
-        *("Adapter", "AdapterError", "BaseModel", "EdgePart", "LoraConfig", "ModelConfig", "ModelError", "OptimiserConfig"),
-        *(
-            "ServerPart",
-            "TrainingDiverged",
-            "adamw",
-            "adapter_shapes",
-            "check_cut_layer",
-            "choose_device",
-            "choose_dtype",
-            "continue_greedily",
-        ),
+        *("Adapter", "AdapterError", "BaseModel", "DamagedFile", "EdgePart", "LoraConfig", "ModelConfig", "ModelError"),
+        *("OptimiserConfig", "ServerPart", "TrainingDiverged", "adamw", "adapter_shapes", "check_cut_layer"),
+        *("choose_device", "choose_dtype", "continue_greedily"),
         *("derive_seed", "find_model", "initial_adapter", "is_hub_name", "load_adapter", "optimiser_state"),
-        *("restore_optimiser", "save_adapter", "take_step", "working_dtype"),
+        *("read_sealed", "restore_optimiser", "seal", "save_adapter", "take_step", "working_dtype"),
     ],
-    "terminal": ["Progress", "run_program", "show_log", "version"],
+    "terminal": ["Progress", "plain", "run_program", "show_log", "version"],
 }
 
 

@@ -28,6 +28,7 @@ from protocol import (
     AdapterWeights,
     Done,
     EdgeAdapter,
+    Evaluation,
     Hello,
     Join,
     Message,
@@ -75,6 +76,12 @@ class Table:
         ints = {"lengths": [ROWS], "label_counts": [2], "labels": [5, 6]}
         arrays = {field: np.array(values, np.int32) for field, values in ints.items()}
         message = Activations(step=step, edge_seconds=0.0, values=np.zeros((ROWS, WIDTH), np.float32), **arrays)
+        return self.federation.receive(name, message, self.now)
+
+    def evaluation(self, name: str, index: int) -> list[Action]:
+        ints = {"lengths": [ROWS], "label_counts": [2], "labels": [5, 6]}
+        arrays = {field: np.array(values, np.int32) for field, values in ints.items()}
+        message = Evaluation(index=index, values=np.zeros((ROWS, WIDTH), np.float32), **arrays)
         return self.federation.receive(name, message, self.now)
 
     def contribute(self, name: str, step: int, kind: type = AdapterGradient) -> list[Action]:
@@ -281,7 +288,8 @@ def test_time_of_a_client_is_divided_without_gap() -> None:
 
 def test_time_of_an_evaluation_belongs_to_no_step() -> None:
     table = Table({"a": 1, "b": 1})
-    table.federation.evaluated("a", 0, 3.0, now=50.0)
+    (evaluate,) = table.evaluation("a", 1)
+    table.federation.evaluated("a", evaluate.batch, 3.0, now=50.0)  # type: ignore[union-attr]
     table.now = 52.0
     table.activations("a", 1)
     table.activations("b", 1)
@@ -408,7 +416,7 @@ def test_late_client_joins_the_next_step() -> None:
     assert isinstance(told_where["c"], Start)
     assert (told_where["c"].step, told_where["c"].round) == (1, 1)
     for name in ("a", "b"):
-        assert table.activations(name, 2) == []  # it is waited for again
+        assert not replies(table.activations(name, 2))  # it is waited for again
     (train,) = table.activations("c", 2)
     assert list(train.batches) == ["a", "b", "c"]  # type: ignore[union-attr]
 
@@ -434,6 +442,55 @@ def test_client_that_said_goodbye_may_come_back() -> None:
     table.trained("a")
     table.contribute("a", 1)
     assert isinstance(replies(table.aggregated())["b"], Start)
+
+
+def test_client_that_leaves_and_comes_back_while_its_step_is_computed_joins_the_next() -> None:
+    table = Table({"a": 3, "b": 3})
+    for name in ("a", "b"):
+        table.activations(name, 1)
+    table.federation.leave("b", 0.0)
+    assert table.come_back("b") == []
+    assert told(table.trained("a", "b"), ActivationGradient) == ["a"]
+    (aggregate,) = table.contribute("a", 1)
+    assert list(aggregate.contributions) == ["a"]  # type: ignore[union-attr]
+    start = replies(table.aggregated())["b"]
+    assert (start.step, start.round) == (1, 1)  # type: ignore[union-attr]
+
+
+def test_client_that_has_left_is_refused_when_the_run_ends_between_its_welcome_and_its_join() -> None:
+    table = Table({"a": 3, "b": 3})
+    table.federation.leave("b", 0.0)
+    table.federation.welcome(Hello(name="b", fingerprint="f"))
+    assert kinds(table.federation.leave("a", 0.0)) == [FinishRun]
+    with pytest.raises(RemoteProtocolError, match="b has left the run, and the run is over"):
+        table.join("b", 3)
+    assert table.federation.members["b"].left
+
+
+def test_round_does_not_wait_for_an_absent_client_that_can_only_come_back_after_it() -> None:
+    table = Table({"a": 4, "b": 4}, quorum=1, aggregate_every=2)
+    for name in ("a", "b"):
+        table.activations(name, 1)
+    table.trained("a", "b")
+    table.activations("a", 2)
+    table.federation.tick(1e6)
+    table.trained("a")
+    table.federation.leave("a", 0.0)
+    table.federation.disconnected("b", 0.0)
+    start = replies(table.come_back("b", step=1))["b"]
+    assert (start.step, start.round) == (2, 0)  # type: ignore[union-attr]
+    assert kinds(table.activations("b", 3)) == [Train]
+
+
+def test_loss_of_a_held_out_batch_answers_only_the_connection_that_asked_for_it() -> None:
+    table = Table({"a": 2, "b": 2})
+    (before,) = table.evaluation("a", 7)
+    table.federation.disconnected("a", 0.0)
+    table.come_back("a")
+    (again,) = table.evaluation("a", 1)
+    assert table.federation.evaluated("a", before.batch, 3.0, now=0.0) == []  # type: ignore[union-attr]
+    answer = replies(table.federation.evaluated("a", again.batch, 5.0, now=0.0))["a"]  # type: ignore[union-attr]
+    assert (answer.index, answer.summed_loss) == (1, 5.0)  # type: ignore[union-attr]
 
 
 def test_restored_run_goes_on_where_the_checkpoint_stands() -> None:

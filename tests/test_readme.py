@@ -7,8 +7,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from chaos import free_port
 from conftest import REPOSITORY, run_in_thread, run_split
 
 from edge_client import EdgeClient
@@ -36,9 +38,9 @@ def adapted(command: list[str], **values: object) -> list[str]:
 
 
 @contextmanager
-def started(command: list[str], folder: Path) -> Iterator["subprocess.Popen[str]"]:
+def started(command: list[str], folder: Path, **more: Any) -> Iterator["subprocess.Popen[str]"]:
     program = Path(sys.executable).parent / command[0]
-    with subprocess.Popen([str(program), *command[1:]], cwd=folder, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([str(program), *command[1:]], cwd=folder, stderr=subprocess.PIPE, text=True, **more) as process:
         try:
             yield process
         finally:
@@ -48,21 +50,42 @@ def started(command: list[str], folder: Path) -> Iterator["subprocess.Popen[str]
 def test_server_and_devices_of_the_readme_train_to_the_end(
     tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path]
 ) -> None:
-    (serve,), (train,) = commands("splitlora-server serve"), commands("splitlora-edge train")
-    serve = [*adapted(serve, model=tiny_model, host="127.0.0.1"), "--port", "0"]
-    with started(serve, tmp_path) as server:
+    (enrol,), (serve,), (join,) = map(commands, ("splitlora-server enrol", "splitlora-server serve", "splitlora-edge join"))
+    address = f"127.0.0.1:{free_port()}"
+    invitations = []
+    for name in ("kitchen", "cellar"):
+        command = [name if word == "kitchen" else word for word in enrol]
+        with started([*command, "--address", address], tmp_path, stdout=subprocess.PIPE) as enrolling:
+            invitations.append(enrolling.communicate(timeout=60)[0].strip())
+    serve = adapted(serve, model=tiny_model, clients=2)
+    with started([*serve, "--port", address.rpartition(":")[2]], tmp_path) as server:
         assert server.stderr is not None
-        url = re.search(r"ws://\S+", server.stderr.readline())[0]  # type: ignore[index]
-        data = {"server": url, "model": tiny_model, "eval_data": pairs_file("held-out", 5, 50)}
-        first = adapted(train, data=pairs_file("notes", 20), **data)
-        second = adapted(train, data=pairs_file("more", 9, 20), **data)
-        with started(first, tmp_path) as one, started(second, tmp_path) as two:
+        assert "listening on wss://0.0.0.0" in server.stderr.readline()
+        held_out = pairs_file("held-out", 5, 50)
+        devices = [
+            [invitation if word.startswith("splitlora://") else word for word in adapted(join, data=data, eval_data=held_out)]
+            for invitation, data in zip(invitations, (pairs_file("notes", 20), pairs_file("more", 9, 20)), strict=True)
+        ]
+        more = ["--model", str(tiny_model), "--state-dir", str(tmp_path / "state")]
+        with started([*devices[0], *more], tmp_path) as one, started([*devices[1], *more], tmp_path) as two:
             said = [one.communicate(timeout=120)[1], two.communicate(timeout=120)[1], server.communicate(timeout=120)[1]]
     assert (one.returncode, two.returncode, server.returncode) == (0, 0, 0), said
     assert "perplexity before" in said[0]
     assert "perplexity after" in said[0]
     for name in ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "metrics.jsonl", "run.json"):
         assert (tmp_path / "runs/mine" / name).is_file()
+
+
+def test_command_for_one_machine_of_the_readme_trains(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    (train,) = (shlex.split(text) for text in re.findall("`(splitlora-edge train .*?)`", README))
+    with GpuServer(model=str(tiny_model), clients=1, steps=2, run_dir=str(tmp_path / "run"), port=0) as server:
+        train = adapted(train, server=server.url, model=tiny_model, data=pairs_file("notes", 20))
+        with started([*train, "--state-dir", str(tmp_path / "state")], tmp_path) as device:
+            assert len(list(server.train())) == 2
+            device.communicate(timeout=60)
+    assert device.returncode == 0
 
 
 def test_five_lines_of_the_edge_sdk_train(

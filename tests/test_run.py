@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,9 @@ from conftest import run_in_thread, run_split
 
 from edge_client import EdgeClient
 from edge_client.data import Dataset, load_tokenizer
+from edge_client.engine import TorchEngine
 from gpu_server import GpuServer
+from gpu_server.compute import Compute
 from split_model import BaseModel
 
 
@@ -75,7 +78,8 @@ def test_metrics_say_where_every_second_of_a_step_went(
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["loss"] for row in rows] == result.losses
     for row in rows:
-        assert row.keys() == {"step", "loss", "labelled_tokens", "tokens", "clients"}
+        assert row.keys() == {"step", "loss", "labelled_tokens", "tokens", "deadline", "clients"}
+        assert row["deadline"] > 0
         assert row["clients"].keys() == {"a", "b"}
         for client in row["clients"].values():
             assert client["bytes_up"] > 0
@@ -186,3 +190,30 @@ def test_round_without_any_label_leaves_the_adapter_as_it_is(tiny_model: Path, t
     assert [record.labelled_tokens for record in result.records] == [0, 0]
     found, before = (reference.read_adapter(folder) for folder in (tmp_path / "run/adapter", start))
     assert reference.largest_difference(found, before) == 0
+
+
+@pytest.mark.parametrize("busy", ["server", "device"])
+def test_computing_for_long_does_not_lose_a_connection(
+    tiny_model: Path,
+    tmp_path: Path,
+    pairs_file: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    busy: str,
+) -> None:
+    caplog.set_level("INFO")
+    for side in ("gpu_server.server", "edge_client.connection"):
+        monkeypatch.setattr(f"{side}.SECONDS_BETWEEN_PINGS", 0.05)
+        monkeypatch.setattr(f"{side}.SECONDS_TO_PONG", 0.3)
+    owner, name = (Compute, "train") if busy == "server" else (TorchEngine, "backward")
+    compute = getattr(owner, name)
+
+    def compute_for_long(*arguments: Any) -> Any:
+        time.sleep(1.0)  # many times what the peer may be silent for
+        return compute(*arguments)
+
+    monkeypatch.setattr(owner, name, compute_for_long)
+    client = {"data": pairs_file("a", 9), "state_dir": tmp_path / "state"}
+    result = run_split(options(tiny_model, tmp_path / "run", steps=2), {"a": client})
+    assert len(result.losses) == 2
+    assert "lost" not in caplog.text

@@ -1,0 +1,111 @@
+"""
+Attacks, in their long form: mutated frames through the decoder, the session and the federation, and then a live server.
+
+The only exception that bytes may cause is RemoteProtocolError. What was found is in tests/test_attacks.py.
+"""
+
+import argparse
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import contestants  # first: it finds the tests' modules
+
+FRAMES, SECONDS, CHUNK = 1_500_000, 240.0, 2_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--frames", type=int, default=FRAMES, help="through the decoder, all processes together")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="after which the frames end, however many there were")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="default: the time, and printed")
+    options = parser.parse_args()
+    fuzz(options.frames, options.seconds, options.seed)
+    attack(options.seed)
+
+
+def fuzz(frames: int, seconds: float, seed: int) -> None:
+    """Frames through the decoder and what is behind it, on all cores."""
+    processes = os.cpu_count() or 1
+    began = time.monotonic()
+    work = [(seed * 1000 + number, frames // processes, seconds) for number in range(processes)]
+    print(f"{frames:,} frames, seeds {', '.join(str(seed) for seed, _, _ in work)}", flush=True)
+    made: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
+    memory = []
+    # A process that fails ends the benchmark with its traceback, and with the frame.
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for levels, results, before, after in pool.imap_unordered(fuzz_here, work):
+            made += levels
+            outcomes += results
+            memory.append((before, after))
+    took = time.monotonic() - began
+    total = sum(outcomes.values())
+    for title, counts in (("how it was made", made), ("what became of it", outcomes)):
+        print("\n" + contestants.markdown([title, "frames"], [[name, f"{count:,}"] for name, count in counts.most_common()]))
+    grown = ", ".join(f"{before / 1e6:.1f} -> {after / 1e6:.1f} MB" for before, after in memory)
+    print(f"\n{total:,} frames in {took:.0f} s, {total / took:,.0f} a second; resident memory of each process {grown}")
+
+
+def fuzz_here(work: tuple[int, int, float]) -> tuple[Counter[str], Counter[str], int, int]:
+    """In this process; what was made, what became of it, and resident bytes before and after."""
+    from mutation import Judge, Mutator
+
+    seed, frames, seconds = work
+    mutator, judge = Mutator(seed), Judge(seed)
+    made: Counter[str] = Counter()
+    end = time.monotonic() + seconds
+    last_said, before = time.monotonic(), 0
+    for number in range(frames):
+        if number % CHUNK == 0:
+            now = time.monotonic()
+            if number == 10 * CHUNK:  # what is allocated once, is by now
+                before = resident()
+            if now > end:
+                break
+            if now - last_said > 10:
+                last_said = now
+                print(f"seed {seed}: {number:,} of {frames:,} frames", file=sys.stderr, flush=True)
+        level, frame = mutator.frame()
+        made[level] += 1
+        try:
+            judge.judge(frame)
+        except Exception as error:
+            raise RuntimeError(f"seed {seed}, frame {number}, {level}: {frame.hex()}") from error
+    return made, judge.outcomes, before, resident()
+
+
+def attack(seed: int) -> None:
+    """The attacks of the tests, more of each, against a server in a process of its own."""
+    from attacks import TRIALS, besieged
+
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch, besieged(Path(scratch), seed) as siege:
+        before = siege.resident
+        for name, trial in TRIALS.items():
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            began = time.monotonic()
+            counts, steps = siege.suffer(trial.attack, trial.long)
+            what = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(counts.items()))
+            rows.append([name, what, steps, f"{time.monotonic() - began:.0f}", f"{siege.growth() / 1e6:+.1f}"])
+        files = siege.server.open_files() - siege.open_files
+    header = ["attack", "what became of it", "honest steps", "s", "memory since the beginning, MB"]
+    print("\n" + contestants.markdown(header, rows))
+    print(f"\nThe server's resident memory was {before / 1e6:.0f} MB before; it has {files:+} files and sockets open.")
+
+
+def resident(process: int | str = "self") -> int:
+    """Bytes."""
+    status = Path(f"/proc/{process}/status").read_text()
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()

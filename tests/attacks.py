@@ -1,0 +1,600 @@
+"""A server in a process of its own, an honest client that trains all the while, and those who mean harm."""
+
+import base64
+import os
+import random
+import re
+import selectors
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import zstandard
+from conftest import make_model
+from mutation import Mutator
+
+from edge_client import EdgeClient
+from edge_client.enrolment import store
+from gpu_server.door import enrolments_of, invite
+from protocol import (
+    ActivationGradient,
+    Activations,
+    AdapterGradient,
+    EdgeAdapter,
+    Failure,
+    Goodbye,
+    Hello,
+    Join,
+    Message,
+    Ping,
+    Start,
+    decode,
+    encode,
+)
+from protocol.invitation import Invitation
+from split_model import BaseModel
+
+SECONDS = 60.0  # after which whoever waits is wrong
+HANDSHAKE_SECONDS = 2.0
+STEP_DEADLINE = 3.0
+MOST_GROWTH = 20_000_000  # bytes
+TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
+WIDTH = 32
+PATCH = "base_model.model.transformer.h.0.attn.c_attn.lora_"
+ENDED = (ConnectionError, EOFError, ssl.SSLError)
+
+Attack = Callable[["Siege", int], "Counter[str]"]
+
+
+class RawClient:
+    """
+    A WebSocket connection that keeps to no rules but those it is told to, and reads only when asked.
+
+    Args:
+        invitation: whose secret is used; None has none. Without a pin the server speaks plain ws.
+    """
+
+    def __init__(
+        self, port: int, invitation: Invitation | None, *, encrypted: bool = True, read_buffer: int | None = None
+    ) -> None:
+        self._plain = socket.socket()
+        if read_buffer is not None:
+            self._plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, read_buffer)
+        self._plain.settimeout(SECONDS)
+        self.socket = self._plain
+        try:
+            self._plain.connect(("127.0.0.1", port))
+            if encrypted:
+                self.socket = trusting().wrap_socket(self._plain)
+            self.status = self._upgrade(invitation)
+            """Of HTTP; 101 opens the WebSocket."""
+        except BaseException:
+            self.close()
+            raise
+
+    def _upgrade(self, invitation: Invitation | None) -> int:
+        self.socket.sendall(request(invitation))
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += self._read(1)
+        return int(head.split()[1])
+
+    def say(self, message: Message | bytes) -> None:
+        self.send(frame_header(BINARY, message if isinstance(message, bytes) else encode(message)))
+
+    def send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def hear(self) -> Message:
+        """
+        The next message.
+
+        Raises:
+            ConnectionError, EOFError: the server has closed the connection.
+        """
+        while True:
+            first, length = self._read(2)
+            if length > 125:
+                length = int.from_bytes(self._read(2 if length == 126 else 8), "big")
+            payload = self._read(length)
+            if first & 15 == BINARY:
+                return decode(payload, 2**26)
+            if first & 15 == CLOSE:
+                raise EOFError("closed")
+
+    def end(self, *data: bytes) -> str:
+        """What becomes of a connection that the server has to end after this: "refused" with a reason, or "cut off"."""
+        try:
+            for part in data:
+                self.send(part)
+            while not isinstance(self.hear(), Failure):
+                pass
+        except ENDED:
+            return "cut off"
+        return "refused"
+
+    def _read(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            part = self.socket.recv(size - len(data))
+            if not part:
+                raise EOFError("closed")
+            data += part
+        return data
+
+    def __enter__(self) -> "RawClient":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up, without a goodbye."""
+        self.socket.close()
+        self._plain.close()
+
+
+def trusting() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def request(invitation: Invitation | None) -> bytes:
+    lines = ["GET / HTTP/1.1", "Host: x", "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13"]
+    lines.append(f"Sec-WebSocket-Key: {base64.b64encode(bytes(16)).decode()}")
+    if invitation is not None:
+        lines.append(f"Authorization: Basic {base64.b64encode(':'.join(invitation.credentials).encode()).decode()}")
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def frame_header(opcode: int, payload: bytes, *, claims: int | None = None, last: bool = True) -> bytes:
+    """A frame, masked with zeros, whose header may claim another length than it has."""
+    length = len(payload) if claims is None else claims
+    first = opcode | (0x80 if last else 0)
+    if length < 126:
+        head = struct.pack("!BB", first, 0x80 | length)
+    elif length < 2**16:
+        head = struct.pack("!BBH", first, 0x80 | 126, length)
+    else:
+        head = struct.pack("!BBQ", first, 0x80 | 127, length)
+    return head + bytes(4) + payload
+
+
+class HonestClient:
+    """Trains in a thread, and counts."""
+
+    def __init__(self, client: EdgeClient) -> None:
+        self.steps = 0
+        self._moved = threading.Condition()
+        self._client = client
+        self._thread = threading.Thread(target=self._train, name="honest", daemon=True)
+        self._thread.start()
+
+    def _train(self) -> None:
+        try:
+            with self._client as client:
+                for _ in client.train():
+                    with self._moved:
+                        self.steps += 1
+                        self._moved.notify_all()
+        except ConnectionError:
+            pass  # the siege is over
+
+    def goes_on(self, steps: int = 3) -> None:
+        """So many steps more."""
+        with self._moved:
+            wanted = self.steps + steps
+            assert self._moved.wait_for(lambda: self.steps >= wanted, SECONDS), "the honest client's steps do not go on"
+
+    def join(self) -> None:
+        self._thread.join(SECONDS)
+
+
+class ServerProcess:
+    """``splitlora-server serve`` with these flags; everything it says is kept."""
+
+    def __init__(self, *flags: str) -> None:
+        command = [sys.executable, "-m", "gpu_server", "serve", *flags]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        self.said: list[str] = []
+        self._news = threading.Condition()
+        self._reader = threading.Thread(target=self._listen, daemon=True)
+        self._reader.start()
+
+    def _listen(self) -> None:
+        assert self._process.stderr is not None
+        with self._process.stderr as lines:
+            for line in lines:
+                with self._news:
+                    self.said.append(line)
+                    self._news.notify_all()
+
+    def wait_for(self, words: str) -> None:
+        """Until it has said them."""
+        with self._news:
+            if not self._news.wait_for(lambda: any(words in line for line in self.said), SECONDS):
+                raise AssertionError(f"the server has not said {words!r}: {''.join(self.said)}")
+
+    def resident(self) -> int:
+        """Bytes."""
+        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self._process.pid}/status").read_text())
+        assert found is not None
+        return int(found[1]) * 1024
+
+    def open_files(self) -> int:
+        return len(os.listdir(f"/proc/{self._process.pid}/fd"))
+
+    def stop(self) -> int:
+        """By SIGTERM; its exit status."""
+        self._process.terminate()
+        try:
+            return self._process.wait(SECONDS)
+        finally:
+            self._process.kill()
+            self._process.wait()
+            self._reader.join()
+
+
+@dataclass
+class Siege:
+    """What is attacked, and by whom."""
+
+    server: ServerProcess
+    honest: HonestClient
+    port: int
+    mallory: Invitation
+    """Of an enrolled client that means harm."""
+    fingerprint: str
+    seed: int
+    resident: int = 0
+    """Bytes that the server used before anything happened."""
+    open_files: int = 0
+
+    def suffer(self, attack: Attack, amount: int) -> tuple["Counter[str]", int]:
+        """Counts of what became of it, and the honest client's steps meanwhile. It goes on, and the server has grown little."""
+        steps = self.honest.steps
+        counts = attack(self, amount)
+        self.honest.goes_on()
+        assert self.growth() < MOST_GROWTH
+        return counts, self.honest.steps - steps
+
+    def growth(self) -> int:
+        """Bytes."""
+        return self.server.resident() - self.resident
+
+    def stranger(self) -> RawClient:
+        """Enrolled, and connected; it has said nothing."""
+        return RawClient(self.port, self.mallory)
+
+    @contextmanager
+    def member(self, **options: Any) -> Iterator[tuple[RawClient, int]]:
+        """Mallory in the run, with batches of 2 x 4 rows; and the step after which she goes on."""
+        while True:
+            with RawClient(self.port, self.mallory, **options) as client:
+                client.say(Hello(name=self.mallory.name, fingerprint=self.fingerprint))
+                if isinstance(client.hear(), Failure):
+                    continue  # her last connection is not forgotten yet
+                client.say(Join(num_samples=4, batch_size=2, longest=4))
+                start = client.hear()
+                assert isinstance(start, Start)
+                yield client, start.step
+                return
+
+
+@contextmanager
+def besieged(folder: Path, seed: int) -> Iterator[Siege]:
+    """A guarded server, encrypted, of a run for two clients that goes on with one."""
+    model = make_model(folder)
+    run_dir, port = folder / "run", free_port()
+    enrolments = enrolments_of(str(run_dir), None)
+    honest, mallory = (invite(enrolments, name, address=f"127.0.0.1:{port}") for name in ("honest", "mallory"))
+    store(folder / "state", honest)
+    data = folder / "honest.txt"
+    data.write_text("".join(f"n{number}||{'abc ' * (number % 5 + 1)}\n" for number in range(20)))
+    flags = [
+        f"--model={model}",
+        f"--run-dir={run_dir}",
+        f"--port={port}",
+        f"--step-deadline={STEP_DEADLINE}",
+        f"--handshake-seconds={HANDSHAKE_SECONDS}",
+        *["--host=0.0.0.0", "--clients=2", "--quorum=1", "--steps=1000000", "--checkpoint-every=100"],
+        *["--cut-layer=1", "--lora-rank=2", "--device=cpu", "--dtype=float32"],
+    ]
+    with ExitStack() as stack:
+        server = ServerProcess(*flags)
+        stack.callback(server.stop)
+        server.wait_for("listening on wss://")
+        client = EdgeClient(
+            honest.url, model=str(model), data=data, batch_size=2, state_dir=folder / "state", give_up_after=1.0
+        )
+        siege = Siege(server, HonestClient(client), port, mallory, BaseModel(model).fingerprint(), seed)
+        with siege.member() as (first, _):
+            first.say(Goodbye())
+        siege.honest.goes_on(20)
+        siege.resident, siege.open_files = server.resident(), server.open_files()
+        yield siege
+    siege.honest.join()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+# What frames can do
+
+THE_END = frame_header(BINARY, encode(Start(step=0, total_steps=0, adapter={})))  # is never a client's to say
+
+
+def frames_of_a_stranger(siege: Siege, amount: int) -> "Counter[str]":
+    """Mutated and random frames, each the first of its connection."""
+    counts: Counter[str] = Counter()
+    mutator = Mutator(siege.seed)
+    for _ in range(amount):
+        _, frame = mutator.frame()
+        with siege.stranger() as client:
+            counts[client.end(frame_header(BINARY, frame), THE_END)] += 1
+    return counts
+
+
+def frames_of_a_member(siege: Siege, amount: int) -> "Counter[str]":
+    """The same, in the middle of a run."""
+    counts: Counter[str] = Counter()
+    mutator = Mutator(siege.seed + 1)
+    for _ in range(amount):
+        _, frame = mutator.frame()
+        with siege.member() as (client, _):
+            counts[client.end(frame_header(BINARY, frame), THE_END)] += 1
+    return counts
+
+
+def bombs(siege: Siege, amount: int) -> "Counter[str]":
+    """Small frames that would be large, from a stranger and from a member."""
+    counts: Counter[str] = Counter()
+    for _ in range(amount):
+        for frame in BOMBS:
+            for open_client in (siege.stranger, None):
+                with ExitStack() as stack:
+                    client = stack.enter_context(open_client() if open_client else siege.member())  # type: ignore[arg-type]
+                    client = client if isinstance(client, RawClient) else client[0]
+                    counts[client.end(frame_header(BINARY, frame))] += 1
+    return counts
+
+
+def announcing(frame: bytes, size: int) -> bytes:
+    """A zstd frame with another size in its header, of eight bytes."""
+    # RFC 8878, 3.1.1: a descriptor, whose first two bits say how many bytes the size takes; a window where it is not one
+    # segment; the size; blocks.
+    descriptor, single = frame[4], frame[4] >> 5 & 1
+    blocks = 6 - single + (single, 2, 4, 8)[descriptor >> 6]
+    return frame[:4] + bytes([descriptor | 0b11000000]) + frame[5 : 6 - single] + struct.pack("<Q", size) + frame[blocks:]
+
+
+_MILLIONS = zstandard.compress(bytes(2**26))
+BOMBS = [
+    _MILLIONS,
+    announcing(_MILLIONS, 100),
+    announcing(_MILLIONS, 2**16),
+    *(announcing(zstandard.compress(b"x"), size) for size in (2**63, 2**63 - 1, 2**64 - 1, 2**32)),
+    *(zstandard.compress(opening * 60_000) for opening in (b"\x91", b"\x81", b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff")),
+    *(zstandard.compress(header + b"\xff" * 4) for header in (b"\xdd", b"\xdf", b"\xc6", b"\xc9", b"\xdb")),
+    zstandard.compress(
+        msgpack.packb([2, "Activations", {"values": msgpack.ExtType(1, b"\x93\xa7float32\xdd\xff\xff\xff\xff")}])
+    ),
+    zstandard.compress(
+        msgpack.packb([2, "Start", {"adapter": {"x": msgpack.ExtType(1, msgpack.packb(["float32", [2**63, 2**63], b""]))}}])
+    ),
+    zstandard.compress(msgpack.packb([[]] * 60_000)),
+]
+
+
+def wrong_frames(siege: Siege, amount: int) -> "Counter[str]":
+    """Against the WebSocket protocol itself."""
+    wrong = [
+        frame_header(BINARY, b"", claims=2**63 - 1),
+        frame_header(BINARY, b"", claims=2**63),
+        frame_header(BINARY, b"", claims=2**40),
+        frame_header(TEXT, b"\xff\xfe"),
+        frame_header(PING, b"", claims=2**20),
+        frame_header(PING, b"", last=False),
+        frame_header(0, b"goes on"),
+        frame_header(3, b"reserved"),
+        frame_header(BINARY | 0x40, b"reserved"),
+        frame_header(CLOSE, b"\x00\x01"),
+        struct.pack("!BB", 0x82, 1) + b"x",  # not masked
+        frame_header(BINARY, b"x", last=False) + frame_header(0, b"x", last=False) * 5_000,
+        frame_header(BINARY, b"x" * 60_000, last=False) * 3,
+    ]
+    counts: Counter[str] = Counter()
+    for _ in range(amount):
+        for frame in wrong:
+            with siege.stranger() as client:
+                counts[client.end(frame)] += 1
+    return counts
+
+
+# What the order of messages can do
+
+
+def replays(siege: Siege, amount: int) -> "Counter[str]":
+    """A member that repeats what it has said, at once and later, and says things before their time."""
+    counts: Counter[str] = Counter()
+    for _ in range(amount):
+        with siege.member() as (client, step):
+            batch, gradient = encode(a_batch(step + 1)), encode(a_gradient(step + 1))
+            client.say(batch)
+            client.say(batch)
+            counts["asked twice, answered once"] += isinstance(client.hear(), ActivationGradient)
+            client.say(gradient)
+            client.say(gradient)
+            counts["asked twice, answered once"] += isinstance(client.hear(), EdgeAdapter)
+            client.say(batch)
+            counts["told where the run is"] += isinstance(client.hear(), Start)
+            client.say(gradient)
+            counts["given the kept answer"] += isinstance(client.hear(), EdgeAdapter)
+            client.say(a_gradient(step + 2))
+            counts[client.end()] += 1
+    return counts
+
+
+def a_batch(step: int) -> Activations:
+    lengths, label_counts, labels = (np.array(values, np.int32) for values in ([4, 3], [2, 1], [1, 2, 3]))
+    values = np.random.default_rng(step).standard_normal((7, WIDTH)).astype(np.float32)
+    return Activations(step=step, edge_seconds=0.0, lengths=lengths, label_counts=label_counts, labels=labels, values=values)
+
+
+def a_gradient(step: int) -> AdapterGradient:
+    tensors = {f"{PATCH}A.weight": np.zeros((2, WIDTH), np.float32), f"{PATCH}B.weight": np.zeros((3 * WIDTH, 2), np.float32)}
+    return AdapterGradient(step=step, edge_seconds=0.0, tensors=tensors)
+
+
+# What connections can do
+
+
+def silence(siege: Siege, amount: int) -> "Counter[str]":
+    """Connections that say nothing, all at once, until the server has ended every one."""
+    counts: Counter[str] = Counter()
+    with ExitStack() as stack, selectors.DefaultSelector() as waiting:
+        for _ in range(amount):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", siege.port), SECONDS))
+            client.setblocking(False)
+            waiting.register(client, selectors.EVENT_READ)
+        siege.honest.goes_on()
+        counts["ended"] = drop_ended(waiting, lambda: None)
+    return counts
+
+
+def slow_handshakes(siege: Siege, amount: int) -> "Counter[str]":
+    """A byte at a time: of the TLS handshake, and of the HTTP request behind it. The server ends them when it is time."""
+    hello = ssl.MemoryBIO()
+    handshake = trusting().wrap_bio(ssl.MemoryBIO(), hello)
+    try:
+        handshake.do_handshake()
+    except ssl.SSLWantReadError:
+        pass
+    greeting, asking = hello.read(), request(siege.mallory)[:-2]
+    counts: Counter[str] = Counter()
+    with ExitStack() as stack, selectors.DefaultSelector() as waiting:
+        for number in range(amount):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", siege.port), SECONDS))
+            if number % 2:
+                client = stack.enter_context(trusting().wrap_socket(client))
+                client.setblocking(False)
+            waiting.register(client, selectors.EVENT_READ, iter(asking if number % 2 else greeting))
+
+        def drip() -> None:
+            for key in list(waiting.get_map().values()):
+                byte = next(key.data, None)
+                if byte is not None:
+                    try:
+                        key.fileobj.send(bytes([byte]))  # type: ignore[union-attr]
+                    except (OSError, ValueError):
+                        pass  # it is ended, as the selector will say
+
+        counts["ended"] = drop_ended(waiting, drip)
+    return counts
+
+
+def drop_ended(waiting: selectors.BaseSelector, do: Callable[[], None]) -> int:
+    """Wait until all of these connections are ended, doing something from time to time. How many were."""
+    ended, until = 0, time.monotonic() + SECONDS
+    while waiting.get_map():
+        assert time.monotonic() < until, f"{len(waiting.get_map())} connections are still open"
+        do()
+        for key, _ in waiting.select(timeout=0.02):
+            try:
+                if key.fileobj.recv(2**16):  # type: ignore[union-attr]
+                    continue  # tickets of TLS
+            except (BlockingIOError, ssl.SSLWantReadError):
+                continue
+            except OSError:
+                pass
+            waiting.unregister(key.fileobj)
+            ended += 1
+    return ended
+
+
+def secrets_of_others(siege: Siege, amount: int) -> "Counter[str]":
+    """Names without their secrets."""
+    counts: Counter[str] = Counter()
+    guess = random.Random(siege.seed)
+    for number in range(amount):
+        secret = base64.urlsafe_b64encode(guess.randbytes(32)).decode().rstrip("=")
+        name = ("honest", "mallory", "nobody")[number % 3]
+        invitation = Invitation(host="127.0.0.1", port=siege.port, name=name, secret=secret, pin=siege.mallory.pin)
+        with RawClient(siege.port, invitation if number % 4 else None) as client:
+            counts[f"HTTP {client.status}"] += 1
+    return counts
+
+
+def pumps(siege: Siege, amount: int) -> "Counter[str]":
+    """Everything that is answered, as fast as can be and never reading: the server must stop reading, and buffer nothing."""
+    counts: Counter[str] = Counter()
+    pings, questions = frame_header(PING, b"x" * 125) * 500, b""
+    for number in range(500):
+        questions += frame_header(BINARY, encode(Ping(index=number + 1)))
+    for number in range(amount):
+        with ExitStack() as stack:
+            if number % 2:
+                client, data = stack.enter_context(siege.stranger()), questions
+            else:
+                (client, _), data = stack.enter_context(siege.member(read_buffer=2**14)), pings
+            counts["MB taken"] += pump(client, data) // 10**6
+            counts["stopped"] += 1
+            siege.honest.goes_on()
+    return counts
+
+
+def pump(client: RawClient, data: bytes, most: int = 2**26) -> int:
+    """Send until nothing has been taken for a second, or too much was. Bytes taken."""
+    client.socket.setblocking(False)
+    taken = 0
+    with selectors.DefaultSelector() as waiting:
+        waiting.register(client.socket, selectors.EVENT_WRITE)
+        while taken < most:
+            try:
+                taken += client.socket.send(data)
+            except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                if not waiting.select(timeout=1.0):
+                    return taken
+            except OSError:
+                return taken  # it was cut off
+    raise AssertionError(f"the server takes {most} bytes from somebody who never reads")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An attack, how much of it in the tests and in the benchmark, and how it may end."""
+
+    attack: Attack
+    short: int
+    long: int
+    ends: set[str]
+
+
+TRIALS = {
+    "frames of a stranger": Trial(frames_of_a_stranger, 200, 5_000, {"refused", "cut off"}),
+    "frames of a member": Trial(frames_of_a_member, 60, 2_000, {"refused", "cut off"}),
+    "bombs": Trial(bombs, 1, 50, {"refused"}),
+    "wrong frames": Trial(wrong_frames, 1, 100, {"cut off"}),
+    "replays and reordering": Trial(
+        replays, 5, 100, {"asked twice, answered once", "told where the run is", "given the kept answer", "refused"}
+    ),
+    "silence": Trial(silence, 200, 1_000, {"ended"}),
+    "slow handshakes": Trial(slow_handshakes, 60, 60, {"ended"}),
+    "secrets of others": Trial(secrets_of_others, 100, 3_000, {"HTTP 401"}),
+    "pumps that never read": Trial(pumps, 2, 20, {"stopped", "MB taken"}),
+}

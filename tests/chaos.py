@@ -1,0 +1,308 @@
+"""
+Whole runs in processes of their own, that are killed (SIGKILL), cut off or told everything twice at a chosen message.
+
+Processes are forked from one that has imported torch already: a run takes a fraction of a second. Faults strike where a
+library hands messages over, in the process that sends or receives them.
+"""
+
+import json
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import random
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from disturbance import Link, Plan
+from websockets.asyncio.server import ServerConnection
+from websockets.sync.client import ClientConnection
+
+from edge_client import ConnectionFailed, EdgeClient, membership
+from gpu_server import GpuServer
+
+torch.set_num_threads(1)
+
+PROCESSES = multiprocessing.get_context("forkserver")
+SECONDS_FOR_A_RUN = 120.0
+NO_SERVER = 3  # exit status
+
+
+# A run of so few steps that there is time to disturb it everywhere. With epochs, the clients' data ends at different steps.
+MODES: dict[str, dict[str, Any]] = {
+    "rounds of one step": {"steps": 2, "aggregate_every": 1},
+    "rounds of two steps": {"epochs": 1, "aggregate_every": 2},
+}
+# How many answers each client gets there. Beside the steps' there are those to Hello, Join, Done, and two evaluations of a's.
+ANSWERS = {
+    "rounds of one step": {"a": 5 + 2 * 2, "b": 3 + 2 * 2},
+    "rounds of two steps": {"a": 5 + 2 + 1, "b": 3 + 4 + 2},
+}
+ANSWERS_OF_BOTH = {mode: sum(of_client.values()) for mode, of_client in ANSWERS.items()}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that happens to a process once, at the n-th message that it sends or receives."""
+
+    process: str
+    """"server", or a client's name."""
+    event: str
+    """"send": before the message leaves. "receive": after it arrived, before anybody looked at it."""
+    number: int
+    what: str
+    """"kill", "cut" the connection, or, of a message that is sent, "twice"."""
+    life: int = 1
+    """Of the process: 2 is the one that was started after the first was killed."""
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.process} at {self.event} {self.number}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is left of a run."""
+
+    adapter: bytes
+    losses: list[float]
+    perplexity: float
+    """Of client a's held-out text after the run; not a number if it came too late to ask."""
+    struck: list[str]
+    """Which faults did."""
+
+
+class Scene:
+    """
+    Two clients' data, and the settings that all runs share.
+
+    Args:
+        model: of two blocks at least. It is made elsewhere: every process imports this file, and shall not import transformers.
+    """
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        held_out = self._write(folder / "held-out.jsonl", 200, 3)
+        self.clients = {
+            "a": {"data": self._write(folder / "a.jsonl", 0, 5), "eval_data": held_out, "batch_size": 3},  # 2 steps an epoch
+            "b": {"data": self._write(folder / "b.jsonl", 100, 7), "batch_size": 2},  # 4 of them
+        }
+        self.options = {"model": str(model), "cut_layer": 1, "lora_rank": 2, "lr": 1e-2, "lora_dropout": 0.1}
+
+    @staticmethod
+    def _write(path: Path, first: int, count: int) -> str:
+        rows = [{"prompt": f"n{i}", "completion": f"abc {i * 37 % 101}"} for i in range(first, first + count)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    def run(self, folder: Path, mode: str, faults: list[Fault], *, through: int | None = None, **options: Any) -> "Run":
+        usual = {"checkpoint_every": 1, **self.options, **MODES[mode]}
+        return Run(folder, {**usual, **options}, self.clients, faults, through)
+
+    def run_at_random(self, folder: Path, seed: int) -> tuple[str, Outcome]:
+        """A run with faults of all kinds, the same for the same seed; its mode, and what is left of it."""
+        draw = random.Random(seed)
+        mode = draw.choice(list(MODES))
+        numbers = {**ANSWERS[mode], "server": ANSWERS_OF_BOTH[mode]}
+        kills = [
+            Fault(process, draw.choice(["send", "receive"]), draw.randint(1, number), "kill", life)
+            for process, number in numbers.items()
+            for life in range(1, 1 + draw.choice([0, 0, 1, 1, 2]))
+        ]
+        plan = Plan.random(seed, draw.randint(0, 6), numbers["server"])
+        server_port = free_port()
+        with Link(server_port, plan) as link:
+            options = {"port": server_port, "checkpoint_every": draw.randint(1, 3)}
+            outcome = self.run(folder, mode, kills, through=link.port, **options).to_its_end()
+            outcome.struck.extend(link.faults.elements())
+        return mode, outcome
+
+
+class Run:
+    """
+    A server and its clients.
+
+    Args:
+        options: of `GpuServer`; the run directory is made inside ``folder``.
+        clients: arguments of `EdgeClient` by name.
+        through: the port where clients reach the server; None is its own.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        options: dict[str, Any],
+        clients: dict[str, dict[str, Any]],
+        faults: list[Fault],
+        through: int | None,
+    ) -> None:
+        self.folder, self.run_dir = folder, folder / "run"
+        usual = {"dtype": "float32", "port": free_port(), "linger": 3.0, "run_dir": str(self.run_dir)}
+        self.options = {**usual, "clients": len(clients), **options}
+        self.url = f"ws://127.0.0.1:{through or self.options['port']}"
+        self.clients = {
+            name: {"model": options["model"], "dtype": "float32", "state_dir": str(folder / "state"), **more}
+            for name, more in clients.items()
+        }
+        self.faults = faults
+        self.lives: Counter[str] = Counter()
+
+    def to_its_end(self) -> Outcome:
+        """Start everything, start again what is killed, wait until all have ended well."""
+        deadline = time.monotonic() + SECONDS_FOR_A_RUN
+        living = {"server": self._start("server")}
+        try:
+            for name in self.clients:
+                living[name] = self._start(name)
+            while living:
+                self._wait(living, deadline)
+                for name, process in list(living.items()):
+                    if process.exitcode is None:
+                        continue
+                    del living[name]
+                    if process.exitcode == -signal.SIGKILL or (process.exitcode == NO_SERVER and "server" in living):
+                        living[name] = self._start(name)
+                    elif process.exitcode not in (0, NO_SERVER):
+                        raise AssertionError(f"{name} ended with status {process.exitcode}")
+        finally:
+            for process in living.values():
+                process.kill()
+                process.join()
+        rows = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+        adapter = (self.run_dir / "adapter/adapter_model.safetensors").read_bytes()
+        struck = [fault for path in sorted(self.folder.glob("*.struck")) for fault in path.read_text().splitlines()]
+        perplexity = self.folder / "perplexity"
+        after = float(perplexity.read_text()) if perplexity.exists() else math.nan
+        return Outcome(adapter, [row["loss"] for row in rows], after, struck)
+
+    def _wait(self, living: dict[str, Any], deadline: float) -> None:
+        sentinels = [process.sentinel for process in living.values()]
+        if not multiprocessing.connection.wait(sentinels, max(0.0, deadline - time.monotonic())):
+            raise AssertionError(f"{', '.join(living)} did not end within {SECONDS_FOR_A_RUN:.0f} s")
+        for process in living.values():
+            if process.exitcode is not None:
+                process.join()
+
+    def _start(self, name: str) -> Any:
+        self.lives[name] += 1
+        faults = [fault for fault in self.faults if (fault.process, fault.life) == (name, self.lives[name])]
+        watch = Watch(faults, self.folder / f"{name}-{self.lives[name]}.struck")
+        here, there = PROCESSES.Pipe()
+        if name == "server":
+            resume = (self.run_dir / "run.json").exists()
+            target, arguments = serve, ({**self.options, "resume": resume}, watch, there)
+        else:
+            target, arguments = take_part, (self.url, {**self.clients[name], "name": name}, watch, self.folder / "perplexity")
+        process = PROCESSES.Process(target=target, args=arguments, name=name)
+        process.start()
+        there.close()
+        if name == "server":
+            try:
+                here.recv()  # it listens
+            except EOFError:
+                pass  # or was killed before
+        here.close()
+        return process
+
+
+def serve(options: dict[str, Any], watch: "Watch", told: Any) -> None:
+    """A server's process."""
+    watch_server(watch)
+    with GpuServer(**options) as server:
+        told.send(server.url)
+        for _ in server.train():
+            pass
+
+
+def take_part(url: str, options: dict[str, Any], watch: "Watch", perplexity: Path) -> None:
+    """A client's process."""
+    membership.SHORTEST_WAIT, membership.LONGEST_WAIT = 0.02, 0.2
+    watch_client(watch)
+    try:
+        with EdgeClient(url, **options) as client:
+            for _ in client.perplexity() if client.eval_data else ():
+                pass
+            for _ in client.train():
+                pass
+            for estimate in client.perplexity() if client.eval_data else ():
+                perplexity.write_text(repr(estimate))
+    except ConnectionFailed:
+        raise SystemExit(NO_SERVER) from None
+
+
+@dataclass
+class Watch:
+    """Counts a process's messages, and lets the faults strike that are meant for it."""
+
+    faults: list[Fault]
+    journal: Path
+    """Where those that struck are written."""
+
+    def __post_init__(self) -> None:
+        self._count: Counter[str] = Counter()
+        self._due = {(fault.event, fault.number): fault for fault in self.faults}
+
+    def at(self, event: str, cut: Callable[[], None]) -> bool:
+        """Let the fault of this message strike; says whether it has to be delivered twice."""
+        self._count[event] += 1
+        fault = self._due.get((event, self._count[event]))
+        if fault is None:
+            return False
+        with self.journal.open("a") as file:
+            file.write(f"{fault.what}\n")
+        if fault.what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault.what == "cut":
+            cut()
+        return fault.what == "twice"
+
+
+def watch_client(watch: Watch) -> None:
+    send, receive = ClientConnection.send, ClientConnection.recv
+
+    def watched_send(self: ClientConnection, message: Any, *rest: Any, **more: Any) -> None:
+        if watch.at("send", lambda: self.socket.shutdown(socket.SHUT_RDWR)):
+            send(self, message, *rest, **more)
+        send(self, message, *rest, **more)
+
+    def watched_receive(self: ClientConnection, *rest: Any, **more: Any) -> Any:
+        message = receive(self, *rest, **more)
+        watch.at("receive", lambda: self.socket.shutdown(socket.SHUT_RDWR))
+        return message
+
+    ClientConnection.send, ClientConnection.recv = watched_send, watched_receive  # type: ignore[method-assign]
+
+
+def watch_server(watch: Watch) -> None:
+    send, receive = ServerConnection.send, ServerConnection.recv
+
+    async def watched_send(self: ServerConnection, message: Any, *rest: Any, **more: Any) -> None:
+        if watch.at("send", self.transport.abort):
+            await send(self, message, *rest, **more)
+        await send(self, message, *rest, **more)
+
+    async def watched_receive(self: ServerConnection, *rest: Any, **more: Any) -> Any:
+        message = await receive(self, *rest, **more)
+        watch.at("receive", self.transport.abort)
+        return message
+
+    ServerConnection.send, ServerConnection.recv = watched_send, watched_receive  # type: ignore[method-assign]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+# Installed modules only: where the tests lie is not known to the process that forks (before Python 3.12).
+PROCESSES.set_forkserver_preload(
+    ["gpu_server.gpu_server", "edge_client.client", "torch._dynamo", "websockets.asyncio.server", "websockets.sync.client"]
+)

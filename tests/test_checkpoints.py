@@ -1,0 +1,133 @@
+"""A checkpoint is there whole or not at all, and what is wrong with one is said."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpu_server.checkpoints import Checkpoints, SavedRound, replace_file
+from gpu_server.config import ConfigError
+
+MEMBERSHIP = {"a": {"num_samples": 5, "batch_size": 2, "longest": 9, "step": 0, "left": False}}
+
+
+def saved(step: int, run: str = "run") -> SavedRound:
+    state = {"adapter/matrix": torch.full((2, 3), float(step)), "edge_optimiser/0.step": torch.tensor(float(step))}
+    return SavedRound(run=run, step=step, membership=MEMBERSHIP, state=state)
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    return Checkpoints(tmp_path / "checkpoints")
+
+
+def newest(checkpoints: Checkpoints) -> Path:
+    return sorted(checkpoints.folder.glob("*.safetensors"))[-1]
+
+
+def assert_is(found: SavedRound | None, expected: SavedRound) -> None:
+    assert found is not None
+    assert (found.run, found.step, found.membership) == (expected.run, expected.step, expected.membership)
+    assert found.state.keys() == expected.state.keys()
+    assert all(torch.equal(found.state[name], tensor) for name, tensor in expected.state.items())
+
+
+def test_latest_gives_what_was_written(checkpoints: Checkpoints) -> None:
+    assert checkpoints.latest("run") is None
+    for step in (0, 9, 10):
+        checkpoints.write(saved(step))
+        assert_is(checkpoints.latest("run"), saved(step))
+
+
+def test_the_last_two_are_kept(checkpoints: Checkpoints) -> None:
+    for step in (0, 5, 10, 15):
+        checkpoints.write(saved(step))
+    assert checkpoints.steps() == [10, 15]
+    assert len(list(checkpoints.folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 100, -1])
+def test_one_that_is_torn_is_passed_over_and_said(checkpoints: Checkpoints, caplog: Any, size: int) -> None:
+    checkpoints.write(saved(5))
+    checkpoints.write(saved(10))
+    torn = newest(checkpoints)
+    os.truncate(torn, size if size >= 0 else torn.stat().st_size - 1)
+    assert_is(checkpoints.latest("run"), saved(5))
+    assert f"{torn} is damaged" in caplog.text
+    # It is neither taken for one of the two to keep nor written over.
+    checkpoints.write(saved(10))
+    assert checkpoints.steps() == [5, 10]
+    assert torn.with_suffix(".damaged").exists()
+
+
+def test_every_bit_of_one_is_checked(checkpoints: Checkpoints) -> None:
+    checkpoints.write(saved(5))
+    checkpoints.write(saved(10))
+    whole = newest(checkpoints).read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for place in (header, header + 11, len(whole) - 1, whole.index(b"num_samples") + 16):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        checkpoints._path(10).write_bytes(flipped)
+        assert_is(checkpoints.latest("run"), saved(5))
+        assert checkpoints.steps() == [5]
+
+
+def test_where_none_is_intact_the_run_cannot_go_on(checkpoints: Checkpoints) -> None:
+    checkpoints.write(saved(5))
+    os.truncate(newest(checkpoints), 10)
+    with pytest.raises(ConfigError, match=r"no checkpoint in .* is intact"):
+        checkpoints.latest("run")
+
+
+def test_another_runs_checkpoint_is_refused(checkpoints: Checkpoints) -> None:
+    checkpoints.write(saved(5, run="other"))
+    with pytest.raises(ConfigError, match="is of run other, not of run"):
+        checkpoints.latest("run")
+    assert checkpoints.steps() == [5]
+
+
+def test_another_formats_checkpoint_is_refused_by_its_number(checkpoints: Checkpoints, monkeypatch: Any) -> None:
+    monkeypatch.setattr("gpu_server.checkpoints.FORMAT", 7)
+    checkpoints.write(saved(5))
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="has format 7, this version reads 1"):
+        checkpoints.latest("run")
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_disk_that_is_full_leaves_the_checkpoints_before(checkpoints: Checkpoints, monkeypatch: Any, call: str) -> None:
+    checkpoints.write(saved(5))
+    checkpoints.write(saved(10))
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(ConfigError, match="No space left on device; the ones before are kept"):
+        checkpoints.write(saved(15))
+    monkeypatch.undo()
+    assert [path.name for path in sorted(checkpoints.folder.iterdir())] == ["000000005.safetensors", "000000010.safetensors"]
+    assert_is(checkpoints.latest("run"), saved(10))
+
+
+def test_file_is_on_the_disk_before_it_has_its_name_and_the_name_after(tmp_path: Path, monkeypatch: Any) -> None:
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(number: int) -> None:
+        calls.append(f"fsync {os.readlink(f'/proc/self/fd/{number}')}")
+        fsync(number)
+
+    def noted_replace(*paths: Path) -> None:
+        calls.append("replace")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    replace_file(tmp_path / "file", json.dumps(MEMBERSHIP).encode())
+    assert calls == [f"fsync {tmp_path}/file.part", "replace", f"fsync {tmp_path}"]

@@ -1,0 +1,49 @@
+"""How long a step waits, from the times that clients took."""
+
+import pytest
+
+from gpu_server.deadline import NEEDED, SHORTEST, UNTIL_KNOWN, Deadline
+from protocol import Activations, AdapterGradient
+
+
+def after(*seconds: float) -> Deadline:
+    deadline = Deadline()
+    for value in seconds:
+        deadline.observe(Activations, value)
+    return deadline
+
+
+def test_operators_deadline_holds_whatever_is_observed() -> None:
+    deadline = Deadline(3.0)
+    for _ in range(100):
+        deadline.observe(Activations, 50.0)
+    assert deadline.seconds(Activations) == 3.0
+
+
+def test_it_waits_long_until_enough_is_known() -> None:
+    assert after(*[2.0] * (NEEDED - 1)).seconds(Activations) == UNTIL_KNOWN
+    assert after(*[2.0] * NEEDED).seconds(Activations) == 2.0
+
+
+def test_it_says_once_that_it_knows_enough() -> None:
+    deadline = Deadline()
+    assert [deadline.observe(Activations, 2.0) for _ in range(NEEDED + 2)] == [False] * (NEEDED - 1) + [True, False, False]
+    assert not any(Deadline(3.0).observe(Activations, 2.0) for _ in range(NEEDED))
+
+
+def test_it_is_the_median_and_six_times_the_median_deviation() -> None:
+    # Median 10; the deviations are 2, 1, 0, 1, 90, their median is 1. A single step that took long changes nothing.
+    assert after(8.0, 9.0, 10.0, 11.0, 100.0).seconds(Activations) == 16.0
+
+
+def test_it_is_never_shorter_than_a_pause_of_the_system() -> None:
+    assert after(*[0.001] * 20).seconds(Activations) == SHORTEST
+
+
+def test_it_follows_what_was_observed_last() -> None:
+    assert after(*[2.0] * 500, *[5.0] * 100).seconds(Activations) == 5.0
+
+
+@pytest.mark.parametrize("other", [AdapterGradient])
+def test_every_kind_of_question_has_its_own(other: type) -> None:
+    assert after(*[2.0] * 20).seconds(other) == UNTIL_KNOWN

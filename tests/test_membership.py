@@ -1,0 +1,250 @@
+"""How a device comes back: when it tries, when it stops trying, and what it says then. No socket, no clock but the test's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from protocol_samples import SETTINGS
+
+from edge_client import membership
+from edge_client.connection import ConnectionFailed, Refused
+from edge_client.membership import Membership, Moved
+from protocol import (
+    ActivationGradient,
+    Activations,
+    EdgeAdapter,
+    Hello,
+    Join,
+    Message,
+    Session,
+    Side,
+    Start,
+    Welcome,
+)
+
+TENSORS = {"m": np.zeros((2, 2), np.float32)}
+VALUES = np.zeros((2, 4), np.float32)
+HELLO = Hello(name="a", fingerprint="f")
+JOIN = Join(num_samples=4, batch_size=1, longest=2)
+Reply = Message | Exception
+
+
+def welcome(**fields: Any) -> Welcome:
+    return Welcome(**{"run": "r", "settings": SETTINGS, "fingerprint": "f", **fields})
+
+
+def start(step: int = 0, round: int | None = None) -> Start:
+    return Start(step=step, total_steps=9, adapter=TENSORS, round=step if round is None else round)
+
+
+def activations(step: int) -> Activations:
+    counts = np.array([2], np.int32)
+    return Activations(
+        step=step, edge_seconds=0.0, lengths=counts, label_counts=counts, labels=np.array([1, 1], np.int32), values=VALUES
+    )
+
+
+def gradient(step: int) -> ActivationGradient:
+    return ActivationGradient(step=step, loss=1.0, values=VALUES)
+
+
+LOST = ConnectionFailed("lost")
+
+
+class FakeConnection:
+    """Answers from a list; an exception in it is raised."""
+
+    url = "ws://here"
+
+    def __init__(self, replies: list[Reply]) -> None:
+        self.session = Session(Side.CLIENT)
+        self.num_bytes = 0
+        self.asked: list[Message] = []
+        self.abandoned = self.closed = False
+        self._replies = replies
+
+    def expect(self, size: int) -> None:
+        pass
+
+    def exchange(self, message: Message, *_: type) -> Message:
+        self.asked.append(message)
+        self.num_bytes += 1
+        reply = self._replies.pop(0)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    def abandon(self) -> None:
+        self.abandoned = True
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class World:
+    """Connections to be had, in this order; an exception is a dial that fails. Time passes when somebody sleeps."""
+
+    def __init__(self, monkeypatch: Any, *connections: list[Reply] | Exception) -> None:
+        self.now = 0.0
+        self.slept: list[float] = []
+        self.made: list[FakeConnection] = []
+        self._connections = list(connections)
+        monkeypatch.setattr(membership.time, "monotonic", lambda: self.now)
+
+    def dial(self) -> Any:
+        # A world without connections left stays so.
+        replies = self._connections.pop(0) if self._connections else ConnectionFailed("nobody")
+        if isinstance(replies, Exception):
+            raise replies
+        self.made.append(FakeConnection(replies))
+        return self.made[-1]
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+    def member(self, **options: Any) -> Membership:
+        return Membership(self.dial, HELLO, sleep=self.sleep, **options)
+
+
+MakeWorld = Callable[..., World]
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> MakeWorld:
+    return lambda *connections: World(monkeypatch, *connections)
+
+
+def test_waits_double_up_to_half_a_minute_and_are_never_twice_the_same(world: MakeWorld) -> None:
+    here = world(LOST, *[LOST] * 200, [welcome()])
+    here.member(patient=True)
+    assert len(here.slept) == 201
+    assert here.slept[0] == 0.5
+    for number, wait in enumerate(here.slept):
+        assert 0.5 <= wait <= min(30.0, 0.5 * 2**number)
+    assert len(set(here.slept)) == len(here.slept)
+    assert max(here.slept) > 25
+
+
+def test_devices_that_lost_the_same_server_come_back_at_different_times(world: MakeWorld, monkeypatch: Any) -> None:
+    waits = []
+    for name in ("a", "b"):
+        monkeypatch.setattr(f"{__name__}.HELLO", Hello(name=name, fingerprint="f"))
+        here = world(LOST, *[LOST] * 5, [welcome()])
+        here.member(patient=True)
+        waits.append(here.slept[1:])
+    assert not set(waits[0]) & set(waits[1])
+
+
+def test_address_where_nobody_answers_at_first_is_an_error(world: MakeWorld) -> None:
+    here = world(LOST, [welcome()])
+    with pytest.raises(ConnectionFailed, match="lost"):
+        here.member()
+    assert here.slept == []
+
+
+def test_link_that_is_lost_before_the_welcome_is_opened_again(world: MakeWorld) -> None:
+    here = world([LOST], [welcome()])
+    assert here.member().welcome.run == "r"
+    assert here.made[0].abandoned
+
+
+def test_it_gives_up_when_it_was_told_to_and_not_before(world: MakeWorld) -> None:
+    here = world([welcome(), start(), LOST])
+    member = here.member(give_up_after=100.0)
+    member.start(JOIN)
+    with pytest.raises(ConnectionFailed, match="gave up after 100 s"):
+        member.exchange(activations(1), ActivationGradient)
+    assert 70 <= here.now <= 100
+    assert sum(here.slept) == here.now
+
+
+def test_question_is_asked_again_on_the_next_connection(world: MakeWorld) -> None:
+    here = world([welcome(), start(), LOST], LOST, [welcome(), start(), gradient(1)])
+    member = here.member()
+    member.start(JOIN)
+    assert member.exchange(activations(1), ActivationGradient).step == 1
+    assert [type(message) for message in here.made[1].asked] == [Hello, Join, Activations]
+
+
+def test_it_says_at_which_step_it_stands(world: MakeWorld) -> None:
+    here = world([welcome(), start(), LOST], [welcome(), start(3), gradient(4)])
+    member = here.member()
+    member.start(JOIN)
+    member.step, member.round = 3, 3
+    member.exchange(activations(4), ActivationGradient)
+    joined = [message.step for connection in here.made for message in connection.asked if isinstance(message, Join)]
+    assert joined == [0, 3]
+
+
+@pytest.mark.parametrize("moved", [start(5), start(0, round=2)])
+def test_run_that_has_gone_on_tells_the_device_where_to(world: MakeWorld, moved: Start) -> None:
+    here = world([welcome(), start(), LOST], [welcome(), moved])
+    member = here.member()
+    member.start(JOIN)
+    with pytest.raises(Moved) as caught:
+        member.exchange(activations(1), ActivationGradient)
+    assert caught.value.start is moved
+
+
+def test_server_that_was_started_again_moves_the_device_even_to_where_it_stands(world: MakeWorld) -> None:
+    here = world([welcome(), start(), LOST], [welcome(restarts=1), start()])
+    member = here.member()
+    member.start(JOIN)
+    with pytest.raises(Moved):
+        member.exchange(activations(1), ActivationGradient)
+
+
+def test_start_instead_of_an_answer_moves_the_device(world: MakeWorld) -> None:
+    here = world([welcome(), start(), start(7)])
+    member = here.member()
+    member.start(JOIN)
+    with pytest.raises(Moved, match="go on after step 7"):
+        member.exchange(activations(1), ActivationGradient)
+
+
+def test_another_run_at_the_address_is_not_entered(world: MakeWorld) -> None:
+    here = world([welcome(), start(), LOST], [welcome(run="other")])
+    member = here.member()
+    member.start(JOIN)
+    with pytest.raises(Refused, match="has another run now: other instead of r"):
+        member.exchange(activations(1), ActivationGradient)
+
+
+def test_refusal_ends_it_and_one_that_names_a_time_does_not(world: MakeWorld) -> None:
+    busy, never = Refused("the name a is taken", retry_after=10.0), Refused("revoked")
+    here = world([welcome(), start(), LOST], [busy], [welcome(), start(), gradient(1), LOST], [never])
+    member = here.member()
+    member.start(JOIN)
+    member.exchange(activations(1), ActivationGradient)
+    assert here.slept[1] == 10.0
+    with pytest.raises(Refused, match="revoked"):
+        member.exchange(activations(2), ActivationGradient)
+
+
+def test_it_remembers_what_the_server_may_go_back_to(world: MakeWorld) -> None:
+    answers = [EdgeAdapter(step=step, tensors=TENSORS, checkpoint=checkpoint) for step, checkpoint in ((2, 1), (4, 3), (6, 2))]
+    here = world([welcome(), start(), *answers])
+    member = here.member()
+    member.start(JOIN)
+    found = []
+    for _ in answers:
+        member.exchange(activations(1), EdgeAdapter)
+        found.append((member.round, member.checkpoint))
+    assert found == [(2, 1), (4, 3), (6, 3)]
+
+
+def test_bytes_of_lost_connections_count(world: MakeWorld) -> None:
+    here = world([welcome(), start(), LOST], [welcome(), start(), gradient(1)])
+    member = here.member()
+    member.start(JOIN)
+    member.exchange(activations(1), ActivationGradient)
+    assert member.num_bytes == 6
+
+
+def test_whoever_cannot_enter_leaves_no_connection_open(world: MakeWorld) -> None:
+    here = world([Refused("no place")])
+    with pytest.raises(Refused):
+        here.member()
+    assert here.made[0].closed

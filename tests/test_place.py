@@ -1,0 +1,122 @@
+"""What a device keeps of a run, and what it does not trust."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_client.place import Place, SavedStep, StateError
+
+
+def saved(step: int, round: int = 0) -> SavedStep:
+    return SavedStep(step=step, round=round, restarts=0, state={"adapter/m": np.full((2, 2), step, np.float32)})
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    place = Place(tmp_path, "ws://here", "a")
+    place.keep("run")
+    return place
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def keep(place: Place, *steps: int, keep_from: int = 0, ends: tuple[int, ...] = ()) -> None:
+    for step in steps:
+        place.save(saved(step), keep_from=keep_from, is_round_end=step in ends)
+
+
+def test_place_is_kept_until_it_is_given_up(tmp_path: Path) -> None:
+    place = Place(tmp_path, "ws://here", "a")
+    assert not place.is_kept
+    place.keep("run")
+    assert Place(tmp_path, "ws://here", "a").is_kept
+    place.give_up()
+    assert not Place(tmp_path, "ws://here", "a").is_kept
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(("server", "name"), [("ws://there", "a"), ("ws://here", "b")])
+def test_places_of_other_servers_and_names_are_others(place: Place, tmp_path: Path, server: str, name: str) -> None:
+    other = Place(tmp_path, server, name)
+    assert not other.is_kept
+    other.keep("run")
+    other.give_up()
+    assert place.is_kept
+
+
+def test_another_run_of_the_same_server_begins_anew(place: Place) -> None:
+    keep(place, 1, 2)
+    place.keep("run")
+    assert place.last_step() == 2
+    place.keep("next")
+    assert (place.is_kept, place.last_step()) == (True, 0)
+
+
+def test_the_last_step_and_the_rounds_that_may_come_back_are_kept(place: Place) -> None:
+    keep(place, 1, 2, 3, 4, 5, ends=(2, 4))
+    assert [place.load(step).step for step in (2, 3, 4, 5, 9)] == [2, 2, 4, 5, 5]  # type: ignore[union-attr]
+    assert place.load(1) is None
+    keep(place, 6, keep_from=4, ends=(6,))
+    assert [step for step in range(7) if (found := place.load(step)) is not None and found.step == step] == [4, 6]
+
+
+def test_steps_that_a_server_took_back_are_forgotten(place: Place) -> None:
+    keep(place, 1, 2, 3, 4, 5, ends=(2, 4))
+    place.forget_after(2)
+    assert place.last_step() == 2
+    assert place.load(9).step == 2  # type: ignore[union-attr]
+
+
+def test_what_is_loaded_is_what_was_saved(place: Place) -> None:
+    place.save(saved(3, round=2), keep_from=0, is_round_end=False)
+    found = place.load(3)
+    assert found is not None
+    assert (found.step, found.round, found.restarts) == (3, 2, 0)
+    np.testing.assert_array_equal(found.state["adapter/m"], np.full((2, 2), 3, np.float32))
+
+
+def test_torn_file_is_passed_over(place: Place, tmp_path: Path) -> None:
+    keep(place, 1, 2, 3, ends=(2,))
+    newest = files(tmp_path)[1]
+    assert newest.name == "0000000003.safetensors"
+    os.truncate(newest, 20)
+    found = place.load(3)
+    assert found is not None
+    assert found.step == 2
+    assert place.last_step() == 2  # nobody claims to remember what is torn
+    keep(place, 4, ends=(4,))
+    assert [path.name for path in files(tmp_path)[:-1]] == ["0000000002.safetensors", "0000000004.safetensors"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"run": 7}', b"\xff"])
+def test_note_that_is_no_note_is_no_place(place: Place, tmp_path: Path, content: bytes) -> None:
+    note = next(path for path in files(tmp_path) if path.name == "place.json")
+    note.write_bytes(content)
+    assert not place.is_kept
+
+
+def test_folder_is_the_users_alone_and_no_name_reaches_its_path(tmp_path: Path) -> None:
+    place = Place(tmp_path, "ws://../../etc", "a")
+    place.keep("run")
+    (note,) = files(tmp_path)
+    assert note.parent.parent == tmp_path / "places"
+    assert note.parent.name.isalnum()
+    assert note.parent.stat().st_mode & 0o777 == 0o700
+    assert json.loads(note.read_text())["server"] == "ws://../../etc"
+
+
+@pytest.mark.parametrize("what", ["keep", "save"])
+def test_disk_that_is_full_is_said(place: Place, monkeypatch: Any, what: str) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StateError, match="No space left on device; choose another --state-dir"):
+        place.keep("other") if what == "keep" else keep(place, 1)

@@ -1,0 +1,376 @@
+"""Runs that stop and go on, through the programs a person starts, and the run directories that cannot go on."""
+
+import itertools
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from chaos import free_port
+from conftest import make_model, run_in_thread, run_split
+
+from edge_client import ConnectionFailed, EdgeClient, Refused
+from gpu_server import GpuServer, RunEndedEarly
+from gpu_server.checkpoints import Checkpoints, SavedRound
+from gpu_server.compute import Compute
+from gpu_server.config import ConfigError
+from gpu_server.server import RunServer
+
+STEPS = 12
+
+
+@pytest.fixture
+def settings(tiny_model: Path) -> dict[str, Any]:
+    return {"model": str(tiny_model), "cut_layer": 2, "lora_rank": 4, "steps": STEPS, "dtype": "float32", "checkpoint_every": 4}
+
+
+def adapter(run_dir: Path) -> bytes:
+    return (run_dir / "adapter/adapter_model.safetensors").read_bytes()
+
+
+def losses(run_dir: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@contextmanager
+def serving(*words: str, **more: Any) -> Iterator["subprocess.Popen[str]"]:
+    command = [sys.executable, "-m", "gpu_server", "serve", *words]
+    # The runs they are compared with have one thread, too: sums of another order differ in their last bits.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **more) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def wait_for(process: "subprocess.Popen[str]", words: str) -> None:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if words in line:
+            return
+    pytest.fail(f"the program never said {words!r}")
+
+
+def test_terminated_server_keeps_its_last_round_and_goes_on_when_resumed(
+    settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    client = {"data": pairs_file("a", 9), "batch_size": 2, "state_dir": tmp_path / "state"}
+    run_split({**settings, "run_dir": str(tmp_path / "undisturbed")}, {"a": client})
+    port, run_dir = free_port(), tmp_path / "run"
+    # No checkpoint but the one that the signal asks for.
+    first = {**settings, "checkpoint_every": 1000, "port": port, "run_dir": run_dir, "linger": 1}
+
+    def take_part() -> list[int]:
+        numbers = []
+        with EdgeClient(f"ws://127.0.0.1:{port}", model=settings["model"], name="a", dtype="float32", **client) as device:
+            for step in device.train():
+                numbers.append(step.number)
+                if step.number == 5 and numbers.count(5) == 1:
+                    os.kill(server.pid, signal.SIGTERM)
+        return numbers
+
+    with serving(*flags(first)) as server:
+        wait_for(server, "listening on")
+        numbers = run_in_thread(take_part)
+        _, said = server.communicate(timeout=60)
+        assert server.returncode == 128 + signal.SIGTERM
+        assert "--resume goes on from there" in said
+        assert "Traceback" not in said
+    with serving("--resume", "--port", str(port), *flags({"run_dir": run_dir, "model": settings["model"]})) as again:
+        _, said = again.communicate(timeout=60)
+        assert (again.returncode, "going on after step" in said) == (0, True)
+    assert numbers.result(timeout=60) == list(range(1, STEPS + 1))  # no step was lost, and none was done twice
+    assert adapter(run_dir) == adapter(tmp_path / "undisturbed")
+    assert losses(run_dir) == losses(tmp_path / "undisturbed")
+
+
+def test_server_that_is_stopped_while_a_round_ends_writes_its_checkpoint_once_at_a_time(
+    settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path], monkeypatch: Any
+) -> None:
+    options = {**settings, "checkpoint_every": 3, "run_dir": str(tmp_path / "run")}
+    device = {"model": options["model"], "data": pairs_file("a", 9), "state_dir": tmp_path / "state", "dtype": "float32"}
+    aggregate, write, together = Compute.aggregate, Checkpoints.write, threading.Barrier(2)
+    first_is_written, met = threading.Event(), []
+
+    def aggregate_and_stop(self: Compute, step: int, *rest: Any) -> Any:
+        if step == 3:
+            assert first_is_written.wait(timeout=60)
+            server.suspend()
+        return aggregate(self, step, *rest)
+
+    def watched_write(self: Checkpoints, saved: SavedRound) -> None:
+        if saved.step == 3:
+            try:
+                met.append(together.wait(timeout=0.5))
+            except threading.BrokenBarrierError:
+                pass  # as it should be: no other write is on its way
+        write(self, saved)
+        first_is_written.set()
+
+    monkeypatch.setattr(Compute, "aggregate", aggregate_and_stop)
+    monkeypatch.setattr(Checkpoints, "write", watched_write)
+    with GpuServer(**options, port=0) as server:
+        with EdgeClient(server.url, name="a", give_up_after=0.0, **device) as client, pytest.raises(ConnectionFailed):
+            list(client.train())
+        with pytest.raises(RunEndedEarly, match="the server was stopped"):
+            list(server.train())
+    assert met == []
+    assert Checkpoints(tmp_path / "run/checkpoints").steps() == [0, 3]
+    assert len(losses(tmp_path / "run")) >= 3
+
+
+def test_device_that_is_refused_for_other_data_is_started_again_as_before_and_loses_nothing(
+    settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    options = {**settings, "aggregate_every": STEPS}
+    device = {"data": pairs_file("a", 9), "batch_size": 2}
+    run_split({**options, "run_dir": str(tmp_path / "undisturbed")}, {"a": {**device, "state_dir": tmp_path / "other"}})
+    as_before = {"model": settings["model"], "name": "a", "dtype": "float32", "state_dir": tmp_path / "state", **device}
+    with GpuServer(**options, port=0, run_dir=str(tmp_path / "run")) as server:
+        killed = EdgeClient(server.url, **as_before)
+        killed.__enter__()
+        steps = killed.train()
+        for _ in range(5):
+            next(steps)
+        killed._membership._drop()
+        other_data = {**as_before, "batch_size": 3}
+        with pytest.raises(Refused, match="start it as before"), EdgeClient(server.url, **other_data) as other:
+            other.start()
+        with EdgeClient(server.url, **as_before) as client:
+            assert [step.number for step in client.train()] == list(range(6, STEPS + 1))
+        assert len(list(server.train())) == STEPS
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "undisturbed")
+
+
+class Clock:
+    """A loop's timers, without the loop."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._numbers = itertools.count()
+        self._due: dict[int, tuple[float, Callable[[], None]]] = {}
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> Any:
+        number = next(self._numbers)
+        self._due[number] = (self.now + seconds, callback)
+        return SimpleNamespace(cancel=lambda: self._due.pop(number, None))
+
+    def pass_to(self, then: float) -> None:
+        for timer, (due, callback) in sorted(self._due.items(), key=lambda item: item[1][0]):
+            if due <= then:
+                self.now = due
+                del self._due[timer]
+                callback()
+        self.now = then
+
+
+@pytest.fixture
+def stopped(settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]) -> dict[str, Any]:
+    """The options of a run that was suspended after step 5."""
+    options = {**settings, "port": 0, "run_dir": str(tmp_path / "run")}
+    device = {"model": options["model"], "data": pairs_file("a", 9), "state_dir": tmp_path / "state", "dtype": "float32"}
+    with GpuServer(**options) as server, EdgeClient(server.url, name="a", **device) as client:
+        steps = client.train()
+        for _ in range(5):
+            next(steps)
+        server.suspend()
+    return {**options, "resume": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [("cut_layer", 1, "cut-layer 2; it cannot go on with cut-layer 1"), ("lora_rank", 8, "lora-rank 4"), ("lr", 0.5, "lr")],
+)
+def test_run_of_another_configuration_is_not_gone_on_with(stopped: dict[str, Any], name: str, value: Any, shown: str) -> None:
+    before = contents(Path(stopped["run_dir"]))
+    with pytest.raises(ConfigError, match=shown), GpuServer(**{**stopped, name: value}):
+        pass
+    assert contents(Path(stopped["run_dir"])) == before
+
+
+def test_run_of_another_model_is_not_gone_on_with(stopped: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = make_model(tmp_path / "other", seed=1)
+    before = contents(Path(stopped["run_dir"]))
+    with pytest.raises(ConfigError, match="holds a run of the model"), GpuServer(**{**stopped, "model": str(other)}):
+        pass
+    assert contents(Path(stopped["run_dir"])) == before
+
+
+def test_folder_without_a_run_is_not_resumed(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no run to resume; leave --resume out"):
+        GpuServer(**settings, resume=True, run_dir=str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_run_directory_belongs_to_one_server(stopped: dict[str, Any]) -> None:
+    with GpuServer(**stopped), pytest.raises(ConfigError, match="is in use by another server"), GpuServer(**stopped):
+        pass
+
+
+def test_torn_checkpoint_and_torn_metrics_send_the_run_back_to_the_one_before(
+    stopped: dict[str, Any], settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    run_dir = Path(stopped["run_dir"])
+    newest = sorted((run_dir / "checkpoints").glob("*.safetensors"))[-1]
+    os.truncate(newest, newest.stat().st_size // 2)
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    client = {"data": pairs_file("a", 9), "state_dir": tmp_path / "state"}
+    run_split({**stopped}, {"a": client})
+    run_split({**settings, "run_dir": str(tmp_path / "undisturbed")}, {"a": client})
+    assert adapter(run_dir) == adapter(tmp_path / "undisturbed")
+    assert losses(run_dir) == losses(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("aggregate_every", [1, 2])
+def test_device_that_evaluates_between_steps_while_its_server_goes_back_goes_back_too(
+    settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path], aggregate_every: int
+) -> None:
+    options = {**settings, "aggregate_every": aggregate_every, "checkpoint_every": 1}
+    device = {"data": pairs_file("a", 9), "eval_data": pairs_file("held-out", 3), "batch_size": 2}
+    run_split({**options, "run_dir": str(tmp_path / "undisturbed")}, {"a": {**device, "state_dir": tmp_path / "other"}})
+    run_dir, port = tmp_path / "run", free_port()
+    options = {**options, "port": port, "run_dir": str(run_dir)}
+    url, state = f"ws://127.0.0.1:{port}", tmp_path / "state"
+    with GpuServer(**options) as server:
+        client = EdgeClient(url, model=settings["model"], name="a", dtype="float32", state_dir=state, **device).__enter__()
+        steps = client.train()
+        for _ in range(7):
+            next(steps)
+        server.suspend()
+    newest = sorted((run_dir / "checkpoints").glob("*.safetensors"))[-1]
+    os.truncate(newest, newest.stat().st_size // 2)
+    with GpuServer(**options, resume=True) as again:
+        assert len(list(client.perplexity())) == 2
+        assert [step.number for step in steps][-1] == STEPS
+        client.__exit__(None, None, None)
+        assert list(again.train())[-1].number == STEPS
+    assert adapter(run_dir) == adapter(tmp_path / "undisturbed")
+    assert losses(run_dir) == losses(tmp_path / "undisturbed")
+
+
+def test_run_whose_checkpoints_are_all_torn_refuses_to_start(stopped: dict[str, Any]) -> None:
+    for path in Path(stopped["run_dir"], "checkpoints").glob("*.safetensors"):
+        os.truncate(path, 5)
+    with pytest.raises(ConfigError, match=r"no checkpoint in .* is intact; the run cannot go on"), GpuServer(**stopped):
+        pass
+
+
+def test_complete_run_can_be_resumed_and_gives_late_devices_its_adapter(
+    settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    client = {"data": pairs_file("a", 9), "state_dir": tmp_path / "state"}
+    options = {**settings, "run_dir": str(tmp_path / "run")}
+    run_split(options, {"a": client})
+    before = (adapter(tmp_path / "run"), losses(tmp_path / "run"))
+    with GpuServer(**options, port=0, resume=True, linger=0.0) as server:
+        assert list(server.train()) == []
+    assert (adapter(tmp_path / "run"), losses(tmp_path / "run")) == before
+
+
+def test_full_disk_ends_the_server_with_one_sentence_and_the_run_goes_on_later(
+    settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    client = {"data": pairs_file("a", 9), "batch_size": 2, "state_dir": tmp_path / "state"}
+    run_split({**settings, "run_dir": str(tmp_path / "undisturbed")}, {"a": client})
+    port, run_dir = free_port(), tmp_path / "run"
+    options = {**settings, "port": port, "run_dir": run_dir, "linger": 1}
+
+    def little_room() -> None:
+        # The kernel takes no file beyond this size, as a full disk takes none: metrics fit, checkpoints of later steps do not.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+    def take_part() -> None:
+        with EdgeClient(f"ws://127.0.0.1:{port}", model=settings["model"], name="a", dtype="float32", **client) as device:
+            for _ in device.train():
+                pass
+
+    # The first checkpoint has no moments of AdamW yet, those after it have.
+    room = 4096 + sum(path.stat().st_size for path in (tmp_path / "undisturbed/adapter").glob("*.safetensors"))
+    with serving(*flags(options), preexec_fn=little_room) as server:
+        wait_for(server, "listening on")
+        device = run_in_thread(take_part)
+        _, said = server.communicate(timeout=60)
+        assert server.returncode == 1
+        assert "File too large; the ones before are kept" in said.splitlines()[-1]
+        assert "Traceback" not in said
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["000000000.safetensors"]
+    with serving("--resume", *flags({"port": port, "run_dir": run_dir, "model": settings["model"]})) as again:
+        again.communicate(timeout=60)
+        assert again.returncode == 0
+    device.result(timeout=60)
+    assert adapter(run_dir) == adapter(tmp_path / "undisturbed")
+    assert losses(run_dir) == losses(tmp_path / "undisturbed")
+
+
+def test_finished_run_waits_as_long_as_it_says_after_every_device_that_is_lost(monkeypatch: Any) -> None:
+    unfetched: Any = SimpleNamespace(round=1, unfinished=lambda: ["a"])
+    nothing: Any = SimpleNamespace(round_end={})
+    ignore: Any = None
+    server = RunServer(unfetched, nothing, door=ignore, model_name="", linger=60.0, report=ignore, keep=ignore, save=ignore)
+    ended = []
+    monkeypatch.setattr(server, "_end", lambda: ended.append(clock.now))
+    clock: Any = Clock()
+    server._loop = clock
+    server._complete = True
+    server._end_if_over()
+    clock.pass_to(50.0)
+    server._end_if_over()  # a device had come, and its connection was lost
+    clock.pass_to(200.0)
+    assert ended == [110.0]
+
+
+def test_moved_run_directory_goes_on(
+    stopped: dict[str, Any], settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.move(stopped["run_dir"], moved)
+    client = {"data": pairs_file("a", 9), "state_dir": tmp_path / "state"}
+    run_split({"model": settings["model"], "run_dir": str(moved), "resume": True}, {"a": client})
+    assert len(losses(moved)) == STEPS
+
+
+def test_run_ends_with_what_is_left_when_a_device_leaves_for_good_and_says_so(
+    settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path], caplog: Any
+) -> None:
+    caplog.set_level("INFO", "gpu_server")
+    files = {name: pairs_file(name, 9, 100 * offset) for offset, name in enumerate("ab")}
+
+    def take_part(url: str, name: str, steps: int) -> int:
+        done = 0
+        with EdgeClient(url, model=settings["model"], data=files[name], name=name, state_dir=tmp_path / name) as client:
+            for done, _ in enumerate(client.train(), 1):
+                if done == steps:
+                    break
+        return done
+
+    with GpuServer(**settings, clients=2, port=0, run_dir=str(tmp_path / "run")) as server:
+        leaver, stayer = (run_in_thread(lambda n=n, s=s: take_part(server.url, n, s)) for n, s in (("a", 3), ("b", STEPS)))
+        assert len(list(server.train())) == STEPS
+        assert (leaver.result(timeout=60), stayer.result(timeout=60)) == (3, STEPS)
+    assert "a has left the run after step 3: it said goodbye" in caplog.text
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert rows[2]["clients"].keys() == {"a", "b"}
+    assert rows[-1]["clients"].keys() == {"b"}
