@@ -312,6 +312,11 @@ FLAGS = {
         "train": {*TRAINING, "--name", "--server"},
         "join": TRAINING,
         "ping": {"--help", "--server", "-h", "--name", "--state-dir"},
+        "generate": {
+            *("--adapter", "--help", "--max-new-tokens", "--precision", "--prompt", "--seed", "--stream", "--temperature"),
+            *("--top-p", "-h"),
+        },
+        "prepare": {"--help", "-h"},
     },
     "splitlora-server": {
         "": {"--help", "-h", "--version"},
@@ -324,8 +329,18 @@ FLAGS = {
 
 NAMES = {
     "edge_client": [
-        *("CertificateChanged", "ConnectionFailed", "DataError", "EdgeClient", "EnrolmentError", "Refused", "ServerStatus"),
-        *("StateError", "Step", "ping"),
+        *("CertificateChanged", "ConnectionFailed", "DataError", "EdgeClient", "EnrolmentError", "ExportedModelError"),
+        *(
+            "GenerationError",
+            "Generator",
+            "Refused",
+            "RuntimeMissing",
+            "Sampling",
+            "ServerStatus",
+            "StateError",
+            "Step",
+            "ping",
+        ),
     ],
     "gpu_server": ["ConfigError", "GpuServer", "RunEndedEarly", "ServerConfig", "StepRecord"],
     "protocol": [
@@ -374,7 +389,7 @@ def test_package_has_no_attribute_that_is_not_there(package: str) -> None:
         importlib.import_module(package).nothing  # noqa: B018
 
 
-HEAVY = {"torch", "transformers", "peft", "tokenizers", "websockets", "safetensors", "huggingface_hub"}
+HEAVY = {"torch", "transformers", "peft", "tokenizers", "websockets", "safetensors", "huggingface_hub", "onnxruntime"}
 
 
 @pytest.mark.parametrize(
@@ -382,6 +397,7 @@ HEAVY = {"torch", "transformers", "peft", "tokenizers", "websockets", "safetenso
     [
         ("edge_client", ["--help"]),
         ("edge_client", ["train", "--help"]),
+        ("edge_client", ["generate", "--help"]),
         ("gpu_server", ["--help"]),
         ("gpu_server", ["serve", "--help"]),
     ],
