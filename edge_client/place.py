@@ -148,13 +148,19 @@ def _is_round_end(path: Path) -> bool:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Write a file whole: its old content stays until the new one is on the disk."""
+    """Write a file so that whatever happens, power loss included, it has its old content or its new one."""
     unfinished = path.with_name(f"{path.name}.part")
     with unfinished.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
+    if os.name == "posix":  # the new name has to reach the disk, too; elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 @contextmanager
