@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import edge_client.cli
+import export.cli
 import gpu_server.cli
 from gpu_server import ConfigError, ServerConfig
 from gpu_server.config import COUNTS, options_from_toml, resumed
@@ -306,6 +307,7 @@ TRAINING = {
     *("--batch-size", "--data", "--device", "--dtype", "--eval-data", "--give-up-after", "--help", "--max-length", "--model"),
     *("--no-shuffle", "--state-dir", "-h"),
 }
+SOURCE = {"--adapter", "--help", "--model", "--output", "--overwrite", "--run-dir", "-h"}
 FLAGS = {
     "splitlora-edge": {
         "": {"--help", "-h", "--version"},
@@ -325,23 +327,21 @@ FLAGS = {
         "revoke": {"--help", "-h", "--run-dir", "--clients-file"},
         "clients": {"--help", "-h", "--run-dir", "--clients-file"},
     },
+    "splitlora-export": {
+        "": {"--help", "-h", "--version"},
+        "onnx": {*SOURCE, "--attention", "--keep-adapter", "--precision", "--split"},
+        "merge": SOURCE,
+        "verify": {"--help", "-h", "--prompts"},
+    },
 }
 
 NAMES = {
     "edge_client": [
         *("CertificateChanged", "ConnectionFailed", "DataError", "EdgeClient", "EnrolmentError", "ExportedModelError"),
-        *(
-            "GenerationError",
-            "Generator",
-            "Refused",
-            "RuntimeMissing",
-            "Sampling",
-            "ServerStatus",
-            "StateError",
-            "Step",
-            "ping",
-        ),
+        *("GenerationError", "Generator", "Refused", "RuntimeMissing", "Sampling", "ServerStatus", "StateError", "Step"),
+        "ping",
     ],
+    "export": ["Agreement", "Disagreement", "ExportError", "export_onnx", "merge", "verify"],
     "gpu_server": ["ConfigError", "GpuServer", "RunEndedEarly", "ServerConfig", "StepRecord"],
     "protocol": [
         *("HANDSHAKE_BYTES", "PROTOCOL_VERSION", "SECONDS_BETWEEN_PINGS", "SECONDS_TO_PONG", "TRANSITIONS"),
@@ -371,7 +371,7 @@ def flags_of(parser: argparse.ArgumentParser) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize("module", [edge_client.cli, gpu_server.cli])
+@pytest.mark.parametrize("module", [edge_client.cli, export.cli, gpu_server.cli])
 def test_flags_are_those_people_know(module: Any) -> None:
     assert flags_of(module.build_parser()) == FLAGS[module.PROGRAM]
 

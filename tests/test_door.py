@@ -27,7 +27,8 @@ from protocol.invitation import Invitation
 from split_model import BaseModel
 
 SETTINGS: dict[str, Any] = {"cut_layer": 1, "lora_rank": 2, "device": "cpu", "dtype": "float32"}
-FLAGS = ["--cut-layer=1", "--lora-rank=2", "--device=cpu", "--dtype=float32"]
+# On a busy machine programs take their time; only the tests that are about it give them little.
+FLAGS = ["--cut-layer=1", "--lora-rank=2", "--device=cpu", "--dtype=float32", "--handshake-seconds=60"]
 
 
 def command(package: str, *words: object) -> "subprocess.CompletedProcess[str]":
