@@ -33,6 +33,8 @@ check: $(VENV)/.development
 bench: $(VENV)/.development
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/device_weight.py
+	$(BIN)/python benchmarks/codecs.py
+	$(BIN)/python benchmarks/wire_bytes.py
 	$(BIN)/python benchmarks/e2e.py
 
 bench-export: $(VENV)/.development .venv-runtimes/.engines

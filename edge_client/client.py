@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from protocol import Hello, Join, Start, Welcome, check_name, largest_message_bytes
+from protocol import CODECS, Hello, Join, Start, Welcome, check_name, largest_message_bytes
 from split_model import BaseModel, ModelError, find_model
 
 from .access import Access
@@ -90,7 +90,7 @@ class EdgeClient:
         """Join the run; the device's part of the model is ready, and waits for the others in `start`."""
         self._membership = Membership(
             self._access.connect,
-            Hello(name=self.name, fingerprint=self._model.fingerprint()),
+            Hello(name=self.name, fingerprint=self._model.fingerprint(), codecs=CODECS),
             give_up_after=self._give_up_after,
             patient=self._place.is_kept or self._give_up_after is not None,
         )

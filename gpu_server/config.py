@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from protocol import RunSettings
+from protocol import CODECS, EXACT, RunSettings
 from protocol.settings import LARGEST_COUNT
 
 __all__ = ["ConfigError", "ServerConfig", "options_from_toml", "resumed"]
@@ -23,7 +23,8 @@ def option(help: str, default: Any = None, *, choices: tuple[str, ...] | None = 
 
 
 # A run that goes on may do so elsewhere, and with other limits; what it computes stays what it was.
-OF_THE_RUN = {item.name for item in fields(RunSettings)} - {"precision"} | {"dtype"}
+DERIVED = {"precision", "activation_codec", "gradient_codec"}
+OF_THE_RUN = {item.name for item in fields(RunSettings)} - DERIVED | {"dtype", "codec"}
 
 
 COUNTS = (
@@ -60,6 +61,11 @@ class ServerConfig:
     init_adapter: str | None = option("PEFT folder to start from")
     device: str = option("where the server's part computes", "auto", choices=("auto", "cpu", "cuda"))
     dtype: str = option("of the frozen weights", "auto", choices=("auto", "float32", "bfloat16"))
+    codec: str = option(
+        "of activations and their gradients on the wire; float32 is exact, auto is int8",
+        "float32",
+        choices=("auto", "float32", *CODECS),
+    )
     host: str = option("address to listen on", "127.0.0.1")
     port: int = option("port to listen on; 0 takes a free one", 8765)
     resume: bool = option("go on with the run in --run-dir; its settings need not be given again", False)
@@ -101,9 +107,16 @@ class ServerConfig:
 
     def settings(self, precision: str) -> RunSettings:
         """The part of it that every client is told."""
-        shared = {name.name: getattr(self, name.name) for name in fields(RunSettings) if name.name != "precision"}
+        shared = {item.name: getattr(self, item.name) for item in fields(RunSettings) if item.name not in DERIVED}
+        codec = self.codec
+        if codec == "float32" or (codec == "auto" and precision == "float64"):
+            codec = EXACT
+        elif codec == "auto":
+            codec = "int8"
+        elif precision == "float64":
+            raise ConfigError(f"codec {codec} is for runs in float32; a run in float64 has --codec float32, which is exact")
         try:
-            return RunSettings(precision=precision, **shared)
+            return RunSettings(precision=precision, activation_codec=codec, gradient_codec=codec, **shared)
         except ValueError as error:
             raise ConfigError(str(error).replace("_", "-")) from None
 

@@ -271,6 +271,12 @@ class Federation:
                 f"the model of {hello.name} has fingerprint {ascii(hello.fingerprint[:64])[1:-1]}, "
                 f"the run's has {self.limits.fingerprint}; use the same base model on both sides"
             )
+        missing = self.settings.codecs() - set(hello.codecs)
+        if missing:
+            raise RemoteProtocolError(
+                f"{hello.name} does not offer the codec {', '.join(sorted(missing))}, which this run uses; "
+                f"a newer splitlora-edge does, or the run can do without by --codec float32"
+            )
         member = self.members.get(hello.name)
         if hello.name in self.greeted or (member is not None and member.connected):
             raise NameInUse(f"the name {hello.name} is taken; choose another with --name")

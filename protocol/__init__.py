@@ -31,9 +31,11 @@ from .messages import (
     identity,
 )
 from .session import TRANSITIONS, Session, Side, State
-from .settings import RunSettings
+from .settings import CODECS, EXACT, RunSettings
 
 __all__ = [
+    "CODECS",
+    "EXACT",
     "HANDSHAKE_BYTES",
     "PROTOCOL_VERSION",
     "SECONDS_BETWEEN_PINGS",

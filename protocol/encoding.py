@@ -9,21 +9,25 @@ import math
 import types
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import msgpack
 import numpy as np
 import zstandard
 
+from .codecs import Coded
 from .errors import RemoteProtocolError
 from .messages import PROTOCOL_VERSION, Array, ArrayType, Message
+from .rounding import Dither
+from .settings import EXACT
+from .shuffling import shuffled, unshuffled
 
 __all__ = ["decode", "encode"]
 
 COMPRESSION_LEVEL = 1  # on shuffled floats higher levels save under 2 % and take three times as long
-ARRAY_EXTENSION = 1
-ARRAY_DTYPES = {"float32": "<f4", "float64": "<f8", "int32": "<i4"}
+ARRAY_EXTENSION, CODED_EXTENSION = 1, 2
+ARRAY_DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "int32")}
 MAX_ELEMENTS = 4096  # of all lists and maps of a message: an empty list is one byte of a frame, but 64 of memory
 MAX_TENSOR_ELEMENTS = 16  # the same, of one tensor's [dtype, shape, bytes]
 MAX_TEXT = 4096  # characters
@@ -39,16 +43,27 @@ WANTED = {
 KINDS: dict[str, type] = {kind.__name__: kind for kind in get_args(Message)}
 
 
-def encode(message: Message) -> bytes:
-    """The bytes of one WebSocket binary message."""
-    packed = msgpack.packb([PROTOCOL_VERSION, type(message).__name__, _as_map(message)], default=_pack_array)
+def encode(message: Message, codec: str = EXACT, dither: Dither | None = None) -> bytes:
+    """
+    The bytes of one WebSocket binary message.
+
+    Args:
+        codec: of the fields that may be coded.
+        dither: if they are gradients, which are rounded with it.
+    """
+
+    def coded(value: Any, kind: ArrayType) -> Any:
+        return Coded.of(value, codec, dither) if kind.may_be_coded and codec != EXACT else value
+
+    packed = msgpack.packb([PROTOCOL_VERSION, type(message).__name__, _as_map(message, coded)], default=_pack)
     return zstandard.ZstdCompressor(level=COMPRESSION_LEVEL).compress(packed)
 
 
-def decode(data: bytes, max_bytes: int) -> Message:
+def decode(data: bytes, max_bytes: int, codec: str = EXACT) -> Message:
     """
     Args:
-        max_bytes: the most a message may inflate to.
+        max_bytes: the most a message may inflate to, and a coded tensor decode to.
+        codec: in which tensors may come, besides exactly.
 
     Raises:
         RemoteProtocolError: ``data`` is not a message of this version, or a larger one.
@@ -57,7 +72,7 @@ def decode(data: bytes, max_bytes: int) -> Message:
     try:
         unpacked = msgpack.unpackb(
             _inflate(data, max_bytes),
-            ext_hook=_unpack_array,
+            ext_hook=partial(_unpack, codec, max_bytes),
             list_hook=count,
             object_hook=count,
             strict_map_key=True,
@@ -125,12 +140,16 @@ def _field_types(kind: type) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
-def _as_map(value: Any) -> dict[str, Any]:
-    return {field.name: _as_plain(getattr(value, field.name)) for field in fields(value)}
+def _as_map(value: Any, coded: Callable[[Any, ArrayType], Any]) -> dict[str, Any]:
+    kind: type = type(value)
+    types = _field_types(kind)
+    return {field.name: _as_plain(getattr(value, field.name), types[field.name], coded) for field in fields(value)}
 
 
-def _as_plain(value: Any) -> Any:
-    return _as_map(value) if is_dataclass(value) else value
+def _as_plain(value: Any, expected: Any, coded: Callable[[Any, ArrayType], Any]) -> Any:
+    if is_dataclass(value):
+        return _as_map(value, coded)
+    return coded(value, get_args(expected)[1]) if get_origin(expected) is Annotated else value
 
 
 def _build(kind: type, values: Any, where: str) -> Any:
@@ -181,6 +200,11 @@ def _shown(value: Any) -> str:
 
 
 def _check_array(value: Any, expected: ArrayType, where: str) -> Array:
+    if isinstance(value, Coded) and expected.may_be_coded:
+        try:
+            value = value.decode()
+        except RemoteProtocolError as error:
+            raise RemoteProtocolError(f"{where}: {error}") from None
     if not isinstance(value, np.ndarray):
         raise RemoteProtocolError(f"{where}: expected a tensor, got {type(value).__name__}")
     if value.dtype.name not in expected.dtypes or value.ndim != expected.num_dimensions:
@@ -191,22 +215,30 @@ def _check_array(value: Any, expected: ArrayType, where: str) -> Array:
     return value
 
 
-# Tensors: [dtype, shape, bytes], the bytes shuffled: all first bytes of the elements, then all second bytes, and so on.
-# The exponents of neighbouring floats are alike and compress; their mantissas are noise and are passed over quickly.
+# Tensors: [dtype, shape, bytes], the bytes shuffled, or [codec, shape, bytes...].
 
 
-def _pack_array(value: Any) -> msgpack.ExtType:
+def _pack(value: Any) -> msgpack.ExtType:
+    if isinstance(value, Coded):
+        return msgpack.ExtType(CODED_EXTENSION, msgpack.packb([value.codec, value.shape, *value.parts]))
     if not isinstance(value, np.ndarray) or value.dtype.name not in ARRAY_DTYPES:
         raise TypeError(f"cannot send {type(value).__name__}")
-    array = np.ascontiguousarray(value, ARRAY_DTYPES[value.dtype.name])
-    planes = array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T
-    return msgpack.ExtType(ARRAY_EXTENSION, msgpack.packb([value.dtype.name, value.shape, planes.tobytes()]))
+    return msgpack.ExtType(ARRAY_EXTENSION, msgpack.packb([value.dtype.name, value.shape, shuffled(value)]))
 
 
-def _unpack_array(code: int, data: bytes) -> Array:
-    if code != ARRAY_EXTENSION:
+def _unpack(codec: str, max_bytes: int, code: int, data: bytes) -> Array | Coded:
+    if code not in (ARRAY_EXTENSION, CODED_EXTENSION):
         raise RemoteProtocolError(f"unknown msgpack extension {code}")
     unpacked = msgpack.unpackb(data, list_hook=_at_most(MAX_TENSOR_ELEMENTS), max_array_len=MAX_TENSOR_ELEMENTS, max_map_len=0)
+    if code == ARRAY_EXTENSION:
+        return _array_of(unpacked)
+    coded = Coded.received(unpacked, max_bytes)
+    if coded.codec != codec:
+        raise RemoteProtocolError(f"a tensor in {coded.codec}; the run has agreed on {codec}")
+    return coded
+
+
+def _array_of(unpacked: Any) -> Array:
     if not isinstance(unpacked, list) or len(unpacked) != 3:
         raise RemoteProtocolError("a tensor is [dtype, shape, bytes]")
     name, shape, raw = unpacked
@@ -214,11 +246,7 @@ def _unpack_array(code: int, data: bytes) -> Array:
         raise RemoteProtocolError("a tensor is [dtype, shape, bytes]")
     if any(type(size) is not int or size < 0 for size in shape):
         raise RemoteProtocolError("a tensor's shape is a list of sizes")
-    dtype = np.dtype(ARRAY_DTYPES[name])
+    dtype = ARRAY_DTYPES[name]
     if math.prod(shape) * dtype.itemsize != len(raw):
         raise RemoteProtocolError(f"{name}{shape} takes {math.prod(shape) * dtype.itemsize} bytes, got {len(raw)}")
-    array = np.empty(shape, dtype)  # memory of its own, writable
-    elements = array.reshape(-1).view(np.uint8).reshape(-1, dtype.itemsize)
-    for index, plane in enumerate(np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1)):  # much faster than transposing
-        elements[:, index] = plane
-    return array
+    return unshuffled(raw, dtype, shape)

@@ -52,9 +52,12 @@ class ArrayType:
 
     dtypes: tuple[str, ...]
     num_dimensions: int
+    may_be_coded: bool = False
 
 
 Floats = Annotated[Array, ArrayType(("float32", "float64"), 2)]
+CodedFloats = Annotated[Array, ArrayType(("float32", "float64"), 2, may_be_coded=True)]
+"""On the wire in a codec, if the run has one; here they are floats."""
 Integers = Annotated[Array, ArrayType(("int32",), 1)]
 Tensors = dict[str, Floats]
 
@@ -102,6 +105,8 @@ class Hello:
 
     name: str
     fingerprint: str
+    codecs: tuple[str, ...] = ()
+    """Those it has, besides the exact one."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -161,7 +166,7 @@ class LabelledBatch:
     """(B,) how many of each sequence's last rows have a label."""
     labels: Integers
     """(M,) next tokens at the labelled rows."""
-    values: Floats
+    values: CodedFloats
     """(N, d)."""
 
     def __post_init__(self) -> None:
@@ -191,7 +196,7 @@ class ActivationGradient:
     step: int
     loss: float
     """Nats per labelled token of all clients."""
-    values: Floats
+    values: CodedFloats
     """(N, d)."""
 
 

@@ -31,6 +31,8 @@ from .messages import (
     Welcome,
     identity,
 )
+from .rounding import Dither
+from .settings import EXACT
 
 __all__ = ["TRANSITIONS", "Session", "Side", "State"]
 
@@ -99,6 +101,10 @@ class Session:
         self.side = side
         self.max_bytes = max_bytes
         self.state = State.NEW
+        self.codecs = dict.fromkeys(Side, EXACT)
+        """By sender, of what may be coded; a `Welcome` decides."""
+        self._hello: Hello | None = None
+        self._seed = 0
         self._received: tuple[type, int, int] | None = None
 
     def send(self, message: Message) -> bytes:
@@ -111,8 +117,9 @@ class Session:
         next_state = TRANSITIONS.get((self.state, self.side, type(message)))
         if next_state is None:
             raise LocalProtocolError(f"{self.side.value} cannot send {type(message).__name__} while {self.state.value}")
-        data = encode(message)
+        data = encode(message, self.codecs[self.side], self._dither(message))
         self.state = next_state
+        self._note(message)
         return data
 
     def receive(self, data: bytes | str) -> Message | None:
@@ -128,7 +135,7 @@ class Session:
         try:
             if isinstance(data, str):
                 raise RemoteProtocolError("got a text frame; messages are binary")
-            message = decode(data, self.max_bytes)
+            message = decode(data, self.max_bytes, self.codecs[self.side.peer])
             # A `Start` may name the step of the one before it, where only its round has ended meanwhile.
             received = (*identity(message), getattr(message, "round", 0))
             if received == self._received and self.state is not State.BROKEN:
@@ -137,10 +144,36 @@ class Session:
             if next_state is None:
                 peer = self.side.peer.value
                 raise RemoteProtocolError(f"{peer} sent {type(message).__name__} while {self.state.value}")
+            if isinstance(message, Welcome):
+                self._check_offered(message)
         except RemoteProtocolError:
             if self.state is not State.CLOSED:
                 self.state = State.BROKEN
             raise
         self.state = next_state
         self._received = received
+        self._note(message)
         return message
+
+    def _note(self, message: Message) -> None:
+        """Keep what has been agreed on."""
+        if isinstance(message, Hello):
+            self._hello = message
+        elif isinstance(message, Welcome):
+            settings, self._seed = message.settings, message.settings.seed
+            self.codecs = {Side.CLIENT: settings.activation_codec, Side.SERVER: settings.gradient_codec}
+
+    def _check_offered(self, welcome: Welcome) -> None:
+        """
+        Raises:
+            RemoteProtocolError: the server chose a codec that this client has not offered.
+        """
+        missing = welcome.settings.codecs().difference(self._hello.codecs if self._hello else ())
+        if missing:
+            raise RemoteProtocolError(f"the server chose the codec {', '.join(sorted(missing))}, which was not offered")
+
+    def _dither(self, message: Message) -> Dither | None:
+        """For gradients, the same for the same run, client, direction and step: a repeated message has the same bytes."""
+        if not isinstance(message, ActivationGradient) or self._hello is None or self.codecs[self.side] == EXACT:
+            return None
+        return Dither(self._seed, self._hello.name, type(message).__name__, message.step)

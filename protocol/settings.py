@@ -3,7 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["RunSettings"]
+__all__ = ["CODECS", "EXACT", "RunSettings"]
+
+EXACT = "exact"
+"""Floats as they are, in the run's precision. Everybody has it."""
+CODECS = ("bfloat16", "int8", "int4")
+"""What else there is, for runs in float32; from many bytes to few."""
 
 
 LARGEST_COUNT = 2**31 - 1  # far below the largest integer that a message may hold
@@ -32,6 +37,10 @@ class RunSettings:
     seed: int
     precision: str
     """"float32" or "float64": of activations, gradients and adapters on the wire."""
+    activation_codec: str = EXACT
+    """EXACT or one of CODECS: how clients send activations."""
+    gradient_codec: str = EXACT
+    """How the server sends their gradients."""
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -48,6 +57,16 @@ class RunSettings:
             raise ValueError(f"lr_schedule must be constant or linear, got {self.lr_schedule[:40]!r}")
         if self.precision not in ("float32", "float64"):
             raise ValueError(f"precision must be float32 or float64, got {self.precision[:40]!r}")
+        for name in ("activation_codec", "gradient_codec"):
+            codec = getattr(self, name)
+            if codec not in (EXACT, *CODECS):
+                raise ValueError(f"{name} must be one of {', '.join((EXACT, *CODECS))}, got {codec[:40]!r}")
+            if codec != EXACT and self.precision != "float32":
+                raise ValueError(f"{name} must be {EXACT} in a run of {self.precision}, got {codec!r}")
+
+    def codecs(self) -> set[str]:
+        """What a client has to offer, besides EXACT."""
+        return {self.activation_codec, self.gradient_codec} - {EXACT}
 
     def lora(self) -> dict[str, Any]:
         """The keyword arguments of ``split_model.LoraConfig``."""

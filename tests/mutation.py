@@ -14,8 +14,10 @@ import zstandard
 
 from gpu_server.federation import Federation, ModelLimits
 from protocol import (
+    CODECS,
     PROTOCOL_VERSION,
     TRANSITIONS,
+    ActivationGradient,
     Activations,
     AdapterGradient,
     Contribution,
@@ -28,6 +30,7 @@ from protocol import (
     Session,
     Side,
     State,
+    Welcome,
     decode,
     encode,
 )
@@ -39,10 +42,13 @@ STRANGE: list[Any] = [
     *("", "a", "../../etc/passwd", "\x1b[2J\r\n", "\u202e", "x" * 5000, b"", b"\x00" * 100, [], {}, [[[]]], {"": {}}),
     *(msgpack.ExtType(1, b""), msgpack.ExtType(2, b"x"), msgpack.ExtType(1, b"\xc1"), msgpack.Timestamp(1)),
 ]
+WITH_AN_OUTLIER = np.outer([1, -2, 3], [*range(16), 1000]).astype(np.float32)
 OUTCOMES = {
     "peer speaks protocol version": "another version",
     "unknown kind of message": "unknown kind",
     "unknown msgpack extension": "unknown extension",
+    "a tensor in": "another codec",
+    "the server chose": "another codec",
     "not a message: the zstd": "no announced size",
     "not a message: more than": "too many elements",
     "not a message": "no message",
@@ -61,6 +67,8 @@ class Mutator:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self._frames = [encode(message) for message in protocol_samples.SAMPLES.values()]
+        gradient = ActivationGradient(step=1, loss=1.0, values=WITH_AN_OUTLIER)
+        self._frames += [encode(gradient, codec) for codec in CODECS]
         self._packed = [protocol_samples.inflate(frame) for frame in self._frames]
         self._compressor = zstandard.ZstdCompressor(level=1)
         self._levels: dict[str, Callable[[], bytes]] = {
@@ -125,6 +133,8 @@ class Mutator:
     def _of_mutated_fields(self) -> bytes:
         kind, other = self.random.choices(list(protocol_samples.SAMPLES), k=2)
         fields, fields_of_other = (protocol_samples.plain(protocol_samples.SAMPLES[name]) for name in (kind, other))
+        if "values" in fields and self.random.random() < 0.7:
+            fields["values"] = protocol_samples.coded(WITH_AN_OUTLIER, self.random.choice(CODECS))
         message = [PROTOCOL_VERSION, kind, fields]
         for _ in range(self.random.choice((1, 1, 1, 2, 4))):
             self._change_something(message if self.random.random() < 0.1 else message[2], fields_of_other)
@@ -159,6 +169,8 @@ class Mutator:
         return copy.deepcopy(self.random.choice(STRANGE))  # it may be changed itself, later
 
     def _nearly_a_tensor(self, tensor: msgpack.ExtType) -> msgpack.ExtType:
+        if tensor.code == 2 and self.random.random() < 0.8:
+            return self._nearly_a_coded_tensor(tensor)
         what = self.random.randrange(5)
         try:
             parts = msgpack.unpackb(tensor.data)
@@ -166,7 +178,7 @@ class Mutator:
             parts = None
         # It may have been changed before.
         if what == 0 or not isinstance(parts, list) or [type(part) for part in parts] != [str, list, bytes]:
-            return msgpack.ExtType(1, self._mutated(tensor.data))
+            return msgpack.ExtType(tensor.code, self._mutated(tensor.data))
         if what == 1:
             parts[0] = self.random.choice(("float32", "float64", "int32", "float16", "object", "O", "V8", 3, None))
         elif what == 2:
@@ -176,6 +188,35 @@ class Mutator:
         else:
             parts[self.random.randrange(3)] = self._strange()
         return msgpack.ExtType(1, msgpack.packb(parts))
+
+    def _nearly_a_coded_tensor(self, tensor: msgpack.ExtType) -> msgpack.ExtType:
+        """Another codec, shape or number of parts; a part cut, longer, or of other numbers."""
+        try:
+            parts = msgpack.unpackb(tensor.data)
+        except (ValueError, msgpack.UnpackException):
+            parts = None
+        if not isinstance(parts, list) or len(parts) < 3:  # changed before
+            return msgpack.ExtType(2, self._mutated(tensor.data))
+        index = self.random.randrange(len(parts))
+        if self.random.random() < 0.1:
+            parts[index] = self._strange()
+        elif self.random.random() < 0.1:
+            parts.insert(index, b"")
+        elif index == 0:
+            parts[0] = self.random.choice((*CODECS, "exact", "int3", None))
+        elif index == 1:
+            parts[1] = [self.random.choice((*EDGES, -1, *range(9))) for _ in range(self.random.choice((2, 2, 2, 1, 3)))]
+        elif isinstance(parts[index], bytes):
+            parts[index] = self._other_numbers(parts[index])
+        return msgpack.ExtType(2, msgpack.packb(parts))
+
+    def _other_numbers(self, part: bytes) -> bytes:
+        if self.random.random() < 0.3:
+            return self._mutated(part)
+        mutated = bytearray(part)
+        for _ in range(min(len(mutated), self.random.choice((1, 2, 9)))):
+            mutated[self._place(mutated)] = self.random.choice((0, 1, 0x7F, 0x80, 0xBF, 0xFF))  # of signs and exponents
+        return bytes(mutated)
 
 
 class Judge:
@@ -194,8 +235,9 @@ class Judge:
         self.outcomes[self._decoded(frame)] += 1
 
     def _decoded(self, frame: bytes) -> str:
+        self._codec = self._random.choice(CODECS)
         try:
-            message = decode(frame, MAX_BYTES)
+            message = decode(frame, MAX_BYTES, self._codec)
         except RemoteProtocolError as error:
             self._session_refuses(frame)
             return _outcome(error)
@@ -222,8 +264,10 @@ class Judge:
         try:
             received = session.receive(frame)
         except RemoteProtocolError as error:
-            assert expected is None
-            return _outcome(error)
+            outcome = _outcome(error)
+            # To a client that has said no Hello, any codec is one that it did not offer.
+            assert expected is None or (isinstance(message, Welcome) and outcome == "another codec")
+            return outcome
         assert session.state is expected
         assert type(received) is type(message)
         state = session.state
@@ -233,6 +277,7 @@ class Judge:
 
     def _session(self) -> Session:
         session = Session(self._random.choice(list(Side)), MAX_BYTES)
+        session.codecs = dict.fromkeys(Side, self._codec)
         session.state = self._random.choice(list(State))
         return session
 
@@ -276,6 +321,6 @@ def _a_run() -> Federation:
     settings = vars(protocol_samples.SETTINGS) | {"clients": 1}
     zeros = {name: np.zeros_like(tensor) for name, tensor in gradient.tensors.items()}
     run = Federation("run", type(protocol_samples.SETTINGS)(**settings), limits, zeros)
-    run.welcome(Hello(name="member", fingerprint=limits.fingerprint))
+    run.welcome(Hello(name="member", fingerprint=limits.fingerprint, codecs=CODECS))
     run.join("member", Join(num_samples=1000, batch_size=8, longest=512), 0.0)
     return run

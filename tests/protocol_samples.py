@@ -1,6 +1,7 @@
 """A message of every kind, and the encoding written a second time, from PROTOCOL.md alone."""
 
 import dataclasses
+import struct
 from typing import Any
 
 import msgpack
@@ -29,6 +30,7 @@ from protocol import (
     Start,
     Welcome,
 )
+from protocol.codecs import Coded
 
 SETTINGS = RunSettings(
     cut_layer=1,
@@ -45,6 +47,8 @@ SETTINGS = RunSettings(
     weight_decay=0.01,
     seed=7,
     precision="float32",
+    activation_codec="int8",
+    gradient_codec="bfloat16",
 )
 
 _NAME = "base_model.model.transformer.h.0.attn.c_attn.lora_"
@@ -64,7 +68,7 @@ SAMPLES: dict[str, Message] = {
     for message in [
         Ping(index=2),
         Pong(index=2, software="0.1.0", run="20250102-030405", clients=3, joined=1, step=0, model="openai-community/gpt2"),
-        Hello(name="jetson-1.kitchen_A", fingerprint="0123456789abcdef0123456789abcdef"),
+        Hello(name="jetson-1.kitchen_A", fingerprint="0123456789abcdef0123456789abcdef", codecs=("bfloat16", "int8")),
         Welcome(run="20250102-030405", settings=SETTINGS, fingerprint="0123456789abcdef0123456789abcdef", restarts=1),
         Join(num_samples=1000, batch_size=8, longest=512, step=7),
         Start(step=7, total_steps=100, adapter=_MATRICES, round=5),
@@ -107,6 +111,36 @@ def tensor(array: Array) -> msgpack.ExtType:
     data = array.tobytes()
     planes = b"".join(data[byte :: array.itemsize] for byte in range(array.itemsize))
     return tensor_of(array.dtype.name, array.shape, planes)
+
+
+def coded(values: Array, codec: str) -> msgpack.ExtType:
+    made = Coded.of(values, codec)
+    return msgpack.ExtType(2, msgpack.packb([made.codec, made.shape, *made.parts]))
+
+
+def _bfloat16(raw: bytes) -> list[float]:
+    low, high = raw[: len(raw) // 2], raw[len(raw) // 2 :]
+    return [struct.unpack("<f", bytes((0, 0, *pair)))[0] for pair in zip(low, high, strict=True)]
+
+
+def decoded(coded: msgpack.ExtType) -> Array:
+    """What a coded tensor means, one element at a time."""
+    codec, (num_rows, width), *parts = msgpack.unpackb(coded.data)
+    if codec == "bfloat16":
+        return np.array(_bfloat16(parts[0]), np.float32).reshape(num_rows, width)
+    centre, outlier_values, scales = (_bfloat16(parts[index]) for index in (0, 2, 3))
+    num_outliers = len(parts[1]) // 4
+    outliers = [int.from_bytes(parts[1][k::num_outliers], "little") for k in range(num_outliers)]
+    codes = list(parts[4]) if codec == "int8" else [half for byte in parts[4] for half in (byte % 16, byte // 16)]
+    top = 256 if codec == "int8" else 16
+    values = np.empty((num_rows, width), np.float32)
+    for n, c in np.ndindex(num_rows, width):
+        code = codes[n * width + c]
+        value = np.float32(code if code < top / 2 else code - top) * np.float32(scales[n])
+        if c in outliers:
+            value = np.float32(outlier_values[outliers.index(c) * num_rows + n])
+        values[n, c] = value + np.float32(centre[c] if centre else 0)
+    return values
 
 
 def plain(value: Any) -> Any:

@@ -20,7 +20,14 @@ def test_mutated_and_random_frames_are_messages_or_refused() -> None:
     assert sum(judge.outcomes.values()) == 20_000
     # Mutations that never get far, or never fail, would show nothing.
     assert min(made.values()) > 500
-    for outcome in ("no message", "a wrong field", "out of turn", "message", "message that does not fit the run"):
+    for outcome in (
+        "no message",
+        "a wrong field",
+        "out of turn",
+        "message",
+        "message that does not fit the run",
+        "another codec",
+    ):
         assert judge.outcomes[outcome] > 300, outcome
 
 

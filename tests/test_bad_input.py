@@ -20,6 +20,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
+import protocol_samples
 import pytest
 import torch
 import zstandard
@@ -33,6 +34,7 @@ import gpu_server.cli
 from edge_client import ConnectionFailed, EdgeClient
 from gpu_server import GpuServer, RunEndedEarly
 from protocol import (
+    CODECS,
     PROTOCOL_VERSION,
     ActivationGradient,
     Activations,
@@ -54,6 +56,7 @@ from protocol import (
     decode,
     encode,
 )
+from protocol.codecs import Coded
 from split_model import BaseModel, LoraConfig, TrainingDiverged, initial_adapter, save_adapter
 
 WIDTH, VOCABULARY = 32, 600  # of the tiny model
@@ -646,7 +649,7 @@ def joined(run: Run, fingerprint: str) -> Iterator[Hostile]:
     """A hostile client that has joined as it should, batches of 2 x 4 rows: with the honest one, the run has started."""
     while True:
         with Hostile(run.server.url) as hostile:
-            hostile.say(Hello(name="hostile", fingerprint=fingerprint))
+            hostile.say(Hello(name="hostile", fingerprint=fingerprint, codecs=CODECS))
             if isinstance(hostile.hear(Welcome | Failure), Failure):
                 continue  # one refused before has not left quite yet
             hostile.say(Join(num_samples=4, batch_size=2, longest=4))
@@ -757,6 +760,7 @@ MISFITS: dict[str, tuple[Message | bytes | str, str]] = {
         "Activations.lengths: expected a tensor",
     ),
     "not a number": (batch(values=floats(7, value=float("nan"))), "Activations.values: has NaN or infinite values"),
+    "codec in an exact run": (encode(batch(), "int8"), "a tensor in int8; the run has agreed on exact"),
     "infinite": (batch(values=floats(7, value=float("-inf"))), "Activations.values: has NaN or infinite values"),
     "step ahead": (batch(step=2), "expected Activations of step 1, got Activations of step 2"),
     "adapter first": (
@@ -788,6 +792,40 @@ MISFITS: dict[str, tuple[Message | bytes | str, str]] = {
         "values are 5 wide, the model is 32",
     ),
 }
+
+
+def of_scale(scale: int) -> bytes:
+    """A batch in int8 with another scale in its first row, bfloat16 as its bits."""
+    whole = Coded.of(floats(7), "int8")
+    scales = bytearray(whole.parts[3])
+    scales[0], scales[7] = scale % 256, scale // 256
+    values = msgpack.ExtType(2, msgpack.packb(["int8", [7, WIDTH], *whole.parts[:3], bytes(scales), whole.parts[4]]))
+    return protocol_samples.frame_of("Activations", {**protocol_samples.plain(batch()), "values": values})
+
+
+CODED_MISFITS: dict[str, tuple[bytes, str]] = {
+    "another codec": (encode(batch(), "int4"), "a tensor in int4; the run has agreed on int8"),
+    "scale of zero": (of_scale(0), "Activations.values: a scale of int8 is not a positive number"),
+    "negative scale": (of_scale(0xBF80), "a scale of int8 is not a positive number"),
+    "scale that is no number": (of_scale(0x7FC0), "a scale of int8 is not a positive number"),
+    "infinite scale": (of_scale(0x7F80), "a scale of int8 is not a positive number"),
+    "values beyond all sense": (encode(batch(values=floats(7, value=1e30)), "int8"), "training has diverged"),
+    "other width": (encode(batch(values=floats(7, 31)), "int8"), "values are 31 wide, the model is 32"),
+    "far more rows": (encode(batch(lengths=ints(4, 4000), values=floats(4004)), "int8"), "exceeds the limit of"),
+}
+
+
+@pytest.mark.parametrize("case", CODED_MISFITS)
+def test_client_whose_codes_make_no_sense_is_dropped_and_the_other_goes_on(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], fingerprint: str, case: str
+) -> None:
+    data, reason = CODED_MISFITS[case]
+    with (
+        a_run(tiny_model, tmp_path, pairs_file("honest", 3), clients=2, codec="int8") as run,
+        joined(run, fingerprint) as hostile,
+    ):
+        hostile.say(data)
+        assert reason in hostile.hear().reason
 
 
 @pytest.mark.parametrize("case", MISFITS)

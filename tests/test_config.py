@@ -16,7 +16,7 @@ import export.cli
 import gpu_server.cli
 from gpu_server import ConfigError, ServerConfig
 from gpu_server.config import COUNTS, options_from_toml, resumed
-from protocol import RunSettings
+from protocol import CODECS, RunSettings
 
 REQUIRED = {"model": "gpt2", "run_dir": "runs/demo", "steps": 10}
 
@@ -248,6 +248,7 @@ OTHER_VALUES: dict[str, Any] = {
     "dtype": "bfloat16",
     "host": "0.0.0.0",
     "port": 1234,
+    "codec": "int4",
     "resume": True,
     "checkpoint_every": 3,
     "quorum": 1,
@@ -288,12 +289,34 @@ def test_every_setting_has_another_value_in_these_tests() -> None:
 
 
 def test_clients_are_told_the_settings_of_the_run() -> None:
-    told = ServerConfig(**{**OTHER_VALUES, "epochs": None}).settings("float64")
+    told = ServerConfig(**{**OTHER_VALUES, "epochs": None}).settings("float32")
     assert isinstance(told, RunSettings)
-    assert told.precision == "float64"
+    assert told.precision == "float32"
+    assert {told.activation_codec, told.gradient_codec} == {OTHER_VALUES["codec"]}
     for item in dataclasses.fields(RunSettings):
-        if item.name not in ("precision", "epochs"):
+        if item.name not in ("precision", "epochs", "activation_codec", "gradient_codec"):
             assert getattr(told, item.name) == OTHER_VALUES[item.name]
+
+
+@pytest.mark.parametrize(
+    ("codec", "precision", "told"),
+    [
+        ("float32", "float32", "exact"),
+        ("float32", "float64", "exact"),
+        ("auto", "float32", "int8"),
+        ("auto", "float64", "exact"),
+        *((codec, "float32", codec) for codec in CODECS),
+    ],
+)
+def test_codec_is_what_the_operator_says_and_auto_is_what_the_run_allows(codec: str, precision: str, told: str) -> None:
+    settings = config(codec=codec).settings(precision)
+    assert (settings.activation_codec, settings.gradient_codec) == (told, told)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_run_in_float64_has_no_codec(codec: str) -> None:
+    with pytest.raises(ConfigError, match=f"codec {codec} is for runs in float32"):
+        config(codec=codec).settings("float64")
 
 
 def test_clients_are_not_told_where_things_lie() -> None:
@@ -344,7 +367,7 @@ NAMES = {
     "export": ["Agreement", "Disagreement", "ExportError", "export_onnx", "merge", "verify"],
     "gpu_server": ["ConfigError", "GpuServer", "RunEndedEarly", "ServerConfig", "StepRecord"],
     "protocol": [
-        *("HANDSHAKE_BYTES", "PROTOCOL_VERSION", "SECONDS_BETWEEN_PINGS", "SECONDS_TO_PONG", "TRANSITIONS"),
+        *("CODECS", "EXACT", "HANDSHAKE_BYTES", "PROTOCOL_VERSION", "SECONDS_BETWEEN_PINGS", "SECONDS_TO_PONG", "TRANSITIONS"),
         *("ActivationGradient", "Activations", "AdapterGradient", "AdapterWeights", "Array", "Contribution", "Done"),
         *("EdgeAdapter", "Evaluation", "EvaluationLoss", "Failure", "Goodbye", "Hello", "InvalidName", "Join"),
         *("LabelledBatch", "LocalProtocolError", "Message", "Ping", "Pong", "ProtocolError", "RemoteProtocolError"),

@@ -164,19 +164,21 @@ def test_unknown_fields_of_the_settings_are_ignored() -> None:
 
 def test_absent_fields_have_their_defaults() -> None:
     fields = plain(SAMPLES["Welcome"])
-    for name in ("epochs", "aggregate_every"):
+    for name in ("epochs", "aggregate_every", "activation_codec", "gradient_codec"):
         del fields["settings"][name]
+    defaults = {"aggregate_every": 1, "activation_codec": "exact", "gradient_codec": "exact"}
     message = decode(frame_of("Welcome", fields), HANDSHAKE_BYTES)
     assert isinstance(message, Welcome)
-    assert message.settings == dataclasses.replace(SETTINGS, aggregate_every=1)
+    assert message.settings == dataclasses.replace(SETTINGS, **defaults)
     del fields["settings"]["steps"]
     fields["settings"]["epochs"] = 2
     message = decode(frame_of("Welcome", fields), HANDSHAKE_BYTES)
     assert isinstance(message, Welcome)
-    assert message.settings == dataclasses.replace(SETTINGS, steps=None, epochs=2, aggregate_every=1)
+    assert message.settings == dataclasses.replace(SETTINGS, steps=None, epochs=2, **defaults)
 
 
 DEFAULTS: dict[str, dict[str, Any]] = {
+    "Hello": {"codecs": ()},
     "Ping": {"index": 0},
     "Pong": {"index": 0, "model": ""},
     "Welcome": {"restarts": 0},
@@ -255,6 +257,7 @@ WRONG: dict[Any, list[Any]] = {
     int | None: [-1, 2**53 + 1, True, 1.0, "1", [], ONE],
     RunSettings: [None, [], 1, "settings", {}, ONE],
     protocol.messages.Floats: NO_FLOATS,
+    protocol.messages.CodedFloats: NO_FLOATS,
     protocol.messages.Integers: NO_INTEGERS,
     protocol.Tensors: [*({"a": value} for value in NO_FLOATS), {"x" * 4097: ONE}, {b"a": ONE}, [], None, 1, ONE],
 }
@@ -353,6 +356,10 @@ def test_a_join_that_brings_nothing_is_refused(name: str) -> None:
         {"aggregate_every": 0},
         {"precision": "float16"},
         {"precision": "x" * 4096},
+        {"activation_codec": "int3"},
+        {"gradient_codec": "x" * 4096},
+        {"precision": "float64", "gradient_codec": "exact"},
+        {"precision": "float64", "activation_codec": "exact"},
     ],
 )
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
@@ -437,7 +444,7 @@ def test_a_tensor_that_is_no_triple_is_refused(payload: bytes) -> None:
     refused_tensor(msgpack.ExtType(1, payload))
 
 
-@pytest.mark.parametrize("code", [0, 2, 127])
+@pytest.mark.parametrize("code", [0, 3, 127])
 def test_an_unknown_extension_is_refused_wherever_it_stands(code: int) -> None:
     reason = f"unknown msgpack extension {code}"
     assert refused_tensor(msgpack.ExtType(code, b"")) == reason

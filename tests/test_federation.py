@@ -253,6 +253,18 @@ def test_place_of_a_client_that_leaves_before_the_start_is_free_again() -> None:
         federation.welcome(Hello(name="c", fingerprint="f"))
 
 
+def test_client_that_does_not_offer_the_runs_codecs_is_refused_and_takes_no_place() -> None:
+    codecs = {"activation_codec": "int8", "gradient_codec": "int4"}
+    federation = Federation("run", settings(clients=1, **codecs), LIMITS, tensors())
+    for offered, missing in ((), "int4, int8"), (("int8", "bfloat16", "int3"), "int4"):
+        with pytest.raises(RemoteProtocolError, match=f"^old does not offer the codec {missing}, which this run uses; "):
+            federation.welcome(Hello(name="old", fingerprint="f", codecs=offered))
+    assert federation.welcome(Hello(name="new", fingerprint="f", codecs=("int3", "int4", "int8"))).settings.codecs() == {
+        "int4",
+        "int8",
+    }
+
+
 def test_question_out_of_turn_changes_nothing() -> None:
     table = Table({"a": 3, "b": 3})
     for wrong in (lambda: table.activations("a", 2), lambda: table.contribute("a", 1), lambda: table.done("a", 3)):

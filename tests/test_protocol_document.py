@@ -11,9 +11,11 @@ import pytest
 from protocol_samples import SAMPLES, inflate
 
 import protocol
-from protocol import HANDSHAKE_BYTES, PROTOCOL_VERSION, TRANSITIONS, Message, RunSettings, Side, State, encode
+from protocol import CODECS, HANDSHAKE_BYTES, PROTOCOL_VERSION, TRANSITIONS, Message, RunSettings, Side, State, encode
+from protocol.codecs import Coded
 from protocol.encoding import MAX_ELEMENTS, MAX_TENSOR_ELEMENTS, MAX_TEXT
 from protocol.invitation import FORM
+from protocol.rounding import Dither
 
 DOCUMENT = (Path(__file__).parent.parent / "PROTOCOL.md").read_text(encoding="utf-8")
 KINDS = {kind.__name__: kind for kind in get_args(Message)}
@@ -24,6 +26,7 @@ WORDS: dict[Any, str] = {
     tuple[str, ...]: "list of texts",
     int | None: "integer or nil",
     protocol.messages.Floats: "floats",
+    protocol.messages.CodedFloats: "coded floats",
     protocol.messages.Integers: "integers",
     protocol.Tensors: "map of floats",
     RunSettings: "RunSettings",
@@ -132,6 +135,19 @@ def test_its_example_of_a_tensor_is_what_is_sent() -> None:
     )
     assert bytes.fromhex(plain) == batch.labels.tobytes()
     assert msgpack.packb(["int32", [2], bytes.fromhex(shuffled)]) in inflate(encode(batch))
+
+
+def test_its_example_of_codes_is_what_is_sent() -> None:
+    ((codes, packed),) = re.findall(r"of the codes ([-0-9, ]+) `int4` makes the bytes `([0-9a-f ]+)`", DOCUMENT)
+    values = np.array([[int(code) for code in codes.split(",")]], np.float32)
+    assert Coded.of(values, "int4", Dither(0)).parts[-1] == bytes.fromhex(packed)
+
+
+def test_it_names_the_codecs() -> None:
+    (rows,) = tables(DOCUMENT, "codec", "parts")
+    assert [name for cell, _ in rows for name in re.findall(r"`(\w+)`", cell)] == list(CODECS)
+    for codec, row in zip(CODECS, (rows[0], rows[1], rows[1]), strict=True):
+        assert len(Coded.of(np.ones((2, 3), np.float32), codec).parts) == len(row[1].split(","))
 
 
 def test_it_names_no_message_that_does_not_exist() -> None:

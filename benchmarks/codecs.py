@@ -1,0 +1,205 @@
+"""
+What each codec costs and loses: gpt2-mini on E2E NLG, activations after block 3 and their gradients, batches of 8.
+
+Bytes an element are those of whole messages after zstd. Speed is of whole messages, too, from floats to bytes and back, in MB
+of float32 a second of one core's own time; memcpy and zstd alone are what cannot be beaten. The change of the loss is that of
+the server's part when it gets the activations as they arrive. Gradients change no loss at once, but the gradient of the edge's
+LoRA matrices that is made of them.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import contestants
+import numpy as np
+import torch
+import zstandard
+
+from edge_client.data import Batch, Dataset, load_tokenizer
+from protocol import CODECS, EXACT, ActivationGradient, Array, decode, encode
+from protocol.encoding import COMPRESSION_LEVEL
+from protocol.rounding import Dither
+from split_model import BaseModel, EdgePart, LoraConfig, OptimiserConfig, ServerPart, adamw, initial_adapter, take_step
+from terminal import Progress
+
+BATCH_SIZE, CUT_LAYER, LEARNING_RATE, MAX_BYTES = 8, 3, 2e-3, 2**26
+LORA = LoraConfig(rank=8, alpha=32.0, dropout=0.0, targets=("c_attn",))
+
+
+@dataclass
+class Example:
+    """One batch's activations and gradient, (N, d) each."""
+
+    batch: Batch
+    activations: Array
+    gradient: Array
+
+
+@dataclass
+class Cost:
+    """Of one codec, one kind of values."""
+
+    codec: str
+    gradients: bool
+    encoding: list[float] = field(default_factory=list)
+    """MB of float32 a second of CPU time, a figure a message."""
+    decoding: list[float] = field(default_factory=list)
+    num_bytes: int = 0
+    num_elements: int = 0
+    squared_error: float = 0.0
+    squared: float = 0.0
+    arrived: list[Array] = field(default_factory=list)
+
+    def measure(self, number: int, values: Array) -> None:
+        # As the session does: the noise of every message is another one.
+        dither = Dither("benchmark", number) if self.gradients and self.codec != EXACT else None
+        message = ActivationGradient(step=number, loss=0.0, values=values)
+        began = time.thread_time()
+        data = encode(message, self.codec, dither)
+        encoded = time.thread_time()
+        arrived = decode(data, MAX_BYTES, self.codec).values  # type: ignore[union-attr]
+        ended = time.thread_time()
+        self.encoding.append(values.nbytes / 1e6 / (encoded - began))
+        self.decoding.append(values.nbytes / 1e6 / (ended - encoded))
+        self.num_bytes += len(data)
+        self.num_elements += values.size
+        self.squared_error += float(np.square(arrived - values, dtype=np.float64).sum())
+        self.squared += float(np.square(values, dtype=np.float64).sum())
+        self.arrived.append(arrived)
+
+    def row(self, loss: str) -> list[str]:
+        speeds = [f"{statistics.median(speeds):,.0f}" for speeds in (self.encoding, self.decoding)]
+        error = (self.squared_error / self.squared) ** 0.5
+        name = "float32" if self.codec == EXACT else self.codec
+        return [name, f"{self.num_bytes / self.num_elements:.3f}", *speeds, f"{error:.4f}", loss]
+
+
+class Model:
+    """Both parts in one process, trained for a moment, so that the adapters are no longer zero."""
+
+    def __init__(self, folder: Path) -> None:
+        base, cpu = BaseModel(folder), torch.device("cpu")
+        adapter = initial_adapter(base.config, LORA, 0)
+        self.edge = EdgePart(base, CUT_LAYER, LORA, weight_dtype=torch.float32, device=cpu)
+        self.server = ServerPart(base, CUT_LAYER, LORA, weight_dtype=torch.float32, device=cpu)
+        self.parts = (self.edge, self.server)
+        for part in self.parts:
+            part.load_adapter({name: adapter[name] for name in part.matrices()})
+            part.train()
+
+    def example(self, batch: Batch) -> Example:
+        activations, values = self._forward(batch)
+        (self.loss(batch, values) / len(batch.labels)).backward()
+        assert values.grad is not None
+        activations.backward(values.grad)
+        return Example(batch, values.detach().numpy(), values.grad.numpy())
+
+    def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        for part in self.parts:
+            part.clear_gradients()
+        activations = self.edge(torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.lengths).long())
+        return activations, activations.detach().requires_grad_()
+
+    def loss(self, batch: Batch, values: torch.Tensor) -> torch.Tensor:
+        """Summed, in nats."""
+        counts = [torch.from_numpy(array).long() for array in (batch.lengths, batch.label_counts, batch.labels)]
+        return self.server.summed_loss(values, *counts)
+
+    def edge_gradient(self, batch: Batch, gradient: Array) -> Array:
+        """Of all the edge's LoRA matrices, one after the other."""
+        self._forward(batch)[0].backward(torch.from_numpy(gradient))
+        return np.concatenate([matrix.numpy().ravel() for matrix in self.edge.gradients().values()])
+
+    def train(self, batches: list[Batch], progress: Progress) -> None:
+        matrices = [matrix for part in self.parts for matrix in part.matrices().values()]
+        optimiser = adamw(matrices, OptimiserConfig(learning_rate=LEARNING_RATE))
+        for batch in batches:
+            example = self.example(batch)
+            take_step(optimiser, LEARNING_RATE)
+            progress.advance(f"{len(example.activations)} tokens")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--batches", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=40, help="of training before")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = contestants.shared("models/gpt2-mini")
+    batches = e2e_batches(folder, options.batches + options.steps)
+    model = Model(folder)
+    with Progress(options.steps) as progress:
+        model.train(batches[options.batches :], progress)
+    examples = [model.example(batch) for batch in batches[: options.batches]]
+    costs = [Cost(codec, gradients) for gradients in (False, True) for codec in (EXACT, *CODECS)]
+    limits: dict[str, list[float]] = {}
+    for number, example in enumerate(examples):
+        for cost in costs:
+            cost.measure(number, example.gradient if cost.gradients else example.activations)
+        race_limits(example.activations, limits)
+    report(model, examples, costs, limits)
+
+
+def e2e_batches(folder: Path, count: int) -> list[Batch]:
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = contestants.write_rows(Path(scratch) / "rows.txt", contestants.e2e_rows("train", slice(0, 14_020)))
+        data = Dataset.load(rows, load_tokenizer(folder), BaseModel(folder).config.end_token, 512)
+    return [data.batch(step, BATCH_SIZE, (0, "benchmark", "order")) for step in range(1, count + 1)]
+
+
+def race_limits(values: Array, speeds: dict[str, list[float]]) -> None:
+    """What no codec can beat: copying the floats, and zstd on the bytes of int8's codes."""
+    codes = np.rint(values * (127 / np.abs(values).max(axis=1, keepdims=True))).astype(np.int8).tobytes()
+    copy, compressor = np.empty_like(values), zstandard.ZstdCompressor(level=COMPRESSION_LEVEL)
+    decompressor = zstandard.ZstdDecompressor()
+    compressed = compressor.compress(codes)
+    contests: dict[str, Callable[[], Any]] = {
+        "memcpy": lambda: np.copyto(copy, values),
+        "zstd alone, of one byte an element": lambda: compressor.compress(codes),
+        "unzstd alone": lambda: decompressor.decompress(compressed),
+    }
+    for name, contest in contests.items():
+        began = time.thread_time()
+        contest()
+        speeds.setdefault(name, []).append(values.nbytes / 1e6 / max(time.thread_time() - began, 1e-9))
+
+
+def report(model: Model, examples: list[Example], costs: list[Cost], limits: dict[str, list[float]]) -> None:
+    header = ["bytes an element", "encode MB/s", "decode MB/s", "relative error"]
+    for gradients, last in ((False, "change of the loss, nats/token"), (True, "relative error of the edge's LoRA gradient")):
+        of_kind = [cost for cost in costs if cost.gradients is gradients]
+        effects = lora_errors(model, examples, of_kind) if gradients else loss_changes(model, examples, of_kind)
+        rows = [cost.row(effect) for cost, effect in zip(of_kind, effects, strict=True)]
+        print(contestants.markdown(["gradients" if gradients else "activations", *header, last], rows), end="\n\n")
+    rows = [[name, f"{statistics.median(speeds):,.0f}"] for name, speeds in limits.items()]
+    print(contestants.markdown(["limit", "MB/s of float32"], rows))
+
+
+def loss_changes(model: Model, examples: list[Example], costs: list[Cost]) -> list[str]:
+    with torch.no_grad():
+        losses = [
+            sum(model.loss(e.batch, torch.from_numpy(v)).item() for e, v in zip(examples, cost.arrived, strict=True))
+            for cost in costs
+        ]
+    num_labels = sum(len(example.batch.labels) for example in examples)
+    return [f"{(loss - losses[0]) / num_labels:+.5f}" for loss in losses]
+
+
+def lora_errors(model: Model, examples: list[Example], costs: list[Cost]) -> list[str]:
+    errors = []
+    exact = [model.edge_gradient(example.batch, example.gradient) for example in examples]
+    for cost in costs:
+        coded = [model.edge_gradient(e.batch, arrived) for e, arrived in zip(examples, cost.arrived, strict=True)]
+        ratios = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(coded, exact, strict=True)]
+        errors.append(f"{statistics.median(ratios):.4f}")
+    return errors
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""How activations and their gradients become fewer bytes. Whatever the codec, what comes out is float32."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .errors import RemoteProtocolError
+from .messages import Array
+from .quantisation import LARGEST_MAGNITUDE, Quantised, dequantise, quantise
+from .rounding import Dither, from_bfloat16, to_bfloat16
+from .settings import CODECS
+from .shuffling import shuffled, unshuffled
+
+__all__ = ["Coded"]
+
+LARGEST_CODES = {"int8": 127, "int4": 7}
+UINT16, INT32 = np.dtype(np.uint16), np.dtype(np.int32)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A tensor of two dimensions as it travels. What is in the parts is known only once it is decoded."""
+
+    codec: str
+    shape: tuple[int, int]
+    parts: Sequence[bytes]
+
+    @classmethod
+    def of(cls, values: Array, codec: str, dither: Dither | None = None) -> "Coded":
+        """
+        Args:
+            values: (N, d) float32, finite.
+            codec: one of CODECS.
+            dither: for gradients; see `quantise`.
+        """
+        num_rows, width = values.shape
+        bfloat16 = codec == "bfloat16"
+        parts = [shuffled(to_bfloat16(values, dither))] if bfloat16 else _quantised_parts(values, codec, dither)
+        return cls(codec, (num_rows, width), parts)
+
+    @classmethod
+    def received(cls, fields: Any, max_bytes: int) -> "Coded":
+        """
+        Args:
+            fields: [codec, shape, part, part, ...] as msgpack gives them.
+            max_bytes: the most that the decoded tensor may take.
+
+        Raises:
+            RemoteProtocolError: they are something else, or too large.
+        """
+        if not isinstance(fields, list) or len(fields) < 2:
+            raise RemoteProtocolError("a coded tensor is [codec, shape, parts...]")
+        codec, shape, *parts = fields
+        if codec not in CODECS or not isinstance(shape, list) or not all(isinstance(part, bytes) for part in parts):
+            raise RemoteProtocolError("a coded tensor is [codec, shape, parts...]")
+        if len(shape) != 2 or any(type(size) is not int or size < 0 for size in shape):
+            raise RemoteProtocolError("a coded tensor's shape is a list of two sizes")
+        if 4 * math.prod(shape) > max_bytes or max(shape) > max_bytes:
+            raise RemoteProtocolError(f"{codec}{shape} exceeds the limit of {max_bytes} bytes")
+        return cls(codec, (shape[0], shape[1]), parts)
+
+    def decode(self) -> Array:
+        """
+        (N, d) float32, in memory of its own.
+
+        Raises:
+            RemoteProtocolError: the parts are not what the codec makes of such a tensor.
+        """
+        if self.codec != "bfloat16":
+            return _quantised_values(self.codec, self.shape, self.parts)
+        _check_sizes(self.codec, self.shape, self.parts, {"values": 2 * math.prod(self.shape)})
+        return from_bfloat16(unshuffled(self.parts[0], UINT16, self.shape))
+
+
+def _quantised_parts(values: Array, codec: str, dither: Dither | None) -> list[bytes]:
+    quantised = quantise(values, LARGEST_CODES[codec], dither)
+    codes = quantised.codes.tobytes() if codec == "int8" else _halves(quantised.codes)
+    exact = (quantised.centre, quantised.outliers, quantised.outlier_values, quantised.scales)
+    return [*map(shuffled, exact), codes]
+
+
+def _quantised_values(codec: str, shape: tuple[int, int], parts: Sequence[bytes]) -> Array:
+    num_rows, width = shape
+    num_outliers = len(parts[1]) // 4 if len(parts) == 5 else 0
+    num_codes = num_rows * width
+    sizes = {
+        "centre": 2 * width if len(parts) == 5 and parts[0] else 0,
+        "outliers": 4 * num_outliers,
+        "outlier values": 2 * num_outliers * num_rows,
+        "scales": 2 * num_rows,
+        "codes": num_codes if codec == "int8" else -(-num_codes // 2),
+    }
+    _check_sizes(codec, shape, parts, sizes)
+    centre, outliers, outlier_values, scales, codes = parts
+    quantised = Quantised(
+        codes=(np.frombuffer(codes, np.int8) if codec == "int8" else _whole(codes, num_codes)).reshape(shape),
+        scales=unshuffled(scales, UINT16, (num_rows,)),
+        centre=unshuffled(centre, UINT16, (len(centre) // 2,)),
+        outliers=unshuffled(outliers, INT32, (num_outliers,)),
+        outlier_values=unshuffled(outlier_values, UINT16, (num_outliers, num_rows)),
+    )
+    _check(codec, quantised)
+    return dequantise(quantised)
+
+
+def _check_sizes(codec: str, shape: tuple[int, int], parts: Sequence[bytes], sizes: dict[str, int]) -> None:
+    found = [len(part) for part in parts]
+    if found != list(sizes.values()):
+        wanted = ", ".join(f"{size} of {name}" for name, size in sizes.items())
+        raise RemoteProtocolError(f"{codec}{list(shape)} has parts of {found[:8]} bytes, expected {wanted}")
+
+
+def _check(codec: str, quantised: Quantised) -> None:
+    """That the numbers in the parts can be, and give finite values."""
+    scales = from_bfloat16(quantised.scales)
+    if not ((scales > 0) & (scales <= LARGEST_MAGNITUDE)).all():
+        raise RemoteProtocolError(f"a scale of {codec} is not a positive number up to 2^120")
+    for name in ("centre", "outlier_values"):
+        if not (np.abs(from_bfloat16(getattr(quantised, name))) <= LARGEST_MAGNITUDE).all():
+            raise RemoteProtocolError(f"the {name.replace('_', ' ')} of {codec} are not numbers up to 2^120")
+    outliers, width = quantised.outliers, quantised.codes.shape[1]
+    if len(outliers) and not (outliers[0] >= 0 and outliers[-1] < width and (outliers[1:] > outliers[:-1]).all()):
+        raise RemoteProtocolError(f"the outliers of {codec} are not increasing numbers of channels from 0 to {width - 1}")
+
+
+def _halves(codes: Array) -> bytes:
+    """Two codes a byte, the first in its lower half."""
+    flat = codes.reshape(-1).view(np.uint8)
+    if flat.size % 2:
+        flat = np.append(flat, np.uint8(0))
+    return ((flat[::2] & 15) | (flat[1::2] << 4)).tobytes()
+
+
+def _whole(raw: bytes, num_codes: int) -> Array:
+    """The codes, (num_codes,) int8."""
+    pairs = np.frombuffer(raw, np.uint8)
+    codes = np.empty(2 * len(pairs), np.int8)
+    codes[::2] = (pairs << 4).view(np.int8) >> 4  # the shift back repeats the sign
+    codes[1::2] = pairs.view(np.int8) >> 4
+    return codes[:num_codes]

@@ -1,0 +1,135 @@
+"""
+Rows of floats as small whole numbers, a scale for every row, and what would spoil the scales kept apart.
+
+Activations have channels that are far from zero in every row: the *centre*, the mean of each channel over the message, is taken
+away first. Of pretrained transformers a few channels are a hundred times as large as all others (LLM.int8(), arXiv 2208.07339):
+these *outliers* travel as bfloat16. All that is computed from the values is of this one message, hence of one client.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from .messages import Array
+from .rounding import Dither, from_bfloat16, to_bfloat16
+
+__all__ = ["LARGEST_MAGNITUDE", "LARGEST_VALUE", "Quantised", "dequantise", "quantise"]
+
+LARGEST_MAGNITUDE = 2.0**120
+"""Of scales, centres and outlier values: 128 of them are still a float32."""
+LARGEST_VALUE = 2.0**119
+"""Larger ones become it: two of them are never further apart than the largest magnitude."""
+SMALLEST_SCALE = 2.0**-126  # the smallest normal float32, whose inverse is one too
+MARGIN = 1 + 2.0**-20  # a code is never beyond the largest, however the division rounds
+OUTLIER_RATIO = 3.0  # to the median channel
+FEWEST_CHANNELS_AN_OUTLIER = 16
+CHUNK_ELEMENTS = 2**16  # 256 kB: what is worked on stays in a core's cache
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """N rows of d channels. bfloat16 is held as its bits, uint16."""
+
+    codes: Array
+    """(N, d) int8, in units of the row's scale; 0 in outlier channels."""
+    scales: Array
+    """(N,) bfloat16."""
+    centre: Array
+    """(d,) bfloat16, or (0,) where nothing was taken away."""
+    outliers: Array
+    """(K,) int32, increasing."""
+    outlier_values: Array
+    """(K, N) bfloat16, the centre taken away."""
+
+
+def quantise(values: Array, largest_code: int, dither: Dither | None = None) -> Quantised:
+    """
+    Args:
+        values: (N, d) float32.
+        largest_code: 127 or less.
+        dither: rounds stochastically, and leaves the centre where it is, so that the mean of every number is itself: for
+            gradients, whose mean is near zero. None rounds to the nearest.
+    """
+    num_rows, width = values.shape
+    centre, reach = _centre_and_reach(values, centred=dither is None)
+    outliers = _outliers(reach)
+    shift = from_bfloat16(centre)
+    codes = np.empty(values.shape, np.int8)
+    scales = np.full(num_rows, to_bfloat16(np.float32(1)))
+    outlier_values = np.empty((len(outliers), num_rows), np.uint16)
+    for rows in _chunks(num_rows, width):
+        chunk = _clipped(values[rows])
+        if len(shift):
+            chunk -= shift
+        if len(outliers):
+            outlier_values[:, rows] = to_bfloat16(chunk[:, outliers], dither).T
+            chunk[:, outliers] = 0
+        scales[rows] = _scales(np.abs(chunk).max(axis=1), largest_code)
+        chunk *= (1 / from_bfloat16(scales[rows]))[:, None]
+        if dither is not None:
+            chunk += np.multiply(dither.draw(chunk.size), np.float32(2.0**-16)).reshape(chunk.shape)
+        np.rint(chunk, out=chunk)
+        np.copyto(codes[rows], chunk, casting="unsafe")
+    return Quantised(codes, scales, centre, outliers, outlier_values)
+
+
+def dequantise(quantised: Quantised) -> Array:
+    """(N, d) float32, in memory of its own."""
+    codes, shift = quantised.codes, from_bfloat16(quantised.centre)
+    scales = from_bfloat16(quantised.scales)[:, None]
+    values = np.empty(codes.shape, np.float32)
+    for rows in _chunks(*codes.shape):
+        chunk = values[rows]
+        np.multiply(codes[rows], scales[rows], out=chunk)
+        if len(quantised.outliers):
+            chunk[:, quantised.outliers] = from_bfloat16(quantised.outlier_values[:, rows]).T
+        if len(shift):
+            chunk += shift
+    return values
+
+
+def _chunks(num_rows: int, width: int) -> Iterator[slice]:
+    """Of rows, for the memory's sake; none where there are no elements."""
+    rows = max(1, CHUNK_ELEMENTS // max(1, width))
+    for start in range(0, num_rows if width else 0, rows):
+        yield slice(start, start + rows)
+
+
+def _clipped(chunk: Array) -> Array:
+    """A copy."""
+    clipped: Array = np.clip(chunk, np.float32(-LARGEST_VALUE), np.float32(LARGEST_VALUE))
+    return clipped
+
+
+def _centre_and_reach(values: Array, *, centred: bool) -> tuple[Array, Array]:
+    """The mean of each channel, as bfloat16, and how far its values are from there at most: (d,) each."""
+    num_rows, width = values.shape
+    total = np.zeros(width)
+    highest, lowest = np.full(width, -np.inf, np.float32), np.full(width, np.inf, np.float32)
+    for rows in _chunks(num_rows, width):
+        chunk = _clipped(values[rows])
+        total += chunk.sum(axis=0)
+        np.maximum(highest, chunk.max(axis=0), out=highest)
+        np.minimum(lowest, chunk.min(axis=0), out=lowest)
+    if not centred or not values.size:
+        return np.empty(0, np.uint16), np.maximum(highest, -lowest)
+    centre = to_bfloat16((total / num_rows).astype(np.float32))
+    shift = from_bfloat16(centre)
+    return centre, np.maximum(highest - shift, shift - lowest)
+
+
+def _outliers(reach: Array) -> Array:
+    """The channels that reach much further than most, increasing: (K,) int32."""
+    if not len(reach):
+        return np.empty(0, np.int32)
+    furthest = np.argsort(-reach, kind="stable")[: len(reach) // FEWEST_CHANNELS_AN_OUTLIER]
+    beyond = furthest[reach[furthest] > OUTLIER_RATIO * np.median(reach)]
+    return np.sort(beyond).astype(np.int32)
+
+
+def _scales(peaks: Array, largest_code: int) -> Array:
+    """For the largest magnitude of each row: the bfloat16 above what makes it the largest code."""
+    exact = np.maximum(peaks * np.float32(MARGIN / largest_code), np.float32(SMALLEST_SCALE))
+    scales: Array = ((exact.view(np.uint32) + np.uint32(0xFFFF)) >> 16).astype(np.uint16)
+    return scales
