@@ -80,22 +80,32 @@ def find_prepared(model: ExportedModel, precision: str) -> Prepared:
     folder = model.folder / FOLDER
     try:
         note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-        graphs = {folder / name: int(size) for name, size in note["precisions"][precision].items()}
+        sizes = {str(name): int(size) for name, size in note["precisions"][precision].items()}
         for key, value in _surroundings().items():
             if note[key] != value:
                 return Prepared(graphs=None, reason=f"prepared for {key} {note[key]}, and here is {value}")
         if note["made_of"][precision] != _state_of(model, precision):
             return Prepared(graphs=None, reason="prepared from other files than are there now")
-        if any(path.stat().st_size != size for path, size in graphs.items()):
+        if sizes != _sizes(folder, precision):
             return Prepared(graphs=None, reason="what was prepared is incomplete")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Prepared(graphs=None, reason="not prepared; splitlora-edge prepare would save memory and time")
-    return Prepared(graphs=tuple(path for path in graphs if path.suffix == GRAPH), reason="prepared")
+    graphs = (_graph(folder, precision, number) for number in range(len(model.graphs(precision).paths)))
+    return Prepared(graphs=tuple(graphs), reason="prepared")
+
+
+def _graph(folder: Path, precision: str, number: int) -> Path:
+    return folder / f"{precision}-{number}{GRAPH}"
+
+
+def _sizes(folder: Path, precision: str) -> dict[str, int]:
+    """Bytes of all files of a precision, by name."""
+    return {path.name: path.stat().st_size for path in sorted(folder.glob(f"{precision}-*"))}
 
 
 def _save(model: ExportedModel, precision: str, folder: Path) -> None:
     for number, path in enumerate(model.graphs(precision).paths):
-        graph = folder / f"{precision}-{number}{GRAPH}"
+        graph = _graph(folder, precision, number)
         configuration = {
             "session.save_external_prepacked_constant_initializers": "1",
             "session.optimized_model_external_initializers_file_name": f"{graph.name}_data",
@@ -104,7 +114,7 @@ def _save(model: ExportedModel, precision: str, folder: Path) -> None:
 
 
 def _write_note(model: ExportedModel, precisions: list[str], folder: Path) -> None:
-    files = {name: {path.name: path.stat().st_size for path in sorted(folder.glob(f"{name}-*"))} for name in precisions}
+    files = {name: _sizes(folder, name) for name in precisions}
     made_of = {name: _state_of(model, name) for name in precisions}
     note = {**_surroundings(), "precisions": files, "made_of": made_of}
     with (folder / NOTE).open("w", encoding="utf-8") as file:

@@ -253,6 +253,10 @@ def spoil_size(folder: Path) -> None:
     (folder / "prepared/q8-0.prepared_data").write_bytes(b"")
 
 
+def spoil_graph(folder: Path) -> None:
+    (folder / "prepared/q8-0.prepared").unlink()
+
+
 def spoil_note(folder: Path) -> None:
     (folder / "prepared/prepared.json").write_text("[]")
 
@@ -262,7 +266,7 @@ def spoil_source(folder: Path) -> None:
     path.write_bytes(path.read_bytes())
 
 
-@pytest.mark.parametrize("spoil", [spoil_nothing, spoil_size, spoil_note, spoil_source])
+@pytest.mark.parametrize("spoil", [spoil_nothing, spoil_size, spoil_graph, spoil_note, spoil_source])
 def test_what_was_prepared_of_something_else_is_not_used(copied: Path, spoil: Callable[[Path], None]) -> None:
     assert main(["prepare", str(copied)]) == 0
     spoil(copied)
