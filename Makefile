@@ -39,6 +39,7 @@ bench: $(VENV)/.development
 
 bench-export: $(VENV)/.development .venv-runtimes/.engines
 	$(BIN)/python benchmarks/export_speed.py
+	$(BIN)/python benchmarks/adapter_cost.py
 
 chaos: $(VENV)/.development
 	$(BIN)/python benchmarks/disturbed_runs.py --runs 200
