@@ -15,7 +15,7 @@ import reference
 import torch
 from tqdm import tqdm
 
-from edge_client.data import Dataset, load_tokenizer
+from edge_client.data import Dataset
 from split_model import (
     BaseModel,
     EdgePart,
@@ -24,6 +24,7 @@ from split_model import (
     continue_greedily,
     initial_adapter,
     load_adapter,
+    load_tokenizer,
     save_adapter,
 )
 

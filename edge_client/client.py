@@ -8,11 +8,11 @@ from pathlib import Path
 from types import TracebackType
 
 from protocol import CODECS, Hello, Join, Start, Welcome, check_name, largest_message_bytes
-from split_model import BaseModel, ModelError, find_model
+from split_model import BaseModel, ModelError, find_model, load_tokenizer
 
 from .access import Access
 from .connection import ConnectionFailed, Refused
-from .data import DataError, Dataset, load_tokenizer
+from .data import DataError, Dataset
 from .engine import TorchEngine
 from .enrolment import state_folder
 from .membership import Membership, Moved

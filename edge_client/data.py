@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from protocol import Array
-from split_model import ModelError, derive_seed
+from split_model import derive_seed
 
-__all__ = ["Batch", "DataError", "Dataset", "Sample", "Text", "load_tokenizer", "read_texts"]
+__all__ = ["Batch", "DataError", "Dataset", "Sample", "Text", "read_texts"]
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -138,32 +138,6 @@ def read_texts(path: Path) -> Iterator[Text]:
         raise DataError(f"{path} is empty")
     for prompt, completion in texts:
         yield Text(prompt if prompt is None else prompt.strip(), completion.strip())
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """
-    GPT-2's byte-level BPE from tokenizer.json, or from vocab.json and merges.txt.
-
-    Raises:
-        ModelError: the folder has neither, or they cannot be read.
-    """
-    whole, vocabulary, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
-    try:
-        if whole.is_file():
-            tokenizer = Tokenizer.from_file(str(whole))
-            # Some files keep the settings of their last batch.
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
-            return tokenizer
-        if vocabulary.is_file() and merges.is_file():
-            tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            tokenizer.decoder = decoders.ByteLevel()
-            tokenizer.add_special_tokens([END_OF_TEXT])
-            return tokenizer
-    except Exception as error:  # the library raises bare Exception for whatever is wrong with a file
-        raise ModelError(f"{folder}: the tokenizer cannot be read: {error}") from None
-    raise ModelError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
 
 
 def _encode(texts: list[Text], tokenizer: Tokenizer, end_token: int) -> list[Sample]:

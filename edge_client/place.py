@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from safetensors.numpy import save
 
 from protocol import Array
 from protocol.settings import LARGEST_COUNT
+from split_model import replace_file
 
 __all__ = ["Place", "SavedStep", "StateError"]
 
@@ -66,7 +66,7 @@ class Place:
         with _readable_errors(self._folder):
             self._folder.mkdir(parents=True, mode=0o700)
             text = json.dumps({"run": run, "server": self._server, "name": self._name})
-            _replace(self._folder / "place.json", text.encode())
+            replace_file(self._folder / "place.json", text.encode())
 
     def give_up(self) -> None:
         """The run is over for this device."""
@@ -84,7 +84,7 @@ class Place:
         metadata = {"step": saved.step, "round": saved.round, "restarts": saved.restarts, "is_round_end": int(is_round_end)}
         with _readable_errors(self._folder):
             text = {name: str(value) for name, value in metadata.items()}
-            _replace(self._path(saved.step), save(saved.state, text))
+            replace_file(self._path(saved.step), save(saved.state, text))
             for path in self._paths():
                 step = int(path.stem)
                 if step != saved.step and (step < keep_from or not _is_round_end(path)):
@@ -145,22 +145,6 @@ def _is_round_end(path: Path) -> bool:
             return (file.metadata() or {}).get("is_round_end") == "1"
     except (OSError, SafetensorError):
         return False  # torn: nobody can go back there
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file so that whatever happens, power loss included, it has its old content or its new one."""
-    unfinished = path.with_name(f"{path.name}.part")
-    with unfinished.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    if os.name == "posix":  # the new name has to reach the disk, too; elsewhere a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 @contextmanager

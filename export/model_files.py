@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer
 
-from split_model import ModelConfig, ModelError
+from split_model import ModelConfig, load_tokenizer
 
 from .checkpoint import write_checkpoint
 from .source import Source
@@ -28,7 +28,7 @@ def write_model_files(folder: Path, source: Source, weights: Weights, more: dict
     for name in COPIED:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
-    tokenizer = _tokenizer(source.folder)
+    tokenizer = load_tokenizer(source.folder)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     _write_missing(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, source.config))
     _write_missing(
@@ -100,28 +100,6 @@ def _config(source: Source) -> dict[str, Any]:
         "n_ctx": source.config.num_positions,
         "tie_word_embeddings": source.config.tied_head,
     }
-
-
-def _tokenizer(folder: Path) -> Tokenizer:
-    """GPT-2's byte-level BPE from tokenizer.json, or from vocab.json and merges.txt. ModelError if there is none."""
-    whole, vocabulary, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
-    try:
-        if whole.is_file():
-            tokenizer = Tokenizer.from_file(str(whole))
-            # Some files keep the settings of their last batch.
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
-            return tokenizer
-        if vocabulary.is_file() and merges.is_file():
-            tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            tokenizer.decoder = decoders.ByteLevel()
-            tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-            tokenizer.add_special_tokens(["<|endoftext|>"])
-            return tokenizer
-    except Exception as error:  # the library raises bare Exception for whatever is wrong with a file
-        raise ModelError(f"{folder}: the tokenizer cannot be read: {error}") from None
-    raise ModelError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
 
 
 def _tokenizer_config(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:

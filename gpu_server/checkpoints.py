@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from split_model import DamagedFile, read_sealed, seal
+from split_model import DamagedFile, read_sealed, replace_file, seal
 
 from .config import ConfigError
 
-__all__ = ["Checkpoints", "SavedRound", "replace_file"]
+__all__ = ["Checkpoints", "SavedRound"]
 
 logger = logging.getLogger("gpu_server")
 
@@ -83,26 +82,6 @@ class Checkpoints:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step:09}.safetensors"
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that whatever happens, power loss included, it has its old content or its new one."""
-    unfinished = path.with_name(f"{path.name}.part")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except OSError:
-        unfinished.unlink(missing_ok=True)  # on a full disk half a file would keep the rest of the room
-        raise
-    if os.name == "posix":  # the new name has to reach the disk, too; elsewhere a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _read(path: Path) -> SavedRound:

@@ -10,9 +10,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from split_model import Adapter, LoraConfig, save_adapter
+from split_model import Adapter, LoraConfig, replace_file, save_adapter
 
-from .checkpoints import Checkpoints, replace_file
+from .checkpoints import Checkpoints
 from .config import ConfigError
 
 __all__ = ["RunDirectory"]

@@ -1,6 +1,7 @@
 """GPT-2 cut in two, with LoRA on both parts. Knows nothing of networks."""
 
 from .adapter_folder import load_adapter, save_adapter
+from .atomic_file import replace_file
 from .base_model import BaseModel, ModelConfig, find_model, is_hub_name
 from .errors import AdapterError, ModelError, TrainingDiverged
 from .generation import continue_greedily
@@ -10,6 +11,7 @@ from .parts import EdgePart, ServerPart, check_cut_layer
 from .precision import choose_device, choose_dtype, working_dtype
 from .sealed_tensors import DamagedFile, read_sealed, seal
 from .seeds import derive_seed
+from .tokenizer import load_tokenizer
 
 __all__ = [
     "Adapter",
@@ -34,8 +36,10 @@ __all__ = [
     "initial_adapter",
     "is_hub_name",
     "load_adapter",
+    "load_tokenizer",
     "optimiser_state",
     "read_sealed",
+    "replace_file",
     "restore_optimiser",
     "save_adapter",
     "seal",

@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 OURS = {"protocol", "split_model", "terminal"}
 MAY_IMPORT = {
     "protocol": {"msgpack", "numpy", "zstandard"},
-    "split_model": {"huggingface_hub", "numpy", "safetensors", "torch"},
+    "split_model": {"huggingface_hub", "numpy", "safetensors", "tokenizers", "torch"},
     "terminal": {"tqdm"},
     "edge_client": OURS | {"numpy", "onnxruntime", "platformdirs", "safetensors", "tokenizers", "torch", "websockets"},
     "export": {

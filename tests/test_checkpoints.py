@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_server.checkpoints import Checkpoints, SavedRound, replace_file
+from gpu_server.checkpoints import Checkpoints, SavedRound
 from gpu_server.config import ConfigError
+from split_model import replace_file
 
 MEMBERSHIP = {"a": {"num_samples": 5, "batch_size": 2, "longest": 9, "step": 0, "left": False}}
 

@@ -378,8 +378,8 @@ NAMES = {
         *("Adapter", "AdapterError", "BaseModel", "DamagedFile", "EdgePart", "LoraConfig", "ModelConfig", "ModelError"),
         *("OptimiserConfig", "ServerPart", "TrainingDiverged", "adamw", "adapter_shapes", "check_cut_layer"),
         *("choose_device", "choose_dtype", "continue_greedily"),
-        *("derive_seed", "find_model", "initial_adapter", "is_hub_name", "load_adapter", "optimiser_state"),
-        *("read_sealed", "restore_optimiser", "seal", "save_adapter", "take_step", "working_dtype"),
+        *("derive_seed", "find_model", "initial_adapter", "is_hub_name", "load_adapter", "load_tokenizer", "optimiser_state"),
+        *("read_sealed", "replace_file", "restore_optimiser", "seal", "save_adapter", "take_step", "working_dtype"),
     ],
     "terminal": ["Progress", "plain", "run_program", "show_log", "version"],
 }

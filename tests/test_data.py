@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from edge_client import DataError, EdgeClient
-from edge_client.data import Dataset, Sample, Text, load_tokenizer, pack, read_texts
-from split_model import ModelError
+from edge_client.data import Dataset, Sample, Text, pack, read_texts
+from split_model import ModelError, load_tokenizer
 
 END = 256
 

@@ -20,7 +20,7 @@ from export.graph import Graph
 from export.precision import PRECISIONS, Precision
 from export.quantisation import BlockFormat, quantise
 from export.weights import StoredWeights, Weights
-from split_model import BaseModel, ModelConfig
+from split_model import BaseModel, ModelConfig, load_tokenizer
 
 TARGETS = ("c_attn", "c_proj", "c_fc")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -180,7 +180,6 @@ def test_graph_agrees_with_the_one_that_torch_exports(tiny_model: Path, tmp_path
 
 
 def prompts_of(folder: Path) -> list[list[int]]:
-    from edge_client.data import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     lines = (Path(__file__).parent.parent / "examples/restaurants/valid.jsonl").read_text().splitlines()[:50]

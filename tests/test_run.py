@@ -14,11 +14,11 @@ import reference
 from conftest import run_in_thread, run_split
 
 from edge_client import EdgeClient
-from edge_client.data import Dataset, load_tokenizer
+from edge_client.data import Dataset
 from edge_client.engine import TorchEngine
 from gpu_server import GpuServer
 from gpu_server.compute import Compute
-from split_model import BaseModel
+from split_model import BaseModel, load_tokenizer
 
 
 def options(model: Path, run_dir: Path, **more: Any) -> dict[str, Any]:
