@@ -190,15 +190,12 @@ def run_ping(options: argparse.Namespace) -> None:
 
 
 def run_generate(options: argparse.Namespace) -> None:
-    from .exported_model import ExportedModel
-    from .generation import Generator, Sampling, choose_precision
+    from .generation import Generator, Sampling
 
     sampling = Sampling(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
-    precision = options.precision
-    if precision == "auto":
-        precision, reason = choose_precision(ExportedModel.open(options.folder))
-        _say(f"precision {precision}: {reason}")
-    generator = Generator(options.folder, precision=precision, adapter=options.adapter)
+    generator = Generator(options.folder, precision=options.precision, adapter=options.adapter)
+    if options.precision == "auto":
+        _say(f"precision {generator.precision}: {generator.choice}")
     _say(f"weights: {generator.preparation}")
     pieces = generator.stream(options.prompt, max_new_tokens=options.max_new_tokens, sampling=sampling)
     if options.stream:

@@ -18,8 +18,6 @@ from split_model import derive_seed
 
 __all__ = ["Batch", "DataError", "Dataset", "Sample", "Text", "read_texts"]
 
-END_OF_TEXT = "<|endoftext|>"
-
 
 class DataError(ValueError):
     """A data file that cannot be used; the message names file, line and reason."""

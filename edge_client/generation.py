@@ -91,7 +91,7 @@ class Generator:
         self, folder: str | Path, *, precision: str = "auto", adapter: str | Path | None = None, num_threads: int = 0
     ) -> None:
         self.model = ExportedModel.open(Path(folder))
-        self.precision = choose_precision(self.model)[0] if precision == "auto" else precision
+        self.precision, self.choice = choose_precision(self.model) if precision == "auto" else (precision, "as asked for")
         graphs = self.model.graphs(self.precision)
         prepared = find_prepared(self.model, self.precision)
         self.preparation = prepared.reason

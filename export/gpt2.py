@@ -19,7 +19,7 @@ from .weights import Weights
 if TYPE_CHECKING:  # a graph is built without torch, which split_model imports
     from split_model import ModelConfig
 
-__all__ = ["add_gpt2"]
+__all__ = ["GPT2"]
 
 ACTIVATIONS = {
     "gelu_new": ("Gelu", {"approximate": "tanh"}),
@@ -31,26 +31,15 @@ INTEGER_PRODUCTS = 4
 """MatMulNBits' accuracy_level at which activations are rounded to 8 bits, too. Without it 8-bit weights are 30 times slower."""
 
 
-def add_gpt2(
-    graph: Graph,
-    config: "ModelConfig",
-    weights: Weights,
-    precision: Precision,
-    attention: str,
-    blocks: range,
-    adapted: Collection[str] = (),
-) -> None:
+class GPT2:
     """
-    Add the blocks of a stretch; the embeddings if it begins with the first, the final norm and head if it ends with the last.
+    What is added to a graph for a stretch of the model's blocks.
 
     Args:
         attention: a key of `ATTENTIONS`.
         adapted: layers, such as "h.0.attn.c_attn", with empty slots for LoRA matrices.
     """
-    GPT2(graph, config, weights, precision, attention, blocks, adapted).build()
 
-
-class GPT2:
     def __init__(
         self,
         graph: Graph,
@@ -59,7 +48,7 @@ class GPT2:
         precision: Precision,
         attention: str,
         blocks: range,
-        adapted: Collection[str],
+        adapted: Collection[str] = (),
     ) -> None:
         self.graph, self.config, self.weights, self.precision = graph, config, weights, precision
         self.form, self.blocks, self.adapted = ATTENTIONS[attention], blocks, adapted
@@ -67,6 +56,7 @@ class GPT2:
         self.heads = Heads(count=config.num_heads, width=config.width // config.num_heads, dtype=precision.dtype)
 
     def build(self) -> None:
+        """Add the blocks; the embeddings before the model's first, the final norm and head after its last."""
         hidden = self.embeddings() if self.blocks.start == 0 else self.hidden_states()
         with self.graph.scope("mask"):
             self.attention = self.form.build(self.graph, self.heads, self.tokens)

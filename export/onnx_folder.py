@@ -14,7 +14,7 @@ from terminal import Progress, version
 from .attention import ATTENTIONS
 from .equalisation import Equalised
 from .errors import ExportError
-from .gpt2 import add_gpt2
+from .gpt2 import GPT2
 from .graph import Graph
 from .lora import LoraAdapter
 from .model_files import write_genai_config, write_json, write_model_files
@@ -93,6 +93,7 @@ class OnnxFolder:
             if source.adapter is None:
                 raise ExportError("--keep-adapter needs an adapter: give --run-dir or --adapter")
             self.adapter, self.weights = source.adapter, source.base
+        self.equalised = Equalised(self.weights, self.config)
         head_width = self.config.width // self.config.num_heads
         if attention == "gqa" and head_width % 8:
             raise ExportError(
@@ -122,7 +123,7 @@ class OnnxFolder:
             watched = Watched(self.weights, progress, "model.safetensors")
             write_model_files(self.folder, self.source, watched, {"transformers.js_config": js})
         if self.adapter:
-            write_adapter(self.folder / ADAPTER_FILE, self.adapter, Equalised(self.weights, self.config))
+            write_adapter(self.folder / ADAPTER_FILE, self.adapter, self.equalised)
         if self.split is None:
             best = next(name for name in BEST_FIRST if name in precisions)
             shared = self.attention == "gqa"
@@ -131,11 +132,11 @@ class OnnxFolder:
 
     def _write_graphs(self, precision: Precision, progress: Progress) -> dict[str, Any]:
         form, entry, sizes = ATTENTIONS[self.attention], {}, dict[str, int]()
-        weights = Watched(Equalised(self.weights, self.config), progress, precision.name)
+        weights = Watched(self.equalised, progress, precision.name)
         for part in self.parts:
             path = self.folder / "onnx" / f"{part.file}{precision.suffix}.onnx"
             with Graph(path) as graph:
-                add_gpt2(graph, self.config, weights, precision, self.attention, part.blocks, self.adapter.keys())
+                GPT2(graph, self.config, weights, precision, self.attention, part.blocks, self.adapter.keys()).build()
                 graph.save("gpt2", form.opset, form.ir_version)
             entry[part.key] = f"onnx/{path.name}"
             sizes |= {f"onnx/{file.name}": file.stat().st_size for file in (path, graph.data_path)}

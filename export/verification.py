@@ -10,10 +10,9 @@ import numpy as np
 import onnxruntime
 import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 
-from split_model import BaseModel
+from split_model import BaseModel, load_tokenizer
 from terminal import Progress
 
 from .equalisation import Equalised
@@ -189,7 +188,7 @@ def _read_texts(path: Path) -> list[str]:
 
 def _encoded(texts: Sequence[str], folder: Path, manifest: Manifest) -> list[Tokens]:
     """Ids of each text and the end token, cut to the model's context; what is shorter than two tokens tells nothing."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
     end, context = manifest.content["end_token"], manifest.content["context"]
     encoded = [np.array([*tokenizer.encode(text).ids, end][:context], np.int64) for text in texts]
     return [tokens for tokens in encoded if len(tokens) > 1]

@@ -28,8 +28,8 @@ class Door:
     port: int
     limits: Limits
     encryption: ssl.SSLContext | None = None
-    admits: Callable[[str, str], bool] | None = None
-    """Whether a name and a secret belong together; None lets everybody in."""
+    admits: Callable[[str, str], datetime | None] | None = None
+    """Since when a name and a secret belong together, None if they do not; without it everybody is let in."""
     enrolled: Callable[[], Mapping[str, datetime]] | None = None
     """Who may still be in the run, and since when."""
     notices: tuple[str, ...] = ()

@@ -95,11 +95,14 @@ class Enrolments:
         """
         return bool(self._read())
 
-    def admits(self, name: str, secret: str) -> bool:
-        """Is this device enrolled with this secret, as the file stands now? The time it takes does not tell what is wrong."""
+    def admits(self, name: str, secret: str) -> datetime | None:
+        """
+        When this device was enrolled, if it is with this secret, as the file stands now; None if not. The time it takes does
+        not tell what is wrong.
+        """
         client = self._current().get(name)
         same = hmac.compare_digest(NOBODYS_HASH if client is None else client.secret_sha256, _sha256(secret))
-        return same and client is not None
+        return client.enrolled if same and client is not None else None
 
     def _require(self, name: str, clients: dict[str, Client]) -> None:
         if name not in clients:

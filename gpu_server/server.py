@@ -223,9 +223,9 @@ class RunServer:
         self._loop = asyncio.get_running_loop()
         self._ended = self._loop.create_future()
         self._listener = Listener.open(self._door.host, self._door.port, self._door.limits)
-        gc.collect()
-        gc.freeze()  # the listener collects often: it need not look at all that was here before
         async with await self._open() as server:
+            gc.collect()
+            gc.freeze()  # the listener collects often: it need not look at all that was here before
             listening(self._url())
             for notice in self._door.notices:
                 logger.warning("%s", notice)
@@ -279,14 +279,18 @@ class RunServer:
 
     async def _authenticate(self, connection: ServerConnection, request: Request) -> Response | None:
         """During the HTTP handshake, before any message is read."""
-        admits, enrolled = self._door.admits, self._door.enrolled
-        if admits is not None and enrolled is not None:
-            refusal = await basic_auth("splitlora", check_credentials=admits)(connection, request)
+        admits = self._door.admits
+        if admits is not None:
+            assert isinstance(connection, CountingConnection)
+
+            def admit(name: str, secret: str) -> bool:
+                connection.enrolled = admits(name, secret)
+                return connection.enrolled is not None
+
+            refusal = await basic_auth("splitlora", check_credentials=admit)(connection, request)
             if refusal is not None:
                 logger.warning("a device without a valid secret was refused")
                 return refusal
-            assert isinstance(connection, CountingConnection)
-            connection.enrolled = enrolled().get(connection.username)
             if _connections_of(connection.username, connection.server) >= CONNECTIONS_A_DEVICE:
                 return connection.respond(http.HTTPStatus.TOO_MANY_REQUESTS, "this device has enough connections\n")
             self._listener.admit(_descriptor(connection))

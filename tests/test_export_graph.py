@@ -320,10 +320,10 @@ class Shaped:
 
 def write(path: Path, config: ModelConfig, weights: Weights, precision: Precision) -> int:
     """Bytes of both files."""
-    from export.gpt2 import add_gpt2
+    from export.gpt2 import GPT2
 
     with Graph(path) as graph:
-        add_gpt2(graph, config, weights, precision, "gqa", range(config.num_layers))
+        GPT2(graph, config, weights, precision, "gqa", range(config.num_layers)).build()
         graph.save("gpt2", 20, 9)
     return path.stat().st_size + graph.data_path.stat().st_size
 
