@@ -2,18 +2,20 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # the independent reference: transformers + PEFT
+
+from ports import free_port
+
 from edge_client import ConnectionFailed, ping
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"
-sys.path.insert(0, str(REPOSITORY / "tests"))  # the independent reference: transformers + PEFT
 PROGRAMS = Path(sys.executable).parent
 
 
@@ -53,12 +55,6 @@ def make_gpt2_small(folder: Path) -> Path:
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(shared(f"tokenizers/gpt2/{name}"), folder / name)
     return folder
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class SplitRun:

@@ -4,7 +4,6 @@ What a device pays: memory, start, disk. GPT-2 small's shape, cut after block 3,
 Memory is the peak of resident memory (VmHWM) of `splitlora-edge train` less that of `python -c "import torch"`.
 """
 
-import re
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 import contestants
 from packaging.requirements import Requirement
 
+from edge_client.memory import process_memory
 from gpu_server import GpuServer
 from gpu_server.federation import Action, Federation
 from protocol import Activations, Message
@@ -69,8 +69,7 @@ def peak_memory(process: "subprocess.Popen[bytes]") -> int:
     """Bytes of VmHWM, read until the process ends."""
     peak = 0
     while process.poll() is None:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
-        peak = int(found[1]) * 1024 if found else peak
+        peak = process_memory("VmHWM", process.pid) or peak  # None where it ends just now
         time.sleep(0.01)
     if process.returncode:
         sys.exit(f"{process.args} failed")

@@ -7,7 +7,6 @@ resident memory, are given back when somebody needs the room.
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import contestants
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_client.memory import process_memory
 from export.checkpoint import write_checkpoint
 from split_model import ModelConfig
 
@@ -74,9 +74,8 @@ def watched(command: list[str]) -> tuple[float, int, int]:
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     resident = anonymous = 0
     while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        resident = max([resident, *(int(found) * 1024 for found in re.findall(r"VmHWM:\s+(\d+) kB", status))])
-        anonymous = max([anonymous, *(int(found) * 1024 for found in re.findall(r"RssAnon:\s+(\d+) kB", status))])
+        resident = max(resident, process_memory("VmHWM", process.pid) or 0)  # 0 where it ends just now
+        anonymous = max(anonymous, process_memory("RssAnon", process.pid) or 0)
         time.sleep(0.02)
     if process.returncode:
         sys.exit(f"{command} failed")

@@ -7,7 +7,6 @@ The only exception that bytes may cause is RemoteProtocolError. What was found i
 import argparse
 import multiprocessing
 import os
-import re
 import sys
 import tempfile
 import time
@@ -15,6 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 import contestants  # first: it finds the tests' modules
+
+from edge_client.memory import process_memory
 
 FRAMES, SECONDS, CHUNK = 1_500_000, 240.0, 2_000
 
@@ -99,12 +100,11 @@ def attack(seed: int) -> None:
     print(f"\nThe server's resident memory was {before / 1e6:.0f} MB before; it has {files:+} files and sockets open.")
 
 
-def resident(process: int | str = "self") -> int:
-    """Bytes."""
-    status = Path(f"/proc/{process}/status").read_text()
-    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+def resident() -> int:
+    """Bytes, of this process."""
+    found = process_memory("VmRSS")
     assert found is not None
-    return int(found[1]) * 1024
+    return found
 
 
 if __name__ == "__main__":

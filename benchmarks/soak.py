@@ -26,10 +26,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from chaos import PROCESSES, free_port
+from chaos import PROCESSES
 from disturbance import Link, Plan
+from ports import free_port
 
 from edge_client import EdgeClient, membership
+from edge_client.memory import process_memory
 from gpu_server import GpuServer
 from terminal import Progress
 
@@ -69,8 +71,9 @@ def take_part(url: str, options: dict[str, Any]) -> None:
 
 def resident(pid: int) -> float:
     """Anonymous memory of a process in MB: what it holds itself, without mapped files."""
-    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return int(fields["RssAnon"].split()[0]) * 1024 / 1e6
+    found = process_memory("RssAnon", pid)
+    assert found is not None
+    return found / 1e6
 
 
 def faults_throughout(frames: int) -> Plan:

@@ -1,4 +1,4 @@
-"""What this process has of the machine's memory, where the system tells."""
+"""What a process has of the machine's memory, where the system tells."""
 
 import re
 from pathlib import Path
@@ -6,13 +6,16 @@ from pathlib import Path
 __all__ = ["available_memory", "process_memory"]
 
 
-def process_memory(field: str) -> int | None:
+def process_memory(field: str, process: int | str = "self") -> int | None:
     """
-    Bytes that Linux counts for this process: "VmHWM" is the peak of resident memory, "RssAnon" what no file stands behind.
+    Bytes that Linux counts for a process: "VmRSS" is what is resident, "VmHWM" its peak, "RssAnon" what no file stands behind.
+
+    Args:
+        process: its number; "self" is this one.
 
     Not `resource.getrusage`: its peak is inherited from the program that started this one.
     """
-    return _read(Path("/proc/self/status"), field)
+    return _read(Path(f"/proc/{process}/status"), field)
 
 
 def available_memory() -> int | None:

@@ -3,7 +3,6 @@
 import base64
 import os
 import random
-import re
 import selectors
 import socket
 import ssl
@@ -24,9 +23,11 @@ import numpy as np
 import zstandard
 from conftest import make_model
 from mutation import Mutator
+from ports import free_port
 
 from edge_client import EdgeClient
 from edge_client.enrolment import store
+from edge_client.memory import process_memory
 from gpu_server.door import enrolments_of, invite
 from protocol import (
     ActivationGradient,
@@ -230,9 +231,9 @@ class ServerProcess:
 
     def resident(self) -> int:
         """Bytes."""
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self._process.pid}/status").read_text())
+        found = process_memory("VmRSS", self._process.pid)
         assert found is not None
-        return int(found[1]) * 1024
+        return found
 
     def open_files(self) -> int:
         return len(os.listdir(f"/proc/{self._process.pid}/fd"))
@@ -327,11 +328,6 @@ def besieged(folder: Path, seed: int) -> Iterator[Siege]:
         siege.resident, siege.open_files = server.resident(), server.open_files()
         yield siege
     siege.honest.join()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 # What frames can do

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from disturbance import Link, Plan
+from ports import free_port
 from websockets.asyncio.server import ServerConnection
 from websockets.sync.client import ClientConnection
 
@@ -293,13 +294,6 @@ def watch_server(watch: Watch) -> None:
         return message
 
     ServerConnection.send, ServerConnection.recv = watched_send, watched_receive  # type: ignore[method-assign]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 # Installed modules only: where the tests lie is not known to the process that forks (before Python 3.12).

@@ -1,6 +1,7 @@
 """A tiny GPT-2 of our own, the evaluation data where it is, and whole runs over real sockets in one process."""
 
 import json
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -90,6 +91,25 @@ def pairs_file(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def disk_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Filled while the test runs: "fsync PATH" and "replace", in their order."""
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(number: int) -> None:
+        calls.append(f"fsync {os.readlink(f'/proc/self/fd/{number}')}")
+        fsync(number)
+
+    def noted_replace(*paths: Path) -> None:
+        calls.append("replace")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    return calls
 
 
 @dataclass

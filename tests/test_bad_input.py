@@ -9,7 +9,6 @@ import socket
 import socketserver
 import struct
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -24,6 +23,8 @@ import protocol_samples
 import pytest
 import torch
 import zstandard
+from ports import free_port
+from programs import arguments, program, read_until
 from safetensors.torch import load_file, save_file
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
@@ -119,16 +120,6 @@ def server_options(model: Path, run_dir: Path) -> dict[str, Any]:
         "device": "cpu",
         "dtype": "float32",
     }
-
-
-def arguments(flags: dict[str, Any]) -> list[str]:
-    return [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 # Data files, and what is told of them
@@ -981,23 +972,6 @@ def test_loss_that_is_no_number_ends_the_run_and_everybody_is_told_why(
 
 
 # Ctrl-C
-
-
-@contextmanager
-def program(package: str, *words: str) -> Iterator["subprocess.Popen[str]"]:
-    with subprocess.Popen([sys.executable, "-m", package, *words], stderr=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def read_until(process: "subprocess.Popen[str]", words: str) -> str:
-    assert process.stderr is not None
-    for line in process.stderr:
-        if words in line:
-            return line
-    pytest.fail(f"the program never said {words!r}")
 
 
 def interrupt(process: "subprocess.Popen[str]") -> tuple[int, str]:

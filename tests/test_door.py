@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attacks import PING, PONG, SECONDS, HonestClient, RawClient, ServerProcess, frame_header, free_port, pump, request
+from attacks import PING, PONG, SECONDS, HonestClient, RawClient, ServerProcess, frame_header, pump, request
+from ports import free_port
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 

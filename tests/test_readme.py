@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chaos import free_port
 from conftest import REPOSITORY, run_in_thread, run_split
+from ports import free_port
 
 from edge_client import EdgeClient
 from gpu_server import GpuServer

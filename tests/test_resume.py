@@ -7,17 +7,17 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from chaos import free_port
 from conftest import make_model, run_in_thread, run_split
+from ports import free_port
+from programs import arguments, program, read_until
 
 from edge_client import ConnectionFailed, EdgeClient, Refused
 from gpu_server import GpuServer, RunEndedEarly
@@ -48,28 +48,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-@contextmanager
-def serving(*words: str, **more: Any) -> Iterator["subprocess.Popen[str]"]:
-    command = [sys.executable, "-m", "gpu_server", "serve", *words]
+def serving(*words: str, **more: Any) -> AbstractContextManager["subprocess.Popen[str]"]:
     # The runs they are compared with have one thread, too: sums of another order differ in their last bits.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **more) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def flags(options: dict[str, Any]) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-
-
-def wait_for(process: "subprocess.Popen[str]", words: str) -> None:
-    assert process.stderr is not None
-    for line in process.stderr:
-        if words in line:
-            return
-    pytest.fail(f"the program never said {words!r}")
+    return program("gpu_server", "serve", *words, env={**os.environ, "OMP_NUM_THREADS": "1"}, **more)
 
 
 def test_terminated_server_keeps_its_last_round_and_goes_on_when_resumed(
@@ -90,14 +71,14 @@ def test_terminated_server_keeps_its_last_round_and_goes_on_when_resumed(
                     os.kill(server.pid, signal.SIGTERM)
         return numbers
 
-    with serving(*flags(first)) as server:
-        wait_for(server, "listening on")
+    with serving(*arguments(first)) as server:
+        read_until(server, "listening on")
         numbers = run_in_thread(take_part)
         _, said = server.communicate(timeout=60)
         assert server.returncode == 128 + signal.SIGTERM
         assert "--resume goes on from there" in said
         assert "Traceback" not in said
-    with serving("--resume", "--port", str(port), *flags({"run_dir": run_dir, "model": settings["model"]})) as again:
+    with serving("--resume", "--port", str(port), *arguments({"run_dir": run_dir, "model": settings["model"]})) as again:
         _, said = again.communicate(timeout=60)
         assert (again.returncode, "going on after step" in said) == (0, True)
     assert numbers.result(timeout=60) == list(range(1, STEPS + 1))  # no step was lost, and none was done twice
@@ -309,15 +290,15 @@ def test_full_disk_ends_the_server_with_one_sentence_and_the_run_goes_on_later(
 
     # The first checkpoint has no moments of AdamW yet, those after it have.
     room = 4096 + sum(path.stat().st_size for path in (tmp_path / "undisturbed/adapter").glob("*.safetensors"))
-    with serving(*flags(options), preexec_fn=little_room) as server:
-        wait_for(server, "listening on")
+    with serving(*arguments(options), preexec_fn=little_room) as server:
+        read_until(server, "listening on")
         device = run_in_thread(take_part)
         _, said = server.communicate(timeout=60)
         assert server.returncode == 1
         assert "File too large; the ones before are kept" in said.splitlines()[-1]
         assert "Traceback" not in said
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["000000000.safetensors"]
-    with serving("--resume", *flags({"port": port, "run_dir": run_dir, "model": settings["model"]})) as again:
+    with serving("--resume", *arguments({"port": port, "run_dir": run_dir, "model": settings["model"]})) as again:
         again.communicate(timeout=60)
         assert again.returncode == 0
     device.result(timeout=60)
