@@ -48,7 +48,7 @@ class Federation:
         self.batch_sizes, self.steps = batch_sizes, steps
         # Fewer rows than the steps use, so that data is gone through more than once.
         sizes = [max(2, steps * size * 2 // 3) + i for i, size in enumerate(batch_sizes)]
-        self.pairs = [rows(size, offset=1000 * i) for i, size in enumerate(sizes)]
+        self.pairs = [rows(size, offset=sum(sizes[:i])) for i, size in enumerate(sizes)]
         self.files = [write_pairs(tmp_path / f"client-{i}.jsonl", pairs) for i, pairs in enumerate(self.pairs)]
 
     def clients(self) -> dict[str, dict[str, Any]]:
