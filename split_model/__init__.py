@@ -5,6 +5,7 @@ from .atomic_file import replace_file
 from .base_model import BaseModel, ModelConfig, find_model, is_hub_name
 from .errors import AdapterError, ModelError, TrainingDiverged
 from .generation import continue_greedily
+from .kept_samples import SampleFolder
 from .lora import Adapter, LoraConfig, adapter_shapes, initial_adapter
 from .optimisation import OptimiserConfig, adamw, optimiser_state, restore_optimiser, take_step
 from .parts import EdgePart, ServerPart, check_cut_layer
@@ -23,6 +24,7 @@ __all__ = [
     "ModelConfig",
     "ModelError",
     "OptimiserConfig",
+    "SampleFolder",
     "ServerPart",
     "TrainingDiverged",
     "adamw",
