@@ -1,0 +1,94 @@
+"""The gate: which codec a run uses is decided by what it does to the loss, once, and for good."""
+
+import json
+from typing import Any
+
+import pytest
+
+from gpu_server.gate import Gate
+
+
+def gate(codec: str = "int8", tolerance: float = 0.01, **more: Any) -> Gate:
+    return Gate(codec, tolerance, **more)
+
+
+def observe(gate: Gate, *changes: float, every: int = 10, link_share: float = 0.0, others: Any = None) -> list[str]:
+    """Checks in steps 1, 11, 21, ... after the last one; the notes to the operator."""
+    notes = []
+    for change in changes:
+        step = 1 if not gate.checked else gate.checked + every
+        seen = {gate.codec_of(step): change, **dict.fromkeys(gate.alternatives(step), others)}
+        notes.append(gate.check(step, seen, link_share))
+    return [note for note in notes if note is not None]
+
+
+def test_codec_that_changes_the_loss_within_the_tolerance_stays() -> None:
+    quiet = gate()
+    assert observe(quiet, 0.009, -0.009, 0.0099) == []
+    assert quiet.codec_of(10**6) == "int8"
+
+
+@pytest.mark.parametrize("change", [0.02, -0.02])
+def test_codec_that_changes_the_loss_too_much_gives_way_to_the_next_richer(change: float) -> None:
+    loud = gate("int4")
+    (note,) = observe(loud, change)
+    assert note == f"codec int4 changes the loss by {change:+.4f} nats/token, more than 0.01: int8 from step 2 on"
+    assert [loud.codec_of(step) for step in (1, 2, 100)] == ["int4", "int8", "int8"]
+
+
+@pytest.mark.parametrize(
+    ("codec", "ladder"),
+    [("delta", ["int8", "bfloat16", "exact"]), ("int4", ["int8", "bfloat16", "exact"]), ("bfloat16", ["exact"])],
+)
+def test_ladder_ends_with_what_is_exact(codec: str, ladder: list[str]) -> None:
+    loud = gate(codec)
+    assert len(observe(loud, *[1.0] * (len(ladder) + 3))) == len(ladder)
+    assert [name for _, name in loud.decisions] == ladder
+    assert loud.may_use() == {codec, *ladder}
+
+
+def test_one_odd_batch_among_many_decides_nothing() -> None:
+    smooth = gate()
+    assert observe(smooth, 0.0, 0.0, 0.0, 0.015, 0.0) == []
+
+
+def test_lasting_change_is_seen_however_quiet_it_was_before() -> None:
+    late = gate()
+    assert len(observe(late, 0.0, 0.0, 0.0, *[0.015] * 2)) == 1
+
+
+def test_int8_becomes_int4_where_the_link_is_the_bottleneck_and_quality_allows() -> None:
+    auto = gate(may_go_down=True)
+    assert observe(auto, 0.0, 0.0, link_share=0.7, others=0.001) == []
+    (note,) = observe(auto, 0.0, link_share=0.7, others=0.001)
+    assert note == "links take 70 % of the time, and codec int4 changes the loss by +0.0010 nats/token: int4 from step 22 on"
+    assert auto.codec_of(22) == "int4"
+
+
+@pytest.mark.parametrize(
+    ("codec", "link_share", "others", "may_go_down"),
+    [("int8", 0.4, 0.001, True), ("int8", 0.7, 0.02, True), ("int8", 0.7, 0.001, False), ("bfloat16", 0.7, 0.001, True)],
+)
+def test_it_does_not_go_down_otherwise(codec: str, link_share: float, others: float, may_go_down: bool) -> None:
+    steady = gate(codec, may_go_down=may_go_down)
+    assert observe(steady, *[0.0] * 9, link_share=link_share, others=others) == []
+
+
+def test_codec_that_was_tried_and_left_is_not_tried_again() -> None:
+    auto = gate(may_go_down=True)
+    observe(auto, *[0.0] * 3, link_share=0.9, others=0.0)
+    observe(auto, *[0.5] * 2, link_share=0.9)
+    assert [codec for _, codec in auto.decisions] == ["int4", "int8", "bfloat16"]
+    assert auto.alternatives(999) == []
+
+
+def test_what_is_decided_is_recorded_first_and_not_decided_again_after_going_back() -> None:
+    records: list[str] = []
+    first = gate("int4", record=lambda state: records.append(json.dumps(state)))
+    observe(first, 0.004, 0.004, 0.1)
+    again = gate("int4")
+    again.restore(json.loads(records[-1]))
+    assert again == gate("int4", decisions=first.decisions, checked=21, seen=first.seen)
+    assert again.check(11, {"int4": 5.0}, 0.0) is None  # the step is done again, and its check has counted
+    assert again.decisions == first.decisions == [(22, "int8")]
+    assert len(records) == 3
