@@ -69,11 +69,11 @@ class Cost:
     def measure(self, number: int, values: Array) -> None:
         # As the session does: the noise of every message is another one.
         dither = Dither("benchmark", number) if self.gradients and self.codec != EXACT else None
-        message = ActivationGradient(step=number, loss=0.0, values=values)
+        message = ActivationGradient(step=number, loss=0.0, labelled_tokens=1, values=values)
         began = time.thread_time()
         data = encode(message, self.codec, dither)
         encoded = time.thread_time()
-        arrived = decode(data, MAX_BYTES, self.codec).values  # type: ignore[union-attr]
+        arrived = decode(data, MAX_BYTES, [self.codec]).values  # type: ignore[union-attr]
         ended = time.thread_time()
         self.encoding.append(values.nbytes / 1e6 / (encoded - began))
         self.decoding.append(values.nbytes / 1e6 / (ended - encoded))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from terminal import Progress, plain, run_program, show_log, version
+from terminal import Progress, plain, run_program, show_log, version, where_time_went
 
 if TYPE_CHECKING:
     from .client import EdgeClient
@@ -105,6 +105,19 @@ def _add_training_flags(command: argparse.ArgumentParser) -> None:
         help="of the frozen weights (default: %(default)s)",
     )
     command.add_argument(
+        "--in-flight",
+        type=int,
+        default=2,
+        metavar="COUNT",
+        help="parts of a batch under way at once; 1 waits for each answer (default: %(default)s)",
+    )
+    command.add_argument(
+        "--cache-bytes",
+        type=int,
+        metavar="BYTES",
+        help="of samples' activations kept on this device's disk, where the run's codec is delta (default: the server's)",
+    )
+    command.add_argument(
         "--state-dir",
         metavar="DIR",
         help="where this device keeps its enrolments and its place in a run (default: the user's folder for state)",
@@ -149,6 +162,8 @@ def _model_of_server(url: str, name: str, state_dir: str | None) -> str:
 
 
 def _train(options: argparse.Namespace, server: str, model: str, name: str | None) -> None:
+    from protocol import Seconds
+
     from .client import EdgeClient
 
     with (
@@ -166,14 +181,20 @@ def _train(options: argparse.Namespace, server: str, model: str, name: str | Non
             dtype=options.dtype,
             state_dir=options.state_dir,
             give_up_after=options.give_up_after,
+            in_flight=options.in_flight,
+            cache_bytes=options.cache_bytes,
         ) as client,
     ):
         _say(_introduction(client))
         start = client.start()
         _show_perplexity(client, "before")
+        spent = Seconds()
         with Progress(client.num_steps, start.step) as progress:
             for step in client.train():
                 progress.update(step.number, step.loss, step.tokens, step.num_bytes)
+                spent += step.seconds
+        if where := where_time_went(vars(spent)):
+            _say(where)
         _show_perplexity(client, "after")
         _say(f"done: {client.num_bytes / 1e6:.2f} MB exchanged")
 

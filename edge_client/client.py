@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from protocol import CODECS, Hello, Join, Start, Welcome, check_name, largest_message_bytes
-from split_model import BaseModel, ModelError, find_model, load_tokenizer
+from protocol import CODECS, DELTA, Hello, Join, Start, Welcome, check_name, largest_message_bytes
+from split_model import BaseModel, ModelError, SampleFolder, find_model, load_tokenizer
 
 from .access import Access
 from .connection import ConnectionFailed, Refused
@@ -20,6 +20,8 @@ from .place import Place
 from .training import Step, perplexity, train
 
 __all__ = ["EdgeClient"]
+
+BYTES_MORE_A_ROW = 16  # what a file of samples has besides them, generously
 
 
 class EdgeClient:
@@ -43,6 +45,9 @@ class EdgeClient:
             user's folder for such things.
         give_up_after: seconds without a connection after which the run is given up; None tries forever. Where nobody answers
             at first, None takes the address for wrong, unless this device was killed in a run of this server.
+        in_flight: parts of a batch that are under way at once, as far as the run divides batches; 1 waits for each answer.
+        cache_bytes: the most that is kept of the samples' activations in ``state_dir``, where the run's codec is delta; None
+            is as much as the server keeps.
 
     Raises:
         DataError, ModelError, InvalidName, EnrolmentError: a file or the name cannot be used.
@@ -65,15 +70,22 @@ class EdgeClient:
         dtype: str = "auto",
         state_dir: str | os.PathLike[str] | None = None,
         give_up_after: float | None = None,
+        in_flight: int = 2,
+        cache_bytes: int | None = None,
     ) -> None:
         if batch_size < 1:
             raise DataError(f"batch-size must be at least 1, got {batch_size}")
+        if in_flight < 1:
+            raise DataError(f"in-flight must be at least 1, got {in_flight}")
+        if cache_bytes is not None and cache_bytes < 0:
+            raise DataError(f"cache-bytes must be at least 0, got {cache_bytes}")
         self.server, self.batch_size, self.shuffle = server, batch_size, shuffle
         state = state_folder(None if state_dir is None else os.fspath(state_dir))
         self._access = Access.to(server, state, None if name is None else check_name(name))
         self.name = name or self._access.name or _default_name(Path(data))
         self._place, self._give_up_after = Place(state, server, self.name), give_up_after
         self._device, self._dtype = device, dtype
+        self._in_flight, self._cache_bytes, self._num_kept = in_flight, cache_bytes, 0
         self._model = BaseModel(find_model(model))
         tokenizer = load_tokenizer(self._model.folder)
         end_token, length = self._model.config.end_token, min(max_length, self._model.config.num_positions)
@@ -90,18 +102,31 @@ class EdgeClient:
         """Join the run; the device's part of the model is ready, and waits for the others in `start`."""
         self._membership = Membership(
             self._access.connect,
-            Hello(name=self.name, fingerprint=self._model.fingerprint(), codecs=CODECS),
+            Hello(name=self.name, fingerprint=self._model.fingerprint(), codecs=(*CODECS, DELTA)),
             give_up_after=self._give_up_after,
             patient=self._place.is_kept or self._give_up_after is not None,
         )
         try:
             self._place.keep(self.welcome.run)
+            self._membership.kept = self._samples()
             self._engine = TorchEngine(self._model, self.welcome.settings, self._device, self._dtype)
         except BaseException:
             self._membership.close()
             raise
         self._start: Start | None = None
         return self
+
+    def _samples(self) -> SampleFolder | None:
+        """As they arrive at the server, for runs whose codec needs them."""
+        settings = self.welcome.settings
+        if settings.activation_codec != DELTA:
+            return None
+        of_run = settings.cache_bytes
+        cache_bytes = of_run if self._cache_bytes is None else min(of_run, self._cache_bytes)
+        bytes_a_row = 2 * self._model.config.width + BYTES_MORE_A_ROW
+        # While a sample has a new version, the old one is still needed.
+        self._num_kept = self.data.num_within(cache_bytes // 2, bytes_a_row)
+        return self._place.samples(2 * cache_bytes)
 
     @property
     def welcome(self) -> Welcome:
@@ -138,6 +163,8 @@ class EdgeClient:
             batch_size=self.batch_size,
             shuffle=self.shuffle,
             place=self._place,
+            in_flight=self._in_flight,
+            num_kept=self._num_kept,
         )
 
     def perplexity(self) -> Iterator[float]:

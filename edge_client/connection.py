@@ -1,8 +1,12 @@
 """The only file of this package that knows WebSockets: one conversation, as long as its link lasts."""
 
+import socket
 import ssl
+from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
 
@@ -21,10 +25,12 @@ from protocol import (
     RemoteProtocolError,
     Session,
     Side,
+    Start,
     compressed_bound,
 )
 
 from .pinning import CertificateChanged
+from .stopwatch import Stopwatch
 
 __all__ = ["Connection", "ConnectionFailed", "Dial", "Refused"]
 
@@ -32,6 +38,8 @@ Answer = TypeVar("Answer", bound=Message)
 Dial = Callable[[], "Connection"]
 
 UNAUTHORISED = 401
+LARGEST_SEND_BUFFER = 2**23  # bytes; systems allow less
+SECONDS_TO_LEAVE = 5.0
 
 
 class ConnectionFailed(ConnectionError):
@@ -47,9 +55,19 @@ class Refused(ConnectionError):
         """Seconds after which the same may be allowed; 0: never."""
 
 
+@dataclass(frozen=True)
+class Sent:
+    """A question that is not answered."""
+
+    at: float
+    num_bytes: int
+    sending: "Future[None]"
+
+
 class Connection:
     """
-    A conversation with the server at ``url``.
+    A conversation with the server at ``url``. Questions are sent by a thread of its own: on a slow link that takes a while,
+    in which the device can compute.
 
     Args:
         credentials: name and secret of this device.
@@ -66,7 +84,10 @@ class Connection:
     ) -> None:
         self.url = url
         self.session = Session(Side.CLIENT)
+        self.stopwatch = Stopwatch()
         self._open = ExitStack()
+        self._courier = ThreadPoolExecutor(1, thread_name_prefix="courier")
+        self._sent: deque[Sent] = deque()
         self.num_bytes = 0
         """Bytes of all messages so far, both ways."""
         try:
@@ -100,55 +121,91 @@ class Connection:
         """Take messages of up to ``size`` bytes from now on; a frame that claims more is refused before it is read."""
         self.session.max_bytes = size
         self._socket.protocol.max_message_size = compressed_bound(size)
+        # While a question is written to the socket, websockets does not read: let the system take it whole, if it does.
+        with suppress(OSError):  # the link is lost, and `answer` says so
+            self._socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, min(size, LARGEST_SEND_BUFFER))
 
     def exchange(self, message: Message, *answer_kinds: type[Answer]) -> Answer:
+        """Send a question, wait for its answer as long as it takes; raises what `answer` does."""
+        self.ask(message)
+        return self.answer(*answer_kinds)
+
+    def ask(self, message: Message) -> None:
+        """Have a question sent. Where the link is lost, `answer` says so."""
+        began = self.stopwatch.now()
+        data = self.session.send(message)
+        encoded = self.stopwatch.now()
+        self.stopwatch.add(encode=encoded - began)
+        self.num_bytes += len(data)
+        self._sent.append(Sent(encoded, len(data), self._courier.submit(self._send, data)))
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self._socket.send(data)
+        except ConnectionClosed:
+            pass  # a refusal that says why may have arrived before
+
+    def answer(self, *kinds: type[Answer]) -> Answer:
         """
-        Send a question, wait for its answer as long as it takes.
+        Wait for the answer to the first question that has none.
 
         Raises:
             Refused: the server answers with a refusal.
             RemoteProtocolError: it answers with something else than the protocol allows.
             ConnectionFailed: it is gone.
         """
-        data = self.session.send(message)
         try:
-            try:
-                self._socket.send(data)
-            except ConnectionClosed:
-                pass  # a refusal that says why may have arrived before
-            self.num_bytes += len(data)
             reply = self._receive()
         except ConnectionClosed as error:
             raise ConnectionFailed(f"the connection to {self.url} was lost: {error}") from None
         if isinstance(reply, Failure):
             raise Refused(f"the server at {self.url} refuses: {reply.reason}", reply.retry_after)
-        if not isinstance(reply, answer_kinds):
-            raise RemoteProtocolError(f"expected {answer_kinds[0].__name__}, got {type(reply).__name__}")
+        if not isinstance(reply, kinds):
+            raise RemoteProtocolError(f"expected {kinds[0].__name__}, got {type(reply).__name__}")
         return reply
 
     def _receive(self) -> Message:
-        reply = None
+        reply, began = None, self.stopwatch.now()
         while reply is None:  # what is delivered twice, counts once
-            answer = self._socket.recv()
-            self.num_bytes += len(answer)
+            data = self._socket.recv()
+            arrived = self.stopwatch.now()
+            self.num_bytes += len(data)
             try:
-                reply = self.session.receive(answer)
+                reply = self.session.receive(data)
             except RemoteProtocolError as error:
                 raise RemoteProtocolError(f"{self.url} does not keep to the protocol: {error}") from None
+        decoded = self.stopwatch.now()
+        if self._sent:  # else nobody has asked, and somebody is refused
+            question = self._sent.popleft()
+            question.sending.result()
+            if isinstance(reply, Start):
+                self._sent.clear()  # it answers all of them
+            self.stopwatch.answered(
+                reply,
+                waited=arrived - began,
+                under_way=arrived - question.at,
+                share_up=question.num_bytes / (question.num_bytes + len(data)),
+            )
+        self.stopwatch.add(decode=decoded - arrived)
         return reply
 
     def close(self) -> None:
         """Leave the run, politely where the server still listens."""
         try:
-            self._socket.send(self.session.send(Goodbye()))
+            if not wait([question.sending for question in self._sent], SECONDS_TO_LEAVE).not_done:
+                self._socket.send(self.session.send(Goodbye()))
         except (ConnectionClosed, LocalProtocolError):
             pass  # it is gone, or has refused us: there is nobody to say goodbye to
         finally:
-            self._open.close()
+            self.abandon()
 
     def abandon(self) -> None:
         """Close a connection that is lost. The place in the run stays."""
+        if not all(question.sending.done() for question in self._sent):
+            with suppress(OSError):  # it is closed already
+                self._socket.socket.shutdown(socket.SHUT_RDWR)  # else closing waits for what is being sent
         self._open.close()
+        self._courier.shutdown()
 
     def __enter__(self) -> "Connection":
         return self

@@ -87,9 +87,33 @@ class Dataset:
         """In one epoch; the last may be smaller."""
         return -(-len(self.samples) // batch_size)
 
-    def batch(self, step: int, batch_size: int, order_seed: tuple[int | str, ...] | None) -> Batch:
-        """The batch of step 1, 2, ...; a function of its arguments alone. See `order`."""
-        return pack([self.samples[index] for index in self.order(step, batch_size, order_seed)])
+    def batch(
+        self, step: int, batch_size: int, order_seed: tuple[int | str, ...] | None, *, part: int = 0, of: int = 1
+    ) -> Batch:
+        """
+        The batch of step 1, 2, ..., or a part of it, 0 to ``of`` - 1; a function of its arguments alone. See `order`.
+
+        Parts have equally many samples, the first ones one more where it does not come out even.
+        """
+        return pack([self.samples[index] for index in self._part(step, batch_size, order_seed, part, of).tolist()])
+
+    def numbers(
+        self, step: int, batch_size: int, order_seed: tuple[int | str, ...] | None, *, part: int = 0, of: int = 1, below: int
+    ) -> Array | None:
+        """Of the samples in a part of a batch, (B,) int32; -1 for those not ``below`` a number. None if that is 0."""
+        if not below:
+            return None
+        numbers = self._part(step, batch_size, order_seed, part, of)
+        return np.where(numbers < below, numbers, -1).astype(np.int32)
+
+    def num_within(self, num_bytes: int, bytes_a_row: int) -> int:
+        """How many samples from the first on fit into so many bytes, of rows of activations."""
+        sizes = np.cumsum([bytes_a_row * (len(sample.tokens) - 1) for sample in self.samples])
+        return int(np.searchsorted(sizes, num_bytes, side="right"))
+
+    def _part(self, step: int, batch_size: int, order_seed: tuple[int | str, ...] | None, part: int, of: int) -> Array:
+        order = np.array(self.order(step, batch_size, order_seed), np.int64)
+        return np.array_split(order, of)[part]
 
     def order(self, step: int, batch_size: int, order_seed: tuple[int | str, ...] | None) -> list[int]:
         """
@@ -113,11 +137,12 @@ def _epoch_order(num_samples: int, order_seed: tuple[int | str, ...] | None, epo
 
 def pack(samples: list[Sample]) -> Batch:
     """Samples one under the other."""
+    nothing = np.empty(0, np.int32)
     return Batch(
-        tokens=np.concatenate([sample.tokens[:-1] for sample in samples]),
+        tokens=np.concatenate([nothing, *(sample.tokens[:-1] for sample in samples)]),
         lengths=np.array([len(sample.tokens) - 1 for sample in samples], np.int32),
         label_counts=np.array([sample.num_labels for sample in samples], np.int32),
-        labels=np.concatenate([sample.tokens[len(sample.tokens) - sample.num_labels :] for sample in samples]),
+        labels=np.concatenate([nothing, *(sample.tokens[len(sample.tokens) - sample.num_labels :] for sample in samples)]),
     )
 
 

@@ -1,5 +1,7 @@
 """The device's arithmetic: its part of the model, forward and backward, in torch."""
 
+from collections import deque
+
 import torch
 
 from protocol import Array, RunSettings, Tensors
@@ -29,7 +31,7 @@ ADAPTER, OPTIMISER = "adapter/", "optimiser/"
 
 class TorchEngine:
     """
-    Runs the edge part and keeps, between two calls, the activations whose gradient is awaited.
+    Runs the edge part and keeps, between two calls, the activations whose gradients are awaited.
 
     Args:
         device, dtype: as on the command line; a run in float64 is followed whatever ``dtype`` says.
@@ -48,33 +50,46 @@ class TorchEngine:
             if settings.aggregate_every > 1
             else None
         )
-        self._activations: torch.Tensor | None = None
+        self._awaited: deque[torch.Tensor] = deque()
 
     @property
     def num_adapter_elements(self) -> int:
         return sum(matrix.numel() for matrix in self._part.matrices().values())
 
+    def begin_step(self) -> None:
+        """Forget what an interrupted step has left."""
+        self._awaited.clear()
+        self._part.clear_gradients()
+
     def forward(self, batch: Batch, dropout_seed: int) -> Array:
         """
-        Activations at the cut, (N, d); `backward` goes on from them.
+        Activations at the cut, (N, d); `backward` goes on from them. Several may be under way.
 
         Raises:
             TrainingDiverged: they are not finite.
         """
         self._part.train()
         self._part.seed_dropout(dropout_seed)
-        self._activations = _finite(self._run(batch))
-        return _to_array(self._activations)
+        self._awaited.append(_finite(self._run(batch)))
+        return _to_array(self._awaited[-1])
 
     def backward(self, gradient: Array) -> None:
-        """Take the gradient of the loss by the last activations, (N, d), to the LoRA matrices."""
-        if self._activations is None:
+        """
+        Take the gradient of the loss by the first activations that await it, (N, d), to the LoRA matrices, where it is added
+        to those before.
+        """
+        if not self._awaited:
             raise RuntimeError("backward() needs a forward() before it")
-        self._part.clear_gradients()
+        activations = self._awaited.popleft()
+        if not len(activations):
+            return
         # A scalar with the wanted gradient: handing the gradient to autograd makes it import sympy, 25 MB and a second.
-        product = (self._activations * _to_tensor(gradient).to(self._activations.device)).sum()
+        product = (activations * _to_tensor(gradient).to(activations.device)).sum()
         torch.autograd.backward(product)
-        self._activations = None
+
+    def end_step(self, labelled_tokens: int) -> None:
+        """All gradients of the summed loss are there: make them those of the mean over so many labels."""
+        self._part.divide_gradients(max(1, labelled_tokens))
 
     @torch.no_grad()
     def infer(self, batch: Batch) -> Array:
@@ -83,7 +98,7 @@ class TorchEngine:
         return _to_array(_finite(self._run(batch)))
 
     def take_step(self, learning_rate: float) -> None:
-        """Update the adapter with the gradients of the last `backward`. For rounds of several steps."""
+        """Update the adapter with the step's gradients. For rounds of several steps."""
         if self._optimiser is None:
             raise RuntimeError("in rounds of one step, the server takes it")
         take_step(self._optimiser, learning_rate)
@@ -123,6 +138,8 @@ class TorchEngine:
         restore_optimiser(self._optimiser, {name: _to_tensor(value) for name, value in learnt.items()})
 
     def _run(self, batch: Batch) -> torch.Tensor:
+        if not len(batch.tokens):
+            return torch.empty(0, self._part.width, dtype=self._part.dtype)
         tokens, lengths = torch.from_numpy(batch.tokens), torch.from_numpy(batch.lengths)
         activations: torch.Tensor = self._part(tokens.long(), lengths.long())
         return activations

@@ -3,17 +3,33 @@
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TypeVar, cast
 
-from protocol import Activations, AdapterGradient, EdgeAdapter, Evaluation, Hello, Join, Message, Start, Welcome, identity
+from protocol import (
+    Activations,
+    AdapterGradient,
+    EdgeAdapter,
+    Evaluation,
+    Hello,
+    Join,
+    KeptSamples,
+    Message,
+    Seconds,
+    Start,
+    Welcome,
+    identity,
+)
 
 from .connection import Connection, ConnectionFailed, Dial, Refused
+from .stopwatch import Stopwatch, difference
 
 __all__ = ["Membership", "Moved"]
 
 logger = logging.getLogger("edge_client")
+Question = TypeVar("Question", bound=Message)
 Answer = TypeVar("Answer", bound=Message)
 
 SHORTEST_WAIT = 0.5  # seconds
@@ -66,7 +82,11 @@ class Membership:
         self._num_evaluations = 0
         self._start_unheard: Start | None = None
         """Where the run went on while a held-out batch was asked about: the training has to go there, too."""
-        self._last_reply = time.perf_counter()
+        self.stopwatch = Stopwatch()
+        """Of all connections; a while without one is left out."""
+        self._told = Seconds()
+        self.kept: KeptSamples | None = None
+        """This device's samples, from `start` on, where the run keeps any."""
         self._connection: Connection | None = None
         try:
             self.welcome = self._greet(patient)
@@ -77,49 +97,83 @@ class Membership:
     def start(self, join: Join) -> Start:
         """Wait until the run starts, or learn where it stands."""
         self._join = join
+        self._connected().session.kept = self.kept
         try:
             start = self._enter(self._connected())
         except ConnectionFailed as error:
             start = self._keep_trying(error, self._come_back)
         self.round = start.round
+        self._told = self.stopwatch.read()  # waiting for the others to join belongs to no step
         return start
 
     def exchange(self, question: Message, answer_kind: type[Answer]) -> Answer:
+        """A question's answer; raises what `exchange_each` does."""
+        ((_, answer),) = self.exchange_each([question], answer_kind)
+        return answer
+
+    def exchange_each(
+        self, questions: Iterable[Question], answer_kind: type[Answer], in_flight: int = 1
+    ) -> Iterator[tuple[Question, Answer]]:
         """
-        A question's answer, however often it has to be asked.
+        The questions with their answers, in their order, however often they have to be asked.
+
+        Args:
+            questions: the next one is made when fewer than ``in_flight`` are open.
 
         Raises:
             Moved: the run stands elsewhere.
             ConnectionFailed: no connection for ``give_up_after`` seconds.
-            Refused, RemoteProtocolError: as `Connection.exchange`.
+            Refused, RemoteProtocolError: as `Connection.answer`.
         """
-        if self._start_unheard is not None and not isinstance(question, Evaluation):
-            self._go_to(self._start_unheard, question)
+        waiting: deque[Question] = deque()
+        for question in questions:
+            if self._start_unheard is not None and not isinstance(question, Evaluation):
+                self._go_to(self._start_unheard, question)
+            waiting.append(question)
+            if self._connection is not None:
+                self._connection.ask(question)
+            if len(waiting) >= in_flight:
+                yield waiting[0], self._answer(waiting, answer_kind)
+        while waiting:
+            yield waiting[0], self._answer(waiting, answer_kind)
+
+    def _answer(self, waiting: deque[Question], answer_kind: type[Answer]) -> Answer:
+        """To the first of the questions that wait."""
         while True:
             try:
-                answer = self._connected().exchange(question, answer_kind, Start)
+                answer = self._connected().answer(answer_kind, Start)
             except ConnectionFailed as error:
-                before = (self.welcome.restarts, self.round)
-                start = self._keep_trying(error, self._come_back)
-                if (self.welcome.restarts, start.round) != before or not _is_next(question, start):
-                    self._go_to(start, question)
+                self._ask_again(waiting, error)
                 continue
-            self._last_reply = time.perf_counter()
+            question = waiting.popleft()
             if isinstance(answer, Start):
                 self._go_to(answer, question)
+            if isinstance(question, Evaluation):
+                self._told = self.stopwatch.read()  # it belongs to no step
             if isinstance(answer, EdgeAdapter):
                 self.round = answer.step
                 self.checkpoint = max(self.checkpoint, answer.checkpoint)
             return cast(Answer, answer)
+
+    def _ask_again(self, waiting: deque[Question], error: ConnectionFailed) -> None:
+        """On another connection, unless the run has left these questions behind."""
+        before = (self.welcome.restarts, self.round)
+        start = self._keep_trying(error, self._come_back)
+        if (self.welcome.restarts, start.round) != before or not _is_next(waiting[0], start):
+            self._go_to(start, waiting[0])
+        for question in waiting:
+            self._connected().ask(question)
 
     def next_index(self) -> int:
         """A number for the next `Evaluation` that no other has had."""
         self._num_evaluations += 1
         return self._num_evaluations
 
-    def seconds_since_reply(self) -> float:
-        """How long this side has been busy with the last answer."""
-        return time.perf_counter() - self._last_reply
+    def seconds_to_tell(self) -> Seconds:
+        """Where the time since this was asked last has gone."""
+        read, before = self.stopwatch.read(), self._told
+        self._told = read
+        return difference(read, before)
 
     @property
     def num_bytes(self) -> int:
@@ -136,8 +190,7 @@ class Membership:
             return connection.exchange(self._hello, Welcome)
 
         try:
-            self._connection = self._dial()
-            return talk(self._connection)
+            return talk(self._opened())
         except ConnectionFailed as error:
             if self._connection is None and not patient:
                 raise
@@ -156,9 +209,7 @@ class Membership:
     def _enter(self, connection: Connection) -> Start:
         assert self._join is not None
         connection.expect(self.largest_message)
-        start = connection.exchange(replace(self._join, step=self.step), Start)
-        self._last_reply = time.perf_counter()
-        return start
+        return connection.exchange(replace(self._join, step=self.step), Start)
 
     def _come_back(self, connection: Connection) -> Start:
         welcome = connection.exchange(self._hello, Welcome)
@@ -180,15 +231,22 @@ class Membership:
             logger.info("%s; trying again in %.1f s", error, wait)
             self._sleep(wait)
             try:
-                self._connection = self._dial()
-                return talk(self._connection)
+                answer = talk(self._opened())
             except ConnectionFailed as failed:
                 error = failed
             except Refused as refused:
                 if not refused.retry_after:
                     raise
                 error = refused
+            else:
+                self.stopwatch.leave_out(time.monotonic() - lost_at)
+                return answer
         raise AssertionError("waits never end")
+
+    def _opened(self) -> Connection:
+        self._connection = self._dial()
+        self._connection.stopwatch, self._connection.session.kept = self.stopwatch, self.kept
+        return self._connection
 
     def _waits(self) -> Iterator[float]:
         """Seconds between attempts: doubling on average, never the same for two devices."""
@@ -206,7 +264,7 @@ class Membership:
 
 def _is_next(question: Message, start: Start) -> bool:
     """Whether one who goes on from ``start`` would ask this; else the run has left the question behind."""
-    kind, number = identity(question)
+    kind, number, _ = identity(question)
     if kind is Evaluation:
         return True
     return number == (start.step + 1 if kind in (Activations, AdapterGradient) else start.step)

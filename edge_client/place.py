@@ -13,7 +13,7 @@ from safetensors.numpy import save
 
 from protocol import Array
 from protocol.settings import LARGEST_COUNT
-from split_model import replace_file
+from split_model import SampleFolder, replace_file
 
 __all__ = ["Place", "SavedStep", "StateError"]
 
@@ -67,6 +67,16 @@ class Place:
             self._folder.mkdir(parents=True, mode=0o700)
             text = json.dumps({"run": run, "server": self._server, "name": self._name})
             replace_file(self._folder / "place.json", text.encode())
+
+    def samples(self, max_bytes: int) -> SampleFolder:
+        """
+        The device's samples as they arrived at the server.
+
+        Raises:
+            StateError: the folder cannot be written.
+        """
+        with _readable_errors(self._folder):
+            return SampleFolder(self._folder / "samples", max_bytes)
 
     def give_up(self) -> None:
         """The run is over for this device."""

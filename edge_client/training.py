@@ -15,6 +15,7 @@ from protocol import (
     EvaluationLoss,
     RemoteProtocolError,
     RunEnd,
+    Seconds,
     Start,
     Tensors,
 )
@@ -24,6 +25,7 @@ from .data import Batch, Dataset, pack
 from .engine import TorchEngine
 from .membership import Membership, Moved
 from .place import Place, SavedStep
+from .stopwatch import difference
 
 __all__ = ["Step", "perplexity", "train"]
 
@@ -42,6 +44,8 @@ class Step:
     """Tokens of this device's batch."""
     num_bytes: int
     """Bytes of this device's messages, both ways."""
+    seconds: Seconds
+    """Where its time went."""
 
 
 def train(
@@ -54,9 +58,15 @@ def train(
     batch_size: int,
     shuffle: bool,
     place: Place,
+    in_flight: int = 2,
+    num_kept: int = 0,
 ) -> Iterator[Step]:
     """
     Take part in every step this device has data for; at the end the engine holds the run's final adapter.
+
+    Up to ``in_flight`` micro-batches of a step are under way at once: while one travels, or is computed on the server, this
+    side computes the next. What comes out is the same, to the bit, for any number of them. Both sides keep the first
+    ``num_kept`` samples as they arrived, for runs in `DELTA`.
 
     Steps are repeated, and given again, where a server has gone back to a checkpoint.
     """
@@ -65,9 +75,25 @@ def train(
     order_seed = (settings.seed, name, "order") if shuffle else None
     last_step = settings.steps_of_client(len(data.samples), batch_size)
 
+    def micro_batches(step: int) -> Iterator[Activations]:
+        """The step's batch in parts; each is computed when it is asked for."""
+        for number in range(settings.micro_batches):
+            batch = data.batch(step, batch_size, order_seed, part=number, of=settings.micro_batches)
+            values = engine.forward(batch, derive_seed(settings.seed, name, "dropout", step, number))
+            yield Activations(
+                step=step,
+                micro_batch=number,
+                seconds=membership.seconds_to_tell(),
+                lengths=batch.lengths,
+                label_counts=batch.label_counts,
+                labels=batch.labels,
+                values=values,
+                samples=data.numbers(step, batch_size, order_seed, part=number, of=settings.micro_batches, below=num_kept),
+            )
+
     def contribute(step: int, kind: type[AdapterGradient | AdapterWeights], tensors: Tensors) -> None:
         """Exchange what this device adds for the adapter that everybody goes on with."""
-        summand = kind(step=step, edge_seconds=membership.seconds_since_reply(), tensors=tensors)
+        summand = kind(step=step, seconds=membership.seconds_to_tell(), tensors=tensors)
         answer = membership.exchange(summand, EdgeAdapter)
         if answer.step < step:
             raise RemoteProtocolError(f"expected the adapter of step {step} or later, got that of step {answer.step}")
@@ -79,26 +105,12 @@ def train(
             contribute(start.step, AdapterWeights, engine.adapter())
 
         for step in range(start.step + 1, last_step + 1):
-            bytes_before = membership.num_bytes
-            batch = data.batch(step, batch_size, order_seed)
-            values = engine.forward(batch, derive_seed(settings.seed, name, "dropout", step))
-            gradient = membership.exchange(
-                Activations(
-                    step=step,
-                    edge_seconds=membership.seconds_since_reply(),
-                    lengths=batch.lengths,
-                    label_counts=batch.label_counts,
-                    labels=batch.labels,
-                    values=values,
-                ),
-                ActivationGradient,
-            )
-            if gradient.step != step or gradient.values.shape != values.shape:
-                raise RemoteProtocolError(
-                    f"expected the gradient of step {step}, {list(values.shape)}; "
-                    f"got that of step {gradient.step}, {list(gradient.values.shape)}"
-                )
-            engine.backward(gradient.values)
+            bytes_before, seconds_before = membership.num_bytes, membership.stopwatch.read()
+            engine.begin_step()
+            for question, answer in membership.exchange_each(micro_batches(step), ActivationGradient, in_flight):
+                _check_answer(question, answer)
+                engine.backward(answer.values)
+            engine.end_step(answer.labelled_tokens)
 
             if settings.aggregate_every == 1:
                 # The server sums the gradients of all clients and takes the step for everybody.
@@ -112,7 +124,9 @@ def train(
                 if ends_round:
                     contribute(step, AdapterWeights, engine.adapter())
 
-            yield Step(step, gradient.loss, len(batch.tokens), membership.num_bytes - bytes_before)
+            seconds = difference(membership.stopwatch.read(), seconds_before)
+            num_tokens = len(data.batch(step, batch_size, order_seed).tokens)
+            yield Step(step, answer.loss, num_tokens, membership.num_bytes - bytes_before, seconds)
 
     while True:
         try:
@@ -123,6 +137,15 @@ def train(
         else:
             engine.load_adapter(end.tensors)
             return
+
+
+def _check_answer(question: Activations, answer: ActivationGradient) -> None:
+    asked, got = [
+        f"micro-batch {message.micro_batch} of step {message.step}, {list(message.values.shape)}"
+        for message in (question, answer)
+    ]
+    if asked != got:
+        raise RemoteProtocolError(f"expected the gradient of {asked}; got that of {got}")
 
 
 def _go_to(start: Start, engine: TorchEngine, membership: Membership, place: Place) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from protocol.invitation import SCHEME
-from terminal import Progress, run_program, show_log, version
+from terminal import Progress, run_program, show_log, version, where_time_went
 
 from .config import ServerConfig, options_from_toml
 
@@ -81,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_serve(options: argparse.Namespace) -> None:
+    from protocol import Seconds
+
     from .gpu_server import GpuServer
 
     given = {name: value for name, value in vars(options).items() if name not in ("command", "run", "config")}
@@ -90,6 +92,7 @@ def run_serve(options: argparse.Namespace) -> None:
             from_file.pop(opposite, None)
     with show_log("gpu_server"), GpuServer(**{**from_file, **given}) as server:
         _say(f"listening on {server.url} for {server.config.clients} clients; the run goes to {server.config.run_dir}")
+        spent = Seconds()
         with ExitStack() as shown:
             progress = None
             for step in server.train():
@@ -98,6 +101,9 @@ def run_serve(options: argparse.Namespace) -> None:
                 progress.update(
                     step.number, step.loss, step.tokens, sum(step.bytes_up.values()) + sum(step.bytes_down.values())
                 )
+                spent = sum(step.seconds.values(), spent)
+        if where := where_time_went(vars(spent)):
+            _say(f"of all devices, {where}")
         _say(f"done: the adapter is in {server.adapter_folder}")
 
 

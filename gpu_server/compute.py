@@ -1,9 +1,12 @@
 """The server's arithmetic: its part of the model, both adapters, both optimisers. Lives on one worker thread."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from protocol import Activations, Array, LabelledBatch, RunSettings, Tensors
+from protocol.codecs import Coded
 from split_model import (
     Adapter,
     AdapterError,
@@ -51,34 +54,76 @@ class Compute:
         self._edge = {name: nn.Parameter(adapter[name].to(self._part.dtype, copy=True)) for name in edge_names}
         self._server_optimiser = adamw(self._part.matrices().values(), self._schedule)
         self._edge_optimiser = adamw(self._edge.values(), self._schedule)
+        self._summed, self._labelled_tokens = 0.0, 0
+        """Loss in nats and labels, of the step so far."""
         self.round_end: Adapter = self._state()
         """Everything to go on from, as it was when the last round ended; never changed, only replaced."""
 
-    def train(self, step: int, total_steps: int, batches: dict[str, Activations]) -> tuple[float, dict[str, Array]]:
+    def train(
+        self, step: int, total_steps: int, micro_batch: int, batches: dict[str, Activations]
+    ) -> tuple[float, int, dict[str, Array]]:
         """
-        One forward and backward over all clients' tokens together, and the server part's update.
+        One forward and backward over all clients' tokens of a micro-batch together; after the step's last also the server
+        part's update.
 
         Returns:
-            The loss, in nats per labelled token of the union batch, and its gradient at every client's activations.
+            The loss of the step so far, in nats per labelled token, the number of these tokens, and the gradient of the
+            micro-batch's summed loss at every client's activations.
 
         Raises:
             TrainingDiverged: the loss is not finite.
         """
+        if not micro_batch:
+            self._summed, self._labelled_tokens = 0.0, 0
+        gradients = self._gradients(step, micro_batch, list(batches.values()))
+        # A step without any label teaches nothing.
+        labelled_tokens = max(1, self._labelled_tokens)
+        if micro_batch + 1 == self._settings.micro_batches:
+            self._part.divide_gradients(labelled_tokens)
+            take_step(self._server_optimiser, self._schedule.learning_rate_at(step, total_steps))
+        return self._summed / labelled_tokens, self._labelled_tokens, dict(zip(batches, gradients, strict=True))
+
+    def _gradients(self, step: int, micro_batch: int, union: list[Activations]) -> list[Array]:
+        if not sum(len(batch.values) for batch in union):
+            return [batch.values for batch in union]
         self._part.train()
-        self._part.seed_dropout(derive_seed(self._settings.seed, "server", "dropout", step))
-        union = list(batches.values())
+        self._part.seed_dropout(derive_seed(self._settings.seed, "server", "dropout", step, micro_batch))
         activations = self._join([batch.values for batch in union]).requires_grad_()
         labels = self._join([batch.labels for batch in union]).long()
-        loss = self._summed_loss(activations, union, labels) / max(1, len(labels))
+        # Not the mean: how many labels the step has, is known with its last micro-batch.
+        loss = self._summed_loss(activations, union, labels)
         if not torch.isfinite(loss):
             raise TrainingDiverged(f"the loss of step {step} is {loss.item()}; try a lower --lr")
         torch.autograd.backward(loss)
         assert activations.grad is not None
         if not torch.isfinite(activations.grad).all():
             raise TrainingDiverged(f"the gradient of step {step} is not finite; try a lower --lr")
-        take_step(self._server_optimiser, self._schedule.learning_rate_at(step, total_steps))
-        gradients = torch.split(activations.grad.cpu(), [len(batch.values) for batch in union])
-        return loss.item(), {name: gradient.numpy() for name, gradient in zip(batches, gradients, strict=True)}
+        self._summed += loss.item()
+        self._labelled_tokens += len(labels)
+        return [g.numpy() for g in torch.split(activations.grad.cpu(), [len(batch.values) for batch in union])]
+
+    @torch.no_grad()
+    def check(self, batches: list[Activations], others: list[str]) -> dict[str, float]:
+        """
+        By how much codecs change the loss, in nats per labelled token: under "" the one in which the batches came, and
+        ``others``. Of those batches that came exactly as well, without dropout; empty if none has labels.
+        """
+        exactly = [replace(batch, values=batch.exact) for batch in batches if batch.exact is not None and len(batch.values)]
+        labelled_tokens = sum(len(batch.labels) for batch in exactly)
+        if not labelled_tokens:
+            return {}
+        came = {"": [batch for batch in batches if batch.exact is not None and len(batch.values)]}
+        tried = {
+            codec: [replace(batch, values=Coded.of(batch.values, codec).decode()) for batch in exactly] for codec in others
+        }
+        exact_loss = self._loss_of(exactly)
+        return {codec: (self._loss_of(union) - exact_loss) / labelled_tokens for codec, union in {**came, **tried}.items()}
+
+    def _loss_of(self, union: list[Activations]) -> float:
+        """Summed, in nats, without dropout."""
+        self._part.eval()
+        labels = self._join([batch.labels for batch in union]).long()
+        return self._summed_loss(self._join([batch.values for batch in union]), union, labels).item()
 
     def aggregate(self, step: int, total_steps: int, contributions: dict[str, Tensors], weights: dict[str, int]) -> Tensors:
         """
@@ -133,6 +178,8 @@ class Compute:
     def evaluate(self, batch: LabelledBatch) -> float:
         """Summed loss of a held-out batch in nats, without dropout."""
         self._part.eval()
+        if not len(batch.values):
+            return 0.0
         labels = self._join([batch.labels]).long()
         loss = self._summed_loss(self._join([batch.values]), [batch], labels)
         if not torch.isfinite(loss):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from protocol import CODECS, EXACT, RunSettings
+from protocol import CODECS, DELTA, EXACT, RunSettings, gradient_codec
 from protocol.settings import LARGEST_COUNT
 
 __all__ = ["ConfigError", "ServerConfig", "options_from_toml", "resumed"]
@@ -27,8 +27,10 @@ DERIVED = {"precision", "activation_codec", "gradient_codec"}
 OF_THE_RUN = {item.name for item in fields(RunSettings)} - DERIVED | {"dtype", "codec"}
 
 
+LARGEST_SIZE = 2**50  # bytes
+
 COUNTS = (
-    *("clients", "steps", "epochs", "aggregate_every", "checkpoint_every", "quorum"),
+    *("clients", "steps", "epochs", "micro_batches", "aggregate_every", "checkpoint_every", "quorum"),
     *("max_batch_tokens", "max_connections", "max_strangers", "max_queue"),
 )
 
@@ -52,6 +54,7 @@ class ServerConfig:
     clients: int = option("clients the run starts with", 1)
     steps: int | None = option("length of the run in steps")
     epochs: int | None = option("length of the run in passes of every client over its data")
+    micro_batches: int = option("parts of a batch: while one is under way, a device computes the next", 2)
     aggregate_every: int = option("1: gradients are summed at every step; more: adapters are averaged so often", 1)
     lr: float = option("peak learning rate of AdamW", 2e-4)
     lr_schedule: str = option("of the learning rate after the warm-up", "constant", choices=("constant", "linear"))
@@ -62,10 +65,13 @@ class ServerConfig:
     device: str = option("where the server's part computes", "auto", choices=("auto", "cpu", "cuda"))
     dtype: str = option("of the frozen weights", "auto", choices=("auto", "float32", "bfloat16"))
     codec: str = option(
-        "of activations and their gradients on the wire; float32 is exact, auto is int8",
+        "of activations and their gradients on the wire; float32 is exact, auto is int8, or int4 on slow links",
         "float32",
-        choices=("auto", "float32", *CODECS),
+        choices=("auto", "float32", *CODECS, DELTA),
     )
+    codec_tolerance: float = option("nats/token by which a codec may change the loss; then a richer one is used", 0.01)
+    check_codec_every: int = option("steps from one check of that to the next; 0 never checks", 100)
+    cache_bytes: int = option("of a client's samples that each side keeps on its disk, for codec delta", 2**30)
     host: str = option("address to listen on", "127.0.0.1")
     port: int = option("port to listen on; 0 takes a free one", 8765)
     resume: bool = option("go on with the run in --run-dir; its settings need not be given again", False)
@@ -89,9 +95,11 @@ class ServerConfig:
             raise ConfigError("give either steps or epochs" if self.steps is None else "give steps or epochs, not both")
         for name in COUNTS:
             self._require(name, lambda value: value is None or 1 <= value <= LARGEST_COUNT, f"1 to {LARGEST_COUNT}")
-        for name in ("warmup_steps", "seed"):
+        for name in ("warmup_steps", "seed", "check_codec_every"):
             self._require(name, lambda value: 0 <= value <= LARGEST_COUNT, f"0 to {LARGEST_COUNT}")
         self._require("weight_decay", lambda value: value >= 0, "at least 0")
+        self._require("cache_bytes", lambda value: 0 <= value <= LARGEST_SIZE, f"0 to {LARGEST_SIZE}")
+        self._require("codec_tolerance", lambda value: value >= 0, "at least 0")
         for name in ("lr", "handshake_seconds", "max_messages_per_second", "step_deadline"):
             self._require(name, lambda value: value is None or value > 0, "positive")
         self._require("linger", lambda value: value >= 0, "at least 0")
@@ -115,8 +123,9 @@ class ServerConfig:
             codec = "int8"
         elif precision == "float64":
             raise ConfigError(f"codec {codec} is for runs in float32; a run in float64 has --codec float32, which is exact")
+        shared |= {"precision": precision, "activation_codec": codec, "gradient_codec": gradient_codec(codec)}
         try:
-            return RunSettings(precision=precision, activation_codec=codec, gradient_codec=codec, **shared)
+            return RunSettings(**shared)
         except ValueError as error:
             raise ConfigError(str(error).replace("_", "-")) from None
 

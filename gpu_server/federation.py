@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from protocol import (
+    EXACT,
     ActivationGradient,
     Activations,
     AdapterGradient,
@@ -31,6 +32,7 @@ from protocol import (
     RemoteProtocolError,
     RunEnd,
     RunSettings,
+    Seconds,
     Start,
     Tensors,
     Welcome,
@@ -39,6 +41,7 @@ from protocol import (
 from protocol.settings import LARGEST_COUNT
 
 from .deadline import Deadline
+from .gate import Gate
 from .timing import StepTiming
 
 __all__ = [
@@ -67,12 +70,20 @@ class Reply:
 
 @dataclass(frozen=True)
 class Train:
-    """Compute a step on these batches, then call `Federation.trained`."""
+    """Compute a part of a step, then call `Federation.trained`."""
 
     step: int
     total_steps: int
+    micro_batch: int
+    check: list[str] | None
+    """
+    Where the codec is checked: others to be tried, too. Then `Federation.checked` is called before.
+    """
     batches: dict[str, Activations]
-    """By client, in the order of their names: the order of the union batch."""
+    """
+    By client, in the order of their names: the order of the union batch. None at all where those who began the step have
+    gone: then it ends with what there is of it.
+    """
 
 
 @dataclass(frozen=True)
@@ -103,9 +114,12 @@ class FinishStep:
     loss: float
     tokens: int
     labelled_tokens: int
-    seconds: dict[str, dict[str, float]]
+    seconds: dict[str, Seconds]
+    """By client: what it has spent since the step before."""
     deadline: float
     """Seconds that the next step waits for its clients' activations before it asks whether a quorum is there."""
+    codec: str
+    """In which this step's activations came."""
 
 
 @dataclass(frozen=True)
@@ -175,8 +189,8 @@ class Member:
     join: Join
     last_step: int
     """The last step it has data for."""
-    next_question: tuple[type, int]
-    """What it has to ask next, besides evaluations: kind and step."""
+    next_question: tuple[type, int, int]
+    """The first that is not answered, evaluations aside: kind, step and micro-batch. It may have asked the next ones, too."""
     connected: bool = True
     absent: bool = False
     """A step has gone on without it. It is not waited for until it comes back."""
@@ -186,8 +200,8 @@ class Member:
     """It took part in a step of the present round."""
     labelled_tokens: int = 0
     """In this round."""
-    answer: tuple[tuple[type, int], Message] | None = None
-    """The question that was answered last, and its answer."""
+    answers: dict[tuple[type, int, int], Message] = field(default_factory=dict)
+    """Those to the questions of one kind and step that were answered last."""
     evaluation: Evaluation | None = None
     """The held-out batch whose loss its present connection waits for."""
 
@@ -209,6 +223,8 @@ class Federation:
     quorum: int | None = None
     checkpoint_every: int = 1
     deadline: Deadline = field(default_factory=Deadline)
+    gate: Gate | None = None
+    """None: the run has one codec from beginning to end."""
     restarts: int = 0
     step: int = 0
     """Steps trained."""
@@ -220,8 +236,10 @@ class Federation:
     members: dict[str, Member] = field(default_factory=dict)
     greeted: set[str] = field(default_factory=set)
     """Names in use that have not joined."""
-    waiting: dict[str, Message] = field(default_factory=dict)
-    """Questions of the present round that are not answered yet, at most one a member."""
+    micro_batch: int = 0
+    """The one that is gathered or computed."""
+    waiting: dict[tuple[str, int], Message] = field(default_factory=dict)
+    """Questions of the present round that are not answered yet, by client and micro-batch."""
     timing: StepTiming = field(default_factory=StepTiming)
     total_steps: int = 0
     _since: float = 0.0
@@ -229,10 +247,15 @@ class Federation:
     _warned: bool = False
     _returning: set[str] = field(default_factory=set)
     """Absent members that wait to be told where to go on."""
+    _in_step: list[str] = field(default_factory=list)
+    """Members whose first micro-batch of the present step is computed."""
     _loss: float = math.nan
     _tokens: int = 0
     _labelled_tokens: int = 0
     _finished_step: int = 0
+    _link_seconds: float = 0.0
+    """Of all clients since the codec was checked last; and all their seconds."""
+    _all_seconds: float = 0.0
 
     # Across a restart of the server
 
@@ -249,7 +272,7 @@ class Federation:
         for name, fields in membership.items():
             join = Join(**{key: value for key, value in fields.items() if key != "left"})
             last_step = self.settings.steps_of_client(join.num_samples, join.batch_size)
-            self.members[name] = Member(join, last_step, (Activations, 1), connected=False, left=fields["left"])
+            self.members[name] = Member(join, last_step, (Activations, 1, 0), connected=False, left=fields["left"])
         self.step = self.round = self._finished_step = step
         self.checkpoints = (earliest, step)
         self.total_steps = max(member.last_step for member in self.members.values())
@@ -271,7 +294,8 @@ class Federation:
                 f"the model of {hello.name} has fingerprint {ascii(hello.fingerprint[:64])[1:-1]}, "
                 f"the run's has {self.limits.fingerprint}; use the same base model on both sides"
             )
-        missing = self.settings.codecs() - set(hello.codecs)
+        may_use = self.settings.codecs() | (self.gate.may_use() if self.gate is not None else set())
+        missing = may_use - {EXACT, *hello.codecs}
         if missing:
             raise RemoteProtocolError(
                 f"{hello.name} does not offer the codec {', '.join(sorted(missing))}, which this run uses; "
@@ -334,17 +358,18 @@ class Federation:
 
     def _take(self, name: str, message: OfAStep, now: float) -> list[Action]:
         member, question = self.members[name], identity(message)
-        if not member.absent and question == member.next_question:
+        if not member.absent and self._may_ask(member, question):
             self._check(member, message)
-            if name not in self.waiting and not isinstance(message, Done):
-                self.timing.question(name, message.edge_seconds, now)
-            self.waiting[name] = message
+            place = name, question[2]
+            if place not in self.waiting and not isinstance(message, Done):
+                self.timing.question(place, message.seconds, now)
+            self.waiting[place] = message
             return self._advance(now)
-        if not member.absent and member.answer is not None and question == member.answer[0]:
+        if not member.absent and question in member.answers:
             self.timing.replied(name, now)
-            return [Reply(name, member.answer[1])]
+            return [Reply(name, member.answers[question])]
         if not self._is_behind(member, question):
-            kind, step = member.next_question
+            kind, step, _ = member.next_question
             raise RemoteProtocolError(
                 f"expected {kind.__name__} of step {step}, got {type(message).__name__} of step {message.step}"
             )
@@ -367,7 +392,7 @@ class Federation:
         if member is None:
             return []
         member.left, member.in_round = True, False
-        self.waiting.pop(name, None)
+        self._forget_questions(name)
         return self._advance(now)
 
     def tick(self, now: float) -> list[Action]:
@@ -379,31 +404,69 @@ class Federation:
         kind = {Phase.ACTIVATIONS: Activations, Phase.CONTRIBUTIONS: Contribution}.get(self.phase)
         return None if kind is None or self._warned else self._since + self.deadline.seconds(kind)
 
-    def trained(self, loss: float, gradients: dict[str, Array], seconds: float, now: float) -> list[Action]:
-        """The step of the last `Train` is computed: its loss, and each client's gradient at the cut."""
-        self.step += 1
-        self._loss = loss
-        self.timing.computed(list(gradients), seconds)
+    def trained(
+        self, loss: float, labelled_tokens: int, gradients: dict[str, Array], seconds: float, now: float
+    ) -> list[Action]:
+        """
+        The last `Train` is computed.
+
+        Args:
+            loss: nats per labelled token of the step so far.
+            labelled_tokens: of the step so far.
+            gradients: of each client's micro-batch, at the cut.
+        """
+        step, ends_step = self.step + 1, self.micro_batch + 1 == self.settings.micro_batches
+        self._loss, self._labelled_tokens = loss, labelled_tokens
+        self.step += ends_step
         actions: list[Action] = []
         asked = self._asked(Activations)
         for name, gradient in gradients.items():
             if name in asked:  # it has not left meanwhile, and come back perhaps
-                answer = ActivationGradient(step=self.step, loss=loss, values=gradient)
-                actions += self._reply(name, answer, self._question_after_gradient(self.members[name]), now)
+                answer = ActivationGradient(
+                    step=step,
+                    micro_batch=self.micro_batch,
+                    loss=loss,
+                    labelled_tokens=labelled_tokens,
+                    values=gradient,
+                    codec=self.codec_of(step + 1) if ends_step else "",
+                    queue_seconds=self.timing.queued((name, self.micro_batch)),
+                    compute_seconds=seconds,
+                )
+                next_question = self._question_after_gradient(self.members[name], step, ends_step=ends_step)
+                actions += self._reply(name, answer, next_question, now)
+        if not ends_step:
+            self.micro_batch += 1
+            self._enter(Phase.ACTIVATIONS, now)
+            return actions + self._advance(now)
+        self.micro_batch = 0
         if self.settings.ends_round(self.step) or not self._participants():
             self._enter(Phase.CONTRIBUTIONS, now)
         else:
             actions += self._finish_step(now)
         return actions + self._advance(now)
 
+    def checked(self, changes: dict[str, float]) -> list[Action]:
+        """By how much codecs change the loss of the step that is computed, in nats per labelled token."""
+        if self.gate is None or not changes:
+            return []
+        link_share = self._link_seconds / self._all_seconds if self._all_seconds else 0.0
+        self._link_seconds = self._all_seconds = 0.0
+        note = self.gate.check(self.step + 1, changes, link_share)
+        return [] if note is None else [Report(note)]
+
     def aggregated(self, edge_adapter: Tensors, seconds: float, now: float) -> list[Action]:
         """The edge adapter of the last `Aggregate` is computed."""
         self.edge_adapter, self.round = edge_adapter, self.step
-        contributors = [name for name in self._contributors() if name in self._asked(Contribution)]
-        self.timing.computed(contributors, seconds)
-        answer = EdgeAdapter(step=self.step, tensors=edge_adapter, checkpoint=self.checkpoints[0])
+        asked = self._asked(Contribution)
         actions: list[Action] = []
-        for name in contributors:
+        for name in [name for name in self._contributors() if name in asked]:
+            answer = EdgeAdapter(
+                step=self.step,
+                tensors=edge_adapter,
+                checkpoint=self.checkpoints[0],
+                queue_seconds=self.timing.queued((name, 0)),
+                compute_seconds=seconds,
+            )
             actions += self._reply(name, answer, self._question_after_round(self.members[name]), now)
         for member in self.members.values():
             member.in_round, member.labelled_tokens = False, 0
@@ -440,6 +503,10 @@ class Federation:
         """Go on as far as what has come in, and the time, allow."""
         if self.phase is Phase.GATHERING:
             return self._start(now) if len(self.members) == self.settings.clients else []
+        if self.phase is Phase.ACTIVATIONS and self.micro_batch:
+            rest = [name for name in self._in_step if not self.members[name].left and not self.members[name].absent]
+            ready, notes = self._gathered(Activations, rest, now)
+            return notes + ([self._train(ready, now)] if ready or not rest else [])
         if self.phase is Phase.ACTIVATIONS:
             actions = self._answer_returning(now)
             participants = self._participants()
@@ -477,7 +544,7 @@ class Federation:
         if len(ready) >= needed:
             for name in awaited:
                 self.members[name].absent = True
-                self.waiting.pop(name, None)
+                self._forget_questions(name)
             return ready, [Report(f"step {step} goes on without {', '.join(awaited)}, not heard of for {seconds:.1f} s")]
         if self._warned:
             return [], []
@@ -494,33 +561,43 @@ class Federation:
         return actions
 
     def _train(self, participants: list[str], now: float) -> Train:
+        """The micro-batch of these, or of nobody, which ends the step."""
         self._enter(Phase.TRAINING, now)
+        if not participants:
+            self.micro_batch = self.settings.micro_batches - 1
+        elif not self.micro_batch:
+            self._in_step, self._tokens = participants, 0
         asked = self._asked(Activations)
         batches = {name: asked[name] for name in participants}
         for name, batch in batches.items():
             self.members[name].labelled_tokens += len(batch.labels)
             self.members[name].in_round = True
-        self._tokens = sum(len(batch.values) for batch in batches.values())
-        self._labelled_tokens = sum(len(batch.labels) for batch in batches.values())
-        self.timing.computing(participants, now)
-        return Train(self.step + 1, self.total_steps, batches)
+        self._tokens += sum(len(batch.values) for batch in batches.values())
+        self.timing.computing([(name, self.micro_batch) for name in participants], now)
+        step = self.step + 1
+        checks = not self.micro_batch and self.settings.checks_codec(step) and self.gate is not None
+        check = self.gate.alternatives(step) if checks and self.gate is not None else None
+        return Train(step, self.total_steps, self.micro_batch, check, batches)
 
     def _aggregate(self, contributors: list[str], now: float) -> Aggregate:
         self._enter(Phase.AGGREGATING, now)
         asked = self._asked(Contribution)
         contributions = {name: asked[name].tensors for name in contributors}
         weights = {name: self.members[name].labelled_tokens for name in contributors}
-        self.timing.computing(contributors, now)
+        self.timing.computing([(name, 0) for name in contributors], now)
         return Aggregate(self.step, self.total_steps, contributions, weights)
 
     def _finish_step(self, now: float) -> list[Action]:
         self._enter(Phase.ACTIVATIONS, now)
         seconds = self.timing.take()
+        self._link_seconds += sum(spent.uplink + spent.downlink for spent in seconds.values())
+        self._all_seconds += sum(sum(vars(spent).values()) for spent in seconds.values())
         if self._finished_step == self.step:  # a last round closed early, by the leaving of those who had steps left
             return []
         self._finished_step = self.step
         deadline = self.deadline.seconds(Activations)
-        return [FinishStep(self.step, self._loss, self._tokens, self._labelled_tokens, seconds, deadline)]
+        codec = self.codec_of(self.step)
+        return [FinishStep(self.step, self._loss, self._tokens, self._labelled_tokens, seconds, deadline, codec)]
 
     def _close_last_round(self, now: float) -> list[Action]:
         if self._contributors():
@@ -533,12 +610,14 @@ class Federation:
         actions: list[Action] = []
         for name in self._asked(Done):
             answer = RunEnd(step=self.step, tensors=self.edge_adapter)
-            actions += self._reply(name, answer, (Evaluation, self.step), now)
+            actions += self._reply(name, answer, (Evaluation, self.step, 0), now)
         return actions
 
-    def _reply(self, name: str, message: Message, next_question: tuple[type, int], now: float) -> list[Action]:
-        member = self.members[name]
-        member.answer = (identity(self.waiting.pop(name)), message)
+    def _reply(self, name: str, message: Message, next_question: tuple[type, int, int], now: float) -> list[Action]:
+        member, question = self.members[name], identity(self.waiting.pop((name, self.micro_batch)))
+        if next(iter(member.answers), question)[:2] != question[:2]:
+            member.answers = {}
+        member.answers[question] = message
         member.next_question = next_question
         self.timing.replied(name, now)
         return [Reply(name, message)]
@@ -557,8 +636,13 @@ class Federation:
             self._returning.add(name)
             return self._advance(now)
         self.timing.replied(name, now)
+        step = self._last_step_of(member)
         answer = Start(
-            step=self._last_step_of(member), round=self.round, total_steps=self.total_steps, adapter=self.edge_adapter
+            step=step,
+            round=self.round,
+            total_steps=self.total_steps,
+            adapter=self.edge_adapter,
+            codec=self.codec_of(step + 1),
         )
         return [Reply(name, answer)]
 
@@ -566,7 +650,7 @@ class Federation:
         actions: list[Action] = []
         for name in sorted(self._returning):
             member = self.members[name]
-            member.absent, member.answer = False, None
+            member.absent, member.answers = False, {}
             member.next_question = self._question_after_round(member)
             if member.next_question[0] is Done:
                 member.in_round = False  # the step after which it was to contribute has gone on without it
@@ -576,22 +660,35 @@ class Federation:
 
     def _last_step_of(self, member: Member) -> int:
         """The step after which the member goes on. It repeats one whose outcome it has not kept."""
-        kind, step = member.next_question
+        kind, step, _ = member.next_question
         if kind is Activations:
-            answered = member.answer is not None and member.answer[0] == (Activations, step - 1)
+            answered = (Activations, step - 1, 0) in member.answers
             lost = answered and member.join.step < step - 1
             return step - 2 if lost else step - 1
         if kind is AdapterGradient or (kind is AdapterWeights and member.join.step != step):
             return step - 1
         return min(step, member.last_step)
 
-    def _is_behind(self, member: Member, question: tuple[type, int]) -> bool:
+    def _may_ask(self, member: Member, question: tuple[type, int, int]) -> bool:
+        """Whether it is the member's next question, or a later micro-batch of its step."""
+        *place, first = member.next_question
+        several = self.settings.micro_batches if question[0] is Activations else 1
+        return [*question[:2]] == place and first <= question[2] < several
+
+    def _forget_questions(self, name: str) -> None:
+        self.waiting = {place: question for place, question in self.waiting.items() if place[0] != name}
+
+    def _is_behind(self, member: Member, question: tuple[type, int, int]) -> bool:
         """Whether the run has left this question behind, so that the member has to be told where to go on."""
         if question[0] is Done:
             return False  # nothing that the run does makes it stale
         if member.absent:
             return question[1] <= self.step + 1
         return _place(question) < _place(member.next_question)
+
+    def codec_of(self, step: int) -> str:
+        """In which the step's activations travel."""
+        return self.settings.activation_codec if self.gate is None else self.gate.codec_of(step)
 
     # The calendar
 
@@ -609,18 +706,24 @@ class Federation:
         )
 
     def _asked(self, kind: type[Question]) -> dict[str, Question]:
-        """The open questions of this kind, by client."""
-        return {name: question for name, question in self.waiting.items() if isinstance(question, kind)}
+        """The open questions of this kind, and of the present micro-batch, by client."""
+        return {
+            name: question
+            for (name, micro_batch), question in self.waiting.items()
+            if isinstance(question, kind) and micro_batch == self.micro_batch
+        }
 
-    def _question_after_gradient(self, member: Member) -> tuple[type, int]:
+    def _question_after_gradient(self, member: Member, step: int, *, ends_step: bool) -> tuple[type, int, int]:
+        if not ends_step:
+            return Activations, step, self.micro_batch + 1
         if self.settings.aggregate_every == 1:
-            return AdapterGradient, self.step
-        if self.settings.ends_round(self.step) or self.step == member.last_step:
-            return AdapterWeights, self.step
-        return Activations, self.step + 1
+            return AdapterGradient, step, 0
+        if self.settings.ends_round(step) or step == member.last_step:
+            return AdapterWeights, step, 0
+        return Activations, step + 1, 0
 
-    def _question_after_round(self, member: Member) -> tuple[type, int]:
-        return (Activations, self.step + 1) if self.step < member.last_step else (Done, member.last_step)
+    def _question_after_round(self, member: Member) -> tuple[type, int, int]:
+        return (Activations, self.step + 1, 0) if self.step < member.last_step else (Done, member.last_step, 0)
 
     def _rounds_since_checkpoint(self) -> int:
         return -(-(self.step - self.checkpoints[1]) // self.settings.aggregate_every)
@@ -644,7 +747,7 @@ class Federation:
         last_step = self.settings.steps_of_client(join.num_samples, join.batch_size)
         if last_step > LARGEST_COUNT:
             raise RemoteProtocolError(f"{join.num_samples} samples take {last_step} steps; at most {LARGEST_COUNT} can be")
-        return Member(join, last_step, (Activations, 1))
+        return Member(join, last_step, (Activations, 1, 0))
 
     def _check(self, member: Member, message: OfAStep) -> None:
         if isinstance(message, Activations):
@@ -659,9 +762,13 @@ class Federation:
         if batch.values.shape[1] != limits.width:
             raise RemoteProtocolError(f"values are {batch.values.shape[1]} wide, the model is {limits.width}")
         _check_size(batch.values)
+        if isinstance(batch, Activations) and batch.exact is not None:
+            if batch.exact.dtype != batch.values.dtype:
+                raise RemoteProtocolError(f"values are {batch.values.dtype.name}, and exactly {batch.exact.dtype.name}")
+            _check_size(batch.exact)
         if len(batch.values) > rows or len(batch.lengths) > member.join.batch_size:
             raise RemoteProtocolError(f"{len(batch.values)} rows, at most {rows} were announced")
-        if batch.lengths.max() > member.join.longest:
+        if batch.lengths.max(initial=0) > member.join.longest:
             raise RemoteProtocolError(
                 f"a sequence of {batch.lengths.max()} tokens, at most {member.join.longest} were announced"
             )
@@ -678,10 +785,10 @@ class Federation:
             _check_size(tensor)
 
 
-def _place(question: tuple[type, int]) -> tuple[int, int]:
+def _place(question: tuple[type, int, int]) -> tuple[int, int, int]:
     """Where a question stands in the order in which a client asks them."""
-    kind, step = question
-    return step, [Activations, AdapterGradient, AdapterWeights, Done, Evaluation].index(kind)
+    kind, step, micro_batch = question
+    return step, [Activations, AdapterGradient, AdapterWeights, Done, Evaluation].index(kind), micro_batch
 
 
 def _waited_for_as(kind: type) -> type:

@@ -1,5 +1,6 @@
 """The SDK: a server for one run, in five lines."""
 
+import functools
 import logging
 import queue
 import threading
@@ -14,10 +15,12 @@ from typing import Any
 import numpy
 import torch
 
+from protocol import DELTA, EXACT, RunSettings, Seconds
 from split_model import (
     Adapter,
     BaseModel,
     LoraConfig,
+    SampleFolder,
     adapter_shapes,
     check_cut_layer,
     choose_device,
@@ -34,6 +37,7 @@ from .config import ConfigError, ServerConfig, resumed
 from .deadline import Deadline
 from .door import open_door
 from .federation import Action, Federation, ModelLimits, Phase
+from .gate import Gate
 from .run_directory import RunDirectory
 from .server import RunServer, StepRecord
 
@@ -91,6 +95,7 @@ class GpuServer:
             quorum=config.quorum,
             checkpoint_every=config.checkpoint_every,
             deadline=Deadline(config.step_deadline),
+            gate=_gate(config, settings, directory),
             restarts=recorded.get("restarts", 0) + 1 if recorded else 0,
         )
         if recorded and recorded["fingerprint"] != limits.fingerprint:
@@ -132,6 +137,7 @@ class GpuServer:
             report=self._record,
             keep=self._keep,
             save=self._save,
+            kept=self._samples_of if self._federation.settings.activation_codec == DELTA else None,
         )
         actions = self._go_back() if self._federation.restarts else []
         listening: queue.Queue[str | BaseException] = queue.Queue()
@@ -197,6 +203,8 @@ class GpuServer:
         else:
             self.stop()
         self._thread.join()
+        if self._federation.phase is Phase.FINISHED:
+            self._directory.forget_samples()
         self._directory.release()
 
     def _serve(self, listening: "queue.Queue[str | BaseException]", actions: list[Action]) -> None:
@@ -221,11 +229,12 @@ class GpuServer:
             "labelled_tokens": record.labelled_tokens,
             "tokens": record.tokens,
             "deadline": round(record.deadline, 3),
+            "codec": record.codec,
             "clients": {
                 name: {
                     "bytes_up": record.bytes_up[name],
                     "bytes_down": record.bytes_down[name],
-                    "seconds": {part: round(value, 6) for part, value in record.seconds.get(name, {}).items()},
+                    "seconds": {part: round(value, 6) for part, value in vars(record.seconds.get(name, Seconds())).items()},
                 }
                 for name in record.bytes_up
             },
@@ -238,6 +247,11 @@ class GpuServer:
         saved = SavedRound(run=self._federation.run, step=step, membership=membership, state=state)
         self._directory.checkpoints.write(saved)
 
+    @functools.cache  # noqa: B019  # one for each client, as long as the server
+    def _samples_of(self, client: str) -> SampleFolder:
+        # Twice as much as a device keeps: between two checkpoints there are two versions of a sample.
+        return self._directory.samples_of(client, 2 * self.config.cache_bytes)
+
     def _save(self) -> None:
         self._directory.save_adapter(self._compute.adapter(), self._lora, self.config.model)
         reached = {"step": self._federation.round, "of": self._federation.total_steps}
@@ -248,6 +262,21 @@ def _run_directory(options: dict[str, Any]) -> RunDirectory:
     if not isinstance(options.get("run_dir"), str):
         ServerConfig.from_options(options)  # says what is wrong with it
     return RunDirectory(Path(options["run_dir"]), resume=bool(options.get("resume")))
+
+
+def _gate(config: ServerConfig, settings: RunSettings, directory: RunDirectory) -> Gate | None:
+    if settings.activation_codec == EXACT or not settings.check_codec_every:
+        return None
+    gate = Gate(
+        settings.activation_codec,
+        tolerance=config.codec_tolerance,
+        may_go_down=config.codec == "auto",
+        record=directory.record_codecs,
+    )
+    recorded = directory.recorded_codecs()
+    if recorded is not None:
+        gate.restore(recorded)
+    return gate
 
 
 def _starting_adapter(config: ServerConfig, model: BaseModel, lora: LoraConfig) -> Adapter:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from split_model import Adapter, LoraConfig, replace_file, save_adapter
+from split_model import Adapter, LoraConfig, SampleFolder, replace_file, save_adapter
 
 from .checkpoints import Checkpoints
 from .config import ConfigError
@@ -72,6 +73,35 @@ class RunDirectory:
         except (OSError, ValueError, AttributeError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from None
         return dict(description)
+
+    def record_codecs(self, state: dict[str, Any]) -> None:
+        """What the gate has seen and decided; it holds, whatever checkpoint the run goes back to."""
+        with self._writing():
+            replace_file(self.path / "codecs.json", (json.dumps(state, indent=2) + "\n").encode())
+
+    def recorded_codecs(self) -> dict[str, Any] | None:
+        """
+        What `record_codecs` wrote last; None if nothing.
+
+        Raises:
+            ConfigError: the file cannot be read.
+        """
+        path = self.path / "codecs.json"
+        if not path.exists():
+            return None
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from None
+
+    def samples_of(self, client: str, max_bytes: int) -> SampleFolder:
+        """Those of a client that are kept while the run lasts."""
+        with self._writing():
+            return SampleFolder(self.path / "samples" / client, max_bytes)
+
+    def forget_samples(self) -> None:
+        """The run is complete: nothing of its devices' data stays."""
+        shutil.rmtree(self.path / "samples", ignore_errors=True)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add a step's line to metrics.jsonl."""

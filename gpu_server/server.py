@@ -28,13 +28,14 @@ from protocol import (
     Ping,
     Pong,
     RemoteProtocolError,
+    Seconds,
     Session,
     Side,
     State,
     compressed_bound,
     largest_message_bytes,
 )
-from split_model import Adapter, TrainingDiverged
+from split_model import Adapter, SampleFolder, TrainingDiverged
 from terminal import version
 
 from .compute import Compute
@@ -85,10 +86,12 @@ class StepRecord:
     bytes_up: dict[str, int]
     """By client, on the socket, WebSocket framing included, since the line before."""
     bytes_down: dict[str, int]
-    seconds: dict[str, dict[str, float]]
-    """By client: edge_compute, wire, waiting, server_compute."""
+    seconds: dict[str, Seconds]
+    """By client: what it has spent since the step before."""
     deadline: float
     """Seconds that the next step waits for its clients."""
+    codec: str
+    """In which its activations came."""
 
 
 class CountingConnection(ServerConnection):
@@ -147,6 +150,8 @@ class Peer:
     session: Session = field(default_factory=lambda: Session(Side.SERVER))
     name: str | None = None
     joined: bool = False
+    sending: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Answers leave in their order, however long each takes to encode."""
     counted_up: int = 0
     counted_down: int = 0
 
@@ -161,6 +166,7 @@ class RunServer:
         report: called on the event loop for every finished step.
         keep: called on another thread with what a round can go on from: its step, the members, `Compute.round_end`.
         save: called on the worker thread when the run is complete, before anybody hears of it.
+        kept: the samples that are kept of a client, by its name, where the run keeps any.
     """
 
     def __init__(
@@ -174,10 +180,11 @@ class RunServer:
         report: Callable[[StepRecord], None],
         keep: Callable[[int, dict[str, Any], Adapter], None],
         save: Callable[[], None],
+        kept: Callable[[str], SampleFolder] | None,
     ) -> None:
         self._federation, self._compute, self._door = federation, compute, door
         self._model_name, self._linger = model_name, linger
-        self._report, self._keep, self._save = report, keep, save
+        self._report, self._keep, self._save, self._kept = report, keep, save, kept
         self._peers: dict[str, Peer] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._tasks: set[asyncio.Task[None]] = set()
@@ -372,7 +379,9 @@ class RunServer:
             self._perform(actions)
         else:
             assert peer.name is not None
-            self._perform(federation.receive(peer.name, message, now))
+            answers = self._perform(federation.receive(peer.name, message, now))
+            if peer.name in answers:  # at once: what it has asked before it knew must not be taken for what it asks then
+                await asyncio.wait([answers[peer.name]])
 
     async def _greet(self, peer: Peer, hello: Hello) -> None:
         if self._door.admits is not None and hello.name != (owner := peer.connection.username):
@@ -383,6 +392,8 @@ class RunServer:
             before.connection.transport.abort()
         welcome = self._federation.welcome(hello)
         self._listener.admit(_descriptor(peer.connection))
+        if self._kept is not None:
+            peer.session.kept = await asyncio.to_thread(self._kept, hello.name)
         peer.name, self._peers[hello.name] = hello.name, peer
         await self._send(peer, welcome)
 
@@ -407,6 +418,9 @@ class RunServer:
         """Take messages of up to ``size`` bytes from now on; a frame that claims more is refused before it is read."""
         peer.session.max_bytes = size
         peer.connection.protocol.max_message_size = compressed_bound(size)
+        # A device that is still sending does not read yet: so many answers may wait for it before it is not read either.
+        answers = self._federation.settings.micro_batches * compressed_bound(size)
+        peer.connection.transport.set_write_buffer_limits(high=answers)
 
     def _forget(self, peer: Peer, for_good: str | None = None) -> None:
         """A peer is gone: its connection is lost, or, with a reason, it is out of the run."""
@@ -439,22 +453,24 @@ class RunServer:
 
     async def _send(self, peer: Peer, message: Message) -> None:
         try:
-            data = await asyncio.to_thread(peer.session.send, message)
-            await peer.connection.send(data)
+            async with peer.sending:
+                data = await asyncio.to_thread(peer.session.send, message)
+                await peer.connection.send(data)
         except (ConnectionClosed, LocalProtocolError):
             pass  # it is gone, or back and has not asked again yet; the conversation itself notices
 
     # What the federation decides
 
-    def _perform(self, actions: list[Action]) -> None:
-        replies: list[asyncio.Task[None]] = []
+    def _perform(self, actions: list[Action]) -> "dict[str, asyncio.Task[None]]":
+        """The replies that are being sent, by client."""
+        replies: dict[str, asyncio.Task[None]] = {}
         for action in actions:
             if isinstance(action, Reply):
                 peer = self._peers.get(action.client)
                 if peer is not None:
-                    replies.append(self._spawn(self._send(peer, action.message)))
+                    replies[action.client] = self._spawn(self._send(peer, action.message))
             elif isinstance(action, FinishStep):
-                self._last_row = self._spawn(self._finish_step(action, replies, self._last_row))
+                self._last_row = self._spawn(self._finish_step(action, list(replies.values()), self._last_row))
             elif isinstance(action, Report):
                 logger.info("%s", action.text)
             elif isinstance(action, Checkpoint):
@@ -462,6 +478,7 @@ class RunServer:
             else:
                 self._spawn(self._do(action))
         self._set_alarm()
+        return replies
 
     def _set_alarm(self) -> None:
         if self._alarm is not None:
@@ -476,9 +493,14 @@ class RunServer:
     async def _do(self, action: Train | Aggregate | Evaluate | FinishRun) -> None:
         federation, compute, started = self._federation, self._compute, time.monotonic()
         if isinstance(action, Train):
-            loss, gradients = await self._work(compute.train, action.step, action.total_steps, action.batches)
+            if action.check is not None:
+                changes = await self._work(compute.check, list(action.batches.values()), action.check)
+                came = federation.codec_of(action.step)
+                self._perform(federation.checked({codec or came: change for codec, change in changes.items()}))
+                started = time.monotonic()
+            trained = await self._work(compute.train, action.step, action.total_steps, action.micro_batch, action.batches)
             now = time.monotonic()
-            self._perform(federation.trained(loss, gradients, now - started, now))
+            self._perform(federation.trained(*trained, now - started, now))
         elif isinstance(action, Aggregate):
             adapter = await self._work(compute.aggregate, action.step, action.total_steps, action.contributions, action.weights)
             now, self._round_end = time.monotonic(), (action.step, compute.round_end)
@@ -524,7 +546,7 @@ class RunServer:
             up[name], down[name] = connection.bytes_up - peer.counted_up, connection.bytes_down - peer.counted_down
             peer.counted_up, peer.counted_down = connection.bytes_up, connection.bytes_down
         counts = (action.labelled_tokens, action.tokens)
-        self._report(StepRecord(action.step, action.loss, *counts, up, down, action.seconds, action.deadline))
+        self._report(StepRecord(action.step, action.loss, *counts, up, down, action.seconds, action.deadline, action.codec))
 
     # Small parts
 

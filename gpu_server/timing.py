@@ -1,48 +1,46 @@
-"""Where a step's time goes, seen from the server: seconds of one monotonic clock that is passed in."""
+"""Where a step's time goes: what clients tell of theirs, and how long their questions have waited here."""
 
 from collections import defaultdict
 
+from protocol import Seconds
+
 __all__ = ["StepTiming"]
+
+Question = tuple[str, int]
+"""Client and micro-batch."""
 
 
 class StepTiming:
-    """
-    Divides each client's time since its last reply.
-
-    edge_compute   what the client says it computed
-    wire           from our reply to its next question, less what it computed
-    waiting        from its question until all others' are there too
-    server_compute what the server then computed
-    """
+    """Seconds of one monotonic clock that is passed in."""
 
     def __init__(self) -> None:
         self._replied: dict[str, float] = {}
-        self._asked: dict[str, float] = {}
-        self._seconds: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self._asked: dict[Question, float] = {}
+        self._queued: dict[Question, float] = {}
+        self._spent: defaultdict[str, Seconds] = defaultdict(Seconds)
 
     def away(self, client: str, now: float) -> float:
         """Seconds since the client's last reply."""
         return now - self._replied.get(client, now)
 
-    def question(self, client: str, edge_seconds: float, now: float) -> None:
-        away = self.away(client, now)
-        self._seconds[client]["edge_compute"] += min(edge_seconds, away)
-        self._seconds[client]["wire"] += max(0.0, away - edge_seconds)
-        self._asked[client] = now
+    def question(self, question: Question, spent: Seconds, now: float) -> None:
+        """It has come, with what its client spent since the one before."""
+        self._asked[question] = now
+        self._spent[question[0]] += spent
 
-    def computing(self, clients: list[str], now: float) -> None:
-        for client in clients:
-            self._seconds[client]["waiting"] += now - self._asked.get(client, now)
+    def computing(self, questions: list[Question], now: float) -> None:
+        """All that were waited for are there, and the model is free."""
+        self._queued = {question: now - self._asked.pop(question, now) for question in questions}
 
-    def computed(self, clients: list[str], seconds: float) -> None:
-        for client in clients:
-            self._seconds[client]["server_compute"] += seconds
+    def queued(self, question: Question) -> float:
+        """How long a question that is computed had to wait for that."""
+        return self._queued.get(question, 0.0)
 
     def replied(self, client: str, now: float) -> None:
         self._replied[client] = now
 
-    def take(self) -> dict[str, dict[str, float]]:
-        """The step's seconds by client; the next step starts from zero."""
-        taken = {client: dict(seconds) for client, seconds in sorted(self._seconds.items())}
-        self._seconds.clear()
+    def take(self) -> dict[str, Seconds]:
+        """What each client has spent since this was called last."""
+        taken = dict(sorted(self._spent.items()))
+        self._spent.clear()
         return taken

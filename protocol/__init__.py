@@ -1,5 +1,6 @@
 """What the two sides say to each other. Does no I/O, knows no clock and no torch. PROTOCOL.md is its specification."""
 
+from .changes import KeptSamples
 from .encoding import decode, encode
 from .errors import InvalidName, LocalProtocolError, ProtocolError, RemoteProtocolError
 from .limits import HANDSHAKE_BYTES, SECONDS_BETWEEN_PINGS, SECONDS_TO_PONG, compressed_bound, largest_message_bytes
@@ -24,6 +25,7 @@ from .messages import (
     Ping,
     Pong,
     RunEnd,
+    Seconds,
     Start,
     Tensors,
     Welcome,
@@ -31,10 +33,11 @@ from .messages import (
     identity,
 )
 from .session import TRANSITIONS, Session, Side, State
-from .settings import CODECS, EXACT, RunSettings
+from .settings import CODECS, DELTA, EXACT, RunSettings, gradient_codec
 
 __all__ = [
     "CODECS",
+    "DELTA",
     "EXACT",
     "HANDSHAKE_BYTES",
     "PROTOCOL_VERSION",
@@ -56,6 +59,7 @@ __all__ = [
     "Hello",
     "InvalidName",
     "Join",
+    "KeptSamples",
     "LabelledBatch",
     "LocalProtocolError",
     "Message",
@@ -65,6 +69,7 @@ __all__ = [
     "RemoteProtocolError",
     "RunEnd",
     "RunSettings",
+    "Seconds",
     "Session",
     "Side",
     "Start",
@@ -75,6 +80,7 @@ __all__ = [
     "compressed_bound",
     "decode",
     "encode",
+    "gradient_codec",
     "identity",
     "largest_message_bytes",
 ]

@@ -11,10 +11,10 @@ from .errors import RemoteProtocolError
 from .messages import Array
 from .quantisation import LARGEST_MAGNITUDE, Quantised, dequantise, quantise
 from .rounding import Dither, from_bfloat16, to_bfloat16
-from .settings import CODECS
+from .settings import CODECS, DELTA
 from .shuffling import shuffled, unshuffled
 
-__all__ = ["Coded"]
+__all__ = ["Coded", "quantised_parts", "quantised_values"]
 
 LARGEST_CODES = {"int8": 127, "int4": 7}
 UINT16, INT32 = np.dtype(np.uint16), np.dtype(np.int32)
@@ -25,8 +25,13 @@ class Coded:
     """A tensor of two dimensions as it travels. What is in the parts is known only once it is decoded."""
 
     codec: str
+    """One of CODECS, or DELTA, which only `changes` decodes: what it means depends on what was sent before."""
     shape: tuple[int, int]
     parts: Sequence[bytes]
+
+    def __len__(self) -> int:
+        """Rows."""
+        return self.shape[0]
 
     @classmethod
     def of(cls, values: Array, codec: str, dither: Dither | None = None) -> "Coded":
@@ -38,7 +43,7 @@ class Coded:
         """
         num_rows, width = values.shape
         bfloat16 = codec == "bfloat16"
-        parts = [shuffled(to_bfloat16(values, dither))] if bfloat16 else _quantised_parts(values, codec, dither)
+        parts = [shuffled(to_bfloat16(values, dither))] if bfloat16 else quantised_parts(values, codec, dither)
         return cls(codec, (num_rows, width), parts)
 
     @classmethod
@@ -54,7 +59,7 @@ class Coded:
         if not isinstance(fields, list) or len(fields) < 2:
             raise RemoteProtocolError("a coded tensor is [codec, shape, parts...]")
         codec, shape, *parts = fields
-        if codec not in CODECS or not isinstance(shape, list) or not all(isinstance(part, bytes) for part in parts):
+        if codec not in (*CODECS, DELTA) or not isinstance(shape, list) or not all(isinstance(part, bytes) for part in parts):
             raise RemoteProtocolError("a coded tensor is [codec, shape, parts...]")
         if len(shape) != 2 or any(type(size) is not int or size < 0 for size in shape):
             raise RemoteProtocolError("a coded tensor's shape is a list of two sizes")
@@ -70,19 +75,21 @@ class Coded:
             RemoteProtocolError: the parts are not what the codec makes of such a tensor.
         """
         if self.codec != "bfloat16":
-            return _quantised_values(self.codec, self.shape, self.parts)
+            return quantised_values(self.codec, self.shape, self.parts)
         _check_sizes(self.codec, self.shape, self.parts, {"values": 2 * math.prod(self.shape)})
         return from_bfloat16(unshuffled(self.parts[0], UINT16, self.shape))
 
 
-def _quantised_parts(values: Array, codec: str, dither: Dither | None) -> list[bytes]:
+def quantised_parts(values: Array, codec: str, dither: Dither | None) -> list[bytes]:
+    """Of values (N, d) float32 in int8 or int4: centre, outliers, outlier values, scales, codes."""
     quantised = quantise(values, LARGEST_CODES[codec], dither)
     codes = quantised.codes.tobytes() if codec == "int8" else _halves(quantised.codes)
     exact = (quantised.centre, quantised.outliers, quantised.outlier_values, quantised.scales)
     return [*map(shuffled, exact), codes]
 
 
-def _quantised_values(codec: str, shape: tuple[int, int], parts: Sequence[bytes]) -> Array:
+def quantised_values(codec: str, shape: tuple[int, int], parts: Sequence[bytes]) -> Array:
+    """What `quantised_parts` were made of: (N, d) float32; raises what `Coded.decode` does."""
     num_rows, width = shape
     num_outliers = len(parts[1]) // 4 if len(parts) == 5 else 0
     num_codes = num_rows * width

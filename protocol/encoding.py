@@ -7,7 +7,7 @@ field's type and finiteness before a message is made. The only error that bytes 
 
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache, partial
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -20,7 +20,7 @@ from .codecs import Coded
 from .errors import RemoteProtocolError
 from .messages import PROTOCOL_VERSION, Array, ArrayType, Message
 from .rounding import Dither
-from .settings import EXACT
+from .settings import DELTA, EXACT
 from .shuffling import shuffled, unshuffled
 
 __all__ = ["decode", "encode"]
@@ -53,17 +53,19 @@ def encode(message: Message, codec: str = EXACT, dither: Dither | None = None) -
     """
 
     def coded(value: Any, kind: ArrayType) -> Any:
-        return Coded.of(value, codec, dither) if kind.may_be_coded and codec != EXACT else value
+        if not kind.may_be_coded or codec == EXACT or isinstance(value, Coded):
+            return value
+        return Coded.of(value, codec, dither)
 
     packed = msgpack.packb([PROTOCOL_VERSION, type(message).__name__, _as_map(message, coded)], default=_pack)
     return zstandard.ZstdCompressor(level=COMPRESSION_LEVEL).compress(packed)
 
 
-def decode(data: bytes, max_bytes: int, codec: str = EXACT) -> Message:
+def decode(data: bytes, max_bytes: int, codecs: Collection[str] = ()) -> Message:
     """
     Args:
         max_bytes: the most a message may inflate to, and a coded tensor decode to.
-        codec: in which tensors may come, besides exactly.
+        codecs: in which tensors may come, besides exactly. One in DELTA is left as it is: a `Coded`.
 
     Raises:
         RemoteProtocolError: ``data`` is not a message of this version, or a larger one.
@@ -72,7 +74,7 @@ def decode(data: bytes, max_bytes: int, codec: str = EXACT) -> Message:
     try:
         unpacked = msgpack.unpackb(
             _inflate(data, max_bytes),
-            ext_hook=partial(_unpack, codec, max_bytes),
+            ext_hook=partial(_unpack, codecs, max_bytes),
             list_hook=count,
             object_hook=count,
             strict_map_key=True,
@@ -147,9 +149,9 @@ def _as_map(value: Any, coded: Callable[[Any, ArrayType], Any]) -> dict[str, Any
 
 
 def _as_plain(value: Any, expected: Any, coded: Callable[[Any, ArrayType], Any]) -> Any:
-    if is_dataclass(value):
-        return _as_map(value, coded)
-    return coded(value, get_args(expected)[1]) if get_origin(expected) is Annotated else value
+    if get_origin(expected) is Annotated:
+        return coded(value, get_args(expected)[1])
+    return _as_map(value, coded) if is_dataclass(value) else value
 
 
 def _build(kind: type, values: Any, where: str) -> Any:
@@ -199,7 +201,9 @@ def _shown(value: Any) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
-def _check_array(value: Any, expected: ArrayType, where: str) -> Array:
+def _check_array(value: Any, expected: ArrayType, where: str) -> Array | Coded:
+    if isinstance(value, Coded) and expected.may_be_coded and value.codec == DELTA:
+        return value
     if isinstance(value, Coded) and expected.may_be_coded:
         try:
             value = value.decode()
@@ -226,15 +230,15 @@ def _pack(value: Any) -> msgpack.ExtType:
     return msgpack.ExtType(ARRAY_EXTENSION, msgpack.packb([value.dtype.name, value.shape, shuffled(value)]))
 
 
-def _unpack(codec: str, max_bytes: int, code: int, data: bytes) -> Array | Coded:
+def _unpack(codecs: Collection[str], max_bytes: int, code: int, data: bytes) -> Array | Coded:
     if code not in (ARRAY_EXTENSION, CODED_EXTENSION):
         raise RemoteProtocolError(f"unknown msgpack extension {code}")
     unpacked = msgpack.unpackb(data, list_hook=_at_most(MAX_TENSOR_ELEMENTS), max_array_len=MAX_TENSOR_ELEMENTS, max_map_len=0)
     if code == ARRAY_EXTENSION:
         return _array_of(unpacked)
     coded = Coded.received(unpacked, max_bytes)
-    if coded.codec != codec:
-        raise RemoteProtocolError(f"a tensor in {coded.codec}; the run has agreed on {codec}")
+    if coded.codec not in codecs:
+        raise RemoteProtocolError(f"a tensor in {coded.codec}, which was not agreed on")
     return coded
 
 

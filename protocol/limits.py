@@ -26,8 +26,9 @@ def largest_message_bytes(*, rows: int, width: int, precision: str, adapter_elem
         adapter_elements: of the edge's LoRA matrices.
     """
     element = 8 if precision == "float64" else 4
-    integers = 3 * 4 * rows  # lengths, label counts and labels, at most one of each a row
-    return _OVERHEAD + max(rows * width * element + integers, adapter_elements * element)
+    integers = 4 * 4 * rows  # lengths, label counts, labels and samples, at most one of each a row
+    values = 2 * rows * width * element  # in a codec and exactly, where it is checked
+    return _OVERHEAD + max(values + integers, adapter_elements * element)
 
 
 def compressed_bound(size: int) -> int:

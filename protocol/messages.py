@@ -34,6 +34,7 @@ __all__ = [
     "Ping",
     "Pong",
     "RunEnd",
+    "Seconds",
     "Start",
     "Tensors",
     "Welcome",
@@ -41,7 +42,7 @@ __all__ = [
     "identity",
 ]
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -154,6 +155,33 @@ class Start:
     """As it was when the present round began."""
     round: int = 0
     """The last step that is in the adapter. Later than `step` only where the client's data has ended."""
+    codec: str = ""
+    """Of the next step's activations; empty: as the run's settings say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seconds:
+    """
+    A client's time since the question before, divided: the parts add up to it.
+
+    What happens while the client computes takes none of its time: of an answer's way only the part that it waited for counts.
+    """
+
+    edge_compute: float = 0.0
+    encode: float = 0.0
+    uplink: float = 0.0
+    queue: float = 0.0
+    """At the server, until the others' questions had come and the model was free."""
+    server_compute: float = 0.0
+    downlink: float = 0.0
+    decode: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(vars(self).values()) < 0:
+            raise ValueError("seconds are at least 0")
+
+    def __add__(self, other: "Seconds") -> "Seconds":
+        return Seconds(**{part: seconds + getattr(other, part) for part, seconds in vars(self).items()})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -170,9 +198,9 @@ class LabelledBatch:
     """(N, d)."""
 
     def __post_init__(self) -> None:
-        if len(self.lengths) != len(self.label_counts) or not len(self.lengths):
+        if len(self.lengths) != len(self.label_counts):
             raise ValueError(f"{len(self.lengths)} lengths and {len(self.label_counts)} label counts")
-        if self.lengths.min() < 1 or self.label_counts.min() < 0 or (self.label_counts > self.lengths).any():
+        if (self.lengths < 1).any() or (self.label_counts < 0).any() or (self.label_counts > self.lengths).any():
             raise ValueError("lengths must be positive, label counts between 0 and the length")
         if self.lengths.sum(dtype=np.int64) != len(self.values):
             raise ValueError(f"lengths add up to {self.lengths.sum(dtype=np.int64)}, values have {len(self.values)} rows")
@@ -182,22 +210,45 @@ class LabelledBatch:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Activations(LabelledBatch):
-    """client -> server: its batch of a step. Answered when the step is computed, for all clients together."""
+    """
+    client -> server: a micro-batch of its batch of a step; it may be empty. Answered when it is computed, together with the
+    other clients' of this number.
+    """
 
     step: int
-    edge_seconds: float
-    """Time the client computed since the reply before."""
+    micro_batch: int = 0
+    """0, 1, ... within the step; a client may ask the next ones before the first is answered."""
+    seconds: Seconds
+    samples: Integers | None = None
+    """(B,) numbers of the sequences in the client's data, where both sides keep them; -1: it is not kept."""
+    exact: Floats | None = None
+    """(N, d) the values without their codec, in steps that check it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples is not None and len(self.samples) != len(self.lengths):
+            raise ValueError(f"{len(self.lengths)} lengths and {len(self.samples)} samples")
+        if self.exact is not None and self.exact.shape != self.values.shape:
+            raise ValueError(f"values are {list(self.values.shape)}, and exactly {list(self.exact.shape)}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ActivationGradient:
-    """server -> client: the step's loss, and its gradient at the cut."""
+    """server -> client: the gradient of a micro-batch's loss at the cut, and the loss of the step so far."""
 
     step: int
+    micro_batch: int = 0
     loss: float
-    """Nats per labelled token of all clients."""
+    """Nats per labelled token of all clients, in this micro-batch and those before it."""
+    labelled_tokens: int
+    """Of all clients, in this micro-batch and those before it. The sum over a step, divided by its last, is its gradient."""
     values: CodedFloats
-    """(N, d)."""
+    """(N, d), of the summed loss."""
+    codec: str = ""
+    """With a step's last micro-batch: of the next step's activations; empty: no other than before."""
+    queue_seconds: float = 0.0
+    """From the question's arrival until it was computed."""
+    compute_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -205,7 +256,7 @@ class Contribution:
     """What a client adds to the next edge adapter. Answered when all have come."""
 
     step: int
-    edge_seconds: float
+    seconds: Seconds
     tensors: Tensors
 
 
@@ -228,6 +279,8 @@ class EdgeAdapter:
     tensors: Tensors
     checkpoint: int = 0
     """The earliest step that the server may still go back to: a client keeps what it needs from there on."""
+    queue_seconds: float = 0.0
+    compute_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -301,12 +354,12 @@ Message = (
 )
 
 
-def identity(message: Message) -> tuple[type, int]:
+def identity(message: Message) -> tuple[type, int, int]:
     """
-    What makes a message this one within its conversation: its kind, and its index or step.
+    What makes a message this one within its conversation: its kind, its index or step, and its micro-batch.
 
     No side sends two messages of one identity in succession (a `Start` counts as another if its round is), so a message with
     the identity of the one before it is that message, delivered twice.
     """
     number: int = getattr(message, "index", getattr(message, "step", 0))  # a Pong has both
-    return type(message), number
+    return type(message), number, getattr(message, "micro_batch", 0)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .messages import Array
-from .rounding import Dither, from_bfloat16, to_bfloat16
+from .rounding import Dither, from_bfloat16, to_bfloat16, upwards_to_bfloat16
 
 __all__ = ["LARGEST_MAGNITUDE", "LARGEST_VALUE", "Quantised", "dequantise", "quantise"]
 
@@ -131,5 +131,4 @@ def _outliers(reach: Array) -> Array:
 def _scales(peaks: Array, largest_code: int) -> Array:
     """For the largest magnitude of each row: the bfloat16 above what makes it the largest code."""
     exact = np.maximum(peaks * np.float32(MARGIN / largest_code), np.float32(SMALLEST_SCALE))
-    scales: Array = ((exact.view(np.uint32) + np.uint32(0xFFFF)) >> 16).astype(np.uint16)
-    return scales
+    return upwards_to_bfloat16(exact)

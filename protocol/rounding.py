@@ -6,7 +6,7 @@ import numpy as np
 
 from .messages import Array
 
-__all__ = ["Dither", "from_bfloat16", "to_bfloat16"]
+__all__ = ["Dither", "from_bfloat16", "to_bfloat16", "upwards_to_bfloat16"]
 
 
 class Dither:
@@ -43,6 +43,12 @@ def to_bfloat16(values: Array, dither: Dither | None = None) -> Array:
     rounded >>= 16
     narrowed: Array = rounded.astype(np.uint16)
     return narrowed
+
+
+def upwards_to_bfloat16(values: Array) -> Array:
+    """Positive float32 of any shape -> the bfloat16 not below it, uint16."""
+    bits: Array = ((values.view(np.uint32) + np.uint32(0xFFFF)) >> 16).astype(np.uint16)
+    return bits
 
 
 def from_bfloat16(bits: Array) -> Array:

@@ -2,11 +2,16 @@
 The conversation as a state machine, without I/O.
 
 All that decides which message may come next is in TRANSITIONS, and both sides obey the same rows. The client asks, the server
-answers: there is never more than one question open.
+answers. Only of a step's micro-batches may several be open at a time: they are answered in their order, and the state is left
+with the last of them, or with a `Start`, which answers all.
 """
 
 import enum
+import threading
+from dataclasses import replace
 
+from . import changes
+from .codecs import Coded
 from .encoding import decode, encode
 from .errors import LocalProtocolError, RemoteProtocolError
 from .limits import HANDSHAKE_BYTES
@@ -32,7 +37,7 @@ from .messages import (
     identity,
 )
 from .rounding import Dither
-from .settings import EXACT
+from .settings import DELTA, EXACT, RunSettings, gradient_codec
 
 __all__ = ["TRANSITIONS", "Session", "Side", "State"]
 
@@ -61,6 +66,9 @@ class State(enum.Enum):
     CLOSED = "closed"
 
 
+OF_HELD_OUT = "bfloat16"
+"""The codec of held-out texts, in runs that have one."""
+
 _OPEN = [state for state in State if state is not State.CLOSED]
 
 # (state, who sends, what) -> next state
@@ -72,6 +80,7 @@ TRANSITIONS: dict[tuple[State, Side, type], State] = {
     (State.WELCOMED, Side.CLIENT, Join): State.JOINING,
     (State.JOINING, Side.SERVER, Start): State.READY,
     (State.READY, Side.CLIENT, Activations): State.AWAITING_GRADIENT,
+    (State.AWAITING_GRADIENT, Side.CLIENT, Activations): State.AWAITING_GRADIENT,
     (State.AWAITING_GRADIENT, Side.SERVER, ActivationGradient): State.READY,
     (State.READY, Side.CLIENT, AdapterGradient): State.AWAITING_ADAPTER,
     (State.READY, Side.CLIENT, AdapterWeights): State.AWAITING_ADAPTER,
@@ -90,7 +99,7 @@ TRANSITIONS: dict[tuple[State, Side, type], State] = {
 
 class Session:
     """
-    One side of one conversation.
+    One side of one conversation. One thread may send while another receives.
 
     Args:
         side: which side we are.
@@ -102,10 +111,17 @@ class Session:
         self.max_bytes = max_bytes
         self.state = State.NEW
         self.codecs = dict.fromkeys(Side, EXACT)
-        """By sender, of what may be coded; a `Welcome` decides."""
+        """By sender, of what may be coded; the server decides, for the next step."""
+        self._codecs_before = self.codecs
+        self.kept: changes.KeptSamples | None = None
+        """The client's samples, for runs in `DELTA`."""
         self._hello: Hello | None = None
-        self._seed = 0
-        self._received: tuple[type, int, int] | None = None
+        self._settings: RunSettings | None = None
+        self._received: tuple[type, int, int, int] | None = None
+        self._open = 0
+        """Micro-batches that are not answered."""
+        self._lock = threading.Lock()
+        """For the state; coding a tensor takes longer, and is not done under it."""
 
     def send(self, message: Message) -> bytes:
         """
@@ -114,12 +130,11 @@ class Session:
         Raises:
             LocalProtocolError: it is not our turn to say this.
         """
-        next_state = TRANSITIONS.get((self.state, self.side, type(message)))
-        if next_state is None:
-            raise LocalProtocolError(f"{self.side.value} cannot send {type(message).__name__} while {self.state.value}")
-        data = encode(message, self.codecs[self.side], self._dither(message))
-        self.state = next_state
-        self._note(message)
+        with self._lock:
+            self._own_turn(message)
+        data = encode(self._as_sent(message), self._codec(message), self._dither(message))
+        with self._lock:
+            self._enter(self._own_turn(message), message, self.side)
         return data
 
     def receive(self, data: bytes | str) -> Message | None:
@@ -135,45 +150,123 @@ class Session:
         try:
             if isinstance(data, str):
                 raise RemoteProtocolError("got a text frame; messages are binary")
-            message = decode(data, self.max_bytes, self.codecs[self.side.peer])
-            # A `Start` may name the step of the one before it, where only its round has ended meanwhile.
-            received = (*identity(message), getattr(message, "round", 0))
-            if received == self._received and self.state is not State.BROKEN:
-                return None
-            next_state = TRANSITIONS.get((self.state, self.side.peer, type(message)))
-            if next_state is None:
-                peer = self.side.peer.value
-                raise RemoteProtocolError(f"{peer} sent {type(message).__name__} while {self.state.value}")
-            if isinstance(message, Welcome):
-                self._check_offered(message)
+            message = self._as_meant(decode(data, self.max_bytes, self._codecs_of_peer()))
+            with self._lock:
+                return self._accept(message)
         except RemoteProtocolError:
-            if self.state is not State.CLOSED:
-                self.state = State.BROKEN
+            with self._lock:
+                if self.state is not State.CLOSED:
+                    self.state = State.BROKEN
             raise
-        self.state = next_state
+
+    def _accept(self, message: Message) -> Message | None:
+        # A `Start` may name the step of the one before it, where only its round has ended meanwhile.
+        received = (*identity(message), getattr(message, "round", 0))
+        if received == self._received and self.state is not State.BROKEN:
+            return None
+        next_state = self._next_state(message, self.side.peer)
+        if next_state is None:
+            raise RemoteProtocolError(f"{self.side.peer.value} sent {type(message).__name__} while {self.state.value}")
+        self._check_offered(message)
+        self._enter(next_state, message, self.side.peer)
         self._received = received
-        self._note(message)
         return message
 
-    def _note(self, message: Message) -> None:
-        """Keep what has been agreed on."""
+    def _own_turn(self, message: Message) -> State:
+        next_state = self._next_state(message, self.side)
+        if next_state is None:
+            raise LocalProtocolError(f"{self.side.value} cannot send {type(message).__name__} while {self.state.value}")
+        return next_state
+
+    def _next_state(self, message: Message, sender: Side) -> State | None:
+        """None if the sender may not say this now."""
+        next_state = TRANSITIONS.get((self.state, sender, type(message)))
+        if self.state is State.AWAITING_GRADIENT:
+            if isinstance(message, Activations) and self._open >= (self._settings.micro_batches if self._settings else 1):
+                return None
+            if isinstance(message, ActivationGradient) and self._open > 1:
+                return self.state
+        return next_state
+
+    def _enter(self, next_state: State, message: Message, sender: Side) -> None:
+        """Move on, and keep what has been agreed on."""
+        if isinstance(message, Activations):
+            self._open = 1 + (self._open if self.state is State.AWAITING_GRADIENT else 0)
+        elif isinstance(message, ActivationGradient):
+            self._open -= 1
+        self.state = next_state
         if isinstance(message, Hello):
             self._hello = message
         elif isinstance(message, Welcome):
-            settings, self._seed = message.settings, message.settings.seed
+            settings = self._settings = message.settings
             self.codecs = {Side.CLIENT: settings.activation_codec, Side.SERVER: settings.gradient_codec}
+        elif isinstance(message, Start | ActivationGradient) and message.codec:
+            self._codecs_before = self.codecs
+            self.codecs = {Side.CLIENT: message.codec, Side.SERVER: gradient_codec(message.codec)}
+        self._care_for_kept(message)
 
-    def _check_offered(self, welcome: Welcome) -> None:
+    def _care_for_kept(self, message: Message) -> None:
+        """Both sides keep the same, since both do so with the same messages."""
+        if self.kept is None:
+            return
+        if isinstance(message, ActivationGradient):
+            self.kept.confirm(message.step, message.micro_batch)
+        elif isinstance(message, Start):
+            self.kept.forget_after(message.step)
+        elif isinstance(message, EdgeAdapter):
+            self.kept.forget_before(message.checkpoint)
+
+    def _check_offered(self, message: Message) -> None:
         """
         Raises:
             RemoteProtocolError: the server chose a codec that this client has not offered.
         """
-        missing = welcome.settings.codecs().difference(self._hello.codecs if self._hello else ())
+        chosen: set[str] = set()
+        if isinstance(message, Welcome):
+            chosen = message.settings.codecs()
+        elif isinstance(message, Start | ActivationGradient) and message.codec:
+            chosen = {message.codec, gradient_codec(message.codec)} - {EXACT}
+        missing = chosen.difference(self._hello.codecs if self._hello else ())
         if missing:
-            raise RemoteProtocolError(f"the server chose the codec {', '.join(sorted(missing))}, which was not offered")
+            names = ", ".join(ascii(name[:40])[1:-1] for name in sorted(missing))
+            raise RemoteProtocolError(f"the server chose the codec {names}, which was not offered")
+
+    # Codecs
+
+    def _codec(self, message: Message) -> str:
+        """In which a message of ours travels, if it has anything to code."""
+        codec = self.codecs[self.side]
+        # What is measured is the adapter, which is used without a codec: bfloat16 changes the loss by less than is seen.
+        return OF_HELD_OUT if isinstance(message, Evaluation) and codec != EXACT else codec
+
+    def _codecs_of_peer(self) -> set[str]:
+        """In which tensors may come, besides exactly."""
+        codecs = {self.codecs[self.side.peer], self._codecs_before[self.side.peer]}  # a message may be delivered twice
+        return codecs if codecs == {EXACT} else codecs | {OF_HELD_OUT}
+
+    def _as_sent(self, message: Message) -> Message:
+        if not isinstance(message, Activations) or self.codecs[self.side] == EXACT:
+            return message
+        if not message.micro_batch and self._settings is not None and self._settings.checks_codec(message.step):
+            message = replace(message, exact=message.values)
+        if self.codecs[self.side] != DELTA:
+            return message
+        if self.kept is None:
+            raise LocalProtocolError(f"{DELTA} needs a place for samples")
+        return changes.coded(message, self.kept)
+
+    def _as_meant(self, message: Message) -> Message:
+        values = getattr(message, "values", None)
+        if not isinstance(values, Coded):
+            return message
+        if not isinstance(message, Activations) or self.kept is None:
+            raise RemoteProtocolError(f"{type(message).__name__} in {DELTA}, which this run does not use")
+        return changes.arrived(message, self.kept)
 
     def _dither(self, message: Message) -> Dither | None:
         """For gradients, the same for the same run, client, direction and step: a repeated message has the same bytes."""
-        if not isinstance(message, ActivationGradient) or self._hello is None or self.codecs[self.side] == EXACT:
+        if not isinstance(message, ActivationGradient) or self._hello is None or self._settings is None:
             return None
-        return Dither(self._seed, self._hello.name, type(message).__name__, message.step)
+        if self.codecs[self.side] == EXACT:
+            return None
+        return Dither(self._settings.seed, self._hello.name, type(message).__name__, message.step, message.micro_batch)

@@ -3,12 +3,19 @@
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CODECS", "EXACT", "RunSettings"]
+__all__ = ["CODECS", "DELTA", "EXACT", "RunSettings", "gradient_codec"]
 
 EXACT = "exact"
 """Floats as they are, in the run's precision. Everybody has it."""
 CODECS = ("bfloat16", "int8", "int4")
 """What else there is, for runs in float32; from many bytes to few."""
+DELTA = "delta"
+"""Of activations: what a sample's have changed since its last visit, for both sides keep these."""
+
+
+def gradient_codec(codec: str) -> str:
+    """In which codec gradients travel while activations travel in this one. They change too much for `DELTA`."""
+    return "int4" if codec == DELTA else codec
 
 
 LARGEST_COUNT = 2**31 - 1  # far below the largest integer that a message may hold
@@ -30,6 +37,8 @@ class RunSettings:
     epochs: int | None = None
     aggregate_every: int = 1
     """Steps in a round. 1: gradients are summed at every step. More: adapters are averaged at each round's end."""
+    micro_batches: int = 1
+    """Parts of every client's batch, each computed together with the other clients' of its number."""
     lr: float
     lr_schedule: str
     warmup_steps: int
@@ -38,14 +47,18 @@ class RunSettings:
     precision: str
     """"float32" or "float64": of activations, gradients and adapters on the wire."""
     activation_codec: str = EXACT
-    """EXACT or one of CODECS: how clients send activations."""
+    """EXACT, DELTA or one of CODECS: how clients send activations at first."""
     gradient_codec: str = EXACT
-    """How the server sends their gradients."""
+    """How the server sends their gradients at first."""
+    check_codec_every: int = 0
+    """Steps from one check of the codec to the next, beginning with the first step; 0: it is not checked."""
+    cache_bytes: int = 0
+    """The most that each side keeps of one client's samples, for DELTA."""
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"exactly one of steps and epochs is given, got {self.steps} and {self.epochs}")
-        for name in ("cut_layer", "lora_rank", "clients", "aggregate_every"):
+        for name in ("cut_layer", "lora_rank", "clients", "aggregate_every", "micro_batches"):
             if not 1 <= getattr(self, name) <= LARGEST_COUNT:
                 raise ValueError(f"{name} must be 1 to {LARGEST_COUNT}, got {getattr(self, name)}")
         for name in ("lora_alpha", "lr"):
@@ -57,16 +70,20 @@ class RunSettings:
             raise ValueError(f"lr_schedule must be constant or linear, got {self.lr_schedule[:40]!r}")
         if self.precision not in ("float32", "float64"):
             raise ValueError(f"precision must be float32 or float64, got {self.precision[:40]!r}")
-        for name in ("activation_codec", "gradient_codec"):
+        for name, known in (("activation_codec", (EXACT, *CODECS, DELTA)), ("gradient_codec", (EXACT, *CODECS))):
             codec = getattr(self, name)
-            if codec not in (EXACT, *CODECS):
-                raise ValueError(f"{name} must be one of {', '.join((EXACT, *CODECS))}, got {codec[:40]!r}")
+            if codec not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {codec[:40]!r}")
             if codec != EXACT and self.precision != "float32":
                 raise ValueError(f"{name} must be {EXACT} in a run of {self.precision}, got {codec!r}")
 
     def codecs(self) -> set[str]:
         """What a client has to offer, besides EXACT."""
         return {self.activation_codec, self.gradient_codec} - {EXACT}
+
+    def checks_codec(self, step: int) -> bool:
+        """Whether clients send their first micro-batch of ``step`` exactly as well."""
+        return self.check_codec_every > 0 and (step - 1) % self.check_codec_every == 0
 
     def lora(self) -> dict[str, Any]:
         """The keyword arguments of ``split_model.LoraConfig``."""

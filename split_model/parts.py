@@ -68,6 +68,12 @@ class Part(nn.Module):
             for name, matrix in self._matrices.items()
         }
 
+    def divide_gradients(self, divisor: int) -> None:
+        """Make the gradients of a sum those of a mean."""
+        for matrix in self._matrices.values():
+            if matrix.grad is not None:
+                matrix.grad /= divisor
+
     def clear_gradients(self) -> None:
         for matrix in self._matrices.values():
             matrix.grad = None
@@ -102,6 +108,7 @@ class EdgePart(Part):
     ) -> None:
         super().__init__(model, range(cut_layer), lora, weight_dtype=weight_dtype, device=device)
         config = model.config
+        self.width = config.width
         model.tensor("wte.weight", (config.vocabulary_size, config.width))  # is there, and has its shape
         self.tokens = model.rows("wte.weight")
         self.positions = model.tensor("wpe.weight", (config.num_positions, config.width))

@@ -40,6 +40,7 @@ from protocol import (
     Join,
     Message,
     Ping,
+    Seconds,
     Start,
     decode,
     encode,
@@ -311,7 +312,7 @@ def besieged(folder: Path, seed: int) -> Iterator[Siege]:
         f"--port={port}",
         f"--step-deadline={STEP_DEADLINE}",
         f"--handshake-seconds={HANDSHAKE_SECONDS}",
-        *["--host=0.0.0.0", "--clients=2", "--quorum=1", "--steps=1000000", "--checkpoint-every=100"],
+        *["--host=0.0.0.0", "--clients=2", "--quorum=1", "--steps=1000000", "--checkpoint-every=100", "--micro-batches=1"],
         *["--cut-layer=1", "--lora-rank=2", "--device=cpu", "--dtype=float32"],
     ]
     with ExitStack() as stack:
@@ -449,12 +450,12 @@ def replays(siege: Siege, amount: int) -> "Counter[str]":
 def a_batch(step: int) -> Activations:
     lengths, label_counts, labels = (np.array(values, np.int32) for values in ([4, 3], [2, 1], [1, 2, 3]))
     values = np.random.default_rng(step).standard_normal((7, WIDTH)).astype(np.float32)
-    return Activations(step=step, edge_seconds=0.0, lengths=lengths, label_counts=label_counts, labels=labels, values=values)
+    return Activations(step=step, seconds=Seconds(), lengths=lengths, label_counts=label_counts, labels=labels, values=values)
 
 
 def a_gradient(step: int) -> AdapterGradient:
     tensors = {f"{PATCH}A.weight": np.zeros((2, WIDTH), np.float32), f"{PATCH}B.weight": np.zeros((3 * WIDTH, 2), np.float32)}
-    return AdapterGradient(step=step, edge_seconds=0.0, tensors=tensors)
+    return AdapterGradient(step=step, seconds=Seconds(), tensors=tensors)
 
 
 # What connections can do

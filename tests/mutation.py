@@ -29,6 +29,7 @@ from protocol import (
     RemoteProtocolError,
     Session,
     Side,
+    Start,
     State,
     Welcome,
     decode,
@@ -43,6 +44,8 @@ STRANGE: list[Any] = [
     *(msgpack.ExtType(1, b""), msgpack.ExtType(2, b"x"), msgpack.ExtType(1, b"\xc1"), msgpack.Timestamp(1)),
 ]
 WITH_AN_OUTLIER = np.outer([1, -2, 3], [*range(16), 1000]).astype(np.float32)
+CHOOSING = (Welcome, Start, ActivationGradient)
+"""Those that name a codec."""
 OUTCOMES = {
     "peer speaks protocol version": "another version",
     "unknown kind of message": "unknown kind",
@@ -67,7 +70,7 @@ class Mutator:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self._frames = [encode(message) for message in protocol_samples.SAMPLES.values()]
-        gradient = ActivationGradient(step=1, loss=1.0, values=WITH_AN_OUTLIER)
+        gradient = ActivationGradient(step=1, loss=1.0, labelled_tokens=1, values=WITH_AN_OUTLIER)
         self._frames += [encode(gradient, codec) for codec in CODECS]
         self._packed = [protocol_samples.inflate(frame) for frame in self._frames]
         self._compressor = zstandard.ZstdCompressor(level=1)
@@ -237,7 +240,7 @@ class Judge:
     def _decoded(self, frame: bytes) -> str:
         self._codec = self._random.choice(CODECS)
         try:
-            message = decode(frame, MAX_BYTES, self._codec)
+            message = decode(frame, MAX_BYTES, [self._codec, "bfloat16"])
         except RemoteProtocolError as error:
             self._session_refuses(frame)
             return _outcome(error)
@@ -266,7 +269,7 @@ class Judge:
         except RemoteProtocolError as error:
             outcome = _outcome(error)
             # To a client that has said no Hello, any codec is one that it did not offer.
-            assert expected is None or (isinstance(message, Welcome) and outcome == "another codec")
+            assert expected is None or (isinstance(message, CHOOSING) and outcome == "another codec")
             return outcome
         assert session.state is expected
         assert type(received) is type(message)
@@ -277,7 +280,7 @@ class Judge:
 
     def _session(self) -> Session:
         session = Session(self._random.choice(list(Side)), MAX_BYTES)
-        session.codecs = dict.fromkeys(Side, self._codec)
+        session.codecs = session._codecs_before = dict.fromkeys(Side, self._codec)
         session.state = self._random.choice(list(State))
         return session
 

@@ -27,6 +27,7 @@ from protocol import (
     Pong,
     RunEnd,
     RunSettings,
+    Seconds,
     Start,
     Welcome,
 )
@@ -41,6 +42,7 @@ SETTINGS = RunSettings(
     clients=3,
     steps=100,
     aggregate_every=5,
+    micro_batches=2,
     lr=2e-4,
     lr_schedule="linear",
     warmup_steps=10,
@@ -49,6 +51,8 @@ SETTINGS = RunSettings(
     precision="float32",
     activation_codec="int8",
     gradient_codec="bfloat16",
+    check_codec_every=50,
+    cache_bytes=1000,
 )
 
 _NAME = "base_model.model.transformer.h.0.attn.c_attn.lora_"
@@ -63,6 +67,8 @@ _BATCH: dict[str, Any] = {
     "values": np.array([[0.1, -0.2], [0.3, 1e20], [-1.5, 0.0]], np.float32),
 }
 
+_SECONDS = Seconds(edge_compute=0.125, encode=0.25, uplink=1.5, queue=2.0, server_compute=3.0, downlink=0.5, decode=0.0625)
+
 SAMPLES: dict[str, Message] = {
     type(message).__name__: message
     for message in [
@@ -71,12 +77,28 @@ SAMPLES: dict[str, Message] = {
         Hello(name="jetson-1.kitchen_A", fingerprint="0123456789abcdef0123456789abcdef", codecs=("bfloat16", "int8")),
         Welcome(run="20250102-030405", settings=SETTINGS, fingerprint="0123456789abcdef0123456789abcdef", restarts=1),
         Join(num_samples=1000, batch_size=8, longest=512, step=7),
-        Start(step=7, total_steps=100, adapter=_MATRICES, round=5),
-        Activations(**_BATCH, step=1, edge_seconds=0.125),
-        ActivationGradient(step=1, loss=3.5, values=_BATCH["values"].astype(np.float64)),
-        AdapterGradient(step=1, edge_seconds=0.0, tensors=_MATRICES),
-        AdapterWeights(step=5, edge_seconds=1.5, tensors={name: matrix.astype(float) for name, matrix in _MATRICES.items()}),
-        EdgeAdapter(step=10, tensors=_MATRICES, checkpoint=5),
+        Start(step=7, total_steps=100, adapter=_MATRICES, round=5, codec="exact"),
+        Activations(
+            **_BATCH,
+            step=1,
+            micro_batch=1,
+            seconds=_SECONDS,
+            samples=np.array([3, -1], np.int32),
+            exact=_BATCH["values"] / 2,
+        ),
+        ActivationGradient(
+            step=1,
+            micro_batch=1,
+            loss=3.5,
+            labelled_tokens=7,
+            values=_BATCH["values"].astype(np.float64),
+            codec="exact",
+            queue_seconds=0.5,
+            compute_seconds=0.25,
+        ),
+        AdapterGradient(step=1, seconds=Seconds(), tensors=_MATRICES),
+        AdapterWeights(step=5, seconds=_SECONDS, tensors={name: matrix.astype(float) for name, matrix in _MATRICES.items()}),
+        EdgeAdapter(step=10, tensors=_MATRICES, checkpoint=5, queue_seconds=0.125, compute_seconds=0.0625),
         Evaluation(**_BATCH, index=3),
         EvaluationLoss(index=3, summed_loss=12.75),
         Done(step=100),
@@ -165,4 +187,4 @@ def frame(unpacked: Any) -> bytes:
 
 
 def frame_of(kind: str, fields: Any) -> bytes:
-    return frame([2, kind, fields])
+    return frame([3, kind, fields])

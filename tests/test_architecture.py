@@ -53,7 +53,7 @@ def test_library_is_known_only_to_its_own_files(library: str) -> None:
 
 def test_protocol_knows_no_clock_and_no_socket() -> None:
     for file in (REPOSITORY / "protocol").rglob("*.py"):
-        assert not imported_by(file) & {"time", "datetime", "socket", "ssl", "asyncio", "threading"}, file
+        assert not imported_by(file) & {"time", "datetime", "socket", "ssl", "asyncio"}, file
 
 
 def test_nothing_is_pickled() -> None:

@@ -52,6 +52,7 @@ from protocol import (
     Message,
     Ping,
     Pong,
+    Seconds,
     Start,
     Welcome,
     decode,
@@ -117,6 +118,7 @@ def server_options(model: Path, run_dir: Path) -> dict[str, Any]:
         "cut_layer": 1,
         "lora_rank": 2,
         "port": 0,
+        "micro_batches": 1,
         "device": "cpu",
         "dtype": "float32",
     }
@@ -575,7 +577,10 @@ def batch(**changes: Any) -> Activations:
     """What is right in step 1, after a Join of batches of 2 x 4 rows, and the changes given."""
     right = {
         "step": 1,
-        "edge_seconds": 0.0,
+        "micro_batch": 0,
+        "seconds": Seconds(),
+        "samples": None,
+        "exact": None,
         "lengths": ints(4, 3),
         "label_counts": ints(2, 1),
         "labels": ints(1, 2, 3),
@@ -747,20 +752,19 @@ MISFITS: dict[str, tuple[Message | bytes | str, str]] = {
     "other width": (batch(values=floats(7, 31)), "values are 31 wide, the model is 32"),
     "other dtype": (batch(values=floats(7, dtype=np.float64)), "values are float64, the run's are float32"),
     "integers for values": (
-        packed(PROTOCOL_VERSION, "Activations", step=1, edge_seconds=0.0, lengths=[1], label_counts=[1], labels=[1], values=1),
+        packed(PROTOCOL_VERSION, "Activations", step=1, seconds={}, lengths=[1], label_counts=[1], labels=[1], values=1),
         "Activations.lengths: expected a tensor",
     ),
     "not a number": (batch(values=floats(7, value=float("nan"))), "Activations.values: has NaN or infinite values"),
-    "codec in an exact run": (encode(batch(), "int8"), "a tensor in int8; the run has agreed on exact"),
+    "codec in an exact run": (encode(batch(), "int8"), "a tensor in int8, which was not agreed on"),
     "infinite": (batch(values=floats(7, value=float("-inf"))), "Activations.values: has NaN or infinite values"),
     "step ahead": (batch(step=2), "expected Activations of step 1, got Activations of step 2"),
     "adapter first": (
-        AdapterGradient(step=1, edge_seconds=0.0, tensors={}),
+        AdapterGradient(step=1, seconds=Seconds(), tensors={}),
         "expected Activations of step 1, got AdapterGradient of step 1",
     ),
     "done first": (Done(step=2), "expected Activations of step 1, got Done of step 2"),
     "lengths beside the rows": (batch(lengths=ints(4, 4)), "lengths add up to 8, values have 7 rows"),
-    "no sequence": (batch(lengths=ints(), label_counts=ints(), labels=ints(), values=floats(0)), "0 lengths"),
     "more rows": (
         batch(lengths=ints(3, 3, 3), label_counts=ints(1, 1, 1), values=floats(9)),
         "9 rows, at most 8 were announced",
@@ -795,7 +799,7 @@ def of_scale(scale: int) -> bytes:
 
 
 CODED_MISFITS: dict[str, tuple[bytes, str]] = {
-    "another codec": (encode(batch(), "int4"), "a tensor in int4; the run has agreed on int8"),
+    "another codec": (encode(batch(), "int4"), "a tensor in int4, which was not agreed on"),
     "scale of zero": (of_scale(0), "Activations.values: a scale of int8 is not a positive number"),
     "negative scale": (of_scale(0xBF80), "a scale of int8 is not a positive number"),
     "scale that is no number": (of_scale(0x7FC0), "a scale of int8 is not a positive number"),
@@ -839,25 +843,25 @@ def edge_tensors(**changes: Any) -> dict[str, Array]:
 
 
 BAD_GRADIENTS: dict[str, tuple[Message, str]] = {
-    "none": (AdapterGradient(step=1, edge_seconds=0.0, tensors={}), "the tensors are not the LoRA matrices of the edge part"),
+    "none": (AdapterGradient(step=1, seconds=Seconds(), tensors={}), "the tensors are not the LoRA matrices of the edge part"),
     "other shape": (
-        AdapterGradient(step=1, edge_seconds=0.0, tensors=edge_tensors(A=floats(4))),
+        AdapterGradient(step=1, seconds=Seconds(), tensors=edge_tensors(A=floats(4))),
         "the tensors are not the LoRA matrices of the edge part",
     ),
     "one more": (
-        AdapterGradient(step=1, edge_seconds=0.0, tensors=edge_tensors(C=floats(2))),
+        AdapterGradient(step=1, seconds=Seconds(), tensors=edge_tensors(C=floats(2))),
         "the tensors are not the LoRA matrices of the edge part",
     ),
     "other dtype": (
-        AdapterGradient(step=1, edge_seconds=0.0, tensors=edge_tensors(A=floats(2, dtype=np.float64))),
+        AdapterGradient(step=1, seconds=Seconds(), tensors=edge_tensors(A=floats(2, dtype=np.float64))),
         "the run's adapters are float32",
     ),
     "not a number": (
-        AdapterGradient(step=1, edge_seconds=0.0, tensors=edge_tensors(A=floats(2, value=float("nan")))),
+        AdapterGradient(step=1, seconds=Seconds(), tensors=edge_tensors(A=floats(2, value=float("nan")))),
         "has NaN or infinite values",
     ),
     "of another step": (
-        AdapterGradient(step=2, edge_seconds=0.0, tensors=edge_tensors()),
+        AdapterGradient(step=2, seconds=Seconds(), tensors=edge_tensors()),
         "expected AdapterGradient of step 1, got AdapterGradient of step 2",
     ),
     "a batch instead": (batch(step=2), "expected AdapterGradient of step 1, got Activations of step 2"),
@@ -896,7 +900,7 @@ def test_client_that_leaves_in_the_middle_does_not_stop_the_others(
         if moment in ("after its gradient", "after a step"):
             hostile.hear(ActivationGradient)
         if moment == "after a step":
-            hostile.say(AdapterGradient(step=1, edge_seconds=0.0, tensors=edge_tensors()))
+            hostile.say(AdapterGradient(step=1, seconds=Seconds(), tensors=edge_tensors()))
             hostile.hear(EdgeAdapter)
         if politely:
             hostile.say(Goodbye())
@@ -961,7 +965,7 @@ def test_loss_that_is_no_number_ends_the_run_and_everybody_is_told_why(
         hostile.say(batch(values=values))
         hostile.hear(ActivationGradient)
         # A gradient of zero leaves the edge as it is; the server's own part is thrown far off by its step.
-        hostile.say(AdapterGradient(step=1, edge_seconds=0.0, tensors={name: 0 * value for name, value in adapter.items()}))
+        hostile.say(AdapterGradient(step=1, seconds=Seconds(), tensors={name: 0 * value for name, value in adapter.items()}))
         hostile.hear(EdgeAdapter)
         hostile.say(batch(step=2, values=values))
         told = hostile.hear(Failure).reason

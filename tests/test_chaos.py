@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
-from chaos import ANSWERS, ANSWERS_OF_BOTH, MODES, Fault, Outcome, Scene
+from chaos import ANSWERS, ANSWERS_OF_BOTH, MODES, MODES_WITH_CODECS, Fault, Outcome, Scene
 from conftest import make_model
 
 
@@ -16,7 +16,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 
 @pytest.fixture(scope="module")
 def undisturbed(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    outcomes = {mode: scene.run(tmp_path_factory.mktemp("undisturbed"), mode, []).to_its_end() for mode in MODES}
+    outcomes = {mode: scene.run(tmp_path_factory.mktemp("undisturbed"), mode, []).to_its_end() for mode in MODES_WITH_CODECS}
     assert not any(outcome.struck or math.isnan(outcome.perplexity) for outcome in outcomes.values())
     return outcomes
 

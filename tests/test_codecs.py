@@ -31,6 +31,7 @@ from protocol import (
     Message,
     RemoteProtocolError,
     RunSettings,
+    Seconds,
     Session,
     Side,
     Start,
@@ -44,7 +45,7 @@ from protocol.codecs import LARGEST_CODES, Coded
 from protocol.quantisation import LARGEST_VALUE, quantise
 from protocol.rounding import Dither, from_bfloat16, to_bfloat16
 
-GOLDEN: dict[str, str] = json.loads((Path(__file__).parent / "golden" / "codecs-2.json").read_text())
+GOLDEN: dict[str, str] = json.loads((Path(__file__).parent / "golden" / "codecs-3.json").read_text())
 MAX_BYTES = 2**22
 
 every_codec = pytest.mark.parametrize("codec", CODECS)
@@ -61,8 +62,8 @@ tensors = np_st.arrays(
 
 def through(values: Array, codec: str, dither: int | None = None) -> Array:
     """As it arrives on the other side."""
-    message = ActivationGradient(step=1, loss=0.0, values=values)
-    arrived = decode(encode(message, codec, None if dither is None else Dither(dither)), MAX_BYTES, codec)
+    message = ActivationGradient(step=1, loss=0.0, labelled_tokens=1, values=values)
+    arrived = decode(encode(message, codec, None if dither is None else Dither(dither)), MAX_BYTES, [codec])
     assert isinstance(arrived, ActivationGradient)
     assert (arrived.values.dtype, arrived.values.shape) == (np.float32, values.shape)
     assert arrived.values.flags.writeable
@@ -251,15 +252,15 @@ def extension(coded: Coded, **changes: Any) -> msgpack.ExtType:
 
 
 def gradient_frame(values: msgpack.ExtType) -> bytes:
-    return protocol_samples.frame_of("ActivationGradient", {"step": 1, "loss": 0.0, "values": values})
+    return protocol_samples.frame_of("ActivationGradient", {"step": 1, "loss": 0.0, "labelled_tokens": 1, "values": values})
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_coded_bytes_of_version_2_are_still_written_and_mean_what_the_document_says(name: str) -> None:
+def test_coded_bytes_of_version_3_are_still_written_and_mean_what_the_document_says(name: str) -> None:
     coded = SAMPLES[name]
     assert extension(coded).data.hex() == GOLDEN[name]
     golden = msgpack.ExtType(2, bytes.fromhex(GOLDEN[name]))
-    arrived = decode(gradient_frame(golden), MAX_BYTES, coded.codec)
+    arrived = decode(gradient_frame(golden), MAX_BYTES, [coded.codec])
     assert isinstance(arrived, ActivationGradient)
     assert arrived.values.tobytes() == protocol_samples.decoded(golden).tobytes()
 
@@ -279,7 +280,7 @@ def test_a_coded_message_is_smaller_than_the_bound_of_an_exact_one(codec: str, s
     rows, width = shape
     values = (np.random.default_rng(0).normal(size=shape) * 1e6).astype(np.float32)
     bound = largest_message_bytes(rows=rows, width=width, precision="float32", adapter_elements=0)
-    data = encode(ActivationGradient(step=2**53, loss=1e300, values=values), codec)
+    data = encode(ActivationGradient(step=2**53, loss=1e300, labelled_tokens=1, values=values), codec)
     assert len(protocol_samples.inflate(data)) <= bound
     assert len(data) <= compressed_bound(bound)
     decode(data, bound, codec)
@@ -323,11 +324,11 @@ def of_parts(codec: str = "int8", shape: Any = (2, 3), **changed: bytes) -> msgp
 
 @quantising
 def test_parts_made_by_hand_are_understood(codec: str) -> None:
-    message = decode(gradient_frame(of_parts(codec)), MAX_BYTES, codec)
+    message = decode(gradient_frame(of_parts(codec)), MAX_BYTES, [codec])
     assert isinstance(message, ActivationGradient)
     assert message.values.tolist() == [[1, 2, 8], [1, 2, 9]]
     without = of_parts(codec, centre=b"", outliers=b"", outlier_values=b"")
-    assert decode(gradient_frame(without), MAX_BYTES, codec).values.tolist() == [[0] * 3] * 2  # type: ignore[union-attr]
+    assert decode(gradient_frame(without), MAX_BYTES, [codec]).values.tolist() == [[0] * 3] * 2  # type: ignore[union-attr]
 
 
 @quantising
@@ -405,8 +406,11 @@ def test_a_tensor_that_would_decode_to_more_than_the_limit_is_refused(codec: str
 def test_a_codec_that_was_not_agreed_on_is_refused(codec: str) -> None:
     values = np.ones((2, 3), np.float32)
     for agreed in {EXACT, *CODECS} - {codec}:
-        assert refusal(extension(Coded.of(values, codec)), agreed) == f"a tensor in {codec}; the run has agreed on {agreed}"
-    assert isinstance(decode(encode(ActivationGradient(step=1, loss=0.0, values=values)), MAX_BYTES, codec), ActivationGradient)
+        assert refusal(extension(Coded.of(values, codec)), agreed) == f"a tensor in {codec}, which was not agreed on"
+    assert isinstance(
+        decode(encode(ActivationGradient(step=1, loss=0.0, labelled_tokens=1, values=values)), MAX_BYTES, [codec]),
+        ActivationGradient,
+    )
 
 
 @every_codec
@@ -414,7 +418,7 @@ def test_adapters_cannot_be_coded(codec: str) -> None:
     values = np.ones((2, 3), np.float32)
     fields = {"step": 1, "tensors": {"a": extension(Coded.of(values, codec))}}
     with pytest.raises(RemoteProtocolError, match="expected a tensor"):
-        decode(protocol_samples.frame_of("EdgeAdapter", fields), MAX_BYTES, codec)
+        decode(protocol_samples.frame_of("EdgeAdapter", fields), MAX_BYTES, [codec])
     assert encode(EdgeAdapter(step=1, tensors={"a": values}), codec) == encode(EdgeAdapter(step=1, tensors={"a": values}))
 
 
@@ -426,7 +430,7 @@ parts_of_anything = st.lists(st.binary(max_size=24), max_size=6)
 def test_any_parts_are_a_tensor_or_refused(codec: str, shape: list[int], parts: list[bytes]) -> None:
     values = msgpack.ExtType(2, msgpack.packb([codec, shape, *parts]))
     try:
-        message = decode(gradient_frame(values), MAX_BYTES, codec)
+        message = decode(gradient_frame(values), MAX_BYTES, [codec])
     except RemoteProtocolError:
         refusal(values, codec)
     else:
@@ -442,7 +446,7 @@ def test_a_changed_part_is_a_tensor_or_refused(name: str, draw: st.DataObject) -
     part = draw.draw(st.sampled_from([part for part in parts if part]))
     part[draw.draw(st.integers(0, len(part) - 1))] = draw.draw(st.integers(0, 255))
     try:
-        decode(gradient_frame(extension(coded, parts=[bytes(part) for part in parts])), MAX_BYTES, coded.codec)
+        decode(gradient_frame(extension(coded, parts=[bytes(part) for part in parts])), MAX_BYTES, [coded.codec])
     except RemoteProtocolError:
         pass
 
@@ -450,7 +454,7 @@ def test_a_changed_part_is_a_tensor_or_refused(name: str, draw: st.DataObject) -
 # Agreed on by both sides
 
 
-SETTINGS = dataclasses.replace(protocol_samples.SETTINGS, activation_codec="int8", gradient_codec="int4")
+SETTINGS = dataclasses.replace(protocol_samples.SETTINGS, activation_codec="int8", gradient_codec="int4", check_codec_every=0)
 
 
 class Pair:
@@ -474,7 +478,7 @@ def batch(step: int = 1) -> Activations:
     counts = np.array([300], np.int32)
     labels = np.zeros(300, np.int32)
     return Activations(
-        step=step, edge_seconds=0.0, lengths=counts, label_counts=counts, labels=labels, values=activations(outliers=())
+        step=step, seconds=Seconds(), lengths=counts, label_counts=counts, labels=labels, values=activations(outliers=())
     )
 
 
@@ -482,7 +486,7 @@ def a_step(pair: Pair, step: int = 1) -> tuple[bytes, bytes]:
     """The bytes of its activations and of their gradient."""
     up, received = pair.say(Side.CLIENT, batch(step))
     assert isinstance(received, Activations)
-    gradient = ActivationGradient(step=step, loss=1.0, values=received.values)
+    gradient = ActivationGradient(step=step, loss=1.0, labelled_tokens=300, values=received.values)
     return up, pair.say(Side.SERVER, gradient)[0]
 
 
@@ -563,7 +567,7 @@ def test_a_client_without_the_runs_codec_is_refused_by_name_and_the_run_goes_on(
     with GpuServer(port=0, dtype="float32", **options(tiny_model, tmp_path / "run", codec="auto", steps=2)) as server:
         with monkeypatch.context() as patch:
             patch.setattr(edge_client.client, "CODECS", ("bfloat16",))
-            with pytest.raises(Refused, match="old does not offer the codec int8, which this run uses"):
+            with pytest.raises(Refused, match="old does not offer the codec int4, int8, which this run uses"):
                 EdgeClient(server.url, model=str(tiny_model), data=data, name="old").__enter__()
         with EdgeClient(server.url, model=str(tiny_model), data=data, name="new") as client:
             assert len(list(client.train())) == 2
@@ -580,6 +584,8 @@ DISTURBED = [
     ("int8", "rounds of one step", [Fault("server", "send", 7, "kill"), Fault("a", "receive", 6, "cut")]),
     ("int8", "rounds of two steps", [Fault("server", "receive", 9, "kill"), Fault("b", "send", 4, "kill")]),
     ("int4", "rounds of one step", [Fault("a", "send", 5, "kill"), Fault("server", "send", 9, "twice")]),
+    ("delta", "delta, rounds of one step", [Fault("a", "receive", 14, "kill"), Fault("server", "send", 30, "kill")]),
+    ("delta", "delta, rounds of two steps", [Fault("b", "receive", 17, "kill"), Fault("server", "receive", 26, "kill")]),
 ]
 
 

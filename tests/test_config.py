@@ -237,6 +237,7 @@ OTHER_VALUES: dict[str, Any] = {
     "clients": 7,
     "steps": 9,
     "epochs": 2,
+    "micro_batches": 4,
     "aggregate_every": 3,
     "lr": 1e-3,
     "lr_schedule": "linear",
@@ -249,6 +250,9 @@ OTHER_VALUES: dict[str, Any] = {
     "host": "0.0.0.0",
     "port": 1234,
     "codec": "int4",
+    "codec_tolerance": 0.05,
+    "check_codec_every": 10,
+    "cache_bytes": 1000,
     "resume": True,
     "checkpoint_every": 3,
     "quorum": 1,
@@ -328,7 +332,7 @@ def test_clients_are_not_told_where_things_lie() -> None:
 
 TRAINING = {
     *("--batch-size", "--data", "--device", "--dtype", "--eval-data", "--give-up-after", "--help", "--max-length", "--model"),
-    *("--no-shuffle", "--state-dir", "-h"),
+    *("--cache-bytes", "--in-flight", "--no-shuffle", "--state-dir", "-h"),
 }
 SOURCE = {"--adapter", "--help", "--model", "--output", "--overwrite", "--run-dir", "-h"}
 FLAGS = {
@@ -367,21 +371,42 @@ NAMES = {
     "export": ["Agreement", "Disagreement", "ExportError", "export_onnx", "merge", "verify"],
     "gpu_server": ["ConfigError", "GpuServer", "RunEndedEarly", "ServerConfig", "StepRecord"],
     "protocol": [
-        *("CODECS", "EXACT", "HANDSHAKE_BYTES", "PROTOCOL_VERSION", "SECONDS_BETWEEN_PINGS", "SECONDS_TO_PONG", "TRANSITIONS"),
+        *(
+            "CODECS",
+            "DELTA",
+            "EXACT",
+            "HANDSHAKE_BYTES",
+            "PROTOCOL_VERSION",
+            "SECONDS_BETWEEN_PINGS",
+            "SECONDS_TO_PONG",
+            "TRANSITIONS",
+        ),
         *("ActivationGradient", "Activations", "AdapterGradient", "AdapterWeights", "Array", "Contribution", "Done"),
-        *("EdgeAdapter", "Evaluation", "EvaluationLoss", "Failure", "Goodbye", "Hello", "InvalidName", "Join"),
+        *("EdgeAdapter", "Evaluation", "EvaluationLoss", "Failure", "Goodbye", "Hello", "InvalidName", "Join", "KeptSamples"),
         *("LabelledBatch", "LocalProtocolError", "Message", "Ping", "Pong", "ProtocolError", "RemoteProtocolError"),
-        *("RunEnd", "RunSettings", "Session", "Side", "Start", "State", "Tensors", "Welcome", "check_name", "compressed_bound"),
-        *("decode", "encode", "identity", "largest_message_bytes"),
+        *(
+            "RunEnd",
+            "RunSettings",
+            "Seconds",
+            "Session",
+            "Side",
+            "Start",
+            "State",
+            "Tensors",
+            "Welcome",
+            "check_name",
+            "compressed_bound",
+        ),
+        *("decode", "encode", "gradient_codec", "identity", "largest_message_bytes"),
     ],
     "split_model": [
         *("Adapter", "AdapterError", "BaseModel", "DamagedFile", "EdgePart", "LoraConfig", "ModelConfig", "ModelError"),
-        *("OptimiserConfig", "ServerPart", "TrainingDiverged", "adamw", "adapter_shapes", "check_cut_layer"),
+        *("OptimiserConfig", "SampleFolder", "ServerPart", "TrainingDiverged", "adamw", "adapter_shapes", "check_cut_layer"),
         *("choose_device", "choose_dtype", "continue_greedily"),
         *("derive_seed", "find_model", "initial_adapter", "is_hub_name", "load_adapter", "load_tokenizer", "optimiser_state"),
         *("read_sealed", "replace_file", "restore_optimiser", "seal", "save_adapter", "take_step", "working_dtype"),
     ],
-    "terminal": ["Progress", "plain", "run_program", "show_log", "version"],
+    "terminal": ["Progress", "plain", "run_program", "show_log", "version", "where_time_went"],
 }
 
 

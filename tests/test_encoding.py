@@ -32,6 +32,7 @@ from protocol import (
     Ping,
     RemoteProtocolError,
     RunSettings,
+    Seconds,
     Start,
     Welcome,
     compressed_bound,
@@ -40,7 +41,7 @@ from protocol import (
     largest_message_bytes,
 )
 
-GOLDEN: dict[str, str] = json.loads((Path(__file__).parent / "golden" / "protocol-2.json").read_text())
+GOLDEN: dict[str, str] = json.loads((Path(__file__).parent / "golden" / "protocol-3.json").read_text())
 KINDS = [kind.__name__ for kind in get_args(Message)]
 MEGABYTE = 2**20
 
@@ -80,7 +81,7 @@ def test_a_message_survives_the_round_trip(kind: str) -> None:
 
 @every_kind
 def test_a_message_is_encoded_as_the_document_says(kind: str) -> None:
-    assert inflate(encode(SAMPLES[kind])) == msgpack.packb([2, kind, plain(SAMPLES[kind])])
+    assert inflate(encode(SAMPLES[kind])) == msgpack.packb([3, kind, plain(SAMPLES[kind])])
 
 
 @every_kind
@@ -129,7 +130,7 @@ def test_an_integer_tensor_survives_bit_by_bit(array: Array, stride: int) -> Non
     labels = array[::stride]
     count = np.array([len(labels)], np.int32)
     values = np.zeros((len(labels), 2), np.float32)
-    batch = Activations(step=1, edge_seconds=0.0, lengths=count, label_counts=count, labels=labels, values=values)
+    batch = Activations(step=1, seconds=Seconds(), lengths=count, label_counts=count, labels=labels, values=values)
     assert_same(decode(encode(batch), HANDSHAKE_BYTES), dataclasses.replace(batch, labels=np.ascontiguousarray(labels)))
 
 
@@ -144,7 +145,7 @@ def test_a_tensor_that_arrived_can_be_written_to(shape: tuple[int, int]) -> None
 @pytest.mark.parametrize("dtype", [np.float16, np.int64, np.bool_, object])
 def test_a_tensor_of_a_dtype_the_protocol_does_not_have_cannot_be_sent(dtype: Any) -> None:
     with pytest.raises(TypeError, match="cannot send"):
-        encode(ActivationGradient(step=1, loss=0.0, values=np.zeros((1, 1), dtype)))
+        encode(ActivationGradient(step=1, loss=0.0, labelled_tokens=1, values=np.zeros((1, 1), dtype)))
 
 
 # How messages evolve
@@ -220,10 +221,10 @@ def test_a_missing_field_of_the_settings_is_refused_by_its_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "unpacked", [[1, "Ping", {}], [3, "Ping", {}], [0, "Ping", {}], [1], [3, "Ping", {}, "more"], [3, None, None]]
+    "unpacked", [[1, "Ping", {}], [4, "Ping", {}], [0, "Ping", {}], [1], [4, "Ping", {}, "more"], [2, None, None]]
 )
 def test_another_version_is_refused_and_both_are_named(unpacked: list[Any]) -> None:
-    assert refusal(frame(unpacked)) == f"peer speaks protocol version {unpacked[0]}, this side speaks 2"
+    assert refusal(frame(unpacked)) == f"peer speaks protocol version {unpacked[0]}, this side speaks 3"
 
 
 @pytest.mark.parametrize("version", [True, 1.0, "1", None, [1]])
@@ -256,6 +257,9 @@ WRONG: dict[Any, list[Any]] = {
     tuple[str, ...]: ["c_attn", [1], [None], [["c_attn"]], None, {}, 1, ONE],
     int | None: [-1, 2**53 + 1, True, 1.0, "1", [], ONE],
     RunSettings: [None, [], 1, "settings", {}, ONE],
+    Seconds: [None, [], 1, "seconds", {"uplink": -1.0}, {"decode": float("nan")}, {"queue": "1"}, ONE],
+    protocol.messages.Integers | None: [value for value in NO_INTEGERS if value is not None],
+    protocol.messages.Floats | None: [value for value in NO_FLOATS if value is not None],
     protocol.messages.Floats: NO_FLOATS,
     protocol.messages.CodedFloats: NO_FLOATS,
     protocol.messages.Integers: NO_INTEGERS,
@@ -325,7 +329,7 @@ def test_what_is_no_triple_is_refused(unpacked: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["Pang", "ping", "", "LabelledBatch", "Contribution", "x" * 10_000, None, 1, b"Ping", [], {}])
 def test_an_unknown_kind_is_refused(kind: Any) -> None:
-    assert refusal(frame([2, kind, {}])).startswith("unknown kind of message")
+    assert refusal(frame([3, kind, {}])).startswith("unknown kind of message")
 
 
 # What types cannot say
@@ -371,7 +375,6 @@ def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        ({"lengths": [], "label_counts": [], "labels": [], "values": np.zeros((0, 2), np.float32)}, "0 lengths"),
         ({"lengths": [3]}, "1 lengths and 2 label counts"),
         ({"label_counts": [1]}, "2 lengths and 1 label counts"),
         ({"lengths": [3, 0]}, "lengths must be positive"),
@@ -470,7 +473,7 @@ def zstd_block(data: bytes, *, repeat: int = 0, last: bool = True) -> bytes:
     return (size << 3 | kind << 1 | last).to_bytes(3, "little") + data
 
 
-PING = msgpack.packb([2, "Ping", {}])
+PING = msgpack.packb([3, "Ping", {}])
 
 
 def test_a_frame_made_by_hand_is_understood() -> None:
@@ -708,7 +711,9 @@ def full_batch(rows: int, width: int, dtype: Any) -> Activations:
     """The batch of ``rows`` rows that takes most bytes: each row a sequence, each labelled."""
     ones = np.ones(rows, np.int32)
     values = np.random.default_rng(0).normal(size=(rows, width)).astype(dtype)
-    return Activations(step=2**53, edge_seconds=1e300, lengths=ones, label_counts=ones, labels=ones, values=values)
+    seconds = Seconds(uplink=1e300)
+    batch = {"lengths": ones, "label_counts": ones, "labels": ones, "samples": ones}
+    return Activations(step=2**53, seconds=seconds, values=values, exact=values, **batch)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
@@ -716,7 +721,7 @@ def full_batch(rows: int, width: int, dtype: Any) -> Activations:
 def test_a_full_batch_and_its_gradient_are_not_larger_than_the_bound(precision: str, rows: int, width: int) -> None:
     bound = largest_message_bytes(rows=rows, width=width, precision=precision, adapter_elements=0)
     batch = full_batch(rows, width, precision)
-    for message in (batch, ActivationGradient(step=2**53, loss=1e300, values=batch.values)):
+    for message in (batch, ActivationGradient(step=2**53, loss=1e300, labelled_tokens=2**53, values=batch.values)):
         data = encode(message)
         assert rows * width * batch.values.itemsize < len(inflate(data)) <= bound
         assert len(data) <= compressed_bound(bound)
@@ -743,7 +748,7 @@ def test_the_adapter_of_the_largest_gpt2_is_not_larger_than_the_bound(precision:
 @pytest.mark.parametrize("kind", ["Ping", "Pong", "Hello", "Welcome", "Join", "Failure"])
 def test_a_message_of_the_handshake_fits_its_bound(kind: str) -> None:
     longest = {name: "ü" * 4096 if isinstance(value, str) else value for name, value in plain(SAMPLES[kind]).items()}
-    assert len(msgpack.packb([2, kind, longest])) < HANDSHAKE_BYTES
+    assert len(msgpack.packb([3, kind, longest])) < HANDSHAKE_BYTES
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 2**10, 2**16 - 1, 2**17, 2**20, 3 * 2**20 + 1])

@@ -35,10 +35,12 @@ from protocol import (
     RemoteProtocolError,
     RunEnd,
     RunSettings,
+    Seconds,
     Start,
 )
 
 WIDTH, ROWS = 4, 3
+NO_TIME = Seconds()
 SHAPES = {"A": (2, 4), "B": (12, 2)}
 LIMITS = ModelLimits(
     fingerprint="f", width=WIDTH, vocabulary_size=100, num_positions=16, max_batch_tokens=64, edge_shapes=SHAPES
@@ -72,10 +74,11 @@ class Table:
         self.federation.welcome(Hello(name=name, fingerprint="f"))
         return self.join(name, self.federation.members[name].join.num_samples, step)
 
-    def activations(self, name: str, step: int) -> list[Action]:
+    def activations(self, name: str, step: int, seconds: Seconds = NO_TIME, micro_batch: int = 0) -> list[Action]:
         ints = {"lengths": [ROWS], "label_counts": [2], "labels": [5, 6]}
         arrays = {field: np.array(values, np.int32) for field, values in ints.items()}
-        message = Activations(step=step, edge_seconds=0.0, values=np.zeros((ROWS, WIDTH), np.float32), **arrays)
+        values = np.zeros((ROWS, WIDTH), np.float32)
+        message = Activations(step=step, micro_batch=micro_batch, seconds=seconds, values=values, **arrays)
         return self.federation.receive(name, message, self.now)
 
     def evaluation(self, name: str, index: int) -> list[Action]:
@@ -84,15 +87,15 @@ class Table:
         message = Evaluation(index=index, values=np.zeros((ROWS, WIDTH), np.float32), **arrays)
         return self.federation.receive(name, message, self.now)
 
-    def contribute(self, name: str, step: int, kind: type = AdapterGradient) -> list[Action]:
-        return self.federation.receive(name, kind(step=step, edge_seconds=0.0, tensors=tensors()), self.now)
+    def contribute(self, name: str, step: int, kind: type = AdapterGradient, seconds: Seconds = NO_TIME) -> list[Action]:
+        return self.federation.receive(name, kind(step=step, seconds=seconds, tensors=tensors()), self.now)
 
     def done(self, name: str, step: int) -> list[Action]:
         return self.federation.receive(name, Done(step=step), self.now)
 
     def trained(self, *names: str) -> list[Action]:
         gradients = {name: np.zeros((ROWS, WIDTH), np.float32) for name in names}
-        return self.federation.trained(1.5, gradients, 0.1, self.now)
+        return self.federation.trained(1.5, 4, gradients, 0.1, self.now)
 
     def ask(self, name: str, kind: type, step: int) -> list[Action]:
         if kind is Activations:
@@ -274,42 +277,142 @@ def test_question_out_of_turn_changes_nothing() -> None:
     assert kinds(table.activations("b", 1)) == [Train]
 
 
-def test_time_of_a_client_is_divided_without_gap() -> None:
+def test_time_in_the_queue_is_told_with_the_answer_and_the_clients_own_is_added_up() -> None:
     table = Table({"a": 1, "b": 1})
-    table.now = 10.0
-    first = Activations(
-        step=1,
-        edge_seconds=6.0,
-        lengths=np.array([ROWS], np.int32),
-        label_counts=np.array([2], np.int32),
-        labels=np.array([1, 2], np.int32),
-        values=np.zeros((ROWS, WIDTH), np.float32),
-    )
-    table.federation.receive("a", first, 10.0)
-    table.now = 13.0
+    table.activations("a", 1, Seconds(edge_compute=6.0, uplink=1.0))
+    table.now = 3.0
     table.activations("b", 1)
-    table.now = 14.0
-    table.trained("a", "b")
-    table.contribute("a", 1)
+    answers = {action.client: action.message for action in table.trained("a", "b") if isinstance(action, Reply)}
+    assert (answers["a"].queue_seconds, answers["b"].queue_seconds) == (3.0, 0.0)  # type: ignore[union-attr]
+    assert answers["a"].compute_seconds == 0.1  # type: ignore[union-attr]
+    table.contribute("a", 1, seconds=Seconds(edge_compute=1.0, downlink=4.0))
     table.contribute("b", 1)
     (finished,) = [action for action in table.aggregated() if isinstance(action, FinishStep)]
-    seconds = finished.seconds["a"]
-    assert (seconds["edge_compute"], seconds["wire"], seconds["waiting"]) == (6.0, 4.0, 3.0)
-    assert seconds["server_compute"] == pytest.approx(0.2)
+    assert finished.seconds == {"a": Seconds(edge_compute=7.0, uplink=1.0, downlink=4.0), "b": Seconds()}
 
 
-def test_time_of_an_evaluation_belongs_to_no_step() -> None:
+def test_time_of_an_evaluation_makes_no_client_late() -> None:
     table = Table({"a": 1, "b": 1})
     (evaluate,) = table.evaluation("a", 1)
     table.federation.evaluated("a", evaluate.batch, 3.0, now=50.0)  # type: ignore[union-attr]
-    table.now = 52.0
+    assert table.federation.timing.away("a", 52.0) == 2.0
+
+
+# Micro-batches
+
+
+def of_one_client(**changes: Any) -> Table:
+    return Table({"a": 2}, micro_batches=2, **changes)
+
+
+def answers_to(actions: list[Action], client: str) -> list[tuple[int, int]]:
+    """Step and micro-batch of the gradients that a client is sent."""
+    messages = [action.message for action in actions if isinstance(action, Reply) and action.client == client]
+    return [(message.step, message.micro_batch) for message in messages if isinstance(message, ActivationGradient)]
+
+
+def test_micro_batch_is_computed_when_all_clients_have_sent_theirs_of_its_number() -> None:
+    table = Table({"a": 1, "b": 1}, micro_batches=2)
+    assert table.activations("a", 1) == []
+    assert table.activations("a", 1, micro_batch=1) == []
+    (train,) = table.activations("b", 1)
+    assert (train.micro_batch, list(train.batches)) == (0, ["a", "b"])  # type: ignore[union-attr]
+    assert table.activations("b", 1, micro_batch=1) == []  # while the first is computed
+    *_, train = table.trained("a", "b")
+    assert (train.micro_batch, list(train.batches)) == (1, ["a", "b"])  # type: ignore[union-attr]
+    assert table.federation.step == 0
+    assert answers_to(table.trained("a", "b"), "a") == [(1, 1)]
+    assert table.federation.step == 1
+
+
+def test_adapter_is_contributed_only_after_the_last_micro_batch() -> None:
+    table = of_one_client()
     table.activations("a", 1)
-    table.activations("b", 1)
+    table.trained("a")
+    with pytest.raises(RemoteProtocolError, match="expected Activations of step 1, got AdapterGradient of step 1"):
+        table.contribute("a", 1)
+
+
+def test_micro_batches_beyond_the_last_are_refused() -> None:
+    table = of_one_client()
+    with pytest.raises(RemoteProtocolError, match="expected Activations of step 1"):
+        table.activations("a", 1, micro_batch=2)
+
+
+def test_client_that_comes_back_gets_the_answers_of_all_its_micro_batches_again() -> None:
+    table = of_one_client()
+    table.activations("a", 1)
+    first = table.trained("a")
+    table.activations("a", 1, micro_batch=1)
+    table.federation.disconnected("a", 0.0)
+    second = table.trained("a")  # into the void
+    (start,) = table.come_back("a")
+    assert start.message.step == 0  # type: ignore[union-attr]
+    assert table.activations("a", 1) == [first[0]]
+    assert table.activations("a", 1, micro_batch=1) == [second[0]]
+    (aggregate,) = table.contribute("a", 1)
+    assert isinstance(aggregate, Aggregate)
+
+
+def test_answers_of_a_step_are_kept_until_the_next_one_is_answered() -> None:
+    table = of_one_client(aggregate_every=5)
+    for step in (1, 2):
+        for number in (0, 1):
+            table.activations("a", step, micro_batch=number)
+            table.trained("a")
+        assert {question[1] for question in table.federation.members["a"].answers} == {step}
+
+
+def test_step_goes_on_with_those_that_are_left_of_it() -> None:
+    table = Table({"a": 2, "b": 2}, micro_batches=2)
+    for name in "ab":
+        table.activations(name, 1)
     table.trained("a", "b")
+    table.activations("a", 1, micro_batch=1)
+    (train,) = table.federation.leave("b", 0.0)
+    assert list(train.batches) == ["a"]  # type: ignore[union-attr]
+    table.trained("a")
+    (aggregate,) = table.contribute("a", 1)
+    assert list(aggregate.contributions) == ["a"]  # type: ignore[union-attr]
+
+
+def test_step_whose_clients_have_all_gone_ends_with_what_there_is_of_it() -> None:
+    table = Table({"a": 2, "b": 2}, micro_batches=3, quorum=1)
+    for name in "ab":
+        table.activations(name, 1)
+    table.trained("a", "b")
+    table.federation.leave("a", 0.0)
+    (train,) = table.federation.leave("b", 0.0)
+    assert (train.micro_batch, train.batches) == (2, {})  # type: ignore[union-attr]
+    assert kinds(table.trained()) == [FinishStep, FinishRun]
+
+
+def test_client_that_is_late_within_a_step_goes_on_after_it() -> None:
+    table = Table({"a": 3, "b": 3}, micro_batches=2, quorum=1)
+    for name in "ab":
+        table.activations(name, 1)
+    table.trained("a", "b")
+    table.activations("a", 1, micro_batch=1)
+    table.now = 1000.0
+    _, train = table.federation.tick(table.now)
+    assert list(train.batches) == ["a"]  # type: ignore[union-attr]
+    assert table.activations("b", 1, micro_batch=1) == []
+    table.trained("a")
     table.contribute("a", 1)
-    table.contribute("b", 1)
-    (finished,) = [action for action in table.aggregated() if isinstance(action, FinishStep)]
-    assert finished.seconds["a"]["wire"] == 2.0
+    (start,) = [message for message in replies(table.aggregated()).values() if isinstance(message, Start)]
+    assert start.step == 1
+
+
+def test_micro_batches_that_are_asked_again_are_counted_once() -> None:
+    table = Table({"a": 1, "b": 1}, micro_batches=2)
+    for number in (0, 1):
+        table.activations("a", 1, micro_batch=number)
+    table.federation.disconnected("a", 0.0)
+    table.come_back("a")
+    for number in (0, 1):
+        assert table.activations("a", 1, micro_batch=number) == []
+    *_, train = table.activations("b", 1)
+    assert list(train.batches) == ["a", "b"]  # type: ignore[union-attr]
 
 
 # Connections that are lost, and clients that come back

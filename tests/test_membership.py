@@ -10,13 +10,17 @@ from protocol_samples import SETTINGS
 from edge_client import membership
 from edge_client.connection import ConnectionFailed, Refused
 from edge_client.membership import Membership, Moved
+from edge_client.stopwatch import Stopwatch
 from protocol import (
     ActivationGradient,
     Activations,
     EdgeAdapter,
+    Evaluation,
+    EvaluationLoss,
     Hello,
     Join,
     Message,
+    Seconds,
     Session,
     Side,
     Start,
@@ -38,15 +42,21 @@ def start(step: int = 0, round: int | None = None) -> Start:
     return Start(step=step, total_steps=9, adapter=TENSORS, round=step if round is None else round)
 
 
-def activations(step: int) -> Activations:
+def activations(step: int, micro_batch: int = 0) -> Activations:
     counts = np.array([2], np.int32)
     return Activations(
-        step=step, edge_seconds=0.0, lengths=counts, label_counts=counts, labels=np.array([1, 1], np.int32), values=VALUES
+        step=step,
+        micro_batch=micro_batch,
+        seconds=Seconds(),
+        lengths=counts,
+        label_counts=counts,
+        labels=np.array([1, 1], np.int32),
+        values=VALUES,
     )
 
 
-def gradient(step: int) -> ActivationGradient:
-    return ActivationGradient(step=step, loss=1.0, values=VALUES)
+def gradient(step: int, micro_batch: int = 0) -> ActivationGradient:
+    return ActivationGradient(step=step, micro_batch=micro_batch, loss=1.0, labelled_tokens=2, values=VALUES)
 
 
 LOST = ConnectionFailed("lost")
@@ -67,9 +77,15 @@ class FakeConnection:
     def expect(self, size: int) -> None:
         pass
 
-    def exchange(self, message: Message, *_: type) -> Message:
+    def exchange(self, message: Message, *kinds: type) -> Message:
+        self.ask(message)
+        return self.answer(*kinds)
+
+    def ask(self, message: Message) -> None:
         self.asked.append(message)
         self.num_bytes += 1
+
+    def answer(self, *_: type) -> Message:
         reply = self._replies.pop(0)
         if isinstance(reply, Exception):
             raise reply
@@ -248,3 +264,46 @@ def test_whoever_cannot_enter_leaves_no_connection_open(world: MakeWorld) -> Non
     with pytest.raises(Refused):
         here.member()
     assert here.made[0].closed
+
+
+# Several questions under way
+
+
+def test_next_question_is_made_while_the_ones_before_are_under_way(world: MakeWorld) -> None:
+    here = world([welcome(), start(), gradient(1), gradient(1, 1), gradient(1, 2)])
+    member = here.member()
+    member.start(JOIN)
+    log: list[str] = []
+
+    def questions() -> Any:
+        for number in range(3):
+            log.append(f"ask {number}")
+            yield activations(1, number)
+
+    for _, answer in member.exchange_each(questions(), ActivationGradient, in_flight=2):
+        log.append(f"answer {answer.micro_batch}")
+    assert log == ["ask 0", "ask 1", "answer 0", "ask 2", "answer 1", "answer 2"]
+
+
+def test_all_open_questions_are_asked_again_in_their_order(world: MakeWorld) -> None:
+    here = world([welcome(), start(), LOST], [welcome(), start(), gradient(1), LOST], [welcome(), start(), gradient(1, 1)])
+    member = here.member()
+    member.start(JOIN)
+    questions = [activations(1, number) for number in (0, 1)]
+    pairs = list(member.exchange_each(questions, ActivationGradient, in_flight=2))
+    assert [(asked.micro_batch, answer.micro_batch) for asked, answer in pairs] == [(0, 0), (1, 1)]
+    assert [message for message in here.made[1].asked if isinstance(message, Activations)] == questions
+    assert [message for message in here.made[2].asked if isinstance(message, Activations)] == questions[1:]
+
+
+def test_time_of_an_evaluation_is_told_of_no_step(world: MakeWorld) -> None:
+    here = world([welcome(), start(), EvaluationLoss(index=1, summed_loss=1.0), gradient(1)])
+    member = here.member()
+    now = [0.0]
+    member.stopwatch = Stopwatch(lambda: now[0])
+    member.start(JOIN)
+    batch = {name: getattr(activations(1), name) for name in ("lengths", "label_counts", "labels", "values")}
+    now[0] = 5.0
+    member.exchange(Evaluation(index=1, **batch), EvaluationLoss)
+    now[0] = 7.0
+    assert member.seconds_to_tell().edge_compute == pytest.approx(2.0)

@@ -11,7 +11,7 @@ import pytest
 from protocol_samples import SAMPLES, inflate
 
 import protocol
-from protocol import CODECS, HANDSHAKE_BYTES, PROTOCOL_VERSION, TRANSITIONS, Message, RunSettings, Side, State, encode
+from protocol import CODECS, DELTA, HANDSHAKE_BYTES, PROTOCOL_VERSION, TRANSITIONS, Message, RunSettings, Side, State, encode
 from protocol.codecs import Coded
 from protocol.encoding import MAX_ELEMENTS, MAX_TENSOR_ELEMENTS, MAX_TEXT
 from protocol.invitation import FORM
@@ -28,6 +28,9 @@ WORDS: dict[Any, str] = {
     protocol.messages.Floats: "floats",
     protocol.messages.CodedFloats: "coded floats",
     protocol.messages.Integers: "integers",
+    protocol.messages.Floats | None: "floats or nil",
+    protocol.messages.Integers | None: "integers or nil",
+    protocol.Seconds: "Seconds",
     protocol.Tensors: "map of floats",
     RunSettings: "RunSettings",
 }
@@ -92,6 +95,11 @@ def test_it_lists_the_settings_of_a_run_and_their_types_in_order() -> None:
     assert list(documented_fields(rows).items()) == list(actual_fields(RunSettings).items())
 
 
+def test_it_lists_the_parts_of_a_clients_time_in_order() -> None:
+    (rows,) = tables(section("Activations"), "part", "type", "meaning")
+    assert list(documented_fields(rows).items()) == list(actual_fields(protocol.Seconds).items())
+
+
 def test_it_names_the_defaults_of_fields_that_may_be_absent() -> None:
     _, settings = tables(section("Welcome"), "field", "type", "meaning")
     described = [(RunSettings, settings)]
@@ -145,11 +153,11 @@ def test_its_example_of_codes_is_what_is_sent() -> None:
 
 def test_it_names_the_codecs() -> None:
     (rows,) = tables(DOCUMENT, "codec", "parts")
-    assert [name for cell, _ in rows for name in re.findall(r"`(\w+)`", cell)] == list(CODECS)
+    assert [name for cell, _ in rows for name in re.findall(r"`(\w+)`", cell)] == [*CODECS, DELTA]
     for codec, row in zip(CODECS, (rows[0], rows[1], rows[1]), strict=True):
         assert len(Coded.of(np.ones((2, 3), np.float32), codec).parts) == len(row[1].split(","))
 
 
 def test_it_names_no_message_that_does_not_exist() -> None:
     named = set(re.findall(r"`([A-Z][A-Za-z]+)`", DOCUMENT))
-    assert named <= {*KINDS, "RunSettings"}
+    assert named <= {*KINDS, "RunSettings", "Seconds"}

@@ -310,7 +310,8 @@ def test_finished_run_waits_as_long_as_it_says_after_every_device_that_is_lost(m
     unfetched: Any = SimpleNamespace(round=1, unfinished=lambda: ["a"])
     nothing: Any = SimpleNamespace(round_end={})
     ignore: Any = None
-    server = RunServer(unfetched, nothing, door=ignore, model_name="", linger=60.0, report=ignore, keep=ignore, save=ignore)
+    callbacks = {"report": ignore, "keep": ignore, "save": ignore, "kept": None}
+    server = RunServer(unfetched, nothing, door=ignore, model_name="", linger=60.0, **callbacks)
     ended = []
     monkeypatch.setattr(server, "_end", lambda: ended.append(clock.now))
     clock: Any = Clock()

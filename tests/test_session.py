@@ -69,16 +69,23 @@ def numbered(kind: type, number: int) -> Any:
 class Pair:
     """Both ends of one conversation; what one says the other hears at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_open: int = 10**6) -> None:
         self.ends = {side: Session(side) for side in Side}
+        self.most_open = most_open
         self.heard: dict[Side, list[bytes]] = {side: [] for side in Side}
         self.numbers = itertools.count(1)
 
     def say(self, side: Side, kind: type) -> None:
-        data = self.ends[side].send(numbered(kind, next(self.numbers)))
+        data = self.ends[side].send(self.message(kind))
         heard = self.ends[side.peer].receive(data)
         assert type(heard) is kind
         self.heard[side.peer].append(data)
+
+    def message(self, kind: type) -> Any:
+        message = numbered(kind, next(self.numbers))
+        if kind is Welcome:
+            return replace(message, settings=replace(message.settings, micro_batches=self.most_open))
+        return message
 
     def say_something(self, choice: int) -> None:
         """One of the messages that may come next, last words aside."""
@@ -130,9 +137,9 @@ def test_every_kind_of_message_has_one_sender() -> None:
     assert sorted(kind.__name__ for kind, _ in senders) == sorted(kind.__name__ for kind in KINDS)
 
 
-def test_it_is_never_the_turn_of_both_sides() -> None:
-    turns = {(state, side) for state, side, kind in TRANSITIONS if kind not in LAST_WORDS}
-    assert len({state for state, _ in turns}) == len(turns)
+def test_it_is_the_turn_of_both_sides_only_while_micro_batches_are_under_way() -> None:
+    turns = [state for state, _ in {(state, side) for state, side, kind in TRANSITIONS if kind not in LAST_WORDS}]
+    assert {state for state in turns if turns.count(state) > 1} == {State.AWAITING_GRADIENT}
 
 
 def test_every_state_is_reached_and_left() -> None:
@@ -222,7 +229,8 @@ def test_both_sides_agree_whatever_they_try_to_say(script: list[tuple[Side, type
             assert (before, side, kind) not in TRANSITIONS
             assert pair.state is before
         else:
-            assert pair.state is TRANSITIONS[before, side, kind]
+            still_open = before is State.AWAITING_GRADIENT is pair.state and kind is ActivationGradient
+            assert still_open or pair.state is TRANSITIONS[before, side, kind]
 
 
 @given(st.lists(st.integers(0, 99), max_size=40))
@@ -282,6 +290,46 @@ def test_the_runs_end_answers_done_and_nothing_else_does() -> None:
     assert {state for state, _, kind in TRANSITIONS if kind is RunEnd} == {State.AWAITING_END}
 
 
+# Micro-batches under way
+
+
+def test_state_is_left_with_the_answer_to_the_last_of_several_micro_batches() -> None:
+    pair = Pair(most_open=3).walk(*TO_READY, *[(Side.CLIENT, Activations)] * 3)
+    for _ in range(2):
+        assert pair.walk((Side.SERVER, ActivationGradient)).state is State.AWAITING_GRADIENT
+    assert pair.walk((Side.CLIENT, Activations), (Side.SERVER, ActivationGradient)).state is State.AWAITING_GRADIENT
+    assert pair.walk((Side.SERVER, ActivationGradient)).state is State.READY
+
+
+def test_no_more_micro_batches_are_under_way_than_the_run_has() -> None:
+    pair = Pair(most_open=2).walk(*TO_READY, *[(Side.CLIENT, Activations)] * 2)
+    with pytest.raises(LocalProtocolError, match="client cannot send Activations while awaiting gradient"):
+        pair.ends[Side.CLIENT].send(numbered(Activations, 99))
+    with pytest.raises(RemoteProtocolError, match="client sent Activations while awaiting gradient"):
+        pair.ends[Side.SERVER].receive(encode(numbered(Activations, 99)))
+
+
+def test_a_start_answers_all_that_are_under_way() -> None:
+    pair = Pair(most_open=2).walk(*TO_READY, *[(Side.CLIENT, Activations)] * 2, (Side.SERVER, Start))
+    assert pair.state is State.READY
+    assert pair.walk(*[(Side.CLIENT, Activations)] * 2).state is State.AWAITING_GRADIENT
+
+
+def test_questions_and_answers_may_cross() -> None:
+    """Each side counts as it hears: they agree again when nothing is under way."""
+    pair = Pair(most_open=2).walk(*TO_READY)
+    client, server = pair.ends[Side.CLIENT], pair.ends[Side.SERVER]
+    first, second = (client.send(numbered(Activations, step)) for step in (1, 2))
+    server.receive(first)
+    answer = server.send(numbered(ActivationGradient, 1))
+    assert (client.state, server.state) == (State.AWAITING_GRADIENT, State.READY)
+    client.receive(answer)
+    server.receive(second)
+    assert pair.state is State.AWAITING_GRADIENT
+    client.receive(server.send(numbered(ActivationGradient, 2)))
+    assert pair.state is State.READY
+
+
 # Messages that are delivered twice, late or in another order
 
 
@@ -293,8 +341,8 @@ def test_the_runs_end_answers_done_and_nothing_else_does() -> None:
         *((kind, 0) for kind in (Hello, Welcome, Goodbye, Failure)),
     ],
 )
-def test_a_message_is_identified_by_its_kind_and_its_index_or_step(kind: type, number: int) -> None:
-    assert identity(numbered(kind, 9)) == (kind, number)
+def test_a_message_is_identified_by_its_kind_its_index_or_step_and_its_micro_batch(kind: type, number: int) -> None:
+    assert identity(numbered(kind, 9)) == (kind, number, 1 if kind in (Activations, ActivationGradient) else 0)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +421,7 @@ def test_an_old_message_is_refused_unless_its_kind_is_awaited(choices: list[int]
     if not before:
         return
     replayed, state = before[old % len(before)], session.state
-    kind = type(decode(replayed, HANDSHAKE_BYTES, session.codecs[side.peer]))
+    kind = type(decode(replayed, HANDSHAKE_BYTES, [session.codecs[side.peer]]))
     if (state, side.peer, kind) in TRANSITIONS:
         assert session.receive(replayed) is not None
     else:

@@ -1,0 +1,60 @@
+"""Where a device's time goes."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from protocol import ActivationGradient, EdgeAdapter, Message, Seconds
+
+__all__ = ["Stopwatch", "difference"]
+
+
+class Stopwatch:
+    """
+    Divides all time since it was made; what is nothing else, is the device's own computing.
+
+    Args:
+        now: seconds of a monotonic clock.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = now
+        self._began = now()
+        self._spent = Seconds()
+
+    def read(self) -> Seconds:
+        """All until now."""
+        others = sum(vars(self._spent).values())
+        return replace(self._spent, edge_compute=max(0.0, self.now() - self._began - others))
+
+    def add(self, **seconds: float) -> None:
+        """So much for parts of `Seconds`."""
+        self._spent = replace(self._spent, **{part: getattr(self._spent, part) + more for part, more in seconds.items()})
+
+    def leave_out(self, seconds: float) -> None:
+        """A while that belongs to no part, such as one without a connection."""
+        self._began += seconds
+
+    def answered(self, answer: Message, *, waited: float, under_way: float, share_up: float) -> None:
+        """
+        Divide the time in which this side did nothing but wait for an answer: the last part of the way that question and
+        answer went.
+
+        Args:
+            waited, under_way: seconds, since waiting began and since the question was handed over to be sent.
+            share_up: the question's share of the bytes of both; links are taken to be as fast in both directions.
+        """
+        queue, server_compute = 0.0, 0.0
+        if isinstance(answer, ActivationGradient | EdgeAdapter):
+            queue, server_compute = answer.queue_seconds, answer.compute_seconds
+        link = max(0.0, under_way - queue - server_compute)
+        left = waited
+        way = {"downlink": link * (1 - share_up), "server_compute": server_compute, "queue": queue}
+        for part, seconds in way.items():
+            self.add(**{part: min(left, max(0.0, seconds))})
+            left -= min(left, max(0.0, seconds))
+        self.add(uplink=left)
+
+
+def difference(later: Seconds, earlier: Seconds) -> Seconds:
+    return Seconds(**{part: max(0.0, seconds - getattr(earlier, part)) for part, seconds in vars(later).items()})

@@ -1,0 +1,77 @@
+"""Time is divided without gap: what is waited for is the last part of an answer's way."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_client.stopwatch import Stopwatch, difference
+from protocol import ActivationGradient, Seconds
+
+seconds = st.floats(0, 1000)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def answer(queue: float, compute: float) -> ActivationGradient:
+    values = np.zeros((1, 1), np.float32)
+    return ActivationGradient(step=1, loss=0.0, labelled_tokens=1, values=values, queue_seconds=queue, compute_seconds=compute)
+
+
+def of_waiting(waited: float, under_way: float, queue: float, compute: float, share_up: float) -> Seconds:
+    clock = Clock()
+    stopwatch = Stopwatch(clock)
+    clock.now = waited
+    stopwatch.answered(answer(queue, compute), waited=waited, under_way=under_way, share_up=share_up)
+    return stopwatch.read()
+
+
+def test_all_of_the_way_is_divided_where_nothing_else_was_done() -> None:
+    spent = of_waiting(waited=10.0, under_way=10.0, queue=1.0, compute=3.0, share_up=0.75)
+    assert spent == Seconds(uplink=4.5, queue=1.0, server_compute=3.0, downlink=1.5)
+
+
+@pytest.mark.parametrize(
+    ("waited", "spent"),
+    [
+        (1.0, Seconds(downlink=1.0)),
+        (4.0, Seconds(downlink=1.5, server_compute=2.5)),
+        (5.0, Seconds(downlink=1.5, server_compute=3.0, queue=0.5)),
+        (7.0, Seconds(downlink=1.5, server_compute=3.0, queue=1.0, uplink=1.5)),
+    ],
+)
+def test_what_is_hidden_by_the_devices_own_work_is_the_first_of_the_way(waited: float, spent: Seconds) -> None:
+    assert of_waiting(waited, under_way=10.0, queue=1.0, compute=3.0, share_up=0.75) == spent
+
+
+@given(seconds, seconds, seconds, seconds, st.floats(0, 1))
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+def test_parts_add_up_whatever_the_server_says(
+    waited: float, under_way: float, queue: float, compute: float, share_up: float
+) -> None:
+    spent = of_waiting(waited, under_way, queue, compute, share_up)
+    assert sum(vars(spent).values()) == pytest.approx(waited)
+    assert min(vars(spent).values()) >= 0
+
+
+def test_what_is_nothing_else_is_the_devices_own_computing() -> None:
+    clock = Clock()
+    stopwatch = Stopwatch(clock)
+    clock.now = 10.0
+    stopwatch.add(encode=1.0, decode=2.0)
+    assert stopwatch.read() == Seconds(edge_compute=7.0, encode=1.0, decode=2.0)
+
+
+def test_a_while_that_is_left_out_is_no_computing() -> None:
+    clock = Clock()
+    stopwatch = Stopwatch(clock)
+    before = stopwatch.read()
+    clock.now = 10.0
+    stopwatch.leave_out(8.0)
+    assert difference(stopwatch.read(), before) == Seconds(edge_compute=2.0)
