@@ -1,12 +1,14 @@
 """What the benchmarks share: E2E rows, a model of GPT-2 small's shape, and whole split runs in processes of their own."""
 
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # the independent reference: transformers + PEFT
 
@@ -17,6 +19,8 @@ from edge_client import ConnectionFailed, ping
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"
 PROGRAMS = Path(sys.executable).parent
+PROCESSES = multiprocessing.get_context("spawn")
+"""Each imports the script that starts it: what takes long to import is imported by functions there."""
 
 
 def shared(name: str) -> Path:
@@ -55,6 +59,34 @@ def make_gpt2_small(folder: Path) -> Path:
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(shared(f"tokenizers/gpt2/{name}"), folder / name)
     return folder
+
+
+def keep_to(cores: Iterable[int]) -> None:
+    """This process on these cores, with a thread of torch for each; before torch is imported."""
+    os.sched_setaffinity(0, cores)
+    os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
+
+
+def start_server(settings: dict[str, Any], cores: Iterable[int] | None = None) -> tuple[Any, str]:
+    """A server in a process of its own, and its URL; it ends with its run, however early that ends."""
+    urls = PROCESSES.Queue()
+    server = PROCESSES.Process(target=_serve, args=(settings, cores, urls), daemon=True)
+    server.start()
+    return server, urls.get()
+
+
+def _serve(settings: dict[str, Any], cores: Iterable[int] | None, urls: Any) -> None:
+    if cores is not None:
+        keep_to(cores)
+    from gpu_server import GpuServer, RunEndedEarly
+
+    with GpuServer(port=0, **settings) as server:
+        urls.put(server.url)
+        try:
+            for _ in server.train():
+                pass
+        except RunEndedEarly:
+            pass  # a benchmark's clients leave when they have measured enough
 
 
 class SplitRun:

@@ -62,12 +62,8 @@ def centralised(model: Path, pairs: list[tuple[str, str]]) -> Iterator[float]:
 
 def split(model: Path, pairs: list[tuple[str, str]], dtype: str, options: argparse.Namespace, scratch: Path) -> Iterator[float]:
     """Seconds of each step: the server is a process, the edge is this one, which asks only when it is its turn."""
-    from multiprocessing import get_context
-
     from edge_client import EdgeClient
 
-    processes = get_context("spawn")
-    urls = processes.Queue()
     data = contestants.write_rows(scratch / "rows.txt", pairs)
     settings = {
         "model": str(model),
@@ -75,9 +71,8 @@ def split(model: Path, pairs: list[tuple[str, str]], dtype: str, options: argpar
         "steps": len(pairs) // BATCH_SIZE,
         "cut_layer": options.cut_layer,
     }
-    server = processes.Process(target=serve, args=({**settings, "lora_rank": RANK, "dtype": dtype}, urls))
-    server.start()
-    with EdgeClient(urls.get(), model=str(model), data=data, batch_size=BATCH_SIZE, shuffle=False, dtype=dtype) as client:
+    server, url = contestants.start_server({**settings, "lora_rank": RANK, "dtype": dtype})
+    with EdgeClient(url, model=str(model), data=data, batch_size=BATCH_SIZE, shuffle=False, dtype=dtype) as client:
         client.start()
         steps = client.train()
         for _ in range(settings["steps"]):  # type: ignore[call-overload]
@@ -85,17 +80,6 @@ def split(model: Path, pairs: list[tuple[str, str]], dtype: str, options: argpar
             next(steps)
             yield time.perf_counter() - began
     server.join()
-
-
-def serve(settings: dict[str, Any], urls: Any) -> None:
-    from gpu_server import GpuServer
-
-    with GpuServer(port=0, **settings) as server:
-        urls.put(server.url)
-        try:
-            list(server.train())
-        except RuntimeError:
-            pass  # the edge leaves after its last timed step
 
 
 def count_tokens(model: Path, pairs: list[tuple[str, str]]) -> int:
