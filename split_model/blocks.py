@@ -51,11 +51,15 @@ class Attention(nn.Module):
         self.c_attn, self.c_proj = c_attn, c_proj
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        qkv = packing.pad(self.c_attn(x).to(self.c_attn.weight.dtype))  # (B, T, 3d)
-        query, key, value = qkv.view(*qkv.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, d/H)
+        grids = packing.pad(self.c_attn(x).to(self.c_attn.weight.dtype))  # (B, T, 3d) each
+        mixed = packing.pack([self._attend(grid) for grid in grids])
+        return self.c_proj(mixed.to(x.dtype))  # type: ignore[no-any-return]
+
+    def _attend(self, qkv: Tensor) -> Tensor:  # (B, T, 3d) -> (B, T, d)
+        heads = (*qkv.shape[:2], self.num_heads, -1)
+        query, key, value = (part.view(heads).transpose(1, 2) for part in qkv.chunk(3, 2))  # (B, H, T, d/H)
         # Padding stands after a sequence's end, where no real token looks: the causal mask is all that is needed.
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.c_proj(packing.pack(mixed.transpose(1, 2).flatten(2)).to(x.dtype))  # type: ignore[no-any-return]
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):

@@ -87,14 +87,16 @@ def test_summed_cross_entropy_and_its_gradient_are_torchs_over_several_chunks() 
     assert torch.allclose(found, expected, atol=1e-12)
 
 
-def test_packing_goes_to_the_grid_and_back() -> None:
-    packing = Packing(torch.tensor([2, 4, 1]))
-    rows = torch.arange(1.0, 15.0).view(7, 2)
-    grid = packing.pad(rows)
-    assert grid.shape == (3, 4, 2)
-    assert grid[0, 2:].abs().sum() == 0
-    assert torch.equal(packing.pack(grid), rows)
-    assert packing.positions.tolist() == [0, 1, 0, 1, 2, 3, 0]
+def test_packing_goes_to_the_grids_and_back() -> None:
+    packing = Packing(torch.tensor([5, 2, 4, 1]))
+    rows = torch.arange(1.0, 25.0).view(12, 2)
+    one, two, four_and_five = packing.pad(rows)
+    assert [grid.shape for grid in (one, two, four_and_five)] == [(1, 1, 2), (1, 2, 2), (2, 5, 2)]
+    assert torch.equal(four_and_five[1], rows[:5])
+    assert torch.equal(four_and_five[0, :4], rows[7:11])
+    assert not four_and_five[0, 4:].any()
+    assert torch.equal(packing.pack([one, two, four_and_five]), rows)
+    assert packing.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 0]
 
 
 def test_labelled_positions_are_the_last_rows_of_each_sequence() -> None:
