@@ -32,6 +32,8 @@ check: $(VENV)/.development
 # Long: the last one trains for the better part of an hour on two cores.
 bench: $(VENV)/.development
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/overlap.py
+	$(BIN)/python benchmarks/server_scale.py
 	$(BIN)/python benchmarks/device_weight.py
 	$(BIN)/python benchmarks/codecs.py
 	$(BIN)/python benchmarks/wire_bytes.py
