@@ -3,6 +3,7 @@
 # make test-runtimes  load an exported folder with every runtime that people deploy with; needs node
 # make check          lint, format, types
 # make bench          the benchmarks, long
+# make bench-links    how long until a model is good enough, over 3G, 4G, Wi-Fi and a LAN
 # make bench-export   how fast an exported model is, beside what else there is; compiles llama.cpp once
 # make chaos          200 runs of a tiny model, disturbed at random
 # make fuzz           1.5 million broken frames, and attacks on a live server
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-runtimes check bench bench-export chaos fuzz soak
+.PHONY: demo test test-runtimes check bench bench-links bench-export chaos fuzz soak
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.runtime
@@ -30,7 +31,7 @@ check: $(VENV)/.development
 	$(BIN)/mypy
 
 # Long: the last one trains for the better part of an hour on two cores.
-bench: $(VENV)/.development
+bench: bench-links
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/server_scale.py
@@ -38,6 +39,10 @@ bench: $(VENV)/.development
 	$(BIN)/python benchmarks/codecs.py
 	$(BIN)/python benchmarks/wire_bytes.py
 	$(BIN)/python benchmarks/e2e.py
+
+bench-links: $(VENV)/.development
+	$(BIN)/python benchmarks/link_speed.py
+	$(BIN)/python benchmarks/time_to_perplexity.py
 
 bench-export: $(VENV)/.development .venv-runtimes/.engines
 	$(BIN)/python benchmarks/export_speed.py
