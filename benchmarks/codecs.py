@@ -1,10 +1,13 @@
 """
-What each codec costs and loses: gpt2-mini on E2E NLG, activations after block 3 and their gradients, batches of 8.
+What each codec costs and loses: activations after block 3 and their gradients, on E2E NLG in batches of 8.
+
+The model is gpt2-mini after a moment of training; with --llama it is a pretrained Llama as it is, such as that of
+benchmarks/smollm2.py, which has outlier channels as gpt2-mini has not.
 
 Bytes an element are those of whole messages after zstd. Speed is of whole messages, too, from floats to bytes and back, in MB
 of float32 a second of one core's own time; memcpy and zstd alone are what cannot be beaten. The change of the loss is that of
-the server's part when it gets the activations as they arrive. Gradients change no loss at once, but the gradient of the edge's
-LoRA matrices that is made of them.
+the server's part when it gets the activations as they arrive. Gradients change no loss at once, but the edge's gradient that is
+made of them: that of its LoRA matrices, of a Llama that of its query, key and value matrices.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import contestants
 import numpy as np
 import torch
 import zstandard
+from tokenizers import Tokenizer
 
 from edge_client.data import Batch, Dataset
 from protocol import CODECS, EXACT, ActivationGradient, Array, decode, encode
@@ -91,7 +95,36 @@ class Cost:
 
 
 class Model:
-    """Both parts in one process, trained for a moment, so that the adapters are no longer zero."""
+    """Both parts of a model in one process."""
+
+    def activations(self, batch: Batch) -> torch.Tensor:
+        """After the edge's blocks, (N, d); the edge's gradients are cleared."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch, values: torch.Tensor) -> torch.Tensor:
+        """Summed, in nats, of the server's part given activations."""
+        raise NotImplementedError
+
+    def edge_gradients(self) -> list[Array]:
+        """What the last backward pass through the activations left, of any shapes."""
+        raise NotImplementedError
+
+    def example(self, batch: Batch) -> Example:
+        activations = self.activations(batch)
+        values = activations.detach().requires_grad_()
+        (self.loss(batch, values) / len(batch.labels)).backward()
+        assert values.grad is not None
+        activations.backward(values.grad)
+        return Example(batch, values.detach().numpy(), values.grad.numpy())
+
+    def edge_gradient(self, batch: Batch, gradient: Array) -> Array:
+        """Of all the edge's trained matrices, one after the other."""
+        self.activations(batch).backward(torch.from_numpy(gradient))
+        return np.concatenate([matrix.ravel() for matrix in self.edge_gradients()])
+
+
+class Gpt2(Model):
+    """gpt2-mini, to be trained for a moment, so that the adapters are no longer zero."""
 
     def __init__(self, folder: Path) -> None:
         base, cpu = BaseModel(folder), torch.device("cpu")
@@ -103,28 +136,17 @@ class Model:
             part.load_adapter({name: adapter[name] for name in part.matrices()})
             part.train()
 
-    def example(self, batch: Batch) -> Example:
-        activations, values = self._forward(batch)
-        (self.loss(batch, values) / len(batch.labels)).backward()
-        assert values.grad is not None
-        activations.backward(values.grad)
-        return Example(batch, values.detach().numpy(), values.grad.numpy())
-
-    def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def activations(self, batch: Batch) -> torch.Tensor:
         for part in self.parts:
             part.clear_gradients()
-        activations = self.edge(torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.lengths).long())
-        return activations, activations.detach().requires_grad_()
+        return self.edge(torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.lengths).long())
 
     def loss(self, batch: Batch, values: torch.Tensor) -> torch.Tensor:
-        """Summed, in nats."""
         counts = [torch.from_numpy(array).long() for array in (batch.lengths, batch.label_counts, batch.labels)]
         return self.server.summed_loss(values, *counts)
 
-    def edge_gradient(self, batch: Batch, gradient: Array) -> Array:
-        """Of all the edge's LoRA matrices, one after the other."""
-        self._forward(batch)[0].backward(torch.from_numpy(gradient))
-        return np.concatenate([matrix.numpy().ravel() for matrix in self.edge.gradients().values()])
+    def edge_gradients(self) -> list[Array]:
+        return [matrix.numpy() for matrix in self.edge.gradients().values()]
 
     def train(self, batches: list[Batch], progress: Progress) -> None:
         matrices = [matrix for part in self.parts for matrix in part.matrices().values()]
@@ -135,31 +157,90 @@ class Model:
             progress.advance(f"{len(example.activations)} tokens")
 
 
+class Llama(Model):
+    """transformers' model, its blocks dealt out to two. Padding is on the right, where causal attention does not look."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import LlamaForCausalLM
+
+        whole = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+        blocks = whole.model.layers
+        self.head, self.end_token = whole.lm_head.weight, whole.config.eos_token_id
+        self.edge = self._part(whole.model, blocks[:CUT_LAYER], torch.nn.Identity())
+        self.server = self._part(whole.model, blocks[CUT_LAYER:], whole.model.norm)
+        attentions = [block.self_attn for block in blocks[:CUT_LAYER]]
+        self.matrices = [linear.weight for a in attentions for linear in (a.q_proj, a.k_proj, a.v_proj)]
+        for matrix in self.matrices:
+            matrix.requires_grad_()
+
+    @staticmethod
+    def _part(model: Any, blocks: torch.nn.ModuleList, norm: torch.nn.Module) -> Any:
+        with torch.device("meta"):
+            part = type(model)(model.config)
+        part.embed_tokens, part.layers, part.norm, part.rotary_emb = model.embed_tokens, blocks, norm, model.rotary_emb
+        return part
+
+    def activations(self, batch: Batch) -> torch.Tensor:
+        for matrix in self.matrices:
+            matrix.grad = None
+        tokens = self._padded(batch, torch.from_numpy(batch.tokens).long())
+        hidden = self.edge(input_ids=tokens, use_cache=False).last_hidden_state
+        return torch.cat([rows[:length] for rows, length in zip(hidden, batch.lengths, strict=True)])
+
+    def loss(self, batch: Batch, values: torch.Tensor) -> torch.Tensor:
+        hidden = self.server(inputs_embeds=self._padded(batch, values), use_cache=False).last_hidden_state
+        ends = zip(hidden, batch.lengths, batch.label_counts, strict=True)
+        labelled = torch.cat([rows[length - count : length] for rows, length, count in ends])
+        logits = labelled @ self.head.T
+        return torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch.labels).long(), reduction="sum")
+
+    def edge_gradients(self) -> list[Array]:
+        return [matrix.grad.numpy() for matrix in self.matrices]
+
+    @staticmethod
+    def _padded(batch: Batch, packed: torch.Tensor) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(packed.split(batch.lengths.tolist()), batch_first=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--batches", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=40, help="of training before")
+    parser.add_argument("--steps", type=int, default=40, help="of training before; of gpt2-mini only")
+    parser.add_argument("--llama", type=Path, metavar="FOLDER", help="a Llama in Hugging Face's format, instead of gpt2-mini")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    folder = contestants.shared("models/gpt2-mini")
-    batches = e2e_batches(folder, options.batches + options.steps)
-    model = Model(folder)
-    with Progress(options.steps) as progress:
-        model.train(batches[options.batches :], progress)
-    examples = [model.example(batch) for batch in batches[: options.batches]]
+    model, batches = llama(options.llama, options.batches) if options.llama else gpt2(options.batches, options.steps)
     costs = [Cost(codec, gradients) for gradients in (False, True) for codec in (EXACT, *CODECS)]
     limits: dict[str, list[float]] = {}
-    for number, example in enumerate(examples):
-        for cost in costs:
-            cost.measure(number, example.gradient if cost.gradients else example.activations)
-        race_limits(example.activations, limits)
+    examples = []
+    with Progress(len(batches)) as progress:
+        for number, batch in enumerate(batches):
+            examples.append(model.example(batch))
+            for cost in costs:
+                cost.measure(number, examples[-1].gradient if cost.gradients else examples[-1].activations)
+            race_limits(examples[-1].activations, limits)
+            progress.advance("batches coded")
     report(model, examples, costs, limits)
 
 
-def e2e_batches(folder: Path, count: int) -> list[Batch]:
+def gpt2(num_batches: int, steps: int) -> tuple[Model, list[Batch]]:
+    folder = contestants.shared("models/gpt2-mini")
+    batches = e2e_batches(load_tokenizer(folder), BaseModel(folder).config.end_token, num_batches + steps)
+    model = Gpt2(folder)
+    with Progress(steps) as progress:
+        model.train(batches[num_batches:], progress)
+    return model, batches[:num_batches]
+
+
+def llama(folder: Path, num_batches: int) -> tuple[Model, list[Batch]]:
+    model = Llama(folder)
+    return model, e2e_batches(Tokenizer.from_file(str(folder / "tokenizer.json")), model.end_token, num_batches)
+
+
+def e2e_batches(tokenizer: Tokenizer, end_token: int, count: int) -> list[Batch]:
     with tempfile.TemporaryDirectory() as scratch:
         rows = contestants.write_rows(Path(scratch) / "rows.txt", contestants.e2e_rows("train", slice(0, 14_020)))
-        data = Dataset.load(rows, load_tokenizer(folder), BaseModel(folder).config.end_token, 512)
+        data = Dataset.load(rows, tokenizer, end_token, 512)
     return [data.batch(step, BATCH_SIZE, (0, "benchmark", "order")) for step in range(1, count + 1)]
 
 
@@ -182,9 +263,9 @@ def race_limits(values: Array, speeds: dict[str, list[float]]) -> None:
 
 def report(model: Model, examples: list[Example], costs: list[Cost], limits: dict[str, list[float]]) -> None:
     header = ["bytes an element", "encode MB/s", "decode MB/s", "relative error"]
-    for gradients, last in ((False, "change of the loss, nats/token"), (True, "relative error of the edge's LoRA gradient")):
+    for gradients, last in ((False, "change of the loss, nats/token"), (True, "relative error of the edge's gradient")):
         of_kind = [cost for cost in costs if cost.gradients is gradients]
-        effects = lora_errors(model, examples, of_kind) if gradients else loss_changes(model, examples, of_kind)
+        effects = gradient_errors(model, examples, of_kind) if gradients else loss_changes(model, examples, of_kind)
         rows = [cost.row(effect) for cost, effect in zip(of_kind, effects, strict=True)]
         print(contestants.markdown(["gradients" if gradients else "activations", *header, last], rows), end="\n\n")
     rows = [[name, f"{statistics.median(speeds):,.0f}"] for name, speeds in limits.items()]
@@ -192,22 +273,25 @@ def report(model: Model, examples: list[Example], costs: list[Cost], limits: dic
 
 
 def loss_changes(model: Model, examples: list[Example], costs: list[Cost]) -> list[str]:
-    with torch.no_grad():
-        losses = [
-            sum(model.loss(e.batch, torch.from_numpy(v)).item() for e, v in zip(examples, cost.arrived, strict=True))
-            for cost in costs
-        ]
+    losses = []
+    with torch.no_grad(), Progress(len(costs)) as progress:
+        for cost in costs:
+            pairs = zip(examples, cost.arrived, strict=True)
+            losses.append(sum(model.loss(example.batch, torch.from_numpy(arrived)).item() for example, arrived in pairs))
+            progress.advance(f"loss with {cost.codec}")
     num_labels = sum(len(example.batch.labels) for example in examples)
     return [f"{(loss - losses[0]) / num_labels:+.5f}" for loss in losses]
 
 
-def lora_errors(model: Model, examples: list[Example], costs: list[Cost]) -> list[str]:
+def gradient_errors(model: Model, examples: list[Example], costs: list[Cost]) -> list[str]:
     errors = []
     exact = [model.edge_gradient(example.batch, example.gradient) for example in examples]
-    for cost in costs:
-        coded = [model.edge_gradient(e.batch, arrived) for e, arrived in zip(examples, cost.arrived, strict=True)]
-        ratios = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(coded, exact, strict=True)]
-        errors.append(f"{statistics.median(ratios):.4f}")
+    with Progress(len(costs)) as progress:
+        for cost in costs:
+            coded = [model.edge_gradient(e.batch, arrived) for e, arrived in zip(examples, cost.arrived, strict=True)]
+            ratios = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(coded, exact, strict=True)]
+            errors.append(f"{statistics.median(ratios):.4f}")
+            progress.advance(f"gradient with {cost.codec}")
     return errors
 
 
