@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from edge_client.data import Batch, Dataset, pack
-from protocol import AdapterWeights, EdgeAdapter, Tensors, decode, encode
+from protocol import AdapterWeights, EdgeAdapter, Seconds, Tensors, decode, encode
 from split_model import (
     BaseModel,
     EdgePart,
@@ -123,7 +123,9 @@ def train(model: WholeModel, batches: Iterator[Batch], rounds: int, steps: int, 
             for _ in range(steps):
                 model.learn(next(batches))
             trained = time.perf_counter()
-            question = encode(AdapterWeights(step=number * steps, edge_seconds=trained - began, tensors=model.adapter()))
+            question = encode(
+                AdapterWeights(step=number * steps, seconds=Seconds(edge_compute=trained - began), tensors=model.adapter())
+            )
             server.send_bytes(question)
             answer = server.recv_bytes()
             model.load_adapter(decode(answer, MAX_BYTES).tensors)  # type: ignore[union-attr]

@@ -28,8 +28,8 @@ from terminal import Progress
 
 BATCH_SIZE, RANK = 8, 4
 IN_FLIGHT: dict[int, dict[str, dict[str, Any]]] = {
-    2: {"server": {}, "edge": {}},
-    1: {"server": {}, "edge": {}},
+    2: {"server": {"micro_batches": 4}, "edge": {"in_flight": 2}},
+    1: {"server": {"micro_batches": 4}, "edge": {"in_flight": 1}},
 }
 """By parts of a batch that may be on their way at once: what the two sides are told."""
 MOST_OF_THE_LARGER = 1.1
@@ -75,7 +75,7 @@ class Contestant:
         for number, (whole, row) in enumerate(zip(self._seconds, rows, strict=True)):
             if number % steps_of_a_turn:
                 (client,) = row["clients"].values()
-                steps.append(Step(whole, client["seconds"]["edge_compute"], client["seconds"]["server_compute"]))
+                steps.append(Step(whole, client["seconds"]["edge_compute"], row["server_compute"]))
         return steps
 
 

@@ -38,6 +38,7 @@ from protocol import (
     EdgeAdapter,
     Hello,
     Join,
+    Seconds,
     Start,
     Welcome,
     encode,
@@ -48,7 +49,8 @@ from terminal import Progress
 CLIENTS = (1, 2, 4, 8, 16, 32)
 CLIENTS_A_PROCESS = 8
 MODEL = {"n_layer": 4, "n_embd": 64, "n_head": 4}
-RUN = {"cut_layer": 1, "lora_rank": 4, "steps": 10**6, "dtype": "float32", "device": "cpu", "checkpoint_every": 10**6}
+RUN = {"cut_layer": 1, "lora_rank": 4, "steps": 10**6, "dtype": "float32", "device": "cpu"}
+RUN |= {"checkpoint_every": 10**6, "micro_batches": 1}
 BATCH_SIZE, SHORTEST, LONGEST, VOCABULARY = 8, 8, 40, 500
 SEQUENCES_TO_SHARE = 32
 SECONDS_OF_WARM_UP = 1.0
@@ -75,7 +77,7 @@ class Batch:
         return cls(lengths, label_counts, labels, draw.standard_normal((lengths.sum(), MODEL["n_embd"]), np.float32))
 
     def question(self, step: int) -> Activations:
-        return Activations(step=step, edge_seconds=0.0, **vars(self))
+        return Activations(step=step, seconds=Seconds(), **vars(self))
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def take_part(run: Run, number: int) -> tuple[list[float], list[float]]:
             asked.append(time.monotonic())
             connection.exchange(batch.question(step), ActivationGradient)
             answered.append(time.monotonic())
-            connection.exchange(AdapterGradient(step=step, edge_seconds=0.0, tensors=gradients), EdgeAdapter)
+            connection.exchange(AdapterGradient(step=step, seconds=Seconds(), tensors=gradients), EdgeAdapter)
     return asked, answered
 
 
@@ -191,7 +193,7 @@ def evaluate(
         inside = [b - a for a, b in zip(asked, answered, strict=True) if begin <= b <= end]
         latencies += inside
         tokens += len(inside) * int(Batch.drawn(number, run.batch_size).lengths.sum())
-    computed = statistics.median(row["clients"]["client-00"]["seconds"]["server_compute"] for row in metrics[:-1])
+    computed = statistics.median(row["server_compute"] for row in metrics[:-1])
     times = [look.time for look in looks]
     first, last = looks[bisect_left(times, begin)], looks[bisect_left(times, end) - 1]
     return Measured(

@@ -64,9 +64,8 @@ SERVER_THREADS, DEVICE_THREADS = 2, 1
 GOALS = {"4g": "naive split takes 3 x", "wifi": "within 10 % of the slower part", "lan": "within 10 % of the slower part"}
 
 # What a contestant has besides its codec: arguments of EdgeClient, and of GpuServer.
-OURS: dict[str, dict[str, Any]] = {"edge": {}, "server": {}}
-NAIVE: dict[str, dict[str, Any]] = {"edge": {}, "server": {}}
-# NAIVE = {"edge": {"in_flight": 1}, "server": {"micro_batches": 1}}
+OURS: dict[str, dict[str, Any]] = {"edge": {"in_flight": 2}, "server": {"micro_batches": 2}}
+NAIVE: dict[str, dict[str, Any]] = {"edge": {"in_flight": 1}, "server": {"micro_batches": 1}}
 
 
 @dataclass
@@ -261,8 +260,8 @@ def split_cost_of(moments: list[float], records: list[StepRecord]) -> Cost:
         seconds=statistics.median(later - earlier for earlier, later in pairwise(moments)),
         bytes_up=median(lambda record: statistics.mean(record.bytes_up.values())),
         bytes_down=median(lambda record: statistics.mean(record.bytes_down.values())),
-        edge_seconds=median(lambda record: max(parts["edge_compute"] for parts in record.seconds.values())),
-        server_seconds=median(lambda record: max(parts["server_compute"] for parts in record.seconds.values())),
+        edge_seconds=median(lambda record: max(parts.edge_compute for parts in record.seconds.values())),
+        server_seconds=median(lambda record: record.server_compute),
     )
 
 

@@ -1,10 +1,10 @@
 """
 Bytes of a labelled sample both ways, as TCP carries them: with TLS, WebSocket framing, handshakes and the adapter's exchange.
 
-gpt2-mini on shuffled rows of E2E's train.txt, batches of 8, cut after block 3, epochs of 66 steps, each a round, each codec in a
-run of its own; delta goes through its samples twice. The gate is told to let int4 and delta be. The reference pads every sample
-to 512 tokens and sends float32; its bytes are computed, of activations and gradients alone, as are those of 16-bit floats
-without padding.
+gpt2-mini on shuffled rows of E2E's train.txt, batches of 8, cut after block 3, epochs of 66 steps, each a round, each codec in
+a run of its own; delta goes through its samples twice. The gate is told to let int4 and delta be. The reference pads every
+sample to 512 tokens and sends float32; its bytes are computed, of activations and gradients alone, as are those of 16-bit
+floats without padding.
 """
 
 import argparse

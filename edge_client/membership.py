@@ -97,7 +97,8 @@ class Membership:
     def start(self, join: Join) -> Start:
         """Wait until the run starts, or learn where it stands."""
         self._join = join
-        self._connected().session.kept = self.kept
+        if self._connection is not None:
+            self._connection.session.kept = self.kept
         try:
             start = self._enter(self._connected())
         except ConnectionFailed as error:

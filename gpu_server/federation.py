@@ -120,6 +120,8 @@ class FinishStep:
     """Seconds that the next step waits for its clients' activations before it asks whether a quorum is there."""
     codec: str
     """In which this step's activations came."""
+    server_compute: float
+    """Seconds that the server computed, also while clients did not wait for it."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +255,7 @@ class Federation:
     _tokens: int = 0
     _labelled_tokens: int = 0
     _finished_step: int = 0
+    _server_compute: float = 0.0
     _link_seconds: float = 0.0
     """Of all clients since the codec was checked last; and all their seconds."""
     _all_seconds: float = 0.0
@@ -417,6 +420,7 @@ class Federation:
         """
         step, ends_step = self.step + 1, self.micro_batch + 1 == self.settings.micro_batches
         self._loss, self._labelled_tokens = loss, labelled_tokens
+        self._server_compute += seconds
         self.step += ends_step
         actions: list[Action] = []
         asked = self._asked(Activations)
@@ -457,6 +461,7 @@ class Federation:
     def aggregated(self, edge_adapter: Tensors, seconds: float, now: float) -> list[Action]:
         """The edge adapter of the last `Aggregate` is computed."""
         self.edge_adapter, self.round = edge_adapter, self.step
+        self._server_compute += seconds
         asked = self._asked(Contribution)
         actions: list[Action] = []
         for name in [name for name in self._contributors() if name in asked]:
@@ -596,8 +601,11 @@ class Federation:
             return []
         self._finished_step = self.step
         deadline = self.deadline.seconds(Activations)
-        codec = self.codec_of(self.step)
-        return [FinishStep(self.step, self._loss, self._tokens, self._labelled_tokens, seconds, deadline, codec)]
+        codec, server_compute = self.codec_of(self.step), self._server_compute
+        self._server_compute = 0.0
+        return [
+            FinishStep(self.step, self._loss, self._tokens, self._labelled_tokens, seconds, deadline, codec, server_compute)
+        ]
 
     def _close_last_round(self, now: float) -> list[Action]:
         if self._contributors():

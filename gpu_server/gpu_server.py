@@ -230,6 +230,7 @@ class GpuServer:
             "tokens": record.tokens,
             "deadline": round(record.deadline, 3),
             "codec": record.codec,
+            "server_compute": round(record.server_compute, 6),
             "clients": {
                 name: {
                     "bytes_up": record.bytes_up[name],

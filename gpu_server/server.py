@@ -92,6 +92,8 @@ class StepRecord:
     """Seconds that the next step waits for its clients."""
     codec: str
     """In which its activations came."""
+    server_compute: float
+    """Seconds that the server computed, also while clients did not wait for it."""
 
 
 class CountingConnection(ServerConnection):
@@ -546,7 +548,19 @@ class RunServer:
             up[name], down[name] = connection.bytes_up - peer.counted_up, connection.bytes_down - peer.counted_down
             peer.counted_up, peer.counted_down = connection.bytes_up, connection.bytes_down
         counts = (action.labelled_tokens, action.tokens)
-        self._report(StepRecord(action.step, action.loss, *counts, up, down, action.seconds, action.deadline, action.codec))
+        self._report(
+            StepRecord(
+                action.step,
+                action.loss,
+                *counts,
+                up,
+                down,
+                action.seconds,
+                action.deadline,
+                action.codec,
+                action.server_compute,
+            )
+        )
 
     # Small parts
 
