@@ -36,6 +36,7 @@ from edge_client import ConnectionFailed, EdgeClient
 from gpu_server import GpuServer, RunEndedEarly
 from protocol import (
     CODECS,
+    DELTA,
     PROTOCOL_VERSION,
     ActivationGradient,
     Activations,
@@ -58,7 +59,9 @@ from protocol import (
     decode,
     encode,
 )
-from protocol.codecs import Coded
+from protocol.codecs import Coded, quantised_parts
+from protocol.rounding import to_bfloat16
+from protocol.shuffling import shuffled
 from split_model import BaseModel, LoraConfig, TrainingDiverged, initial_adapter, save_adapter
 
 WIDTH, VOCABULARY = 32, 600  # of the tiny model
@@ -645,7 +648,7 @@ def joined(run: Run, fingerprint: str) -> Iterator[Hostile]:
     """A hostile client that has joined as it should, batches of 2 x 4 rows: with the honest one, the run has started."""
     while True:
         with Hostile(run.server.url) as hostile:
-            hostile.say(Hello(name="hostile", fingerprint=fingerprint, codecs=CODECS))
+            hostile.say(Hello(name="hostile", fingerprint=fingerprint, codecs=(*CODECS, DELTA)))
             if isinstance(hostile.hear(Welcome | Failure), Failure):
                 continue  # one refused before has not left quite yet
             hostile.say(Join(num_samples=4, batch_size=2, longest=4))
@@ -821,6 +824,21 @@ def test_client_whose_codes_make_no_sense_is_dropped_and_the_other_goes_on(
     ):
         hostile.say(data)
         assert reason in hostile.hear().reason
+
+
+def test_client_that_builds_on_what_is_not_kept_is_dropped_and_the_other_goes_on(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], fingerprint: str
+) -> None:
+    """A change since step 7 of its first sequence; the second is new."""
+    fresh = quantised_parts(floats(3), "int8", None)
+    parts = [shuffled(ints(7, 0)), *fresh, b"", b"", shuffled(to_bfloat16(np.ones(1, np.float32)))]
+    words = batch(samples=ints(0, 1), values=Coded(DELTA, (7, WIDTH), parts))
+    with (
+        a_run(tiny_model, tmp_path, pairs_file("honest", 3), clients=2, codec="delta") as run,
+        joined(run, fingerprint) as hostile,
+    ):
+        hostile.say(encode(words))
+        assert "a change of sample 0 since step 7, which is not kept" in hostile.hear().reason
 
 
 @pytest.mark.parametrize("case", MISFITS)
