@@ -38,6 +38,7 @@ bench: bench-links
 	$(BIN)/python benchmarks/device_weight.py
 	$(BIN)/python benchmarks/codecs.py
 	$(BIN)/python benchmarks/wire_bytes.py
+	$(BIN)/python benchmarks/codec_quality.py
 	$(BIN)/python benchmarks/e2e.py
 
 bench-links: $(VENV)/.development

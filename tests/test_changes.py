@@ -33,7 +33,7 @@ from protocol import (
     encode,
 )
 from protocol.changes import arrived, coded
-from protocol.codecs import Coded
+from protocol.codecs import Coded, quantised_parts
 from protocol.rounding import from_bfloat16, to_bfloat16
 from split_model import SampleFolder
 
@@ -118,6 +118,20 @@ def test_new_and_known_samples_travel_in_one_message(ends: Ends) -> None:
     assert since(sent) == [0, 1, 0]
     fresh = np.r_[0 : LENGTHS[3], LENGTHS[3] + LENGTHS[1] : len(message.values)]
     assert came.values[fresh].tobytes() == Coded.of(message.values[fresh], "int8").decode().tobytes()
+
+
+def test_bytes_mean_what_the_document_says(ends: Ends) -> None:
+    """left and right as lists of numbers, one product and one sum after the other; of rows 0 to 4 there is a version."""
+    ends.send(batch(1, [0]))
+    version = from_bfloat16(ends.server.version(0, 1))  # type: ignore[arg-type]
+    left, right = [[1, -2, 3, 0, 127], [5, 4, -128, 2, 1]], [list(range(-12, 12)), [7] * WIDTH]
+    as_bytes = [bytes(number % 256 for row in factor for number in row) for factor in (left, right)]
+    nothing = quantised_parts(np.empty((0, WIDTH), np.float32), "int8", None)
+    made = Coded(DELTA, (5, WIDTH), [steps(1), *nothing, *as_bytes, bfloat16(0.375)])
+    came = arrived(dataclasses.replace(batch(2, [0]), values=made), ends.server)  # type: ignore[arg-type]
+    for row, channel in np.ndindex(came.values.shape):
+        product = sum(left[k][row] * right[k][channel] for k in range(2))
+        assert came.values[row, channel] == np.float32(version[row, channel] + np.float32(product) * np.float32(0.375**2))
 
 
 def test_errors_do_not_pile_up(ends: Ends) -> None:
