@@ -124,9 +124,9 @@ class EdgeClient:
         of_run = settings.cache_bytes
         cache_bytes = of_run if self._cache_bytes is None else min(of_run, self._cache_bytes)
         bytes_a_row = 2 * self._model.config.width + BYTES_MORE_A_ROW
-        # While a sample has a new version, the old one is still needed.
-        self._num_kept = self.data.num_within(cache_bytes // 2, bytes_a_row)
-        return self._place.samples(2 * cache_bytes)
+        # Of a sample there are its last two versions, and the one that is being made.
+        self._num_kept = self.data.num_within(cache_bytes // 3, bytes_a_row)
+        return self._place.samples(6 * cache_bytes)  # with those of all steps that the run may go back to
 
     @property
     def welcome(self) -> Welcome:

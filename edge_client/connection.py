@@ -88,6 +88,9 @@ class Connection:
         self._open = ExitStack()
         self._courier = ThreadPoolExecutor(1, thread_name_prefix="courier")
         self._sent: deque[Sent] = deque()
+        self._sending: Future[None] = Future()
+        """Of the last question."""
+        self._sending.set_result(None)
         self.num_bytes = 0
         """Bytes of all messages so far, both ways."""
         try:
@@ -137,7 +140,8 @@ class Connection:
         encoded = self.stopwatch.now()
         self.stopwatch.add(encode=encoded - began)
         self.num_bytes += len(data)
-        self._sent.append(Sent(encoded, len(data), self._courier.submit(self._send, data)))
+        self._sending = self._courier.submit(self._send, data)
+        self._sent.append(Sent(encoded, len(data), self._sending))
 
     def _send(self, data: bytes) -> None:
         try:
@@ -192,7 +196,7 @@ class Connection:
     def close(self) -> None:
         """Leave the run, politely where the server still listens."""
         try:
-            if not wait([question.sending for question in self._sent], SECONDS_TO_LEAVE).not_done:
+            if not wait([self._sending], SECONDS_TO_LEAVE).not_done:
                 self._socket.send(self.session.send(Goodbye()))
         except (ConnectionClosed, LocalProtocolError):
             pass  # it is gone, or has refused us: there is nobody to say goodbye to
@@ -201,7 +205,7 @@ class Connection:
 
     def abandon(self) -> None:
         """Close a connection that is lost. The place in the run stays."""
-        if not all(question.sending.done() for question in self._sent):
+        if not self._sending.done():
             with suppress(OSError):  # it is closed already
                 self._socket.socket.shutdown(socket.SHUT_RDWR)  # else closing waits for what is being sent
         self._open.close()

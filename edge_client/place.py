@@ -35,6 +35,31 @@ class SavedStep:
     """See `TorchEngine.state`."""
 
 
+class KeptHere(SampleFolder):
+    """
+    On this device. What is sent is kept, since the other side does so, too; whether there is room is asked before.
+
+    Args:
+        plan: bytes from which on no new samples are to be kept.
+    """
+
+    def __init__(self, folder: Path, plan: int) -> None:
+        super().__init__(folder, max_bytes=2**62)
+        self._plan = plan
+
+    @property
+    def is_full(self) -> bool:
+        return self.num_bytes >= self._plan
+
+    def keep(self, step: int, micro_batch: int, rows: dict[int, Array]) -> None:
+        """
+        Raises:
+            StateError: the disk is full.
+        """
+        with _readable_errors(self._folder):
+            super().keep(step, micro_batch, rows)
+
+
 class Place:
     """
     A folder of its own for each server and name. It is there as long as the device has a place in an unfinished run.
@@ -68,15 +93,15 @@ class Place:
             text = json.dumps({"run": run, "server": self._server, "name": self._name})
             replace_file(self._folder / "place.json", text.encode())
 
-    def samples(self, max_bytes: int) -> SampleFolder:
+    def samples(self, plan: int) -> KeptHere:
         """
-        The device's samples as they arrived at the server.
+        The device's samples as they arrived at the server, up to about ``plan`` bytes.
 
         Raises:
             StateError: the folder cannot be written.
         """
         with _readable_errors(self._folder):
-            return SampleFolder(self._folder / "samples", max_bytes)
+            return KeptHere(self._folder / "samples", plan)
 
     def give_up(self) -> None:
         """The run is over for this device."""

@@ -770,7 +770,15 @@ class Federation:
         if batch.values.shape[1] != limits.width:
             raise RemoteProtocolError(f"values are {batch.values.shape[1]} wide, the model is {limits.width}")
         _check_size(batch.values)
+        if isinstance(batch, Activations):
+            most = -(-member.join.batch_size // self.settings.micro_batches)
+            if len(batch.lengths) > most:
+                raise RemoteProtocolError(f"{len(batch.lengths)} sequences in a micro-batch, at most {most} can be")
         if isinstance(batch, Activations) and batch.exact is not None:
+            if batch.micro_batch or not self.settings.checks_codec(batch.step):
+                raise RemoteProtocolError(
+                    f"exact values in micro-batch {batch.micro_batch} of step {batch.step}, which checks no codec"
+                )
             if batch.exact.dtype != batch.values.dtype:
                 raise RemoteProtocolError(f"values are {batch.values.dtype.name}, and exactly {batch.exact.dtype.name}")
             _check_size(batch.exact)

@@ -250,8 +250,8 @@ class GpuServer:
 
     @functools.cache  # noqa: B019  # one for each client, as long as the server
     def _samples_of(self, client: str) -> SampleFolder:
-        # Twice as much as a device keeps: between two checkpoints there are two versions of a sample.
-        return self._directory.samples_of(client, 2 * self.config.cache_bytes)
+        # Beside a sample's last versions there are those of all steps that the run may go back to; devices keep less.
+        return self._directory.samples_of(client, 8 * self.config.cache_bytes)
 
     def _save(self) -> None:
         self._directory.save_adapter(self._compute.adapter(), self._lora, self.config.model)

@@ -19,6 +19,7 @@ from protocol import (
     HANDSHAKE_BYTES,
     SECONDS_BETWEEN_PINGS,
     SECONDS_TO_PONG,
+    ActivationGradient,
     Failure,
     Goodbye,
     Hello,
@@ -336,7 +337,7 @@ class RunServer:
             while True:
                 data = await asyncio.wait_for(connection.recv(), self._patience(peer))
                 await asyncio.sleep(peer.pace.delay(time.monotonic()))
-                message = await asyncio.to_thread(peer.session.receive, data)
+                message = await asyncio.to_thread(self._receive, peer, data)
                 if peer.name is not None and self._peers.get(peer.name) is not peer:
                     break  # it was dismissed meanwhile, or lives no more and its device is back
                 if isinstance(message, Goodbye):
@@ -357,6 +358,20 @@ class RunServer:
         finally:
             self._forget(peer)
 
+    def _receive(self, peer: Peer, data: bytes | str) -> Message | None:
+        try:
+            return peer.session.receive(data)
+        except OSError as error:  # of the disk: this thread sees no socket
+            failure = ConfigError(
+                f"devices' samples cannot be kept: {error.strerror or error}; with more room, --resume goes on"
+            )
+            self._call(self._fail, failure)
+            return None
+
+    def _fail(self, error: Exception) -> None:
+        if not self._ended.done():
+            self._ended.set_exception(error)
+
     def _patience(self, peer: Peer) -> float | None:
         """How long a peer may take for its next message. Those who have joined take as long as they compute."""
         if peer.joined:
@@ -371,6 +386,8 @@ class RunServer:
             await self._greet(peer, message)
         elif isinstance(message, Join):
             assert peer.name is not None
+            if self._kept is not None:
+                peer.session.kept = await asyncio.to_thread(self._kept, peer.name)
             actions = federation.join(peer.name, message, now)
             peer.joined = True
             self._expect(peer, self._largest_message(message.batch_size * message.longest))
@@ -394,8 +411,6 @@ class RunServer:
             before.connection.transport.abort()
         welcome = self._federation.welcome(hello)
         self._listener.admit(_descriptor(peer.connection))
-        if self._kept is not None:
-            peer.session.kept = await asyncio.to_thread(self._kept, hello.name)
         peer.name, self._peers[hello.name] = hello.name, peer
         await self._send(peer, welcome)
 
@@ -456,6 +471,8 @@ class RunServer:
     async def _send(self, peer: Peer, message: Message) -> None:
         try:
             async with peer.sending:
+                if isinstance(message, ActivationGradient) and not peer.session.awaits(message):
+                    return  # its device is back and asks again, from an earlier one on; the answer is kept
                 data = await asyncio.to_thread(peer.session.send, message)
                 await peer.connection.send(data)
         except (ConnectionClosed, LocalProtocolError):

@@ -62,11 +62,17 @@ class KeptSamples(Protocol):
         """
 
     def forget_before(self, step: int) -> None:
-        """The run cannot go back behind this step: of versions up to it only the newest is needed."""
+        """The run cannot go back behind this step: of versions up to it only the newest two are needed."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing more should be kept for now."""
 
 
 def coded(message: Activations, kept: KeptSamples) -> Activations:
-    """What is sent instead of a message; keeps what will arrive."""
+    """What is sent instead of a message; keeps what will arrive, where there is room."""
+    if kept.is_full:
+        message = replace(message, samples=None)
     found = [kept.latest(sample, message.step) if sample >= 0 else None for sample in _samples(message)]
     since = np.array([0 if version is None else version[0] for version in found], np.int32)
     references = _references([None if version is None else version[1] for version in found], message)

@@ -149,6 +149,8 @@ def _as_map(value: Any, coded: Callable[[Any, ArrayType], Any]) -> dict[str, Any
 
 
 def _as_plain(value: Any, expected: Any, coded: Callable[[Any, ArrayType], Any]) -> Any:
+    if isinstance(value, Coded):
+        return value
     if get_origin(expected) is Annotated:
         return coded(value, get_args(expected)[1])
     return _as_map(value, coded) if is_dataclass(value) else value

@@ -221,8 +221,8 @@ class Activations(LabelledBatch):
     seconds: Seconds
     samples: Integers | None = None
     """(B,) numbers of the sequences in the client's data, where both sides keep them; -1: it is not kept."""
-    exact: Floats | None = None
-    """(N, d) the values without their codec, in steps that check it."""
+    exact: CodedFloats | None = None
+    """(N, d) the values as held-out ones travel, in steps that check the codec."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

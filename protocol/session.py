@@ -8,6 +8,7 @@ with the last of them, or with a `Start`, which answers all.
 
 import enum
 import threading
+from collections import deque
 from dataclasses import replace
 
 from . import changes
@@ -20,6 +21,7 @@ from .messages import (
     Activations,
     AdapterGradient,
     AdapterWeights,
+    Array,
     Done,
     EdgeAdapter,
     Evaluation,
@@ -118,8 +120,8 @@ class Session:
         self._hello: Hello | None = None
         self._settings: RunSettings | None = None
         self._received: tuple[type, int, int, int] | None = None
-        self._open = 0
-        """Micro-batches that are not answered."""
+        self._open: deque[tuple[int, int]] = deque()
+        """Step and micro-batch of those that are not answered."""
         self._lock = threading.Lock()
         """For the state; coding a tensor takes longer, and is not done under it."""
 
@@ -137,6 +139,11 @@ class Session:
             self._enter(self._own_turn(message), message, self.side)
         return data
 
+    def awaits(self, message: ActivationGradient) -> bool:
+        """Whether this answers the first question that is open: of one that was lost, the second may be answered earlier."""
+        with self._lock:
+            return bool(self._open) and self._open[0] == (message.step, message.micro_batch)
+
     def receive(self, data: bytes | str) -> Message | None:
         """
         Take one WebSocket message. After an error nothing may follow but a `Failure` or `Goodbye`.
@@ -150,7 +157,12 @@ class Session:
         try:
             if isinstance(data, str):
                 raise RemoteProtocolError("got a text frame; messages are binary")
-            message = self._as_meant(decode(data, self.max_bytes, self._codecs_of_peer()))
+            message = decode(data, self.max_bytes, self._codecs_of_peer())
+            with self._lock:  # what is not to be taken, or was, must not change what is kept
+                if self._is_repeated(message):
+                    return None
+                self._peers_turn(message)
+            message = self._as_meant(message)
             with self._lock:
                 return self._accept(message)
         except RemoteProtocolError:
@@ -159,18 +171,21 @@ class Session:
                     self.state = State.BROKEN
             raise
 
-    def _accept(self, message: Message) -> Message | None:
-        # A `Start` may name the step of the one before it, where only its round has ended meanwhile.
-        received = (*identity(message), getattr(message, "round", 0))
-        if received == self._received and self.state is not State.BROKEN:
-            return None
+    def _accept(self, message: Message) -> Message:
+        next_state = self._peers_turn(message)
+        self._check_offered(message)
+        self._enter(next_state, message, self.side.peer)
+        self._received = _received_as(message)
+        return message
+
+    def _is_repeated(self, message: Message) -> bool:
+        return _received_as(message) == self._received and self.state is not State.BROKEN
+
+    def _peers_turn(self, message: Message) -> State:
         next_state = self._next_state(message, self.side.peer)
         if next_state is None:
             raise RemoteProtocolError(f"{self.side.peer.value} sent {type(message).__name__} while {self.state.value}")
-        self._check_offered(message)
-        self._enter(next_state, message, self.side.peer)
-        self._received = received
-        return message
+        return next_state
 
     def _own_turn(self, message: Message) -> State:
         next_state = self._next_state(message, self.side)
@@ -182,18 +197,20 @@ class Session:
         """None if the sender may not say this now."""
         next_state = TRANSITIONS.get((self.state, sender, type(message)))
         if self.state is State.AWAITING_GRADIENT:
-            if isinstance(message, Activations) and self._open >= (self._settings.micro_batches if self._settings else 1):
+            if isinstance(message, Activations) and len(self._open) >= (self._settings.micro_batches if self._settings else 1):
                 return None
-            if isinstance(message, ActivationGradient) and self._open > 1:
+            if isinstance(message, ActivationGradient) and len(self._open) > 1:
                 return self.state
         return next_state
 
     def _enter(self, next_state: State, message: Message, sender: Side) -> None:
         """Move on, and keep what has been agreed on."""
+        if self.state is not State.AWAITING_GRADIENT:
+            self._open.clear()
         if isinstance(message, Activations):
-            self._open = 1 + (self._open if self.state is State.AWAITING_GRADIENT else 0)
-        elif isinstance(message, ActivationGradient):
-            self._open -= 1
+            self._open.append((message.step, message.micro_batch))
+        elif isinstance(message, ActivationGradient) and self._open:
+            self._open.popleft()
         self.state = next_state
         if isinstance(message, Hello):
             self._hello = message
@@ -201,7 +218,8 @@ class Session:
             settings = self._settings = message.settings
             self.codecs = {Side.CLIENT: settings.activation_codec, Side.SERVER: settings.gradient_codec}
         elif isinstance(message, Start | ActivationGradient) and message.codec:
-            self._codecs_before = self.codecs
+            if message.codec != self.codecs[Side.CLIENT]:
+                self._codecs_before = self.codecs
             self.codecs = {Side.CLIENT: message.codec, Side.SERVER: gradient_codec(message.codec)}
         self._care_for_kept(message)
 
@@ -248,18 +266,23 @@ class Session:
         if not isinstance(message, Activations) or self.codecs[self.side] == EXACT:
             return message
         if not message.micro_batch and self._settings is not None and self._settings.checks_codec(message.step):
-            message = replace(message, exact=message.values)
+            exact = self._nearly_exact(message.values)
+            message = replace(message, exact=exact)  # type: ignore[arg-type]  # as it is on the wire
         if self.codecs[self.side] != DELTA:
             return message
         if self.kept is None:
             raise LocalProtocolError(f"{DELTA} needs a place for samples")
         return changes.coded(message, self.kept)
 
+    def _nearly_exact(self, values: Array) -> Array | Coded:
+        """What a codec is compared with: richer than it is, and little beside what it saves."""
+        return values if self.codecs[self.side] == OF_HELD_OUT else Coded.of(values, OF_HELD_OUT)
+
     def _as_meant(self, message: Message) -> Message:
-        values = getattr(message, "values", None)
-        if not isinstance(values, Coded):
+        in_delta = {name for name in ("values", "exact") if isinstance(getattr(message, name, None), Coded)}
+        if not in_delta:
             return message
-        if not isinstance(message, Activations) or self.kept is None:
+        if in_delta != {"values"} or not isinstance(message, Activations) or self.kept is None:
             raise RemoteProtocolError(f"{type(message).__name__} in {DELTA}, which this run does not use")
         return changes.arrived(message, self.kept)
 
@@ -270,3 +293,9 @@ class Session:
         if self.codecs[self.side] == EXACT:
             return None
         return Dither(self._settings.seed, self._hello.name, type(message).__name__, message.step, message.micro_batch)
+
+
+def _received_as(message: Message) -> tuple[type, int, int, int]:
+    """What a message delivered twice has in common with itself, and with none before it."""
+    # A `Start` may name the step of the one before it, where only its round has ended meanwhile.
+    return (*identity(message), getattr(message, "round", 0))

@@ -49,6 +49,11 @@ class SampleFolder:
             self._find(path)
 
     @property
+    def is_full(self) -> bool:
+        """Whether nothing more should be kept for now."""
+        return self.num_bytes >= self._max_bytes
+
+    @property
     def num_bytes(self) -> int:
         """Of all files."""
         return sum(self._sizes.values())
@@ -83,11 +88,13 @@ class SampleFolder:
         np.savez(buffer, **{str(sample): array for sample, array in rows.items()})  # type: ignore[arg-type]
         data, question = buffer.getvalue(), (step, micro_batch)
         with self._lock:
+            if self._needed.get(question) and self._path(question, COUNTS).read_bytes() == data:
+                return  # it was sent before, and counts
             self._drop(question)
             if self.num_bytes + len(data) > self._max_bytes:
                 raise ValueError(f"samples of {self.num_bytes + len(data)} bytes, at most {self._max_bytes} are kept")
+            replace_file(self._path(question, PENDING), data)
             self._pending[question], self._sizes[question] = list(rows), len(data)
-        replace_file(self._path(question, PENDING), data)
 
     def confirm(self, step: int, micro_batch: int) -> None:
         question = step, micro_batch
@@ -109,7 +116,8 @@ class SampleFolder:
                 return
             self._earliest = step
             for steps in self._steps.values():
-                for older in sorted(other for other in steps if other <= step)[:-1]:
+                # Of an answer that was lost, only one side may know that the version counts: so the one before stays, too.
+                for older in sorted(other for other in steps if other <= step)[:-2]:
                     question = steps.pop(older)
                     self._needed[question] -= 1
                     if not self._needed[question]:

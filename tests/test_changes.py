@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_client.place import KeptHere
 from protocol import (
     CODECS,
     DELTA,
@@ -28,6 +29,7 @@ from protocol import (
     Session,
     Side,
     Start,
+    State,
     Welcome,
     decode,
     encode,
@@ -151,6 +153,17 @@ def test_change_of_few_directions_is_nearly_exact_and_much_smaller(ends: Ends) -
     sent, came = ends.send(second)
     assert error(came, second) < 0.03
     assert sum(map(len, sent.values.parts)) < 0.4 * second.values.size  # type: ignore[attr-defined]
+
+
+def test_nothing_more_is_kept_where_there_is_no_room(tmp_path: Path) -> None:
+    ends = Ends(KeptHere(tmp_path / "device", plan=2500), SampleFolder(tmp_path / "server", 10**7))
+    sizes = []
+    for step in range(1, 12):
+        _, came = ends.send(batch(step, [step % 4]))
+        sizes.append(ends.device.num_bytes)
+        assert error(came, batch(step, [step % 4])) < 0.1
+        assert ends.server.num_bytes == ends.device.num_bytes
+    assert sizes[-1] == sizes[-4] >= 1500
 
 
 def test_samples_that_are_not_kept_are_always_new(ends: Ends) -> None:
@@ -335,17 +348,17 @@ def test_both_sides_confirm_with_the_answer_collect_with_the_adapter_and_go_back
     # Of step 3 the device may still ask the micro-batches that are not answered: what counts of it stays.
     assert [kept.latest(0, 99)[0] for kept in (ends.device, ends.server)] == [3, 3]  # type: ignore[index]
     talk(Side.CLIENT, protocol_samples.SAMPLES["AdapterGradient"])
-    talk(Side.SERVER, EdgeAdapter(step=3, tensors={}, checkpoint=2))
+    talk(Side.SERVER, EdgeAdapter(step=3, tensors={}, checkpoint=3))
     assert ends.device.version(0, 1) is ends.server.version(0, 1) is None
 
 
-def test_steps_that_check_the_codec_come_exactly_as_well(talk: Talk) -> None:
+def test_steps_that_check_the_codec_come_nearly_exactly_as_well(talk: Talk) -> None:
     for step in (1, 2, 3, 4):
         message = batch(step, [0, 1])
         came = talk(Side.CLIENT, message)
         assert (came.exact is not None) == (step in (1, 4))
         if came.exact is not None:
-            assert came.exact.tobytes() == message.values.tobytes()
+            assert came.exact.tobytes() == Coded.of(message.values, "bfloat16").decode().tobytes()
         talk(Side.SERVER, gradient(step, message))
 
 
@@ -373,11 +386,20 @@ def test_delta_where_nothing_is_kept_is_refused(ends: Ends) -> None:
         server.receive(encode(coded(batch(1, [0]), ends.device)))
 
 
+def test_only_values_come_in_delta(ends: Ends) -> None:
+    message = batch(1, [0, 1])
+    made = coded(message, ends.device).values
+    fields = {name: getattr(message, name) for name in ("lengths", "label_counts", "labels")}
+    for words in (dataclasses.replace(message, exact=made), Evaluation(index=1, values=made, **fields)):
+        server = Session(Side.SERVER, MAX_BYTES)
+        server.codecs, server.state, server.kept = dict.fromkeys(Side, DELTA), State.READY, ends.server
+        with pytest.raises(RemoteProtocolError, match=f"{type(words).__name__} in delta, which this run does not use"):
+            server.receive(encode(words))
+
+
 def test_device_without_a_place_for_samples_says_so() -> None:
     client = Session(Side.CLIENT)
     client.codecs[Side.CLIENT] = DELTA
-    from protocol import State
-
     client.state = State.READY
     with pytest.raises(LocalProtocolError, match="delta needs a place for samples"):
         client.send(batch(1, [0]))

@@ -259,7 +259,7 @@ WRONG: dict[Any, list[Any]] = {
     RunSettings: [None, [], 1, "settings", {}, ONE],
     Seconds: [None, [], 1, "seconds", {"uplink": -1.0}, {"decode": float("nan")}, {"queue": "1"}, ONE],
     protocol.messages.Integers | None: [value for value in NO_INTEGERS if value is not None],
-    protocol.messages.Floats | None: [value for value in NO_FLOATS if value is not None],
+    protocol.messages.CodedFloats | None: [value for value in NO_FLOATS if value is not None],
     protocol.messages.Floats: NO_FLOATS,
     protocol.messages.CodedFloats: NO_FLOATS,
     protocol.messages.Integers: NO_INTEGERS,

@@ -78,17 +78,30 @@ def test_of_a_step_that_is_gone_on_with_only_what_counts_stays(kept: SampleFolde
     assert newest(kept, 8) == (1, 108)
 
 
+def names(tmp_path: Path) -> set[str]:
+    return {path.name for path in (tmp_path / "samples").iterdir()}
+
+
 def test_only_what_a_run_may_go_back_to_is_kept(kept: SampleFolder, tmp_path: Path) -> None:
+    """And the version before: of an answer that was lost, only one side may know that it made the newest count."""
     put(kept, 1, 7, 8)
     put(kept, 2, 7)
+    put(kept, 3, 7)
     put(kept, 5, 7)
     kept.forget_before(4)
-    assert [newest(kept, 7, before) for before in (2, 5, 6)] == [None, (2, 207), (5, 507)]
+    assert [newest(kept, 7, before) for before in (2, 3, 5, 6)] == [None, (2, 207), (3, 307), (5, 507)]
     assert newest(kept, 8) == (1, 108)  # it has no newer one
-    assert {path.name for path in (tmp_path / "samples").iterdir()} == {f"{step:010}-0.npz" for step in (1, 2, 5)}
+    assert names(tmp_path) == {f"{step:010}-0.npz" for step in (1, 2, 3, 5)}
     put(kept, 6, 8)
-    kept.forget_before(6)
-    assert {path.name for path in (tmp_path / "samples").iterdir()} == {f"{step:010}-0.npz" for step in (5, 6)}
+    put(kept, 7, 8)
+    kept.forget_before(7)
+    assert names(tmp_path) == {f"{step:010}-0.npz" for step in (3, 5, 6, 7)}
+
+
+def test_version_that_counts_stays_so_when_it_is_delivered_again(kept: SampleFolder) -> None:
+    put(kept, 1, 7)
+    kept.keep(1, 0, {7: rows(107)})
+    assert newest(kept, 7) == (1, 107)
 
 
 def test_it_is_found_again_after_a_kill_and_what_did_not_count_is_gone(kept: SampleFolder, tmp_path: Path) -> None:
@@ -99,7 +112,8 @@ def test_it_is_found_again_after_a_kill_and_what_did_not_count_is_gone(kept: Sam
     assert newest(again, 7) == (2, 207)
     assert newest(again, 8) == (1, 108)
     assert again.num_bytes == sum(path.stat().st_size for path in (tmp_path / "samples").iterdir())
-    again.forget_before(2)
+    put(again, 3, 7)
+    again.forget_before(3)
     assert again.version(7, 1) is None
     assert newest(again, 8) == (1, 108)
 

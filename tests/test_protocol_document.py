@@ -28,7 +28,7 @@ WORDS: dict[Any, str] = {
     protocol.messages.Floats: "floats",
     protocol.messages.CodedFloats: "coded floats",
     protocol.messages.Integers: "integers",
-    protocol.messages.Floats | None: "floats or nil",
+    protocol.messages.CodedFloats | None: "coded floats or nil",
     protocol.messages.Integers | None: "integers or nil",
     protocol.Seconds: "Seconds",
     protocol.Tensors: "map of floats",
