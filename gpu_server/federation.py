@@ -770,10 +770,6 @@ class Federation:
         if batch.values.shape[1] != limits.width:
             raise RemoteProtocolError(f"values are {batch.values.shape[1]} wide, the model is {limits.width}")
         _check_size(batch.values)
-        if isinstance(batch, Activations):
-            most = -(-member.join.batch_size // self.settings.micro_batches)
-            if len(batch.lengths) > most:
-                raise RemoteProtocolError(f"{len(batch.lengths)} sequences in a micro-batch, at most {most} can be")
         if isinstance(batch, Activations) and batch.exact is not None:
             if batch.micro_batch or not self.settings.checks_codec(batch.step):
                 raise RemoteProtocolError(
@@ -788,6 +784,10 @@ class Federation:
             raise RemoteProtocolError(
                 f"a sequence of {batch.lengths.max()} tokens, at most {member.join.longest} were announced"
             )
+        if isinstance(batch, Activations):
+            most = -(-member.join.batch_size // self.settings.micro_batches)
+            if len(batch.lengths) > most:
+                raise RemoteProtocolError(f"{len(batch.lengths)} sequences in a micro-batch, at most {most} can be")
         if len(batch.labels) and not 0 <= batch.labels.min() <= batch.labels.max() < limits.vocabulary_size:
             raise RemoteProtocolError(f"labels must be ids below {limits.vocabulary_size}")
 

@@ -719,3 +719,26 @@ def test_run_ends_for_everybody_whoever_is_lost_comes_back_leaves_or_is_late(
     assert all(player.ended for player in players.values())
     assert federation.phase is Phase.FINISHED
     assert trained == list(range(1, max(samples.values()) + 1))  # every step, and every step once
+
+
+def test_micro_batch_is_no_larger_than_a_part_of_a_batch() -> None:
+    federation = Federation("run", settings(clients=1, micro_batches=2), LIMITS, tensors())
+    federation.welcome(Hello(name="a", fingerprint="f"))
+    federation.join("a", Join(num_samples=9, batch_size=3, longest=ROWS), 0.0)
+    counts = np.ones(3, np.int32)
+    batch = {"lengths": counts, "label_counts": 0 * counts, "labels": counts[:0], "values": np.zeros((3, WIDTH), np.float32)}
+    with pytest.raises(RemoteProtocolError, match="3 sequences in a micro-batch, at most 2 can be"):
+        federation.receive("a", Activations(step=1, seconds=NO_TIME, **batch), 0.0)
+
+
+def test_exact_values_come_only_where_the_codec_is_checked() -> None:
+    table = Table({"a": 9}, check_codec_every=4)
+    values = np.zeros((ROWS, WIDTH), np.float32)
+    counts = np.array([ROWS], np.int32)
+    batch = {"lengths": counts, "label_counts": 0 * counts, "labels": counts[:0], "values": values, "exact": values}
+    assert kinds(table.federation.receive("a", Activations(step=1, seconds=NO_TIME, **batch), 0.0)) == [Train]
+    table.trained("a")
+    table.contribute("a", 1)
+    table.aggregated()
+    with pytest.raises(RemoteProtocolError, match="exact values in micro-batch 0 of step 2, which checks no codec"):
+        table.federation.receive("a", Activations(step=2, seconds=NO_TIME, **batch), 0.0)
