@@ -339,6 +339,7 @@ class RunServer:
                 await asyncio.sleep(peer.pace.delay(time.monotonic()))
                 message = await asyncio.to_thread(self._receive, peer, data)
                 if peer.name is not None and self._peers.get(peer.name) is not peer:
+                    await connection.wait_closed()  # by whoever dismissed it: a device that is to hear why has not heard yet
                     break  # it was dismissed meanwhile, or lives no more and its device is back
                 if isinstance(message, Goodbye):
                     self._forget(peer, "it said goodbye")
