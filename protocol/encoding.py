@@ -204,9 +204,9 @@ def _shown(value: Any) -> str:
 
 
 def _check_array(value: Any, expected: ArrayType, where: str) -> Array | Coded:
-    if isinstance(value, Coded) and expected.may_be_coded and value.codec == DELTA:
-        return value
     if isinstance(value, Coded) and expected.may_be_coded:
+        if value.codec == DELTA:
+            return value
         try:
             value = value.decode()
         except RemoteProtocolError as error:

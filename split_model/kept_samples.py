@@ -1,7 +1,6 @@
 """Samples' activations as they arrived, on the disk: what both sides of a run keep for `protocol.changes`."""
 
 import io
-import shutil
 import threading
 import zipfile
 from collections import Counter, defaultdict
@@ -122,13 +121,6 @@ class SampleFolder:
                     self._needed[question] -= 1
                     if not self._needed[question]:
                         self._remove(question)
-
-    def clear(self) -> None:
-        """Remove all of it, and the folder."""
-        with self._lock:
-            for index in (self._steps, self._pending, self._needed, self._sizes):
-                index.clear()
-            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _find(self, path: Path) -> None:
         step, _, micro_batch = path.stem.partition("-")
