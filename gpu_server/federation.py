@@ -202,6 +202,8 @@ class Member:
     """It took part in a step of the present round."""
     labelled_tokens: int = 0
     """In this round."""
+    gone_on_after: int = -1
+    """The step of the last `Start` on its present connection: what it asks of steps up to that one, that has answered."""
     answers: dict[tuple[type, int, int], Message] = field(default_factory=dict)
     """Those to the questions of one kind and step that were answered last."""
     evaluation: Evaluation | None = None
@@ -249,8 +251,8 @@ class Federation:
     _warned: bool = False
     _returning: set[str] = field(default_factory=set)
     """Absent members that wait to be told where to go on."""
-    _in_step: list[str] = field(default_factory=list)
-    """Members whose first micro-batch of the present step is computed."""
+    _in_step: dict[str, int] = field(default_factory=dict)
+    """Members whose first micro-batch of the present step is computed, and their labelled tokens in it so far."""
     _loss: float = math.nan
     _tokens: int = 0
     _labelled_tokens: int = 0
@@ -336,7 +338,7 @@ class Federation:
             )
         self.greeted.discard(name)
         member.absent = member.absent or member.left
-        member.join, member.connected, member.left = join, True, False
+        member.join, member.connected, member.left, member.gone_on_after = join, True, False, -1
         return self._tell_where_to_go_on(name, now)
 
     def receive(self, name: str, message: Message, now: float) -> list[Action]:
@@ -353,6 +355,8 @@ class Federation:
             return [Evaluate(name, message)]
         if not isinstance(message, OfAStep):
             raise RemoteProtocolError(f"{type(message).__name__} out of turn")
+        if isinstance(message, Activations) and message.step <= member.gone_on_after:
+            return []
         kind = _waited_for_as(type(message))
         actions: list[Action] = []
         if self.deadline.observe(kind, self.timing.away(name, now)) and kind is Activations:
@@ -443,6 +447,9 @@ class Federation:
             self._enter(Phase.ACTIVATIONS, now)
             return actions + self._advance(now)
         self.micro_batch = 0
+        for name, count in self._in_step.items():
+            if not self.members[name].absent:  # else it takes the step back
+                self.members[name].labelled_tokens += count
         if self.settings.ends_round(self.step) or not self._participants():
             self._enter(Phase.CONTRIBUTIONS, now)
         else:
@@ -571,11 +578,11 @@ class Federation:
         if not participants:
             self.micro_batch = self.settings.micro_batches - 1
         elif not self.micro_batch:
-            self._in_step, self._tokens = participants, 0
+            self._in_step, self._tokens = dict.fromkeys(participants, 0), 0
         asked = self._asked(Activations)
         batches = {name: asked[name] for name in participants}
         for name, batch in batches.items():
-            self.members[name].labelled_tokens += len(batch.labels)
+            self._in_step[name] += len(batch.labels)
             self.members[name].in_round = True
         self._tokens += sum(len(batch.values) for batch in batches.values())
         self.timing.computing([(name, self.micro_batch) for name in participants], now)
@@ -644,7 +651,7 @@ class Federation:
             self._returning.add(name)
             return self._advance(now)
         self.timing.replied(name, now)
-        step = self._last_step_of(member)
+        step = member.gone_on_after = self._last_step_of(member)
         answer = Start(
             step=step,
             round=self.round,

@@ -120,6 +120,8 @@ class Session:
         self._hello: Hello | None = None
         self._settings: RunSettings | None = None
         self._received: tuple[type, int, int, int] | None = None
+        self._gone_on_after: int | None = None
+        """The step of the last `Start`."""
         self._open: deque[tuple[int, int]] = deque()
         """Step and micro-batch of those that are not answered."""
         self._lock = threading.Lock()
@@ -149,7 +151,7 @@ class Session:
         Take one WebSocket message. After an error nothing may follow but a `Failure` or `Goodbye`.
 
         Returns:
-            The message, or None if it is the one before it, delivered twice.
+            The message, or None if it is the one before it, delivered twice, or asks what a `Start` on its way has answered.
 
         Raises:
             RemoteProtocolError: it is no message, too large, or not the peer's turn.
@@ -162,6 +164,8 @@ class Session:
                 if self._is_repeated(message):
                     return None
                 self._peers_turn(message)
+                if self._crosses_start(message):
+                    return None
             message = self._as_meant(message)
             with self._lock:
                 return self._accept(message)
@@ -180,6 +184,12 @@ class Session:
 
     def _is_repeated(self, message: Message) -> bool:
         return _received_as(message) == self._received and self.state is not State.BROKEN
+
+    def _crosses_start(self, message: Message) -> bool:
+        """Whether it was sent before the `Start` had arrived that answers it, too."""
+        return (
+            isinstance(message, Activations) and self._gone_on_after is not None and message.step <= self._gone_on_after
+        )
 
     def _peers_turn(self, message: Message) -> State:
         next_state = self._next_state(message, self.side.peer)
@@ -212,6 +222,8 @@ class Session:
         elif isinstance(message, ActivationGradient) and self._open:
             self._open.popleft()
         self.state = next_state
+        if isinstance(message, Start):
+            self._gone_on_after = message.step
         if isinstance(message, Hello):
             self._hello = message
         elif isinstance(message, Welcome):

@@ -549,6 +549,39 @@ def test_absent_client_is_not_waited_for_again() -> None:
     assert kinds(table.activations("b", 2)) == [Train]
 
 
+def test_absent_client_is_told_once_where_to_go_on_however_many_late_micro_batches_it_asks() -> None:
+    table = Table({"a": 1, "b": 2}, quorum=1, micro_batches=2)
+    table.activations("b", 1)
+    table.federation.tick(1e6)
+    table.trained("b")
+    table.activations("b", 1, micro_batch=1)
+    table.trained("b")
+    table.contribute("b", 1)
+    table.aggregated()
+    assert told(table.activations("a", 1), Start) == ["a"]
+    assert table.activations("a", 1, micro_batch=1) == []  # it was under way before the answer
+    assert table.done("a", 1) == []
+    assert kinds(table.activations("b", 2)) == [Train]
+
+
+def test_step_that_went_on_without_a_client_weighs_nothing_in_its_average() -> None:
+    table = Table({"a": 4, "b": 4}, quorum=1, micro_batches=2, aggregate_every=2)
+    for name in ("a", "b"):
+        table.activations(name, 1)
+    table.trained("a", "b")
+    table.activations("a", 1, micro_batch=1)
+    table.federation.tick(1e6)  # b is absent in the midst of the step
+    table.trained("a")
+    assert told(table.activations("b", 1, micro_batch=1), Start) == ["b"]
+    for micro_batch in (0, 1):
+        for name in ("a", "b"):
+            table.activations(name, 2, micro_batch=micro_batch)
+        table.trained("a", "b")
+    table.contribute("a", 2, AdapterWeights)
+    (aggregate,) = table.contribute("b", 2, AdapterWeights)
+    assert aggregate.weights == {"a": 8, "b": 4}  # type: ignore[union-attr]
+
+
 def test_client_that_said_goodbye_may_come_back() -> None:
     table = Table({"a": 3, "b": 3})
     table.activations("a", 1)

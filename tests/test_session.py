@@ -74,11 +74,15 @@ class Pair:
         self.most_open = most_open
         self.heard: dict[Side, list[bytes]] = {side: [] for side in Side}
         self.numbers = itertools.count(1)
+        self.gone_on_after = 0
+        """The step of the last `Start`."""
 
     def say(self, side: Side, kind: type) -> None:
         data = self.ends[side].send(self.message(kind))
-        heard = self.ends[side.peer].receive(data)
+        heard: Any = self.ends[side.peer].receive(data)
         assert type(heard) is kind
+        if kind is Start:
+            self.gone_on_after = heard.step
         self.heard[side.peer].append(data)
 
     def message(self, kind: type) -> Any:
@@ -315,18 +319,36 @@ def test_a_start_answers_all_that_are_under_way() -> None:
     assert pair.walk(*[(Side.CLIENT, Activations)] * 2).state is State.AWAITING_GRADIENT
 
 
+def test_question_that_crosses_the_start_which_answers_it_is_not_heard() -> None:
+    """Its client may have gone on to say that it is done."""
+    pair = Pair(most_open=2).walk(*TO_READY)
+    client, server = pair.ends[Side.CLIENT], pair.ends[Side.SERVER]
+    first, late = (client.send(replace(numbered(Activations, 7), micro_batch=part)) for part in (0, 1))
+    server.receive(first)
+    client.receive(server.send(numbered(Start, 7)))
+    assert server.receive(late) is None
+    assert pair.walk((Side.CLIENT, Done)).state is State.AWAITING_END
+
+
+def test_question_of_the_step_after_a_start_is_heard() -> None:
+    pair = Pair(most_open=2).walk(*TO_READY, (Side.CLIENT, Activations))
+    client, server = pair.ends[Side.CLIENT], pair.ends[Side.SERVER]
+    client.receive(server.send(numbered(Start, 7)))
+    assert isinstance(server.receive(client.send(numbered(Activations, 8))), Activations)
+
+
 def test_questions_and_answers_may_cross() -> None:
     """Each side counts as it hears: they agree again when nothing is under way."""
     pair = Pair(most_open=2).walk(*TO_READY)
     client, server = pair.ends[Side.CLIENT], pair.ends[Side.SERVER]
-    first, second = (client.send(numbered(Activations, step)) for step in (1, 2))
+    first, second = (client.send(numbered(Activations, step)) for step in (8, 9))
     server.receive(first)
-    answer = server.send(numbered(ActivationGradient, 1))
+    answer = server.send(numbered(ActivationGradient, 8))
     assert (client.state, server.state) == (State.AWAITING_GRADIENT, State.READY)
     client.receive(answer)
     server.receive(second)
     assert pair.state is State.AWAITING_GRADIENT
-    client.receive(server.send(numbered(ActivationGradient, 2)))
+    client.receive(server.send(numbered(ActivationGradient, 9)))
     assert pair.state is State.READY
 
 
@@ -421,9 +443,11 @@ def test_an_old_message_is_refused_unless_its_kind_is_awaited(choices: list[int]
     if not before:
         return
     replayed, state = before[old % len(before)], session.state
-    kind = type(decode(replayed, HANDSHAKE_BYTES, [session.codecs[side.peer]]))
+    message: Any = decode(replayed, HANDSHAKE_BYTES, [session.codecs[side.peer]])
+    kind, gone_on_after = type(message), pair.gone_on_after
     if (state, side.peer, kind) in TRANSITIONS:
-        assert session.receive(replayed) is not None
+        is_answered = kind is Activations and message.step <= gone_on_after
+        assert (session.receive(replayed) is None) is is_answered
     else:
         with pytest.raises(RemoteProtocolError, match=f"sent {kind.__name__} while"):
             session.receive(replayed)
