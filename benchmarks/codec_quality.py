@@ -2,8 +2,8 @@
 What a codec does to a whole run: gpt2-mini on E2E NLG, three clients of batch 8, perplexity of held-out rows after it.
 
 A server and its clients over loopback, in one process, for every codec and seed; a seed decides initial adapter, order and
-noise. The table is printed after every seed, of all so far: a whole run takes hours. The gate is told to let every codec be: what it would have done is the change of the loss that it saw. Held-out rows are
-every twelfth of valid.txt, and travel in bfloat16 at least.
+noise. The table is printed after every seed, of all so far. The gate is told to let every codec be: what it would have done is
+the change of the loss that it saw. Held-out rows are every twelfth of valid.txt, and travel in bfloat16 at least.
 """
 
 import argparse

@@ -51,13 +51,13 @@ class KeptHere(SampleFolder):
     def is_full(self) -> bool:
         return self.num_bytes >= self._plan
 
-    def keep(self, step: int, micro_batch: int, rows: dict[int, Array]) -> None:
+    def keep(self, step: int, micro_batch: int, versions: dict[int, tuple[int, Array]]) -> None:
         """
         Raises:
             StateError: the disk is full.
         """
         with _readable_errors(self._folder):
-            super().keep(step, micro_batch, rows)
+            super().keep(step, micro_batch, versions)
 
 
 class Place:

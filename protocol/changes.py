@@ -6,7 +6,7 @@ directions (SplitLite, which sends those of activations themselves): of N rows t
 A sample that is not kept yet, or not any more, travels in int8.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -29,7 +29,7 @@ NOWHERE = -1
 """The number of a sample that is not kept."""
 
 Version = tuple[int, Array]
-"""The step in which a sample was sent, and its rows as they arrived, (n, d) bfloat16."""
+"""A step, and a sample's rows as they arrived, (n, d) bfloat16."""
 
 
 class KeptSamples(Protocol):
@@ -41,13 +41,16 @@ class KeptSamples(Protocol):
     """
 
     def latest(self, sample: int, before: int) -> Version | None:
-        """The newest version of an earlier step that counts."""
+        """The newest version of an earlier step that counts, and its step."""
 
     def version(self, sample: int, step: int) -> Array | None:
         """Its rows of this step, if they are kept and count."""
 
-    def keep(self, step: int, micro_batch: int, rows: dict[int, Array]) -> None:
+    def keep(self, step: int, micro_batch: int, versions: dict[int, Version]) -> None:
         """
+        Args:
+            versions: by sample, with the steps whose versions they are changes of; 0: of none.
+
         Raises:
             ValueError: it is more than may be kept.
         """
@@ -62,7 +65,10 @@ class KeptSamples(Protocol):
         """
 
     def forget_before(self, step: int) -> None:
-        """The run cannot go back behind this step: of versions up to it only the newest two are needed."""
+        """
+        The run cannot go back behind this step: of versions up to it the newest is needed, and the one that it is a change of,
+        for of an answer that was lost only one side may know that it made the newest count.
+        """
 
     @property
     def is_full(self) -> bool:
@@ -82,7 +88,7 @@ def coded(message: Activations, kept: KeptSamples) -> Activations:
     fresh = quantised_parts(message.values[~is_change], "int8", None)
     parts = [shuffled(since), *fresh, *small]
     made = Coded(DELTA, message.values.shape, parts)
-    _keep(message, _values(made, message, lambda *_: references), kept)
+    _keep(message, since, _values(made, message, since, references), kept)
     return replace(message, values=made)  # type: ignore[arg-type]  # as it is on the wire
 
 
@@ -94,19 +100,26 @@ def arrived(message: Activations, kept: KeptSamples) -> Activations:
         RemoteProtocolError: it is malformed, or builds on what is not kept.
     """
     assert isinstance(message.values, Coded)
-
-    def references(since: Array) -> Array:
-        rows = []
-        for sample, step in zip(_samples(message), since.tolist(), strict=True):
-            version = kept.version(sample, step) if step else None
-            if step and version is None:
-                raise RemoteProtocolError(f"a change of sample {sample} since step {step}, which is not kept")
-            rows.append(version)
-        return _references(rows, message)
-
-    values = _values(message.values, message, references)
-    _keep(message, values, kept)
+    since = _since(message.values, message)
+    rows = []
+    for sample, step in zip(_samples(message), since.tolist(), strict=True):
+        version = kept.version(sample, step) if step else None
+        if step and version is None:
+            raise RemoteProtocolError(f"a change of sample {sample} since step {step}, which is not kept")
+        rows.append(version)
+    values = _values(message.values, message, since, _references(rows, message))
+    _keep(message, since, values, kept)
     return replace(message, values=values)
+
+
+def _since(made: Coded, message: Activations) -> Array:
+    """Of each sequence the step whose version it is a change of, (B,) int32; 0: it comes as it is."""
+    if len(made.parts) != 9:
+        raise RemoteProtocolError(f"{DELTA} has {len(made.parts)} parts, expected 9")
+    first, num_sequences = made.parts[0], len(message.lengths)
+    if len(first) != 4 * num_sequences:
+        raise RemoteProtocolError(f"{DELTA} has {len(first)} bytes of steps for {num_sequences} sequences")
+    return unshuffled(first, np.dtype(np.int32), (num_sequences,))
 
 
 def _samples(message: Activations) -> list[int]:
@@ -130,33 +143,28 @@ def _references(rows: Sequence[Array | None], message: Activations) -> Array:
     return from_bfloat16(np.concatenate(there) if there else np.empty((0, width), np.uint16))
 
 
-def _keep(message: Activations, values: Array, kept: KeptSamples) -> None:
+def _keep(message: Activations, since: Array, values: Array, kept: KeptSamples) -> None:
     """What has arrived is what is kept, rounded to bfloat16 on both sides."""
-    ends = np.cumsum(message.lengths)
-    rows = {
-        sample: to_bfloat16(values[end - length : end])
-        for sample, length, end in zip(_samples(message), message.lengths.tolist(), ends.tolist(), strict=True)
+    each = np.split(values, np.cumsum(message.lengths))[:-1]
+    versions = {
+        sample: (step, to_bfloat16(rows))
+        for sample, step, rows in zip(_samples(message), since.tolist(), each, strict=True)
         if sample >= 0
     }
     try:
-        kept.keep(message.step, message.micro_batch, rows)
+        kept.keep(message.step, message.micro_batch, versions)
     except ValueError as error:
         raise RemoteProtocolError(str(error)) from None
 
 
-def _values(made: Coded, message: Activations, references: Callable[[Array], Array]) -> Array:
-    """(N, d) float32."""
-    if len(made.parts) != 9:
-        raise RemoteProtocolError(f"{DELTA} has {len(made.parts)} parts, expected 9")
-    since, *fresh, left, right, unit = made.parts
-    if len(since) != 4 * len(message.lengths):
-        raise RemoteProtocolError(f"{DELTA} has {len(since)} bytes of steps for {len(message.lengths)} sequences")
-    steps = unshuffled(since, np.dtype(np.int32), (len(message.lengths),))
-    is_change = _is_change(steps, message)
+def _values(made: Coded, message: Activations, since: Array, references: Array) -> Array:
+    """(N, d) float32, where ``references`` are what the changed rows are changes of."""
+    _, *fresh, left, right, unit = made.parts
+    is_change = _is_change(since, message)
     values = np.empty(made.shape, np.float32)
     num_changed, width = int(is_change.sum()), made.shape[1]
     values[~is_change] = quantised_values("int8", (len(values) - num_changed, width), fresh)
-    values[is_change] = references(steps) + _product(left, right, unit, (num_changed, width))
+    values[is_change] = references + _product(left, right, unit, (num_changed, width))
     return values
 
 

@@ -187,9 +187,7 @@ class Session:
 
     def _crosses_start(self, message: Message) -> bool:
         """Whether it was sent before the `Start` had arrived that answers it, too."""
-        return (
-            isinstance(message, Activations) and self._gone_on_after is not None and message.step <= self._gone_on_after
-        )
+        return isinstance(message, Activations) and self._gone_on_after is not None and message.step <= self._gone_on_after
 
     def _peers_turn(self, message: Message) -> State:
         next_state = self._next_state(message, self.side.peer)

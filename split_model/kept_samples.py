@@ -18,7 +18,12 @@ Rows = NDArray[np.uint16]
 Question = tuple[int, int]
 """Step and micro-batch."""
 
+Place = tuple[Question, int]
+"""Of a version: its file, and the step whose version it is a change of; 0: of none."""
+
 COUNTS, PENDING = ".npz", ".pending"
+SINCE = "since"
+"""Beside a file's samples, in their order: the steps whose versions they are changes of."""
 DAMAGE = (OSError, EOFError, ValueError, zipfile.BadZipFile)
 
 
@@ -34,9 +39,10 @@ class SampleFolder:
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder, self._max_bytes = folder, max_bytes
         self._lock = threading.Lock()
-        self._steps: defaultdict[int, dict[int, Question]] = defaultdict(dict)
-        """Of each sample, the steps with a version that counts, ascending."""
-        self._pending: dict[Question, list[int]] = {}
+        self._steps: defaultdict[int, dict[int, Place]] = defaultdict(dict)
+        """Of each sample, the steps with a version that counts."""
+        self._pending: dict[Question, dict[int, int]] = {}
+        """Samples, and since when."""
         self._needed: Counter[Question] = Counter()
         """How many samples of a file are."""
         self._sizes: dict[Question, int] = {}
@@ -66,25 +72,30 @@ class SampleFolder:
 
     def version(self, sample: int, step: int) -> Rows | None:
         with self._lock:
-            question = self._steps.get(sample, {}).get(step)
-        if question is None:
+            place = self._steps.get(sample, {}).get(step)
+        if place is None:
             return None
         try:
-            with self._path(question, COUNTS).open("rb") as stream, np.load(stream) as file:
+            with self._path(place[0], COUNTS).open("rb") as stream, np.load(stream) as file:
                 rows: Rows = file[str(sample)]
                 return rows
         except (*DAMAGE, KeyError):
             return None
 
-    def keep(self, step: int, micro_batch: int, rows: dict[int, Rows]) -> None:
+    def keep(self, step: int, micro_batch: int, versions: dict[int, tuple[int, Rows]]) -> None:
         """
+        Args:
+            versions: by sample, with the steps whose versions they are changes of; 0: of none.
+
         Raises:
             ValueError: it is more than may be kept.
         """
-        if not rows:
+        if not versions:
             return
+        since = {sample: earlier for sample, (earlier, _) in versions.items()}
+        arrays = {str(sample): rows for sample, (_, rows) in versions.items()}
         buffer = io.BytesIO()
-        np.savez(buffer, **{str(sample): array for sample, array in rows.items()})  # type: ignore[arg-type]
+        np.savez(buffer, **arrays, **{SINCE: np.array(list(since.values()), np.int32)})  # type: ignore[arg-type]
         data, question = buffer.getvalue(), (step, micro_batch)
         with self._lock:
             if self._needed.get(question) and self._path(question, COUNTS).read_bytes() == data:
@@ -93,15 +104,15 @@ class SampleFolder:
             if self.num_bytes + len(data) > self._max_bytes:
                 raise ValueError(f"samples of {self.num_bytes + len(data)} bytes, at most {self._max_bytes} are kept")
             replace_file(self._path(question, PENDING), data)
-            self._pending[question], self._sizes[question] = list(rows), len(data)
+            self._pending[question], self._sizes[question] = since, len(data)
 
     def confirm(self, step: int, micro_batch: int) -> None:
         question = step, micro_batch
         with self._lock:
-            samples = self._pending.pop(question, None)
-            if samples is not None:
+            since = self._pending.pop(question, None)
+            if since is not None:
                 self._path(question, PENDING).replace(self._path(question, COUNTS))
-                self._enter(question, samples)
+                self._enter(question, since)
 
     def forget_after(self, step: int) -> None:
         with self._lock:
@@ -115,9 +126,13 @@ class SampleFolder:
                 return
             self._earliest = step
             for steps in self._steps.values():
-                # Of an answer that was lost, only one side may know that the version counts: so the one before stays, too.
-                for older in sorted(other for other in steps if other <= step)[:-2]:
-                    question = steps.pop(older)
+                older = [other for other in steps if other <= step]
+                if not older:
+                    continue
+                newest = max(older)
+                _, before = steps[newest]
+                for unneeded in set(older) - {newest, before}:
+                    question, _ = steps.pop(unneeded)
                     self._needed[question] -= 1
                     if not self._needed[question]:
                         self._remove(question)
@@ -126,25 +141,26 @@ class SampleFolder:
         step, _, micro_batch = path.stem.partition("-")
         try:
             with path.open("rb") as stream, np.load(stream) as file:
-                samples = [int(name) for name in file.files]
-        except DAMAGE:
+                samples = [int(name) for name in file.files if name != SINCE]
+                since = dict(zip(samples, file[SINCE].tolist(), strict=True))
+        except (*DAMAGE, KeyError):
             path.unlink()  # torn by a crash of the system
             return
         question = int(step), int(micro_batch)
         self._sizes[question] = path.stat().st_size
-        self._enter(question, samples)
+        self._enter(question, since)
 
-    def _enter(self, question: Question, samples: list[int]) -> None:
-        for sample in samples:
-            self._steps[sample][question[0]] = question
-        self._needed[question] = len(samples)
+    def _enter(self, question: Question, since: dict[int, int]) -> None:
+        for sample, earlier in since.items():
+            self._steps[sample][question[0]] = question, earlier
+        self._needed[question] = len(since)
 
     def _drop(self, question: Question) -> None:
         """A file, whatever still needs it."""
         self._pending.pop(question, None)
         if self._needed.get(question):
             for steps in self._steps.values():
-                if steps.get(question[0]) == question:
+                if steps.get(question[0], (None, 0))[0] == question:
                     del steps[question[0]]
         self._remove(question)
 

@@ -187,14 +187,19 @@ def test_batch_of_nothing_travels(ends: Ends) -> None:
 @given(st.data())
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 def test_both_sides_stay_the_same_whatever_happens_to_the_run(data: st.DataObject) -> None:
-    """Steps are taken, repeated, lost before they are answered, taken back, and no longer needed."""
+    """
+    Steps are taken, repeated, lost before they are answered, taken back, and no longer needed. The run may also go on without
+    the device, which has not heard an answer: the server then has more versions, and still those that the device builds on.
+    """
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
         ends = Ends(SampleFolder(Path(folder) / "device", 10**7), SampleFolder(Path(folder) / "server", 10**7))
         step = earliest = 0
+        goes_on_without_it = data.draw(st.booleans())
+        moves = ["send", "send", "send", "lose", "twice", "back", "collect", "kill", *["unheard"] * 3 * goes_on_without_it]
         for _ in range(data.draw(st.integers(1, 12))):
-            move = data.draw(st.sampled_from(["send", "send", "send", "lose", "twice", "back", "collect", "kill"]))
+            move = data.draw(st.sampled_from(moves))
             numbers = data.draw(st.lists(st.sampled_from(list(LENGTHS)), min_size=1, max_size=4, unique=True))
             if move in ("send", "twice"):
                 step += 1
@@ -202,6 +207,13 @@ def test_both_sides_stay_the_same_whatever_happens_to_the_run(data: st.DataObjec
                     ends.send(batch(step, numbers))
             elif move == "lose":  # on its way: the device starts anew and says where it stands
                 coded(batch(step + 1, numbers), ends.device)
+                ends.device.forget_after(step)
+                ends.server.forget_after(step)
+            elif move == "unheard":
+                step += 1
+                sent = coded(batch(step, numbers), ends.device)
+                arrived(decode(encode(sent), MAX_BYTES, [DELTA]), ends.server)  # type: ignore[arg-type]
+                ends.server.confirm(step, 0)
                 ends.device.forget_after(step)
                 ends.server.forget_after(step)
             elif move == "back":
@@ -214,11 +226,13 @@ def test_both_sides_stay_the_same_whatever_happens_to_the_run(data: st.DataObjec
             else:
                 ends.device = SampleFolder(Path(folder) / "device", 10**7)
             for number in LENGTHS:
-                versions = [kept.latest(number, step + 1) for kept in (ends.device, ends.server)]
-                assert (versions[0] is None) == (versions[1] is None)
-                if versions[0] is not None and versions[1] is not None:
-                    assert versions[0][0] == versions[1][0]
-                    assert versions[0][1].tobytes() == versions[1][1].tobytes()
+                newest, at_the_server = (kept.latest(number, step + 1) for kept in (ends.device, ends.server))
+                if newest is not None:
+                    version = ends.server.version(number, newest[0])
+                    assert version is not None
+                    assert version.tobytes() == newest[1].tobytes()
+                if not goes_on_without_it:
+                    assert (newest and newest[0]) == (at_the_server and at_the_server[0])
 
 
 # What arrives is not believed

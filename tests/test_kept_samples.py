@@ -18,8 +18,8 @@ def kept(tmp_path: Path) -> SampleFolder:
     return SampleFolder(tmp_path / "samples", 10**6)
 
 
-def put(kept: SampleFolder, step: int, *samples: int, micro_batch: int = 0) -> None:
-    kept.keep(step, micro_batch, {sample: rows(100 * step + sample) for sample in samples})
+def put(kept: SampleFolder, step: int, *samples: int, micro_batch: int = 0, since: int = 0) -> None:
+    kept.keep(step, micro_batch, {sample: (since, rows(100 * step + sample)) for sample in samples})
     kept.confirm(step, micro_batch)
 
 
@@ -39,8 +39,8 @@ def test_version_of_the_step_before_is_found(kept: SampleFolder) -> None:
 
 
 def test_version_counts_once_it_is_confirmed(kept: SampleFolder) -> None:
-    kept.keep(1, 0, {7: rows(1)})
-    kept.keep(1, 1, {8: rows(2)})
+    kept.keep(1, 0, {7: (0, rows(1))})
+    kept.keep(1, 1, {8: (0, rows(2))})
     assert newest(kept, 7) is newest(kept, 8) is None
     kept.confirm(1, 1)
     kept.confirm(4, 0)  # of which there is nothing
@@ -50,7 +50,7 @@ def test_version_counts_once_it_is_confirmed(kept: SampleFolder) -> None:
 
 def test_step_that_is_done_again_replaces_its_version(kept: SampleFolder) -> None:
     put(kept, 1, 7)
-    kept.keep(1, 0, {7: rows(55)})
+    kept.keep(1, 0, {7: (0, rows(55))})
     assert newest(kept, 7) is None
     kept.confirm(1, 0)
     assert newest(kept, 7) == (1, 55)
@@ -60,7 +60,7 @@ def test_going_back_forgets_what_is_later(kept: SampleFolder, tmp_path: Path) ->
     for step in (1, 2, 3, 4):
         put(kept, step, 7, micro_batch=0)
         put(kept, step, 8, micro_batch=1)
-    kept.keep(5, 0, {7: rows(9)})
+    kept.keep(5, 0, {7: (0, rows(9))})
     kept.forget_after(2)
     kept.confirm(5, 0)
     assert newest(kept, 7) == (3, 307)
@@ -71,7 +71,7 @@ def test_going_back_forgets_what_is_later(kept: SampleFolder, tmp_path: Path) ->
 def test_of_a_step_that_is_gone_on_with_only_what_counts_stays(kept: SampleFolder) -> None:
     put(kept, 1, 7, 8)
     put(kept, 2, 7, micro_batch=0)
-    kept.keep(2, 1, {8: rows(9)})
+    kept.keep(2, 1, {8: (0, rows(9))})
     kept.forget_after(1)
     kept.confirm(2, 1)
     assert newest(kept, 7) == (2, 207)
@@ -83,31 +83,40 @@ def names(tmp_path: Path) -> set[str]:
 
 
 def test_only_what_a_run_may_go_back_to_is_kept(kept: SampleFolder, tmp_path: Path) -> None:
-    """And the version before: of an answer that was lost, only one side may know that it made the newest count."""
+    """And what that is a change of: of an answer that was lost, only one side may know that it made the newest count."""
     put(kept, 1, 7, 8)
-    put(kept, 2, 7)
-    put(kept, 3, 7)
-    put(kept, 5, 7)
+    put(kept, 2, 7, since=1)
+    put(kept, 3, 7, since=1)
+    put(kept, 5, 7, since=3)
     kept.forget_before(4)
-    assert [newest(kept, 7, before) for before in (2, 3, 5, 6)] == [None, (2, 207), (3, 307), (5, 507)]
+    assert [newest(kept, 7, before) for before in (2, 3, 5, 6)] == [(1, 107), (1, 107), (3, 307), (5, 507)]
     assert newest(kept, 8) == (1, 108)  # it has no newer one
-    assert names(tmp_path) == {f"{step:010}-0.npz" for step in (1, 2, 3, 5)}
-    put(kept, 6, 8)
+    assert names(tmp_path) == {f"{step:010}-0.npz" for step in (1, 3, 5)}
+    put(kept, 6, 8, since=1)
     put(kept, 7, 8)
     kept.forget_before(7)
-    assert names(tmp_path) == {f"{step:010}-0.npz" for step in (3, 5, 6, 7)}
+    assert names(tmp_path) == {f"{step:010}-0.npz" for step in (3, 5, 7)}
+
+
+def test_what_a_version_is_a_change_of_is_known_after_a_kill(kept: SampleFolder, tmp_path: Path) -> None:
+    put(kept, 1, 7)
+    put(kept, 2, 7, since=1)
+    put(kept, 3, 7, since=1)
+    again = SampleFolder(tmp_path / "samples", 10**6)
+    again.forget_before(3)
+    assert names(tmp_path) == {f"{step:010}-0.npz" for step in (1, 3)}
 
 
 def test_version_that_counts_stays_so_when_it_is_delivered_again(kept: SampleFolder) -> None:
     put(kept, 1, 7)
-    kept.keep(1, 0, {7: rows(107)})
+    kept.keep(1, 0, {7: (0, rows(107))})
     assert newest(kept, 7) == (1, 107)
 
 
 def test_it_is_found_again_after_a_kill_and_what_did_not_count_is_gone(kept: SampleFolder, tmp_path: Path) -> None:
     put(kept, 1, 7, 8)
     put(kept, 2, 7, micro_batch=1)
-    kept.keep(3, 0, {8: rows(9)})
+    kept.keep(3, 0, {8: (0, rows(9))})
     again = SampleFolder(tmp_path / "samples", 10**6)
     assert newest(again, 7) == (2, 207)
     assert newest(again, 8) == (1, 108)
@@ -141,7 +150,7 @@ def test_no_more_is_kept_than_may_be(tmp_path: Path) -> None:
     kept = SampleFolder(tmp_path / "samples", 2000)
     put(kept, 1, 7)
     with pytest.raises(ValueError, match=r"samples of \d+ bytes, at most 2000 are kept"):
-        kept.keep(2, 0, {8: rows(1, count=400)})
+        kept.keep(2, 0, {8: (0, rows(1, count=400))})
     assert newest(kept, 7) == (1, 107)
     assert kept.num_bytes < 2000
 
