@@ -47,7 +47,6 @@ class SampleFolder:
         """How many samples of a file are."""
         self._sizes: dict[Question, int] = {}
         self._earliest = 0
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for path in folder.glob(f"*{PENDING}*"):
             path.unlink()
         for path in sorted(folder.glob(f"*{COUNTS}")):
@@ -103,6 +102,7 @@ class SampleFolder:
             self._drop(question)
             if self.num_bytes + len(data) > self._max_bytes:
                 raise ValueError(f"samples of {self.num_bytes + len(data)} bytes, at most {self._max_bytes} are kept")
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             replace_file(self._path(question, PENDING), data)
             self._pending[question], self._sizes[question] = since, len(data)
 
