@@ -175,8 +175,10 @@ class Session:
                     self.state = State.BROKEN
             raise
 
-    def _accept(self, message: Message) -> Message:
+    def _accept(self, message: Message) -> Message | None:
         next_state = self._peers_turn(message)
+        if self._crosses_start(message):  # which has been sent since
+            return None
         self._check_offered(message)
         self._enter(next_state, message, self.side.peer)
         self._received = _received_as(message)

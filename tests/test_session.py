@@ -330,6 +330,22 @@ def test_question_that_crosses_the_start_which_answers_it_is_not_heard() -> None
     assert pair.walk((Side.CLIENT, Done)).state is State.AWAITING_END
 
 
+def test_start_that_is_sent_while_a_question_is_decoded_answers_it() -> None:
+    pair = Pair(most_open=2).walk(*TO_READY)
+    client, server = pair.ends[Side.CLIENT], pair.ends[Side.SERVER]
+    first, late = (client.send(replace(numbered(Activations, 7), micro_batch=part)) for part in (0, 1))
+    server.receive(first)
+
+    def while_it_is_decoded(message: Any) -> Any:
+        client.receive(server.send(numbered(Start, 7)))
+        return message
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "_as_meant", while_it_is_decoded)
+        assert server.receive(late) is None
+    assert pair.walk((Side.CLIENT, Done)).state is State.AWAITING_END
+
+
 def test_question_of_the_step_after_a_start_is_heard() -> None:
     pair = Pair(most_open=2).walk(*TO_READY, (Side.CLIENT, Activations))
     client, server = pair.ends[Side.CLIENT], pair.ends[Side.SERVER]
