@@ -80,8 +80,11 @@ class Membership:
         self.checkpoint = 0
         """The earliest step that the server may go back to."""
         self._num_evaluations = 0
-        self._start_unheard: Start | None = None
-        """Where the run went on while a held-out batch was asked about: the training has to go there, too."""
+        self._start_unheard: tuple[Start, bool] | None = None
+        """
+        Where the run stood when a held-out batch was asked about again, and whether the training has to go there whatever it asks
+        next: it does not know yet.
+        """
         self.stopwatch = Stopwatch()
         """Of all connections; a while without one is left out."""
         self._told = Seconds()
@@ -128,8 +131,8 @@ class Membership:
         """
         waiting: deque[Question] = deque()
         for question in questions:
-            if self._start_unheard is not None and not isinstance(question, Evaluation):
-                self._go_to(self._start_unheard, question)
+            if not isinstance(question, Evaluation):
+                self._hear_of_start(question)
             waiting.append(question)
             if self._connection is not None:
                 self._connection.ask(question)
@@ -162,6 +165,8 @@ class Membership:
         start = self._keep_trying(error, self._come_back)
         if (self.welcome.restarts, start.round) != before or not _is_next(waiting[0], start):
             self._go_to(start, waiting[0])
+        if isinstance(waiting[0], Evaluation):
+            self._start_unheard = start, self._start_unheard is not None and self._start_unheard[1]
         for question in waiting:
             self._connected().ask(question)
 
@@ -199,8 +204,15 @@ class Membership:
 
     def _go_to(self, start: Start, question: Message) -> None:
         self.round = start.round
-        self._start_unheard = start if isinstance(question, Evaluation) else None
+        self._start_unheard = (start, True) if isinstance(question, Evaluation) else None
         raise Moved(start)
+
+    def _hear_of_start(self, question: Message) -> None:
+        """Whether a question of the training is still to be asked, if the run has said meanwhile where it stands."""
+        if self._start_unheard is not None:
+            (start, must_go), self._start_unheard = self._start_unheard, None
+            if must_go or not _is_next(question, start):
+                self._go_to(start, question)
 
     def _connected(self) -> Connection:
         if self._connection is None:

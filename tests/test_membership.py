@@ -212,6 +212,44 @@ def test_server_that_was_started_again_moves_the_device_even_to_where_it_stands(
         member.exchange(activations(1), ActivationGradient)
 
 
+def evaluation(index: int) -> Evaluation:
+    batch = {name: getattr(activations(1), name) for name in ("lengths", "label_counts", "labels", "values")}
+    return Evaluation(index=index, **batch)
+
+
+LOSS = EvaluationLoss(index=1, summed_loss=1.0)
+
+
+def test_device_that_came_back_within_an_evaluation_goes_on_where_it_stood(world: MakeWorld) -> None:
+    here = world([welcome(), start(), LOST], [welcome(), start(), LOSS, gradient(1)])
+    member = here.member()
+    member.start(JOIN)
+    member.exchange(evaluation(1), EvaluationLoss)
+    assert member.exchange(activations(1), ActivationGradient).step == 1
+
+
+def test_run_that_went_on_during_an_evaluation_moves_the_device_at_its_next_step(world: MakeWorld) -> None:
+    here = world([welcome(), start(), LOST], [welcome(), start(1, round=0), LOSS])
+    member = here.member()
+    member.start(JOIN)
+    member.exchange(evaluation(1), EvaluationLoss)
+    with pytest.raises(Moved, match="go on after step 1"):
+        member.exchange(activations(1), ActivationGradient)
+    assert not any(isinstance(message, Activations) for message in here.made[1].asked)
+
+
+def test_going_back_during_an_evaluation_is_not_forgotten_when_the_link_is_lost_again(world: MakeWorld) -> None:
+    back = welcome(restarts=1)
+    here = world([welcome(), start(), LOST], [back, start(), LOST], [back, start(), LOSS])
+    member = here.member()
+    member.start(JOIN)
+    with pytest.raises(Moved):
+        member.exchange(evaluation(1), EvaluationLoss)
+    member.exchange(evaluation(2), EvaluationLoss)
+    with pytest.raises(Moved):
+        member.exchange(activations(1), ActivationGradient)
+
+
 def test_start_instead_of_an_answer_moves_the_device(world: MakeWorld) -> None:
     here = world([welcome(), start(), start(7)])
     member = here.member()
@@ -302,8 +340,7 @@ def test_time_of_an_evaluation_is_told_of_no_step(world: MakeWorld) -> None:
     now = [0.0]
     member.stopwatch = Stopwatch(lambda: now[0])
     member.start(JOIN)
-    batch = {name: getattr(activations(1), name) for name in ("lengths", "label_counts", "labels", "values")}
     now[0] = 5.0
-    member.exchange(Evaluation(index=1, **batch), EvaluationLoss)
+    member.exchange(evaluation(1), EvaluationLoss)
     now[0] = 7.0
     assert member.seconds_to_tell().edge_compute == pytest.approx(2.0)
