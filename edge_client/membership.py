@@ -82,8 +82,8 @@ class Membership:
         self._num_evaluations = 0
         self._start_unheard: tuple[Start, bool] | None = None
         """
-        Where the run stood when a held-out batch was asked about again, and whether the training has to go there whatever it asks
-        next: it does not know yet.
+        Where the run stood when a held-out batch was asked about again, and whether the training has to go there whatever it
+        asks next: it does not know yet.
         """
         self.stopwatch = Stopwatch()
         """Of all connections; a while without one is left out."""

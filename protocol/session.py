@@ -122,6 +122,8 @@ class Session:
         self._received: tuple[type, int, int, int] | None = None
         self._gone_on_after: int | None = None
         """The step of the last `Start`."""
+        self._start_may_be_lost = False
+        """Whether nothing has been heard since: what a `Start` takes back the server keeps until then."""
         self._open: deque[tuple[int, int]] = deque()
         """Step and micro-batch of those that are not answered."""
         self._lock = threading.Lock()
@@ -166,6 +168,7 @@ class Session:
                 self._peers_turn(message)
                 if self._crosses_start(message):
                     return None
+                self._see_that_start_arrived()
             message = self._as_meant(message)
             with self._lock:
                 return self._accept(message)
@@ -223,7 +226,9 @@ class Session:
             self._open.popleft()
         self.state = next_state
         if isinstance(message, Start):
-            self._gone_on_after = message.step
+            self._gone_on_after, self._start_may_be_lost = message.step, True
+            if self.side is Side.CLIENT:
+                self._see_that_start_arrived()
         if isinstance(message, Hello):
             self._hello = message
         elif isinstance(message, Welcome):
@@ -235,14 +240,18 @@ class Session:
             self.codecs = {Side.CLIENT: message.codec, Side.SERVER: gradient_codec(message.codec)}
         self._care_for_kept(message)
 
+    def _see_that_start_arrived(self) -> None:
+        """Both sides drop what it takes back; the server not before it knows that the client has."""
+        if self._start_may_be_lost and self.kept is not None and self._gone_on_after is not None:
+            self.kept.forget_after(self._gone_on_after)
+        self._start_may_be_lost = False
+
     def _care_for_kept(self, message: Message) -> None:
         """Both sides keep the same, since both do so with the same messages."""
         if self.kept is None:
             return
         if isinstance(message, ActivationGradient):
             self.kept.confirm(message.step, message.micro_batch)
-        elif isinstance(message, Start):
-            self.kept.forget_after(message.step)
         elif isinstance(message, EdgeAdapter):
             self.kept.forget_before(message.checkpoint)
 

@@ -197,7 +197,17 @@ def test_both_sides_stay_the_same_whatever_happens_to_the_run(data: st.DataObjec
         ends = Ends(SampleFolder(Path(folder) / "device", 10**7), SampleFolder(Path(folder) / "server", 10**7))
         step = earliest = 0
         goes_on_without_it = data.draw(st.booleans())
-        moves = ["send", "send", "send", "lose", "twice", "back", "collect", "kill", *["unheard"] * 3 * goes_on_without_it]
+        moves = [
+            "send",
+            "send",
+            "send",
+            "lose",
+            "twice",
+            "back",
+            "collect",
+            "kill",
+            *["unheard", "unheard", "back unheard"] * goes_on_without_it,
+        ]
         for _ in range(data.draw(st.integers(1, 12))):
             move = data.draw(st.sampled_from(moves))
             numbers = data.draw(st.lists(st.sampled_from(list(LENGTHS)), min_size=1, max_size=4, unique=True))
@@ -218,6 +228,10 @@ def test_both_sides_stay_the_same_whatever_happens_to_the_run(data: st.DataObjec
                 ends.server.forget_after(step)
             elif move == "back":
                 step = data.draw(st.integers(earliest, step))
+                ends.device.forget_after(step)
+                ends.server.forget_after(step)
+            elif move == "back unheard":  # the next that it hears is where the run has gone on to meanwhile
+                step = data.draw(st.integers(earliest, step)) + data.draw(st.integers(0, 2))
                 ends.device.forget_after(step)
                 ends.server.forget_after(step)
             elif move == "collect":
@@ -361,9 +375,24 @@ def test_both_sides_confirm_with_the_answer_collect_with_the_adapter_and_go_back
     talk(Side.SERVER, Start(step=2, total_steps=9, adapter={}))
     # Of step 3 the device may still ask the micro-batches that are not answered: what counts of it stays.
     assert [kept.latest(0, 99)[0] for kept in (ends.device, ends.server)] == [3, 3]  # type: ignore[index]
+    talk(Side.CLIENT, batch(3, [0, 1]))
+    talk(Side.SERVER, gradient(3, message))
     talk(Side.CLIENT, protocol_samples.SAMPLES["AdapterGradient"])
     talk(Side.SERVER, EdgeAdapter(step=3, tensors={}, checkpoint=3))
     assert ends.device.version(0, 1) is ends.server.version(0, 1) is None
+
+
+def test_what_a_start_takes_back_the_server_keeps_until_it_knows_that_the_start_arrived(talk: Talk, ends: Ends) -> None:
+    for step in (1, 2, 3):
+        message = batch(step, [0, 1])
+        talk(Side.CLIENT, message)
+        talk(Side.SERVER, gradient(step, message))
+    talk(Side.CLIENT, batch(4, [0, 1]))
+    talk(Side.SERVER, Start(step=1, total_steps=9, adapter={}))
+    assert ends.device.version(0, 3) is None
+    assert ends.server.version(0, 3) is not None
+    talk(Side.CLIENT, batch(2, [0, 1]))
+    assert ends.server.version(0, 3) is None
 
 
 def test_steps_that_check_the_codec_come_nearly_exactly_as_well(talk: Talk) -> None:
