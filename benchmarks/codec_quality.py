@@ -27,9 +27,10 @@ CLIENTS, BATCH_SIZE, THIRD = 3, 8, 14_020
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("--rows", type=int, default=240, help="of each client")
+    parser.add_argument("--rows", type=int, default=480, help="of each client")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lr-schedule", default="linear", help="a constant rate ends in the noise of its last steps")
     parser.add_argument(
         "--codecs", default=",".join(("float32", *CODECS, DELTA)), help="the first is the measure of the others"
     )
@@ -43,7 +44,7 @@ def main() -> None:
         folder = Path(name)
         for seed in range(options.seeds):
             for codec in codecs:
-                settings = {"epochs": options.epochs, "seed": seed, "codec": codec}
+                settings = {"epochs": options.epochs, "seed": seed, "codec": codec, "lr_schedule": options.lr_schedule}
                 perplexity, change = run(folder / f"{seed}-{codec}", settings, options.rows, progress)
                 found[codec].append(perplexity)
                 changes[codec].append(change)

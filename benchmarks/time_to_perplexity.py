@@ -63,10 +63,6 @@ ROUND = 12  # steps between two exchanges of federated adapters, and between two
 SERVER_THREADS, DEVICE_THREADS = 2, 1
 GOALS = {"4g": "naive split takes 3 x", "wifi": "within 10 % of the slower part", "lan": "within 10 % of the slower part"}
 
-# What a contestant has besides its codec: arguments of EdgeClient, and of GpuServer.
-OURS: dict[str, dict[str, Any]] = {"edge": {"in_flight": 2}, "server": {"micro_batches": 2}}
-NAIVE: dict[str, dict[str, Any]] = {"edge": {"in_flight": 1}, "server": {"micro_batches": 1}}
-
 
 @dataclass
 class Scene:
@@ -119,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--links", default=",".join(LINKS), help="links to measure (default: %(default)s)")
     parser.add_argument("--codecs", default="int8", help="of split, each a contestant (default: %(default)s)")
+    parser.add_argument("--micro-batches", type=int, default=2, help="of split, all under way at once (default: %(default)s)")
     parser.add_argument("--target", type=float, default=30.0, help="perplexity (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=12, help="measured on each link (default: %(default)s)")
     parser.add_argument("--max-steps", type=int, default=300, help="after which a curve is given up (default: %(default)s)")
@@ -138,7 +135,7 @@ def main() -> None:
         }
         steps = {length: steps_to(options.target, curve, length) for length, curve in curves.items()}
         codecs = options.codecs.split(",")
-        costs = {name: measure(scene, f"{name}, ", profile, codecs) for name, profile in links.items()}
+        costs = {name: measure(scene, f"{name}, ", profile, codecs, options.micro_batches) for name, profile in links.items()}
         report_curves(curves, steps, options.target)
         for name, profile in links.items():
             report_link(name, profile, costs[name], steps, max(path.stat().st_size for path in scene.thirds))
@@ -220,26 +217,27 @@ def centralised_cost(scene: Scene, what: str) -> Cost:
     return Cost(statistics.median(later - earlier for earlier, later in pairwise(moments[1:])))
 
 
-def measure(scene: Scene, where: str, profile: LinkProfile, codecs: list[str]) -> dict[str, Cost]:
+def measure(scene: Scene, where: str, profile: LinkProfile, codecs: list[str], micro_batches: int) -> dict[str, Cost]:
     """All contestants over the same link, one after the other; the centralised one has none, but the same minutes."""
-    costs = {f"split, {codec}": split_cost(scene, f"{where}split, {codec}", profile, codec, OURS) for codec in codecs}
-    costs["naive split"] = split_cost(scene, f"{where}naive split", profile, "float32", NAIVE)
+    costs = {f"split, {codec}": split_cost(scene, f"{where}split, {codec}", profile, codec, micro_batches) for codec in codecs}
+    costs["naive split"] = split_cost(scene, f"{where}naive split", profile, "float32", 1)
     costs["federated"] = federated_cost(scene, f"{where}federated", profile)
     costs["centralised"] = centralised_cost(scene, f"{where}centralised")
     return costs
 
 
-def split_cost(scene: Scene, what: str, profile: LinkProfile, codec: str, more: dict[str, dict[str, Any]]) -> Cost:
+def split_cost(scene: Scene, what: str, profile: LinkProfile, codec: str, micro_batches: int) -> Cost:
     folder = scene.new_folder()
     lora = {"lora_rank": LORA.rank, "lora_alpha": LORA.alpha, "lora_targets": LORA.targets}
     run = {"run_dir": str(folder / "run"), "steps": scene.steps, "clients": CLIENTS, "cut_layer": CUT_LAYER, "codec": codec}
+    run["micro_batches"] = micro_batches
     computed = {"model": str(scene.base), "dtype": "float32"}
     with Cast(profile) as cast, Progress(scene.steps) as progress:
-        cast.start(serve, {**computed, **run, **lora, "lr": LEARNING_RATE, "seed": SEED, **more["server"]})
+        cast.start(serve, {**computed, **run, **lora, "lr": LEARNING_RATE, "seed": SEED})
         links = cast.links(int(cast.listen().rpartition(":")[2]))
         for client, (link, data) in enumerate(zip(links, scene.thirds, strict=True)):
             own = {"name": f"client-{client}", "data": data, "batch_size": BATCH_SIZE, "state_dir": folder / "state"}
-            cast.start(take_part, link.url, {**computed, **own, **more["edge"]})
+            cast.start(take_part, link.url, {**computed, **own, "in_flight": micro_batches})
         moments, records = [], []
         for _ in range(scene.steps):
             moment, record = cast.listen()
