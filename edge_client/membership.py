@@ -222,7 +222,8 @@ class Membership:
     def _enter(self, connection: Connection) -> Start:
         assert self._join is not None
         connection.expect(self.largest_message)
-        return connection.exchange(replace(self._join, step=self.step), Start)
+        kept = None if self.kept is None else self.kept.newest
+        return connection.exchange(replace(self._join, step=self.step, kept=kept), Start)
 
     def _come_back(self, connection: Connection) -> Start:
         welcome = connection.exchange(self._hello, Welcome)

@@ -330,7 +330,7 @@ class Federation:
             return self._advance(now)
         self._check_return(name, member)  # the run may have ended since its welcome
         before = member.join
-        if replace(join, step=0).__dict__ != replace(before, step=0).__dict__:
+        if replace(join, step=0, kept=None).__dict__ != replace(before, step=0, kept=None).__dict__:
             raise RemoteProtocolError(
                 f"{name} joined this run with {before.num_samples} samples of up to {before.longest} tokens in batches of "
                 f"{before.batch_size}, and comes back with {join.num_samples} of up to {join.longest} in batches of "
@@ -398,7 +398,7 @@ class Federation:
         member = self.members.get(name)
         if member is None:
             return []
-        member.left, member.in_round = True, False
+        member.left, member.in_round, member.labelled_tokens = True, False, 0
         self._forget_questions(name)
         return self._advance(now)
 
@@ -448,8 +448,9 @@ class Federation:
             return actions + self._advance(now)
         self.micro_batch = 0
         for name, count in self._in_step.items():
-            if not self.members[name].absent:  # else it takes the step back
-                self.members[name].labelled_tokens += count
+            member = self.members[name]
+            if not member.absent and not member.left:  # else it takes the step back
+                member.labelled_tokens += count
         if self.settings.ends_round(self.step) or not self._participants():
             self._enter(Phase.CONTRIBUTIONS, now)
         else:

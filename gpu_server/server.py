@@ -369,6 +369,14 @@ class RunServer:
             self._call(self._fail, failure)
             return None
 
+    def _kept_with(self, name: str, join: Join) -> SampleFolder:
+        """A client's samples, without what only this side knows to count, or has not heard to be taken back."""
+        assert self._kept is not None
+        kept = self._kept(name)
+        if join.kept is not None:
+            kept.forget_after(join.kept - 1)
+        return kept
+
     def _fail(self, error: Exception) -> None:
         if not self._ended.done():
             self._ended.set_exception(error)
@@ -388,7 +396,7 @@ class RunServer:
         elif isinstance(message, Join):
             assert peer.name is not None
             if self._kept is not None:
-                peer.session.kept = await asyncio.to_thread(self._kept, peer.name)
+                peer.session.kept = await asyncio.to_thread(self._kept_with, peer.name, message)
             actions = federation.join(peer.name, message, now)
             peer.joined = True
             self._expect(peer, self._largest_message(message.batch_size * message.longest))

@@ -71,6 +71,10 @@ class KeptSamples(Protocol):
         """
 
     @property
+    def newest(self) -> int:
+        """The latest step of which there is a version that counts; 0 if none."""
+
+    @property
     def is_full(self) -> bool:
         """Whether nothing more should be kept for now."""
 

@@ -137,6 +137,8 @@ class Join:
     """Rows of its longest sequence; with the batch size, a bound on every later message."""
     step: int = 0
     """The last step it has finished: 0 if none, or if it does not remember."""
+    kept: int | None = None
+    """The latest step of which it keeps a version of a sample that counts, 0 if none; None where the run keeps none."""
 
     def __post_init__(self) -> None:
         if min(self.num_samples, self.batch_size, self.longest) < 1:

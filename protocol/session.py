@@ -168,7 +168,8 @@ class Session:
                 self._peers_turn(message)
                 if self._crosses_start(message):
                     return None
-                self._see_that_start_arrived()
+                if not isinstance(message, Goodbye):  # which may cross it
+                    self._see_that_start_arrived()
             message = self._as_meant(message)
             with self._lock:
                 return self._accept(message)

@@ -58,6 +58,12 @@ class SampleFolder:
         return self.num_bytes >= self._max_bytes
 
     @property
+    def newest(self) -> int:
+        """The latest step of which there is a version that counts; 0 if none."""
+        with self._lock:
+            return max((step for step, _ in self._needed), default=0)
+
+    @property
     def num_bytes(self) -> int:
         """Of all files."""
         return sum(self._sizes.values())

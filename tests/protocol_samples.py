@@ -76,7 +76,7 @@ SAMPLES: dict[str, Message] = {
         Pong(index=2, software="0.1.0", run="20250102-030405", clients=3, joined=1, step=0, model="openai-community/gpt2"),
         Hello(name="jetson-1.kitchen_A", fingerprint="0123456789abcdef0123456789abcdef", codecs=("bfloat16", "int8")),
         Welcome(run="20250102-030405", settings=SETTINGS, fingerprint="0123456789abcdef0123456789abcdef", restarts=1),
-        Join(num_samples=1000, batch_size=8, longest=512, step=7),
+        Join(num_samples=1000, batch_size=8, longest=512, step=7, kept=6),
         Start(step=7, total_steps=100, adapter=_MATRICES, round=5, codec="exact"),
         Activations(
             **_BATCH,

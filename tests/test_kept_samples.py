@@ -127,6 +127,16 @@ def test_it_is_found_again_after_a_kill_and_what_did_not_count_is_gone(kept: Sam
     assert newest(again, 8) == (1, 108)
 
 
+def test_newest_step_is_the_latest_of_any_sample_that_counts(kept: SampleFolder) -> None:
+    assert kept.newest == 0
+    put(kept, 3, 7)
+    put(kept, 5, 8)
+    kept.keep(6, 0, {7: (3, rows(1))})
+    assert kept.newest == 5
+    kept.forget_after(3)
+    assert kept.newest == 3
+
+
 @pytest.mark.parametrize("damage", [lambda data: data[:100], lambda data: b"", lambda data: bytes(len(data))])
 def test_torn_file_is_not_there(kept: SampleFolder, tmp_path: Path, damage: object) -> None:
     put(kept, 1, 7)
