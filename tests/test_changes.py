@@ -258,6 +258,19 @@ def test_both_sides_stay_the_same_whatever_happens_to_the_run(data: st.DataObjec
                     assert (newest and newest[0]) == (at_the_server and at_the_server[0])
 
 
+def test_device_that_heard_where_the_run_is_and_was_not_heard_itself_builds_on_what_the_server_has(ends: Ends) -> None:
+    for step in (1, 4, 6):
+        ends.send(batch(step, [0]))
+    ends.device.forget_after(2)  # the server does not know whether its Start arrived, and keeps all
+    ends.server.forget_after(ends.device.newest - 1)  # the next Join
+    for kept in (ends.device, ends.server):
+        kept.forget_after(8)  # the next Start
+    ends.send(batch(9, [1]))
+    ends.server.forget_before(7)
+    sent, _ = ends.send(batch(10, [0]))
+    assert since(sent) == [1]
+
+
 # What arrives is not believed
 
 

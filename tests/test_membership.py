@@ -1,6 +1,7 @@
 """How a device comes back: when it tries, when it stops trying, and what it says then. No socket, no clock but the test's."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from protocol import (
     Start,
     Welcome,
 )
+from split_model import SampleFolder
 
 TENSORS = {"m": np.zeros((2, 2), np.float32)}
 VALUES = np.zeros((2, 4), np.float32)
@@ -192,6 +194,18 @@ def test_it_says_at_which_step_it_stands(world: MakeWorld) -> None:
     member.exchange(activations(4), ActivationGradient)
     joined = [message.step for connection in here.made for message in connection.asked if isinstance(message, Join)]
     assert joined == [0, 3]
+
+
+def test_it_says_which_versions_of_samples_it_has(world: MakeWorld, tmp_path: Path) -> None:
+    here = world([welcome(), start(), LOST], [welcome(), start(), gradient(1)])
+    member = here.member()
+    member.kept = SampleFolder(tmp_path / "samples", 10**6)
+    member.start(JOIN)
+    member.kept.keep(4, 0, {0: (0, np.zeros((2, 3), np.uint16))})
+    member.kept.confirm(4, 0)
+    member.exchange(activations(1), ActivationGradient)
+    joined = [message.kept for connection in here.made for message in connection.asked if isinstance(message, Join)]
+    assert joined == [0, 4]
 
 
 @pytest.mark.parametrize("moved", [start(5), start(0, round=2)])
