@@ -19,8 +19,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 demo: $(VENV)/.runtime
 	$(BIN)/python examples/demo.py
 
+# Each process of them takes a gigabyte.
 test: $(VENV)/.development
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-runtimes: $(VENV)/.development .venv-runtimes/.runtimes .venv-node/.packages
 	$(BIN)/python -m pytest tests/runtimes
