@@ -25,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--cut-layer", type=int, default=3)
+    parser.add_argument("--micro-batches", type=int, default=1, help="more than 1 pay where the sides do not share their cores")
     options = parser.parse_args()
     pairs = contestants.e2e_rows("train", slice(0, BATCH_SIZE * options.rounds))
     with tempfile.TemporaryDirectory() as scratch:
@@ -70,6 +71,7 @@ def split(model: Path, pairs: list[tuple[str, str]], dtype: str, options: argpar
         "run_dir": str(scratch / dtype),
         "steps": len(pairs) // BATCH_SIZE,
         "cut_layer": options.cut_layer,
+        "micro_batches": options.micro_batches,
     }
     server, url = contestants.start_server({**settings, "lora_rank": RANK, "dtype": dtype})
     with EdgeClient(url, model=str(model), data=data, batch_size=BATCH_SIZE, shuffle=False, dtype=dtype) as client:
