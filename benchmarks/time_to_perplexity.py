@@ -229,11 +229,11 @@ def measure(scene: Scene, where: str, profile: LinkProfile, codecs: list[str], m
 def split_cost(scene: Scene, what: str, profile: LinkProfile, codec: str, micro_batches: int) -> Cost:
     folder = scene.new_folder()
     lora = {"lora_rank": LORA.rank, "lora_alpha": LORA.alpha, "lora_targets": LORA.targets}
-    run = {"run_dir": str(folder / "run"), "steps": scene.steps, "clients": CLIENTS, "cut_layer": CUT_LAYER, "codec": codec}
-    run["micro_batches"] = micro_batches
+    run = {"run_dir": str(folder / "run"), "steps": scene.steps, "clients": CLIENTS, "cut_layer": CUT_LAYER}
+    wire = {"codec": codec, "micro_batches": micro_batches}
     computed = {"model": str(scene.base), "dtype": "float32"}
     with Cast(profile) as cast, Progress(scene.steps) as progress:
-        cast.start(serve, {**computed, **run, **lora, "lr": LEARNING_RATE, "seed": SEED})
+        cast.start(serve, {**computed, **run, **wire, **lora, "lr": LEARNING_RATE, "seed": SEED})
         links = cast.links(int(cast.listen().rpartition(":")[2]))
         for client, (link, data) in enumerate(zip(links, scene.thirds, strict=True)):
             own = {"name": f"client-{client}", "data": data, "batch_size": BATCH_SIZE, "state_dir": folder / "state"}

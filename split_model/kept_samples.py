@@ -166,7 +166,7 @@ class SampleFolder:
         self._pending.pop(question, None)
         if self._needed.get(question):
             for steps in self._steps.values():
-                if steps.get(question[0], (None, 0))[0] == question:
+                if question[0] in steps and steps[question[0]][0] == question:
                     del steps[question[0]]
         self._remove(question)
 
