@@ -13,7 +13,7 @@ from safetensors.numpy import save
 
 from protocol import Array
 from protocol.settings import LARGEST_COUNT
-from split_model import SampleFolder, replace_file
+from split_model import SampleFolder, remove_unfinished, replace_file
 
 __all__ = ["Place", "SavedStep", "StateError"]
 
@@ -86,6 +86,8 @@ class Place:
             StateError: the folder cannot be written.
         """
         if self._run() == run:
+            with _readable_errors(self._folder):
+                remove_unfinished(self._folder)
             return
         self.give_up()
         with _readable_errors(self._folder):

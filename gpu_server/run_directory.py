@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from split_model import Adapter, LoraConfig, SampleFolder, replace_file, save_adapter
+from split_model import Adapter, LoraConfig, SampleFolder, remove_unfinished, replace_file, save_adapter
 
 from .checkpoints import Checkpoints
 from .config import ConfigError
@@ -54,6 +54,8 @@ class RunDirectory:
                 self._lock.acquire()
             except Timeout:
                 raise ConfigError(f"{self.path} is in use by another server") from None
+            for folder in (self.path, self.checkpoints.folder):
+                remove_unfinished(folder)
 
     def release(self) -> None:
         self._lock.release()

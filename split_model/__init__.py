@@ -1,7 +1,7 @@
 """GPT-2 cut in two, with LoRA on both parts. Knows nothing of networks."""
 
 from .adapter_folder import load_adapter, save_adapter
-from .atomic_file import replace_file
+from .atomic_file import remove_unfinished, replace_file
 from .base_model import BaseModel, ModelConfig, find_model, is_hub_name
 from .errors import AdapterError, ModelError, TrainingDiverged
 from .generation import continue_greedily
@@ -41,6 +41,7 @@ __all__ = [
     "load_tokenizer",
     "optimiser_state",
     "read_sealed",
+    "remove_unfinished",
     "replace_file",
     "restore_optimiser",
     "save_adapter",

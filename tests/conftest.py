@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -95,12 +96,13 @@ def pairs_file(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def disk_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Filled while the test runs: "fsync PATH" and "replace", in their order."""
+    """Filled while the test runs: "fsync PATH" and "replace", in their order; an unfinished file's random digits are left out."""
     calls: list[str] = []
     fsync, replace = os.fsync, os.replace
 
     def noted_fsync(number: int) -> None:
-        calls.append(f"fsync {os.readlink(f'/proc/self/fd/{number}')}")
+        path = os.readlink(f"/proc/self/fd/{number}")
+        calls.append(f"fsync {re.sub(r'[.][0-9a-f]{16}[.]part$', '.part', path)}")
         fsync(number)
 
     def noted_replace(*paths: Path) -> None:

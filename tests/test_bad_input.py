@@ -403,7 +403,7 @@ def test_server_refuses_a_run_directory_that_is_a_file(server_says: Say, tmp_pat
 
 
 def test_server_refuses_a_run_directory_it_cannot_write(server_says: Say, tmp_path: Path) -> None:
-    (tmp_path / "run" / "run.json.part").mkdir(parents=True)  # stands for a full or a read-only disk
+    (tmp_path / "run" / ".lock").mkdir(parents=True)  # stands for a full or a read-only disk
     assert server_says() == f"run directory {tmp_path / 'run'} cannot be written: Is a directory"
 
 

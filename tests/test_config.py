@@ -404,7 +404,16 @@ NAMES = {
         *("OptimiserConfig", "SampleFolder", "ServerPart", "TrainingDiverged", "adamw", "adapter_shapes", "check_cut_layer"),
         *("choose_device", "choose_dtype", "continue_greedily"),
         *("derive_seed", "find_model", "initial_adapter", "is_hub_name", "load_adapter", "load_tokenizer", "optimiser_state"),
-        *("read_sealed", "replace_file", "restore_optimiser", "seal", "save_adapter", "take_step", "working_dtype"),
+        *(
+            "read_sealed",
+            "remove_unfinished",
+            "replace_file",
+            "restore_optimiser",
+            "seal",
+            "save_adapter",
+            "take_step",
+            "working_dtype",
+        ),
     ],
     "terminal": ["Progress", "plain", "run_program", "show_log", "version", "where_time_went"],
 }
