@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from terminal import Progress, plain, run_program, show_log, version, where_time_went
+from terminal import Progress, count, duration, listed, plain, run_program, show_log, version, where_time_went
 
 if TYPE_CHECKING:
     from .client import EdgeClient
@@ -205,9 +205,12 @@ def run_ping(options: argparse.Namespace) -> None:
     status = ping(options.server, name=options.name, state_dir=options.state_dir)
     pong = status.pong
     print(  # noqa: T201
-        f"{options.server}: splitlora {plain(pong.software)}, run {plain(pong.run)}, {pong.joined} of {pong.clients} clients, "
-        f"{pong.step} steps finished, answered in {status.seconds * 1000:.1f} ms"
+        f"{options.server}: splitlora {plain(pong.software)}, run {plain(pong.run)}, "
+        f"{pong.joined} of {count(pong.clients, 'device')} connected, {count(pong.step, 'step')} finished, "
+        f"answered in {status.seconds * 1000:.1f} ms"
     )
+    if pong.waiting_for and pong.waiting_seconds >= 1:
+        print(f"it has waited {duration(pong.waiting_seconds)} for {plain(listed(pong.waiting_for))}")  # noqa: T201
 
 
 def run_generate(options: argparse.Namespace) -> None:

@@ -12,6 +12,9 @@ SHORTEST = 1.0
 """
 Seconds. Answers of a small model take milliseconds and deviate by less: a pause of the system would make a client late.
 """
+PATIENCE_UNTIL_KNOWN = 30.0
+SHORTEST_PATIENCE = 5.0
+"""Seconds, below which a wait is not worth a line."""
 
 
 class Deadline:
@@ -34,10 +37,15 @@ class Deadline:
         return self._seconds is None and len(seen) == NEEDED
 
     def seconds(self, kind: type) -> float:
-        if self._seconds is not None:
-            return self._seconds
+        return self._seconds if self._seconds is not None else self._measured(kind, UNTIL_KNOWN, SHORTEST)
+
+    def patience(self, kind: type) -> float:
+        """Seconds after which a wait for such a question is worth telling, whether or not anything can be done about it."""
+        return self._seconds if self._seconds is not None else self._measured(kind, PATIENCE_UNTIL_KNOWN, SHORTEST_PATIENCE)
+
+    def _measured(self, kind: type, until_known: float, shortest: float) -> float:
         seen = self._seen[kind]
         if len(seen) < NEEDED:
-            return UNTIL_KNOWN
+            return until_known
         middle = median(seen)
-        return max(SHORTEST, middle + 6 * median(abs(value - middle) for value in seen))
+        return max(shortest, middle + 6 * median(abs(value - middle) for value in seen))

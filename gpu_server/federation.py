@@ -39,6 +39,7 @@ from protocol import (
     identity,
 )
 from protocol.settings import LARGEST_COUNT
+from terminal import count, duration, listed
 
 from .deadline import Deadline
 from .gate import Gate
@@ -158,6 +159,9 @@ Of activations, gradients and adapters, in magnitude. GPT-2's largest activation
 the loss of everybody infinite, and belongs to one client that has diverged or means harm.
 """
 
+LONGEST_BETWEEN_REPORTS = 3600.0
+"""Seconds. A wait is told of at growing distances: again when it is twice as long as when it was told before."""
+
 Action = Reply | Train | Aggregate | Evaluate | FinishStep | Checkpoint | FinishRun | Report
 
 
@@ -184,6 +188,13 @@ class Phase(enum.Enum):
     FINISHED = "finished"
 
 
+WAITED_FOR: dict[Phase, type] = {
+    Phase.GATHERING: Join,
+    Phase.ACTIVATIONS: Activations,
+    Phase.CONTRIBUTIONS: Contribution,
+}
+
+
 @dataclass
 class Member:
     """A client of the run."""
@@ -208,6 +219,10 @@ class Member:
     """Those to the questions of one kind and step that were answered last."""
     evaluation: Evaluation | None = None
     """The held-out batch whose loss its present connection waits for."""
+    lost_at: float | None = None
+    """When its last connection was lost; None while it is connected."""
+    missed_from: int = 0
+    """The first step that has gone on without it, while it is absent."""
 
 
 @dataclass
@@ -248,7 +263,10 @@ class Federation:
     total_steps: int = 0
     _since: float = 0.0
     """When the present phase began."""
-    _warned: bool = False
+    _deadline_passed: bool = False
+    """Of the present phase, with too few clients to go on without the others."""
+    _told_after: float = 0.0
+    """Seconds from `_since` until it was last told for whom the phase waits; 0: it was not yet."""
     _returning: set[str] = field(default_factory=set)
     """Absent members that wait to be told where to go on."""
     _in_step: dict[str, int] = field(default_factory=dict)
@@ -325,7 +343,10 @@ class Federation:
         """
         member = self.members.get(name)
         if member is None:
-            self.members[name] = self._new_member(join)
+            member = self._new_member(join)
+            if not self.members:
+                self._enter(Phase.GATHERING, now)  # from now on somebody waits
+            self.members[name] = member
             self.greeted.discard(name)
             return self._advance(now)
         self._check_return(name, member)  # the run may have ended since its welcome
@@ -360,7 +381,8 @@ class Federation:
         kind = _waited_for_as(type(message))
         actions: list[Action] = []
         if self.deadline.observe(kind, self.timing.away(name, now)) and kind is Activations:
-            actions.append(Report(f"a step waits {self.deadline.seconds(kind):.1f} s for its clients, by the times they took"))
+            unused = "" if self.quorum is not None else " (acts only with --quorum)"
+            actions.append(Report(f"step deadline {duration(self.deadline.seconds(kind))}, measured{unused}"))
         return actions + self._take(name, message, now)
 
     def _take(self, name: str, message: OfAStep, now: float) -> list[Action]:
@@ -388,7 +410,8 @@ class Federation:
         if self.phase is Phase.GATHERING:
             self.members.pop(name, None)
         elif name in self.members:
-            self.members[name].connected, self.members[name].evaluation = False, None
+            member = self.members[name]
+            member.connected, member.evaluation, member.lost_at = False, None, now
             self._returning.discard(name)
         return []
 
@@ -408,8 +431,24 @@ class Federation:
 
     def expires(self) -> float | None:
         """When `tick` should be called, if nothing else happens before."""
-        kind = {Phase.ACTIVATIONS: Activations, Phase.CONTRIBUTIONS: Contribution}.get(self.phase)
-        return None if kind is None or self._warned else self._since + self.deadline.seconds(kind)
+        if self.phase is Phase.GATHERING and not self.members:
+            return None
+        kind = WAITED_FOR.get(self.phase)
+        if kind is None:
+            return None
+        seconds = self._next_report(kind)
+        if self.quorum is not None and not self._deadline_passed:
+            seconds = min(seconds, self.deadline.seconds(kind))
+        return self._since + seconds
+
+    def waits_for(self, now: float) -> tuple[list[str], float]:
+        """The members that everybody waits for, and since how many seconds; nobody while the server computes."""
+        if self.phase is Phase.FINISHED:
+            return self.unfinished(), now - self._since
+        kind = WAITED_FOR.get(self.phase)
+        asked = () if kind is None else self._asked(kind)
+        names = [name for name in self._wanted() if name not in asked]
+        return names, now - self._since if names else 0.0
 
     def trained(
         self, loss: float, labelled_tokens: int, gradients: dict[str, Array], seconds: float, now: float
@@ -447,10 +486,10 @@ class Federation:
             self._enter(Phase.ACTIVATIONS, now)
             return actions + self._advance(now)
         self.micro_batch = 0
-        for name, count in self._in_step.items():
+        for name, num_labels in self._in_step.items():
             member = self.members[name]
             if not member.absent and not member.left:  # else it takes the step back
-                member.labelled_tokens += count
+                member.labelled_tokens += num_labels
         if self.settings.ends_round(self.step) or not self._participants():
             self._enter(Phase.CONTRIBUTIONS, now)
         else:
@@ -515,20 +554,20 @@ class Federation:
     def _advance(self, now: float) -> list[Action]:
         """Go on as far as what has come in, and the time, allow."""
         if self.phase is Phase.GATHERING:
-            return self._start(now) if len(self.members) == self.settings.clients else []
+            return self._start(now) if len(self.members) == self.settings.clients else self._wait_for_joins(now)
         if self.phase is Phase.ACTIVATIONS and self.micro_batch:
-            rest = [name for name in self._in_step if not self.members[name].left and not self.members[name].absent]
+            rest = self._wanted()
             ready, notes = self._gathered(Activations, rest, now)
             return notes + ([self._train(ready, now)] if ready or not rest else [])
         if self.phase is Phase.ACTIVATIONS:
             actions = self._answer_returning(now)
-            participants = self._participants()
+            participants = self._wanted()
             if not participants:
                 return actions + self._close_last_round(now)
             ready, notes = self._gathered(Activations, participants, now)
             return actions + notes + ([self._train(ready, now)] if ready else [])
         if self.phase is Phase.CONTRIBUTIONS:
-            contributors = self._contributors()
+            contributors = self._wanted()
             if not contributors:
                 return self._finish_step(now) + self._advance(now)
             ready, notes = self._gathered(Contribution, contributors, now)
@@ -547,23 +586,42 @@ class Federation:
         missing = [name for name in wanted if name not in asked]
         needed = len(wanted) if self.quorum is None else min(self.quorum, len(wanted))
         awaited = [name for name in missing if not self.members[name].absent]
-        seconds = self.deadline.seconds(kind)
-        late = now - self._since >= seconds
         if len(ready) >= needed and not awaited:
             return ready, []
-        if not late:
-            return [], []
-        step = self.step + 1 if kind is Activations else self.step
-        if len(ready) >= needed:
+        self._deadline_passed = self.quorum is not None and now - self._since >= self.deadline.seconds(kind)
+        if len(ready) >= needed and self._deadline_passed:
             for name in awaited:
-                self.members[name].absent = True
+                self.members[name].absent, self.members[name].missed_from = True, self._step_under_way
                 self._forget_questions(name)
-            return ready, [Report(f"step {step} goes on without {', '.join(awaited)}, not heard of for {seconds:.1f} s")]
-        if self._warned:
-            return [], []
-        self._warned = True
-        here = f"; {len(ready)} of the {needed} it needs are here" if len(ready) else ""
-        return [], [Report(f"step {step} waits for {', '.join(missing)}, not heard of for {seconds:.1f} s{here}")]
+            silent = f"{self._names(awaited)}, silent for {duration(now - self._since)}"
+            return ready, [Report(f"step {self._step_under_way} goes on without {silent}")]
+        quorum = "" if self.quorum is None else f", {needed} needed"
+        here = f"{len(ready)} of {count(len(wanted), 'device')} ready{quorum}"
+        return [], self._report_wait(kind, f"step {self._step_under_way} waits for {self._names(missing)}, silent", here, now)
+
+    def _wait_for_joins(self, now: float) -> list[Action]:
+        missing = self.settings.clients - len(self.members)
+        here = f"{listed(self.members)} joined" if self.members else "nobody has joined"
+        return self._report_wait(Join, f"the run waits for {count(missing, 'more device')} to join,", here, now)
+
+    def _report_wait(self, kind: type, who: str, here: str, now: float) -> list[Action]:
+        waited = now - self._since
+        if waited < self._next_report(kind):
+            return []
+        self._told_after = waited
+        return [Report(f"{who} for {duration(waited)}; {here}")]
+
+    def _next_report(self, kind: type) -> float:
+        """Seconds from the beginning of the phase."""
+        told = self._told_after
+        return told + min(told, LONGEST_BETWEEN_REPORTS) if told else self.deadline.patience(kind)
+
+    def _names(self, clients: list[str]) -> str:
+        return listed(name if self.members[name].connected else f"{name} (not connected)" for name in clients)
+
+    @property
+    def _step_under_way(self) -> int:
+        return self.step + 1 if self.phase is Phase.ACTIVATIONS else self.step
 
     def _start(self, now: float) -> list[Action]:
         self._enter(Phase.ACTIVATIONS, now)
@@ -639,7 +697,7 @@ class Federation:
         return [Reply(name, message)]
 
     def _enter(self, phase: Phase, now: float) -> None:
-        self.phase, self._since, self._warned = phase, now, False
+        self.phase, self._since, self._deadline_passed, self._told_after = phase, now, False, 0.0
 
     # Members that come back
 
@@ -668,6 +726,9 @@ class Federation:
             member = self.members[name]
             member.absent, member.answers = False, {}
             member.next_question = self._question_after_round(member)
+            if member.missed_from:
+                actions.append(Report(f"{name} takes part again; {_steps(member.missed_from, self.step)} went on without it"))
+                member.missed_from = 0
             if member.next_question[0] is Done:
                 member.in_round = False  # the step after which it was to contribute has gone on without it
             actions += self._tell_where_to_go_on(name, now)
@@ -707,6 +768,14 @@ class Federation:
         return self.settings.activation_codec if self.gate is None else self.gate.codec_of(step)
 
     # The calendar
+
+    def _wanted(self) -> list[str]:
+        """Clients whose questions the present phase waits for."""
+        if self.phase is Phase.ACTIVATIONS and self.micro_batch:
+            return [name for name in self._in_step if not self.members[name].left and not self.members[name].absent]
+        if self.phase is Phase.ACTIVATIONS:
+            return self._participants()
+        return self._contributors() if self.phase is Phase.CONTRIBUTIONS else []
 
     def _participants(self) -> list[str]:
         """Clients with data for the step, in the order of the union batch."""
@@ -813,6 +882,10 @@ def _place(question: tuple[type, int, int]) -> tuple[int, int, int]:
     """Where a question stands in the order in which a client asks them."""
     kind, step, micro_batch = question
     return step, [Activations, AdapterGradient, AdapterWeights, Done, Evaluation].index(kind), micro_batch
+
+
+def _steps(first: int, last: int) -> str:
+    return f"step {first}" if first == last else f"steps {first} to {last}"
 
 
 def _waited_for_as(kind: type) -> type:

@@ -37,7 +37,7 @@ from protocol import (
     largest_message_bytes,
 )
 from split_model import Adapter, SampleFolder, TrainingDiverged
-from terminal import version
+from terminal import count, duration, version
 
 from .compute import Compute
 from .config import ConfigError
@@ -72,6 +72,7 @@ LONGEST_REASON = 1000  # characters
 NORMAL_CLOSURE = 1000  # of RFC 6455's registry, as the two below
 POLICY_VIOLATION = 1008
 SERVICE_RESTART = 1012  # come back later
+NAMES_IN_A_PONG = 100
 CONNECTIONS_A_DEVICE = 4  # the one it uses, one or two that it has lost without our knowing, and a ping
 
 
@@ -157,6 +158,11 @@ class Peer:
     """Answers leave in their order, however long each takes to encode."""
     counted_up: int = 0
     counted_down: int = 0
+
+    def __str__(self) -> str:
+        """As it stands in the log."""
+        address = _address(self.connection)
+        return address if self.name is None else f"{self.name} ({address})"
 
 
 class RunServer:
@@ -299,7 +305,7 @@ class RunServer:
 
             refusal = await basic_auth("splitlora", check_credentials=admit)(connection, request)
             if refusal is not None:
-                logger.warning("a device without a valid secret was refused")
+                logger.warning("%s refused: it has no valid secret", _address(connection))
                 return refusal
             if _connections_of(connection.username, connection.server) >= CONNECTIONS_A_DEVICE:
                 return connection.respond(http.HTTPStatus.TOO_MANY_REQUESTS, "this device has enough connections\n")
@@ -355,7 +361,7 @@ class RunServer:
             await self._refuse(peer, str(error), error)
         except ConnectionClosed:
             if peer.joined and not self._complete:
-                logger.info("%s: connection lost", peer.name)
+                logger.info("%s: connection lost", peer)
         finally:
             self._forget(peer)
 
@@ -397,13 +403,16 @@ class RunServer:
             assert peer.name is not None
             if self._kept is not None:
                 peer.session.kept = await asyncio.to_thread(self._kept_with, peer.name, message)
+            before = federation.members.get(peer.name)
             actions = federation.join(peer.name, message, now)
             peer.joined = True
             self._expect(peer, self._largest_message(message.batch_size * message.longest))
-            here = sum(member.connected for member in federation.members.values())
-            logger.info(
-                "%s joined with %d samples, %d of %d clients", peer.name, message.num_samples, here, federation.settings.clients
-            )
+            connected = sum(member.connected for member in federation.members.values())
+            if before is None:
+                came = f"joined with {count(message.num_samples, 'sample')}"
+            else:
+                came = "is back" if before.lost_at is None else f"is back after {duration(now - before.lost_at)}"
+            logger.info("%s %s; %d of %s connected", peer, came, connected, count(federation.settings.clients, "device"))
             self._perform(actions)
         else:
             assert peer.name is not None
@@ -415,7 +424,7 @@ class RunServer:
         if self._door.admits is not None and hello.name != (owner := peer.connection.username):
             raise RemoteProtocolError(f"the secret is that of {owner}; it does not open the run for {hello.name}")
         if (before := self._peers.get(hello.name)) is not None and not await self._lives(before):
-            logger.info("%s: an earlier connection shows no life", hello.name)
+            logger.info("%s: its earlier connection is dead", before)
             self._forget(before)
             before.connection.transport.abort()
         welcome = self._federation.welcome(hello)
@@ -468,7 +477,7 @@ class RunServer:
         self._perform(federation.leave(name, time.monotonic()))
 
     async def _refuse(self, peer: Peer, reason: str, error: Exception | None = None) -> None:
-        logger.warning("%s refused: %s", peer.name or "a client", reason)
+        logger.warning("%s refused: %s", peer, reason)
         retry_after = SECONDS_TO_SHOW_LIFE if isinstance(error, NameInUse) else 0.0
         try:
             data = peer.session.send(Failure(reason=reason[:LONGEST_REASON], retry_after=retry_after))
@@ -641,6 +650,7 @@ class RunServer:
 
     def _pong(self, ping: Ping) -> Pong:
         federation = self._federation
+        waiting_for, waiting_seconds = federation.waits_for(time.monotonic())
         return Pong(
             index=ping.index,
             software=version(),
@@ -649,6 +659,8 @@ class RunServer:
             joined=sum(member.connected for member in federation.members.values()),
             step=federation.step,
             model=self._model_name,
+            waiting_for=tuple(waiting_for[:NAMES_IN_A_PONG]),
+            waiting_seconds=waiting_seconds,
         )
 
     def _largest_message(self, rows: int) -> int:
@@ -664,6 +676,13 @@ class RunServer:
         host, port = self._listener.getsockname()[:2]
         scheme = "wss" if self._door.encryption else "ws"
         return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def _address(connection: ServerConnection) -> str:
+    if connection.remote_address is None:
+        return "a lost connection"
+    host, port = connection.remote_address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _descriptor(connection: ServerConnection) -> int:

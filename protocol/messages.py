@@ -98,6 +98,10 @@ class Pong:
     """Steps finished."""
     model: str = ""
     """The base model's name on the Hugging Face hub; empty where the server has it from elsewhere."""
+    waiting_for: tuple[str, ...] = ()
+    """Clients that the others wait for, the first hundred of them."""
+    waiting_seconds: float = 0.0
+    """For how long."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

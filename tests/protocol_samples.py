@@ -73,7 +73,17 @@ SAMPLES: dict[str, Message] = {
     type(message).__name__: message
     for message in [
         Ping(index=2),
-        Pong(index=2, software="0.1.0", run="20250102-030405", clients=3, joined=1, step=0, model="openai-community/gpt2"),
+        Pong(
+            index=2,
+            software="0.1.0",
+            run="20250102-030405",
+            clients=3,
+            joined=1,
+            step=0,
+            model="openai-community/gpt2",
+            waiting_for=("hall", "kitchen"),
+            waiting_seconds=42.5,
+        ),
         Hello(name="jetson-1.kitchen_A", fingerprint="0123456789abcdef0123456789abcdef", codecs=("bfloat16", "int8")),
         Welcome(run="20250102-030405", settings=SETTINGS, fingerprint="0123456789abcdef0123456789abcdef", restarts=1),
         Join(num_samples=1000, batch_size=8, longest=512, step=7, kept=6),

@@ -181,7 +181,7 @@ def test_absent_fields_have_their_defaults() -> None:
 DEFAULTS: dict[str, dict[str, Any]] = {
     "Hello": {"codecs": ()},
     "Ping": {"index": 0},
-    "Pong": {"index": 0, "model": ""},
+    "Pong": {"index": 0, "model": "", "waiting_for": (), "waiting_seconds": 0.0},
     "Welcome": {"restarts": 0},
     "Join": {"step": 0},
     "Start": {"round": 0},

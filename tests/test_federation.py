@@ -1,5 +1,6 @@
 """The server's decisions, without sockets, clocks or a model."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -494,26 +495,76 @@ def test_client_that_comes_back_with_other_data_is_refused_and_keeps_its_place()
     assert isinstance(replies(table.come_back("b"))["b"], Start)
 
 
-def test_without_a_quorum_a_step_waits_for_all_however_long_and_says_so_once() -> None:
+def reports_of_ticks(federation: Federation, until: float) -> list[tuple[float, str]]:
+    """What is told while nothing comes in and `tick` is called when it is due, and when."""
+    told_at: list[tuple[float, str]] = []
+    while (now := federation.expires()) is not None and now < until:
+        for action in federation.tick(now):
+            assert isinstance(action, Report)
+            told_at.append((now, action.text))
+    return told_at
+
+
+def test_without_a_quorum_a_step_waits_for_all_and_says_for_whom_at_growing_distances() -> None:
+    table = Table({"a": 2, "b": 2, "c": 2})
+    table.activations("a", 1)
+    table.federation.disconnected("c", 0.0)
+    day = reports_of_ticks(table.federation, 24 * 3600)
+    times = [now for now, _ in day]
+    assert times[:4] == [30, 60, 120, 240]
+    distances = [later - earlier for earlier, later in pairwise(times)]
+    assert distances == sorted(distances)
+    assert max(distances) == 3600  # it never falls silent
+    assert day[0][1] == "step 1 waits for b and c (not connected), silent for 30 s; 1 of 3 devices ready"
+
+
+def test_run_that_has_not_started_says_how_many_are_still_to_join() -> None:
+    federation = Federation("run", settings(clients=3), LIMITS, tensors())
+    assert federation.expires() is None  # nobody waits yet
+    federation.welcome(Hello(name="a", fingerprint="f"))
+    federation.join("a", Join(num_samples=1, batch_size=1, longest=ROWS), 100.0)
+    assert reports_of_ticks(federation, 200.0) == [
+        (130.0, "the run waits for 2 more devices to join, for 30 s; a joined"),
+        (160.0, "the run waits for 2 more devices to join, for 60 s; a joined"),
+    ]
+
+
+def test_wait_ends_with_what_was_waited_for_and_the_next_one_is_told_anew() -> None:
     table = Table({"a": 2, "b": 2})
     table.activations("a", 1)
-    (report,) = table.federation.tick(1e6)
-    assert isinstance(report, Report)
-    assert "step 1 waits for b" in report.text
-    assert table.federation.tick(2e6) == []
-    assert table.federation.expires() is None
+    assert len(reports_of_ticks(table.federation, 100.0)) == 2
+    table.now = 100.0
+    assert table.federation.waits_for(table.now) == (["b"], 100.0)
+    table.activations("b", 1)
+    assert table.federation.waits_for(table.now) == ([], 0.0)  # the server computes
+    table.trained("a", "b")
+    assert table.federation.waits_for(101.0) == (["a", "b"], 1.0)
+    assert [now for now, _ in reports_of_ticks(table.federation, 190.0)] == [130.0, 160.0]
+
+
+def test_device_that_takes_part_again_is_told_of_with_the_steps_it_missed() -> None:
+    table = Table({"a": 4, "b": 4}, quorum=1)
+    for step in (1, 2):
+        table.activations("a", step)
+        table.federation.tick(1e6)
+        table.trained("a")
+        table.contribute("a", step)
+        if step == 2:
+            assert table.activations("b", 1) == []
+        actions = table.aggregated()
+    assert [a.text for a in actions if isinstance(a, Report)] == ["b takes part again; steps 1 to 2 went on without it"]
 
 
 def test_step_goes_on_with_a_quorum_after_its_deadline_and_not_before() -> None:
     table = Table({"a": 2, "b": 2, "c": 2}, quorum=2)
     table.activations("a", 1)
     table.activations("b", 1)
-    expires = table.federation.expires()
-    assert expires is not None
-    assert table.federation.tick(expires - 0.1) == []
-    report, train = table.federation.tick(expires)
+    table.federation.tick(240.0)
+    assert table.federation.expires() == 300.0
+    assert table.federation.tick(299.9) == []
+    report, train = table.federation.tick(300.0)
     assert isinstance(report, Report)
-    assert "without c" in report.text
+    assert report.text == "step 1 goes on without c, silent for 5 min"
     assert isinstance(train, Train)
     assert list(train.batches) == ["a", "b"]
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from terminal import Progress, run_program
+from terminal import Progress, count, duration, listed, run_program
 
 
 class Terminal(io.StringIO):
@@ -50,3 +50,13 @@ def test_interruption_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert run_program("program", interrupt, lambda: ()) == 130
     assert capsys.readouterr().err == "program: interrupted\n"
+
+
+def test_numbers_names_and_durations_read_as_people_write_them() -> None:
+    assert [count(number, "client") for number in (0, 1, 2, 12345)] == ["0 clients", "1 client", "2 clients", "12,345 clients"]
+    assert (count(1, "batch", "batches"), count(3, "batch", "batches")) == ("1 batch", "3 batches")
+    assert [listed("abc"[:number]) for number in range(4)] == ["", "a", "a and b", "a, b and c"]
+    assert listed("abcde", most=2) == "a, b and 3 more"
+    assert [duration(seconds) for seconds in (0, 1, 42.4, 119, 180, 3600, 7500, 90000, 273600, 259200)] == [
+        *("0.0 s", "1.0 s", "42 s", "119 s", "3 min", "1 h", "2 h 5 min", "25 h", "3 d 4 h", "3 d"),
+    ]
