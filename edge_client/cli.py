@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from terminal import Progress, count, duration, listed, plain, run_program, show_log, version, where_time_went
+from terminal import Parser, Progress, count, duration, listed, plain, run_program, show_log, version, where_time_went
 
 if TYPE_CHECKING:
     from .client import EdgeClient
@@ -17,8 +17,8 @@ __all__ = ["build_parser", "main"]
 PROGRAM = "splitlora-edge"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog=PROGRAM, description="Take part in a split fine-tuning run, and use what came of it. The texts stay here."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")

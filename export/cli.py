@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from terminal import run_program, show_log, version
+from terminal import Parser, run_program, show_log, version
 
 __all__ = ["build_parser", "main"]
 
@@ -15,8 +15,8 @@ PROGRAM = "splitlora-export"
 PRECISIONS = ("fp32", "fp16", "q8", "q4")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Turn a run's result into what people deploy.")
+def build_parser() -> Parser:
+    parser = Parser(prog=PROGRAM, description="Turn a run's result into what people deploy.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from protocol.invitation import SCHEME
-from terminal import Progress, run_program, show_log, version, where_time_went
+from terminal import Parser, Progress, run_program, show_log, version, where_time_went
 
 from .config import ServerConfig, options_from_toml
 
@@ -21,10 +21,8 @@ __all__ = ["build_parser", "main"]
 PROGRAM = "splitlora-server"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="Train the server part of a split model for all devices of a run."
-    )
+def build_parser() -> Parser:
+    parser = Parser(prog=PROGRAM, description="Train the server part of a split model for all devices of a run.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", help="serve one run to its end", description="Serve one run to its end.")

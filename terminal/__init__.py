@@ -1,8 +1,22 @@
-"""What a person sees in a terminal: progress, and one sentence for what went wrong. The programs speak with one voice."""
+"""What a person sees and types in a terminal: progress, one sentence for what went wrong, paths."""
 
 from .bottleneck import where_time_went
-from .program import plain, run_program, version
+from .program import Parser, PathError, plain, run_program, user_path, user_text_path, version
 from .progress import Progress, show_log
 from .words import count, duration, listed
 
-__all__ = ["Progress", "count", "duration", "listed", "plain", "run_program", "show_log", "version", "where_time_went"]
+__all__ = [
+    "Parser",
+    "PathError",
+    "Progress",
+    "count",
+    "duration",
+    "listed",
+    "plain",
+    "run_program",
+    "show_log",
+    "user_path",
+    "user_text_path",
+    "version",
+    "where_time_went",
+]

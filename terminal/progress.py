@@ -1,20 +1,27 @@
 """A bar where somebody watches, plain lines where nobody does."""
 
 import logging
+import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType, TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
 from .program import plain
+from .words import duration
 
 __all__ = ["Progress", "show_log"]
 
 SECONDS_BETWEEN_LINES = 5.0
-BAR = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+SHORTEST_BAR = 8  # columns; where the terminal is too narrow for it, figures are left out, then the bar itself
+CLEAR_LINE, UP = "\x1b[K", "\x1b[A"
+DOWN_AND_CLEAR = "\x1b[B\x1b[K"  # line by line: where all of the screen is cleared at once, some keep it in their history
 
 
 class Progress:
@@ -28,33 +35,49 @@ class Progress:
     """
 
     def __init__(self, total: int, done: int = 0, unit: str = "step") -> None:
-        self._bar = tqdm(total=total, initial=done, bar_format=BAR, disable=not sys.stderr.isatty(), dynamic_ncols=True)
-        self._total, self._first, self._done, self._unit = total, done, done, unit
-        self._start = self._last_line = time.monotonic()
+        watched = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._bar = _Bar(total=total, initial=done, disable=not watched, file=sys.stderr)
+        self._total, self._done, self._unit = total, done, unit
+        self._first: tuple[int, float] | None = None
+        """
+        The first unit that was finished, and when. Speeds are measured from there: of its own time nothing is known where this
+        program began to look when it was over.
+        """
+        self._last_line = time.monotonic()
         self._tokens = self._bytes = 0
+        self._stop_following = _follow_width(self._bar)
 
     def update(self, number: int, loss: float, tokens: int, num_bytes: int) -> None:
         """A step is done: its number, its loss in nats per labelled token, its tokens, its bytes both ways."""
         # Not always the next: a server that went back to a checkpoint repeats some.
         self._done = number - 1
         self._bar.n = number - 1
-        self._tokens += tokens
-        self._bytes += num_bytes
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        self.advance(f"loss {loss:.3f}, {self._tokens / seconds:,.0f} tokens/s, {_amount(self._bytes / seconds)}/s")
+        figures = f"loss {loss:.3f}"
+        if self._first is not None:
+            self._tokens += tokens
+            self._bytes += num_bytes
+            seconds = max(time.monotonic() - self._first[1], 1e-9)
+            figures += f", {self._tokens / seconds:,.0f} tokens/s, {_amount(self._bytes / seconds)}/s"
+        self.advance(figures)
 
     def advance(self, figures: str) -> None:
-        """One unit more, with whatever there is to say of it."""
-        self._done += 1
-        self._bar.set_postfix_str(figures, refresh=False)
-        self._bar.update()
+        """One unit more, with whatever there is to say of it, the most important first, separated by ", "."""
         now = time.monotonic()
+        self._done += 1
+        if self._first is None:
+            self._first = self._done, now
+        units, seconds = self._done - self._first[0], now - self._first[1]
+        if units > 0:
+            first, *others = figures.split(", ")
+            figures = ", ".join([first, f"{duration((self._total - self._done) * seconds / units)} left", *others])
+        self._bar.figures = figures
+        self._bar.update()
         if self._bar.disable and (now - self._last_line > SECONDS_BETWEEN_LINES or self._done == self._total):
             self._last_line = now
-            left = (self._total - self._done) * (now - self._start) / max(1, self._done - self._first)
-            print(f"{self._unit} {self._done}/{self._total}: {figures}, {left:.0f} s left", file=sys.stderr, flush=True)  # noqa: T201
+            print(f"{self._unit} {self._done}/{self._total}: {figures}", file=sys.stderr, flush=True)  # noqa: T201
 
     def close(self) -> None:
+        self._stop_following()
         self._bar.close()
 
     def __enter__(self) -> "Progress":
@@ -62,6 +85,71 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
+
+
+class _Bar(tqdm):  # type: ignore[misc]
+    """One line that fits the terminal as wide as it is now."""
+
+    figures = ""
+
+    def __str__(self) -> str:
+        meter = self.format_dict
+        # The last column stays free: a terminal that has written there may wrap the line.
+        meter["ncols"] = max(1, _columns(self.fp) - 1)
+        for form in self._forms():
+            room = meter["ncols"] - len(form.format(percentage=0, n_fmt=meter["n"], total_fmt=meter["total"], bar=""))
+            if room >= (SHORTEST_BAR if "{bar}" in form else 0):
+                break
+        meter["bar_format"] = form
+        return str(self.format_meter(**meter))
+
+    def _forms(self) -> Iterator[str]:
+        """From all there is to say to the least; the last is cut off where even that is too long."""
+        figures = [f", {figure}".replace("{", "{{").replace("}", "}}") for figure in self.figures.split(", ") if figure]
+        for number in range(max(1, len(figures)), 0, -1):
+            yield "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt}" + "".join(figures[:number])
+        yield "{n_fmt}/{total_fmt}" + "".join(figures[:1])
+        yield "{n_fmt}/{total_fmt}"
+
+    @staticmethod
+    def status_printer(file: Any) -> Callable[[str], None]:
+        """
+        The cursor waits at the beginning of the line. Terminals that become narrower break it into several, and move the cursor
+        with its beginning; so what has to be cleared begins there.
+        """
+        before = ""
+
+        def show(text: str) -> None:
+            nonlocal before
+            more = max(0, len(before) - 1) // _columns(file)
+            file.write(f"\r{CLEAR_LINE}{DOWN_AND_CLEAR * more}{UP * more}{text}\r")
+            file.flush()
+            before = text
+
+        return show
+
+
+def _columns(file: Any) -> int:
+    try:
+        return max(1, os.get_terminal_size(file.fileno()).columns)
+    except (OSError, ValueError, AttributeError):
+        return 80  # nobody knows
+
+
+def _follow_width(bar: _Bar) -> Callable[[], None]:
+    """Draw the bar again whenever the terminal has another size, until what is returned is called."""
+    if bar.disable or not hasattr(signal, "SIGWINCH") or threading.current_thread() is not threading.main_thread():
+        return lambda: None
+
+    def draw(_number: int, _frame: FrameType | None) -> None:
+        with suppress(RuntimeError):  # in the middle of writing to the same stream: the next unit draws it
+            bar.refresh()
+
+    def stop() -> None:
+        signal.signal(signal.SIGWINCH, before)
+
+    before = signal.signal(signal.SIGWINCH, draw)
+    return stop
 
 
 class _Plain(logging.Formatter):

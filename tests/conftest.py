@@ -96,7 +96,7 @@ def pairs_file(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def disk_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Filled while the test runs: "fsync PATH" and "replace", in their order; an unfinished file's random digits are left out."""
+    """Filled while the test runs: "fsync PATH" and "replace", in their order, without an unfinished file's digits."""
     calls: list[str] = []
     fsync, replace = os.fsync, os.replace
 

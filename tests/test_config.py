@@ -415,7 +415,10 @@ NAMES = {
             "working_dtype",
         ),
     ],
-    "terminal": ["Progress", "plain", "run_program", "show_log", "version", "where_time_went"],
+    "terminal": [
+        *("Parser", "PathError", "Progress", "count", "duration", "listed", "plain", "run_program", "show_log", "user_path"),
+        *("user_text_path", "version", "where_time_went"),
+    ],
 }
 
 

@@ -1,28 +1,134 @@
-"""What a person sees."""
+"""What a person sees and types."""
 
+import argparse
 import io
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
-from terminal import Progress, count, duration, listed, run_program
+from edge_client.cli import build_parser as edge_parser
+from export.cli import build_parser as export_parser
+from gpu_server.cli import build_parser as server_parser
+from terminal import PathError, Progress, count, duration, listed, run_program, user_path, user_text_path
 
 
-class Terminal(io.StringIO):
+class Screen(io.StringIO):
+    """
+    A terminal of so many columns, as far as a bar uses it: what stands on its lines. Like most, it breaks a line that no longer
+    fits when it becomes narrower, and its cursor goes with the character it stood at.
+    """
+
+    encoding = "utf-8"
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.columns = columns
+        self.lines = [""]
+        self.row = self.column = 0
+
     def isatty(self) -> bool:
         return True
 
+    def fileno(self) -> int:
+        return 2
+
+    def write(self, text: str) -> int:
+        for part in text.replace("\x1b[K", "\x00").replace("\x1b[B", "\x01").replace("\x1b[A", "\x02"):
+            line = self.lines[self.row]
+            match part:
+                case "\r":
+                    self.column = 0
+                case "\n":
+                    self.row += 1
+                    self.lines += [""] * (self.row == len(self.lines))
+                case "\x00":
+                    self.lines[self.row] = line[: self.column]
+                case "\x01":
+                    self.row = min(self.row + 1, len(self.lines) - 1)
+                case "\x02":
+                    self.row = max(self.row - 1, 0)
+                case _:
+                    assert self.column < self.columns, "the line is longer than the terminal is wide"
+                    self.lines[self.row] = line[: self.column].ljust(self.column) + part + line[self.column + 1 :]
+                    self.column += 1
+        return len(text)
+
+    def resize(self, columns: int) -> None:
+        self.columns = columns
+        lines: list[str] = []
+        for number, line in enumerate(self.lines):
+            if number == self.row:
+                assert self.column == 0
+                row = len(lines)
+            lines += [line[start : start + columns] for start in range(0, max(1, len(line)), columns)]
+        self.lines, self.row = lines, row
+
+
+def on_screen(monkeypatch: pytest.MonkeyPatch, columns: int = 80) -> Screen:
+    """Not a fixture: between those and the test, standard error is replaced."""
+    screen = Screen(columns)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr("terminal.progress._columns", lambda _: screen.columns)
+    monkeypatch.setenv("TERM", "xterm")
+    return screen
+
+
+def steps(progress: Progress, *numbers: int) -> None:
+    for number in numbers:
+        progress.update(number, 2.5, tokens=100, num_bytes=5_000)
+        progress._bar.refresh()
+
 
 def test_terminal_gets_a_bar_with_loss_rates_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    screen = on_screen(monkeypatch)
     with Progress(4) as progress:
-        for number, loss in ((1, 3.0), (2, 2.5)):
-            progress.update(number, loss, tokens=100, num_bytes=5_000)
-    shown = terminal.getvalue()
-    assert "loss 2.500" in shown
-    assert "tokens/s" in shown
-    assert "B/s" in shown
-    assert "2/4" in shown
+        steps(progress, 1, 2)
+        (line,) = screen.lines
+        for part in ("50%", "2/4", "loss 2.500", "0 s left", "tokens/s", "B/s"):
+            assert part in line
+
+
+@pytest.mark.parametrize(
+    ("columns", "there", "left_out"),
+    [
+        (60, ["█", "3/4", "loss 2.500", "s left"], ["B/s"]),
+        (40, ["█", "3/4", "loss 2.500"], ["tokens/s"]),
+        (20, ["3/4", "loss 2.500"], ["%", "█"]),
+        (5, ["3/4"], ["loss"]),
+    ],
+)
+def test_bar_fits_a_narrow_terminal_and_says_what_matters_most(
+    monkeypatch: pytest.MonkeyPatch, columns: int, there: list[str], left_out: list[str]
+) -> None:
+    screen = on_screen(monkeypatch, columns)
+    with Progress(4) as progress:
+        steps(progress, 1, 2, 3)
+        (line,) = screen.lines
+        assert len(line) < columns
+        assert all(part in line for part in there)
+        assert not any(part in line for part in left_out)
+
+
+def test_terminal_that_becomes_narrower_keeps_no_stale_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = on_screen(monkeypatch)
+    print("before", file=screen)
+    with Progress(8) as progress:
+        steps(progress, 1, 2)
+        for number, columns in enumerate((60, 40, 20, 70, 9), start=3):
+            screen.resize(columns)
+            steps(progress, number)
+            assert [line for line in screen.lines if line] == ["before", screen.lines[1]]
+            assert f"{number}/8" in screen.lines[1]
+
+
+def test_speed_is_not_measured_over_a_step_that_nobody_saw_begin(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(1) as progress:
+        progress.update(1, 3.0, tokens=10**9, num_bytes=10**9)
+    assert capsys.readouterr().err == "step 1/1: loss 3.000\n"
 
 
 def test_file_gets_plain_lines_and_always_the_last_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,6 +138,9 @@ def test_file_gets_plain_lines_and_always_the_last_one(capsys: pytest.CaptureFix
     said = capsys.readouterr().err
     assert "\r" not in said
     assert said.splitlines()[-1].startswith("step 3/3: loss 2.000, ")
+
+
+# How a program ends
 
 
 def test_expected_error_is_one_sentence_and_another_one_is_a_defect(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,3 +169,95 @@ def test_numbers_names_and_durations_read_as_people_write_them() -> None:
     assert [duration(seconds) for seconds in (0, 1, 42.4, 119, 180, 3600, 7500, 90000, 273600, 259200)] == [
         *("0.0 s", "1.0 s", "42 s", "119 s", "3 min", "1 h", "2 h 5 min", "25 h", "3 d 4 h", "3 d"),
     ]
+
+
+def shell(script: str, redirection: str, **environment: str) -> tuple[list[int], str]:
+    """Exit statuses of a program that prints and of what it is piped to, and everything that was said."""
+    program = (
+        f"import sys\nfrom terminal import run_program\ndef run():\n    {script}\nsys.exit(run_program('program', run, tuple))"
+    )
+    command = f'"$PYTHON" -c "$PROGRAM" {redirection}; echo "status ${{PIPESTATUS[@]}}" >&2'
+    variables = {**os.environ, **environment, "PYTHON": sys.executable, "PROGRAM": program}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=REPOSITORY, env=variables, capture_output=True, encoding="utf-8", errors="replace"
+    )
+    *said, statuses = done.stderr.splitlines()
+    return [int(word) for word in statuses.split()[1:]], "\n".join([*done.stdout.splitlines(), *said])
+
+
+MUCH = "for i in range(100_000): print('line', i)"
+
+
+@pytest.mark.parametrize(
+    ("redirection", "statuses", "said"),
+    [
+        ("| head -1", [141, 0], "line 0"),
+        ("> /dev/full", [1], "program: standard output cannot be written: No space left on device"),
+        (">&-", [1], "program: standard output cannot be written: it is closed"),
+    ],
+)
+def test_output_that_cannot_be_written_ends_the_program_with_a_sentence_or_quietly(
+    redirection: str, statuses: list[int], said: str
+) -> None:
+    assert shell(MUCH, redirection) == (statuses, said)
+
+
+@pytest.mark.parametrize("redirection", ["2> /dev/full", "2>&-", "2> >(true)"])
+def test_program_goes_on_where_nobody_reads_what_it_says_of_itself(redirection: str) -> None:
+    script = "[print('step', i, file=sys.stderr) for i in range(100_000)]; print('done')"
+    assert shell(script, f"{redirection} | cat") == ([0, 0], "done")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_what_an_encoding_has_not_is_replaced(encoding: str) -> None:
+    statuses, said = shell("print('price \\u20ac \\udc80 \\U0001f600!')", "", PYTHONIOENCODING=encoding)
+    assert statuses == [0]
+    assert said.startswith("price ")
+    assert said.endswith("!")
+
+
+# What a user types
+
+
+@pytest.mark.parametrize(
+    ("parser", "words", "said"),
+    [
+        (server_parser, ["enroll", "phone"], "there is no command 'enroll'; did you mean enrol?"),
+        (edge_parser, ["jion", "x"], "there is no command 'jion'; did you mean join?"),
+        (edge_parser, ["xyz"], "there is no command 'xyz'; there are train, "),
+        (edge_parser, ["train", "--serverr", "ws://x"], "there is no --serverr; did you mean --server?"),
+        (edge_parser, ["--verson"], "there is no --verson; did you mean --version?"),
+        (server_parser, ["serve", "--qorum=3"], "there is no --qorum; did you mean --quorum?"),
+        (export_parser, ["onx"], "there is no command 'onx'; did you mean onnx?"),
+        (export_parser, ["onnx", "--model", "m", "--output", "o", "--attention", "gqq"], "no value 'gqq'; did you mean gqa?"),
+    ],
+)
+def test_near_miss_is_answered_with_what_was_meant(
+    parser: "type[argparse.ArgumentParser]", words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parser().parse_args(words)
+    assert said in capsys.readouterr().err
+
+
+def test_words_that_look_like_flags_in_values_are_left_alone() -> None:
+    assert edge_parser().parse_args(["generate", "d", "--prompt=--no-flag -x"]).prompt == "--no-flag -x"
+    assert edge_parser().parse_args(["generate", "--prompt", "-- a dash", "d"]).prompt == "-- a dash"
+    assert edge_parser().parse_args(["generate", "--max-new", "3", "--prompt", "x", "d"]).max_new_tokens == 3
+
+
+def test_help_to_a_pipe_that_closes_is_quiet() -> None:
+    command = [sys.executable, "-m", "gpu_server", "serve", "--help"]
+    done = subprocess.run(["bash", "-c", f"{' '.join(command)} | true; exit ${{PIPESTATUS[0]}}"], stderr=subprocess.PIPE)
+    assert (done.returncode in (0, 141), done.stderr) == (True, b"")
+
+
+def test_tilde_is_the_home_folder_wherever_it_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/runs") == tmp_path / "runs"
+    assert user_path(Path("~")) == tmp_path
+    assert user_text_path("./gpt2") == "./gpt2"
+    assert user_text_path("org/name") == "org/name"
+    for text in ("~nobody-of-this-name/runs", "a\0b"):
+        with pytest.raises(PathError):
+            user_path(text)
