@@ -58,7 +58,9 @@ def _add_source(command: argparse.ArgumentParser) -> None:
     adapter = command.add_mutually_exclusive_group()
     adapter.add_argument("--run-dir", type=Path, metavar="RUN", help="of the run whose adapter is meant")
     adapter.add_argument("--adapter", type=Path, metavar="DIR", help="a PEFT folder instead")
-    command.add_argument("--model", required=True, help="the base model: a Hugging Face folder, or a hub name such as gpt2")
+    command.add_argument(
+        "--model", help="the base model: a Hugging Face folder, or a hub name such as gpt2 (default: as the run had it)"
+    )
     command.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder to be made")
     command.add_argument("--overwrite", action="store_true", help="replace a folder that exists")
 

@@ -13,7 +13,7 @@ __all__ = ["merge"]
 
 
 def merge(
-    model: str, output: Path, *, run_dir: Path | None = None, adapter: Path | None = None, overwrite: bool = False
+    model: str | None, output: Path, *, run_dir: Path | None = None, adapter: Path | None = None, overwrite: bool = False
 ) -> None:
     """
     Write the merged model in float32; arguments and errors are those of `export_onnx`.

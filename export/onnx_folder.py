@@ -32,7 +32,7 @@ BEST_FIRST = ("q8", "q4", "fp32", "fp16")
 
 
 def export_onnx(
-    model: str,
+    model: str | None,
     output: Path,
     *,
     run_dir: Path | None = None,
@@ -47,7 +47,7 @@ def export_onnx(
     Write an exported folder.
 
     Args:
-        model: a Hugging Face folder, or a name on the hub.
+        model: a Hugging Face folder, or a name on the hub; None is the model of the run.
         run_dir: whose adapter is merged.
         adapter: a PEFT folder that is merged instead.
         precisions: of fp32, fp16, q8 and q4.
@@ -92,7 +92,7 @@ class OnnxFolder:
                 )
             if source.adapter is None:
                 raise ExportError("--keep-adapter needs an adapter: give --run-dir or --adapter")
-            self.adapter, self.weights = source.adapter, source.base
+            self.adapter, self.weights = source.adapter, source.base()
         self.equalised = Equalised(self.weights, self.config)
         head_width = self.config.width // self.config.num_heads
         if attention == "gqa" and head_width % 8:

@@ -1,14 +1,21 @@
 """Adapters that are more than LoRA, merged by PEFT itself."""
 
+import dataclasses
+import logging
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
+from split_model import AdapterSettings
+
 from .errors import ExportError
 
-__all__ = ["merge_with_peft"]
+__all__ = ["load_with_peft", "merge_with_peft"]
+
+logger = logging.getLogger("export")
 
 
 def merge_with_peft(base: Path, adapter: Path, folder: Path) -> None:
@@ -16,20 +23,17 @@ def merge_with_peft(base: Path, adapter: Path, folder: Path) -> None:
     Write the base model with the adapter merged into it to ``folder``, in float32.
 
     Raises:
-        ExportError: PEFT cannot load or merge the adapter.
+        ExportError: PEFT cannot load or merge the adapter, or would leave a part of it out.
     """
     import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
+    model = load_with_peft(base, adapter)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the ways in which PEFT and transformers call each other
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        warnings.simplefilter("ignore")
         try:
-            merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
-        except (ValueError, KeyError, TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ExportError(f"{adapter}: PEFT cannot merge this adapter: {reason}") from None
+            merged = model.merge_and_unload(safe_merge=True)
+        except Exception as error:
+            raise _refusal(adapter, error) from None
         head, table = merged.lm_head.weight, merged.transformer.wte.weight
         # Training one of two tied matrices, or giving it an adapter, unties them.
         merged.config.tie_word_embeddings = bool(torch.equal(head, table))
@@ -42,3 +46,55 @@ def merge_with_peft(base: Path, adapter: Path, folder: Path) -> None:
                     shutil.copyfile(base / name, folder / name)
         except (OSError, SafetensorError) as error:
             raise ExportError(f"the merged model cannot be written to {folder}: {error}; TMPDIR says where it goes") from None
+
+
+def load_with_peft(base: Path, adapter: Path) -> Any:
+    """
+    The base model in transformers, float32, with the adapter put on by PEFT.
+
+    Of the settings, PEFT sees what they say of the adapter, and nothing of where to find code or another model.
+
+    Raises:
+        AdapterError, ExportError: PEFT cannot load the adapter, or would leave a part of it out.
+    """
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    settings = AdapterSettings.read(adapter)
+    known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    if unknown := [name for name in settings.values if name not in known and settings.has(name)]:
+        raise ExportError(f"{settings.path}: PEFT {peft.__version__} knows no {', '.join(unknown[:5])}; a newer one may")
+    if settings.changes_base:
+        logger.warning(
+            "%s: this adapter's initialisation (%s) changed the base model that it was trained on; "
+            "PEFT repeats that on the base as it is given, if it can, and else takes the base for one that was changed",
+            adapter,
+            settings.values["init_lora_weights"],
+        )
+    kept = {name: value for name, value in settings.values.items() if name in known and settings.has(name)}
+    for name in ("auto_mapping", "megatron_core", "revision"):
+        kept.pop(name, None)
+    kept |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "inference_mode": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the ways in which PEFT and transformers call each other
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+        try:
+            config = peft.LoraConfig(**kept)
+            adapted = peft.PeftModel.from_pretrained(model, adapter, config=config, autocast_adapter_dtype=False)
+            expected = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+            found = peft.load_peft_weights(str(adapter), device="cpu").keys()
+        except Exception as error:  # a stranger's settings reach every corner of PEFT, which has no exception of its own
+            raise _refusal(adapter, error) from None
+    if missing := sorted(expected - found):
+        raise ExportError(f"{adapter}: the adapter's {missing[0]} is missing, which its settings ask for")
+    if unused := sorted(found - expected - adapted.state_dict().keys()):
+        raise ExportError(
+            f"{adapter}: PEFT has no use for {unused[0]} with these settings; the adapter is not complete without it"
+        )
+    return adapted.eval()
+
+
+def _refusal(adapter: Path, error: Exception) -> ExportError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ExportError(f"{adapter}: PEFT cannot merge this adapter: {reason}")

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from split_model import DamagedFile, ModelConfig, read_sealed
+from split_model import AdapterError, DamagedFile, LoraConfig, read_sealed, save_adapter
 
 from .errors import ExportError
-from .lora import LoraAdapter, lora_updates, read_adapter
 
-__all__ = ["Run", "read_run"]
+__all__ = ["Run", "RunDirectory"]
 
 logger = logging.getLogger("export")
 
@@ -29,54 +28,71 @@ class Run:
     finished: bool
 
 
-def read_run(folder: Path, config: ModelConfig, fingerprint: str) -> tuple[Run, LoraAdapter]:
+class RunDirectory:
     """
-    The newest adapter of a run; a run that has not finished is said to be so.
+    What splitlora-server has written.
 
     Raises:
-        ExportError: the folder holds no run, or one of another model, or nothing was kept of it yet.
+        ExportError: the folder holds no run.
     """
-    description = _describe(folder)
-    if description["fingerprint"] != fingerprint:
-        raise ExportError(
-            f"{folder} is a run of the model {description['config']['model']!r} ({description['fingerprint']}); "
-            f"--model is another one ({fingerprint})"
-        )
-    reached = description.get("adapter")
-    if reached is None:  # the server is at it, or was killed: adapter/ may be of an earlier stop, or half written
-        return _last_checkpoint(folder, description, config)
-    run = Run(id=description["run"], step=reached["step"], finished=reached["step"] == reached["of"])
-    if not run.finished:
-        logger.warning("the run ended early: this is its adapter after step %d of %d", run.step, reached["of"])
-    return run, read_adapter(folder / "adapter", config)
 
-
-def _describe(folder: Path) -> dict[str, Any]:
-    path = folder / "run.json"
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(description["config"], dict) or not {"run", "fingerprint"} <= description.keys():
-            raise ValueError("it does not describe a run")
-    except FileNotFoundError:
-        raise ExportError(f"{path} is missing; --run-dir is the folder that splitlora-server was given") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{path} cannot be read: {error}") from None
-    return dict(description)
-
-
-def _last_checkpoint(folder: Path, description: dict[str, Any], config: ModelConfig) -> tuple[Run, LoraAdapter]:
-    for path in sorted((folder / "checkpoints").glob("*.safetensors"), reverse=True):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / "run.json"
         try:
-            text, tensors = read_sealed(path)
-            saved = json.loads(text)
-        except DamagedFile as error:
-            logger.warning("checkpoint %s is damaged: %s; trying the one before", path, error)
-            continue
-        if saved["run"] != description["run"]:
-            raise ExportError(f"{path} is of run {saved['run']}, not of {description['run']}")
-        logger.warning("the run has not finished: this is its last checkpoint, after step %d", saved["step"])
-        matrices = {name.removeprefix(ADAPTER): tensor.numpy() for name, tensor in tensors.items() if name.startswith(ADAPTER)}
-        settings = {"lora_alpha": description["config"]["lora_alpha"]}
-        run = Run(id=saved["run"], step=saved["step"], finished=False)
-        return run, lora_updates(path, matrices, settings, config)
-    raise ExportError(f"{folder} has no checkpoint yet and no adapter; wait for the run's first checkpoint")
+            description = json.loads(path.read_bytes())
+            config = description["config"]
+            self._id, self._fingerprint = str(description["run"]), str(description["fingerprint"])
+            self.model = str(config["model"])
+            """The base model, as the server was given it."""
+            self._lora = LoraConfig(
+                rank=int(config["lora_rank"]), alpha=float(config["lora_alpha"]), targets=tuple(config["lora_targets"])
+            )
+            reached = description.get("adapter")
+            # Without it the server is at it, or was killed: adapter/ may be of an earlier stop, or half written.
+            self._reached = None if reached is None else (int(reached["step"]), int(reached["of"]))
+        except FileNotFoundError:
+            raise ExportError(f"{path} is missing; --run-dir is the folder that splitlora-server was given") from None
+        except KeyError as error:
+            raise ExportError(f"{path} does not describe a run: {error} is missing") from None
+        except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError, AdapterError) as error:
+            raise ExportError(f"{path} cannot be read: {error}") from None
+
+    def adapter(self, fingerprint: str, scratch: Path) -> tuple[Run, Path]:
+        """
+        The newest adapter, as a PEFT folder; that the run has not finished is said.
+
+        Args:
+            fingerprint: of the base model that it is to be merged into.
+            scratch: an empty folder, for an adapter that only a checkpoint holds.
+
+        Raises:
+            ExportError: the run is of another model, or nothing was kept of it yet.
+        """
+        if self._fingerprint != fingerprint:
+            raise ExportError(
+                f"{self.folder} is a run of the model {self.model!r} ({self._fingerprint}); "
+                f"--model is another one ({fingerprint})"
+            )
+        if self._reached is None:
+            return self._last_checkpoint(scratch)
+        step, last = self._reached
+        if step != last:
+            logger.warning("the run ended early: this is its adapter after step %d of %d", step, last)
+        return Run(id=self._id, step=step, finished=step == last), self.folder / "adapter"
+
+    def _last_checkpoint(self, scratch: Path) -> tuple[Run, Path]:
+        for path in sorted((self.folder / "checkpoints").glob("*.safetensors"), reverse=True):
+            try:
+                text, tensors = read_sealed(path)
+                saved: dict[str, Any] = json.loads(text)
+            except DamagedFile as error:
+                logger.warning("checkpoint %s is damaged: %s; trying the one before", path, error)
+                continue
+            if saved["run"] != self._id:
+                raise ExportError(f"{path} is of run {saved['run']}, not of {self._id}")
+            logger.warning("the run has not finished: this is its last checkpoint, after step %d", saved["step"])
+            matrices = {name.removeprefix(ADAPTER): tensor for name, tensor in tensors.items() if name.startswith(ADAPTER)}
+            save_adapter(scratch, matrices, self._lora, self.model)
+            return Run(id=self._id, step=saved["step"], finished=False), scratch
+        raise ExportError(f"{self.folder} has no checkpoint yet and no adapter; wait for the run's first checkpoint")

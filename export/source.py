@@ -9,10 +9,11 @@ from pathlib import Path
 
 from split_model import BaseModel, ModelConfig, find_model
 
+from .adapter_folder import BeyondLora, read_adapter
 from .errors import ExportError
-from .lora import BeyondLora, LoraAdapter, Merged, read_adapter
+from .lora import LoraAdapter, Merged
 from .peft_merge import merge_with_peft
-from .run_directory import Run, read_run
+from .run_directory import Run, RunDirectory
 from .weights import StoredWeights, Weights
 
 __all__ = ["Source", "open_source"]
@@ -31,46 +32,57 @@ class Source:
     config: ModelConfig
     fingerprint: str
     """Of the base model, see `BaseModel.fingerprint`."""
-    base: Weights
+    stored: Weights
     adapter: LoraAdapter | None
+    adapter_folder: Path | None
+    """The PEFT folder that the adapter was read from."""
     run: Run | None
 
+    def base(self) -> Weights:
+        return Merged(self.stored, {})
+
     def merged(self) -> Weights:
-        return Merged(self.base, self.adapter) if self.adapter else self.base
+        return Merged(self.stored, self.adapter or {})
 
 
 @contextmanager
 def open_source(
-    model: str, *, run_dir: Path | None = None, adapter: Path | None = None, plain_only: bool = False
+    model: str | None, *, run_dir: Path | None = None, adapter: Path | None = None, plain_only: bool = False
 ) -> Iterator[Source]:
     """
     Args:
+        model: a Hugging Face folder, or a name on the hub; None is the model of the run.
         plain_only: whether an adapter that is more than LoRA is refused; else PEFT merges it, and that is the source.
 
     Raises:
-        ModelError, ExportError: the model, the run or the adapter cannot be read, or they do not belong together.
+        ModelError, AdapterError, ExportError: the model, the run or the adapter cannot be read, or they do not belong together.
     """
-    base = BaseModel(find_model(model))
+    directory = None if run_dir is None else RunDirectory(run_dir)
+    name = model or (directory.model if directory else None)
+    if name is None:
+        raise ExportError("--model is missing: the base model, unless --run-dir names a run, which knows its own")
+    base = BaseModel(find_model(name))
     base.check()
-    name, fingerprint, run, lora = model, base.fingerprint(), None, None
+    fingerprint, run, lora = base.fingerprint(), None, None
     with tempfile.TemporaryDirectory(prefix="splitlora-") as scratch:
-        if run_dir is not None:
-            run, lora = read_run(run_dir, base.config, fingerprint)
-        elif adapter is not None:
+        if directory is not None:
+            run, adapter = directory.adapter(fingerprint, Path(scratch, "adapter"))
+        if adapter is not None:
             try:
                 lora = read_adapter(adapter, base.config)
             except BeyondLora as error:
                 if plain_only:
-                    raise ExportError(f"{error}, which only merging can export; leave --keep-adapter out") from None
+                    raise ExportError(f"{error}; only merging can export it: leave --keep-adapter out") from None
                 logger.info("%s; it is merged by PEFT", error)
-                merge_with_peft(base.folder, adapter, Path(scratch))
-                base = BaseModel(Path(scratch))
+                merge_with_peft(base.folder, adapter, Path(scratch, "merged"))
+                base = BaseModel(Path(scratch, "merged"))
         yield Source(
             name=name,
             folder=base.folder,
             config=base.config,
             fingerprint=fingerprint,
-            base=StoredWeights(base.weight_files),
+            stored=StoredWeights(base.weight_files),
             adapter=lora,
+            adapter_folder=adapter,
             run=run,
         )

@@ -1,6 +1,7 @@
 """GPT-2 cut in two, with LoRA on both parts. Knows nothing of networks."""
 
 from .adapter_folder import load_adapter, save_adapter
+from .adapter_settings import AdapterSettings
 from .atomic_file import remove_unfinished, replace_file
 from .base_model import BaseModel, ModelConfig, find_model, is_hub_name
 from .errors import AdapterError, ModelError, TrainingDiverged
@@ -17,6 +18,7 @@ from .tokenizer import load_tokenizer
 __all__ = [
     "Adapter",
     "AdapterError",
+    "AdapterSettings",
     "BaseModel",
     "DamagedFile",
     "EdgePart",

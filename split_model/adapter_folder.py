@@ -2,26 +2,20 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .adapter_settings import CONFIG_FILE, WEIGHTS_FILE, AdapterSettings
 from .base_model import ModelConfig
 from .errors import AdapterError
 from .lora import Adapter, LoraConfig, adapter_shapes
 
 __all__ = ["load_adapter", "save_adapter"]
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-BEYOND_PLAIN_LORA = (
-    "use_dora",
-    "use_rslora",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
-)
+CHOOSING = ("use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules")
+"""Settings of plain LoRA that make layers differ in rank or scale, or leave some out: a run has one of each for all."""
 
 
 def save_adapter(folder: Path, adapter: Adapter, lora: LoraConfig, base_model: str) -> None:
@@ -50,14 +44,16 @@ def load_adapter(folder: Path, config: ModelConfig, lora: LoraConfig) -> Adapter
     Raises:
         AdapterError: it is missing or incomplete, or has another rank, alpha, targets or kind.
     """
-    stored = _read_config(folder / CONFIG_FILE)
-    _check_plain_lora(folder, stored)
+    settings = AdapterSettings.read(folder)
+    beyond = settings.beyond + [name for name in CHOOSING if settings.has(name)]
+    if beyond:
+        raise AdapterError(f"{folder}: only plain LoRA can be continued; this adapter uses {', '.join(beyond)}")
     for key, expected in {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": set(lora.targets)}.items():
-        found = stored.get(key)
+        found = settings.values.get(key)
         if isinstance(found, list):
-            found = set(map(str, found))
+            found = set(found)
         if found != expected:
-            raise AdapterError(f"{folder}: {key} is {stored.get(key)!r}, the run asks for {expected!r}")
+            raise AdapterError(f"{folder}: {key} is {settings.values.get(key)!r}, the run asks for {expected!r}")
     try:
         adapter = load_file(folder / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
@@ -67,22 +63,7 @@ def load_adapter(folder: Path, config: ModelConfig, lora: LoraConfig) -> Adapter
     if shapes != expected_shapes:
         odd = sorted(name for name in shapes.keys() | expected_shapes if shapes.get(name) != expected_shapes.get(name))
         raise AdapterError(f"{folder}: {odd[0]} is missing, unknown or of another shape; it was made for another model")
+    for name, matrix in adapter.items():
+        if not matrix.is_floating_point() or not torch.isfinite(matrix.float()).all():
+            raise AdapterError(f"{folder}: {name} has values that are not finite numbers; the adapter cannot be used")
     return {name: adapter[name] for name in expected_shapes}
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise AdapterError(f"{path} does not describe a LoRA adapter")
-    return config
-
-
-def _check_plain_lora(folder: Path, stored: dict[str, Any]) -> None:
-    beyond = [option for option in BEYOND_PLAIN_LORA if stored.get(option)]
-    if stored.get("bias", "none") != "none":
-        beyond.append("bias")
-    if beyond:
-        raise AdapterError(f"{folder}: only plain LoRA can be continued; this adapter uses {', '.join(beyond)}")

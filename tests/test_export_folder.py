@@ -28,7 +28,7 @@ from export.cli import build_parser, main
 from export.precision import PRECISIONS
 from export.verification import table
 from gpu_server import GpuServer
-from split_model import ModelError
+from split_model import AdapterError, ModelError
 
 TARGETS = ("c_attn", "c_proj", "c_fc")
 
@@ -255,7 +255,7 @@ def test_run_of_another_model_is_refused(run_dir: Path, tmp_path: Path) -> None:
 def refuse(model: Path, tmp_path: Path, message: str, **options: Any) -> None:
     """The export fails with the sentence, and leaves nothing behind."""
     before = sorted(tmp_path.iterdir())
-    with pytest.raises((ExportError, ModelError), match=message):
+    with pytest.raises((ExportError, ModelError, AdapterError), match=message):
         export_onnx(str(model), tmp_path / "out", **{"precisions": ["fp32"], **options})
     assert sorted(tmp_path.iterdir()) == before
 
@@ -263,24 +263,20 @@ def refuse(model: Path, tmp_path: Path, message: str, **options: Any) -> None:
 def test_adapter_of_another_shape_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     other = make_model(tmp_path, n_embd=64)
     folder = reference.make_adapter(other, tmp_path / "adapter", targets=["c_attn"])
-    refuse(tiny_model, tmp_path, r"\[4, 64\] and \[192, 4\], the model asks for \[r, 32\]", adapter=folder)
-
-
-@pytest.mark.parametrize("target", ["wte", "lm_head"])
-def test_adapter_on_a_layer_that_is_tied_is_refused_by_name(tiny_model: Path, tmp_path: Path, target: str) -> None:
-    folder = save_peft(tiny_model, tmp_path / "adapter", lora(target_modules=[target]))
-    refuse(tiny_model, tmp_path, f"{target}.*adapts nothing that is known; known are attn.c_attn", adapter=folder)
+    refuse(tiny_model, tmp_path, r"are \[4, 64\] and \[192, 4\], .* ask for \[4, 32\]", adapter=folder)
 
 
 def test_other_kinds_of_adapters_are_refused_by_name(tiny_model: Path, tmp_path: Path) -> None:
     kind = IA3Config(target_modules=["c_attn"], feedforward_modules=[], fan_in_fan_out=True, task_type="CAUSAL_LM")
     folder = save_peft(tiny_model, tmp_path / "adapter", kind)
-    refuse(tiny_model, tmp_path, "only LoRA adapters can be exported; this one's peft_type is 'IA3'", adapter=folder)
+    refuse(tiny_model, tmp_path, "only LoRA adapters can be used; peft_type is 'IA3'", adapter=folder)
 
 
 def test_dora_cannot_be_kept_apart(tiny_model: Path, tmp_path: Path) -> None:
     folder = save_peft(tiny_model, tmp_path / "adapter", lora(use_dora=True))
-    refuse(tiny_model, tmp_path, "use_dora, which only merging can export", adapter=folder, keep_adapter=True)
+    refuse(
+        tiny_model, tmp_path, "more than plain LoRA: use_dora.*; only merging can export it", adapter=folder, keep_adapter=True
+    )
 
 
 def test_adapter_that_peft_cannot_merge_is_refused_in_one_sentence(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
@@ -297,7 +293,7 @@ def test_adapter_that_peft_cannot_merge_is_refused_in_one_sentence(tiny_model: P
     [
         (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json is missing"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json cannot be read"),
-        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "this one's peft_type is None"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "peft_type is None"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"\0" * 20), "cannot be read as safetensors"),
         (lambda folder: save_file({}, folder / "adapter_model.safetensors"), "the adapter is empty"),

@@ -1,0 +1,152 @@
+"""A PEFT folder, which may be a stranger's, read without PEFT: to which layers its matrices belong, and at which scale."""
+
+import math
+import re
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  # teaches numpy, and so safetensors, what bfloat16 is
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from split_model import AdapterSettings, ModelConfig
+
+from .errors import ExportError
+from .lora import LoraAdapter, LoraUpdate
+from .patterns import AT_END, BEFORE_NUMBER, INSIDE, WHOLE, match_all
+from .weights import Floats
+
+__all__ = ["BeyondLora", "read_adapter"]
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+MATRIX = re.compile(r"base_model\.model\.(transformer\.h\.\d+\.\w+\.\w+)\.lora_([AB])\.weight")
+SHOWN = 3
+
+
+class BeyondLora(ExportError):
+    """An adapter that is more than plain LoRA on the blocks' linear layers: PEFT itself may be able to merge it."""
+
+
+def read_adapter(folder: Path, config: ModelConfig) -> LoraAdapter:
+    """
+    The adapter, if merging it means what PEFT makes of it: adding a product of two matrices to layers of the blocks.
+
+    Raises:
+        BeyondLora: the adapter is more than that.
+        AdapterError, ExportError: there is none, it cannot be read, or it is of another shape than the model.
+    """
+    settings = AdapterSettings.read(folder)
+    matrices = _read_matrices(folder / WEIGHTS_FILE)
+    targets = Targets(settings, config)
+    longest = max((size for matrix in matrices.values() for size in matrix.shape), default=0)
+    for layer in targets.layers:
+        if targets.rank(layer) > longest:
+            raise ExportError(f"{settings.path}: {layer} has rank {targets.rank(layer)}, and no matrix is that large")
+    pairs: dict[str, dict[str, Floats]] = {}
+    beyond = settings.beyond
+    for name, matrix in matrices.items():
+        if found := MATRIX.fullmatch(name):
+            pairs.setdefault(found[1], {})[found[2]] = matrix
+        else:
+            beyond.append(name.removeprefix("base_model.model."))
+    for layer in sorted(pairs.keys() ^ set(targets.layers)):
+        beyond.append(f"matrices of {layer}, which target_modules does not name" if layer in pairs else f"none of {layer}")
+    if beyond:
+        more = f" and {len(beyond) - SHOWN} more" if len(beyond) > SHOWN else ""
+        raise BeyondLora(f"{folder}: the adapter is more than plain LoRA: {', '.join(beyond[:SHOWN])}{more}")
+    return {layer.removeprefix("transformer."): _update(folder, layer, pair, targets, config) for layer, pair in pairs.items()}
+
+
+class Targets:
+    """
+    Which layers of a model's blocks settings name, at which rank and scale: by PEFT's rules, which its modules'
+    `check_target_module_exists` and `get_pattern_key` are.
+
+    Raises:
+        ExportError: a pattern is no regular expression, or cannot be matched in seconds.
+    """
+
+    def __init__(self, settings: AdapterSettings, config: ModelConfig) -> None:
+        self._settings = settings
+        self._values = values = settings.values
+        blocks = {f"transformer.h.{block}": block for block in range(config.num_layers)}
+        layers = {f"{name}.{layer}": block for name, block in blocks.items() for layer in config.layer_shapes}
+        try:
+            # All of them, against whatever PEFT may match them with: what is fast here is fast there.
+            self._matched = match_all(_expressions(settings), [*layers, *_other_modules(blocks)])
+        except ExportError as error:
+            raise ExportError(f"{settings.path}: {error}") from None
+        chosen = values.get("layers_to_transform")
+        some_blocks = {chosen} if isinstance(chosen, int) else set(chosen or layers.values())
+        whole = isinstance(values.get("target_modules"), str)
+        self.layers = [
+            layer
+            for layer, block in layers.items()
+            if self._is_named("target_modules", layer) and not self._is_named("exclude_modules", layer)
+            if whole or block in some_blocks
+        ]
+
+    def rank(self, layer: str) -> int:
+        return int(self._of_pattern("rank_pattern", layer, self._values["r"]))
+
+    def scale(self, layer: str) -> float:
+        alpha, rank = float(self._of_pattern("alpha_pattern", layer, self._values["lora_alpha"])), self.rank(layer)
+        return alpha / (math.sqrt(rank) if self._values.get("use_rslora") else rank)
+
+    def _is_named(self, setting: str, layer: str) -> bool:
+        names = self._values.get(setting) or []
+        if isinstance(names, str):
+            return layer in self._matched[WHOLE, names]
+        return any(layer == name or layer.endswith(f".{name}") for name in names)
+
+    def _of_pattern(self, setting: str, layer: str, default: float) -> float:
+        """The value of the first pattern that matches the end of a layer's full name."""
+        patterns: dict[str, float] = self._values.get(setting) or {}
+        return next((value for pattern, value in patterns.items() if layer in self._matched[AT_END, pattern]), default)
+
+
+def _expressions(settings: AdapterSettings) -> list[tuple[str, str]]:
+    values, found = settings.values, []
+    for form, keys in {
+        WHOLE: [name for key in ("target_modules", "exclude_modules") if isinstance(name := values.get(key), str)],
+        AT_END: [*(values.get("rank_pattern") or {}), *(values.get("alpha_pattern") or {})],
+        INSIDE: values.get("modules_to_save") or [],
+        BEFORE_NUMBER: [names] if isinstance(names := values.get("layers_pattern"), str) else names or [],
+    }.items():
+        found += [(form, key) for key in keys]
+    return found
+
+
+def _other_modules(blocks: dict[str, int]) -> list[str]:
+    inner = ("", ".ln_1", ".attn", ".attn.attn_dropout", ".attn.resid_dropout", ".ln_2", ".mlp", ".mlp.act", ".mlp.dropout")
+    outer = ("transformer", *(f"transformer.{name}" for name in ("wte", "wpe", "drop", "h", "ln_f")), "lm_head")
+    return [*outer, *(f"{block}{name}" for block in blocks for name in inner)]
+
+
+def _read_matrices(path: Path) -> dict[str, Floats]:
+    if not path.is_file():
+        raise ExportError(f"{path} is missing; an adapter folder has the adapter's matrices in it")
+    try:
+        matrices = {name: matrix.astype(np.float32) for name, matrix in load_file(path).items()}
+    except (OSError, SafetensorError, TypeError, AttributeError, KeyError) as error:  # the last three: types numpy has not
+        raise ExportError(f"{path} cannot be read as safetensors: {error}") from None
+    if not matrices:
+        raise ExportError(f"{path}: the adapter is empty")
+    for name, matrix in matrices.items():
+        if not np.isfinite(matrix).all():
+            raise ExportError(f"{path}: {name} has values that are not finite numbers; the adapter cannot be used")
+    return matrices
+
+
+def _update(folder: Path, layer: str, pair: dict[str, Floats], targets: Targets, config: ModelConfig) -> LoraUpdate:
+    if pair.keys() != {"A", "B"}:
+        raise ExportError(f"{folder}: {layer} has only one of its two matrices")
+    a, b = pair["A"], pair["B"]
+    inputs, outputs = config.layer_shapes[layer.split(".", 3)[3]]
+    rank = targets.rank(layer)
+    if a.shape != (rank, inputs) or b.shape != (outputs, rank):
+        raise ExportError(
+            f"{folder}: the matrices of {layer} are {list(a.shape)} and {list(b.shape)}, the model and the adapter's settings "
+            f"ask for [{rank}, {inputs}] and [{outputs}, {rank}]; the adapter is of another model"
+        )
+    return LoraUpdate(a=a, b=b, scale=targets.scale(layer))

@@ -1,0 +1,136 @@
+"""adapter_config.json of a PEFT folder, which may be a stranger's: read without PEFT, and every value checked."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import AdapterError
+
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "AdapterSettings"]
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+LARGEST = 3e38
+"""Of float32, in which adapters are merged."""
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_integer(value) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
+
+
+def _is_switch(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _is_name_or_names(value: Any) -> bool:
+    return value is None or isinstance(value, str) or _is_names(value)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_layers(value: Any) -> bool:
+    return value is None or _is_integer(value) or (isinstance(value, list) and all(map(_is_integer, value)))
+
+
+def _is_map_of(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or (isinstance(value, dict) and all(map(is_right, value.values())))
+
+
+Check = tuple[Callable[[Any], bool], str]
+CHECKS: dict[str, Check] = {
+    "r": (_is_rank, "a positive integer"),
+    "lora_alpha": (_is_number, "a finite number"),
+    "use_rslora": (_is_switch, "true or false"),
+    "bias": (lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
+    "init_lora_weights": (lambda value: value is None or isinstance(value, bool | str), "true, false or a name"),
+    "target_modules": (_is_name_or_names, "a list of names or one regular expression"),
+    "exclude_modules": (_is_name_or_names, "a list of names or one regular expression"),
+    "modules_to_save": (lambda value: value is None or _is_names(value), "a list of names"),
+    "layers_to_transform": (_is_layers, "a list of integers"),
+    "layers_pattern": (_is_name_or_names, "a name or a list of names"),
+    "rank_pattern": (_is_map_of(_is_rank), "a map from patterns to positive integers"),
+    "alpha_pattern": (_is_map_of(_is_number), "a map from patterns to finite numbers"),
+}
+"""What the settings must be on which the value of a merged matrix depends."""
+WITHOUT_EFFECT = {
+    *("peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    *("lora_dropout", "fan_in_fan_out", "megatron_core"),
+    # They act only together with a setting that is not plain LoRA itself.
+    *("qalora_group_size", "ensure_weight_tying", "eva_config", "corda_config", "loftq_config", "lora_ga_config"),
+}
+"""Settings with which plain LoRA is merged as without them."""
+BASE_UNCHANGED = ("gaussian", "eva", "orthogonal", "mica")
+"""Initialisations of the matrices alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base model, too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings:
+    """The settings of a LoRA adapter, of the right types, with PEFT's defaults where the file has none."""
+
+    path: Path
+    """Of the file, for messages."""
+    values: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> "AdapterSettings":
+        """
+        Raises:
+            AdapterError: there is no adapter, or one that is not LoRA; a value is of the wrong type or names a module to be
+                imported.
+        """
+        path = folder / CONFIG_FILE
+        if not path.is_file():
+            raise AdapterError(f"{path} is missing; an adapter folder has {CONFIG_FILE} and {WEIGHTS_FILE}")
+        try:
+            values = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise AdapterError(f"{path} cannot be read: {error}") from None
+        kind = values.get("peft_type") if isinstance(values, dict) else None
+        if kind != "LORA":
+            raise AdapterError(f"{path}: only LoRA adapters can be used; peft_type is {_shown(kind)}")
+        values = {"r": 8, "lora_alpha": 8, "bias": "none", "init_lora_weights": True} | values
+        for name, (is_right, description) in CHECKS.items():
+            if not is_right(values.get(name)):
+                raise AdapterError(f"{path}: {name} is {_shown(values.get(name))}; it must be {description}")
+        if values.get("megatron_config") or values.get("megatron_core") not in (None, "megatron.core"):
+            raise AdapterError(f"{path}: megatron_config and megatron_core name Python code to be imported; remove them")
+        return cls(path=path, values=values)
+
+    def has(self, name: str) -> bool:
+        """Whether a setting is there that is not left at nothing."""
+        value = self.values.get(name)
+        return value is not False and value not in (None, "", [], {})  # the block 0 is something
+
+    @property
+    def beyond(self) -> list[str]:
+        """What of the settings is more than adding the product of two matrices to a layer's; empty for plain LoRA."""
+        plain = CHECKS.keys() - {"modules_to_save", "layers_pattern"} | WITHOUT_EFFECT
+        beyond = [name for name in self.values if name not in plain and self.has(name)]
+        if self.values["bias"] != "none":
+            beyond.append("bias")
+        if self.changes_base:
+            beyond.append(f"init_lora_weights={_shown(self.values['init_lora_weights'])}")
+        return beyond
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the adapter was trained on another base model than the one it names: its initialisation changed that."""
+        way = self.values["init_lora_weights"]
+        return isinstance(way, str) and way.lower() not in BASE_UNCHANGED
+
+
+def _shown(value: Any) -> str:
+    """A stranger's value, for a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
