@@ -167,7 +167,8 @@ class Reference:
     def _merge(self, adapter: Path, folder: Path) -> None:
         base = BaseModel(folder)
         equalised = Equalised(StoredWeights(base.weight_files), base.config)
-        values = onnxruntime.AdapterFormat.read_adapter(str(adapter)).get_parameters()
+        stored = onnxruntime.AdapterFormat.read_adapter(str(adapter))  # its parameters are views into what it holds
+        values = stored.get_parameters()
         for name in values:
             if name.endswith(".lora_A.weight"):
                 layer = name.removesuffix(".lora_A.weight")
