@@ -1,5 +1,7 @@
 # make demo           train a split model end to end, export it and generate with it, here and now
 # make test           run all tests
+# make test-pythons   what needs no torch, on the other versions of Python that are promised and found here
+# make test-lowest    all tests, or those in TESTS, with the lowest versions that pyproject.toml allows
 # make test-runtimes  load an exported folder with every runtime that people deploy with; needs node
 # make check          lint, format, types
 # make bench          the benchmarks, long
@@ -13,7 +15,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-runtimes check bench bench-links bench-export chaos fuzz soak
+# The other versions of Python that are promised.
+PYTHONS := 3.10 3.12 3.13
+
+.PHONY: demo test test-pythons test-lowest test-runtimes check bench bench-links bench-export chaos fuzz soak
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.runtime
@@ -22,6 +27,12 @@ demo: $(VENV)/.runtime
 # Each process of them takes a gigabyte.
 test: $(VENV)/.development
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
+test-pythons: $(VENV)/.development
+	for version in $(PYTHONS); do tests/on_python $$version || exit 1; done
+
+test-lowest: .venv-lowest/.packages
+	.venv-lowest/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(TESTS)
 
 test-runtimes: $(VENV)/.development .venv-runtimes/.runtimes .venv-node/.packages
 	$(BIN)/python -m pytest tests/runtimes
@@ -68,6 +79,16 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 # Dependency groups need a pip of 2025, which the runtime's recipe has just installed.
 $(VENV)/.development: $(VENV)/.runtime
 	$(PIP) install --constraint constraints.txt --group dev
+	touch $@
+
+# pip, which knows where the torch that constraints.txt names comes from, installs what uv has found out.
+.venv-lowest/.packages: pyproject.toml constraints.txt tests/without-torch.txt $(VENV)/.development
+	python3 -m venv .venv-lowest
+	$(BIN)/uv pip compile --quiet --python .venv-lowest --resolution lowest-direct --override tests/without-torch.txt \
+		--extra server --extra export --extra generate --group dev --output-file .venv-lowest/lowest.txt pyproject.toml
+	.venv-lowest/bin/python -m pip --disable-pip-version-check --quiet install --requirement .venv-lowest/lowest.txt \
+		"$$(grep ^torch== constraints.txt)"
+	.venv-lowest/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --editable .
 	touch $@
 
 .venv-runtimes/.runtimes: tests/runtimes/requirements.txt

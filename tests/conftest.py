@@ -4,23 +4,40 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel
 
-from edge_client import EdgeClient, Step
-from gpu_server import GpuServer, RunEndedEarly, StepRecord
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
-# Whole federations run in this process, on models so small that a second thread only waits for the first.
-torch.set_num_threads(1)
+    from edge_client import Step
+    from gpu_server import StepRecord
+
+
+class _SkipsWhatNeedsTorch:
+    """Finds no module. Where torch is not installed, a test or a file of tests that comes to import it is skipped."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        if name == "torch":
+            pytest.skip("needs torch", allow_module_level=True)
+
+
+if find_spec("torch"):
+    import torch
+
+    # Whole federations run in this process, on models so small that a second thread only waits for the first.
+    torch.set_num_threads(1)
+else:
+    sys.meta_path.append(_SkipsWhatNeedsTorch)
 
 # A script that starts the tests in the background has Ctrl-C ignored; the programs that tests interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -37,8 +54,10 @@ def shared_path(name: str) -> Path:
     return path
 
 
-def make_tokenizer() -> Tokenizer:
+def make_tokenizer() -> "Tokenizer":
     """A byte-level BPE of 600 entries, learnt in a moment from the project's own sample."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -54,6 +73,9 @@ def make_tokenizer() -> Tokenizer:
 
 def make_model(folder: Path, *, seed: int = 0, **shape: Any) -> Path:
     """A random GPT-2 with a vocabulary of 600, and weights large enough that every layer matters."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -119,8 +141,8 @@ class RunResult:
     """What both sides of a run reported."""
 
     run_dir: Path
-    records: list[StepRecord]
-    steps: dict[str, list[Step]]
+    records: "list[StepRecord]"
+    steps: "dict[str, list[Step]]"
     perplexity: dict[str, tuple[float, float]] = field(default_factory=dict)
     """By client with eval_data: before and after."""
 
@@ -139,6 +161,9 @@ def run_in_thread(function: Callable[[], Any]) -> "Future[Any]":
 
 def run_split(server_options: dict[str, Any], clients: dict[str, dict[str, Any]]) -> RunResult:
     """A whole run over loopback sockets: a server, and a thread for each client, given EdgeClient's arguments by name."""
+    from edge_client import EdgeClient
+    from gpu_server import GpuServer, RunEndedEarly
+
     steps: dict[str, list[Step]] = {}
     perplexity: dict[str, tuple[float, float]] = {}
     errors: list[BaseException] = []

@@ -766,7 +766,7 @@ def test_the_protocol_loads_neither_torch_nor_a_network() -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "protocol" in loaded
-    assert loaded.isdisjoint({"torch", "asyncio", "websockets", "socket", "ssl", "transformers", "selectors"})
+    assert loaded.isdisjoint({"torch", "asyncio", "websockets", "socket", "ssl", "transformers"})
 
 
 def test_public_names_are_sorted_and_exist() -> None:
