@@ -202,7 +202,8 @@ class RunServer:
         self._last_row: asyncio.Task[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
         self._patience_ends: asyncio.TimerHandle | None = None
-        self._round_end = (federation.round, compute.round_end)
+        self._round_end: tuple[int, Adapter]
+        """What the last round ended with: its step, and `Compute.round_end` as it was then."""
         self._to_keep: tuple[int, Adapter] | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._complete = False
@@ -246,6 +247,8 @@ class RunServer:
             for notice in self._door.notices:
                 logger.warning("%s", notice)
             watch = self._loop.create_task(self._watch_enrolments())
+            # Not before: a run that is resumed stands at its checkpoint only now.
+            self._round_end = (self._federation.round, self._compute.round_end)
             try:
                 self._perform(first)
                 to_be_continued = await self._ended

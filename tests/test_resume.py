@@ -86,6 +86,33 @@ def test_terminated_server_keeps_its_last_round_and_goes_on_when_resumed(
     assert losses(run_dir) == losses(tmp_path / "undisturbed")
 
 
+def test_server_that_is_resumed_and_stopped_before_a_round_ends_leaves_its_checkpoints_as_they_are(
+    settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path], monkeypatch: Any
+) -> None:
+    options = {**settings, "run_dir": str(tmp_path / "run"), "linger": 1}
+    device = {"model": options["model"], "data": pairs_file("a", 9), "state_dir": tmp_path / "state", "dtype": "float32"}
+    with GpuServer(**options, port=0) as server, pytest.raises(ConnectionFailed):  # noqa: PT012  # it suspends amid the steps
+        with EdgeClient(server.url, name="a", give_up_after=0.0, **device) as client:
+            for step in client.train():
+                if step.number == 8:
+                    server.suspend()
+    assert Checkpoints(tmp_path / "run/checkpoints").steps()[-1] == 8
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "run/checkpoints").iterdir()}
+    written, write = [], Checkpoints.write
+
+    def watched_write(self: Checkpoints, saved: SavedRound) -> None:
+        written.append(saved.step)
+        write(self, saved)
+
+    monkeypatch.setattr(Checkpoints, "write", watched_write)
+    with GpuServer(run_dir=options["run_dir"], model=options["model"], resume=True, port=0) as again:
+        again.suspend()
+        with pytest.raises(RunEndedEarly, match="the server was stopped after step 8"):
+            list(again.train())
+    assert written == [8]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run/checkpoints").iterdir()} == kept
+
+
 def test_server_that_is_stopped_while_a_round_ends_writes_its_checkpoint_once_at_a_time(
     settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path], monkeypatch: Any
 ) -> None:
