@@ -9,18 +9,16 @@ from dataclasses import replace
 from typing import TypeVar, cast
 
 from protocol import (
-    Activations,
-    AdapterGradient,
     EdgeAdapter,
     Evaluation,
     Hello,
+    Itinerary,
     Join,
     KeptSamples,
     Message,
     Seconds,
     Start,
     Welcome,
-    identity,
 )
 
 from .connection import Connection, ConnectionFailed, Dial, Refused
@@ -163,7 +161,7 @@ class Membership:
         """On another connection, unless the run has left these questions behind."""
         before = (self.welcome.restarts, self.round)
         start = self._keep_trying(error, self._come_back)
-        if (self.welcome.restarts, start.round) != before or not _is_next(waiting[0], start):
+        if (self.welcome.restarts, start.round) != before or not Itinerary.may_ask_again(waiting[0], start):
             self._go_to(start, waiting[0])
         if isinstance(waiting[0], Evaluation):
             self._start_unheard = start, self._start_unheard is not None and self._start_unheard[1]
@@ -211,7 +209,7 @@ class Membership:
         """Whether a question of the training is still to be asked, if the run has said meanwhile where it stands."""
         if self._start_unheard is not None:
             (start, must_go), self._start_unheard = self._start_unheard, None
-            if must_go or not _is_next(question, start):
+            if must_go or not Itinerary.may_ask_again(question, start):
                 self._go_to(start, question)
 
     def _connected(self) -> Connection:
@@ -274,11 +272,3 @@ class Membership:
             self._bytes_before += self._connection.num_bytes
             self._connection.abandon()
             self._connection = None
-
-
-def _is_next(question: Message, start: Start) -> bool:
-    """Whether one who goes on from ``start`` would ask this; else the run has left the question behind."""
-    kind, number, _ = identity(question)
-    if kind is Evaluation:
-        return True
-    return number == (start.step + 1 if kind in (Activations, AdapterGradient) else start.step)

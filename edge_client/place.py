@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from protocol import Array
+from protocol import Array, Remembered
 from protocol.settings import LARGEST_COUNT
 from split_model import SampleFolder, remove_unfinished, replace_file
 
@@ -23,14 +23,9 @@ class StateError(OSError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedStep:
+class SavedStep(Remembered):
     """What the device had learnt when it had finished a step."""
 
-    step: int
-    round: int
-    """The last step that was in the adapter it began the round with."""
-    restarts: int
-    """Of the server, as `Welcome` gave them."""
     state: dict[str, Array]
     """See `TorchEngine.state`."""
 

@@ -13,6 +13,8 @@ from protocol import (
     EdgeAdapter,
     Evaluation,
     EvaluationLoss,
+    Itinerary,
+    QuestionId,
     RemoteProtocolError,
     RunEnd,
     Seconds,
@@ -74,6 +76,7 @@ def train(
     optimiser = OptimiserConfig(**settings.optimiser())
     order_seed = (settings.seed, name, "order") if shuffle else None
     last_step = settings.steps_of_client(len(data.samples), batch_size)
+    itinerary = Itinerary(settings, last_step)
 
     def micro_batches(step: int) -> Iterator[Activations]:
         """The step's batch in parts; each is computed when it is asked for."""
@@ -100,9 +103,9 @@ def train(
         engine.load_adapter(answer.tensors)
 
     def steps_after(start: Start) -> Iterator[Step]:
-        is_due = _go_to(start, engine, membership, place)
-        if is_due and (settings.ends_round(start.step) or start.step == last_step):
-            contribute(start.step, AdapterWeights, engine.adapter())
+        first = _go_to(start, engine, membership, place, itinerary)
+        if first.kind is AdapterWeights:
+            contribute(first.step, AdapterWeights, engine.adapter())
 
         for step in range(start.step + 1, last_step + 1):
             bytes_before, seconds_before = membership.num_bytes, membership.stopwatch.read()
@@ -119,7 +122,7 @@ def train(
             else:
                 # Every client steps by itself; at a round's end the adapters are averaged.
                 engine.take_step(optimiser.learning_rate_at(step, start.total_steps))
-                ends_round = settings.ends_round(step) or step == last_step
+                ends_round = itinerary.ends_round(step)
                 _keep_step(step, engine, membership, place, is_round_end=ends_round)
                 if ends_round:
                     contribute(step, AdapterWeights, engine.adapter())
@@ -148,8 +151,8 @@ def _check_answer(question: Activations, answer: ActivationGradient) -> None:
         raise RemoteProtocolError(f"expected the gradient of {asked}; got that of {got}")
 
 
-def _go_to(start: Start, engine: TorchEngine, membership: Membership, place: Place) -> bool:
-    """Stand where the run does. Says whether this device has just finished the step, and not contributed it yet."""
+def _go_to(start: Start, engine: TorchEngine, membership: Membership, place: Place, itinerary: Itinerary) -> QuestionId:
+    """Stand where the run does. Returns the question to go on with."""
     settings, restarts = membership.welcome.settings, membership.welcome.restarts
     place.forget_after(start.step)
     saved = place.load(start.step) if settings.aggregate_every > 1 else None
@@ -157,11 +160,10 @@ def _go_to(start: Start, engine: TorchEngine, membership: Membership, place: Pla
         engine.restore(saved.state)
     elif settings.aggregate_every > 1:
         engine.forget()
-    goes_on = saved is not None and (saved.restarts, saved.round) == (restarts, start.round)
-    if not goes_on:
+    if saved is None or not saved.is_of_round(start, restarts):
         engine.load_adapter(start.adapter)
     membership.step = start.step
-    return goes_on and saved is not None and saved.step == start.step
+    return itinerary.resume(start, restarts, saved)
 
 
 def _keep_step(step: int, engine: TorchEngine, membership: Membership, place: Place, *, is_round_end: bool) -> None:

@@ -27,8 +27,10 @@ from protocol import (
     Evaluation,
     EvaluationLoss,
     Hello,
+    Itinerary,
     Join,
     Message,
+    QuestionId,
     RemoteProtocolError,
     RunEnd,
     RunSettings,
@@ -200,22 +202,26 @@ class Member:
     """A client of the run."""
 
     join: Join
-    last_step: int
-    """The last step it has data for."""
-    next_question: tuple[type, int, int]
-    """The first that is not answered, evaluations aside: kind, step and micro-batch. It may have asked the next ones, too."""
+    itinerary: Itinerary
+    next_question: QuestionId = field(default_factory=lambda: QuestionId(Activations, 1))
+    """The first that is not answered, evaluations aside. It may have asked the next ones, too."""
     connected: bool = True
     absent: bool = False
-    """A step has gone on without it. It is not waited for until it comes back."""
+    """A step or a round has gone on without it. It is not waited for until it has been told where to go on."""
     left: bool = False
-    """For good, as far as it knows; it may still come back."""
+    """For good, as far as it knows, so nobody waits for it. Until a step or a round has gone on without it, it may come back
+    as if its connection had been lost."""
     in_round: bool = False
     """It took part in a step of the present round."""
-    labelled_tokens: int = 0
-    """In this round."""
+    labelled_tokens: dict[int, int] = field(default_factory=dict)
+    """In this round, by step, of those steps that are in its matrices."""
+    remembers: int = 0
+    """The last step that it has finished and not forgotten, as its last message tells."""
     gone_on_after: int = -1
     """The step of the last `Start` on its present connection: what it asks of steps up to that one, that has answered."""
-    answers: dict[tuple[type, int, int], Message] = field(default_factory=dict)
+    told: tuple[int, int] | None = None
+    """Step and round of that `Start`."""
+    answers: dict[QuestionId, Message] = field(default_factory=dict)
     """Those to the questions of one kind and step that were answered last."""
     evaluation: Evaluation | None = None
     """The held-out batch whose loss its present connection waits for."""
@@ -223,6 +229,11 @@ class Member:
     """When its last connection was lost; None while it is connected."""
     missed_from: int = 0
     """The first step that has gone on without it, while it is absent."""
+
+    @property
+    def last_step(self) -> int:
+        """The last step it has data for."""
+        return self.itinerary.last_step
 
 
 @dataclass
@@ -294,13 +305,12 @@ class Federation:
         """
         for name, fields in membership.items():
             join = Join(**{key: value for key, value in fields.items() if key != "left"})
-            last_step = self.settings.steps_of_client(join.num_samples, join.batch_size)
-            self.members[name] = Member(join, last_step, (Activations, 1, 0), connected=False, left=fields["left"])
+            self.members[name] = Member(join, self._itinerary(join), connected=False, left=fields["left"])
         self.step = self.round = self._finished_step = step
         self.checkpoints = (earliest, step)
         self.total_steps = max(member.last_step for member in self.members.values())
         for member in self.members.values():
-            member.next_question = self._question_after_round(member)
+            member.next_question = member.itinerary.after_round(self.step)
         self._enter(Phase.ACTIVATIONS, now)
         return self._advance(now)
 
@@ -358,8 +368,9 @@ class Federation:
                 f"{join.batch_size}; start it as before"
             )
         self.greeted.discard(name)
-        member.absent = member.absent or member.left
-        member.join, member.connected, member.left, member.gone_on_after = join, True, False, -1
+        member.join, member.connected, member.left = join, True, False
+        member.gone_on_after, member.told = -1, None
+        member.remembers = join.step
         return self._tell_where_to_go_on(name, now)
 
     def receive(self, name: str, message: Message, now: float) -> list[Action]:
@@ -386,7 +397,7 @@ class Federation:
         return actions + self._take(name, message, now)
 
     def _take(self, name: str, message: OfAStep, now: float) -> list[Action]:
-        member, question = self.members[name], identity(message)
+        member, question = self.members[name], QuestionId(*identity(message))
         if not member.absent and self._may_ask(member, question):
             self._check(member, message)
             place = name, question[2]
@@ -397,11 +408,14 @@ class Federation:
         if not member.absent and question in member.answers:
             self.timing.replied(name, now)
             return [Reply(name, member.answers[question])]
-        if not self._is_behind(member, question):
+        told_already = not member.absent and member.told == (self._resumes_after(member), self.round)
+        if told_already or not self._is_behind(member, question):
+            # A client would take the same `Start` for one message, delivered twice, and wait for ever.
             kind, step, _ = member.next_question
             raise RemoteProtocolError(
                 f"expected {kind.__name__} of step {step}, got {type(message).__name__} of step {message.step}"
             )
+        member.remembers = message.step - 1 if isinstance(message, Activations | AdapterGradient) else message.step
         return self._tell_where_to_go_on(name, now)
 
     def disconnected(self, name: str, now: float) -> list[Action]:
@@ -421,8 +435,7 @@ class Federation:
         member = self.members.get(name)
         if member is None:
             return []
-        member.left, member.in_round, member.labelled_tokens = True, False, 0
-        self._forget_questions(name)
+        member.left = True
         return self._advance(now)
 
     def tick(self, now: float) -> list[Action]:
@@ -479,7 +492,7 @@ class Federation:
                     queue_seconds=self.timing.queued((name, self.micro_batch)),
                     compute_seconds=seconds,
                 )
-                next_question = self._question_after_gradient(self.members[name], step, ends_step=ends_step)
+                next_question = self.members[name].itinerary.after_activations(step, self.micro_batch)
                 actions += self._reply(name, answer, next_question, now)
         if not ends_step:
             self.micro_batch += 1
@@ -488,10 +501,10 @@ class Federation:
         self.micro_batch = 0
         for name, num_labels in self._in_step.items():
             member = self.members[name]
-            if not member.absent and not member.left:  # else it takes the step back
-                member.labelled_tokens += num_labels
+            if not member.absent:  # else it takes the step back
+                member.labelled_tokens[self.step] = num_labels
         if self.settings.ends_round(self.step) or not self._participants():
-            self._enter(Phase.CONTRIBUTIONS, now)
+            self._end_round(now)
         else:
             actions += self._finish_step(now)
         return actions + self._advance(now)
@@ -507,11 +520,10 @@ class Federation:
 
     def aggregated(self, edge_adapter: Tensors, seconds: float, now: float) -> list[Action]:
         """The edge adapter of the last `Aggregate` is computed."""
-        self.edge_adapter, self.round = edge_adapter, self.step
+        self.edge_adapter = edge_adapter
         self._server_compute += seconds
-        asked = self._asked(Contribution)
         actions: list[Action] = []
-        for name in [name for name in self._contributors() if name in asked]:
+        for name in sorted(self._asked(Contribution)):
             answer = EdgeAdapter(
                 step=self.step,
                 tensors=edge_adapter,
@@ -519,9 +531,8 @@ class Federation:
                 queue_seconds=self.timing.queued((name, 0)),
                 compute_seconds=seconds,
             )
-            actions += self._reply(name, answer, self._question_after_round(self.members[name]), now)
-        for member in self.members.values():
-            member.in_round, member.labelled_tokens = False, 0
+            actions += self._reply(name, answer, self.members[name].itinerary.after_round(self.step), now)
+        self._close_round()
         actions += self._finish_step(now)
         if self._rounds_since_checkpoint() >= self.checkpoint_every or not self._participants():
             actions.append(Checkpoint(self.step))
@@ -568,7 +579,9 @@ class Federation:
             return actions + notes + ([self._train(ready, now)] if ready else [])
         if self.phase is Phase.CONTRIBUTIONS:
             contributors = self._wanted()
-            if not contributors:
+            if not contributors:  # all have left: the edge adapter stays as it was
+                self._overtake_without(contributors)
+                self._close_round()
                 return self._finish_step(now) + self._advance(now)
             ready, notes = self._gathered(Contribution, contributors, now)
             return notes + ([self._aggregate(ready, now)] if ready else [])
@@ -590,9 +603,6 @@ class Federation:
             return ready, []
         self._deadline_passed = self.quorum is not None and now - self._since >= self.deadline.seconds(kind)
         if len(ready) >= needed and self._deadline_passed:
-            for name in awaited:
-                self.members[name].absent, self.members[name].missed_from = True, self._step_under_way
-                self._forget_questions(name)
             silent = f"{self._names(awaited)}, silent for {duration(now - self._since)}"
             return ready, [Report(f"step {self._step_under_way} goes on without {silent}")]
         quorum = "" if self.quorum is None else f", {needed} needed"
@@ -633,6 +643,8 @@ class Federation:
 
     def _train(self, participants: list[str], now: float) -> Train:
         """The micro-batch of these, or of nobody, which ends the step."""
+        of_step = self._in_step if self.micro_batch else [name for name, m in self.members.items() if m.last_step > self.step]
+        self._overtake(*set(of_step).difference(participants))
         self._enter(Phase.TRAINING, now)
         if not participants:
             self.micro_batch = self.settings.micro_batches - 1
@@ -652,9 +664,10 @@ class Federation:
 
     def _aggregate(self, contributors: list[str], now: float) -> Aggregate:
         self._enter(Phase.AGGREGATING, now)
+        self._overtake_without(contributors)
         asked = self._asked(Contribution)
         contributions = {name: asked[name].tensors for name in contributors}
-        weights = {name: self.members[name].labelled_tokens for name in contributors}
+        weights = {name: sum(self.members[name].labelled_tokens.values()) for name in contributors}
         self.timing.computing([(name, 0) for name in contributors], now)
         return Aggregate(self.step, self.total_steps, contributions, weights)
 
@@ -675,20 +688,44 @@ class Federation:
 
     def _close_last_round(self, now: float) -> list[Action]:
         if self._contributors():
-            self._enter(Phase.CONTRIBUTIONS, now)
+            self._end_round(now)
             return self._advance(now)
         self._enter(Phase.SAVING, now)
         return [FinishRun(self.step)]
+
+    def _end_round(self, now: float) -> None:
+        """Wait for the adapters of those who took part. Members that have steps of the round left have left the run."""
+        self._enter(Phase.CONTRIBUTIONS, now)
+        if not self.settings.ends_round(self.step):
+            self._overtake(*(name for name, member in self.members.items() if member.last_step > self.step))
+
+    def _overtake_without(self, contributors: list[str]) -> None:
+        """The round goes on without those whose adapter is missing."""
+        owing = {name for name, member in self.members.items() if issubclass(member.next_question.kind, Contribution)}
+        self._overtake(*owing.difference(contributors))
+
+    def _close_round(self) -> None:
+        """The round has its adapter."""
+        self.round = self.step
+        for member in self.members.values():
+            member.in_round, member.labelled_tokens = False, {}
+
+    def _overtake(self, *names: str) -> None:
+        """The run goes on without these."""
+        for name in names:
+            if not self.members[name].absent:
+                self.members[name].absent, self.members[name].missed_from = True, self._step_under_way
+            self._forget_questions(name)
 
     def _answer_done(self, now: float) -> list[Action]:
         actions: list[Action] = []
         for name in self._asked(Done):
             answer = RunEnd(step=self.step, tensors=self.edge_adapter)
-            actions += self._reply(name, answer, (Evaluation, self.step, 0), now)
+            actions += self._reply(name, answer, QuestionId(Evaluation, self.step), now)
         return actions
 
-    def _reply(self, name: str, message: Message, next_question: tuple[type, int, int], now: float) -> list[Action]:
-        member, question = self.members[name], identity(self.waiting.pop((name, self.micro_batch)))
+    def _reply(self, name: str, message: Message, next_question: QuestionId, now: float) -> list[Action]:
+        member, question = self.members[name], QuestionId(*identity(self.waiting.pop((name, self.micro_batch))))
         if next(iter(member.answers), question)[:2] != question[:2]:
             member.answers = {}
         member.answers[question] = message
@@ -710,7 +747,9 @@ class Federation:
             self._returning.add(name)
             return self._advance(now)
         self.timing.replied(name, now)
-        step = member.gone_on_after = self._last_step_of(member)
+        step = member.gone_on_after = self._resumes_after(member)
+        self._forget_lost_steps(name, repeated=step + 1)
+        member.told = step, self.round
         answer = Start(
             step=step,
             round=self.round,
@@ -725,7 +764,7 @@ class Federation:
         for name in sorted(self._returning):
             member = self.members[name]
             member.absent, member.answers = False, {}
-            member.next_question = self._question_after_round(member)
+            member.next_question = member.itinerary.after_round(self.step)
             if member.missed_from:
                 actions.append(Report(f"{name} takes part again; {_steps(member.missed_from, self.step)} went on without it"))
                 member.missed_from = 0
@@ -735,18 +774,21 @@ class Federation:
         self._returning.clear()
         return actions
 
-    def _last_step_of(self, member: Member) -> int:
-        """The step after which the member goes on. It repeats one whose outcome it has not kept."""
-        kind, step, _ = member.next_question
-        if kind is Activations:
-            answered = (Activations, step - 1, 0) in member.answers
-            lost = answered and member.join.step < step - 1
-            return step - 2 if lost else step - 1
-        if kind is AdapterGradient or (kind is AdapterWeights and member.join.step != step):
-            return step - 1
-        return min(step, member.last_step)
+    def _forget_lost_steps(self, name: str, repeated: int) -> None:
+        """Count only what is in the member's matrices: what it remembers, and the step it repeats with the answers kept."""
+        member = self.members[name]
+        counts = {step: n for step, n in member.labelled_tokens.items() if step <= member.remembers or step == repeated}
+        if counts != member.labelled_tokens and self.phase is not Phase.AGGREGATING:
+            member.labelled_tokens = counts
+            if isinstance(self.waiting.get((name, 0)), AdapterWeights):
+                self._forget_questions(name)  # with matrices that it no longer has; it will ask again
 
-    def _may_ask(self, member: Member, question: tuple[type, int, int]) -> bool:
+    def _resumes_after(self, member: Member) -> int:
+        """The step after which the member goes on. It repeats one whose outcome it has not kept."""
+        answered_last = next(iter(member.answers), None)
+        return member.itinerary.resumes_after(member.next_question, answered_last, member.remembers)
+
+    def _may_ask(self, member: Member, question: QuestionId) -> bool:
         """Whether it is the member's next question, or a later micro-batch of its step."""
         *place, first = member.next_question
         several = self.settings.micro_batches if question[0] is Activations else 1
@@ -755,7 +797,7 @@ class Federation:
     def _forget_questions(self, name: str) -> None:
         self.waiting = {place: question for place, question in self.waiting.items() if place[0] != name}
 
-    def _is_behind(self, member: Member, question: tuple[type, int, int]) -> bool:
+    def _is_behind(self, member: Member, question: QuestionId) -> bool:
         """Whether the run has left this question behind, so that the member has to be told where to go on."""
         if question[0] is Done:
             return False  # nothing that the run does makes it stale
@@ -798,18 +840,6 @@ class Federation:
             if isinstance(question, kind) and micro_batch == self.micro_batch
         }
 
-    def _question_after_gradient(self, member: Member, step: int, *, ends_step: bool) -> tuple[type, int, int]:
-        if not ends_step:
-            return Activations, step, self.micro_batch + 1
-        if self.settings.aggregate_every == 1:
-            return AdapterGradient, step, 0
-        if self.settings.ends_round(step) or step == member.last_step:
-            return AdapterWeights, step, 0
-        return Activations, step + 1, 0
-
-    def _question_after_round(self, member: Member) -> tuple[type, int, int]:
-        return (Activations, self.step + 1, 0) if self.step < member.last_step else (Done, member.last_step, 0)
-
     def _rounds_since_checkpoint(self) -> int:
         return -(-(self.step - self.checkpoints[1]) // self.settings.aggregate_every)
 
@@ -829,10 +859,15 @@ class Federation:
                 f"batches of up to {join.batch_size} x {join.longest} tokens, the server takes "
                 f"{self.limits.max_batch_tokens}; choose a smaller --batch-size or --max-length"
             )
-        last_step = self.settings.steps_of_client(join.num_samples, join.batch_size)
-        if last_step > LARGEST_COUNT:
-            raise RemoteProtocolError(f"{join.num_samples} samples take {last_step} steps; at most {LARGEST_COUNT} can be")
-        return Member(join, last_step, (Activations, 1, 0))
+        itinerary = self._itinerary(join)
+        if itinerary.last_step > LARGEST_COUNT:
+            raise RemoteProtocolError(
+                f"{join.num_samples} samples take {itinerary.last_step} steps; at most {LARGEST_COUNT} can be"
+            )
+        return Member(join, itinerary)
+
+    def _itinerary(self, join: Join) -> Itinerary:
+        return Itinerary(self.settings, self.settings.steps_of_client(join.num_samples, join.batch_size))
 
     def _check(self, member: Member, message: OfAStep) -> None:
         if isinstance(message, Activations):
@@ -878,7 +913,7 @@ class Federation:
             _check_size(tensor)
 
 
-def _place(question: tuple[type, int, int]) -> tuple[int, int, int]:
+def _place(question: QuestionId) -> tuple[int, int, int]:
     """Where a question stands in the order in which a client asks them."""
     kind, step, micro_batch = question
     return step, [Activations, AdapterGradient, AdapterWeights, Done, Evaluation].index(kind), micro_batch

@@ -3,6 +3,7 @@
 from .changes import KeptSamples
 from .encoding import decode, encode
 from .errors import InvalidName, LocalProtocolError, ProtocolError, RemoteProtocolError
+from .itinerary import Itinerary, QuestionId, Remembered
 from .limits import HANDSHAKE_BYTES, SECONDS_BETWEEN_PINGS, SECONDS_TO_PONG, compressed_bound, largest_message_bytes
 from .messages import (
     PROTOCOL_VERSION,
@@ -58,6 +59,7 @@ __all__ = [
     "Goodbye",
     "Hello",
     "InvalidName",
+    "Itinerary",
     "Join",
     "KeptSamples",
     "LabelledBatch",
@@ -66,6 +68,8 @@ __all__ = [
     "Ping",
     "Pong",
     "ProtocolError",
+    "QuestionId",
+    "Remembered",
     "RemoteProtocolError",
     "RunEnd",
     "RunSettings",

@@ -91,11 +91,14 @@ def test_server_that_is_resumed_and_stopped_before_a_round_ends_leaves_its_check
 ) -> None:
     options = {**settings, "run_dir": str(tmp_path / "run"), "linger": 1}
     device = {"model": options["model"], "data": pairs_file("a", 9), "state_dir": tmp_path / "state", "dtype": "float32"}
-    with GpuServer(**options, port=0) as server, pytest.raises(ConnectionFailed):  # noqa: PT012  # it suspends amid the steps
-        with EdgeClient(server.url, name="a", give_up_after=0.0, **device) as client:
-            for step in client.train():
-                if step.number == 8:
-                    server.suspend()
+    with (
+        GpuServer(**options, port=0) as server,
+        pytest.raises(ConnectionFailed),
+        EdgeClient(server.url, name="a", give_up_after=0.0, **device) as client,
+    ):
+        for step in client.train():
+            if step.number == 8:
+                server.suspend()
     assert Checkpoints(tmp_path / "run/checkpoints").steps()[-1] == 8
     kept = {path.name: path.read_bytes() for path in (tmp_path / "run/checkpoints").iterdir()}
     written, write = [], Checkpoints.write

@@ -1,0 +1,113 @@
+"""
+Which question a client asks next: the one rule that both sides follow.
+
+For every step a client asks `Activations` of each micro-batch. Then it exchanges its adapter: `AdapterGradient` at once where
+a round has one step, else `AdapterWeights` at the round's end and after the client's last step. At last it asks `Done`.
+PROTOCOL.md states the same under The course of a run.
+
+A `Start` interrupts this order: the server says after which step to go on, and the client finds its next question from that
+and from what it has kept. Both sides must come to the same question, for the server refuses any other.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .messages import (
+    Activations,
+    AdapterGradient,
+    AdapterWeights,
+    Done,
+    Evaluation,
+    Message,
+    Start,
+    identity,
+)
+from .settings import RunSettings
+
+__all__ = ["Itinerary", "QuestionId", "Remembered"]
+
+
+class QuestionId(NamedTuple):
+    """What makes a question this one, within a run and of one client."""
+
+    kind: type
+    step: int
+    micro_batch: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remembered:
+    """What a client had reached when it finished a step of a longer round, and has kept with its matrices."""
+
+    step: int
+    round: int
+    """The last step that was in the adapter with which it began the round."""
+    restarts: int
+    """Of the server, as `Welcome` gave them."""
+
+    def is_of_round(self, start: Start, restarts: int) -> bool:
+        """Whether the matrices that were kept are still those to go on with; else the adapter of ``start`` is."""
+        return (self.round, self.restarts) == (start.round, restarts)
+
+
+@dataclass(frozen=True)
+class Itinerary:
+    """One client's way through a run, up to the last step for which it has data."""
+
+    settings: RunSettings
+    last_step: int
+
+    def after_round(self, step: int) -> QuestionId:
+        """The next question of a client that has the adapter in which ``step`` is the last."""
+        return QuestionId(Activations, step + 1) if step < self.last_step else QuestionId(Done, self.last_step)
+
+    def after_activations(self, step: int, micro_batch: int) -> QuestionId:
+        """The next question after the gradient of this micro-batch."""
+        if micro_batch + 1 < self.settings.micro_batches:
+            return QuestionId(Activations, step, micro_batch + 1)
+        if self.settings.aggregate_every == 1:
+            return QuestionId(AdapterGradient, step)
+        if self.ends_round(step):
+            return QuestionId(AdapterWeights, step)
+        return QuestionId(Activations, step + 1)
+
+    def ends_round(self, step: int) -> bool:
+        """Whether this client exchanges its adapter after ``step``."""
+        return self.settings.ends_round(step) or step == self.last_step
+
+    def resumes_after(self, next_question: QuestionId, answered_last: QuestionId | None, remembered: int) -> int:
+        """
+        The ``step`` of `Start` for a client that is to ask ``next_question``: the server's half of the rule.
+
+        Args:
+            answered_last: whose answers are still kept, so that the client may repeat it.
+            remembered: the last step that the client has finished and remembers.
+        """
+        kind, step, _ = next_question
+        if kind is Activations:
+            is_lost = answered_last is not None and answered_last[:2] == (Activations, step - 1) and remembered < step - 1
+            return step - 2 if is_lost else step - 1
+        if kind is AdapterGradient or (kind is AdapterWeights and remembered != step):
+            return step - 1
+        return min(step, self.last_step)
+
+    def resume(self, start: Start, restarts: int, remembered: Remembered | None) -> QuestionId:
+        """
+        The first question of a client that goes where ``start`` says: the client's half of the rule.
+
+        Args:
+            restarts: as the `Welcome` before gave them.
+            remembered: the latest step up to that of ``start`` that the client has kept.
+        """
+        has_done_it = remembered is not None and remembered.step == start.step and remembered.is_of_round(start, restarts)
+        if has_done_it and self.ends_round(start.step):
+            return QuestionId(AdapterWeights, start.step)
+        return self.after_round(start.step)
+
+    @staticmethod
+    def may_ask_again(question: Message, start: Start) -> bool:
+        """Whether a question that was open when a connection was lost is not behind ``start``, of the same round."""
+        kind, step, _ = identity(question)
+        if kind is Evaluation:
+            return True
+        return step == (start.step + 1 if kind in (Activations, AdapterGradient) else start.step)

@@ -1,0 +1,386 @@
+"""
+After every `Start` both sides agree on what comes next, every run ends, and what a round averages is weighted by what is in it.
+
+The federation and the device's rule are the real ones; what happens to them is random.
+"""
+
+import random
+from collections import deque
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpu_server.federation import (
+    Action,
+    Aggregate,
+    Checkpoint,
+    Evaluate,
+    Federation,
+    FinishRun,
+    ModelLimits,
+    Phase,
+    Reply,
+    Train,
+)
+from protocol import (
+    ActivationGradient,
+    Activations,
+    AdapterGradient,
+    AdapterWeights,
+    Done,
+    EdgeAdapter,
+    Evaluation,
+    EvaluationLoss,
+    Hello,
+    Itinerary,
+    Join,
+    Message,
+    QuestionId,
+    Remembered,
+    RemoteProtocolError,
+    RunEnd,
+    RunSettings,
+    Seconds,
+    Start,
+    identity,
+)
+
+LIMITS = ModelLimits(
+    fingerprint="f", width=1, vocabulary_size=9, num_positions=9, max_batch_tokens=9, edge_shapes={"A": (1, 1)}
+)
+ONE = np.ones(1, np.int32)
+BATCH = {"lengths": ONE, "label_counts": ONE, "labels": ONE, "values": np.zeros((1, 1), np.float32)}
+
+
+def adapter_of(num_steps: int) -> dict[str, Any]:
+    """Matrices that tell how many steps of the round are in them."""
+    return {"A": np.array([[num_steps]], np.float32)}
+
+
+ANSWERS: dict[type, type] = {
+    Activations: ActivationGradient,
+    AdapterGradient: EdgeAdapter,
+    AdapterWeights: EdgeAdapter,
+    Evaluation: EvaluationLoss,
+    Done: RunEnd,
+}
+
+
+def settings(**changes: Any) -> RunSettings:
+    usual = {"cut_layer": 1, "lora_rank": 2, "lora_alpha": 4.0, "lora_dropout": 0.0, "lora_targets": ("c_attn",)}
+    training = {"lr": 1e-3, "lr_schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0, "seed": 0}
+    return RunSettings(**{**usual, **training, "precision": "float32", "clients": 3, "epochs": 1, **changes})
+
+
+class Device:
+    """
+    A client as far as its questions go. Every decision is the `Itinerary`'s; what is here is what a process, a disk and a
+    connection would add: a process may die and its disk keep what it wrote, a connection loses what is on its way.
+    """
+
+    def __init__(self, name: str, num_samples: int, of: RunSettings) -> None:
+        self.name, self.num_samples, self.settings = name, num_samples, of
+        self.itinerary = Itinerary(of, of.steps_of_client(num_samples, 1))
+        self.kept: dict[int, Remembered] = {}
+        """On its disk, by step."""
+        self.num_steps_at: dict[int, int] = {}
+        """Steps of the round in the matrices that are kept with each."""
+        self.ended = False
+        self.connected = self.alive = False
+        self.is_joining = False
+        """Whether it waits for the `Start` to its `Join`."""
+        self.inbox: deque[Message] = deque()
+        self.outbox: deque[Message] = deque()
+        self.awaited: deque[Message] = deque()
+        """Questions that the server has got on the present connection, and not answered."""
+        self.start_process()
+
+    def start_process(self) -> None:
+        self.alive = True
+        self.step = max(self.kept, default=0)
+        self.round = self.restarts = 0
+        self.known_restarts = 0
+        """Those of the server when this client heard last where it stands."""
+        self.next: QuestionId | None = None
+        """To be asked. None before the first `Start`, and while all that may be asked is."""
+        self.has_begun = False
+        self.num_steps = 0
+        """Steps of the round in its matrices."""
+        self.open: deque[Message] = deque()
+        self.unheard: Start | None = None
+        """Where the training must go once an evaluation has ended."""
+        self.num_evaluations = 0
+
+    def dial(self, restarts: int) -> Join:
+        self.connected = self.is_joining = True
+        self.restarts = restarts
+        return Join(num_samples=self.num_samples, batch_size=1, longest=1, step=self.step)
+
+    def hang_up(self) -> None:
+        self.connected = self.is_joining = False
+        self.inbox.clear()
+        self.outbox.clear()
+        self.awaited.clear()
+
+    def awaits(self, answer: Message) -> bool:
+        """Whether the server's session may send this: a device that is back may not have asked again yet."""
+        if isinstance(answer, Start):
+            self.awaited.clear()
+            return True
+        if not self.awaited or ANSWERS[type(self.awaited[0])] is not type(answer):
+            return False
+        if isinstance(answer, ActivationGradient) and identity(answer)[1:] != identity(self.awaited[0])[1:]:
+            return False
+        self.awaited.popleft()
+        return True
+
+    def question(self, wanted: QuestionId) -> Message:
+        kind, step, micro_batch = wanted
+        if kind is Activations:
+            return Activations(step=step, micro_batch=micro_batch, seconds=Seconds(), **BATCH)
+        return Done(step=step) if kind is Done else kind(step=step, seconds=Seconds(), tensors=adapter_of(self.num_steps))
+
+    def may_ask(self) -> bool:
+        is_here = self.alive and self.connected and not self.is_joining
+        return is_here and self.next is not None and not self.is_evaluating
+
+    @property
+    def is_evaluating(self) -> bool:
+        return bool(self.open) and isinstance(self.open[0], Evaluation)
+
+    def ask(self) -> None:
+        assert self.next is not None
+        if self.unheard is not None:
+            start, self.unheard = self.unheard, None
+            return self.go_to(start)
+        kind, step, micro_batch = self.next
+        self.put(self.question(self.next))
+        # A step's later micro-batches need not wait for the answer.
+        more = kind is Activations and micro_batch + 1 < self.settings.micro_batches
+        self.next = QuestionId(kind, step, micro_batch + 1) if more else None
+        return None
+
+    def evaluate(self) -> None:
+        self.num_evaluations += 1
+        self.put(Evaluation(index=self.num_evaluations, **BATCH))
+
+    def put(self, question: Message) -> None:
+        self.open.append(question)
+        self.outbox.append(question)
+
+    def go_to(self, start: Start) -> None:
+        self.open.clear()
+        self.kept = {step: kept for step, kept in self.kept.items() if step <= start.step}
+        latest = self.kept[max(self.kept)] if self.kept else None
+        self.next = self.itinerary.resume(start, self.restarts, latest)
+        is_of_round = latest is not None and latest.is_of_round(start, self.restarts)
+        self.num_steps = self.num_steps_at[latest.step] if latest is not None and is_of_round else 0
+        self.round, self.step, self.has_begun = start.round, start.step, True
+        self.known_restarts = self.restarts
+
+    def hear(self, message: Message) -> None:
+        if isinstance(message, Start):
+            self.hear_start(message)
+            return
+        question = self.open.popleft()
+        if isinstance(message, ActivationGradient):
+            assert identity(question)[1:] == (message.step, message.micro_batch), f"{identity(question)} != {message.step}"
+            if message.micro_batch + 1 == self.settings.micro_batches:
+                if self.settings.aggregate_every > 1:
+                    self.kept[message.step] = Remembered(step=message.step, round=self.round, restarts=self.restarts)
+                    self.step = message.step
+                    self.num_steps += 1
+                    self.num_steps_at[message.step] = self.num_steps
+                self.next = self.itinerary.after_activations(message.step, message.micro_batch)
+        elif isinstance(message, EdgeAdapter):
+            self.round, self.num_steps = message.step, 0
+            if self.settings.aggregate_every == 1:
+                self.step = message.step
+            self.next = self.itinerary.after_round(message.step)
+        elif isinstance(message, RunEnd):
+            self.ended, self.next = True, None
+
+    def hear_start(self, start: Start) -> None:
+        """In a new process; or on a new connection, with a question open; or in answer to a question."""
+        came_back, self.is_joining = self.is_joining, False
+        if not came_back or not self.has_begun:
+            return self.go_to(start)
+        is_same = (self.known_restarts, self.round) == (self.restarts, start.round)
+        if self.open and is_same and Itinerary.may_ask_again(self.open[0], start):
+            self.outbox.extend(self.open)
+            must_go = self.unheard or (self.next and not Itinerary.may_ask_again(self.question(self.next), start))
+            if self.is_evaluating and must_go:
+                self.unheard = start
+            return None
+        self.known_restarts = self.restarts
+        if self.is_evaluating:  # its batches before had another adapter: it begins again
+            self.open.clear()
+            self.unheard = start
+            return None
+        return self.go_to(start)
+
+
+class History:
+    """One federation and three devices, to which anything may happen."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        choose = self.random.choice
+        self.settings = settings(aggregate_every=choose([1, 1, 2, 3, 5]), micro_batches=choose([1, 1, 2, 3]))
+        self.quorum = choose([None, 1, 2])
+        self.checkpoint_every = choose([1, 2])
+        self.now = 0.0
+        self.num_starts = 0
+        self.computing: deque[Action] = deque()
+        self.checkpoints: list[tuple[int, dict[str, Any]]] = []
+        self.federation = Federation("run", self.settings, LIMITS, adapter_of(0), self.quorum, self.checkpoint_every)
+        self.devices = {name: Device(name, self.random.randint(1, 7), self.settings) for name in "abc"}
+        for device in self.devices.values():
+            self.come_back(device)
+
+    # What a server does
+
+    def perform(self, actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Reply):
+                device = self.devices[action.client]
+                if device.connected and device.awaits(action.message):
+                    if isinstance(action.message, Start):
+                        self.agree(device, action.message)
+                    device.inbox.append(action.message)
+            elif isinstance(action, Checkpoint):
+                self.checkpoints = [*self.checkpoints[-1:], (self.federation.round, self.federation.membership())]
+                self.federation.checkpointed(self.federation.round)
+            elif isinstance(action, Train | Aggregate | FinishRun | Evaluate):
+                self.computing.append(action)
+
+    def agree(self, device: Device, start: Start) -> None:
+        """What the device would ask if it went where this `Start` says is expected, or was answered and will be again."""
+        self.num_starts += 1
+        twin = Device(device.name, device.num_samples, self.settings)
+        twin.kept, twin.num_steps_at, twin.restarts = dict(device.kept), device.num_steps_at, device.restarts
+        twin.go_to(start)
+        member = self.federation.members[device.name]
+        assert twin.next is not None
+        assert twin.next == member.next_question or twin.next in member.answers, (
+            f"after step {start.step} of round {start.round} {device.name} asks {twin.next}, expected is {member.next_question}"
+        )
+
+    def compute(self) -> None:
+        action, federation = self.computing.popleft(), self.federation
+        if isinstance(action, Train):
+            self.perform(federation.trained(1.0, 0, dict.fromkeys(action.batches, BATCH["values"]), 0.1, self.now))
+        elif isinstance(action, Aggregate):
+            if self.settings.aggregate_every > 1:
+                num_steps = {name: int(tensors["A"][0, 0]) for name, tensors in action.contributions.items()}
+                weights = {name: weight // self.settings.micro_batches for name, weight in action.weights.items()}
+                assert weights == num_steps, f"{num_steps} steps were done, {weights} are counted"
+            self.perform(federation.aggregated(adapter_of(0), 0.1, self.now))
+        elif isinstance(action, Evaluate):
+            self.perform(federation.evaluated(action.client, action.batch, 0.0, self.now))
+        else:
+            self.perform(federation.saved(self.now))
+
+    def restart(self) -> None:
+        if not self.checkpoints or self.federation.phase in (Phase.SAVING, Phase.FINISHED):
+            return
+        step, members = self.checkpoints[-1]
+        self.computing.clear()
+        for device in self.devices.values():
+            device.hang_up()
+        before = self.federation
+        self.federation = Federation("run", self.settings, LIMITS, adapter_of(0), self.quorum, self.checkpoint_every)
+        self.federation.restarts = before.restarts + 1
+        self.perform(self.federation.restore(step, self.checkpoints[0][0], members, self.now))
+
+    # What happens to a device
+
+    def come_back(self, device: Device) -> None:
+        """With the process it has, once that has noticed, by a question; else with a new one."""
+        if device.connected or device.ended:
+            return
+        while device.alive and device.has_begun and not device.open:
+            device.ask()
+        if not device.alive:
+            device.start_process()
+        member = self.federation.members.get(device.name)
+        if member is not None and member.left and self.federation.phase in (Phase.SAVING, Phase.FINISHED):
+            device.ended = True  # the run is over for it
+            return
+        self.federation.welcome(Hello(name=device.name, fingerprint="f"))
+        join = device.dial(self.federation.restarts)
+        device.outbox.clear()
+        self.perform(self.federation.join(device.name, join, self.now))
+
+    def happen(self, what: str, device: Device) -> None:
+        federation = self.federation
+        if what == "ask" and device.may_ask():
+            device.ask()
+        elif what == "evaluate" and device.may_ask() and not device.open:
+            device.evaluate()
+        elif what == "upload" and device.connected and device.outbox:
+            self.upload(device)
+        elif what == "download" and device.inbox:
+            device.hear(device.inbox.popleft())
+        elif what == "lose" and device.connected:
+            device.hang_up()
+            self.perform(federation.disconnected(device.name, self.now))
+        elif what == "kill" and federation.total_steps and not device.ended:
+            device.alive = False
+            if device.connected:
+                self.happen("lose", device)
+        elif what == "wipe":
+            self.happen("kill", device)
+            if not device.alive:
+                device.kept.clear()
+        elif what == "leave" and device.name in federation.members and federation.total_steps:
+            device.hang_up()
+            self.perform(federation.leave(device.name, self.now))
+            device.alive = device.alive and self.random.random() < 0.5  # it was revoked, or said goodbye and ended
+        elif what == "back":
+            self.come_back(device)
+        elif what == "compute" and self.computing:
+            self.compute()
+        elif what == "wait":
+            self.now += 1000.0
+            self.perform(federation.tick(self.now))
+        elif what == "restart":
+            self.restart()
+
+    def upload(self, device: Device) -> None:
+        question, member = device.outbox.popleft(), self.federation.members[device.name]
+        if not (isinstance(question, Activations) and question.step <= member.gone_on_after):
+            device.awaited.append(question)
+        self.perform(self.federation.receive(device.name, question, self.now))
+
+    def run(self) -> None:
+        usual = ["ask"] * 8 + ["upload"] * 8 + ["download"] * 8 + ["compute"] * 8 + ["back"] * 3
+        faults = ["lose", "lose", "kill", "kill", "wipe", "leave", "leave", "wait", "evaluate", "restart"]
+        share_of_faults = self.random.choice([0.01, 0.02, 0.05, 0.2])
+        for _ in range(self.random.randint(50, 600)):
+            what = self.random.choice(faults if self.random.random() < share_of_faults else usual)
+            self.happen(what, self.random.choice(list(self.devices.values())))
+        for _ in range(400):  # whatever happened, from here on everybody does what is due
+            for device in self.devices.values():
+                for what in ("back", "ask", "upload", "download"):
+                    self.happen(what, device)
+            self.happen("compute", device)
+            if all(device.ended for device in self.devices.values()):
+                return
+        waiting = {
+            device.name: (device.next, *map(identity, device.open)) for device in self.devices.values() if not device.ended
+        }
+        raise AssertionError(f"hangs in {self.federation.phase.value}: {waiting}")
+
+
+def test_both_sides_agree_after_every_start_and_every_run_ends() -> None:
+    num_starts = 0
+    for seed in range(1500):
+        history = History(seed)
+        try:
+            history.run()
+        except (AssertionError, RemoteProtocolError) as error:
+            pytest.fail(f"history {seed}: {error}")
+        num_starts += history.num_starts
+    assert num_starts >= 10_000
