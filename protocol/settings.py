@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CODECS", "DELTA", "EXACT", "RunSettings", "gradient_codec"]
+__all__ = ["BOUNDS", "CODECS", "DELTA", "EXACT", "LARGEST_COUNT", "TARGETS", "RunSettings", "gradient_codec", "out_of_bounds"]
 
 EXACT = "exact"
 """Floats as they are, in the run's precision. Everybody has it."""
@@ -18,7 +18,26 @@ def gradient_codec(codec: str) -> str:
     return "int4" if codec == DELTA else codec
 
 
+TARGETS = ("c_attn", "c_proj", "c_fc")
+"""Layers that may be adapted."""
 LARGEST_COUNT = 2**31 - 1  # far below the largest integer that a message may hold
+
+BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("cut_layer", "lora_rank", "clients", "steps", "epochs", "aggregate_every"), (1, LARGEST_COUNT)),
+    "micro_batches": (1, 1024),  # each is a message, and both sides prepare for all of them
+    **dict.fromkeys(("lora_alpha", "lr"), (1e-30, 1e30)),  # a float32 holds them, and their inverses
+    "weight_decay": (0, 1e30),
+    "lora_dropout": (0, 0.999),  # what is kept of an input is multiplied by a thousand at most
+    **dict.fromkeys(("warmup_steps", "seed", "check_codec_every"), (0, LARGEST_COUNT)),
+    "cache_bytes": (0, 2**50),
+}
+"""The least and the most that a setting may be. What the model has to say of it (blocks, width) comes on top."""
+
+
+def out_of_bounds(name: str, value: float) -> str | None:
+    """What the setting must be, if ``value`` is not."""
+    least, most = BOUNDS[name]
+    return None if least <= value <= most else f"must be {least:.10g} to {most:.16g}, got {value}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +77,14 @@ class RunSettings:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"exactly one of steps and epochs is given, got {self.steps} and {self.epochs}")
-        for name in ("cut_layer", "lora_rank", "clients", "aggregate_every", "micro_batches"):
-            if not 1 <= getattr(self, name) <= LARGEST_COUNT:
-                raise ValueError(f"{name} must be 1 to {LARGEST_COUNT}, got {getattr(self, name)}")
-        for name in ("lora_alpha", "lr"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        for name in BOUNDS:
+            value = getattr(self, name)
+            if value is not None and (wrong := out_of_bounds(name, value)):
+                raise ValueError(f"{name} {wrong}")
+        targets = self.lora_targets
+        if not targets or len(set(targets)) < len(targets) or not set(targets) <= set(TARGETS):
+            got = ", ".join(target[:40] for target in targets[:10])
+            raise ValueError(f"lora_targets must be among {', '.join(TARGETS)}, each once; got {ascii(got)[1:-1] or 'none'}")
         if self.lr_schedule not in ("constant", "linear"):
             raise ValueError(f"lr_schedule must be constant or linear, got {self.lr_schedule[:40]!r}")
         if self.precision not in ("float32", "float64"):

@@ -358,6 +358,23 @@ def test_a_join_that_brings_nothing_is_refused(name: str) -> None:
         {"steps": 1, "epochs": 1},
         {"steps": None, "epochs": None},
         {"aggregate_every": 0},
+        {"steps": 0},
+        {"steps": None, "epochs": 2**31},
+        {"micro_batches": 1025},
+        {"lora_alpha": 1e300},
+        {"lora_alpha": 0.0},
+        {"lora_dropout": 1.0},
+        {"lora_targets": []},
+        {"lora_targets": ["c_attn", "q_proj"]},
+        {"lora_targets": ["c_attn", "c_attn"]},
+        {"lr": 1e39},
+        {"lr": 1e-40},
+        {"weight_decay": -0.1},
+        {"weight_decay": 1e300},
+        {"seed": 2**31},
+        {"warmup_steps": 2**31},
+        {"check_codec_every": 2**31},
+        {"cache_bytes": 2**50 + 1},
         {"precision": "float16"},
         {"precision": "x" * 4096},
         {"activation_codec": "int3"},
@@ -417,9 +434,35 @@ def test_a_tensor_whose_shape_is_no_list_of_sizes_is_refused(shape: Any) -> None
     refused_tensor(tensor_of("float32", shape, bytes(4)))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "<f4", "object", "O", "V4", "", None, 1, b"float32", ["float32"]])
-def test_a_tensor_of_an_unknown_dtype_is_refused(dtype: Any) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "<f4", "object", "O", "V4", ""])
+def test_a_tensor_of_an_unknown_dtype_is_refused_by_its_name(dtype: str) -> None:
+    reason = f"a tensor of dtype '{dtype}'; there are float32, float64, int32"
+    assert refused_tensor(tensor_of(dtype, [1, 1], bytes(4))) == reason
+
+
+@pytest.mark.parametrize("dtype", [None, 1, b"float32", ["float32"]])
+def test_a_tensor_whose_dtype_is_no_text_is_refused(dtype: Any) -> None:
     assert refused_tensor(tensor_of(dtype, [1, 1], bytes(4))) == "a tensor is [dtype, shape, bytes]"
+
+
+def unshuffled(array: Array) -> Any:
+    """As a sender that forgets to shuffle has it."""
+    return tensor_of(array.dtype.name, list(array.shape), array.tobytes())
+
+
+def test_values_that_were_not_shuffled_are_named_as_such() -> None:
+    hint = "; its bytes look as if they were not shuffled: see Tensors in PROTOCOL.md"
+    floats = np.random.default_rng(0).standard_normal((100, 20)).astype(np.float32)
+    assert refused_tensor(unshuffled(floats)) == f"EdgeAdapter.tensors['a']: has NaN or infinite values{hint}"
+    batch = plain(SAMPLES["Activations"])
+    counts = {name: unshuffled(getattr(SAMPLES["Activations"], name)) for name in ("lengths", "label_counts", "labels")}
+    assert refusal(frame_of("Activations", batch | counts)).endswith(hint)
+
+
+def test_values_that_are_no_numbers_are_not_taken_for_ones_that_were_not_shuffled() -> None:
+    values = np.ones((100, 20), np.float32)
+    values[3, 4] = np.nan
+    assert refused_tensor(tensor(values)) == "EdgeAdapter.tensors['a']: has NaN or infinite values"
 
 
 @pytest.mark.parametrize(
@@ -460,6 +503,20 @@ def test_a_timestamp_is_refused() -> None:
 
 
 # Bytes that are no message
+
+
+def test_msgpack_that_was_not_compressed_is_named() -> None:
+    packed = msgpack.packb([3, "Ping", {}])
+    frame = "expected a zstd frame, which begins with 28 b5 2f fd"
+    assert refusal(packed) == f"not a message: {frame}; got msgpack that was not compressed"
+    assert refusal(b"GET / ") == f"not a message: {frame}; got bytes 47 45 54 20"
+    assert refusal(b"") == f"not a message: {frame}; got bytes none"
+
+
+def test_an_unknown_codec_is_named() -> None:
+    coded = msgpack.ExtType(2, msgpack.packb(["int3", [1, 1], b""]))
+    values = frame_of("EvaluationLoss", plain(SAMPLES["EvaluationLoss"]) | {"later": coded})
+    assert refusal(values) == "a tensor in the codec 'int3'; there are bfloat16, int8, int4, delta"
 
 
 def zstd_header(content_size: int) -> bytes:
