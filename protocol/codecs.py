@@ -59,8 +59,10 @@ class Coded:
         if not isinstance(fields, list) or len(fields) < 2:
             raise RemoteProtocolError("a coded tensor is [codec, shape, parts...]")
         codec, shape, *parts = fields
-        if codec not in (*CODECS, DELTA) or not isinstance(shape, list) or not all(isinstance(part, bytes) for part in parts):
+        if not isinstance(codec, str) or not isinstance(shape, list) or not all(isinstance(part, bytes) for part in parts):
             raise RemoteProtocolError("a coded tensor is [codec, shape, parts...]")
+        if codec not in (*CODECS, DELTA):
+            raise RemoteProtocolError(f"a tensor in the codec {codec[:40]!a}; there are {', '.join((*CODECS, DELTA))}")
         if len(shape) != 2 or any(type(size) is not int or size < 0 for size in shape):
             raise RemoteProtocolError("a coded tensor's shape is a list of two sizes")
         if 4 * math.prod(shape) > max_bytes or max(shape) > max_bytes:

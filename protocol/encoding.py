@@ -18,14 +18,17 @@ import zstandard
 
 from .codecs import Coded
 from .errors import RemoteProtocolError
+from .limits import LARGEST_VALUE
 from .messages import PROTOCOL_VERSION, Array, ArrayType, Message
 from .rounding import Dither
 from .settings import DELTA, EXACT
-from .shuffling import shuffled, unshuffled
+from .shuffling import NOT_SHUFFLED, looks_plain, plainly, shuffled, unshuffled
 
 __all__ = ["decode", "encode"]
 
 COMPRESSION_LEVEL = 1  # on shuffled floats higher levels save under 2 % and take three times as long
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"  # RFC 8878, section 3.1.1
+LIST_OF_THREE = 0x93  # in msgpack
 ARRAY_EXTENSION, CODED_EXTENSION = 1, 2
 ARRAY_DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "int32")}
 MAX_ELEMENTS = 4096  # of all lists and maps of a message: an empty list is one byte of a frame, but 64 of memory
@@ -111,6 +114,11 @@ def _at_most(limit: int) -> Callable[[Any], Any]:
 
 
 def _inflate(data: bytes, max_bytes: int) -> bytes:
+    if not data.startswith(ZSTD_MAGIC):
+        found = (
+            "msgpack that was not compressed" if data[:1] == bytes([LIST_OF_THREE]) else f"bytes {data[:4].hex(' ') or 'none'}"
+        )
+        raise RemoteProtocolError(f"not a message: expected a zstd frame, which begins with {ZSTD_MAGIC.hex(' ')}; got {found}")
     size = zstandard.frame_content_size(data)
     if size < 0:
         raise RemoteProtocolError("not a message: the zstd frame does not announce its size")
@@ -169,7 +177,18 @@ def _build(kind: type, values: Any, where: str) -> Any:
     try:
         return kind(**checked)
     except ValueError as error:
-        raise RemoteProtocolError(f"{where}: {error}") from None
+        hint = f"; {NOT_SHUFFLED}" if _would_do_plainly(kind, checked) else ""
+        raise RemoteProtocolError(f"{where}: {error}{hint}") from None
+
+
+def _would_do_plainly(kind: type, checked: dict[str, Any]) -> bool:
+    """Whether the numbers contradict each other only because their sender has not shuffled them."""
+    arrays = {name: plainly(value) for name, value in checked.items() if isinstance(value, np.ndarray)}
+    try:
+        kind(**{**checked, **arrays})
+    except ValueError:
+        return False
+    return bool(arrays)
 
 
 def _check(value: Any, expected: Any, where: str) -> Any:
@@ -217,7 +236,8 @@ def _check_array(value: Any, expected: ArrayType, where: str) -> Array | Coded:
         wanted = f"{' or '.join(expected.dtypes)} of {expected.num_dimensions} dimensions"
         raise RemoteProtocolError(f"{where}: expected {wanted}, got {value.dtype.name}{list(value.shape)}")
     if value.dtype.kind == "f" and not np.isfinite(value).all():
-        raise RemoteProtocolError(f"{where}: has NaN or infinite values")
+        hint = f"; {NOT_SHUFFLED}" if looks_plain(value, LARGEST_VALUE) else ""
+        raise RemoteProtocolError(f"{where}: has NaN or infinite values{hint}")
     return value
 
 
@@ -240,7 +260,8 @@ def _unpack(codecs: Collection[str], max_bytes: int, code: int, data: bytes) -> 
         return _array_of(unpacked)
     coded = Coded.received(unpacked, max_bytes)
     if coded.codec not in codecs:
-        raise RemoteProtocolError(f"a tensor in {coded.codec}, which was not agreed on")
+        agreed = ", ".join(sorted({EXACT, *codecs}))
+        raise RemoteProtocolError(f"a tensor in {coded.codec}, which was not agreed on; agreed are {agreed}")
     return coded
 
 
@@ -248,8 +269,10 @@ def _array_of(unpacked: Any) -> Array:
     if not isinstance(unpacked, list) or len(unpacked) != 3:
         raise RemoteProtocolError("a tensor is [dtype, shape, bytes]")
     name, shape, raw = unpacked
-    if not isinstance(name, str) or name not in ARRAY_DTYPES or not isinstance(shape, list) or not isinstance(raw, bytes):
+    if not isinstance(name, str) or not isinstance(shape, list) or not isinstance(raw, bytes):
         raise RemoteProtocolError("a tensor is [dtype, shape, bytes]")
+    if name not in ARRAY_DTYPES:
+        raise RemoteProtocolError(f"a tensor of dtype {name[:40]!a}; there are {', '.join(ARRAY_DTYPES)}")
     if any(type(size) is not int or size < 0 for size in shape):
         raise RemoteProtocolError("a tensor's shape is a list of sizes")
     dtype = ARRAY_DTYPES[name]

@@ -1,9 +1,22 @@
 """How large a legal message can be."""
 
-__all__ = ["HANDSHAKE_BYTES", "SECONDS_BETWEEN_PINGS", "SECONDS_TO_PONG", "compressed_bound", "largest_message_bytes"]
+__all__ = [
+    "HANDSHAKE_BYTES",
+    "LARGEST_VALUE",
+    "SECONDS_BETWEEN_PINGS",
+    "SECONDS_TO_PONG",
+    "compressed_bound",
+    "largest_message_bytes",
+]
 
 HANDSHAKE_BYTES = 64 * 1024
 """Nothing before `Start` is larger."""
+
+LARGEST_VALUE = 1e6
+"""
+Of activations, gradients and adapters that clients send, in magnitude. GPT-2's largest activations are some thousands; what is
+beyond would make the loss of everybody infinite, and belongs to one client that has diverged or means harm.
+"""
 
 SECONDS_BETWEEN_PINGS = 30.0
 SECONDS_TO_PONG = 300.0

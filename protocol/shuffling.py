@@ -11,7 +11,11 @@ import numpy as np
 
 from .messages import Array
 
-__all__ = ["shuffled", "unshuffled"]
+__all__ = ["NOT_SHUFFLED", "looks_plain", "plainly", "shuffled", "unshuffled"]
+
+NOT_SHUFFLED = "its bytes look as if they were not shuffled: see Tensors in PROTOCOL.md"
+FEWEST_ELEMENTS_TO_TELL = 64
+LEAST_ORDINARY = 1e-30
 
 
 def shuffled(array: Array) -> bytes:
@@ -28,3 +32,16 @@ def unshuffled(raw: bytes, dtype: "np.dtype[Any]", shape: Sequence[int]) -> Arra
     for index, plane in enumerate(np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1)):  # much faster than transposing
         elements[:, index] = plane
     return array
+
+
+def plainly(array: Array) -> Array:
+    """What an array that was unshuffled is, if its sender has not shuffled it."""
+    plain: Array = np.frombuffer(shuffled(array), array.dtype.newbyteorder("<")).reshape(array.shape)
+    return plain
+
+
+def looks_plain(array: Array, largest: float) -> bool:
+    """Whether floats that cannot be are ordinary numbers up to ``largest`` if they are read `plainly`. Of few none can tell."""
+    sizes = np.abs(plainly(array))
+    ordinary = (sizes == 0) | ((sizes >= LEAST_ORDINARY) & (sizes <= largest))  # neither is true of NaN
+    return sizes.size >= FEWEST_ELEMENTS_TO_TELL and bool(ordinary.all())
