@@ -8,6 +8,7 @@ a question that was answered already gets the same answer again. Nothing is comp
 """
 
 import enum
+import logging
 import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
@@ -40,7 +41,9 @@ from protocol import (
     Welcome,
     identity,
 )
+from protocol.limits import LARGEST_VALUE
 from protocol.settings import LARGEST_COUNT
+from protocol.shuffling import NOT_SHUFFLED, looks_plain
 from terminal import count, duration, listed
 
 from .deadline import Deadline
@@ -61,6 +64,8 @@ __all__ = [
     "Report",
     "Train",
 ]
+
+logger = logging.getLogger("gpu_server")
 
 
 @dataclass(frozen=True)
@@ -154,12 +159,6 @@ class NameInUse(RemoteProtocolError):
 
 Question = TypeVar("Question", bound="Message | Contribution")
 OfAStep = Activations | AdapterGradient | AdapterWeights | Done
-
-LARGEST_VALUE = 1e6
-"""
-Of activations, gradients and adapters, in magnitude. GPT-2's largest activations are some thousands; what is beyond would make
-the loss of everybody infinite, and belongs to one client that has diverged or means harm.
-"""
 
 LONGEST_BETWEEN_REPORTS = 3600.0
 """Seconds. A wait is told of at growing distances: again when it is twice as long as when it was told before."""
@@ -336,7 +335,10 @@ class Federation:
             )
         member = self.members.get(hello.name)
         if hello.name in self.greeted or (member is not None and member.connected):
-            raise NameInUse(f"the name {hello.name} is taken; choose another with --name")
+            raise NameInUse(
+                f"the name {hello.name} is in use by a device that is connected; it is free again when that one has gone, "
+                f"and another device needs another --name"
+            )
         if member is None:
             places = self.settings.clients - len(self.greeted.union(self.members))
             if self.phase is not Phase.GATHERING or places < 1:
@@ -388,6 +390,7 @@ class Federation:
         if not isinstance(message, OfAStep):
             raise RemoteProtocolError(f"{type(message).__name__} out of turn")
         if isinstance(message, Activations) and message.step <= member.gone_on_after:
+            logger.debug("%s: ignored Activations of step %d: Start has answered it meanwhile", name, message.step)
             return []
         kind = _waited_for_as(type(message))
         actions: list[Action] = []
@@ -877,8 +880,6 @@ class Federation:
 
     def _check_batch(self, member: Member, batch: Activations | Evaluation) -> None:
         limits, rows = self.limits, member.join.batch_size * member.join.longest
-        if batch.values.dtype.name != self.settings.precision:
-            raise RemoteProtocolError(f"values are {batch.values.dtype.name}, the run's are {self.settings.precision}")
         if batch.values.shape[1] != limits.width:
             raise RemoteProtocolError(f"values are {batch.values.shape[1]} wide, the model is {limits.width}")
         _check_size(batch.values)
@@ -887,8 +888,6 @@ class Federation:
                 raise RemoteProtocolError(
                     f"exact values in micro-batch {batch.micro_batch} of step {batch.step}, which checks no codec"
                 )
-            if batch.exact.dtype != batch.values.dtype:
-                raise RemoteProtocolError(f"values are {batch.values.dtype.name}, and exactly {batch.exact.dtype.name}")
             _check_size(batch.exact)
         if len(batch.values) > rows or len(batch.lengths) > member.join.batch_size:
             raise RemoteProtocolError(f"{len(batch.values)} rows, at most {rows} were announced")
@@ -907,8 +906,6 @@ class Federation:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         if shapes != self.limits.edge_shapes:
             raise RemoteProtocolError("the tensors are not the LoRA matrices of the edge part")
-        if any(tensor.dtype.name != self.settings.precision for tensor in tensors.values()):
-            raise RemoteProtocolError(f"the run's adapters are {self.settings.precision}")
         for tensor in tensors.values():
             _check_size(tensor)
 
@@ -931,4 +928,5 @@ def _waited_for_as(kind: type) -> type:
 def _check_size(values: Array) -> None:
     largest = np.abs(values).max(initial=0.0)
     if largest > LARGEST_VALUE:
-        raise RemoteProtocolError(f"has values up to {largest:.3g}; beyond {LARGEST_VALUE:g} training has diverged")
+        why = NOT_SHUFFLED if looks_plain(values, LARGEST_VALUE) else f"beyond {LARGEST_VALUE:g} training has diverged"
+        raise RemoteProtocolError(f"has values up to {largest:.3g}; {why}")

@@ -63,6 +63,11 @@ Integers = Annotated[Array, ArrayType(("int32",), 1)]
 Tensors = dict[str, Floats]
 
 
+def _check_step(step: int) -> None:
+    if step < 1:
+        raise ValueError(f"steps are numbered from 1, got {step}")
+
+
 def check_name(name: str) -> str:
     """
     A client's name: it appears in files and terminals, so it is kept plain.
@@ -232,6 +237,7 @@ class Activations(LabelledBatch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_step(self.step)
         if self.samples is not None and len(self.samples) != len(self.lengths):
             raise ValueError(f"{len(self.lengths)} lengths and {len(self.samples)} samples")
         if self.exact is not None and self.exact.shape != self.values.shape:
@@ -256,6 +262,9 @@ class ActivationGradient:
     """From the question's arrival until it was computed."""
     compute_seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check_step(self.step)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Contribution:
@@ -264,6 +273,9 @@ class Contribution:
     step: int
     seconds: Seconds
     tensors: Tensors
+
+    def __post_init__(self) -> None:
+        _check_step(self.step)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -288,6 +300,9 @@ class EdgeAdapter:
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check_step(self.step)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation(LabelledBatch):
@@ -310,6 +325,9 @@ class Done:
     """client -> server: my data is used up. Answered at the run's end."""
 
     step: int
+
+    def __post_init__(self) -> None:
+        _check_step(self.step)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

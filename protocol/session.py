@@ -7,11 +7,13 @@ with the last of them, or with a `Start`, which answers all.
 """
 
 import enum
+import logging
 import threading
 from collections import deque
 from dataclasses import replace
 
 from . import changes
+from .agreement import Agreement
 from .codecs import Coded
 from .encoding import decode, encode
 from .errors import LocalProtocolError, RemoteProtocolError
@@ -39,9 +41,12 @@ from .messages import (
     identity,
 )
 from .rounding import Dither
-from .settings import DELTA, EXACT, RunSettings, gradient_codec
+from .settings import DELTA, EXACT, gradient_codec
 
 __all__ = ["TRANSITIONS", "Session", "Side", "State"]
+
+
+logger = logging.getLogger(__name__)
 
 
 class Side(enum.Enum):
@@ -117,8 +122,7 @@ class Session:
         self._codecs_before = self.codecs
         self.kept: changes.KeptSamples | None = None
         """The client's samples, for runs in `DELTA`."""
-        self._hello: Hello | None = None
-        self._settings: RunSettings | None = None
+        self._agreed = Agreement()
         self._received: tuple[type, int, int, int] | None = None
         self._gone_on_after: int | None = None
         """The step of the last `Start`."""
@@ -164,9 +168,12 @@ class Session:
             message = decode(data, self.max_bytes, self._codecs_of_peer())
             with self._lock:  # what is not to be taken, or was, must not change what is kept
                 if self._is_repeated(message):
+                    self._ignore(message, "it was delivered twice")
                     return None
                 self._peers_turn(message)
+                self._agreed.check(message)
                 if self._crosses_start(message):
+                    self._ignore(message, f"Start after step {self._gone_on_after} has answered it already")
                     return None
                 if not isinstance(message, Goodbye):  # which may cross it
                     self._see_that_start_arrived()
@@ -182,11 +189,25 @@ class Session:
     def _accept(self, message: Message) -> Message | None:
         next_state = self._peers_turn(message)
         if self._crosses_start(message):  # which has been sent since
+            self._ignore(message, f"Start after step {self._gone_on_after} has answered it meanwhile")
             return None
-        self._check_offered(message)
         self._enter(next_state, message, self.side.peer)
         self._received = _received_as(message)
         return message
+
+    def _ignore(self, message: Message, reason: str) -> None:
+        """Whoever looks for a message that was not answered finds it at level DEBUG."""
+        kind, number, micro_batch = identity(message)
+        client = self._agreed.hello.name if self._agreed.hello else "no name yet"
+        logger.debug(
+            "%s (%s): ignored %s %d, micro-batch %d: %s",
+            self.side.value,
+            client,
+            kind.__name__,
+            number,
+            micro_batch,
+            reason,
+        )
 
     def _is_repeated(self, message: Message) -> bool:
         return _received_as(message) == self._received and self.state is not State.BROKEN
@@ -211,11 +232,15 @@ class Session:
         """None if the sender may not say this now."""
         next_state = TRANSITIONS.get((self.state, sender, type(message)))
         if self.state is State.AWAITING_GRADIENT:
-            if isinstance(message, Activations) and len(self._open) >= (self._settings.micro_batches if self._settings else 1):
+            if isinstance(message, Activations) and len(self._open) >= self._most_open():
                 return None
             if isinstance(message, ActivationGradient) and len(self._open) > 1:
                 return self.state
         return next_state
+
+    def _most_open(self) -> int:
+        """Micro-batches that may be under way."""
+        return self._agreed.settings.micro_batches if self._agreed.settings else 1
 
     def _enter(self, next_state: State, message: Message, sender: Side) -> None:
         """Move on, and keep what has been agreed on."""
@@ -230,10 +255,9 @@ class Session:
             self._gone_on_after, self._start_may_be_lost = message.step, True
             if self.side is Side.CLIENT:
                 self._see_that_start_arrived()
-        if isinstance(message, Hello):
-            self._hello = message
-        elif isinstance(message, Welcome):
-            settings = self._settings = message.settings
+        self._agreed.note(message)
+        if isinstance(message, Welcome):
+            settings = message.settings
             self.codecs = {Side.CLIENT: settings.activation_codec, Side.SERVER: settings.gradient_codec}
         elif isinstance(message, Start | ActivationGradient) and message.codec:
             if message.codec != self.codecs[Side.CLIENT]:
@@ -256,21 +280,6 @@ class Session:
         elif isinstance(message, EdgeAdapter):
             self.kept.forget_before(message.checkpoint)
 
-    def _check_offered(self, message: Message) -> None:
-        """
-        Raises:
-            RemoteProtocolError: the server chose a codec that this client has not offered.
-        """
-        chosen: set[str] = set()
-        if isinstance(message, Welcome):
-            chosen = message.settings.codecs()
-        elif isinstance(message, Start | ActivationGradient) and message.codec:
-            chosen = {message.codec, gradient_codec(message.codec)} - {EXACT}
-        missing = chosen.difference(self._hello.codecs if self._hello else ())
-        if missing:
-            names = ", ".join(ascii(name[:40])[1:-1] for name in sorted(missing))
-            raise RemoteProtocolError(f"the server chose the codec {names}, which was not offered")
-
     # Codecs
 
     def _codec(self, message: Message) -> str:
@@ -287,7 +296,8 @@ class Session:
     def _as_sent(self, message: Message) -> Message:
         if not isinstance(message, Activations) or self.codecs[self.side] == EXACT:
             return message
-        if not message.micro_batch and self._settings is not None and self._settings.checks_codec(message.step):
+        settings = self._agreed.settings
+        if not message.micro_batch and settings is not None and settings.checks_codec(message.step):
             exact = self._nearly_exact(message.values)
             message = replace(message, exact=exact)  # type: ignore[arg-type]  # as it is on the wire
         if self.codecs[self.side] != DELTA:
@@ -310,11 +320,12 @@ class Session:
 
     def _dither(self, message: Message) -> Dither | None:
         """For gradients, the same for the same run, client, direction and step: a repeated message has the same bytes."""
-        if not isinstance(message, ActivationGradient) or self._hello is None or self._settings is None:
+        hello, settings = self._agreed.hello, self._agreed.settings
+        if not isinstance(message, ActivationGradient) or hello is None or settings is None:
             return None
         if self.codecs[self.side] == EXACT:
             return None
-        return Dither(self._settings.seed, self._hello.name, type(message).__name__, message.step, message.micro_batch)
+        return Dither(settings.seed, hello.name, type(message).__name__, message.step, message.micro_batch)
 
 
 def _received_as(message: Message) -> tuple[type, int, int, int]:

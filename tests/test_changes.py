@@ -374,7 +374,7 @@ def talk(ends: Ends) -> Callable[[Side, Message], Message | None]:
     say(Side.CLIENT, Hello(name="a", fingerprint="f", codecs=(*CODECS, DELTA)))
     say(Side.SERVER, Welcome(run="r", settings=settings, fingerprint="f"))
     say(Side.CLIENT, Join(num_samples=4, batch_size=2, longest=9))
-    say(Side.SERVER, Start(step=0, total_steps=9, adapter={}))
+    say(Side.SERVER, Start(step=0, total_steps=100, adapter={}))
     return say
 
 
@@ -394,7 +394,7 @@ def test_both_sides_confirm_with_the_answer_collect_with_the_adapter_and_go_back
         assert ends.device.version(0, step) is not None
         assert ends.server.version(0, step) is not None
     talk(Side.CLIENT, batch(4, [0, 1]))
-    talk(Side.SERVER, Start(step=2, total_steps=9, adapter={}))
+    talk(Side.SERVER, Start(step=2, total_steps=100, adapter={}))
     # Of step 3 the device may still ask the micro-batches that are not answered: what counts of it stays.
     assert [kept.latest(0, 99)[0] for kept in (ends.device, ends.server)] == [3, 3]  # type: ignore[index]
     talk(Side.CLIENT, batch(3, [0, 1]))
@@ -410,7 +410,7 @@ def test_what_a_start_takes_back_the_server_keeps_until_it_knows_that_the_start_
         talk(Side.CLIENT, message)
         talk(Side.SERVER, gradient(step, message))
     talk(Side.CLIENT, batch(4, [0, 1]))
-    talk(Side.SERVER, Start(step=1, total_steps=9, adapter={}))
+    talk(Side.SERVER, Start(step=1, total_steps=100, adapter={}))
     assert ends.device.version(0, 3) is None
     assert ends.server.version(0, 3) is not None
     talk(Side.CLIENT, batch(2, [0, 1]))

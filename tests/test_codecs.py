@@ -406,7 +406,7 @@ def test_a_tensor_that_would_decode_to_more_than_the_limit_is_refused(codec: str
 def test_a_codec_that_was_not_agreed_on_is_refused(codec: str) -> None:
     values = np.ones((2, 3), np.float32)
     for agreed in {EXACT, *CODECS} - {codec}:
-        assert refusal(extension(Coded.of(values, codec)), agreed) == f"a tensor in {codec}, which was not agreed on"
+        assert refusal(extension(Coded.of(values, codec)), agreed).startswith(f"a tensor in {codec}, which was not agreed on;")
     assert isinstance(
         decode(encode(ActivationGradient(step=1, loss=0.0, labelled_tokens=1, values=values)), MAX_BYTES, [codec]),
         ActivationGradient,
@@ -465,7 +465,7 @@ class Pair:
         self.say(Side.CLIENT, Hello(name=name, fingerprint="f", codecs=offered))
         self.say(Side.SERVER, Welcome(run="r", settings=settings, fingerprint="f"))
         self.say(Side.CLIENT, Join(num_samples=1, batch_size=1, longest=9))
-        self.say(Side.SERVER, Start(step=0, total_steps=1, adapter={}))
+        self.say(Side.SERVER, Start(step=0, total_steps=100, adapter={}))
 
     def say(self, side: Side, message: Message) -> tuple[bytes, Message]:
         data = self.ends[side].send(message)

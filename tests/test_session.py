@@ -66,10 +66,19 @@ def numbered(kind: type, number: int) -> Any:
     return replace(message, **{names[0]: number}) if names else message
 
 
+def in_float32(message: Any) -> Any:
+    """As the run of the samples has its floats."""
+    if isinstance(message, ActivationGradient):
+        return replace(message, values=message.values.astype(np.float32))
+    if isinstance(message, AdapterWeights):
+        return replace(message, tensors={name: matrix.astype(np.float32) for name, matrix in message.tensors.items()})
+    return message
+
+
 class Pair:
     """Both ends of one conversation; what one says the other hears at once."""
 
-    def __init__(self, most_open: int = 10**6) -> None:
+    def __init__(self, most_open: int = 1024) -> None:
         self.ends = {side: Session(side) for side in Side}
         self.most_open = most_open
         self.heard: dict[Side, list[bytes]] = {side: [] for side in Side}
@@ -89,7 +98,9 @@ class Pair:
         message = numbered(kind, next(self.numbers))
         if kind is Welcome:
             return replace(message, settings=replace(message.settings, micro_batches=self.most_open))
-        return message
+        if kind is Start:
+            return replace(message, total_steps=10**6)
+        return in_float32(message)
 
     def say_something(self, choice: int) -> None:
         """One of the messages that may come next, last words aside."""
@@ -359,12 +370,12 @@ def test_questions_and_answers_may_cross() -> None:
     client, server = pair.ends[Side.CLIENT], pair.ends[Side.SERVER]
     first, second = (client.send(numbered(Activations, step)) for step in (8, 9))
     server.receive(first)
-    answer = server.send(numbered(ActivationGradient, 8))
+    answer = server.send(in_float32(numbered(ActivationGradient, 8)))
     assert (client.state, server.state) == (State.AWAITING_GRADIENT, State.READY)
     client.receive(answer)
     server.receive(second)
     assert pair.state is State.AWAITING_GRADIENT
-    client.receive(server.send(numbered(ActivationGradient, 9)))
+    client.receive(server.send(in_float32(numbered(ActivationGradient, 9))))
     assert pair.state is State.READY
 
 

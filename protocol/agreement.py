@@ -1,0 +1,93 @@
+"""What a message must keep to because of what was said before it: the client's offer, and the run's settings."""
+
+from collections.abc import Iterator
+
+from .codecs import Coded
+from .errors import RemoteProtocolError
+from .messages import ActivationGradient, Activations, Array, Hello, Join, Message, Start, Welcome
+from .settings import DELTA, EXACT, LARGEST_COUNT, RunSettings, gradient_codec
+
+__all__ = ["Agreement"]
+
+
+class Agreement:
+    """What one conversation has agreed on so far. Each side holds the other to it."""
+
+    def __init__(self) -> None:
+        self.hello: Hello | None = None
+        self.settings: RunSettings | None = None
+        self._join: Join | None = None
+
+    def note(self, message: Message) -> None:
+        """A message that was sent or accepted."""
+        if isinstance(message, Hello):
+            self.hello = message
+        elif isinstance(message, Welcome):
+            self.settings = message.settings
+        elif isinstance(message, Join):
+            self._join = message
+
+    def check(self, message: Message) -> None:
+        """
+        Of a message that has come.
+
+        Raises:
+            RemoteProtocolError: it is legal in no state of this run.
+        """
+        if isinstance(message, Welcome):
+            self._check_offered(message.settings.codecs())
+        if self.settings is None:
+            return
+        self._check_precision(message, self.settings.precision)
+        if isinstance(message, Activations | ActivationGradient) and message.micro_batch >= self.settings.micro_batches:
+            raise RemoteProtocolError(
+                f"{_name(message)} of micro-batch {message.micro_batch} of step {message.step}; "
+                f"this run's are numbered from 0 to {self.settings.micro_batches - 1}"
+            )
+        if isinstance(message, Start):
+            self._check_start(message, self.settings)
+        if isinstance(message, Start | ActivationGradient) and message.codec:
+            self._check_codec(message.codec, self.settings)
+
+    def _check_precision(self, message: Message, precision: str) -> None:
+        for name, array in _floats(message):
+            if array.dtype.name != precision:
+                raise RemoteProtocolError(f"{_name(message)}.{name} is {array.dtype.name}; this run is in {precision}")
+
+    def _check_start(self, start: Start, settings: RunSettings) -> None:
+        join = self._join
+        own_steps = 0 if join is None else settings.steps_of_client(join.num_samples, join.batch_size)
+        if not max(own_steps, start.step, start.round) <= start.total_steps <= LARGEST_COUNT:
+            raise RemoteProtocolError(
+                f"Start after step {start.step}, with the adapter of step {start.round}, in a run of {start.total_steps} steps "
+                f"in which this client takes part in {own_steps}"
+            )
+
+    def _check_codec(self, codec: str, settings: RunSettings) -> None:
+        if not settings.codecs() and codec != EXACT:
+            raise RemoteProtocolError(f"the server chose the codec {_shown(codec)} in a run that began exact and stays so")
+        if codec == DELTA != settings.activation_codec:
+            raise RemoteProtocolError(f"the server chose the codec {DELTA} in a run that did not begin with it")
+        self._check_offered({codec, gradient_codec(codec)})
+
+    def _check_offered(self, chosen: set[str]) -> None:
+        missing = chosen.difference({EXACT}, self.hello.codecs if self.hello else ())
+        if missing:
+            names = ", ".join(map(_shown, sorted(missing)))
+            raise RemoteProtocolError(f"the server chose the codec {names}, which was not offered")
+
+
+def _floats(message: Message) -> Iterator[tuple[str, Array]]:
+    """Every tensor of floats in it, by its name; what is still coded aside, which becomes float32."""
+    for name, value in vars(message).items():
+        for key, array in value.items() if isinstance(value, dict) else [("", value)]:
+            if not isinstance(array, Coded) and getattr(array, "dtype", None) is not None and array.dtype.kind == "f":
+                yield f"{name}[{key[:80]!r}]" if key else name, array
+
+
+def _name(message: Message) -> str:
+    return type(message).__name__
+
+
+def _shown(codec: str) -> str:
+    return ascii(codec[:40])[1:-1]
