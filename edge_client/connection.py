@@ -8,11 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.headers import build_authorization_basic
-from websockets.sync.client import connect
+from websockets.http11 import Response
+from websockets.sync.client import ClientConnection, connect
 
 from protocol import (
     HANDSHAKE_BYTES,
@@ -37,22 +38,45 @@ __all__ = ["Connection", "ConnectionFailed", "Dial", "Refused"]
 Answer = TypeVar("Answer", bound=Message)
 Dial = Callable[[], "Connection"]
 
-UNAUTHORISED = 401
+UNAUTHORISED = 401  # of HTTP, as the two below
+TOO_MANY_REQUESTS, SERVICE_UNAVAILABLE = 429, 503
+SECONDS_TO_TRY_AGAIN = 10.0  # where a server that is busy does not say when
+LONGEST_WAIT = 3600.0  # seconds, as in `Failure`
 LARGEST_SEND_BUFFER = 2**23  # bytes; systems allow less
 SECONDS_TO_LEAVE = 5.0
 
 
 class ConnectionFailed(ConnectionError):
-    """There is no server at the address, or it is gone."""
-
-
-class Refused(ConnectionError):
-    """The server refuses this client; the message is its reason."""
+    """There is no server at the address, it is gone, or has no time now: later it may be there."""
 
     def __init__(self, reason: str, retry_after: float = 0.0) -> None:
         super().__init__(reason)
         self.retry_after = retry_after
-        """Seconds after which the same may be allowed; 0: never."""
+        """Seconds after which the server wants to be asked again; 0: it has not said."""
+
+
+class Refused(ConnectionError):
+    """The server refuses this client, and would do so again; the message is its reason."""
+
+
+class AnsweredInHttp(InvalidHandshake):
+    """The address has answered, but not as a WebSocket."""
+
+    def __init__(self, response: Response) -> None:
+        super().__init__(f"HTTP {response.status_code}")
+        self.response = response
+
+
+class Handshake(ClientConnection):
+    """
+    No redirect is followed: whoever answers at the user's address does not choose another one for the secret and the text.
+    """
+
+    def handshake(self, *arguments: Any, **options: Any) -> None:
+        try:
+            super().handshake(*arguments, **options)
+        except InvalidStatus as error:
+            raise AnsweredInHttp(error.response) from None
 
 
 @dataclass(frozen=True)
@@ -104,14 +128,13 @@ class Connection:
                 proxy=None,
                 ping_interval=SECONDS_BETWEEN_PINGS,
                 ping_timeout=SECONDS_TO_PONG,
+                create_connection=Handshake,
             )
             self._socket = self._open.enter_context(opened)
         except CertificateChanged:
             raise
-        except InvalidStatus as error:
-            if error.response.status_code != UNAUTHORISED:
-                raise ConnectionFailed(f"no server at {url}: {error}; is splitlora-server running there?") from None
-            raise Refused(_why_unauthorised(url, credentials)) from None
+        except AnsweredInHttp as error:
+            raise _not_opened(url, credentials, error.response) from None
         except (InvalidURI, ValueError):  # a port or host that cannot be is a ValueError
             raise ConnectionFailed(f"{url} is no WebSocket address; it looks like ws://192.168.1.20:8765") from None
         except ssl.SSLError as error:
@@ -156,14 +179,16 @@ class Connection:
         Raises:
             Refused: the server answers with a refusal.
             RemoteProtocolError: it answers with something else than the protocol allows.
-            ConnectionFailed: it is gone.
+            ConnectionFailed: it is gone, or refuses for a while only.
         """
         try:
             reply = self._receive()
         except ConnectionClosed as error:
             raise ConnectionFailed(f"the connection to {self.url} was lost: {error}") from None
         if isinstance(reply, Failure):
-            raise Refused(f"the server at {self.url} refuses: {reply.reason}", reply.retry_after)
+            if reply.retry_after:
+                raise ConnectionFailed(f"the server at {self.url} refuses for now: {reply.reason}", reply.retry_after)
+            raise Refused(f"the server at {self.url} refuses: {reply.reason}")
         if not isinstance(reply, kinds):
             raise RemoteProtocolError(f"expected {kinds[0].__name__}, got {type(reply).__name__}")
         return reply
@@ -216,6 +241,26 @@ class Connection:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
+
+
+def _not_opened(url: str, credentials: tuple[str, str] | None, response: Response) -> ConnectionError:
+    """What an answer means that is HTTP's and no WebSocket's. Only a wrong secret is final."""
+    status = response.status_code
+    if status == UNAUTHORISED:
+        return Refused(_why_unauthorised(url, credentials))
+    if status in (TOO_MANY_REQUESTS, SERVICE_UNAVAILABLE):
+        return ConnectionFailed(f"the server at {url} has no time now (HTTP {status})", _seconds_to_wait(response))
+    if 300 <= status < 400:
+        elsewhere = ascii(response.headers.get("Location", "nowhere")[:200])[1:-1]
+        return ConnectionFailed(f"{url} redirects to {elsewhere}, which is not followed; give the server's own address")
+    return ConnectionFailed(f"{url} answers HTTP {status}, and no WebSocket; the address of a splitlora-server has no path")
+
+
+def _seconds_to_wait(response: Response) -> float:
+    """Of HTTP's Retry-After, in seconds; as a date it is not understood."""
+    text = response.headers.get("Retry-After", "")
+    seconds = float(text) if text.isascii() and text.isdigit() and len(text) < 10 else SECONDS_TO_TRY_AGAIN
+    return min(max(seconds, 1.0), LONGEST_WAIT)
 
 
 def _why_unauthorised(url: str, credentials: tuple[str, str] | None) -> str:

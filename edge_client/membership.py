@@ -16,6 +16,7 @@ from protocol import (
     Join,
     KeptSamples,
     Message,
+    RemoteProtocolError,
     Seconds,
     Start,
     Welcome,
@@ -32,6 +33,7 @@ Answer = TypeVar("Answer", bound=Message)
 
 SHORTEST_WAIT = 0.5  # seconds
 LONGEST_WAIT = 30.0
+SECONDS_TO_TELL_AGAIN = 60.0  # after which whoever waits for a connection is told so again; then twice that, and so on
 
 
 class Moved(Exception):
@@ -48,8 +50,9 @@ class Membership:
 
     Args:
         dial: opens a connection.
-        give_up_after: seconds without a connection; None tries forever.
+        give_up_after: seconds without a connection, added up until a question is answered; None tries forever.
         patient: whether the server may be away when the first connection is opened; else its address is taken for wrong.
+            A server that says when it wants to be asked again is asked again in any case.
         sleep: waits for so many seconds.
 
     Raises:
@@ -67,6 +70,9 @@ class Membership:
     ) -> None:
         self._dial, self._hello, self._give_up_after, self._sleep = dial, hello, give_up_after, sleep
         self._random = random.Random(hello.name)  # devices that lost the same server do not come back all at once
+        self._waits = self._new_waits()
+        self._away = 0.0
+        """Seconds without a connection since a question was answered last."""
         self._join: Join | None = None
         self._bytes_before = 0
         self.largest_message = 0
@@ -150,6 +156,7 @@ class Membership:
             question = waiting.popleft()
             if isinstance(answer, Start):
                 self._go_to(answer, question)
+            self._waits, self._away = self._new_waits(), 0.0  # a Welcome and a Start alone would be no progress
             if isinstance(question, Evaluation):
                 self._told = self.stopwatch.read()  # it belongs to no step
             if isinstance(answer, EdgeAdapter):
@@ -196,7 +203,7 @@ class Membership:
         try:
             return talk(self._opened())
         except ConnectionFailed as error:
-            if self._connection is None and not patient:
+            if self._connection is None and not patient and not error.retry_after:
                 raise
             return self._keep_trying(error, talk)
 
@@ -225,31 +232,57 @@ class Membership:
 
     def _come_back(self, connection: Connection) -> Start:
         welcome = connection.exchange(self._hello, Welcome)
-        if welcome.run != self.welcome.run:
-            raise Refused(f"{connection.url} has another run now: {welcome.run} instead of {self.welcome.run}")
+        self._check_same_run(connection, welcome)
         self.welcome = welcome
         start = self._enter(connection)
-        logger.info("connected again; the run goes on after step %d", start.step)
+        logger.info("connected again; the run goes on after step %d, this device had finished step %d", start.step, self.step)
         return start
 
-    def _keep_trying(self, error: ConnectionFailed | Refused, talk: Callable[[Connection], Answer]) -> Answer:
+    def _check_same_run(self, connection: Connection, welcome: Welcome) -> None:
+        before = self.welcome
+        if welcome.run != before.run:
+            raise Refused(f"{connection.url} has another run now: {welcome.run} instead of {before.run}")
+        settings, settings_before = vars(welcome.settings), vars(before.settings)
+        changed = [
+            f"{name} {settings_before[name]} is now {value}"
+            for name, value in settings.items()
+            if value != settings_before[name]
+        ]
+        if welcome.fingerprint != before.fingerprint:
+            changed.append("another base model")
+        if changed:
+            raise RemoteProtocolError(
+                f"{connection.url} does not keep to the protocol: run {welcome.run} has other settings than before "
+                f"({', '.join(changed)}); the same run has the same settings"
+            )
+
+    def _keep_trying(self, error: ConnectionFailed, talk: Callable[[Connection], Answer]) -> Answer:
         """Open a connection and ``talk`` on it until that succeeds."""
-        lost_at = time.monotonic()
-        for wait in self._waits():
+        lost_at = gone_since = time.monotonic()
+        tell_after = 0.0
+        for wait in self._waits:
             self._drop()
-            if self._give_up_after is not None and time.monotonic() - lost_at + wait > self._give_up_after:
-                raise ConnectionFailed(f"{error}; gave up after {self._give_up_after:g} s")
-            wait = max(wait, getattr(error, "retry_after", 0.0))
-            logger.info("%s; trying again in %.1f s", error, wait)
+            now = time.monotonic()
+            self._away, gone_since = self._away + now - gone_since, now
+            wait = max(wait, error.retry_after)
+            if self._give_up_after is not None and self._away + wait > self._give_up_after:
+                asked = f" (and wants to be asked again in {error.retry_after:g} s)" if error.retry_after else ""
+                raise ConnectionFailed(f"{error}{asked}; gave up after {self._give_up_after:g} s")
+            if now - lost_at >= tell_after:
+                logger.info("%s; trying again in %.1f s, and on until there is a connection", error, wait)
+                tell_after = max(SECONDS_TO_TELL_AGAIN, 2 * (now - lost_at))
+            else:
+                logger.debug("%s; trying again in %.1f s", error, wait)
             self._sleep(wait)
             try:
-                answer = talk(self._opened())
+                connection = self._opened()
+                now = time.monotonic()
+                self._away, gone_since = self._away + now - gone_since, now
+                answer = talk(connection)
             except ConnectionFailed as failed:
+                if self._connection is not None:
+                    gone_since = time.monotonic()  # there was a connection, if only for so long
                 error = failed
-            except Refused as refused:
-                if not refused.retry_after:
-                    raise
-                error = refused
             else:
                 self.stopwatch.leave_out(time.monotonic() - lost_at)
                 return answer
@@ -260,7 +293,7 @@ class Membership:
         self._connection.stopwatch, self._connection.session.kept = self.stopwatch, self.kept
         return self._connection
 
-    def _waits(self) -> Iterator[float]:
+    def _new_waits(self) -> Iterator[float]:
         """Seconds between attempts: doubling on average, never the same for two devices."""
         longest = SHORTEST_WAIT
         while True:

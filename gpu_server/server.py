@@ -66,6 +66,7 @@ SECONDS_TO_FINISH = 10.0
 SECONDS_TO_CLOSE = 2.0
 SECONDS_TO_JOIN = 600.0  # between Welcome and Join a device reads its part of the model, from a slow card perhaps
 SECONDS_TO_SHOW_LIFE = 10.0
+SECONDS_TO_TRY_AGAIN = 10.0  # after which a device that was late, or has too many connections, is heard again
 SECONDS_FOR_REPLIES = 1.0
 SECONDS_BETWEEN_LOOKS = 1.0
 LONGEST_REASON = 1000  # characters
@@ -277,8 +278,8 @@ class RunServer:
             ssl=encryption,
             ssl_handshake_timeout=limits.handshake_seconds if encryption else None,
             compression=None,  # messages are compressed already
-            origins=[None],  # no web page may speak to a server on its reader's own machine
             process_request=self._authenticate,
+            process_response=self._note_refusal,
             open_timeout=limits.handshake_seconds,
             max_size=compressed_bound(HANDSHAKE_BYTES),
             max_queue=limits.queue,
@@ -298,6 +299,10 @@ class RunServer:
 
     async def _authenticate(self, connection: ServerConnection, request: Request) -> Response | None:
         """During the HTTP handshake, before any message is read."""
+        if "Origin" in request.headers:  # no web page may speak to a server on its reader's own machine
+            return connection.respond(http.HTTPStatus.FORBIDDEN, "web pages are not let in\n")
+        if len(request.headers.get_all("Authorization")) > 1:
+            return connection.respond(http.HTTPStatus.BAD_REQUEST, "one Authorization is enough\n")
         admits = self._door.admits
         if admits is not None:
             assert isinstance(connection, CountingConnection)
@@ -308,14 +313,21 @@ class RunServer:
 
             refusal = await basic_auth("splitlora", check_credentials=admit)(connection, request)
             if refusal is not None:
-                logger.warning("%s refused: it has no valid secret", _address(connection))
                 return refusal
             if _connections_of(connection.username, connection.server) >= CONNECTIONS_A_DEVICE:
-                return connection.respond(http.HTTPStatus.TOO_MANY_REQUESTS, "this device has enough connections\n")
+                refusal = connection.respond(http.HTTPStatus.TOO_MANY_REQUESTS, "this device has enough connections\n")
+                refusal.headers["Retry-After"] = f"{SECONDS_TO_TRY_AGAIN:.0f}"
+                return refusal
             self._listener.admit(_descriptor(connection))
         if request.path.strip("/"):
             return connection.respond(http.HTTPStatus.NOT_FOUND, "there is nothing here\n")
         return None
+
+    async def _note_refusal(self, connection: ServerConnection, request: Request, response: Response) -> None:
+        """Whoever was answered in HTTP has no WebSocket; only the operator can tell why it was refused."""
+        if response.status_code == http.HTTPStatus.SWITCHING_PROTOCOLS:
+            return
+        logger.warning("%s refused: HTTP %d, %s", _address(connection), response.status_code, _why(request, response))
 
     async def _watch_enrolments(self) -> None:
         """A device that is revoked has left the run, connected or not; also where its name has a new secret by now."""
@@ -341,13 +353,15 @@ class RunServer:
 
     async def _converse(self, connection: ServerConnection) -> None:
         assert isinstance(connection, CountingConnection)
-        peer = Peer(connection, Pace(self._door.limits.messages_per_second))
+        peer, patience = Peer(connection, Pace(self._door.limits.messages_per_second)), None
         try:
             while True:
-                data = await asyncio.wait_for(connection.recv(), self._patience(peer))
+                patience = self._patience(peer)
+                data = await asyncio.wait_for(connection.recv(), patience)
                 await asyncio.sleep(peer.pace.delay(time.monotonic()))
                 message = await asyncio.to_thread(self._receive, peer, data)
                 if peer.name is not None and self._peers.get(peer.name) is not peer:
+                    logger.debug("%s: ignored what came after it was dismissed", peer)
                     await connection.wait_closed()  # by whoever dismissed it: a device that is to hear why has not heard yet
                     break  # it was dismissed meanwhile, or lives no more and its device is back
                 if isinstance(message, Goodbye):
@@ -356,12 +370,15 @@ class RunServer:
                 if message is not None:
                     await self._answer(peer, message)
         except asyncio.TimeoutError:
+            # Its link stalled, or its disk: it may come again, and has its place as if the link had been lost.
+            awaited = "Join" if peer.session.state is State.WELCOMED else "Hello"
+            reason = f"no {awaited} came within {patience} s"
             self._forget(peer)
-            await self._refuse(peer, "nothing was heard for too long")
+            await self._refuse(peer, reason, retry_after=SECONDS_TO_TRY_AGAIN)
         except RemoteProtocolError as error:
             # First: the others do not wait for a peer that does not listen. One that had not joined has no place to lose.
             self._forget(peer, str(error) if peer.joined else None)
-            await self._refuse(peer, str(error), error)
+            await self._refuse(peer, str(error), retry_after=SECONDS_TO_TRY_AGAIN if isinstance(error, NameInUse) else 0.0)
         except ConnectionClosed:
             if peer.joined and not self._complete:
                 logger.info("%s: connection lost", peer)
@@ -479,9 +496,12 @@ class RunServer:
             logger.info("%s has left the run after step %d: %s", name, federation.step, reason)
         self._perform(federation.leave(name, time.monotonic()))
 
-    async def _refuse(self, peer: Peer, reason: str, error: Exception | None = None) -> None:
-        logger.warning("%s refused: %s", peer, reason)
-        retry_after = SECONDS_TO_SHOW_LIFE if isinstance(error, NameInUse) else 0.0
+    async def _refuse(self, peer: Peer, reason: str, *, retry_after: float = 0.0) -> None:
+        """
+        Args:
+            retry_after: seconds after which the same may be allowed; 0 where it never will.
+        """
+        logger.warning("%s refused%s: %s", peer, " for now" if retry_after else "", reason)
         try:
             data = peer.session.send(Failure(reason=reason[:LONGEST_REASON], retry_after=retry_after))
             await asyncio.wait_for(peer.connection.send(data), SECONDS_TO_CLOSE)
@@ -686,6 +706,23 @@ def _address(connection: ServerConnection) -> str:
         return "a lost connection"
     host, port = connection.remote_address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+WHY = {
+    http.HTTPStatus.UNAUTHORIZED: "it has no valid secret",
+    http.HTTPStatus.TOO_MANY_REQUESTS: "this device has enough connections",
+    http.HTTPStatus.UPGRADE_REQUIRED: "it speaks no WebSocket",
+}
+
+
+def _why(request: Request, response: Response) -> str:
+    """What stands in the log beside an HTTP status; a stranger's words are shown in ASCII."""
+    if response.status_code == http.HTTPStatus.FORBIDDEN:
+        return f"a web page of {', '.join(request.headers.get_all('Origin'))[:100]!a}"
+    if response.status_code == http.HTTPStatus.NOT_FOUND:
+        return f"there is nothing at {request.path[:100]!a}"
+    status = http.HTTPStatus(response.status_code)
+    return WHY.get(status, status.phrase)
 
 
 def _descriptor(connection: ServerConnection) -> int:

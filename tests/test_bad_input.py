@@ -711,12 +711,13 @@ def test_client_with_another_model_is_refused_with_both_fingerprints(
             pass
 
 
-def test_client_with_a_name_in_use_is_refused(
+def test_client_with_a_name_in_use_is_told_so_until_it_gives_up(
     tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], edge_says: Say
 ) -> None:
     with a_run(tiny_model, tmp_path, pairs_file("honest", 3), clients=1) as run:
-        text = edge_says(server=run.server.url, name="honest")
-        assert text.endswith("refuses: the name honest is taken; choose another with --name")
+        text = edge_says(server=run.server.url, name="honest", give_up_after=0.1)
+        assert "refuses for now: the name honest is in use by a device that is connected" in text
+        assert text.endswith("(and wants to be asked again in 10 s); gave up after 0.1 s")
 
 
 def test_client_too_many_is_refused(tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], edge_says: Say) -> None:

@@ -251,7 +251,7 @@ def test_second_device_with_one_secret_is_refused_while_the_first_lives(guarded:
         second, answer = guarded.greeted(guarded.alice)
         with second:
             assert isinstance(answer, Failure)
-            assert answer.reason.startswith("the name alice is taken")
+            assert answer.reason.startswith("the name alice is in use")
             assert answer.retry_after > 0
         first.say(Goodbye())
         answers.join(SECONDS)
@@ -260,7 +260,7 @@ def test_second_device_with_one_secret_is_refused_while_the_first_lives(guarded:
         third.close()
         if isinstance(answer, Welcome):
             return
-        assert answer.reason.startswith("the name alice is taken")  # the goodbye is still on its way
+        assert answer.reason.startswith("the name alice is in use")  # the goodbye is still on its way
 
 
 def pongs_in_background(client: RawClient) -> threading.Thread:
@@ -281,12 +281,37 @@ def pongs_in_background(client: RawClient) -> threading.Thread:
     return thread
 
 
-def test_web_page_on_the_servers_own_machine_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+def test_web_page_on_the_servers_own_machine_is_refused(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with GpuServer(model=str(tiny_model), run_dir=str(tmp_path / "run"), port=0, steps=1, **SETTINGS) as server:
         with connect(server.url, proxy=None):
             pass
         with pytest.raises(InvalidStatus, match="403"):
             connect(server.url, proxy=None, origin="https://example.org")  # type: ignore[arg-type]
+    assert any("refused: HTTP 403, a web page of 'https://example.org'" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("head", "line"),
+    [
+        ("GET /admin HTTP/1.1\r\n", "HTTP 404, there is nothing at '/admin'"),
+        ("GET / HTTP/1.1\r\nOrigin: a\r\nOrigin: b\r\n", "HTTP 403, a web page of 'a, b'"),
+        ("GET / HTTP/1.1\r\n", "HTTP 426, it speaks no WebSocket"),
+        ("GET / HTTP/1.1\r\nAuthorization: x\r\nAuthorization: y\r\n", "HTTP 400, Bad Request"),
+    ],
+)
+def test_whoever_is_refused_in_http_leaves_a_line_with_the_reason(
+    guarded: "Guarded", caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, head: str, line: str
+) -> None:
+    secret = "" if "Authorization" in head else request(guarded.alice).decode().partition("Authorization")[2]
+    lines = f"Authorization{secret.partition(chr(13))[0]}\r\n" if secret else ""
+    monkeypatch.setattr("attacks.request", lambda _: f"{head}Host: a\r\n{lines}\r\n".encode("latin-1"))
+    with RawClient(guarded.port, None) as client:
+        assert f"HTTP {client.status}" == line.partition(",")[0]
+    (said,) = [message for message in caplog.messages if "refused" in message]
+    assert f"refused: {line}" in said
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_one_device_has_a_few_connections(guarded: Guarded) -> None:

@@ -1,6 +1,7 @@
 """How a device comes back: when it tries, when it stops trying, and what it says then. No socket, no clock but the test's."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from protocol import (
     Hello,
     Join,
     Message,
+    RemoteProtocolError,
     Seconds,
     Session,
     Side,
@@ -281,14 +283,112 @@ def test_another_run_at_the_address_is_not_entered(world: MakeWorld) -> None:
 
 
 def test_refusal_ends_it_and_one_that_names_a_time_does_not(world: MakeWorld) -> None:
-    busy, never = Refused("the name a is taken", retry_after=10.0), Refused("revoked")
+    busy, never = ConnectionFailed("the name a is in use", retry_after=40.0), Refused("revoked")
     here = world([welcome(), start(), LOST], [busy], [welcome(), start(), gradient(1), LOST], [never])
     member = here.member()
     member.start(JOIN)
     member.exchange(activations(1), ActivationGradient)
-    assert here.slept[1] == 10.0
+    assert here.slept[1] == 40.0
     with pytest.raises(Refused, match="revoked"):
         member.exchange(activations(2), ActivationGradient)
+
+
+@pytest.mark.parametrize("refused", ["hello", "join"])
+def test_server_that_names_a_time_is_asked_again_then_from_the_beginning_on(world: MakeWorld, refused: str) -> None:
+    late = ConnectionFailed("no message came within 10 s", retry_after=10.0)
+    here = world([late] if refused == "hello" else [welcome(), late], [welcome(), start(3)])
+    assert here.member().start(JOIN).step == 3
+    assert here.slept == [10.0]
+
+
+def test_address_that_says_it_is_busy_is_not_taken_for_wrong(world: MakeWorld) -> None:
+    here = world(ConnectionFailed("has no time now (HTTP 503)", retry_after=7.0), [welcome()])
+    assert here.member().welcome.run == "r"
+    assert here.slept == [7.0]
+
+
+def test_it_gives_up_without_waiting_longer_than_it_may(world: MakeWorld) -> None:
+    busy = ConnectionFailed("busy", retry_after=3600.0)
+    here = world([welcome(), start(), LOST], [busy])
+    member = here.member(give_up_after=3.0)
+    member.start(JOIN)
+    with pytest.raises(ConnectionFailed, match=r"busy \(and wants to be asked again in 3600 s\); gave up after 3 s"):
+        member.exchange(activations(1), ActivationGradient)
+    assert here.now < 3.0
+
+
+def test_server_that_welcomes_and_is_gone_is_asked_ever_more_seldom(world: MakeWorld) -> None:
+    here = world(
+        [welcome(), start(), LOST], *([welcome(), start(), LOST] for _ in range(200)), [welcome(), start(), gradient(1)]
+    )
+    member = here.member()
+    member.start(JOIN)
+    member.exchange(activations(1), ActivationGradient)
+    assert max(here.slept) > 25
+    assert sum(here.slept[20:]) / len(here.slept[20:]) > 10
+
+
+def test_answer_lets_the_waits_begin_anew(world: MakeWorld) -> None:
+    going = [reply for _ in range(4) for reply in ([welcome(), start(), gradient(1), LOST], LOST, LOST, LOST)]
+    here = world(*going, [welcome(), start(), gradient(1)])
+    member = here.member()
+    member.start(JOIN)
+    for _ in range(5):
+        member.exchange(activations(1), ActivationGradient)
+    assert here.slept[::4] == [0.5] * 4
+
+
+def test_server_that_welcomes_and_is_gone_is_given_up_in_the_end(world: MakeWorld) -> None:
+    here = world([welcome(), start(), LOST], *([welcome(), start(), LOST] for _ in range(200)))
+    member = here.member(give_up_after=100.0)
+    member.start(JOIN)
+    with pytest.raises(ConnectionFailed, match="gave up after 100 s"):
+        member.exchange(activations(1), ActivationGradient)
+    assert 70 <= here.now <= 100
+
+
+def test_time_with_a_connection_is_not_counted_as_time_without(world: MakeWorld) -> None:
+    """The others may be long in coming."""
+    here = world([welcome(), start(), LOST], [welcome(), LOST], [welcome(), start(), gradient(1)])
+    member = here.member(give_up_after=100.0)
+    member.start(JOIN)
+    enter = member._enter
+
+    def enter_and_wait(connection: Any) -> Start:
+        here.now += 1000.0
+        return enter(connection)
+
+    member._enter = enter_and_wait  # type: ignore[method-assign]
+    assert member.exchange(activations(1), ActivationGradient).step == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"settings": replace(SETTINGS, lr=0.5, micro_batches=3)}, "micro_batches 2 is now 3, lr 0.0002 is now 0.5"),
+        ({"fingerprint": "g"}, "another base model"),
+    ],
+)
+def test_same_run_has_the_same_settings(world: MakeWorld, changed: dict[str, Any], said: str) -> None:
+    here = world([welcome(), start(), LOST], [welcome(**changed)])
+    member = here.member()
+    member.start(JOIN)
+    with pytest.raises(RemoteProtocolError) as caught:
+        member.exchange(activations(1), ActivationGradient)
+    assert f"run r has other settings than before ({said}); the same run has the same settings" in str(caught.value)
+
+
+def test_an_outage_is_told_of_at_growing_distances(world: MakeWorld, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "edge_client")
+    here = world([welcome(), start(), LOST], *[LOST] * 400, [welcome(), start(), gradient(1)])
+    member = here.member()
+    member.start(JOIN)
+    member.exchange(activations(1), ActivationGradient)
+    lines = [record.getMessage() for record in caplog.records]
+    assert here.now > 3600
+    assert 6 <= len(lines) <= 12
+    assert all("trying again in" in line for line in lines[:-1])
+    assert lines[-1] == "connected again; the run goes on after step 0, this device had finished step 0"
 
 
 def test_it_remembers_what_the_server_may_go_back_to(world: MakeWorld) -> None:
