@@ -48,7 +48,7 @@ class Checkpoints:
         """
         described = {"format": FORMAT, "run": saved.run, "step": saved.step, "membership": saved.membership}
         with _readable_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             replace_file(self._path(saved.step), seal(json.dumps(described), saved.state))
             for step in self.steps()[:-KEPT]:
                 self._path(step).unlink()

@@ -5,14 +5,14 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from protocol.invitation import SCHEME
-from terminal import Parser, Progress, run_program, show_log, version, where_time_went
+from terminal import Parser, Progress, count, run_program, show_log, version, where_time_went
 
 from .config import ServerConfig, options_from_toml
 
@@ -26,7 +26,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", help="serve one run to its end", description="Serve one run to its end.")
-    serve.add_argument("--config", type=Path, metavar="FILE", help="the same settings from TOML; flags go before it")
+    serve.add_argument("--config", type=Path, metavar="FILE", help="TOML file of the same settings; flags override it")
     kinds = get_type_hints(ServerConfig)
     for item in fields(ServerConfig):
         # Left out flags do not appear: the configuration file, and then the defaults, fill them in.
@@ -43,39 +43,71 @@ def build_parser() -> Parser:
         )
     serve.set_defaults(run=run_serve)
 
-    enrol = commands.add_parser("enrol", help="let a device in", description="Print what a device joins the run with.")
-    enrol.add_argument("name", metavar="NAME", help="of the device in the run")
+    enrol = commands.add_parser(
+        "enrol", help="enrol a device", description="Enrol a device, and print the invitation it joins with."
+    )
+    enrol.add_argument("name", metavar="NAME", help="name of the device in the run")
     _add_where(enrol)
     enrol.add_argument(
-        "--address", metavar="HOST:PORT", help="where devices reach the server (default: this machine's address, port 8765)"
+        "--address", metavar="HOST:PORT", help="address at which devices reach the server (default: this machine's, port 8765)"
     )
-    enrol.add_argument("--tls-cert", metavar="FILE", help="the certificate that the server is given, if it is given one")
-    enrol.add_argument("--insecure", action="store_true", help="the server listens without encryption")
+    enrol.add_argument("--tls-cert", metavar="FILE", help="the server's certificate, if it is started with --tls-cert")
+    enrol.add_argument("--insecure", action="store_true", help="the server is started with --insecure: no encryption")
     enrol.set_defaults(run=run_enrol)
 
-    revoke = commands.add_parser("revoke", help="shut a device out", description="Shut a device out, from a running run, too.")
-    revoke.add_argument("name", metavar="NAME")
+    revoke = commands.add_parser(
+        "revoke",
+        help="revoke a device's enrolment",
+        description="Revoke a device's enrolment. If a run is under way, the device has left it within a second.",
+    )
+    revoke.add_argument("name", metavar="NAME", help="name of the device in the run")
     _add_where(revoke)
     revoke.set_defaults(run=run_revoke)
 
-    clients = commands.add_parser("clients", help="who is enrolled", description="List the enrolled devices.")
+    clients = commands.add_parser("clients", help="list the enrolled devices", description="List the enrolled devices.")
     _add_where(clients)
     clients.set_defaults(run=run_clients)
     return parser
 
 
 def _add_where(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--run-dir", metavar="DIR", help="of the run whose clients are meant")
-    command.add_argument("--clients-file", metavar="FILE", help="the file that the server was given, if it was given one")
+    command.add_argument("--run-dir", metavar="DIR", help="folder of the run")
+    command.add_argument(
+        "--clients-file", metavar="FILE", help="file of enrolled devices, if the server is started with --clients-file"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0, 1 after an error with one sentence on standard error, 130 after Ctrl-C."""
+    """Exit status 0, 1 after an error with one sentence on standard error, 130 after Ctrl-C, 143 after SIGTERM."""
     options = build_parser().parse_args(arguments)
-    if options.command == "serve" and threading.current_thread() is threading.main_thread():
-        # As Ctrl-C does: the run is kept, and can go on. 128 + 15 is what a shell calls the end by this signal.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    return run_program(PROGRAM, lambda: options.run(options), _errors_of_users)
+    with ExitStack() as signals:
+        if options.command == "serve" and threading.current_thread() is threading.main_thread():
+            signals.enter_context(_ending_once())
+        return run_program(PROGRAM, lambda: options.run(options), _errors_of_users)
+
+
+@contextmanager
+def _ending_once() -> Iterator[None]:
+    """
+    Ctrl-C and SIGTERM end the program, which keeps the run; while it does, more of them change nothing: what is written must
+    not be torn.
+    """
+
+    def end(number: int, frame: types.FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, lambda *_: None)  # not SIG_IGN: of one that has just come Python would tell
+        if number == signal.SIGTERM:
+            sys.exit(128 + number)  # what a shell calls the end by this signal
+        raise KeyboardInterrupt
+
+    # A shell's background programs are started with Ctrl-C ignored, and stay so.
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_serve(options: argparse.Namespace) -> None:
@@ -89,7 +121,8 @@ def run_serve(options: argparse.Namespace) -> None:
         if flag in given:
             from_file.pop(opposite, None)
     with show_log("gpu_server"), GpuServer(**{**from_file, **given}) as server:
-        _say(f"listening on {server.url} for {server.config.clients} clients; the run goes to {server.config.run_dir}")
+        devices = count(server.config.clients, "device")
+        _say(f"listening on {server.url} for {devices}; the run goes to {server.config.run_dir}")
         spent = Seconds()
         with ExitStack() as shown:
             progress = None
@@ -118,7 +151,7 @@ def run_revoke(options: argparse.Namespace) -> None:
     from .door import enrolments_of
 
     enrolments_of(options.run_dir, options.clients_file).revoke(options.name)
-    _say(f"{options.name} is shut out")
+    _say(f"the enrolment of {options.name} is revoked")
 
 
 def run_clients(options: argparse.Namespace) -> None:

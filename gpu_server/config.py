@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from protocol import CODECS, DELTA, EXACT, RunSettings, gradient_codec
 from protocol.settings import BOUNDS, LARGEST_COUNT, out_of_bounds
 
-__all__ = ["ConfigError", "ServerConfig", "options_from_toml", "resumed"]
+__all__ = ["ConfigError", "ServerConfig", "described", "options_from_toml", "resumed"]
 
 
 class ConfigError(ValueError):
@@ -40,50 +40,53 @@ class ServerConfig:
     """
 
     model: str = option("base model: a Hugging Face folder, or a hub name such as gpt2", required=True)
-    run_dir: str = option("where the run's adapter, metrics and configuration go", required=True)
-    cut_layer: int = option("blocks that run on the devices", 3)
-    lora_rank: int = option("rank of the adapters", 8)
-    lora_alpha: float = option("the update of a layer is alpha / rank times B A", 32.0)
-    lora_dropout: float = option("dropout before A", 0.0)
+    run_dir: str = option("folder for the run's adapter, metrics and checkpoints", required=True)
+    cut_layer: int = option("number of blocks that run on the devices", 3)
+    lora_rank: int = option("rank of the LoRA adapters", 8)
+    lora_alpha: float = option("LoRA's alpha: an adapter's update is scaled by alpha / rank", 32.0)
+    lora_dropout: float = option("probability of dropping an input of the adapters", 0.0)
     lora_targets: tuple[str, ...] = option("adapted layers, separated by commas: c_attn, c_proj, c_fc", ("c_attn",))
-    clients: int = option("clients the run starts with", 1)
+    clients: int = option("number of devices to wait for before training starts", 1)
     steps: int | None = option("length of the run in steps")
-    epochs: int | None = option("length of the run in passes of every client over its data")
-    micro_batches: int = option("parts of a batch: while one is under way, a device computes the next", 2)
-    aggregate_every: int = option("1: gradients are summed at every step; more: adapters are averaged so often", 1)
+    epochs: int | None = option("length of the run in passes of every device over its data")
+    micro_batches: int = option("parts of a batch: while one is on its way, a device computes the next", 2)
+    aggregate_every: int = option("steps in a round: with 1, gradients are summed; with more, adapters are averaged", 1)
     lr: float = option("peak learning rate of AdamW", 2e-4)
-    lr_schedule: str = option("of the learning rate after the warm-up", "constant", choices=("constant", "linear"))
+    lr_schedule: str = option(
+        "learning rate after the warm-up: constant, or linear down to 0", "constant", choices=("constant", "linear")
+    )
     warmup_steps: int = option("steps in which the learning rate rises from 0", 0)
-    weight_decay: float = option("of AdamW", 0.01)
-    seed: int = option("of everything random", 0)
-    init_adapter: str | None = option("PEFT folder to start from")
-    device: str = option("where the server's part computes", "auto", choices=("auto", "cpu", "cuda"))
-    dtype: str = option("of the frozen weights", "auto", choices=("auto", "float32", "bfloat16"))
+    weight_decay: float = option("weight decay of AdamW", 0.01)
+    seed: int = option("random seed", 0)
+    init_adapter: str | None = option("PEFT folder of an adapter to start from")
+    device: str = option("where the server computes", "auto", choices=("auto", "cpu", "cuda"))
+    dtype: str = option("precision of the server's frozen weights", "auto", choices=("auto", "float32", "bfloat16"))
     codec: str = option(
-        "of activations and their gradients on the wire; float32 is exact, auto is int8, or int4 on slow links",
+        "how activations and their gradients travel: float32 is exact, auto is int8, or int4 where links are slow",
         "float32",
         choices=("auto", "float32", *CODECS, DELTA),
     )
-    codec_tolerance: float = option("nats/token by which a codec may change the loss; then a richer one is used", 0.01)
-    check_codec_every: int = option("steps from one check of that to the next; 0 never checks", 100)
-    cache_bytes: int = option("of a client's samples that each side keeps on its disk, for codec delta", 2**30)
+    codec_tolerance: float = option("nats/token by which a codec may change the loss before a richer one is used", 0.01)
+    check_codec_every: int = option("steps between two checks of that; 0 never checks", 100)
+    cache_bytes: int = option("bytes of a device's samples that each side keeps on its disk, for codec delta", 2**30)
     host: str = option("address to listen on", "127.0.0.1")
     port: int = option("port to listen on; 0 takes a free one", 8765)
     resume: bool = option("go on with the run in --run-dir; its settings need not be given again", False)
+    resume_or_start: bool = option("go on with the run in --run-dir if there is one, else start it: for services", False)
     checkpoint_every: int = option("rounds between two checkpoints", 10)
-    quorum: int | None = option("clients with which a step may go on after its deadline; all, if not given")
-    step_deadline: float | None = option("seconds a step waits for its clients; derived from their times, if not given")
-    linger: float = option("seconds a finished run waits for devices that have not fetched its adapter", 60.0)
+    quorum: int | None = option("devices with which a step goes on after its deadline; all, if not given")
+    step_deadline: float | None = option("seconds until a step goes on with a quorum; measured, if not given")
+    linger: float = option("seconds a finished run waits for devices that have not fetched the adapter", 60.0)
     tls_cert: str | None = option("certificate of the server, PEM; it makes its own, if not given")
-    tls_key: str | None = option("its private key, PEM")
-    insecure: bool = option("listen without encryption on an address that others reach", False)
-    clients_file: str | None = option("who is enrolled; RUN_DIR/clients.json, if not given")
-    max_batch_tokens: int = option("tokens a client may send in one step", 65536)
-    max_connections: int = option("connections at a time", 256)
-    max_strangers: int = option("connections that have not said who they are, at a time", 32)
-    handshake_seconds: float = option("time for each of TLS, HTTP and the first message", 10.0)
-    max_messages_per_second: float = option("of one client; more have to wait", 1000.0)
-    max_queue: int = option("messages of one client that are held before its socket is no longer read", 2)
+    tls_key: str | None = option("private key of --tls-cert, PEM")
+    insecure: bool = option("listen without encryption on an address that other machines reach", False)
+    clients_file: str | None = option("file of enrolled devices; RUN_DIR/clients.json, if not given")
+    max_batch_tokens: int = option("most tokens of one device in one step", 65536)
+    max_connections: int = option("most connections at a time", 256)
+    max_strangers: int = option("most connections at a time that have not said who they are", 32)
+    handshake_seconds: float = option("seconds for each of TLS, HTTP and the first message", 10.0)
+    max_messages_per_second: float = option("messages of one device in a second; more have to wait", 1000.0)
+    max_queue: int = option("messages of one device that are held before its socket is no longer read", 2)
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -99,14 +102,14 @@ class ServerConfig:
             self._require(name, lambda value: value is None or value > 0, "positive")
         self._require("linger", lambda value: value >= 0, "at least 0")
         needed = self.clients + 1
-        self._require("max_connections", lambda value: value >= needed, f"at least {needed}: one for every client, and a spare")
-        self._require("quorum", lambda value: value is None or value <= self.clients, f"at most the {self.clients} clients")
+        self._require("max_connections", lambda value: value >= needed, f"at least {needed}: one for every device, and a spare")
+        self._require("quorum", lambda value: value is None or value <= self.clients, f"at most clients, {self.clients}")
         self._require("port", lambda value: 0 <= value < 65536, "a port, 0 to 65535")
 
     def _require(self, name: str, holds: Any, wanted: str) -> None:
         value = getattr(self, name)
         if (isinstance(value, float) and not math.isfinite(value)) or not holds(value):
-            raise ConfigError(f"{name.replace('_', '-')} must be {wanted}, got {value}")
+            raise ConfigError(f"{_flag(name)} must be {wanted}, got {value}")
 
     def settings(self, precision: str) -> RunSettings:
         """The part of it that every client is told."""
@@ -138,27 +141,52 @@ class ServerConfig:
         for name in options:
             if name not in known:
                 nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                raise ConfigError(f"unknown setting {name!r}; the nearest known one is {nearest.replace('_', '-')!r}")
+                raise ConfigError(f"unknown setting {name!r}; the nearest known one is {_flag(nearest)!r}")
         for name, item in known.items():
             if item.metadata["required"] and name not in options:
-                raise ConfigError(f"{name.replace('_', '-')} is missing: {item.metadata['help']}")
+                raise ConfigError(f"{_flag(name)} is missing: {item.metadata['help']}")
         return cls(**{name: _typed(name, value, kinds[name], known[name].metadata) for name, value in options.items()})
+
+
+def described() -> str:
+    """Every setting by its name, with its default and what it is."""
+    lines = []
+    for item in fields(ServerConfig):
+        default = "" if item.default is None else f", {item.default!r}"
+        lines.append(f"    {item.name}{default}: {item.metadata['help']}")
+    return "\n".join(lines)
 
 
 def resumed(options: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
     """
     A run's recorded settings, and over them those that are given again.
 
+    ``steps`` may be more than before where the learning rate does not depend on the run's length.
+
     Raises:
         ConfigError: one that is given again would make it another run.
     """
+    where = options["run_dir"]
+    another = f"or start another run from its adapter: --init-adapter {where}/adapter with another --run-dir"
     for name in OF_THE_RUN & options.keys() & recorded.keys():
         given, before = options[name], recorded[name]
         if isinstance(before, list):
             given = list(_typed(name, given, tuple[str, ...], {"choices": None}))
-        if given != before:
-            flag = name.replace("_", "-")
-            raise ConfigError(f"{options['run_dir']} holds a run with {flag} {before}; it cannot go on with {flag} {given}")
+        if given == before:
+            continue
+        if name == "steps" and type(given) is type(before) is int:
+            if given < before:
+                raise ConfigError(f"{where} holds a run of {before} steps, which cannot be made shorter; leave --steps out")
+            if recorded["lr_schedule"] == "constant":
+                continue
+            raise ConfigError(
+                f"{where} holds a run of {before} steps whose learning rate falls to 0 at its end (lr-schedule linear), so it "
+                f"cannot be made longer; leave --steps out, {another}"
+            )
+        shown = [f"{_flag(name)} {value}" if value is not None else f"no {_flag(name)}" for value in (before, given)]
+        raise ConfigError(
+            f"{where} holds a run with {shown[0]}; it cannot go on with {shown[1]}. Leave --{_flag(name)} out, {another}"
+        )
     known = {item.name for item in fields(ServerConfig)}
     return {**{name: value for name, value in recorded.items() if name in known}, **options}
 
@@ -178,7 +206,7 @@ def options_from_toml(path: Path) -> dict[str, Any]:
     except ModuleNotFoundError:  # Python 3.10
         import tomli as tomllib
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte order mark
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
@@ -203,6 +231,10 @@ def _typed(name: str, value: Any, kind: Any, metadata: Mapping[str, Any]) -> Any
             return float("inf")
     elif type(value) is kind:
         if metadata["choices"] and value not in metadata["choices"] and not (name == "dtype" and value == "float64"):
-            raise ConfigError(f"{name.replace('_', '-')} must be one of {', '.join(metadata['choices'])}; got {value!r}")
+            raise ConfigError(f"{_flag(name)} must be one of {', '.join(metadata['choices'])}; got {value!r}")
         return value
-    raise ConfigError(f"{name.replace('_', '-')} must be {KINDS.get(kind, 'a list of names')}, got {value!r}")
+    raise ConfigError(f"{_flag(name)} must be {KINDS.get(kind, 'a list of names')}, got {value!r}")
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")

@@ -1,16 +1,18 @@
 """The SDK: a server for one run, in five lines."""
 
 import functools
+import inspect
 import logging
 import queue
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import numpy
 import torch
@@ -29,11 +31,11 @@ from split_model import (
     initial_adapter,
     load_adapter,
 )
-from terminal import version
+from terminal import duration, listed, version
 
 from .checkpoints import SavedRound
 from .compute import Compute
-from .config import ConfigError, ServerConfig, resumed
+from .config import ConfigError, ServerConfig, described, resumed
 from .deadline import Deadline
 from .door import open_door
 from .federation import Action, Federation, ModelLimits, Phase
@@ -50,6 +52,24 @@ class RunEndedEarly(RuntimeError):
     """All clients left, or the server was stopped, before the last step."""
 
 
+Settings = ParamSpec("Settings")
+
+
+def _with_settings(
+    config: Callable[Settings, ServerConfig],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, Settings], None]]:
+    """Give an ``__init__(self, **options)`` the keyword arguments of a configuration: in type checkers, editors and `help`."""
+
+    def with_signature(initialise: Callable[..., None]) -> Callable[Concatenate[Any, Settings], None]:
+        own, _ = inspect.signature(initialise).parameters.values()
+        settings = inspect.signature(config).parameters.values()
+        initialise.__signature__ = inspect.Signature([own, *settings])  # type: ignore[attr-defined]
+        initialise.__doc__ = f"Keyword arguments, and what they are as flags of the command line:\n\n{described()}"
+        return initialise
+
+    return with_signature
+
+
 class GpuServer:
     """
     Holds the server part of a model and trains it for all devices of one run.
@@ -58,16 +78,24 @@ class GpuServer:
             for step in server.train():
                 print(step.number, step.loss)
 
-    Args:
-        options: the fields of `ServerConfig`; on the command line they are flags.
+    Its keyword arguments are the fields of `ServerConfig`; ``help(GpuServer.__init__)`` lists them.
 
     Raises:
         ConfigError, ModelError, AdapterError: a setting, the model or the initial adapter cannot be used.
     """
 
+    config: ServerConfig
+    """All settings, those of a resumed run included."""
+    url: str
+    """
+    Where the server listens, such as ws://127.0.0.1:8765 or wss://0.0.0.0:8765; there is one from the beginning of the ``with``
+    block on. Devices elsewhere replace 0.0.0.0, which means all of this machine's addresses, with its name or one of these.
+    """
+
+    @_with_settings(ServerConfig)
     def __init__(self, **options: Any) -> None:
         self._directory = directory = _run_directory(options)
-        recorded = directory.description() if options.get("resume") else None
+        recorded = directory.description() if directory.resumes else None
         self.config = config = ServerConfig.from_options(resumed(options, recorded["config"]) if recorded else options)
         self._door = open_door(config)
         model = BaseModel(find_model(config.model))
@@ -77,7 +105,7 @@ class GpuServer:
         settings = config.settings(precision="float64" if weight_dtype == torch.float64 else "float32")
         self._lora = LoraConfig(**settings.lora())
         self._compute = compute = Compute(
-            model, settings, _starting_adapter(config, model, self._lora), weight_dtype=weight_dtype, device=device
+            model, settings, self._starting_adapter(model), weight_dtype=weight_dtype, device=device
         )
         limits = ModelLimits(
             fingerprint=model.fingerprint(),
@@ -98,6 +126,7 @@ class GpuServer:
             gate=_gate(config, settings, directory),
             restarts=recorded.get("restarts", 0) + 1 if recorded else 0,
         )
+        self._recorded_steps = recorded["config"].get("steps") if recorded else None
         if recorded and recorded["fingerprint"] != limits.fingerprint:
             raise ConfigError(
                 f"{config.run_dir} holds a run of the model {recorded['fingerprint']}; {config.model} is {limits.fingerprint}"
@@ -140,13 +169,16 @@ class GpuServer:
             kept=self._samples_of if self._federation.settings.activation_codec == DELTA else None,
         )
         actions = self._go_back() if self._federation.restarts else []
-        listening: queue.Queue[str | BaseException] = queue.Queue()
+        listening: Future[str] = Future()
         self._thread = threading.Thread(target=self._serve, args=(listening, actions), name="server")
         self._thread.start()
-        answer = listening.get()
-        if isinstance(answer, BaseException):
+        try:
+            listening.result()
+        except BaseException:
+            if listening.exception() is None:  # Ctrl-C or SIGTERM meanwhile
+                self.suspend()
             self._thread.join()
-            raise answer
+            raise
         return self
 
     def _go_back(self) -> list[Action]:
@@ -155,11 +187,47 @@ class GpuServer:
         self._directory.forget_metrics_after(saved.step if saved else 0)
         if saved is None:
             return []
+        if saved.step == self._recorded_steps != self.config.steps and not self._devices_can_go_on_after_the_end:
+            raise ConfigError(
+                f"the run in {self.config.run_dir} is complete, and its devices no longer have what they would go on with "
+                f"(aggregate-every {self.config.aggregate_every}, codec {self.config.codec}); {self._adapter_to_start_from}"
+            )
         self._compute.restore(saved.state)
-        self._federation.edge_adapter = self._compute.edge_adapter()
-        logger.info("going on after step %d; waiting for the run's devices to come back", saved.step)
+        federation = self._federation
+        federation.edge_adapter = self._compute.edge_adapter()
         earliest = self._directory.checkpoints.steps()[0]
-        return self._federation.restore(saved.step, earliest, saved.membership, time.monotonic())
+        actions = federation.restore(saved.step, earliest, saved.membership, time.monotonic())
+        self._tell_where_it_goes_on()
+        return actions
+
+    @property
+    def _devices_can_go_on_after_the_end(self) -> bool:
+        """In longer rounds they have forgotten AdamW's moments by then, and in delta their samples."""
+        return self.config.aggregate_every == 1 and self._federation.settings.activation_codec != DELTA
+
+    def _tell_where_it_goes_on(self) -> None:
+        federation, config = self._federation, self.config
+        here = [name for name, member in federation.members.items() if not member.left]
+        if federation.step == federation.total_steps:
+            may_be_longer = config.lr_schedule == "constant" and config.steps and self._devices_can_go_on_after_the_end
+            logger.info(
+                "the run is complete after step %d, and its adapter is in %s; waiting up to %s for devices that have not "
+                "fetched it (%s). To train further: %sanother run with --init-adapter %s",
+                federation.step,
+                self.adapter_folder,
+                duration(config.linger),
+                listed(here) or "none",
+                "a larger --steps, or " if may_be_longer else "",
+                self.adapter_folder,
+            )
+        elif here:
+            logger.info("going on after step %d; waiting for %s to come back", federation.step, listed(here))
+
+    def _starting_adapter(self, model: BaseModel) -> Adapter:
+        """A resumed run goes on from its checkpoint, on a machine perhaps where the folder it began with is not."""
+        if self.config.init_adapter is not None and not self._directory.checkpoints.steps():
+            return load_adapter(Path(self.config.init_adapter), model.config, self._lora)
+        return initial_adapter(model.config, self._lora, self.config.seed)
 
     def train(self) -> Iterator[StepRecord]:
         """
@@ -178,11 +246,19 @@ class GpuServer:
         federation = self._federation
         if federation.phase is Phase.FINISHED and federation.step == federation.total_steps:
             return
-        what = "all clients left" if federation.phase is Phase.FINISHED else "the server was stopped"
-        if federation.phase is Phase.FINISHED and not all(member.left for member in federation.members.values()):
-            what = "the clients with steps left have left"
-        where = f"; the adapter of that step is in {self.adapter_folder}" if federation.step else ""
+        if federation.phase is Phase.FINISHED:
+            all_left = all(member.left for member in federation.members.values())
+            what = f"{'all devices' if all_left else 'the devices that had steps to do'} have left the run"
+        else:
+            what = "the server was stopped"
+        where = f"; {self._adapter_to_start_from}" if federation.step else ""
         raise RunEndedEarly(f"{what} after step {federation.step} of {federation.total_steps}{where}")
+
+    @property
+    def _adapter_to_start_from(self) -> str:
+        return (
+            f"its adapter is in {self.adapter_folder}, and another run starts from it with --init-adapter {self.adapter_folder}"
+        )
 
     @property
     def total_steps(self) -> int:
@@ -207,17 +283,18 @@ class GpuServer:
             self._directory.forget_samples()
         self._directory.release()
 
-    def _serve(self, listening: "queue.Queue[str | BaseException]", actions: list[Action]) -> None:
+    def _serve(self, listening: "Future[str]", actions: list[Action]) -> None:
         def begin(url: str) -> None:
             # Not before: a run whose port is in use leaves nothing behind.
             self._directory.describe(self._description)
             self.url = url
-            listening.put(url)
+            listening.set_result(url)
 
         try:
             self._server.run(begin, actions)
         except Exception as error:
-            listening.put(error)
+            if not listening.done():
+                listening.set_exception(error)
             self._records.put(error)
         finally:
             self._records.put(None)
@@ -260,9 +337,13 @@ class GpuServer:
 
 
 def _run_directory(options: dict[str, Any]) -> RunDirectory:
-    if not isinstance(options.get("run_dir"), str):
+    run_dir, resume = options.get("run_dir"), bool(options.get("resume"))
+    if run_dir is None and (resume or options.get("resume_or_start")):
+        raise ConfigError("run-dir is missing: the folder of the run to go on with")
+    if not isinstance(run_dir, str):
         ServerConfig.from_options(options)  # says what is wrong with it
-    return RunDirectory(Path(options["run_dir"]), resume=bool(options.get("resume")))
+    path = Path(str(run_dir))
+    return RunDirectory(path, resume=resume or (bool(options.get("resume_or_start")) and RunDirectory.holds_run(path)))
 
 
 def _gate(config: ServerConfig, settings: RunSettings, directory: RunDirectory) -> Gate | None:
@@ -278,9 +359,3 @@ def _gate(config: ServerConfig, settings: RunSettings, directory: RunDirectory) 
     if recorded is not None:
         gate.restore(recorded)
     return gate
-
-
-def _starting_adapter(config: ServerConfig, model: BaseModel, lora: LoraConfig) -> Adapter:
-    if config.init_adapter is not None:
-        return load_adapter(Path(config.init_adapter), model.config, lora)
-    return initial_adapter(model.config, lora, config.seed)

@@ -34,13 +34,21 @@ class RunDirectory:
         self.path = path
         self.checkpoints = Checkpoints(path / "checkpoints")
         self._lock = FileLock(path / ".lock", timeout=0)
-        exists = (path / "run.json").exists()
+        self.resumes = resume
+        exists = self.holds_run(path)
         if resume and not exists:
-            raise ConfigError(f"{path} holds no run to resume; leave --resume out to begin one")
+            raise ConfigError(
+                f"{path} holds no run to resume; correct --run-dir, or start a run: without --resume, or with --resume-or-start"
+            )
         if exists and not resume:
             raise ConfigError(f"{path} holds a run already; go on with it by --resume, or choose another --run-dir")
         with self._writing():
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    @staticmethod
+    def holds_run(path: Path) -> bool:
+        """Whether a run was begun there."""
+        return (path / "run.json").exists()
 
     def hold(self) -> None:
         """
@@ -107,7 +115,7 @@ class RunDirectory:
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add a step's line to metrics.jsonl."""
-        with self._writing(), self._metrics.open("a", encoding="utf-8") as file:
+        with self._writing(), open(self._metrics, "a", encoding="utf-8", opener=_private) as file:
             file.write(json.dumps(row) + "\n")
 
     def keep_metrics(self) -> None:
@@ -149,3 +157,7 @@ class RunDirectory:
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"run directory {self.path} cannot be written: {reason}") from None
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

@@ -660,7 +660,11 @@ class RunServer:
 
     async def _save_unfinished(self, *, to_be_continued: bool) -> None:
         federation = self._federation
-        if not federation.total_steps or self._complete:
+        if self._complete:
+            return
+        if not federation.total_steps:
+            if to_be_continued:
+                logger.info("stopped before the run started; --resume waits for its devices again")
             return
         await self._keep_round_end()
         await self._work(self._save)
@@ -668,7 +672,7 @@ class RunServer:
             "stopped after step %d of %d; its adapter is saved%s",
             federation.round,
             federation.total_steps,
-            ", and --resume goes on from there" if to_be_continued else "",
+            "; --resume goes on from there" if to_be_continued else "",
         )
 
     def _pong(self, ping: Ping) -> Pong:

@@ -166,7 +166,7 @@ class _AboveTheBar(logging.Handler):
 def show_log(name: str) -> Iterator[None]:
     """Show what the logger ``name`` has to say meanwhile, from INFO on, without disturbing a bar."""
     logger, handler = logging.getLogger(name), _AboveTheBar()
-    handler.setFormatter(_Plain())
+    handler.setFormatter(_Plain("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -957,7 +957,7 @@ def test_training_that_diverges_ends_the_edge_with_one_sentence(
     with GpuServer(**options) as server:
         flags = {"server": server.url, "model": tiny_model, "data": pairs_file("a", 9), "device": "cpu"}
         assert edge_client.cli.main(["train", *arguments(flags)]) == 1
-        with pytest.raises(RunEndedEarly, match="all clients left after step"):
+        with pytest.raises(RunEndedEarly, match="all devices have left the run after step"):
             list(server.train())
     introduction, text = capsys.readouterr().err.strip().splitlines()
     assert introduction.endswith("waiting for all 1 clients")

@@ -3,11 +3,12 @@
 import argparse
 import dataclasses
 import importlib
+import inspect
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_times_are_positive_numbers(name: str, value: float) -> None:
 
 
 def test_quorum_is_not_more_than_all() -> None:
-    assert refused(clients=2, quorum=3) == "quorum must be at most the 2 clients, got 3"
+    assert refused(clients=2, quorum=3) == "quorum must be at most clients, 2, got 3"
 
 
 def test_run_goes_on_with_what_it_was_begun_with_and_where_it_is_told() -> None:
@@ -74,7 +75,24 @@ def test_run_cannot_go_on_as_another_one(name: str, given: Any, before: Any) -> 
         resumed({"run_dir": "r", name: given}, recorded)
     flag = name.replace("_", "-")
     shown = list(given) if isinstance(given, tuple) else given
-    assert str(caught.value) == f"r holds a run with {flag} {before}; it cannot go on with {flag} {shown}"
+    assert str(caught.value) == (
+        f"r holds a run with {flag} {before}; it cannot go on with {flag} {shown}. Leave --{flag} out, "
+        "or start another run from its adapter: --init-adapter r/adapter with another --run-dir"
+    )
+
+
+def going_on(before: dict[str, Any], **given: Any) -> dict[str, Any]:
+    return resumed({"run_dir": "r", **given}, {**dataclasses.asdict(config()), **before})
+
+
+def test_run_of_a_constant_rate_may_become_longer_and_no_other_and_none_shorter() -> None:
+    assert going_on({}, steps=11)["steps"] == 11
+    with pytest.raises(ConfigError, match=r"^r holds a run of 10 steps, which cannot be made shorter; leave --steps out$"):
+        going_on({}, steps=9)
+    with pytest.raises(ConfigError, match=r"learning rate falls to 0 at its end .* cannot be made longer; .*--init-adapter r/"):
+        going_on({"lr_schedule": "linear"}, steps=11)
+    with pytest.raises(ConfigError, match=r"^r holds a run with no steps; it cannot go on with steps 11. Leave --steps out, "):
+        going_on({"steps": None, "epochs": 3}, steps=11)
 
 
 @pytest.mark.parametrize("name", ["lr", "lora_alpha", "lora_dropout", "weight_decay"])
@@ -258,6 +276,7 @@ OTHER_VALUES: dict[str, Any] = {
     "check_codec_every": 10,
     "cache_bytes": 1000,
     "resume": True,
+    "resume_or_start": True,
     "checkpoint_every": 3,
     "quorum": 1,
     "step_deadline": 2.5,
@@ -486,3 +505,16 @@ except SystemExit as ended:
 def test_package_runs_as_a_module(package: str) -> None:
     ended = subprocess.run([sys.executable, "-m", package, "--version"], capture_output=True, text=True, check=True)
     assert ended.stdout.startswith("splitlora-")
+
+
+def test_keyword_arguments_of_the_sdk_are_the_settings_and_are_described() -> None:
+    from gpu_server import GpuServer
+
+    _, *given = inspect.signature(GpuServer.__init__).parameters.values()
+    settings = dataclasses.fields(ServerConfig)
+    assert [(each.name, each.kind, each.default) for each in given] == [
+        (item.name, inspect.Parameter.KEYWORD_ONLY, item.default) for item in settings
+    ]
+    assert get_type_hints(ServerConfig) == {each.name: each.annotation for each in given}
+    described = GpuServer.__init__.__doc__ or ""
+    assert all(f"    {item.name}" in described and item.metadata["help"] in described for item in settings)

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +19,12 @@ from conftest import make_model, run_in_thread, run_split
 from ports import free_port
 from programs import arguments, program, read_until
 
-from edge_client import ConnectionFailed, EdgeClient, Refused
+from edge_client import ConnectionFailed, EdgeClient, Refused, Step
 from gpu_server import GpuServer, RunEndedEarly
 from gpu_server.checkpoints import Checkpoints, SavedRound
 from gpu_server.compute import Compute
 from gpu_server.config import ConfigError
+from gpu_server.run_directory import RunDirectory
 from gpu_server.server import RunServer
 
 STEPS = 12
@@ -116,6 +117,68 @@ def test_server_that_is_resumed_and_stopped_before_a_round_ends_leaves_its_check
             list(again.train())
     assert written == [last]
     assert {path.name: path.read_bytes() for path in (tmp_path / "run/checkpoints").iterdir()} == kept
+
+
+def signal_after(number: int, steps: Iterator[Step], process: "subprocess.Popen[str]", *signals: int) -> Iterator[Step]:
+    for step in steps:
+        if step.number == number:
+            for each in signals:
+                process.send_signal(each)
+        yield step
+
+
+@pytest.mark.parametrize("then", [signal.SIGTERM, signal.SIGINT])
+def test_second_signal_does_not_disturb_what_the_first_one_began(
+    settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path], then: signal.Signals
+) -> None:
+    options = {**settings, "steps": 10**6, "checkpoint_every": 1000, "port": 0, "run_dir": tmp_path / "run"}
+    with serving(*arguments(options)) as server:
+        url = read_until(server, "listening on").split()[2]
+        device = {"model": settings["model"], "data": pairs_file("a", 9), "state_dir": tmp_path / "state", "give_up_after": 0.0}
+        client = EdgeClient(url, name="a", dtype="float32", **device)
+        with pytest.raises(ConnectionFailed), client:
+            list(signal_after(3, client.train(), server, signal.SIGTERM, then))
+        _, said = server.communicate(timeout=60)
+    assert "Traceback" not in said
+    assert "; --resume goes on from there" in said
+    assert server.returncode in {128 + signal.SIGTERM, 130}  # two that come at once have no order
+    assert Checkpoints(tmp_path / "run/checkpoints").steps()[-1] >= 3
+
+
+def test_server_that_is_terminated_before_its_run_starts_says_so_and_waits_again_when_resumed(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    with serving(*arguments({**settings, "port": 0, "run_dir": tmp_path / "run"})) as server:
+        read_until(server, "listening on")
+        server.send_signal(signal.SIGTERM)
+        _, said = server.communicate(timeout=60)
+        assert server.returncode == 128 + signal.SIGTERM
+    assert said.splitlines()[-1].endswith("stopped before the run started; --resume waits for its devices again")
+    with GpuServer(run_dir=str(tmp_path / "run"), resume=True) as again:
+        assert again.total_steps == 0
+
+
+def test_interruption_while_the_server_begins_to_listen_leaves_no_thread_behind(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    interrupted = threading.Event()
+
+    def interrupt(*_: Any) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    def describe(self: RunDirectory, description: dict[str, Any]) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted.wait(timeout=60)
+
+    monkeypatch.setattr(RunDirectory, "describe", describe)
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt), GpuServer(**settings, port=0, run_dir=str(tmp_path / "run")):
+            pytest.fail("it went on")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "server" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_server_that_is_stopped_while_a_round_ends_writes_its_checkpoint_once_at_a_time(
@@ -232,9 +295,82 @@ def test_run_of_another_model_is_not_gone_on_with(stopped: dict[str, Any], tmp_p
 
 
 def test_folder_without_a_run_is_not_resumed(settings: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no run to resume; leave --resume out"):
+    with pytest.raises(ConfigError, match="holds no run to resume; correct --run-dir, or start a run: "):
         GpuServer(**settings, resume=True, run_dir=str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
+
+
+def test_one_command_starts_a_run_and_goes_on_with_it(
+    settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    device = {"a": {"data": pairs_file("a", 9), "batch_size": 2, "state_dir": tmp_path / "state"}}
+    command = {**settings, "run_dir": str(tmp_path / "run"), "resume_or_start": True, "linger": 0.0}
+    with GpuServer(**command, port=0):
+        pass  # nobody has come yet
+    run_split(command, device)
+    run_split({**settings, "run_dir": str(tmp_path / "undisturbed")}, device)
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "undisturbed")
+    assert json.loads((tmp_path / "run/run.json").read_text())["restarts"] == 1
+
+
+def test_going_on_without_a_run_directory_says_what_is_missing(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^run-dir is missing: the folder of the run to go on with$"):
+        GpuServer(resume=True)
+
+
+def test_finished_run_says_so_and_what_can_be_done(
+    settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path], caplog: Any
+) -> None:
+    run_split({**settings, "run_dir": str(tmp_path / "run")}, {"a": {"data": pairs_file("a", 9), "batch_size": 2}})
+    caplog.set_level("INFO", "gpu_server")
+    with GpuServer(resume=True, run_dir=str(tmp_path / "run"), port=0, linger=0.0) as server:
+        assert list(server.train()) == []
+    (said,) = [record.message for record in caplog.records if "complete" in record.message]
+    folder = tmp_path / "run/adapter"
+    assert said == (
+        f"the run is complete after step 12, and its adapter is in {folder}; waiting up to 0.0 s for devices that have not "
+        f"fetched it (a). To train further: a larger --steps, or another run with --init-adapter {folder}"
+    )
+
+
+def test_finished_run_that_is_made_longer_is_the_run_that_was_begun_so(
+    settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    devices = {
+        name: {"data": pairs_file(name, 9, 100 * offset), "batch_size": 2, "state_dir": tmp_path / name}
+        for offset, name in enumerate("ab")
+    }
+    run_split({**settings, "run_dir": str(tmp_path / "longer"), "steps": 5}, devices)
+    run_split({"model": settings["model"], "run_dir": str(tmp_path / "longer"), "resume": True, "steps": STEPS}, devices)
+    run_split({**settings, "run_dir": str(tmp_path / "undisturbed")}, devices)
+    assert adapter(tmp_path / "longer") == adapter(tmp_path / "undisturbed")
+    assert losses(tmp_path / "longer") == losses(tmp_path / "undisturbed")
+    assert json.loads((tmp_path / "longer/run.json").read_text())["adapter"] == {"step": STEPS, "of": STEPS}
+
+
+def test_finished_run_whose_devices_have_forgotten_their_moments_is_not_made_longer(
+    settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    run = {**settings, "run_dir": str(tmp_path / "run"), "aggregate_every": 2}
+    run_split(run, {"a": {"data": pairs_file("a", 9), "batch_size": 2, "state_dir": tmp_path / "state"}})
+    before = contents(tmp_path / "run")
+    longer = GpuServer(run_dir=run["run_dir"], port=0, resume=True, steps=STEPS + 2)
+    with pytest.raises(ConfigError, match=r"is complete, and its devices no longer have .* --init-adapter "), longer:
+        pass
+    assert contents(tmp_path / "run") == before
+
+
+def test_run_goes_on_where_the_adapter_it_began_with_is_not(
+    settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    device = {"a": {"data": pairs_file("a", 9), "batch_size": 2, "state_dir": tmp_path / "state"}}
+    run_split({**settings, "run_dir": str(tmp_path / "first")}, device)
+    start = {**settings, "init_adapter": str(tmp_path / "first/adapter")}
+    run_split({**start, "run_dir": str(tmp_path / "second"), "steps": 5}, device)
+    run_split({**start, "run_dir": str(tmp_path / "undisturbed")}, device)
+    shutil.rmtree(tmp_path / "first")
+    run_split({"model": settings["model"], "run_dir": str(tmp_path / "second"), "resume": True, "steps": STEPS}, device)
+    assert adapter(tmp_path / "second") == adapter(tmp_path / "undisturbed")
 
 
 def test_run_directory_belongs_to_one_server(stopped: dict[str, Any]) -> None:
