@@ -54,6 +54,13 @@ def serving(*words: str, **more: Any) -> AbstractContextManager["subprocess.Pope
     return program("gpu_server", "serve", *words, env={**os.environ, "OMP_NUM_THREADS": "1"}, **more)
 
 
+def train(steps: Iterator[Step], after: int, do: Callable[[], None]) -> None:
+    """All of ``steps``, and something else after one of them."""
+    for step in steps:
+        if step.number == after:
+            do()
+
+
 def test_terminated_server_keeps_its_last_round_and_goes_on_when_resumed(
     settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]
 ) -> None:
@@ -119,14 +126,6 @@ def test_server_that_is_resumed_and_stopped_before_a_round_ends_leaves_its_check
     assert {path.name: path.read_bytes() for path in (tmp_path / "run/checkpoints").iterdir()} == kept
 
 
-def signal_after(number: int, steps: Iterator[Step], process: "subprocess.Popen[str]", *signals: int) -> Iterator[Step]:
-    for step in steps:
-        if step.number == number:
-            for each in signals:
-                process.send_signal(each)
-        yield step
-
-
 @pytest.mark.parametrize("then", [signal.SIGTERM, signal.SIGINT])
 def test_second_signal_does_not_disturb_what_the_first_one_began(
     settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path], then: signal.Signals
@@ -137,7 +136,7 @@ def test_second_signal_does_not_disturb_what_the_first_one_began(
         device = {"model": settings["model"], "data": pairs_file("a", 9), "state_dir": tmp_path / "state", "give_up_after": 0.0}
         client = EdgeClient(url, name="a", dtype="float32", **device)
         with pytest.raises(ConnectionFailed), client:
-            list(signal_after(3, client.train(), server, signal.SIGTERM, then))
+            train(client.train(), after=3, do=lambda: [server.send_signal(each) for each in (signal.SIGTERM, then)].clear())
         _, said = server.communicate(timeout=60)
     assert "Traceback" not in said
     assert "; --resume goes on from there" in said
