@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI, ProtocolError
+from websockets.frames import DATA_OPCODES, Frame
 from websockets.headers import build_authorization_basic
 from websockets.http11 import Response
+from websockets.protocol import Protocol
 from websockets.sync.client import ClientConnection, connect
 
 from protocol import (
     HANDSHAKE_BYTES,
+    MAX_FRAMES,
     SECONDS_BETWEEN_PINGS,
     SECONDS_TO_PONG,
     Failure,
@@ -131,6 +134,7 @@ class Connection:
                 create_connection=Handshake,
             )
             self._socket = self._open.enter_context(opened)
+            _limit_frames(self._socket.protocol)
         except CertificateChanged:
             raise
         except AnsweredInHttp as error:
@@ -261,6 +265,21 @@ def _seconds_to_wait(response: Response) -> float:
     text = response.headers.get("Retry-After", "")
     seconds = float(text) if text.isascii() and text.isdigit() and len(text) < 10 else SECONDS_TO_TRY_AGAIN
     return min(max(seconds, 1.0), LONGEST_WAIT)
+
+
+def _limit_frames(protocol: Protocol) -> None:
+    """A message in too many frames ends the connection. websockets counts them from 17.4 on, which Python 3.10 cannot have."""
+    receive, unfinished = protocol.recv_frame, 0
+
+    def counting(frame: Frame) -> None:
+        nonlocal unfinished
+        if frame.opcode in DATA_OPCODES:
+            unfinished = 0 if frame.fin else unfinished + 1
+            if unfinished >= MAX_FRAMES:
+                raise ProtocolError(f"a message in more than {MAX_FRAMES} frames")
+        receive(frame)
+
+    protocol.recv_frame = counting  # type: ignore[method-assign]
 
 
 def _why_unauthorised(url: str, credentials: tuple[str, str] | None) -> str:

@@ -12,11 +12,14 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from websockets.asyncio.server import Server, ServerConnection, basic_auth, serve
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, ProtocolError
+from websockets.frames import DATA_OPCODES, Frame
 from websockets.http11 import Request, Response
+from websockets.protocol import Protocol
 
 from protocol import (
     HANDSHAKE_BYTES,
+    MAX_FRAMES,
     SECONDS_BETWEEN_PINGS,
     SECONDS_TO_PONG,
     ActivationGradient,
@@ -99,6 +102,21 @@ class StepRecord:
     """Seconds that the server computed, also while clients did not wait for it."""
 
 
+def _limit_frames(protocol: Protocol) -> None:
+    """A message in too many frames ends the connection. websockets counts them from 17.4 on, which Python 3.10 cannot have."""
+    receive, unfinished = protocol.recv_frame, 0
+
+    def counting(frame: Frame) -> None:
+        nonlocal unfinished
+        if frame.opcode in DATA_OPCODES:
+            unfinished = 0 if frame.fin else unfinished + 1
+            if unfinished >= MAX_FRAMES:
+                raise ProtocolError(f"a message in more than {MAX_FRAMES} frames")
+        receive(frame)
+
+    protocol.recv_frame = counting  # type: ignore[method-assign]
+
+
 class CountingConnection(ServerConnection):
     """
     Counts every byte that goes through the socket: handshake, frames, control frames.
@@ -114,6 +132,7 @@ class CountingConnection(ServerConnection):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.recv_messages.resume = self._resume_reading
+        _limit_frames(self.protocol)
         write = self.transport.write
 
         def counting_write(data: bytes) -> None:

@@ -4,7 +4,14 @@ from .changes import KeptSamples
 from .encoding import decode, encode
 from .errors import InvalidName, LocalProtocolError, ProtocolError, RemoteProtocolError
 from .itinerary import Itinerary, QuestionId, Remembered
-from .limits import HANDSHAKE_BYTES, SECONDS_BETWEEN_PINGS, SECONDS_TO_PONG, compressed_bound, largest_message_bytes
+from .limits import (
+    HANDSHAKE_BYTES,
+    MAX_FRAMES,
+    SECONDS_BETWEEN_PINGS,
+    SECONDS_TO_PONG,
+    compressed_bound,
+    largest_message_bytes,
+)
 from .messages import (
     PROTOCOL_VERSION,
     ActivationGradient,
@@ -41,6 +48,7 @@ __all__ = [
     "DELTA",
     "EXACT",
     "HANDSHAKE_BYTES",
+    "MAX_FRAMES",
     "PROTOCOL_VERSION",
     "SECONDS_BETWEEN_PINGS",
     "SECONDS_TO_PONG",

@@ -3,6 +3,7 @@
 __all__ = [
     "HANDSHAKE_BYTES",
     "LARGEST_VALUE",
+    "MAX_FRAMES",
     "SECONDS_BETWEEN_PINGS",
     "SECONDS_TO_PONG",
     "compressed_bound",
@@ -17,6 +18,9 @@ LARGEST_VALUE = 1e6
 Of activations, gradients and adapters that clients send, in magnitude. GPT-2's largest activations are some thousands; what is
 beyond would make the loss of everybody infinite, and belongs to one client that has diverged or means harm.
 """
+
+MAX_FRAMES = 4096
+"""WebSocket frames that one message may come in: each of them costs its receiver memory, an empty one, too."""
 
 SECONDS_BETWEEN_PINGS = 30.0
 SECONDS_TO_PONG = 300.0

@@ -399,6 +399,7 @@ NAMES = {
             "DELTA",
             "EXACT",
             "HANDSHAKE_BYTES",
+            "MAX_FRAMES",
             "PROTOCOL_VERSION",
             "SECONDS_BETWEEN_PINGS",
             "SECONDS_TO_PONG",
