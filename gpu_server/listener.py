@@ -1,12 +1,21 @@
 """Who may knock: a listening socket that keeps strangers few, and a pace for everybody."""
 
+import errno
 import gc
 import math
+import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from terminal import count
+
 from .config import ConfigError
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows, where a process may open as many files as there is memory for
+    resource = None  # type: ignore[assignment]
 
 __all__ = ["Limits", "Listener", "Pace"]
 
@@ -24,6 +33,32 @@ class Limits:
     queue: int
     """Messages of one client that are held before its socket is no longer read."""
 
+    def within_open_files(self, devices: int) -> "Limits":
+        """
+        As many connections as this process has files for, beside those it has open and a reserve for those it will write. The
+        system's limit is raised where it may be.
+
+        Raises:
+            ConfigError: the run's devices alone are too many.
+        """
+        if resource is None:
+            return self
+        own = len(os.listdir("/dev/fd")) + FILES_IN_RESERVE
+        allowed = _allow_open_files(own + self.connections)
+        connections, needed = allowed - own, devices + 3
+        if connections >= self.connections:
+            return self
+        if connections < needed:
+            raise ConfigError(
+                f"this process may open {allowed} files, and a run of {count(devices, 'device')} takes {own + needed}: raise "
+                f"the limit, such as by ulimit -n 1024, or by LimitNOFILE=1024 in a unit file"
+            )
+        # While one stranger is turned away, the next has its connection already.
+        return replace(self, connections=connections, strangers=min(self.strangers, (connections - devices) // 2))
+
+
+FILES_IN_RESERVE = 12
+"""Checkpoints, metrics, enrolments and samples are written one by one, each with a lock or its folder; modules are read."""
 
 ACCEPTED_BETWEEN_COLLECTIONS = 8
 
@@ -43,6 +78,12 @@ class Listener(socket.socket):
         self._strangers: dict[int, socket.socket] = {}  # in the order of their coming
         self._accepted = 0
         self._is_turn = False
+        self._spare = os.open(os.devnull, os.O_RDONLY)
+        """Given up for a moment to close a connection for which there is no other file."""
+
+    def close(self) -> None:
+        super().close()
+        self._give_spare_up()
 
     @classmethod
     def open(cls, host: str, port: int, limits: Limits) -> "Listener":
@@ -71,7 +112,16 @@ class Listener(socket.socket):
         self._is_turn = not self._is_turn
         if not self._is_turn:
             raise BlockingIOError("what was accepted before comes first")
-        connection, address = super().accept()
+        try:
+            connection, address = super().accept()
+        except OSError as error:
+            if error.errno == errno.EBADF or isinstance(error, BlockingIOError):
+                raise
+            # Whatever became of this one connection, it does not end the server. One that finds no file would be offered again
+            # and again, until there is one.
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._close_next()
+            raise BlockingIOError(str(error)) from None
         self._accepted += 1
         if self._accepted % ACCEPTED_BETWEEN_COLLECTIONS == 0:
             gc.collect()  # asyncio leaves cycles where a TLS handshake comes to nothing
@@ -94,6 +144,22 @@ class Listener(socket.socket):
         except OSError:
             pass  # it was closed from the other side
 
+    def _close_next(self) -> None:
+        """The connection that waits, and the oldest stranger's, whose file the next one may have."""
+        if self._strangers:
+            self._turn_away(next(iter(self._strangers)))
+        self._give_spare_up()
+        try:
+            super().accept()[0].close()
+            self._spare = os.open(os.devnull, os.O_RDONLY)
+        except OSError:
+            pass  # gone by itself, or another thread was faster to take the file
+
+    def _give_spare_up(self) -> None:
+        if self._spare >= 0:
+            os.close(self._spare)
+        self._spare = -1
+
     def _forget_closed(self) -> None:
         for known in (self._open, self._strangers):
             for descriptor in [number for number, connection in known.items() if connection.fileno() == -1]:
@@ -111,3 +177,16 @@ class Pace:
         """Seconds; a second's worth may come at once."""
         self._free_at = max(self._free_at, now - 1.0) + 1.0 / self._per_second
         return max(0.0, self._free_at - now)
+
+
+def _allow_open_files(wanted: int) -> int:
+    """Raise this process's limit to so many, as far as that may be; give what it is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+    except (OSError, ValueError):
+        return soft
+    return more

@@ -259,7 +259,12 @@ class RunServer:
     async def _listen(self, listening: Callable[[str], None], first: list[Action]) -> None:
         self._loop = asyncio.get_running_loop()
         self._ended = self._loop.create_future()
-        self._listener = Listener.open(self._door.host, self._door.port, self._door.limits)
+        limits = self._door.limits.within_open_files(self._federation.settings.clients)
+        self._listener = Listener.open(self._door.host, self._door.port, limits)
+        if limits.connections < self._door.limits.connections:
+            logger.warning(
+                "at most %d connections at a time, by the number of files that this process may open", limits.connections
+            )
         async with await self._open() as server:
             gc.collect()
             gc.freeze()  # the listener collects often: it need not look at all that was here before

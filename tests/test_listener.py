@@ -1,14 +1,19 @@
 """How many may knock, and how fast somebody may speak."""
 
+import os
+import resource
 import selectors
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
+from programs import arguments, program, read_until
 
+from edge_client import EdgeClient
 from gpu_server.config import ConfigError
-from gpu_server.listener import Limits, Listener, Pace
+from gpu_server.listener import FILES_IN_RESERVE, Limits, Listener, Pace
 
 Dial = Callable[[], socket.socket]
 
@@ -91,6 +96,83 @@ def test_whoever_has_said_who_it_is_stays(sockets: ExitStack) -> None:
         listener.admit(end.fileno())
         ends.append(end)
     assert not any(is_ended(client) for client in clients)
+
+
+@pytest.fixture
+def no_file_is_left() -> Iterator[Callable[[], None]]:
+    """Called, it leaves this process as many files as it has open now."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def forbid() -> None:
+        number = os.dup(0)  # the lowest that is free
+        os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (number, before[1]))
+
+    yield forbid
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_connection_for_which_there_is_no_file_is_closed_and_so_is_the_oldest_strangers(
+    sockets: ExitStack, no_file_is_left: Callable[[], None]
+) -> None:
+    listener, dial = listening(sockets)
+    stranger = dial()
+    assert accept(sockets, listener) is not None
+    late = dial()
+    no_file_is_left()
+    for _ in range(2):  # one is the pause between two connections
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    assert is_ended(late)
+    assert is_ended(stranger)
+
+
+def limits_within(monkeypatch: pytest.MonkeyPatch, more_files: int, devices: int, connections: int = 256) -> Limits:
+    """Where a process may open so many files beside its own and the reserve."""
+    own = len(os.listdir("/dev/fd")) + FILES_IN_RESERVE
+    monkeypatch.setattr("gpu_server.listener._allow_open_files", lambda wanted: min(wanted, own + more_files))
+    limits = Limits(connections=connections, strangers=32, handshake_seconds=1, messages_per_second=1, queue=1)
+    return limits.within_open_files(devices)
+
+
+def test_connections_are_as_many_as_there_are_files_and_strangers_leave_room_for_the_devices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert limits_within(monkeypatch, 1000, 250).strangers == 32
+    few = limits_within(monkeypatch, 12, 2)
+    assert (few.connections, few.strangers) == (12, 5)
+    with pytest.raises(ConfigError, match=r"may open \d+ files, and a run of 10 devices takes \d+: raise the limit, "):
+        limits_within(monkeypatch, 12, 10)
+
+
+def test_limit_of_open_files_is_raised_where_it_may_be(no_file_is_left: Callable[[], None]) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    limits = Limits(connections=256, strangers=32, handshake_seconds=1, messages_per_second=1, queue=1)
+    assert limits.within_open_files(2) == limits
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 256
+
+
+def test_strangers_do_not_disturb_a_run_where_few_files_may_be_open(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], sockets: ExitStack
+) -> None:
+    def few_files() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
+
+    flags = {"model": tiny_model, "run_dir": tmp_path / "run", "cut_layer": 2, "steps": 8, "checkpoint_every": 2, "linger": 1}
+    with program("gpu_server", "serve", *arguments({**flags, "port": 0}), preexec_fn=few_files) as server:
+        url = read_until(server, "listening on").split()[2]
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        for _ in range(60):
+            sockets.enter_context(socket.create_connection(address))
+        with EdgeClient(url, model=str(tiny_model), data=pairs_file("a", 9), state_dir=tmp_path / "state") as client:
+            for _ in client.train():
+                for _ in range(10):
+                    sockets.enter_context(socket.create_connection(address))
+        _, said = server.communicate(timeout=60)
+        assert server.returncode == 0
+    assert "Traceback" not in said
+    assert "joined with 9 samples" in said
 
 
 def test_address_that_cannot_be_listened_on_is_named(sockets: ExitStack) -> None:
