@@ -115,7 +115,7 @@ def _add_training_flags(command: argparse.ArgumentParser) -> None:
         "--cache-bytes",
         type=int,
         metavar="BYTES",
-        help="of samples' activations kept on this device's disk, where the run's codec is delta (default: the server's)",
+        help="of samples' activations kept on this device's disk in codec delta (default: the server's, at most 1 GiB)",
     )
     command.add_argument(
         "--state-dir",

@@ -1,5 +1,6 @@
 """The SDK: a device in a run, in five lines."""
 
+import logging
 import os
 import platform
 import re
@@ -8,10 +9,10 @@ from pathlib import Path
 from types import TracebackType
 
 from protocol import CODECS, DELTA, Hello, Join, Start, Welcome, check_name, largest_message_bytes
-from split_model import BaseModel, ModelError, SampleFolder, find_model, load_tokenizer
+from split_model import BaseModel, ModelError, SampleFolder, TrainingDiverged, find_model, load_tokenizer
 
 from .access import Access
-from .connection import ConnectionFailed, Refused
+from .connection import Refused
 from .data import DataError, Dataset
 from .engine import TorchEngine
 from .enrolment import state_folder
@@ -21,6 +22,10 @@ from .training import Step, perplexity, train
 
 __all__ = ["EdgeClient"]
 
+logger = logging.getLogger("edge_client")
+
+MOST_CACHE_BYTES = 2**30
+"""Kept where the user says nothing: a server does not decide how much of a device's disk it fills."""
 BYTES_MORE_A_ROW = 16  # what a file of samples has besides them, generously
 
 
@@ -47,7 +52,7 @@ class EdgeClient:
             at first, None takes the address for wrong, unless this device was killed in a run of this server.
         in_flight: parts of a batch that are under way at once, as far as the run divides batches; 1 waits for each answer.
         cache_bytes: the most that is kept of the samples' activations in ``state_dir``, where the run's codec is delta; None
-            is as much as the server keeps.
+            is as much as the server keeps, and at most 1 GiB.
 
     Raises:
         DataError, ModelError, InvalidName, EnrolmentError: a file or the name cannot be used.
@@ -106,14 +111,14 @@ class EdgeClient:
             give_up_after=self._give_up_after,
             patient=self._place.is_kept or self._give_up_after is not None,
         )
+        self._start: Start | None = None
         try:
             self._place.keep(self.welcome.run)
             self._membership.kept = self._samples()
             self._engine = TorchEngine(self._model, self.welcome.settings, self._device, self._dtype)
-        except BaseException:
-            self._membership.close()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
             raise
-        self._start: Start | None = None
         return self
 
     def _samples(self) -> SampleFolder | None:
@@ -121,8 +126,7 @@ class EdgeClient:
         settings = self.welcome.settings
         if settings.activation_codec != DELTA:
             return None
-        of_run = settings.cache_bytes
-        cache_bytes = of_run if self._cache_bytes is None else min(of_run, self._cache_bytes)
+        cache_bytes = min(settings.cache_bytes, MOST_CACHE_BYTES if self._cache_bytes is None else self._cache_bytes)
         bytes_a_row = 2 * self._model.config.width + BYTES_MORE_A_ROW
         # Of a sample there are its last two versions, and the one that is being made.
         self._num_kept = self.data.num_within(cache_bytes // 3, bytes_a_row)
@@ -200,13 +204,22 @@ class EdgeClient:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """
-        Leave the run. A device that is killed, gives up waiting for a connection, or may come back when it is started as
-        before, keeps its place.
+        Leave the run, if it is over, has diverged, or the user says so (Ctrl-C). After any other exception the device hangs up
+        and keeps its place, as if it had been killed: started again as before, it goes on, and nothing of the run has changed.
         """
-        refused_at_the_door = kind is not None and issubclass(kind, Refused) and self._start is None
-        if kind is None or not (issubclass(kind, ConnectionFailed) or refused_at_the_door):
+        # What has diverged would diverge again.
+        if kind is None or issubclass(kind, KeyboardInterrupt | TrainingDiverged):
             self._place.give_up()
-        self._membership.close()
+            self._membership.close()
+            return
+        self._membership.hang_up()
+        if self._start is None:
+            return
+        if issubclass(kind, Refused):
+            self._place.give_up()  # for the server it has left
+        else:
+            run = self.welcome.run
+            logger.info("this device keeps its place in run %s: started again with the same command, it goes on there", run)
 
 
 def _default_name(data: Path) -> str:

@@ -139,6 +139,11 @@ class Connection:
             raise
         except AnsweredInHttp as error:
             raise _not_opened(url, credentials, error.response) from None
+        except ssl.SSLCertVerificationError as error:  # before ValueError, which it is, too
+            raise ConnectionFailed(
+                f"this device is not enrolled at {url}, and the server's certificate is not an authority's "
+                f"({error.verify_message}): enrol it with splitlora-edge join and what splitlora-server enrol NAME prints"
+            ) from None
         except (InvalidURI, ValueError):  # a port or host that cannot be is a ValueError
             raise ConnectionFailed(f"{url} is no WebSocket address; it looks like ws://192.168.1.20:8765") from None
         except ssl.SSLError as error:
@@ -155,10 +160,10 @@ class Connection:
         with suppress(OSError):  # the link is lost, and `answer` says so
             self._socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, min(size, LARGEST_SEND_BUFFER))
 
-    def exchange(self, message: Message, *answer_kinds: type[Answer]) -> Answer:
-        """Send a question, wait for its answer as long as it takes; raises what `answer` does."""
+    def exchange(self, message: Message, *answer_kinds: type[Answer], within: float | None = None) -> Answer:
+        """Send a question, wait for its answer; raises what `answer` does."""
         self.ask(message)
-        return self.answer(*answer_kinds)
+        return self.answer(*answer_kinds, within=within)
 
     def ask(self, message: Message) -> None:
         """Have a question sent. Where the link is lost, `answer` says so."""
@@ -176,17 +181,22 @@ class Connection:
         except ConnectionClosed:
             pass  # a refusal that says why may have arrived before
 
-    def answer(self, *kinds: type[Answer]) -> Answer:
+    def answer(self, *kinds: type[Answer], within: float | None = None) -> Answer:
         """
         Wait for the answer to the first question that has none.
+
+        Args:
+            within: so many seconds at most for each message; None waits as long as it takes.
 
         Raises:
             Refused: the server answers with a refusal.
             RemoteProtocolError: it answers with something else than the protocol allows.
-            ConnectionFailed: it is gone, or refuses for a while only.
+            ConnectionFailed: it is gone, does not answer in time, or refuses for a while only.
         """
         try:
-            reply = self._receive()
+            reply = self._receive(within)
+        except TimeoutError:
+            raise ConnectionFailed(f"the server at {self.url} is silent: no answer within {within:g} s") from None
         except ConnectionClosed as error:
             raise ConnectionFailed(f"the connection to {self.url} was lost: {error}") from None
         if isinstance(reply, Failure):
@@ -197,10 +207,10 @@ class Connection:
             raise RemoteProtocolError(f"expected {kinds[0].__name__}, got {type(reply).__name__}")
         return reply
 
-    def _receive(self) -> Message:
+    def _receive(self, within: float | None) -> Message:
         reply, began = None, self.stopwatch.now()
         while reply is None:  # what is delivered twice, counts once
-            data = self._socket.recv()
+            data = self._socket.recv(within)
             arrived = self.stopwatch.now()
             self.num_bytes += len(data)
             try:

@@ -97,8 +97,11 @@ class Membership:
         self._connection: Connection | None = None
         try:
             self.welcome = self._greet(patient)
-        except BaseException:
+        except KeyboardInterrupt:
             self.close()
+            raise
+        except BaseException:
+            self.hang_up()
             raise
 
     def start(self, join: Join) -> Start:
@@ -195,6 +198,10 @@ class Membership:
         """Leave the run for good."""
         if self._connection is not None:
             self._connection.close()
+
+    def hang_up(self) -> None:
+        """Be gone, as a device that was killed is: the place in the run stays, and this device may come back to it."""
+        self._drop()
 
     def _greet(self, patient: bool) -> Welcome:
         def talk(connection: Connection) -> Welcome:

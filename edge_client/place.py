@@ -1,7 +1,9 @@
 """What a device keeps of a run, so that it finds back to its place after it was killed."""
 
+import errno
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,15 @@ from protocol.settings import LARGEST_COUNT
 from split_model import SampleFolder, remove_unfinished, replace_file
 
 __all__ = ["Place", "SavedStep", "StateError"]
+
+
+logger = logging.getLogger("edge_client")
+
+MOST_BYTES = 2**30
+"""
+Of steps that the server may go back to. It says itself how far back that is, and one that never moves its checkpoint would fill
+the disk.
+"""
 
 
 class StateError(OSError):
@@ -49,10 +60,22 @@ class KeptHere(SampleFolder):
     def keep(self, step: int, micro_batch: int, versions: dict[int, tuple[int, Array]]) -> None:
         """
         Raises:
-            StateError: the disk is full.
+            StateError: the disk is full. Of the other methods, too.
         """
         with _readable_errors(self._folder):
             super().keep(step, micro_batch, versions)
+
+    def confirm(self, step: int, micro_batch: int) -> None:
+        with _readable_errors(self._folder):
+            super().confirm(step, micro_batch)
+
+    def forget_after(self, step: int) -> None:
+        with _readable_errors(self._folder):
+            super().forget_after(step)
+
+    def forget_before(self, step: int) -> None:
+        with _readable_errors(self._folder):
+            super().forget_before(step)
 
 
 class Place:
@@ -60,13 +83,16 @@ class Place:
     A folder of its own for each server and name. It is there as long as the device has a place in an unfinished run.
 
     In rounds of one step only the run is noted; in longer ones the adapter and AdamW's moments, after every step: those of
-    the last one, and those of rounds' ends that the server may still go back to.
+    the last one, and those of rounds' ends that the server may still go back to, up to ``MOST_BYTES``.
     """
 
     def __init__(self, state_folder: Path, server: str, name: str) -> None:
         digest = hashlib.sha256(f"{server} {name}".encode()).hexdigest()
         self._server, self._name = server, name
         self._folder = state_folder / "places" / digest[:32]
+        self._ends_round: dict[int, bool] = {}
+        """Of the steps that are kept, as far as that is known."""
+        self._has_warned = False
 
     @property
     def is_kept(self) -> bool:
@@ -117,10 +143,35 @@ class Place:
         with _readable_errors(self._folder):
             text = {name: str(value) for name, value in metadata.items()}
             replace_file(self._path(saved.step), save(saved.state, text))
-            for path in self._paths():
-                step = int(path.stem)
-                if step != saved.step and (step < keep_from or not _is_round_end(path)):
-                    path.unlink()
+            self._ends_round[saved.step] = is_round_end
+            others = [path for path in self._paths() if int(path.stem) != saved.step]
+            needed = [path for path in others if int(path.stem) >= keep_from and self._is_round_end(path)]
+            for path in set(others) - set(self._within_bounds(needed)):
+                path.unlink()
+
+    def _within_bounds(self, paths: list[Path]) -> list[Path]:
+        """The newest, as many as there is room for."""
+        num_bytes = 0
+        for number, path in enumerate(reversed(paths)):
+            num_bytes += path.stat().st_size
+            if num_bytes > MOST_BYTES:
+                if not self._has_warned:
+                    logger.warning(
+                        "the server has not moved its checkpoint for %d rounds: this device forgets its oldest states beyond "
+                        "%d MB in %s; if the server goes back to one of those, the result will be another one",
+                        len(paths),
+                        MOST_BYTES // 10**6,
+                        self._folder,
+                    )
+                self._has_warned = True
+                return paths[len(paths) - number :]
+        return paths
+
+    def _is_round_end(self, path: Path) -> bool:
+        step = int(path.stem)
+        if step not in self._ends_round:
+            self._ends_round[step] = _is_round_end(path)
+        return self._ends_round[step]
 
     def forget_after(self, step: int) -> None:
         """
@@ -185,4 +236,6 @@ def _readable_errors(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise StateError(f"this device's state cannot be kept in {folder}: {reason}; choose another --state-dir") from None
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space there" if is_full else "choose another --state-dir"
+        raise StateError(f"this device's state cannot be kept in {folder}: {reason}; {remedy}") from None

@@ -34,6 +34,7 @@ import edge_client.cli
 import gpu_server.cli
 from edge_client import ConnectionFailed, EdgeClient
 from gpu_server import GpuServer, RunEndedEarly
+from gpu_server.certificates import own_certificate
 from protocol import (
     CODECS,
     DELTA,
@@ -459,6 +460,45 @@ def test_edge_names_a_server_that_is_not_there(says_of_server: Callable[[str], s
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "127.0.0.1:8765", "ws://", "ws://127.0.0.1:99999", "ws://[::1", ""])
 def test_edge_names_an_address_that_is_no_websocket(says_of_server: Callable[[str], str], url: str) -> None:
     assert says_of_server(url) == f"{url} is no WebSocket address; it looks like ws://192.168.1.20:8765"
+
+
+def test_edge_says_that_it_is_not_enrolled_where_no_authority_vouches(
+    says_of_server: Callable[[str], str], tmp_path: Path
+) -> None:
+    context = own_certificate(tmp_path / "server").server_context()
+    with serve(lambda _: None, "127.0.0.1", 0, ssl=context) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"wss://127.0.0.1:{server.socket.getsockname()[1]}"
+        try:
+            text = says_of_server(url)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert text.startswith(f"this device is not enrolled at {url}, and the server's certificate is not an authority's (")
+    assert text.endswith("enrol it with splitlora-edge join and what splitlora-server enrol NAME prints")
+
+
+def test_ping_does_not_wait_for_ever_for_a_silent_server() -> None:
+    heard, over = threading.Event(), threading.Event()
+
+    def handler(connection: Any) -> None:
+        connection.recv()
+        heard.set()
+        over.wait(timeout=60)
+
+    with serve(handler, "127.0.0.1", 0, close_timeout=0.1) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+        try:
+            with pytest.raises(edge_client.ConnectionFailed, match=r"is silent: no answer within 0\.2 s"):
+                edge_client.ping(url, within=0.2)
+            assert heard.is_set()
+        finally:
+            over.set()
+            server.shutdown()
+            thread.join()
 
 
 def test_edge_names_a_plain_http_server(says_of_server: Callable[[str], str]) -> None:

@@ -415,7 +415,7 @@ def test_whoever_cannot_enter_leaves_no_connection_open(world: MakeWorld) -> Non
     here = world([Refused("no place")])
     with pytest.raises(Refused):
         here.member()
-    assert here.made[0].closed
+    assert here.made[0].abandoned
 
 
 # Several questions under way

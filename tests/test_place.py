@@ -126,5 +126,24 @@ def test_disk_that_is_full_is_said(place: Place, monkeypatch: Any, what: str) ->
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StateError, match="No space left on device; choose another --state-dir"):
+    with pytest.raises(StateError, match="No space left on device; free some space there"):
         place.keep("other") if what == "keep" else keep(place, 1)
+
+
+def test_server_that_never_moves_its_checkpoint_does_not_fill_the_disk(
+    place: Place, tmp_path: Path, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.save(saved(1), keep_from=0, is_round_end=True)
+    size = max(path.stat().st_size for path in files(tmp_path))
+    monkeypatch.setattr("edge_client.place.MOST_BYTES", 3 * size)
+    keep(place, *range(2, 10), ends=tuple(range(10)))
+    assert [path.name for path in files(tmp_path)[:-1]] == [f"{step:010}.safetensors" for step in (6, 7, 8, 9)]
+    (warning,) = caplog.records  # once
+    assert "the server has not moved its checkpoint for" in warning.getMessage()
+
+
+def test_rounds_ends_are_known_again_after_a_restart(place: Place, tmp_path: Path) -> None:
+    keep(place, 1, 2, 3, ends=(2,))
+    again = Place(tmp_path, "ws://here", "a")
+    keep(again, 4)
+    assert [path.name for path in files(tmp_path)[:-1]] == ["0000000002.safetensors", "0000000004.safetensors"]
