@@ -17,6 +17,7 @@ from protocol import (
     KeptSamples,
     Message,
     RemoteProtocolError,
+    RunSettings,
     Seconds,
     Start,
     Welcome,
@@ -249,12 +250,10 @@ class Membership:
         before = self.welcome
         if welcome.run != before.run:
             raise Refused(f"{connection.url} has another run now: {welcome.run} instead of {before.run}")
-        settings, settings_before = vars(welcome.settings), vars(before.settings)
-        changed = [
-            f"{name} {settings_before[name]} is now {value}"
-            for name, value in settings.items()
-            if value != settings_before[name]
-        ]
+        now, then = vars(welcome.settings), vars(before.settings)
+        changed = [f"{name} {then[name]} is now {value}" for name, value in now.items() if value != then[name]]
+        if welcome.restarts > before.restarts and _is_longer(before.settings, welcome.settings):
+            changed = []
         if welcome.fingerprint != before.fingerprint:
             changed.append("another base model")
         if changed:
@@ -312,3 +311,10 @@ class Membership:
             self._bytes_before += self._connection.num_bytes
             self._connection.abandon()
             self._connection = None
+
+
+def _is_longer(before: RunSettings, after: RunSettings) -> bool:
+    """Whether a run was given more steps, and nothing else, of a rate that does not depend on their number."""
+    if before.steps is None or after.steps is None or before.lr_schedule != "constant":
+        return False
+    return after.steps > before.steps and replace(after, steps=before.steps) == before

@@ -75,8 +75,10 @@ def train(
     settings = membership.welcome.settings
     optimiser = OptimiserConfig(**settings.optimiser())
     order_seed = (settings.seed, name, "order") if shuffle else None
-    last_step = settings.steps_of_client(len(data.samples), batch_size)
-    itinerary = Itinerary(settings, last_step)
+
+    def last_step() -> int:
+        """A run that goes on after a restart may be longer than it was."""
+        return membership.welcome.settings.steps_of_client(len(data.samples), batch_size)
 
     def micro_batches(step: int) -> Iterator[Activations]:
         """The step's batch in parts; each is computed when it is asked for."""
@@ -103,11 +105,12 @@ def train(
         engine.load_adapter(answer.tensors)
 
     def steps_after(start: Start) -> Iterator[Step]:
+        itinerary = Itinerary(settings, last_step())
         first = _go_to(start, engine, membership, place, itinerary)
         if first.kind is AdapterWeights:
             contribute(first.step, AdapterWeights, engine.adapter())
 
-        for step in range(start.step + 1, last_step + 1):
+        for step in range(start.step + 1, last_step() + 1):
             bytes_before, seconds_before = membership.num_bytes, membership.stopwatch.read()
             engine.begin_step()
             for question, answer in membership.exchange_each(micro_batches(step), ActivationGradient, in_flight):
@@ -134,7 +137,7 @@ def train(
     while True:
         try:
             yield from steps_after(start)
-            end = membership.exchange(Done(step=last_step), RunEnd)
+            end = membership.exchange(Done(step=last_step()), RunEnd)
         except Moved as moved:
             start = moved.start
         else:

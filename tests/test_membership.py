@@ -378,6 +378,23 @@ def test_same_run_has_the_same_settings(world: MakeWorld, changed: dict[str, Any
     assert f"run r has other settings than before ({said}); the same run has the same settings" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "steps", "restarts", "is_allowed"),
+    [("constant", 200, 1, True), ("constant", 200, 0, False), ("constant", 50, 1, False), ("linear", 200, 1, False)],
+)
+def test_run_may_be_longer_after_a_restart_where_its_rate_is_constant(
+    world: MakeWorld, schedule: str, steps: int, restarts: int, is_allowed: bool
+) -> None:
+    before = replace(SETTINGS, lr_schedule=schedule)
+    back = welcome(settings=replace(before, steps=steps), restarts=restarts)
+    here = world([welcome(settings=before), start(), LOST], [back, start(3)])
+    member = here.member()
+    member.start(JOIN)
+    with pytest.raises(Moved if is_allowed else RemoteProtocolError):
+        member.exchange(activations(1), ActivationGradient)
+    assert member.welcome.settings.steps == (steps if is_allowed else 100)
+
+
 def test_an_outage_is_told_of_at_growing_distances(world: MakeWorld, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "edge_client")
     here = world([welcome(), start(), LOST], *[LOST] * 400, [welcome(), start(), gradient(1)])
