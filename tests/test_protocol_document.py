@@ -1,6 +1,7 @@
 """PROTOCOL.md says what the code does."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -8,14 +9,40 @@ from typing import Any, get_args, get_type_hints
 import msgpack
 import numpy as np
 import pytest
-from protocol_samples import SAMPLES, inflate
+from protocol_samples import SAMPLES, SETTINGS, assert_same, inflate
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import protocol
-from protocol import CODECS, DELTA, HANDSHAKE_BYTES, PROTOCOL_VERSION, TRANSITIONS, Message, RunSettings, Side, State, encode
+from edge_client.data import Dataset, Sample
+from gpu_server.gate import Gate
+from protocol import (
+    CODECS,
+    DELTA,
+    EXACT,
+    HANDSHAKE_BYTES,
+    PROTOCOL_VERSION,
+    TRANSITIONS,
+    ActivationGradient,
+    Activations,
+    Array,
+    Message,
+    RunSettings,
+    Seconds,
+    Side,
+    State,
+    changes,
+    decode,
+    encode,
+    gradient_codec,
+)
 from protocol.codecs import Coded
 from protocol.encoding import MAX_ELEMENTS, MAX_TENSOR_ELEMENTS, MAX_TEXT
 from protocol.invitation import FORM
-from protocol.rounding import Dither
+from protocol.rounding import Dither, to_bfloat16
+from protocol.settings import BOUNDS
+from split_model import BaseModel
+from split_model.base_model import ModelConfig
 
 DOCUMENT = (Path(__file__).parent.parent / "PROTOCOL.md").read_text(encoding="utf-8")
 KINDS = {kind.__name__: kind for kind in get_args(Message)}
@@ -161,3 +188,123 @@ def test_it_names_the_codecs() -> None:
 def test_it_names_no_message_that_does_not_exist() -> None:
     named = set(re.findall(r"`([A-Z][A-Za-z]+)`", DOCUMENT))
     assert named <= {*KINDS, "RunSettings", "Seconds"}
+
+
+def test_it_names_the_bounds_of_every_number_of_the_settings() -> None:
+    (rows,) = tables(DOCUMENT, "setting", "at least", "at most")
+    documented = {name.strip("`"): (float(least), float(most.partition(",")[0])) for name, least, most in rows}
+    assert documented == BOUNDS
+    order = [field.name for field in dataclasses.fields(RunSettings)]
+    assert list(documented) == sorted(documented, key=order.index)
+    numbers = {name for name, kind in actual_fields(RunSettings).items() if kind in ("integer", "number", "integer or nil")}
+    assert set(documented) == numbers
+
+
+def test_it_names_the_codecs_that_a_client_has_to_offer() -> None:
+    (rows,) = tables(DOCUMENT, "`activation_codec`", "to be offered")
+    documented = {cell.strip("`"): set(re.findall(r"`(\w+)`", offered.partition(";")[0])) for cell, offered in rows}
+    for codec in (EXACT, *CODECS, DELTA):
+        settings = dataclasses.replace(SETTINGS, activation_codec=codec, gradient_codec=gradient_codec(codec))
+        assert documented.pop(codec) == (settings.codecs() | Gate(codec, 0.01).may_use()) - {EXACT}
+    assert not documented
+
+
+# Test vectors
+
+
+def vectors(heading: str) -> list[bytes]:
+    """The indented blocks of hexadecimal under a bold heading of the last section."""
+    _, _, rest = DOCUMENT.partition("\n## Test vectors\n")[2].partition(f"\n**{heading}")
+    assert rest, heading
+    blocks = re.findall(r"(?:^    [0-9a-f]+\n)+", rest.partition("\n**")[0], re.MULTILINE)
+    return [bytes.fromhex("".join(block.split())) for block in blocks]
+
+
+def floats(*rows: tuple[float, ...]) -> Array:
+    return np.array(rows, np.float32)
+
+
+def integers(*values: int) -> Array:
+    return np.array(values, np.int32)
+
+
+MESSAGES: dict[str, Message] = {
+    "From the client:": Activations(
+        step=3,
+        micro_batch=1,
+        seconds=Seconds(edge_compute=0.5),
+        lengths=integers(2, 1),
+        label_counts=integers(1, 1),
+        labels=integers(5, 258),
+        values=floats((0.5, -2), (1, 0.25), (-0.75, 3)),
+    ),
+    "From the server:": ActivationGradient(
+        step=3, micro_batch=1, loss=2.5, labelled_tokens=2, values=floats((0.125, 0), (-1, 2), (0.5, -0.25))
+    ),
+}
+
+
+@pytest.mark.parametrize("heading", MESSAGES)
+def test_its_vectors_of_messages_are_what_is_sent_and_understood(heading: str) -> None:
+    inflated, frame = vectors(heading)
+    assert inflate(frame) == inflated == inflate(encode(MESSAGES[heading]))
+    assert_same(decode(frame, HANDSHAKE_BYTES), MESSAGES[heading])
+
+
+def test_its_vector_of_int8_decodes_to_what_it_says() -> None:
+    (payload,) = vectors("A tensor in `int8`,")
+    coded = Coded.received(msgpack.unpackb(payload), HANDSHAKE_BYTES)
+    assert_same(coded.decode(), floats((2, -2, 99.5), (255, -254, -100.5)))
+
+
+class OneVersion:
+    """A side that keeps one version of one sample."""
+
+    is_full, newest = False, 2
+
+    def version(self, sample: int, step: int) -> Array | None:
+        kept = floats((1, 0, 2), (0, 1, -1), (2, 2, 0), (0, 0, 1))
+        return to_bfloat16(kept) if (sample, step) == (4, 2) else None
+
+    def keep(self, step: int, micro_batch: int, versions: dict[int, Any]) -> None:
+        self.kept = {sample: since for sample, (since, _) in versions.items()}
+
+
+def test_its_vector_of_delta_decodes_to_what_it_says() -> None:
+    (payload,) = vectors("A tensor in `delta`,")
+    coded: Any = Coded.received(msgpack.unpackb(payload), HANDSHAKE_BYTES)
+    batch = {"lengths": integers(4, 1), "label_counts": integers(0, 0), "labels": integers(), "samples": integers(4, 6)}
+    side: Any = OneVersion()
+    arrived = changes.arrived(Activations(step=9, seconds=Seconds(), values=coded, **batch), side)
+    changed = floats((1.5, -0.5, 2.25), (1, 0, -0.5), (1.5, 2.5, -0.25), (1.5, -1.5, 1.75))
+    assert_same(arrived.values, np.concatenate([changed, floats((1, -2, 31.75))]))
+    assert side.kept == {4: 2, 6: 0}
+
+
+def test_its_vector_of_a_fingerprint_is_that_of_such_a_model(tmp_path: Path) -> None:
+    _, _, text = DOCUMENT.partition("\n**A fingerprint**")
+    first, second = re.findall(r"^    (.*)$", text, re.MULTILINE)
+    (digits,) = re.findall(r"over the model begins with `([0-9a-f]{32})`", text)
+    config = ModelConfig(**json.loads(f"{first} {second}"))
+    assert f"{first} {second}" == json.dumps(dataclasses.asdict(config), sort_keys=True)
+    names = {"num_layers": "n_layer", "width": "n_embd", "num_heads": "n_head", "num_positions": "n_positions"}
+    stored = {names[name]: value for name, value in dataclasses.asdict(config).items() if name in names}
+    stored |= {"vocab_size": config.vocabulary_size, "eos_token_id": config.end_token, "n_inner": None}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "layer_norm_epsilon": 1e-5, **stored}))
+    tensors = {
+        name: (np.arange(np.prod(shape)) / 8).astype(np.float32).reshape(shape) for name, shape in config.tensor_shapes.items()
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "Ġb": 1, "aĠb": 2}, merges=[("a", "Ġb")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    fingerprint = BaseModel(tmp_path).fingerprint()
+    assert fingerprint[:16] == digits[:16]
+
+
+def test_its_example_of_a_shuffle_is_the_order_of_the_program() -> None:
+    orders = re.findall(r"has the order `([0-9 ]+)`|the order `([0-9 ]+)`", DOCUMENT.partition("Example: with SEED 0")[2])
+    documented = [[int(number) for number in (one or other).split()] for one, other in orders]
+    data = Dataset([Sample(integers(0, 1), 1)] * 7, 0)
+    assert documented == [data.order(step, 7, (0, "a", "order")) for step in (1, 2)]
