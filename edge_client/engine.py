@@ -147,7 +147,7 @@ class TorchEngine:
 
 def _finite(activations: torch.Tensor) -> torch.Tensor:
     if not torch.isfinite(activations).all():
-        raise TrainingDiverged("the activations are no longer finite numbers; try a lower --lr on the server")
+        raise TrainingDiverged("this device's activations are no longer finite numbers; try a lower --lr on the server")
     return activations
 
 

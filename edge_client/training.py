@@ -21,7 +21,7 @@ from protocol import (
     Start,
     Tensors,
 )
-from split_model import OptimiserConfig, derive_seed
+from split_model import OptimiserConfig, TrainingDiverged, derive_seed
 
 from .data import Batch, Dataset, pack
 from .engine import TorchEngine
@@ -84,7 +84,10 @@ def train(
         """The step's batch in parts; each is computed when it is asked for."""
         for number in range(settings.micro_batches):
             batch = data.batch(step, batch_size, order_seed, part=number, of=settings.micro_batches)
-            values = engine.forward(batch, derive_seed(settings.seed, name, "dropout", step, number))
+            try:
+                values = engine.forward(batch, derive_seed(settings.seed, name, "dropout", step, number))
+            except TrainingDiverged as error:
+                raise TrainingDiverged(f"in step {step} {error}") from None
             yield Activations(
                 step=step,
                 micro_batch=number,

@@ -384,7 +384,7 @@ class Federation:
         """
         member = self.members[name]
         if isinstance(message, Evaluation):
-            self._check_batch(member, message)
+            self._check_batch(name, message)
             member.evaluation = message
             return [Evaluate(name, message)]
         if not isinstance(message, OfAStep):
@@ -402,7 +402,7 @@ class Federation:
     def _take(self, name: str, message: OfAStep, now: float) -> list[Action]:
         member, question = self.members[name], QuestionId(*identity(message))
         if not member.absent and self._may_ask(member, question):
-            self._check(member, message)
+            self._check(name, message)
             place = name, question[2]
             if place not in self.waiting and not isinstance(message, Done):
                 self.timing.question(place, message.seconds, now)
@@ -872,23 +872,25 @@ class Federation:
     def _itinerary(self, join: Join) -> Itinerary:
         return Itinerary(self.settings, self.settings.steps_of_client(join.num_samples, join.batch_size))
 
-    def _check(self, member: Member, message: OfAStep) -> None:
+    def _check(self, name: str, message: OfAStep) -> None:
         if isinstance(message, Activations):
-            self._check_batch(member, message)
+            self._check_batch(name, message)
         elif not isinstance(message, Done):
-            self._check_adapter(message.tensors)
+            self._check_adapter(name, message)
 
-    def _check_batch(self, member: Member, batch: Activations | Evaluation) -> None:
+    def _check_batch(self, name: str, batch: Activations | Evaluation) -> None:
+        member = self.members[name]
         limits, rows = self.limits, member.join.batch_size * member.join.longest
+        sent = f"{name} sent activations of {'a held-out batch' if isinstance(batch, Evaluation) else f'step {batch.step}'}"
         if batch.values.shape[1] != limits.width:
             raise RemoteProtocolError(f"values are {batch.values.shape[1]} wide, the model is {limits.width}")
-        _check_size(batch.values)
+        _check_size(batch.values, sent)
         if isinstance(batch, Activations) and batch.exact is not None:
             if batch.micro_batch or not self.settings.checks_codec(batch.step):
                 raise RemoteProtocolError(
                     f"exact values in micro-batch {batch.micro_batch} of step {batch.step}, which checks no codec"
                 )
-            _check_size(batch.exact)
+            _check_size(batch.exact, sent)
         if len(batch.values) > rows or len(batch.lengths) > member.join.batch_size:
             raise RemoteProtocolError(f"{len(batch.values)} rows, at most {rows} were announced")
         if batch.lengths.max(initial=0) > member.join.longest:
@@ -902,12 +904,14 @@ class Federation:
         if len(batch.labels) and not 0 <= batch.labels.min() <= batch.labels.max() < limits.vocabulary_size:
             raise RemoteProtocolError(f"labels must be ids below {limits.vocabulary_size}")
 
-    def _check_adapter(self, tensors: Tensors) -> None:
+    def _check_adapter(self, name: str, contribution: AdapterGradient | AdapterWeights) -> None:
+        tensors = contribution.tensors
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         if shapes != self.limits.edge_shapes:
             raise RemoteProtocolError("the tensors are not the LoRA matrices of the edge part")
+        what = "an adapter gradient" if isinstance(contribution, AdapterGradient) else "an adapter"
         for tensor in tensors.values():
-            _check_size(tensor)
+            _check_size(tensor, f"{name} sent {what} of step {contribution.step}")
 
 
 def _place(question: QuestionId) -> tuple[int, int, int]:
@@ -925,8 +929,13 @@ def _waited_for_as(kind: type) -> type:
     return Contribution if issubclass(kind, Contribution) else kind
 
 
-def _check_size(values: Array) -> None:
+def _check_size(values: Array, sent: str) -> None:
+    """
+    Args:
+        sent: who sent them, and what they are.
+    """
     largest = np.abs(values).max(initial=0.0)
     if largest > LARGEST_VALUE:
-        why = NOT_SHUFFLED if looks_plain(values, LARGEST_VALUE) else f"beyond {LARGEST_VALUE:g} training has diverged"
-        raise RemoteProtocolError(f"has values up to {largest:.3g}; {why}")
+        diverged = f"beyond {LARGEST_VALUE:g} training has diverged: try a lower --lr on the server"
+        why = NOT_SHUFFLED if looks_plain(values, LARGEST_VALUE) else diverged
+        raise RemoteProtocolError(f"{sent} with values up to {largest:.3g}; {why}")

@@ -31,7 +31,7 @@ from split_model import (
     initial_adapter,
     load_adapter,
 )
-from terminal import duration, listed, version
+from terminal import count, listed, version
 
 from .checkpoints import SavedRound
 from .compute import Compute
@@ -211,12 +211,9 @@ class GpuServer:
         if federation.step == federation.total_steps:
             may_be_longer = config.lr_schedule == "constant" and config.steps and self._devices_can_go_on_after_the_end
             logger.info(
-                "the run is complete after step %d, and its adapter is in %s; waiting up to %s for devices that have not "
-                "fetched it (%s). To train further: %sanother run with --init-adapter %s",
-                federation.step,
+                "all %s of this run are done, and its adapter is in %s; to train further: %sanother run with --init-adapter %s",
+                count(federation.step, "step"),
                 self.adapter_folder,
-                duration(config.linger),
-                listed(here) or "none",
                 "a larger --steps, or " if may_be_longer else "",
                 self.adapter_folder,
             )

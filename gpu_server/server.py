@@ -40,7 +40,7 @@ from protocol import (
     largest_message_bytes,
 )
 from split_model import Adapter, SampleFolder, TrainingDiverged
-from terminal import count, duration, version
+from terminal import count, duration, listed, version
 
 from .compute import Compute
 from .config import ConfigError
@@ -364,13 +364,13 @@ class RunServer:
             here = {name for name, peer in self._peers.items() if peer.connection.enrolled != enrolled.get(name)}
             away = {name for name, member in self._federation.members.items() if name not in enrolled and not member.left}
             for name in here | away:
-                self._expel(name, "it was revoked")
+                self._expel(name, "its enrolment was revoked")
 
     def _expel(self, name: str, reason: str) -> None:
         peer = self._peers.pop(name, None)
-        self._leave(name, reason)
+        told = self._leave(name, peer, reason)
         if peer is not None:
-            self._spawn(self._refuse(peer, reason))
+            self._spawn(self._refuse(peer, reason, told=told))
         self._end_if_over()
 
     # A conversation
@@ -401,8 +401,9 @@ class RunServer:
             await self._refuse(peer, reason, retry_after=SECONDS_TO_TRY_AGAIN)
         except RemoteProtocolError as error:
             # First: the others do not wait for a peer that does not listen. One that had not joined has no place to lose.
-            self._forget(peer, str(error) if peer.joined else None)
-            await self._refuse(peer, str(error), retry_after=SECONDS_TO_TRY_AGAIN if isinstance(error, NameInUse) else 0.0)
+            told = self._forget(peer, str(error) if peer.joined else None)
+            retry_after = SECONDS_TO_TRY_AGAIN if isinstance(error, NameInUse) else 0.0
+            await self._refuse(peer, str(error), retry_after=retry_after, told=told)
         except ConnectionClosed:
             if peer.joined and not self._complete:
                 logger.info("%s: connection lost", peer)
@@ -501,31 +502,38 @@ class RunServer:
         answers = self._federation.settings.micro_batches * compressed_bound(size)
         peer.connection.transport.set_write_buffer_limits(high=answers)
 
-    def _forget(self, peer: Peer, for_good: str | None = None) -> None:
-        """A peer is gone: its connection is lost, or, with a reason, it is out of the run."""
+    def _forget(self, peer: Peer, for_good: str | None = None) -> bool:
+        """A peer is gone: its connection is lost, or, with a reason, it is out of the run. Says whether that was logged."""
         if peer.name is None or self._peers.get(peer.name) is not peer:
-            return
+            return False
         del self._peers[peer.name]
         if self._ended.done():
-            return  # it did not go: we dismissed it
+            return False  # it did not go: we dismissed it
+        told = False
         if for_good is None:
             self._perform(self._federation.disconnected(peer.name, time.monotonic()))
         else:
-            self._leave(peer.name, for_good)
+            told = self._leave(peer.name, peer, for_good)
         self._end_if_over()
+        return told
 
-    def _leave(self, name: str, reason: str) -> None:
+    def _leave(self, name: str, peer: Peer | None, reason: str) -> bool:
+        """A device is out of the run, connected or not. Says whether that was logged."""
         federation = self._federation
-        if name in federation.members and federation.total_steps and not self._complete:
-            logger.info("%s has left the run after step %d: %s", name, federation.step, reason)
+        told = name in federation.members and federation.total_steps > 0 and not self._complete
+        if told:
+            logger.warning("%s has left the run after step %d: %s", peer or name, federation.step, reason)
         self._perform(federation.leave(name, time.monotonic()))
+        return told
 
-    async def _refuse(self, peer: Peer, reason: str, *, retry_after: float = 0.0) -> None:
+    async def _refuse(self, peer: Peer, reason: str, *, retry_after: float = 0.0, told: bool = False) -> None:
         """
         Args:
             retry_after: seconds after which the same may be allowed; 0 where it never will.
+            told: whether it was logged already.
         """
-        logger.warning("%s refused%s: %s", peer, " for now" if retry_after else "", reason)
+        if not told:
+            logger.warning("%s refused%s: %s", peer, " for now" if retry_after else "", reason)
         try:
             data = peer.session.send(Failure(reason=reason[:LONGEST_REASON], retry_after=retry_after))
             await asyncio.wait_for(peer.connection.send(data), SECONDS_TO_CLOSE)
@@ -668,6 +676,8 @@ class RunServer:
         if self._federation.unfinished():
             if self._patience_ends is not None:
                 self._patience_ends.cancel()  # a device has come since, and gets the whole time to come again
+            names = listed(self._federation.unfinished())
+            logger.info("the run is complete; waiting up to %s for %s to fetch the adapter", duration(self._linger), names)
             self._patience_ends = self._loop.call_later(self._linger, lambda: None if self._peers else self._end())
         else:
             self._end()
@@ -680,7 +690,7 @@ class RunServer:
         if to_be_continued:
             await asyncio.gather(*(peer.connection.close(SERVICE_RESTART) for peer in peers))
         else:
-            await asyncio.gather(*(self._refuse(peer, reason) for peer in peers))
+            await asyncio.gather(*(self._refuse(peer, reason, told=True) for peer in peers))
 
     async def _save_unfinished(self, *, to_be_continued: bool) -> None:
         federation = self._federation

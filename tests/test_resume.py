@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -110,7 +111,8 @@ def test_server_that_is_resumed_and_stopped_before_a_round_ends_leaves_its_check
         with pytest.raises(ConnectionFailed):
             take_part()
     last = Checkpoints(tmp_path / "run/checkpoints").steps()[-1]
-    kept = {path.name: path.read_bytes() for path in (tmp_path / "run/checkpoints").iterdir()}
+    run = json.loads((tmp_path / "run/run.json").read_text())["run"]
+    kept = Checkpoints(tmp_path / "run/checkpoints").latest(run)
     written, write = [], Checkpoints.write
 
     def watched_write(self: Checkpoints, saved: SavedRound) -> None:
@@ -123,7 +125,13 @@ def test_server_that_is_resumed_and_stopped_before_a_round_ends_leaves_its_check
         with pytest.raises(RunEndedEarly, match=f"the server was stopped after step {last}"):
             list(again.train())
     assert written == [last]
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run/checkpoints").iterdir()} == kept
+    again_kept = Checkpoints(tmp_path / "run/checkpoints").latest(run)
+    assert kept is not None
+    assert again_kept is not None
+    assert (again_kept.step, again_kept.membership) == (kept.step, kept.membership)
+    assert {name: tensor.tolist() for name, tensor in again_kept.state.items()} == {
+        name: tensor.tolist() for name, tensor in kept.state.items()
+    }
 
 
 @pytest.mark.parametrize("then", [signal.SIGTERM, signal.SIGINT])
@@ -324,12 +332,12 @@ def test_finished_run_says_so_and_what_can_be_done(
     caplog.set_level("INFO", "gpu_server")
     with GpuServer(resume=True, run_dir=str(tmp_path / "run"), port=0, linger=0.0) as server:
         assert list(server.train()) == []
-    (said,) = [record.message for record in caplog.records if "complete" in record.message]
     folder = tmp_path / "run/adapter"
-    assert said == (
-        f"the run is complete after step 12, and its adapter is in {folder}; waiting up to 0.0 s for devices that have not "
-        f"fetched it (a). To train further: a larger --steps, or another run with --init-adapter {folder}"
-    )
+    assert [record.message for record in caplog.records] == [
+        f"all 12 steps of this run are done, and its adapter is in {folder}; to train further: a larger --steps, or another "
+        f"run with --init-adapter {folder}",
+        "the run is complete; waiting up to 0.0 s for a to fetch the adapter",
+    ]
 
 
 def test_finished_run_that_is_made_longer_is_the_run_that_was_begun_so(
@@ -345,6 +353,29 @@ def test_finished_run_that_is_made_longer_is_the_run_that_was_begun_so(
     assert adapter(tmp_path / "longer") == adapter(tmp_path / "undisturbed")
     assert losses(tmp_path / "longer") == losses(tmp_path / "undisturbed")
     assert json.loads((tmp_path / "longer/run.json").read_text())["adapter"] == {"step": STEPS, "of": STEPS}
+
+
+@pytest.mark.parametrize("aggregate_every", [1, 2])
+def test_run_is_made_longer_while_its_device_waits_for_the_server(
+    settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path], aggregate_every: int
+) -> None:
+    settings |= {"aggregate_every": aggregate_every, "checkpoint_every": 1}
+    data = {"data": pairs_file("a", 9), "batch_size": 2}
+    port, run_dir, numbers = free_port(), str(tmp_path / "run"), []
+    with GpuServer(**{**settings, "port": port, "run_dir": run_dir, "steps": 6}) as server:
+        device = {"model": settings["model"], "name": "a", "dtype": "float32", "state_dir": tmp_path / "state", **data}
+        client = EdgeClient(server.url, **device).__enter__()
+        steps = client.train()
+        numbers += [next(steps).number for _ in range(5)]
+        server.suspend()
+    with GpuServer(run_dir=run_dir, resume=True, steps=STEPS) as again:
+        numbers += [step.number for step in steps]
+        client.__exit__(None, None, None)
+        list(again.train())
+    assert numbers[-1] == STEPS
+    run_split({**settings, "run_dir": str(tmp_path / "undisturbed")}, {"a": {**data, "state_dir": tmp_path / "other"}})
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "undisturbed")
+    assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
 
 
 def test_finished_run_whose_devices_have_forgotten_their_moments_is_not_made_longer(
@@ -519,7 +550,7 @@ def test_run_ends_with_what_is_left_when_a_device_leaves_for_good_and_says_so(
         leaver, stayer = (run_in_thread(lambda n=n, s=s: take_part(server.url, n, s)) for n, s in (("a", 3), ("b", STEPS)))
         assert len(list(server.train())) == STEPS
         assert (leaver.result(timeout=60), stayer.result(timeout=60)) == (3, STEPS)
-    assert "a has left the run after step 3: it said goodbye" in caplog.text
+    assert re.search(r"a \(127\.0\.0\.1:\d+\) has left the run after step 3: it said goodbye", caplog.text)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert rows[2]["clients"].keys() == {"a", "b"}
     assert rows[-1]["clients"].keys() == {"b"}
