@@ -83,6 +83,8 @@ class Decoder:
         values: NDArray[Any] = np.array([tokens], np.int64)  # (1, S)
         for part in self._parts:
             values = part.extend(values, start)  # (1, S, width), at last (1, S or 1, vocabulary)
+        if values.ndim != 3 or not values.size:
+            raise ExportedModelError(f"the graph gives values of the shape {list(values.shape)}, and no logits for each token")
         return np.asarray(values[0, -1], np.float32)
 
 
@@ -92,10 +94,17 @@ class _Part:
     def __init__(self, session: Any, shares_buffer: bool) -> None:
         self._runtime = _import_runtime()
         self._session, self._shares_buffer = session, shares_buffer
-        inputs = self._session.get_inputs()
-        self._input, self._output = inputs[0].name, self._session.get_outputs()[0].name
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        if not inputs or not outputs:
+            raise ExportedModelError("the graph has no inputs or no outputs: it is not one of a language model")
+        self._input, self._output = inputs[0].name, outputs[0].name
         self._takes_positions = any(value.name == "position_ids" for value in inputs)
         self._cached = [value for value in inputs if value.name.startswith(PAST)]
+        for place in self._cached:
+            if len(place.shape) != 4 or not all(isinstance(place.shape[axis], int) for axis in (1, 3)):
+                raise ExportedModelError(
+                    f"the graph's {place.name} has the shape {place.shape}: it is not the cache of a GPT-2"
+                )
         self._cache: list[Any] = []
         self.slots = {value.name: value.shape for value in self._session.get_overridable_initializers()}
         self.adapter: dict[str, Any] = {}
@@ -105,7 +114,10 @@ class _Part:
             self._settings[LOGITS_START] = self._runtime.OrtValue.ortvalue_from_numpy(np.array([-1]))
 
     def clear(self, capacity: int) -> None:
-        self._cache = [self._empty(place, capacity) for place in self._cached]
+        try:
+            self._cache = [self._empty(place, capacity) for place in self._cached]
+        except Exception as error:  # onnxruntime's errors have no common type
+            raise ExportedModelError(f"no memory for a cache of {capacity:,} tokens: {_first_line(error)}") from None
 
     def _empty(self, place: Any, capacity: int) -> Any:
         dtype, (_, num_heads, _, width) = _dtype(place.type), place.shape
@@ -116,6 +128,12 @@ class _Part:
         return np.empty((1, num_heads, 0, width), dtype)
 
     def extend(self, values: NDArray[Any], start: int) -> NDArray[Any]:
+        try:
+            return self._computed(values, start)
+        except Exception as error:  # onnxruntime's errors have no common type
+            raise ExportedModelError(f"the model cannot be computed: {_first_line(error)}") from None
+
+    def _computed(self, values: NDArray[Any], start: int) -> NDArray[Any]:
         binding = self._session.io_binding()
         for name, value in self._inputs(values, start).items():
             binding.bind_cpu_input(name, value)
@@ -130,10 +148,7 @@ class _Part:
                 binding.bind_ortvalue_output(present, value)
             else:
                 binding.bind_output(present)
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime's errors have no common type
-            raise ExportedModelError(f"the model cannot be computed: {_first_line(error)}") from None
+        self._session.run_with_iobinding(binding)
         output, *present_values = binding.get_outputs()
         if not self._shares_buffer:
             self._cache = present_values

@@ -65,7 +65,7 @@ class ExportedModel:
             )
         except KeyError as error:
             raise ExportedModelError(f"{folder / MANIFEST}: {error} is missing; export the model again") from None
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ExportedModelError(f"{folder / MANIFEST} is broken: {error}; export the model again") from None
 
     def graphs(self, precision: str) -> Graphs:
@@ -101,9 +101,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ExportedModelError(f"no folder at {folder}; splitlora-export onnx makes one")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ExportedModelError(f"{folder} has no {MANIFEST}: it is no folder that splitlora-export onnx has made") from None
+        raise ExportedModelError(
+            f"{folder} is not an exported model: no {MANIFEST}; splitlora-export onnx writes one"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ExportedModelError(f"{path} cannot be read: {error}; export the model again") from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:

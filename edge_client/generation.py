@@ -149,12 +149,24 @@ class Generator:
         pending = list(prompt)
         for _ in range(capacity - len(prompt)):
             began = time.perf_counter()
-            token = sampling.choose(self._decoder.extend(pending), random)
+            token = sampling.choose(self._logits(pending), random)
             self._count(time.perf_counter() - began)
             if token == self.model.end_token:
                 return
             yield token
             pending = [token]
+
+    def _logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Of the token after these. Where values overflow, the first of all tokens would look like the most likely."""
+        logits = self._decoder.extend(tokens)
+        if logits.shape != (self.model.vocabulary_size,):
+            size = self.model.vocabulary_size
+            raise ExportedModelError(f"{self.model.folder} gives logits of the shape {logits.shape}, not of {size} tokens")
+        if not np.isfinite(logits).all():
+            others = [name for name in BY_PREFERENCE if name in self.model.precisions and name != self.precision]
+            way = f"try --precision {others[-1]}" if others else "export it in another one"
+            raise ExportedModelError(f"{self.model.folder} computes no numbers in {self.precision}, which they overflow: {way}")
+        return logits
 
     def encode(self, prompt: str) -> list[int]:
         """
@@ -223,7 +235,11 @@ def _load_tokenizer(model: ExportedModel) -> Tokenizer:
         raise ExportedModelError(f"{path} is missing: the folder is incomplete; copy or export it again")
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for whatever is wrong with a file
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # bare Exception for whatever is wrong with a file, and where the library panics, not even that
         raise ExportedModelError(f"{path} cannot be read: {error}") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()

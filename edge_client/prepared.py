@@ -110,7 +110,16 @@ def _save(model: ExportedModel, precision: str, folder: Path) -> None:
             "session.save_external_prepacked_constant_initializers": "1",
             "session.optimized_model_external_initializers_file_name": f"{graph.name}_data",
         }
-        open_session(path, configuration, save_to=graph)
+        try:
+            open_session(path, configuration, save_to=graph)
+            open_session(graph, {})  # all of it has come to the disk
+        except ExportedModelError:
+            open_session(path, {})  # raises what is wrong with the graph; if nothing is, it was the writing
+            free, size = shutil.disk_usage(folder).free, sum(model.graphs(precision).num_bytes.values())
+            raise ExportedModelError(
+                f"{model.folder / FOLDER} cannot be written: prepared weights of {precision} take more than {size:,} bytes, "
+                f"{free:,} are free"
+            ) from None
 
 
 def _write_note(model: ExportedModel, precisions: list[str], folder: Path) -> None:

@@ -16,9 +16,9 @@ from .lora import LoraAdapter, LoraUpdate
 from .patterns import AT_END, BEFORE_NUMBER, INSIDE, WHOLE, match_all
 from .weights import Floats
 
-__all__ = ["BeyondLora", "read_adapter"]
+__all__ = ["BeyondLora", "copy_adapter", "read_adapter"]
 
-WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MATRIX = re.compile(r"base_model\.model\.(transformer\.h\.\d+\.\w+\.\w+)\.lora_([AB])\.weight")
 SHOWN = 3
 
@@ -55,6 +55,13 @@ def read_adapter(folder: Path, config: ModelConfig) -> LoraAdapter:
         more = f" and {len(beyond) - SHOWN} more" if len(beyond) > SHOWN else ""
         raise BeyondLora(f"{folder}: the adapter is more than plain LoRA: {', '.join(beyond[:SHOWN])}{more}")
     return {layer.removeprefix("transformer."): _update(folder, layer, pair, targets, config) for layer, pair in pairs.items()}
+
+
+def copy_adapter(folder: Path, copy: Path) -> None:
+    """Of an adapter that could be read, the two files that it is made of."""
+    copy.mkdir()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (copy / name).write_bytes((folder / name).read_bytes())
 
 
 class Targets:

@@ -1,6 +1,7 @@
 """The command splitlora-export. Nothing heavy is imported before it is known what is asked."""
 
 import argparse
+import shutil
 import signal
 import sys
 import threading
@@ -46,23 +47,30 @@ def build_parser() -> Parser:
     merge.set_defaults(run=run_merge)
 
     verify = commands.add_parser(
-        "verify", help="how well a folder agrees with its model", description="Hold an exported folder to its own checkpoint."
+        "verify",
+        help="how well a folder agrees with its model",
+        description="Hold an exported folder to its model in transformers and PEFT.",
     )
     verify.add_argument("folder", type=Path, metavar="DIR", help="what the command onnx has written")
     verify.add_argument("--prompts", type=Path, metavar="FILE", help="texts to measure on, one a line")
+    _add_adapter(verify)
     verify.set_defaults(run=run_verify)
     return parser
 
 
 def _add_source(command: argparse.ArgumentParser) -> None:
-    adapter = command.add_mutually_exclusive_group()
-    adapter.add_argument("--run-dir", type=Path, metavar="RUN", help="of the run whose adapter is meant")
-    adapter.add_argument("--adapter", type=Path, metavar="DIR", help="a PEFT folder instead")
-    command.add_argument(
-        "--model", help="the base model: a Hugging Face folder, or a hub name such as gpt2 (default: as the run had it)"
-    )
+    _add_adapter(command)
     command.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder to be made")
     command.add_argument("--overwrite", action="store_true", help="replace a folder that exists")
+
+
+def _add_adapter(command: argparse.ArgumentParser) -> None:
+    adapter = command.add_mutually_exclusive_group()
+    adapter.add_argument("--run-dir", type=Path, metavar="RUN", help="the run whose adapter it is")
+    adapter.add_argument("--adapter", type=Path, metavar="DIR", help="a PEFT folder instead of a run")
+    command.add_argument(
+        "--model", help="the base model: a Hugging Face folder, or a hub name such as gpt2 (default: the run's)"
+    )
 
 
 def _precisions(text: str) -> tuple[str, ...]:
@@ -111,8 +119,14 @@ def run_verify(options: argparse.Namespace) -> None:
     from .errors import Disagreement
     from .verification import table, verify
 
-    agreements = verify(options.folder, options.prompts)
-    print(table(agreements))  # noqa: T201
+    agreements = verify(options.folder, options.prompts, model=options.model, run_dir=options.run_dir, adapter=options.adapter)
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(table(agreements, columns))  # noqa: T201
+    nonsense = [agreement.precision for agreement in agreements if not agreement.is_finite]
+    if nonsense:
+        raise Disagreement(
+            f"{options.folder} computes no numbers in {', '.join(nonsense)}, which they overflow: use another precision"
+        )
     beyond = [agreement.precision for agreement in agreements if not agreement.within_tolerance]
     if beyond:
         raise Disagreement(f"{options.folder} is beyond tolerance in {', '.join(beyond)}")

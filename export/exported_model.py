@@ -1,9 +1,10 @@
 """An exported folder, opened with ONNX Runtime, for measuring what it agrees with."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,14 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from .errors import ExportError
+from .precision import PRECISIONS
 from .weights import Floats
 
 __all__ = ["ExportedModel", "Manifest"]
 
 Integers = NDArray[np.int64]
 Cache = dict[str, NDArray[Any]]
+MANIFEST, FORMAT = "splitlora.json", 1
 KINDS = {"language model": ("graph",), "split language model": ("edge_graph", "server_graph")}
 
 
@@ -25,7 +28,17 @@ class Manifest:
     """splitlora.json of a folder whose files are all there."""
 
     folder: Path
-    content: dict[str, Any]
+    context: int
+    """Most tokens of a sequence."""
+    end_token: int
+    vocabulary_size: int
+    adapter: Path | None
+    """The adapter, as onnxruntime takes it, where the graphs hold the base model."""
+    peft_adapter: Path | None
+    """The same as a PEFT folder."""
+    graphs: dict[str, list[Path]]
+    """By precision: one, or the edge part and the server part."""
+    num_bytes: dict[str, int]
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -33,35 +46,61 @@ class Manifest:
         Raises:
             ExportError: it is not an exported folder, or a file of it is missing or cut short.
         """
-        path = folder / "splitlora.json"
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise ExportError(f"{folder} is not an exported model: no {MANIFEST}; splitlora-export onnx writes one")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["format"] != 1 or content["kind"] not in KINDS:
-                raise ExportError(f"{path}: this version knows nothing of {content['kind']!r} in format {content['format']!r}")
-            files = {name: size for entry in content["precisions"].values() for name, size in entry["bytes"].items()}
-        except FileNotFoundError:
-            raise ExportError(f"{path} is missing; is this a folder that `splitlora-export onnx` has written?") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ExportError(f"{path} cannot be read: {error}") from None
-        for name, size in files.items():
-            found = (folder / name).stat().st_size if (folder / name).is_file() else None
-            if found != size:
-                state = "missing" if found is None else f"{found} bytes long, not {size}"
-                raise ExportError(f"{folder / name} is {state}: the folder is incomplete; copy or export it again")
-        return cls(folder=folder, content=content)
+            raw = json.loads(path.read_bytes())
+            if raw["format"] != FORMAT or raw["kind"] not in KINDS:
+                kind, form = str(raw["kind"])[:40], str(raw["format"])[:40]
+                raise ExportError(f"{path}: this version of splitlora does not know the kind {kind!r} in format {form}")
+            entries = {str(name): entry for name, entry in raw["precisions"].items()}
+            sizes = {name: _sizes(folder, entry["bytes"]) for name, entry in entries.items()}
+            manifest = cls(
+                folder=folder,
+                context=int(raw["context"]),
+                end_token=int(raw["end_token"]),
+                vocabulary_size=int(raw["vocabulary_size"]),
+                adapter=_inside(folder, raw["adapter"]) if raw["adapter"] else None,
+                peft_adapter=_inside(folder, raw["peft_adapter"]) if raw.get("peft_adapter") else None,
+                graphs={name: [_inside(folder, entry[key]) for key in KINDS[raw["kind"]]] for name, entry in entries.items()},
+                num_bytes={name: sum(files.values()) for name, files in sizes.items()},
+            )
+        except ExportError:
+            raise
+        except KeyError as error:
+            raise ExportError(f"{path}: {error} is missing; export the model again") from None
+        except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise ExportError(f"{path} cannot be read: {error}; export the model again") from None
+        if unknown := [name for name in manifest.graphs if name not in PRECISIONS]:
+            raise ExportError(f"{path}: the precision {unknown[0][:40]!r} is not one of {', '.join(PRECISIONS)}")
+        for files in sizes.values():
+            for file, size in files.items():
+                found = file.stat().st_size if file.is_file() else None
+                if found != size:
+                    state = "missing" if found is None else f"{found} bytes long, not {size}"
+                    raise ExportError(f"{file} is {state}: the folder is incomplete; copy or export it again")
+        return manifest
 
-    def graphs(self, precision: str) -> list[Path]:
-        """One, or the edge part and the server part."""
-        entry = self.content["precisions"][precision]
-        return [self.folder / entry[graph] for graph in KINDS[self.content["kind"]]]
 
-    def num_bytes(self, precision: str) -> int:
-        return sum(self.content["precisions"][precision]["bytes"].values())
+def _sizes(folder: Path, entry: dict[str, Any]) -> dict[Path, int]:
+    return {_inside(folder, name): int(size) for name, size in entry.items()}
 
-    @property
-    def adapter(self) -> Path | None:
-        name = self.content["adapter"]
-        return self.folder / name if name else None
+
+def _inside(folder: Path, name: str) -> Path:
+    """A path of the manifest, which may be a stranger's."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name!r} is outside the folder")
+    return folder / path
+
+
+@contextmanager
+def _readable_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # onnxruntime's errors have no common type
+        raise ExportError(f"{what}: {' '.join(str(error).split())}") from None
 
 
 class ExportedModel:
@@ -70,16 +109,25 @@ class ExportedModel:
 
     Args:
         adapter: an .onnx_adapter to run them with.
+
+    Raises:
+        ExportError: a graph or the adapter cannot be loaded; later, when a graph does not compute what a language model does.
     """
 
     def __init__(self, graphs: Sequence[Path], adapter: Path | None = None) -> None:
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self._sessions = [onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]) for path in graphs]
+        options.log_severity_level = 4  # what it has to say of errors, the exceptions say
+        self._sessions = []
+        for path in graphs:
+            with _readable_errors(f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}"):
+                self._sessions.append(onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
+        self._graphs = graphs
         self._run_options = onnxruntime.RunOptions()
+        self._run_options.log_severity_level = 4
         if adapter is not None:
             self._adapter = onnxruntime.LoraAdapter()
-            self._adapter.Load(str(adapter))
+            with _readable_errors(f"{adapter} is no adapter that onnxruntime {onnxruntime.__version__} can load"):
+                self._adapter.Load(str(adapter))
             self._run_options.add_active_adapter(self._adapter)
 
     def logits(self, tokens: Integers, mask: Integers | None = None) -> Floats:
@@ -101,17 +149,25 @@ class ExportedModel:
         positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -tokens.shape[1] :]
         values = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions, **cache}
         present: Cache = {}
-        for session in self._sessions:
-            wanted = {item.name: values[item.name] for item in session.get_inputs()}
+        for session, path in zip(self._sessions, self._graphs, strict=True):
+            wanted = {item.name: values.get(item.name) for item in session.get_inputs()}
             names = [item.name for item in session.get_outputs()]
-            for name, value in zip(names, session.run(names, wanted, self._run_options), strict=True):
+            with _readable_errors(f"{path} cannot be computed"):
+                results = session.run(names, wanted, self._run_options)
+            for name, value in zip(names, results, strict=True):
                 (present if name.startswith("present.") else values)[name.replace("present.", "past_key_values.")] = value
-        return values["logits"].astype(np.float32, copy=False), present
+        logits = values.get("logits")
+        if not isinstance(logits, np.ndarray) or logits.shape[:-1] != tokens.shape:
+            raise ExportError(f"{self._graphs[-1]} gives no logits for each token: it is not the graph of a language model")
+        return logits.astype(np.float32, copy=False), present
 
     def empty_cache(self, batch: int) -> Cache:
         inputs = [
             item for session in self._sessions for item in session.get_inputs() if item.name.startswith("past_key_values.")
         ]
+        for item in inputs:
+            if len(item.shape) != 4 or not all(isinstance(item.shape[axis], int) for axis in (1, 3)):
+                raise ExportError(f"{self._graphs[0]}: {item.name} has the shape {item.shape}, and is no cache of a GPT-2")
         return {
             item.name: np.zeros((batch, item.shape[1], 0, item.shape[3]), np.float16 if "16" in item.type else np.float32)
             for item in inputs

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .attention import ATTENTIONS, Cache, Heads
+from .errors import ExportError
 from .graph import MICROSOFT, Graph
 from .precision import Precision
 from .quantisation import BlockFormat, quantise
@@ -174,7 +175,9 @@ class GPT2:
         names = [f"{name}.{part}" for part in ("integers", "scales", "zero_points")]
         if not self.graph.has_weight(names[0]):
             matrix = self.weights.read(name)
-            stored = quantise(matrix.T if transposed else matrix, form)
+            with np.errstate(over="ignore", invalid="ignore"):
+                stored = quantise(matrix.T if transposed else matrix, form)
+            self._check_finite(name, stored.scales)
             arrays: tuple[NDArray[Any], ...] = (stored.integers, stored.scales, stored.zero_points)
             for part, array in zip(names, arrays, strict=True):
                 self.graph.weight(part, array)
@@ -183,8 +186,16 @@ class GPT2:
     def plain(self, name: str) -> str:
         """A tensor as it is."""
         if not self.graph.has_weight(name):
-            self.graph.weight(name, self.weights.read(name).astype(self.precision.dtype, copy=False))
+            with np.errstate(over="ignore"):
+                stored = self.weights.read(name).astype(self.precision.dtype, copy=False)
+            self._check_finite(name, stored)
+            self.graph.weight(name, stored)
         return name
+
+    def _check_finite(self, name: str, stored: NDArray[Any]) -> None:
+        if not np.isfinite(stored).all():
+            precision = self.precision.name
+            raise ExportError(f"{name} has values too large for {precision}; leave {precision} out of --precision")
 
     def cache(self, index: int) -> Cache:
         names = {

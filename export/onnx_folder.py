@@ -11,6 +11,7 @@ import onnxruntime
 from split_model import check_cut_layer
 from terminal import Progress, version
 
+from .adapter_folder import copy_adapter
 from .attention import ATTENTIONS
 from .equalisation import Equalised
 from .errors import ExportError
@@ -26,7 +27,7 @@ from .weights import Floats, Weights
 __all__ = ["export_onnx"]
 
 FORMAT = 1
-ADAPTER_FILE = "adapter.onnx_adapter"
+ADAPTER_FILE, PEFT_FOLDER = "adapter.onnx_adapter", "adapter"
 BEST_FIRST = ("q8", "q4", "fp32", "fp16")
 """Which precision a runtime loads that takes only one."""
 
@@ -90,7 +91,7 @@ class OnnxFolder:
                 raise ExportError(
                     "--keep-adapter and --split cannot be combined: a runtime takes an adapter for one whole graph"
                 )
-            if source.adapter is None:
+            if source.adapter is None or source.adapter_folder is None:
                 raise ExportError("--keep-adapter needs an adapter: give --run-dir or --adapter")
             self.adapter, self.weights = source.adapter, source.base()
         self.equalised = Equalised(self.weights, self.config)
@@ -122,8 +123,9 @@ class OnnxFolder:
             js = {"use_external_data_format": dict.fromkeys(names, 1), "kv_cache_dtype": {"fp16": "float16"}}
             watched = Watched(self.weights, progress, "model.safetensors")
             write_model_files(self.folder, self.source, watched, {"transformers.js_config": js})
-        if self.adapter:
+        if self.adapter and self.source.adapter_folder is not None:
             write_adapter(self.folder / ADAPTER_FILE, self.adapter, self.equalised)
+            copy_adapter(self.source.adapter_folder, self.folder / PEFT_FOLDER)
         if self.split is None:
             best = next(name for name in BEST_FIRST if name in precisions)
             shared = self.attention == "gqa"
@@ -152,6 +154,7 @@ class OnnxFolder:
             "run": asdict(self.source.run) if self.source.run else None,
             "attention": self.attention,
             "adapter": ADAPTER_FILE if self.adapter else None,
+            "peft_adapter": PEFT_FOLDER if self.adapter else None,
             "split": self.split,
             "num_layers": config.num_layers,
             "num_heads": config.num_heads,

@@ -9,11 +9,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from split_model import AdapterSettings
+from split_model import AdapterSettings, BaseModel, ModelError
 
 from .errors import ExportError
 
-__all__ = ["load_with_peft", "merge_with_peft"]
+__all__ = ["load_with_peft", "load_with_transformers", "merge_with_peft"]
 
 logger = logging.getLogger("export")
 
@@ -48,6 +48,30 @@ def merge_with_peft(base: Path, adapter: Path, folder: Path) -> None:
             raise ExportError(f"the merged model cannot be written to {folder}: {error}; TMPDIR says where it goes") from None
 
 
+def load_with_transformers(folder: Path) -> Any:
+    """
+    A model in float32, ready to be asked.
+
+    Raises:
+        ModelError: it is no whole GPT-2, or transformers cannot load it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    BaseModel(folder).check()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            # "eager": a configuration can name a kernel that would be fetched.
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+            model.eval()  # type: ignore[no-untyped-call]
+        except Exception as error:  # a stranger's configuration reaches every corner of transformers
+            raise ModelError(f"{folder}: transformers cannot load this model: {' '.join(str(error).split())}") from None
+    return model
+
+
 def load_with_peft(base: Path, adapter: Path) -> Any:
     """
     The base model in transformers, float32, with the adapter put on by PEFT.
@@ -58,8 +82,6 @@ def load_with_peft(base: Path, adapter: Path) -> Any:
         AdapterError, ExportError: PEFT cannot load the adapter, or would leave a part of it out.
     """
     import peft
-    import torch
-    from transformers import AutoModelForCausalLM
 
     settings = AdapterSettings.read(adapter)
     known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
@@ -78,7 +100,7 @@ def load_with_peft(base: Path, adapter: Path) -> Any:
     kept |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "inference_mode": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the ways in which PEFT and transformers call each other
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+        model = load_with_transformers(base)
         try:
             config = peft.LoraConfig(**kept)
             adapted = peft.PeftModel.from_pretrained(model, adapter, config=config, autocast_adapter_dtype=False)

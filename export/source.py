@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from split_model import BaseModel, ModelConfig, find_model
+from split_model import BaseModel, ModelConfig, ModelError, find_model
 
 from .adapter_folder import BeyondLora, read_adapter
 from .errors import ExportError
@@ -61,7 +61,12 @@ def open_source(
     name = model or (directory.model if directory else None)
     if name is None:
         raise ExportError("--model is missing: the base model, unless --run-dir names a run, which knows its own")
-    base = BaseModel(find_model(name))
+    try:
+        base = BaseModel(find_model(name))
+    except ModelError as error:
+        if model is not None:
+            raise
+        raise ExportError(f"{error}; {run_dir} names it as its base model: give --model with where it is now") from None
     base.check()
     fingerprint, run, lora = base.fingerprint(), None, None
     with tempfile.TemporaryDirectory(prefix="splitlora-") as scratch:

@@ -1,25 +1,26 @@
-"""How well an exported folder agrees with the checkpoint in it, which transformers runs in float32."""
+"""How well an exported folder agrees with its model, which transformers runs in float32, with PEFT where it has an adapter."""
 
-import warnings
-from collections.abc import Sequence
+import tempfile
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
-from split_model import BaseModel, load_tokenizer
+from split_model import BaseModel, find_model, load_tokenizer
 from terminal import Progress
 
-from .equalisation import Equalised
 from .errors import ExportError
 from .exported_model import ExportedModel, Manifest
+from .peft_merge import load_with_peft, load_with_transformers
+from .run_directory import RunDirectory
 from .sentences import SENTENCES
-from .weights import Floats, StoredWeights
+from .weights import Floats
 
 __all__ = ["Agreement", "table", "verify"]
 
@@ -56,9 +57,15 @@ class Agreement:
         largest_difference = LARGEST_LOGIT_DIFFERENCE.get(self.precision, float("inf"))
         return self.logit_difference <= largest_difference and self.loss_change <= LARGEST_LOSS_CHANGE[self.precision]
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the exported model computes numbers at all."""
+        return bool(np.isfinite([self.logit_difference, self.summed_loss_change]).all())
+
     def add(self, found: "Prediction", expected: "Prediction") -> None:
         """What both say of one text."""
-        self.logit_difference = max(self.logit_difference, float((found.logits - expected.logits).abs().max()))
+        difference = float((found.logits - expected.logits).abs().max())
+        self.logit_difference = float(np.maximum(self.logit_difference, difference))  # NaN stays: Python's max would lose it
         self.summed_loss_change += found.loss - expected.loss
         self.same_first += int((found.first == expected.first).sum())
         self.tokens += len(found.first)
@@ -79,24 +86,42 @@ class Prediction:
         """Summed over all tokens but the first, in nats."""
 
 
-def verify(folder: Path, prompts: Path | None = None) -> list[Agreement]:
+def verify(
+    folder: Path,
+    prompts: Path | None = None,
+    *,
+    model: str | None = None,
+    run_dir: Path | None = None,
+    adapter: Path | None = None,
+) -> list[Agreement]:
     """
     Args:
         prompts: a file of texts, one a line; without it, sentences of our own.
+        model, run_dir, adapter: what the folder was exported from, as of `export_onnx`. Where there is an adapter, PEFT itself
+            says what the model computes; else the checkpoint in the folder does.
 
     Raises:
-        ExportError: the folder is incomplete or no exported folder, or the file has no text.
+        ExportError: the folder is incomplete or no exported folder; the file has no text; the model to hold it to computes no
+            numbers.
+        ModelError, AdapterError: the model or the adapter cannot be read.
     """
     manifest = Manifest.read(folder)
     texts = _encoded(_read_texts(prompts) if prompts else SENTENCES, folder, manifest)
-    reference = Reference(manifest)
-    models = {name: ExportedModel(manifest.graphs(name), manifest.adapter) for name in manifest.content["precisions"]}
-    agreements = {name: Agreement(precision=name, num_bytes=manifest.num_bytes(name)) for name in models}
-    with Progress(len(texts), unit="text") as progress:
+    models = {name: ExportedModel(graphs, manifest.adapter) for name, graphs in manifest.graphs.items()}
+    agreements = {name: Agreement(precision=name, num_bytes=manifest.num_bytes[name]) for name in models}
+    with _reference(manifest, model, run_dir, adapter) as reference, Progress(len(texts), unit="text") as progress:
         for number, tokens in enumerate(texts):
             expected = Prediction(reference.logits(tokens), tokens)
-            for name, model in models.items():
-                agreements[name].add(Prediction(model.logits(tokens[None])[0], tokens), expected)
+            if not torch.isfinite(expected.logits).all():
+                raise ExportError(
+                    f"{folder}: the model in float32 gives logits that are not finite numbers; nothing can be held to it"
+                )
+            for name, exported in models.items():
+                logits = exported.logits(tokens[None])[0]
+                if logits.shape != expected.logits.shape:
+                    found, right = logits.shape[-1], expected.logits.shape[-1]
+                    raise ExportError(f"{folder}: {name} has a vocabulary of {found}, the model one of {right}")
+                agreements[name].add(Prediction(logits, tokens), expected)
             if number < NUM_CONTINUED:
                 _compare_continuations(agreements, models, reference, tokens[: (len(tokens) + 1) // 2].tolist())
             progress.advance(", ".join(f"{name} {found.loss_change:+.5f}" for name, found in agreements.items()))
@@ -112,44 +137,64 @@ def _compare_continuations(
         agreements[name].continuations.append(found == expected)
 
 
-def table(agreements: Sequence[Agreement]) -> str:
-    """For a person to read."""
-    header = ["", "MB", "largest logit difference", "loss change (nats/token)", "top-1 agreement", "same greedy text", ""]
-    rows = [header]
-    for found in agreements:
-        allowed = LARGEST_LOGIT_DIFFERENCE.get(found.precision)
-        rows.append(
-            [
-                found.precision,
-                f"{found.num_bytes / 1e6:.1f}",
-                f"{found.logit_difference:.2g}" + (f" (<= {allowed:g})" if allowed else ""),
-                f"{found.loss_change:+.5f} (<= {LARGEST_LOSS_CHANGE[found.precision]:g})",
-                f"{100 * found.same_first / found.tokens:.2f} %",
-                f"{sum(found.continuations)} of {len(found.continuations)}",
-                "agrees" if found.within_tolerance else "BEYOND TOLERANCE",
-            ]
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+HEADER = ("", "MB", "largest logit difference", "loss change (nats/token)", "top-1 agreement", "same greedy text", "")
+
+
+def table(agreements: Sequence[Agreement], columns: int | None = None) -> str:
+    """For a person to read; as a list where the terminal's columns are too few for a table."""
+    rows = [HEADER, *(_row(found) for found in agreements)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if columns is not None and max(map(len, lines)) > columns:
+        lines = [line for row in rows[1:] for line in _list(row, columns)]
     return "\n".join(lines) + f"\n{agreements[0].tokens} tokens of text"
 
 
+def _row(found: Agreement) -> tuple[str, ...]:
+    allowed = LARGEST_LOGIT_DIFFERENCE.get(found.precision)
+    return (
+        found.precision,
+        f"{found.num_bytes / 1e6:.1f}",
+        f"{found.logit_difference:.2g}" + (f" (<= {allowed:g})" if allowed else ""),
+        f"{found.loss_change:+.5f} (<= {LARGEST_LOSS_CHANGE[found.precision]:g})",
+        f"{100 * found.same_first / found.tokens:.2f} %",
+        f"{sum(found.continuations)} of {len(found.continuations)}",
+        "agrees" if found.within_tolerance else "BEYOND TOLERANCE",
+    )
+
+
+def _list(row: Sequence[str], columns: int) -> Iterator[str]:
+    precision, *values, verdict = row
+    yield from textwrap.wrap(f"{precision}: {verdict}", columns)
+    for name, value in zip(HEADER[1:-1], values, strict=True):
+        yield from textwrap.wrap(f"{name}: {value}", columns, initial_indent="  ", subsequent_indent="    ")
+
+
+@contextmanager
+def _reference(manifest: Manifest, model: str | None, run_dir: Path | None, adapter: Path | None) -> Iterator["Reference"]:
+    """The checkpoint in the folder, or the base model with the adapter put on by PEFT."""
+    directory = None if run_dir is None else RunDirectory(run_dir)
+    name = model or (directory.model if directory else None)
+    adapter = adapter or (manifest.peft_adapter if directory is None else None)
+    with tempfile.TemporaryDirectory(prefix="splitlora-") as scratch:
+        base = manifest.folder if name is None else find_model(name)
+        if directory is not None:
+            _, adapter = directory.adapter(BaseModel(base).fingerprint(), Path(scratch))
+        if adapter is not None and name is None and manifest.adapter is None:
+            raise ExportError(
+                f"{manifest.folder} has its adapter merged: --adapter needs --model, the base model that it is of"
+            )
+        if adapter is None and manifest.adapter is not None:
+            raise ExportError(f"{manifest.folder} has an adapter: give the PEFT folder that it was made of with --adapter")
+        yield Reference(base, adapter, end_token=manifest.end_token, context=manifest.context)
+
+
 class Reference:
-    """The folder's checkpoint, and its adapter merged into it where there is one, in transformers."""
+    """A model in transformers, and its adapter in PEFT where it has one."""
 
-    def __init__(self, manifest: Manifest) -> None:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._model: Any = AutoModelForCausalLM.from_pretrained(manifest.folder, dtype=torch.float32)
-        self._model.eval()  # type: ignore[no-untyped-call]
-        self.end_token: int = manifest.content["end_token"]
-        self._context = manifest.content["context"]
-        if manifest.adapter is not None:
-            self._merge(manifest.adapter, manifest.folder)
+    def __init__(self, base: Path, adapter: Path | None, *, end_token: int, context: int) -> None:
+        self._model = load_with_transformers(base) if adapter is None else load_with_peft(base, adapter)
+        self.end_token, self._context = end_token, context
 
     @torch.no_grad()
     def logits(self, tokens: Tokens) -> Floats:  # (S,) -> (S, V)
@@ -160,26 +205,13 @@ class Reference:
         """The most likely continuation, up to the end token or the context's end."""
         ids, limit = torch.tensor([prompt]), min(CONTINUED_TOKENS, self._context - len(prompt))
         options = {"max_new_tokens": limit, "do_sample": False, "pad_token_id": self.end_token}
-        found = self._model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :]
+        found = self._model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :]
         return [int(token) for token in found]
-
-    @torch.no_grad()
-    def _merge(self, adapter: Path, folder: Path) -> None:
-        base = BaseModel(folder)
-        equalised = Equalised(StoredWeights(base.weight_files), base.config)
-        stored = onnxruntime.AdapterFormat.read_adapter(str(adapter))  # its parameters are views into what it holds
-        values = stored.get_parameters()
-        for name in values:
-            if name.endswith(".lora_A.weight"):
-                layer = name.removesuffix(".lora_A.weight")
-                a = values[name].numpy() / equalised.rows(layer)[:, None]
-                b = values[f"{layer}.lora_B.weight"].numpy() / equalised.columns(layer)
-                self._model.get_parameter(f"transformer.{layer}.weight").add_(torch.from_numpy(a @ b))
 
 
 def _read_texts(path: Path) -> list[str]:
     try:
-        texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ExportError(f"{path} cannot be read: {error}") from None
     if not texts:
@@ -190,6 +222,12 @@ def _read_texts(path: Path) -> list[str]:
 def _encoded(texts: Sequence[str], folder: Path, manifest: Manifest) -> list[Tokens]:
     """Ids of each text and the end token, cut to the model's context; what is shorter than two tokens tells nothing."""
     tokenizer = load_tokenizer(folder)
-    end, context = manifest.content["end_token"], manifest.content["context"]
-    encoded = [np.array([*tokenizer.encode(text).ids, end][:context], np.int64) for text in texts]
-    return [tokens for tokens in encoded if len(tokens) > 1]
+    encoded = [[*tokenizer.encode(text).ids, manifest.end_token][: manifest.context] for text in texts]
+    encoded = [tokens for tokens in encoded if len(tokens) > 1]
+    if not encoded:
+        raise ExportError("no text is longer than a token; give longer ones with --prompts")
+    highest = max(max(tokens) for tokens in encoded)
+    if highest >= manifest.vocabulary_size:
+        size = manifest.vocabulary_size
+        raise ExportError(f"{folder}: the tokenizer is of another model: it has a token {highest}, the vocabulary has {size}")
+    return [np.array(tokens, np.int64) for tokens in encoded]

@@ -33,7 +33,7 @@ def logits_of(model: Any, ids: Ids, mask: Ids | None = None) -> NDArray[np.float
 
 def exported(folder: Path, precision: str = "fp32", *, with_adapter: bool = False) -> ExportedModel:
     manifest = Manifest.read(folder)
-    return ExportedModel(manifest.graphs(precision), manifest.adapter if with_adapter else None)
+    return ExportedModel(manifest.graphs[precision], manifest.adapter if with_adapter else None)
 
 
 def decode(model: ExportedModel, ids: Ids, mask: Ids, prefill: int) -> NDArray[np.float32]:

@@ -381,7 +381,7 @@ FLAGS = {
         "": {"--help", "-h", "--version"},
         "onnx": {*SOURCE, "--attention", "--keep-adapter", "--precision", "--split"},
         "merge": SOURCE,
-        "verify": {"--help", "-h", "--prompts"},
+        "verify": {"--adapter", "--help", "-h", "--model", "--prompts", "--run-dir"},
     },
 }
 

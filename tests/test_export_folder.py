@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import reference
 import torch
 from conftest import make_model, run_split, shared_path
+from onnx import TensorProto, helper
 from onnx_reference import exported, largest_difference, logits_of, random_ids
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -26,7 +28,7 @@ from export import ExportError, export_onnx, merge, verify
 from export.attention import ATTENTIONS
 from export.cli import build_parser, main
 from export.precision import PRECISIONS
-from export.verification import table
+from export.verification import Agreement, Prediction, table
 from gpu_server import GpuServer
 from split_model import AdapterError, ModelError
 
@@ -84,7 +86,8 @@ def test_manifest_describes_the_folder_to_the_byte(tiny_model: Path, tmp_path: P
     shape = {"num_layers": 4, "num_heads": 4, "width": 32, "vocabulary_size": 600, "context": 256, "end_token": 0}
     assert manifest.pop("base")["model"] == str(tiny_model)
     assert manifest.pop("software").startswith("splitlora ")
-    kind = {"format": 1, "kind": "language model", "run": None, "attention": "attn23", "adapter": None, "split": None}
+    kind = {"format": 1, "kind": "language model", "run": None, "attention": "attn23", "split": None}
+    kind |= {"adapter": None, "peft_adapter": None}
     assert manifest == kind | shape
 
 
@@ -92,6 +95,8 @@ def test_kept_adapter_is_in_the_manifest(tiny_model: Path, adapter: Path, tmp_pa
     export_onnx(str(tiny_model), tmp_path / "out", adapter=adapter, precisions=["q8"], keep_adapter=True)
     manifest = json.loads((tmp_path / "out/splitlora.json").read_text())
     assert (tmp_path / "out" / manifest["adapter"]).is_file()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "out" / manifest["peft_adapter"] / name).read_bytes() == (adapter / name).read_bytes()
 
 
 def test_parts_of_a_split_are_in_the_manifest(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
@@ -408,7 +413,7 @@ def test_verify_exits_with_1_beyond_tolerance(tiny_model: Path, tmp_path: Path, 
     assert "is beyond tolerance in fp32" in said.err
 
 
-def test_verify_holds_a_kept_adapter_to_its_merged_model(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+def test_verify_holds_a_kept_adapter_to_peft(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export_onnx(str(tiny_model), out, adapter=adapter, precisions=["fp32"], keep_adapter=True)
     (found,) = verify(out)
@@ -416,10 +421,83 @@ def test_verify_holds_a_kept_adapter_to_its_merged_model(tiny_model: Path, adapt
     assert found.continuations == [True] * 8
     other = reference.make_adapter(tiny_model, tmp_path / "other", targets=TARGETS, seed=9)
     export_onnx(str(tiny_model), tmp_path / "another", adapter=other, precisions=["fp32"], keep_adapter=True)
-    manifest = json.loads((out / "splitlora.json").read_text())
-    (out / manifest["adapter"]).write_bytes((tmp_path / "another/adapter.onnx_adapter").read_bytes())
+    (out / "adapter.onnx_adapter").write_bytes((tmp_path / "another/adapter.onnx_adapter").read_bytes())
     (swapped,) = verify(out)
+    assert not swapped.within_tolerance
+    (swapped,) = verify(out, adapter=other)
     assert swapped.within_tolerance
+
+
+def test_verify_holds_a_merged_adapter_to_peft(
+    tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_onnx(str(tiny_model), tmp_path / "out", adapter=adapter, precisions=["fp32"])
+    (found,) = verify(tmp_path / "out", model=str(tiny_model), adapter=adapter)
+    assert found.within_tolerance
+    with pytest.raises(ExportError, match="has its adapter merged: --adapter needs --model"):
+        verify(tmp_path / "out", adapter=adapter)
+    monkeypatch.setattr("export.adapter_folder.Targets.scale", lambda *_: 0.5)  # a merge of ours that is wrong
+    export_onnx(str(tiny_model), tmp_path / "wrong", adapter=adapter, precisions=["fp32"])
+    (found,) = verify(tmp_path / "wrong")
+    assert found.within_tolerance, "the graph agrees with the checkpoint, in which the same mistake is"
+    (found,) = verify(tmp_path / "wrong", model=str(tiny_model), adapter=adapter)
+    assert not found.within_tolerance
+
+
+def test_run_says_of_which_model_it_is(tiny_model: Path, run_dir: Path, tmp_path: Path) -> None:
+    export_onnx(None, tmp_path / "out", run_dir=run_dir, precisions=["fp32"])
+    assert json.loads((tmp_path / "out/splitlora.json").read_text())["base"]["model"] == str(tiny_model)
+    (found,) = verify(tmp_path / "out", run_dir=run_dir)
+    assert found.within_tolerance
+    description = json.loads((run_dir / "run.json").read_text())
+    description["config"]["model"] = "moved/away"
+    (run_dir / "run.json").write_text(json.dumps(description))
+    with pytest.raises(ExportError, match=r"moved/away.* names it as its base model: give --model with where it is now"):
+        export_onnx(None, tmp_path / "more", run_dir=run_dir)
+    with pytest.raises(ExportError, match=r"--model is missing: the base model, unless --run-dir names a run"):
+        export_onnx(None, tmp_path / "more")
+
+
+@pytest.mark.parametrize("columns", [200, 80, 60, 40, 20])
+def test_table_fits_the_terminal(columns: int) -> None:
+    agreements = [
+        Agreement(
+            precision=name,
+            num_bytes=498_123_456,
+            tokens=4321,
+            logit_difference=difference,
+            summed_loss_change=0.12,
+            same_first=4300,
+            continuations=[True] * 7 + [False],
+        )
+        for name, difference in (("fp32", 2.3e-5), ("q8", float("nan")))
+    ]
+    text = table(agreements, columns)
+    assert max(map(len, text.splitlines())) <= columns
+    words = " ".join(text.split())
+    for word in (
+        "498.1",
+        "2.3e-05 (<= 0.0001)",
+        "nan",
+        "+0.00003 (<= 1e-05)",
+        "99.51 %",
+        "7 of 8",
+        "BEYOND TOLERANCE",
+        "4321 tokens",
+    ):
+        assert word in words
+
+
+def test_maximum_over_nan_is_nan() -> None:
+    tokens = np.array([1, 2, 0])
+    right, wrong = np.zeros((3, 4), np.float32), np.zeros((3, 4), np.float32)
+    wrong[1, 2] = np.nan
+    found = Agreement(precision="q8", num_bytes=1)
+    found.add(Prediction(wrong, tokens), Prediction(right, tokens))
+    found.add(Prediction(right, tokens), Prediction(right, tokens))
+    assert math.isnan(found.logit_difference)
+    assert not found.is_finite
+    assert not found.within_tolerance
 
 
 def test_verify_measures_on_the_texts_that_it_is_given(tiny_model: Path, tmp_path: Path) -> None:
@@ -448,11 +526,44 @@ def test_verify_chains_the_parts_of_a_split(tiny_model: Path, tmp_path: Path) ->
     assert found.continuations == [True] * 8
 
 
+def change(folder: Path, **values: Any) -> None:
+    path = folder / "splitlora.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def rename_precision(folder: Path, name: str) -> None:
+    change(folder, precisions={name: json.loads((folder / "splitlora.json").read_text())["precisions"]["fp32"]})
+
+
+def overwrite(path: Path) -> None:
+    path.write_bytes(b"\xff" * path.stat().st_size)
+
+
+def foreign_graph(path: Path) -> None:
+    """One that doubles what it is given, in a folder whose manifest knows its size."""
+    given, doubled = (helper.make_tensor_value_info(name, TensorProto.INT64, ["B", "S"]) for name in ("input_ids", "doubled"))
+    node = helper.make_node("Add", ["input_ids", "input_ids"], ["doubled"])
+    onnx.save(helper.make_model(helper.make_graph([node], "foreign", [given], [doubled]), ir_version=10), path)
+    entry = {"graph": "onnx/model.onnx", "bytes": {"onnx/model.onnx": path.stat().st_size}}
+    change(path.parent.parent, precisions={"fp32": entry})
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda folder: (folder / "splitlora.json").unlink(), "is this a folder that `splitlora-export onnx` has written"),
-        (lambda folder: (folder / "splitlora.json").write_text("{}"), "splitlora.json cannot be read"),
+        (lambda folder: (folder / "splitlora.json").unlink(), "is not an exported model: no splitlora.json"),
+        (lambda folder: (folder / "splitlora.json").write_text("{}"), "splitlora.json: 'format' is missing"),
+        (
+            lambda folder: (folder / "splitlora.json").write_text("[" * 99999),
+            "splitlora.json cannot be read: maximum recursion",
+        ),
+        (lambda folder: change(folder, context=[]), "splitlora.json cannot be read: int\\(\\) argument"),
+        (lambda folder: change(folder, adapter="../x"), "splitlora.json cannot be read: '../x' is outside the folder"),
+        (lambda folder: rename_precision(folder, "q9"), "the precision 'q9' is not one of fp32, fp16, q8, q4"),
+        (lambda folder: change(folder, vocabulary_size=9), "the tokenizer is of another model: it has a token"),
+        (lambda folder: overwrite(folder / "onnx/model.onnx"), "model.onnx cannot be loaded by onnxruntime"),
+        (lambda folder: foreign_graph(folder / "onnx/model.onnx"), "gives no logits for each token"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
         (lambda folder: (folder / "onnx/model.onnx_data").unlink(), "model.onnx_data is missing: the folder is incomplete"),
         (lambda folder: (folder / "onnx/model.onnx_data").write_bytes(b"cut"), "is 3 bytes long, not"),
         (lambda folder: (folder / "empty").write_text("\n"), "has no text; --prompts is a file with a text on each line"),
@@ -463,7 +574,7 @@ def test_verify_refuses_what_it_cannot_measure(
 ) -> None:
     export_onnx(str(tiny_model), tmp_path / "out", precisions=["fp32"])
     break_it(tmp_path / "out")
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises((ExportError, ModelError), match=message):
         verify(tmp_path / "out", tmp_path / "out/empty" if "no text" in message else None)
 
 

@@ -1,6 +1,8 @@
 """Text from an exported folder, held to transformers' own generate; and everything that such a folder can lack."""
 
 import json
+import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from edge_client import ExportedModelError, GenerationError, Generator, Sampling
 from edge_client.cli import main
 from edge_client.exported_model import ExportedModel
 from export import export_onnx
+from export.cli import main as export_main
 from split_model import BaseModel, LoraConfig, initial_adapter, save_adapter
 
 ATTENTIONS = ("gqa", "attn23", "ops")
@@ -275,6 +278,24 @@ def test_what_was_prepared_of_something_else_is_not_used(copied: Path, spoil: Ca
     assert generator.text("The")
 
 
+def test_preparing_on_a_full_disk_names_the_disk_and_leaves_nothing(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A limit of the size of files stands for the disk: onnxruntime's writing fails, and the graph is as good as ever."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        assert main(["prepare", str(copied)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(
+        r"prepared cannot be written: prepared weights of q8 take more than [\d,]+ bytes, [\d,]+ are free", sentence
+    )
+    assert not list(copied.glob("prepared*"))
+    overwritten_graph(copied)
+    assert main(["prepare", str(copied)]) == 1
+    assert "model_quantized.onnx cannot be loaded by onnxruntime" in capsys.readouterr().err
+
+
 def test_float_weights_need_no_preparation(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = json.loads((copied / "splitlora.json").read_text())
     change_manifest(copied, precisions={"fp32": manifest["precisions"]["fp32"]})
@@ -441,7 +462,7 @@ def no_precisions(folder: Path) -> None:
     ("spoil", "sentence"),
     [
         (no_folder, "no folder at"),
-        (no_manifest, "has no splitlora.json: it is no folder that splitlora-export onnx has made"),
+        (no_manifest, "is not an exported model: no splitlora.json"),
         (broken_manifest, "cannot be read"),
         (list_for_a_manifest, "has format []; this splitlora reads format 1"),
         (later_format, "has format 2; this splitlora reads format 1"),
@@ -467,6 +488,31 @@ def test_unusable_folder_is_one_sentence(
     assert said.out == ""
     assert sentence in said.err.splitlines()[-1]
     assert "Traceback" not in said.err
+
+
+def test_overflow_names_the_precision_and_another_one(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every weight fits half precision, and the logits do not: the first token of all would seem the most likely, always."""
+    model = GPT2LMHeadModel.from_pretrained(tiny_model)
+    model.transformer.ln_f.weight.data[:] = 6e4
+    model.transformer.wte.weight.data *= 10
+    model.save_pretrained(tmp_path / "large")
+    shutil.copy(tiny_model / "tokenizer.json", tmp_path / "large")
+    export_onnx(str(tmp_path / "large"), tmp_path / "out", precisions=["fp32", "fp16"])
+    assert main(["generate", str(tmp_path / "out"), "--prompt", "The", "--precision", "fp16"]) == 1
+    assert "out computes no numbers in fp16, which they overflow: try --precision fp32" in capsys.readouterr().err
+    assert main(["generate", str(tmp_path / "out"), "--prompt", "The", "--precision", "fp32"]) == 0
+    assert export_main(["verify", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr()
+    assert re.search(r"fp16 .* nan .* BEYOND TOLERANCE|fp16 .* inf .* BEYOND TOLERANCE", said.out)
+    assert "out computes no numbers in fp16, which they overflow: use another precision" in said.err
+    model.transformer.ln_f.bias.data[3] = 7e4
+    model.save_pretrained(tmp_path / "large")
+    assert (
+        export_main(["onnx", "--model", str(tmp_path / "large"), "--output", str(tmp_path / "no"), "--precision", "fp16"]) == 1
+    )
+    assert "ln_f.bias has values too large for fp16; leave fp16 out of --precision" in capsys.readouterr().err
 
 
 def test_precision_that_was_not_exported_is_named(exported: Path) -> None:
