@@ -24,9 +24,9 @@ MAY_IMPORT = {
 ONLY_IN = {
     "websockets": {"edge_client/connection.py", "gpu_server/server.py"},
     "asyncio": {"gpu_server/server.py"},
-    "onnxruntime": {"edge_client/decoder.py", "export/exported_model.py", "export/onnx_folder.py", "export/verification.py"},
+    "onnxruntime": {"edge_client/decoder.py", "export/exported_model.py", "export/onnx_folder.py"},
     "peft": {"export/peft_merge.py"},
-    "transformers": {"export/peft_merge.py", "export/verification.py"},
+    "transformers": {"export/peft_merge.py"},
 }
 
 
