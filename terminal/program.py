@@ -133,7 +133,10 @@ def plain(text: str) -> str:
 
 def version() -> str:
     """Of the installed distribution."""
-    return metadata.version("splitlora")
+    try:
+        return metadata.version("splitlora")
+    except metadata.PackageNotFoundError:  # run from a checkout that nobody has installed
+        return "unknown"
 
 
 class _Stream:

@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from conftest import REPOSITORY
 from edge_client.cli import build_parser as edge_parser
 from export.cli import build_parser as export_parser
 from gpu_server.cli import build_parser as server_parser
-from terminal import PathError, Progress, count, duration, listed, run_program, user_path, user_text_path
+from terminal import PathError, Progress, count, duration, listed, run_program, user_path, user_text_path, version
 
 
 class Screen(io.StringIO):
@@ -159,6 +160,15 @@ def test_interruption_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert run_program("program", interrupt, lambda: ()) == 130
     assert capsys.readouterr().err == "program: interrupted\n"
+
+
+def test_checkout_that_nobody_has_installed_has_no_version_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_found(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    assert version() == metadata.version("splitlora")
+    monkeypatch.setattr(metadata, "version", not_found)
+    assert version() == "unknown"
 
 
 def test_numbers_names_and_durations_read_as_people_write_them() -> None:
