@@ -17,11 +17,11 @@ from protocol import (
     KeptSamples,
     Message,
     RemoteProtocolError,
-    RunSettings,
     Seconds,
     Start,
     Welcome,
 )
+from protocol.agreement import changed_settings
 
 from .connection import Connection, ConnectionFailed, Dial, Refused
 from .stopwatch import Stopwatch, difference
@@ -206,7 +206,10 @@ class Membership:
 
     def _greet(self, patient: bool) -> Welcome:
         def talk(connection: Connection) -> Welcome:
-            return connection.exchange(self._hello, Welcome)
+            welcome = connection.exchange(self._hello, Welcome)
+            if welcome.fingerprint != self._hello.fingerprint:
+                raise RemoteProtocolError(f"{connection.url} does not keep to the protocol: its run has another base model")
+            return welcome
 
         try:
             return talk(self._opened())
@@ -250,12 +253,11 @@ class Membership:
         before = self.welcome
         if welcome.run != before.run:
             raise Refused(f"{connection.url} has another run now: {welcome.run} instead of {before.run}")
-        now, then = vars(welcome.settings), vars(before.settings)
-        changed = [f"{name} {then[name]} is now {value}" for name, value in now.items() if value != then[name]]
-        if welcome.restarts > before.restarts and _is_longer(before.settings, welcome.settings):
-            changed = []
+        changed = changed_settings(before.settings, welcome.settings, restarted=welcome.restarts > before.restarts)
         if welcome.fingerprint != before.fingerprint:
             changed.append("another base model")
+        if welcome.restarts < before.restarts:
+            changed.append(f"restarts {before.restarts} is now {welcome.restarts}")
         if changed:
             raise RemoteProtocolError(
                 f"{connection.url} does not keep to the protocol: run {welcome.run} has other settings than before "
@@ -311,10 +313,3 @@ class Membership:
             self._bytes_before += self._connection.num_bytes
             self._connection.abandon()
             self._connection = None
-
-
-def _is_longer(before: RunSettings, after: RunSettings) -> bool:
-    """Whether a run was given more steps, and nothing else, of a rate that does not depend on their number."""
-    if before.steps is None or after.steps is None or before.lr_schedule != "constant":
-        return False
-    return after.steps > before.steps and replace(after, steps=before.steps) == before

@@ -1,13 +1,14 @@
 """What a message must keep to because of what was said before it: the client's offer, and the run's settings."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from .codecs import Coded
 from .errors import RemoteProtocolError
-from .messages import ActivationGradient, Activations, Array, Hello, Join, Message, Start, Welcome
+from .messages import ActivationGradient, Activations, Array, EdgeAdapter, Hello, Join, Message, Start, Welcome
 from .settings import DELTA, EXACT, LARGEST_COUNT, RunSettings, gradient_codec
 
-__all__ = ["Agreement"]
+__all__ = ["Agreement", "changed_settings"]
 
 
 class Agreement:
@@ -44,6 +45,8 @@ class Agreement:
                 f"{_name(message)} of micro-batch {message.micro_batch} of step {message.step}; "
                 f"this run's are numbered from 0 to {self.settings.micro_batches - 1}"
             )
+        if isinstance(message, EdgeAdapter) and message.checkpoint > message.step:
+            raise RemoteProtocolError(f"EdgeAdapter of step {message.step} with a later checkpoint, {message.checkpoint}")
         if isinstance(message, Start):
             self._check_start(message, self.settings)
         if isinstance(message, Start | ActivationGradient) and message.codec:
@@ -75,6 +78,17 @@ class Agreement:
         if missing:
             names = ", ".join(map(_shown, sorted(missing)))
             raise RemoteProtocolError(f"the server chose the codec {names}, which was not offered")
+
+
+def changed_settings(before: RunSettings, now: RunSettings, *, restarted: bool) -> list[str]:
+    """
+    What is other in a run that is welcomed again, each as "lr 0.1 is now 0.2": the same run has the same settings.
+
+    Only its length may grow, with a restart, where the rate does not depend on it.
+    """
+    changed = [f"{name} {value} is now {vars(now)[name]}" for name, value in vars(before).items() if value != vars(now)[name]]
+    may_grow = restarted and before.lr_schedule == "constant" and (before.steps or 0) < (now.steps or 0)
+    return [] if may_grow and replace(now, steps=before.steps, epochs=before.epochs) == before else changed
 
 
 def _floats(message: Message) -> Iterator[tuple[str, Array]]:

@@ -213,8 +213,19 @@ class Session:
         return _received_as(message) == self._received and self.state is not State.BROKEN
 
     def _crosses_start(self, message: Message) -> bool:
-        """Whether it was sent before the `Start` had arrived that answers it, too."""
-        return isinstance(message, Activations) and self._gone_on_after is not None and message.step <= self._gone_on_after
+        """
+        Whether it was sent before the `Start` had arrived that answers it, too.
+
+        Raises:
+            RemoteProtocolError: its sender had heard the `Start`, and would wait for an answer for ever.
+        """
+        if not isinstance(message, Activations) or self._gone_on_after is None or message.step > self._gone_on_after:
+            return False
+        if not self._start_may_be_lost:
+            raise RemoteProtocolError(
+                f"Activations of step {message.step} after a Start that goes on after {self._gone_on_after}"
+            )
+        return True
 
     def _peers_turn(self, message: Message) -> State:
         next_state = self._next_state(message, self.side.peer)

@@ -13,6 +13,7 @@ from protocol import (
     EXACT,
     Activations,
     AdapterGradient,
+    EdgeAdapter,
     Hello,
     Join,
     Message,
@@ -144,3 +145,22 @@ def test_a_message_that_is_ignored_leaves_a_line_with_its_reason(caplog: pytest.
     ]
     assert {record.levelno for record in caplog.records} == {logging.DEBUG}
     assert isinstance(server.receive(client.send(activations(step=2))), Activations)
+
+
+def test_question_of_a_step_that_its_client_knows_to_be_behind_is_refused() -> None:
+    """It would never be answered."""
+    talk = Talk(replace(EXACTLY, micro_batches=3)).started()
+    client, server = talk.ends[Side.CLIENT], talk.ends[Side.SERVER]
+    talk.say(Side.CLIENT, activations())
+    client.receive(server.send(Start(step=1, total_steps=100, adapter={})))
+    talk.say(Side.CLIENT, activations(step=2))
+    with pytest.raises(RemoteProtocolError, match="Activations of step 1 after a Start that goes on after 1"):
+        server.receive(encode(activations(micro_batch=1)))
+
+
+def test_a_checkpoint_is_not_later_than_the_adapter_that_tells_of_it() -> None:
+    talk = Talk().started()
+    seconds = SAMPLES["Activations"].seconds  # type: ignore[union-attr]
+    talk.say(Side.CLIENT, AdapterGradient(step=1, seconds=seconds, tensors={}))
+    reason = talk.refusal(Side.SERVER, EdgeAdapter(step=4, tensors={}, checkpoint=5))
+    assert reason == "EdgeAdapter of step 4 with a later checkpoint, 5"

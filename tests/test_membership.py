@@ -367,10 +367,11 @@ def test_time_with_a_connection_is_not_counted_as_time_without(world: MakeWorld)
     [
         ({"settings": replace(SETTINGS, lr=0.5, micro_batches=3)}, "micro_batches 2 is now 3, lr 0.0002 is now 0.5"),
         ({"fingerprint": "g"}, "another base model"),
+        ({"restarts": 1}, "restarts 2 is now 1"),
     ],
 )
 def test_same_run_has_the_same_settings(world: MakeWorld, changed: dict[str, Any], said: str) -> None:
-    here = world([welcome(), start(), LOST], [welcome(**changed)])
+    here = world([welcome(restarts=2), start(), LOST], [welcome(**{"restarts": 2, **changed})])
     member = here.member()
     member.start(JOIN)
     with pytest.raises(RemoteProtocolError) as caught:
@@ -475,3 +476,8 @@ def test_time_of_an_evaluation_is_told_of_no_step(world: MakeWorld) -> None:
     member.exchange(evaluation(1), EvaluationLoss)
     now[0] = 7.0
     assert member.seconds_to_tell().edge_compute == pytest.approx(2.0)
+
+
+def test_run_of_another_model_is_not_entered(world: MakeWorld) -> None:
+    with pytest.raises(RemoteProtocolError, match="its run has another base model"):
+        world([welcome(fingerprint="g")]).member()
