@@ -110,10 +110,11 @@ class EdgeClient:
             Hello(name=self.name, fingerprint=self._model.fingerprint(), codecs=(*CODECS, DELTA)),
             give_up_after=self._give_up_after,
             patient=self._place.is_kept or self._give_up_after is not None,
+            before=self._place.welcome(),
         )
         self._start: Start | None = None
         try:
-            self._place.keep(self.welcome.run)
+            self._place.keep(self.welcome)
             self._membership.kept = self._samples()
             self._engine = TorchEngine(self._model, self.welcome.settings, self._device, self._dtype)
         except BaseException as error:

@@ -54,6 +54,7 @@ class Membership:
         give_up_after: seconds without a connection, added up until a question is answered; None tries forever.
         patient: whether the server may be away when the first connection is opened; else its address is taken for wrong.
             A server that says when it wants to be asked again is asked again in any case.
+        before: the run in which this device has a place, as it was announced before the device was killed.
         sleep: waits for so many seconds.
 
     Raises:
@@ -67,6 +68,7 @@ class Membership:
         *,
         give_up_after: float | None = None,
         patient: bool = False,
+        before: Welcome | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._dial, self._hello, self._give_up_after, self._sleep = dial, hello, give_up_after, sleep
@@ -98,6 +100,8 @@ class Membership:
         self._connection: Connection | None = None
         try:
             self.welcome = self._greet(patient)
+            if before is not None and before.run == self.welcome.run:
+                self._check_same_run(before, self.welcome)
         except KeyboardInterrupt:
             self.close()
             raise
@@ -205,18 +209,18 @@ class Membership:
         self._drop()
 
     def _greet(self, patient: bool) -> Welcome:
-        def talk(connection: Connection) -> Welcome:
-            welcome = connection.exchange(self._hello, Welcome)
-            if welcome.fingerprint != self._hello.fingerprint:
-                raise RemoteProtocolError(f"{connection.url} does not keep to the protocol: its run has another base model")
-            return welcome
-
         try:
-            return talk(self._opened())
+            return self._hear_welcome(self._opened())
         except ConnectionFailed as error:
             if self._connection is None and not patient and not error.retry_after:
                 raise
-            return self._keep_trying(error, talk)
+            return self._keep_trying(error, self._hear_welcome)
+
+    def _hear_welcome(self, connection: Connection) -> Welcome:
+        welcome = connection.exchange(self._hello, Welcome)
+        if welcome.fingerprint != self._hello.fingerprint:
+            raise RemoteProtocolError(f"{connection.url} does not keep to the protocol: its run has another base model")
+        return welcome
 
     def _go_to(self, start: Start, question: Message) -> None:
         self.round = start.round
@@ -242,25 +246,22 @@ class Membership:
         return connection.exchange(replace(self._join, step=self.step, kept=kept), Start)
 
     def _come_back(self, connection: Connection) -> Start:
-        welcome = connection.exchange(self._hello, Welcome)
-        self._check_same_run(connection, welcome)
+        welcome = self._hear_welcome(connection)
+        if welcome.run != self.welcome.run:
+            raise Refused(f"{connection.url} has another run now: {welcome.run} instead of {self.welcome.run}")
+        self._check_same_run(self.welcome, welcome)
         self.welcome = welcome
         start = self._enter(connection)
         logger.info("connected again; the run goes on after step %d, this device had finished step %d", start.step, self.step)
         return start
 
-    def _check_same_run(self, connection: Connection, welcome: Welcome) -> None:
-        before = self.welcome
-        if welcome.run != before.run:
-            raise Refused(f"{connection.url} has another run now: {welcome.run} instead of {before.run}")
-        changed = changed_settings(before.settings, welcome.settings, restarted=welcome.restarts > before.restarts)
-        if welcome.fingerprint != before.fingerprint:
-            changed.append("another base model")
-        if welcome.restarts < before.restarts:
-            changed.append(f"restarts {before.restarts} is now {welcome.restarts}")
+    def _check_same_run(self, before: Welcome, now: Welcome) -> None:
+        changed = changed_settings(before.settings, now.settings, restarted=now.restarts > before.restarts)
+        if now.restarts < before.restarts:
+            changed.append(f"restarts {before.restarts} is now {now.restarts}")
         if changed:
             raise RemoteProtocolError(
-                f"{connection.url} does not keep to the protocol: run {welcome.run} has other settings than before "
+                f"the server does not keep to the protocol: run {now.run} has other settings than before "
                 f"({', '.join(changed)}); the same run has the same settings"
             )
 

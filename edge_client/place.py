@@ -7,13 +7,13 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from protocol import Array, Remembered
+from protocol import Array, Remembered, RunSettings, Welcome
 from protocol.settings import LARGEST_COUNT
 from split_model import SampleFolder, remove_unfinished, replace_file
 
@@ -22,6 +22,7 @@ __all__ = ["Place", "SavedStep", "StateError"]
 
 logger = logging.getLogger("edge_client")
 
+NOTE = "place.json"
 MOST_BYTES = 2**30
 """
 Of steps that the server may go back to. It says itself how far back that is, and one that never moves its checkpoint would fill
@@ -99,22 +100,30 @@ class Place:
         """Whether this device was killed in a run of this server."""
         return self._run() is not None
 
-    def keep(self, run: str) -> None:
+    def welcome(self) -> Welcome | None:
+        """How the run in which there is a place was announced last."""
+        try:
+            note = json.loads((self._folder / NOTE).read_text(encoding="utf-8"))
+            settings = {**note["settings"], "lora_targets": tuple(note["settings"]["lora_targets"])}
+            fields = {name: note[name] for name in ("run", "fingerprint", "restarts")}
+            return Welcome(**fields, settings=RunSettings(**settings))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def keep(self, welcome: Welcome) -> None:
         """
         Note that there is a place in this run; what is known of another one is of no use any more.
 
         Raises:
             StateError: the folder cannot be written.
         """
-        if self._run() == run:
-            with _readable_errors(self._folder):
-                remove_unfinished(self._folder)
-            return
-        self.give_up()
+        if self._run() != welcome.run:
+            self.give_up()
+        note = {**asdict(welcome), "server": self._server, "name": self._name}
         with _readable_errors(self._folder):
-            self._folder.mkdir(parents=True, mode=0o700)
-            text = json.dumps({"run": run, "server": self._server, "name": self._name})
-            replace_file(self._folder / "place.json", text.encode())
+            self._folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+            remove_unfinished(self._folder)
+            replace_file(self._folder / NOTE, json.dumps(note).encode())
 
     def samples(self, plan: int) -> KeptHere:
         """
@@ -202,7 +211,7 @@ class Place:
 
     def _run(self) -> str | None:
         try:
-            run = json.loads((self._folder / "place.json").read_text(encoding="utf-8"))["run"]
+            run = json.loads((self._folder / NOTE).read_text(encoding="utf-8"))["run"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return run if isinstance(run, str) else None

@@ -366,7 +366,6 @@ def test_time_with_a_connection_is_not_counted_as_time_without(world: MakeWorld)
     ("changed", "said"),
     [
         ({"settings": replace(SETTINGS, lr=0.5, micro_batches=3)}, "micro_batches 2 is now 3, lr 0.0002 is now 0.5"),
-        ({"fingerprint": "g"}, "another base model"),
         ({"restarts": 1}, "restarts 2 is now 1"),
     ],
 )
@@ -481,3 +480,10 @@ def test_time_of_an_evaluation_is_told_of_no_step(world: MakeWorld) -> None:
 def test_run_of_another_model_is_not_entered(world: MakeWorld) -> None:
     with pytest.raises(RemoteProtocolError, match="its run has another base model"):
         world([welcome(fingerprint="g")]).member()
+
+
+def test_settings_are_those_that_a_killed_device_has_noted(world: MakeWorld) -> None:
+    noted = welcome(settings=replace(SETTINGS, lora_rank=9))
+    with pytest.raises(RemoteProtocolError, match=r"run r has other settings than before \(lora_rank 9 is now 2\)"):
+        world([welcome()]).member(before=noted)
+    assert world([welcome(run="next")]).member(before=noted).welcome.run == "next"

@@ -8,8 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from protocol_samples import SETTINGS
 
 from edge_client.place import Place, SavedStep, StateError
+from protocol import Welcome
+
+
+def welcome(run: str, **fields: Any) -> Welcome:
+    return Welcome(**{"run": run, "settings": SETTINGS, "fingerprint": "f", **fields})
 
 
 def saved(step: int, round: int = 0) -> SavedStep:
@@ -19,7 +25,7 @@ def saved(step: int, round: int = 0) -> SavedStep:
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     place = Place(tmp_path, "ws://here", "a")
-    place.keep("run")
+    place.keep(welcome("run"))
     return place
 
 
@@ -35,27 +41,37 @@ def keep(place: Place, *steps: int, keep_from: int = 0, ends: tuple[int, ...] = 
 def test_place_is_kept_until_it_is_given_up(tmp_path: Path) -> None:
     place = Place(tmp_path, "ws://here", "a")
     assert not place.is_kept
-    place.keep("run")
+    place.keep(welcome("run"))
     assert Place(tmp_path, "ws://here", "a").is_kept
     place.give_up()
     assert not Place(tmp_path, "ws://here", "a").is_kept
     assert files(tmp_path) == []
 
 
+def test_settings_of_the_run_are_noted(tmp_path: Path) -> None:
+    place = Place(tmp_path, "ws://here", "a")
+    assert place.welcome() is None
+    for restarts in (0, 1):
+        place.keep(welcome("run", restarts=restarts))
+        noted = Place(tmp_path, "ws://here", "a").welcome()
+        assert noted is not None
+        assert (noted.run, noted.settings, noted.restarts) == ("run", SETTINGS, restarts)
+
+
 @pytest.mark.parametrize(("server", "name"), [("ws://there", "a"), ("ws://here", "b")])
 def test_places_of_other_servers_and_names_are_others(place: Place, tmp_path: Path, server: str, name: str) -> None:
     other = Place(tmp_path, server, name)
     assert not other.is_kept
-    other.keep("run")
+    other.keep(welcome("run"))
     other.give_up()
     assert place.is_kept
 
 
 def test_another_run_of_the_same_server_begins_anew(place: Place) -> None:
     keep(place, 1, 2)
-    place.keep("run")
+    place.keep(welcome("run"))
     assert place.last_step() == 2
-    place.keep("next")
+    place.keep(welcome("next"))
     assert (place.is_kept, place.last_step()) == (True, 0)
 
 
@@ -108,11 +124,12 @@ def test_note_that_is_no_note_is_no_place(place: Place, tmp_path: Path, content:
     note = next(path for path in files(tmp_path) if path.name == "place.json")
     note.write_bytes(content)
     assert not place.is_kept
+    assert place.welcome() is None
 
 
 def test_folder_is_the_users_alone_and_no_name_reaches_its_path(tmp_path: Path) -> None:
     place = Place(tmp_path, "ws://../../etc", "a")
-    place.keep("run")
+    place.keep(welcome("run"))
     (note,) = files(tmp_path)
     assert note.parent.parent == tmp_path / "places"
     assert note.parent.name.isalnum()
@@ -127,14 +144,14 @@ def test_disk_that_is_full_is_said(place: Place, monkeypatch: Any, what: str) ->
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StateError, match="No space left on device; free some space there"):
-        place.keep("other") if what == "keep" else keep(place, 1)
+        place.keep(welcome("other")) if what == "keep" else keep(place, 1)
 
 
 def test_server_that_never_moves_its_checkpoint_does_not_fill_the_disk(
     place: Place, tmp_path: Path, monkeypatch: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     place.save(saved(1), keep_from=0, is_round_end=True)
-    size = max(path.stat().st_size for path in files(tmp_path))
+    size = max(path.stat().st_size for path in files(tmp_path) if path.suffix == ".safetensors")
     monkeypatch.setattr("edge_client.place.MOST_BYTES", 3 * size)
     keep(place, *range(2, 10), ends=tuple(range(10)))
     assert [path.name for path in files(tmp_path)[:-1]] == [f"{step:010}.safetensors" for step in (6, 7, 8, 9)]
