@@ -414,10 +414,7 @@ class Federation:
         told_already = not member.absent and member.told == (self._resumes_after(member), self.round)
         if told_already or not self._is_behind(member, question):
             # A client would take the same `Start` for one message, delivered twice, and wait for ever.
-            kind, step, _ = member.next_question
-            raise RemoteProtocolError(
-                f"expected {kind.__name__} of step {step}, got {type(message).__name__} of step {message.step}"
-            )
+            raise RemoteProtocolError(f"expected {_worded(member.next_question)}, got {_worded(question)}")
         member.remembers = message.step - 1 if isinstance(message, Activations | AdapterGradient) else message.step
         return self._tell_where_to_go_on(name, now)
 
@@ -891,8 +888,10 @@ class Federation:
                     f"exact values in micro-batch {batch.micro_batch} of step {batch.step}, which checks no codec"
                 )
             _check_size(batch.exact, sent)
-        if len(batch.values) > rows or len(batch.lengths) > member.join.batch_size:
+        if len(batch.values) > rows:
             raise RemoteProtocolError(f"{len(batch.values)} rows, at most {rows} were announced")
+        if len(batch.lengths) > member.join.batch_size:
+            raise RemoteProtocolError(f"{len(batch.lengths)} sequences, at most {member.join.batch_size} were announced")
         if batch.lengths.max(initial=0) > member.join.longest:
             raise RemoteProtocolError(
                 f"a sequence of {batch.lengths.max()} tokens, at most {member.join.longest} were announced"
@@ -901,14 +900,19 @@ class Federation:
             most = -(-member.join.batch_size // self.settings.micro_batches)
             if len(batch.lengths) > most:
                 raise RemoteProtocolError(f"{len(batch.lengths)} sequences in a micro-batch, at most {most} can be")
-        if len(batch.labels) and not 0 <= batch.labels.min() <= batch.labels.max() < limits.vocabulary_size:
-            raise RemoteProtocolError(f"labels must be ids below {limits.vocabulary_size}")
+        wrong = batch.labels[(batch.labels < 0) | (batch.labels >= limits.vocabulary_size)]
+        if len(wrong):
+            raise RemoteProtocolError(f"a label is {wrong[0]}; this model's tokens are 0 to {limits.vocabulary_size - 1}")
 
     def _check_adapter(self, name: str, contribution: AdapterGradient | AdapterWeights) -> None:
         tensors = contribution.tensors
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        if shapes != self.limits.edge_shapes:
-            raise RemoteProtocolError("the tensors are not the LoRA matrices of the edge part")
+        expected, found = self.limits.edge_shapes, {key: tensor.shape for key, tensor in tensors.items()}
+        for key in [*expected, *found]:
+            if expected.get(key) != found.get(key):
+                which = [f"{list(shapes[key])}" if key in shapes else "none" for shapes in (found, expected)]
+                raise RemoteProtocolError(
+                    f"the tensors are not the LoRA matrices of the edge part: {key[:200]!a} is {which[0]}, expected {which[1]}"
+                )
         what = "an adapter gradient" if isinstance(contribution, AdapterGradient) else "an adapter"
         for tensor in tensors.values():
             _check_size(tensor, f"{name} sent {what} of step {contribution.step}")
@@ -918,6 +922,11 @@ def _place(question: QuestionId) -> tuple[int, int, int]:
     """Where a question stands in the order in which a client asks them."""
     kind, step, micro_batch = question
     return step, [Activations, AdapterGradient, AdapterWeights, Done, Evaluation].index(kind), micro_batch
+
+
+def _worded(question: QuestionId) -> str:
+    part = f", micro-batch {question.micro_batch}" if question.kind is Activations else ""
+    return f"{question.kind.__name__} of step {question.step}{part}"
 
 
 def _steps(first: int, last: int) -> str:

@@ -150,8 +150,9 @@ class Join:
     """The latest step of which it keeps a version of a sample that counts, 0 if none; None where the run keeps none."""
 
     def __post_init__(self) -> None:
-        if min(self.num_samples, self.batch_size, self.longest) < 1:
-            raise ValueError("num_samples, batch_size and longest must be at least 1")
+        for name in ("num_samples", "batch_size", "longest"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -211,8 +212,10 @@ class LabelledBatch:
     def __post_init__(self) -> None:
         if len(self.lengths) != len(self.label_counts):
             raise ValueError(f"{len(self.lengths)} lengths and {len(self.label_counts)} label counts")
-        if (self.lengths < 1).any() or (self.label_counts < 0).any() or (self.label_counts > self.lengths).any():
-            raise ValueError("lengths must be positive, label counts between 0 and the length")
+        wrong = np.flatnonzero((self.lengths < 1) | (self.label_counts < 0) | (self.label_counts > self.lengths))
+        if len(wrong):
+            length, count = self.lengths[wrong[0]], self.label_counts[wrong[0]]
+            raise ValueError(f"lengths must be positive, label counts between 0 and the length; got {length} and {count}")
         if self.lengths.sum(dtype=np.int64) != len(self.values):
             raise ValueError(f"lengths add up to {self.lengths.sum(dtype=np.int64)}, values have {len(self.values)} rows")
         if self.label_counts.sum(dtype=np.int64) != len(self.labels):

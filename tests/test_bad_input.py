@@ -807,12 +807,12 @@ MISFITS: dict[str, tuple[Message | bytes | str, str]] = {
     "not a number": (batch(values=floats(7, value=float("nan"))), "Activations.values: has NaN or infinite values"),
     "codec in an exact run": (encode(batch(), "int8"), "a tensor in int8, which was not agreed on; agreed are exact"),
     "infinite": (batch(values=floats(7, value=float("-inf"))), "Activations.values: has NaN or infinite values"),
-    "step ahead": (batch(step=2), "expected Activations of step 1, got Activations of step 2"),
+    "step ahead": (batch(step=2), "expected Activations of step 1, micro-batch 0, got Activations of step 2, micro-batch 0"),
     "adapter first": (
         AdapterGradient(step=1, seconds=Seconds(), tensors={}),
-        "expected Activations of step 1, got AdapterGradient of step 1",
+        "expected Activations of step 1, micro-batch 0, got AdapterGradient of step 1",
     ),
-    "done first": (Done(step=2), "expected Activations of step 1, got Done of step 2"),
+    "done first": (Done(step=2), "expected Activations of step 1, micro-batch 0, got Done of step 2"),
     "lengths beside the rows": (batch(lengths=ints(4, 4)), "lengths add up to 8, values have 7 rows"),
     "more rows": (
         batch(lengths=ints(3, 3, 3), label_counts=ints(1, 1, 1), values=floats(9)),
@@ -820,15 +820,18 @@ MISFITS: dict[str, tuple[Message | bytes | str, str]] = {
     ),
     "more sequences": (
         batch(lengths=ints(1, 1, 1), label_counts=ints(1, 1, 1), values=floats(3)),
-        "at most 8 were announced",
+        "3 sequences, at most 2 were announced",
     ),
     "longer sequence": (
         batch(lengths=ints(7), label_counts=ints(3)),
         "a sequence of 7 tokens, at most 4 were announced",
     ),
     "far more rows": (batch(lengths=ints(4, 4000), values=floats(4004)), "exceeds the limit of"),
-    "label beyond": (batch(labels=ints(1, 2, VOCABULARY)), f"labels must be ids below {VOCABULARY}"),
-    "label below": (batch(labels=ints(-1, 2, 3)), f"labels must be ids below {VOCABULARY}"),
+    "label beyond": (
+        batch(labels=ints(1, 2, VOCABULARY)),
+        f"a label is {VOCABULARY}; this model's tokens are 0 to {VOCABULARY - 1}",
+    ),
+    "label below": (batch(labels=ints(-1, 2, 3)), "a label is -1; this model's tokens are"),
     "more labels": (batch(labels=ints(1, 2, 3, 4)), "label counts add up to 3, got 4 labels"),
     "label counts beyond": (batch(label_counts=ints(5, 1)), "label counts between 0 and the length"),
     "evaluation of another width": (
@@ -907,14 +910,14 @@ def edge_tensors(**changes: Any) -> dict[str, Array]:
 
 
 BAD_GRADIENTS: dict[str, tuple[Message, str]] = {
-    "none": (AdapterGradient(step=1, seconds=Seconds(), tensors={}), "the tensors are not the LoRA matrices of the edge part"),
+    "none": (AdapterGradient(step=1, seconds=Seconds(), tensors={}), "is none, expected [2, 32]"),
     "other shape": (
         AdapterGradient(step=1, seconds=Seconds(), tensors=edge_tensors(A=floats(4))),
-        "the tensors are not the LoRA matrices of the edge part",
+        "lora_A.weight' is [4, 32], expected [2, 32]",
     ),
     "one more": (
         AdapterGradient(step=1, seconds=Seconds(), tensors=edge_tensors(C=floats(2))),
-        "the tensors are not the LoRA matrices of the edge part",
+        "lora_C.weight' is [2, 32], expected none",
     ),
     "other dtype": (
         AdapterGradient(step=1, seconds=Seconds(), tensors=edge_tensors(A=floats(2, dtype=np.float64))),
@@ -928,7 +931,7 @@ BAD_GRADIENTS: dict[str, tuple[Message, str]] = {
         AdapterGradient(step=2, seconds=Seconds(), tensors=edge_tensors()),
         "expected AdapterGradient of step 1, got AdapterGradient of step 2",
     ),
-    "a batch instead": (batch(step=2), "expected AdapterGradient of step 1, got Activations of step 2"),
+    "a batch instead": (batch(step=2), "expected AdapterGradient of step 1, got Activations of step 2, micro-batch 0"),
 }
 
 

@@ -328,7 +328,9 @@ def test_adapter_is_contributed_only_after_the_last_micro_batch() -> None:
     table = of_one_client()
     table.activations("a", 1)
     table.trained("a")
-    with pytest.raises(RemoteProtocolError, match="expected Activations of step 1, got AdapterGradient of step 1"):
+    with pytest.raises(
+        RemoteProtocolError, match="expected Activations of step 1, micro-batch 1, got AdapterGradient of step 1"
+    ):
         table.contribute("a", 1)
 
 
