@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from split_model import AdapterSettings, ModelConfig
+from split_model import AdapterSettings, Folder, ModelConfig
 
 from .errors import ExportError
 from .lora import LoraAdapter, LoraUpdate
@@ -36,7 +36,7 @@ def read_adapter(folder: Path, config: ModelConfig) -> LoraAdapter:
         AdapterError, ExportError: there is none, it cannot be read, or it is of another shape than the model.
     """
     settings = AdapterSettings.read(folder)
-    matrices = _read_matrices(folder / WEIGHTS_FILE)
+    matrices = _read_matrices(Folder(folder, ExportError).require(WEIGHTS_FILE))
     targets = Targets(settings, config)
     longest = max((size for matrix in matrices.values() for size in matrix.shape), default=0)
     for layer in targets.layers:
@@ -131,8 +131,6 @@ def _other_modules(blocks: dict[str, int]) -> list[str]:
 
 
 def _read_matrices(path: Path) -> dict[str, Floats]:
-    if not path.is_file():
-        raise ExportError(f"{path} is missing; an adapter folder has the adapter's matrices in it")
     try:
         matrices = {name: matrix.astype(np.float32) for name, matrix in load_file(path).items()}
     except (OSError, SafetensorError, TypeError, AttributeError, KeyError) as error:  # the last three: types numpy has not

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from .adapter_settings import CONFIG_FILE, WEIGHTS_FILE, AdapterSettings
 from .base_model import ModelConfig
 from .errors import AdapterError
+from .folder import Folder
 from .lora import Adapter, LoraConfig, adapter_shapes
 
 __all__ = ["load_adapter", "save_adapter"]
@@ -55,7 +56,7 @@ def load_adapter(folder: Path, config: ModelConfig, lora: LoraConfig) -> Adapter
         if found != expected:
             raise AdapterError(f"{folder}: {key} is {settings.values.get(key)!r}, the run asks for {expected!r}")
     try:
-        adapter = load_file(folder / WEIGHTS_FILE)
+        adapter = load_file(Folder(folder, AdapterError).require(WEIGHTS_FILE))
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder / WEIGHTS_FILE} cannot be read: {error}") from None
     shapes = {name: tuple(matrix.shape) for name, matrix in adapter.items()}

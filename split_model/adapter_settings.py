@@ -1,12 +1,12 @@
 """adapter_config.json of a PEFT folder, which may be a stranger's: read without PEFT, and every value checked."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import AdapterError
+from .folder import Folder
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "AdapterSettings"]
 
@@ -89,14 +89,8 @@ class AdapterSettings:
             AdapterError: there is no adapter, or one that is not LoRA; a value is of the wrong type or names a module to be
                 imported.
         """
-        path = folder / CONFIG_FILE
-        if not path.is_file():
-            raise AdapterError(f"{path} is missing; an adapter folder has {CONFIG_FILE} and {WEIGHTS_FILE}")
-        try:
-            values = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise AdapterError(f"{path} cannot be read: {error}") from None
-        kind = values.get("peft_type") if isinstance(values, dict) else None
+        path, values = folder / CONFIG_FILE, Folder(folder, AdapterError).read_json(CONFIG_FILE)
+        kind = values.get("peft_type")
         if kind != "LORA":
             raise AdapterError(f"{path}: only LoRA adapters can be used; peft_type is {_shown(kind)}")
         values = {"r": 8, "lora_alpha": 8, "bias": "none", "init_lora_weights": True} | values

@@ -1,0 +1,102 @@
+"""The files of a folder that somebody else has made: a model, an adapter, an exported model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Folder", "shown"]
+
+
+class Folder:
+    """
+    Gives a folder's files, and no others: a stranger's link that leaves the folder is refused, since whoever reads or copies it
+    would give away a file of this machine. The cache of the Hugging Face hub goes on working, whose snapshots are folders of
+    links to ``blobs`` beside them.
+
+    Args:
+        error: what is raised for whatever is wrong; its message names the file.
+    """
+
+    def __init__(self, path: Path, error: type[ValueError]) -> None:
+        self.path, self._error = path, error
+
+    def find(self, name: str) -> Path | None:
+        """
+        The file ``name`` (which may lie in a folder of the folder); None if there is none.
+
+        Raises:
+            error: it is a link that leaves the folder, or leads nowhere.
+        """
+        path = self.path / name
+        try:
+            target = path.resolve(strict=True)
+            is_file = path.is_file()
+        except FileNotFoundError:
+            if path.is_symlink():
+                raise self._error(f"{path} is a link to a file that is not there") from None
+            return None
+        except (OSError, RuntimeError, ValueError) as error:  # a circle of links, no permission, a name that no file can have
+            raise self._error(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        if not is_file:
+            return None
+        if not any(target.is_relative_to(place) for place in self._places()):
+            raise self._error(f"{path} leads out of its folder by a link; replace the link by the file that is meant")
+        return path
+
+    def require(self, name: str) -> Path:
+        """
+        Raises:
+            error: as `find`, and if there is no such file.
+        """
+        path = self.find(name)
+        if path is None:
+            raise self._error(f"{self.path / name} is missing")
+        return path
+
+    def read_text(self, name: str) -> str:
+        """
+        What a file in UTF-8 holds, without the byte order mark that some editors write before it.
+
+        Raises:
+            error: as `require`, and if it cannot be read.
+        """
+        path = self.require(name)
+        try:
+            return path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise self._error(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}") from None
+        except OSError as error:
+            raise self._error(f"{path} cannot be read: {error.strerror or error}") from None
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """
+        A file's JSON object.
+
+        Raises:
+            error: as `read_text`, and if it is something else.
+        """
+        text, path = self.read_text(name), self.path / name
+        try:
+            value = json.loads(text)
+        except RecursionError:
+            raise self._error(f"{path} cannot be read: its JSON is nested too deeply") from None
+        except ValueError as error:
+            raise self._error(f"{path} cannot be read: {error}") from None
+        if not isinstance(value, dict):
+            raise self._error(f"{path} is not a JSON object but {shown(value)}")
+        return value
+
+    def _places(self) -> list[Path]:
+        """Where the folder's files may lie."""
+        home = self.path.resolve()
+        # models--OWNER--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH
+        return [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+
+
+def shown(value: object) -> str:
+    """A value of a JSON file as it stands there, for a message; long ones are cut."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        text = type(value).__name__
+    return text if len(text) <= 60 else f"{text[:57]}..."
