@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from protocol import CODECS, DELTA, Hello, Join, Start, Welcome, check_name, largest_message_bytes
-from split_model import BaseModel, ModelError, SampleFolder, TrainingDiverged, find_model, load_tokenizer
+from split_model import BaseModel, ModelError, SampleFolder, TrainingDiverged, find_model
 
 from .access import Access
 from .connection import Refused
@@ -92,7 +92,7 @@ class EdgeClient:
         self._device, self._dtype = device, dtype
         self._in_flight, self._cache_bytes, self._num_kept = in_flight, cache_bytes, 0
         self._model = BaseModel(find_model(model))
-        tokenizer = load_tokenizer(self._model.folder)
+        tokenizer = self._model.tokenizer()
         end_token, length = self._model.config.end_token, min(max_length, self._model.config.num_positions)
         self.data = Dataset.load(Path(data), tokenizer, end_token, length)
         self.eval_data = None if eval_data is None else Dataset.load(Path(eval_data), tokenizer, end_token, length)

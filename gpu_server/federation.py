@@ -160,6 +160,8 @@ class NameInUse(RemoteProtocolError):
 Question = TypeVar("Question", bound="Message | Contribution")
 OfAStep = Activations | AdapterGradient | AdapterWeights | Done
 
+MODEL_DIGITS = 16
+"""Of a fingerprint, the first ones are the model's; the others are the tokenizer's."""
 LONGEST_BETWEEN_REPORTS = 3600.0
 """Seconds. A wait is told of at growing distances: again when it is twice as long as when it was told before."""
 
@@ -322,9 +324,11 @@ class Federation:
             RemoteProtocolError: another model, or no place in the run.
         """
         if hello.fingerprint != self.limits.fingerprint:
+            same_model = hello.fingerprint[:MODEL_DIGITS] == self.limits.fingerprint[:MODEL_DIGITS]
+            what = "tokenizer" if same_model else "model"
             raise RemoteProtocolError(
-                f"the model of {hello.name} has fingerprint {ascii(hello.fingerprint[:64])[1:-1]}, "
-                f"the run's has {self.limits.fingerprint}; use the same base model on both sides"
+                f"the {what} of {hello.name} has fingerprint {ascii(hello.fingerprint[:64])[1:-1]}, "
+                f"the run's has {self.limits.fingerprint}; use the same base {what} on both sides"
             )
         may_use = self.settings.codecs() | (self.gate.may_use() if self.gate is not None else set())
         missing = may_use - {EXACT, *hello.codecs}

@@ -3,8 +3,9 @@
 from .adapter_folder import load_adapter, save_adapter
 from .adapter_settings import AdapterSettings
 from .atomic_file import remove_unfinished, replace_file
-from .base_model import BaseModel, ModelConfig, find_model, is_hub_name
+from .base_model import FILES_BESIDE_WEIGHTS, BaseModel, ModelConfig, StoredTensor, find_model, is_hub_name
 from .errors import AdapterError, ModelError, TrainingDiverged
+from .folder import Folder, shown
 from .generation import continue_greedily
 from .kept_samples import SampleFolder
 from .lora import Adapter, LoraConfig, adapter_shapes, initial_adapter
@@ -13,21 +14,24 @@ from .parts import EdgePart, ServerPart, check_cut_layer
 from .precision import choose_device, choose_dtype, working_dtype
 from .sealed_tensors import DamagedFile, read_sealed, seal
 from .seeds import derive_seed
-from .tokenizer import load_tokenizer
+from .tokenizer import encode, load_tokenizer
 
 __all__ = [
+    "FILES_BESIDE_WEIGHTS",
     "Adapter",
     "AdapterError",
     "AdapterSettings",
     "BaseModel",
     "DamagedFile",
     "EdgePart",
+    "Folder",
     "LoraConfig",
     "ModelConfig",
     "ModelError",
     "OptimiserConfig",
     "SampleFolder",
     "ServerPart",
+    "StoredTensor",
     "TrainingDiverged",
     "adamw",
     "adapter_shapes",
@@ -36,6 +40,7 @@ __all__ = [
     "choose_dtype",
     "continue_greedily",
     "derive_seed",
+    "encode",
     "find_model",
     "initial_adapter",
     "is_hub_name",
@@ -48,6 +53,7 @@ __all__ = [
     "restore_optimiser",
     "save_adapter",
     "seal",
+    "shown",
     "take_step",
     "working_dtype",
 ]

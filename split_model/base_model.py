@@ -3,30 +3,41 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from .errors import ModelError
+from .folder import Folder, shown
+from .tokenizer import TOKENIZER_FILES, end_of_text, load_tokenizer, tokenizer_digest
 
-__all__ = ["BaseModel", "ModelConfig", "find_model", "is_hub_name"]
+__all__ = ["FILES_BESIDE_WEIGHTS", "BaseModel", "ModelConfig", "StoredTensor", "find_model", "is_hub_name"]
 
-FILES_NEEDED = [
-    "config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer*.json",
-    "vocab.json",
-    "merges.txt",
-]
+CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+FILES_OF_WEIGHTS = (CONFIG_FILE, "model*.safetensors", INDEX_FILE)
+FILES_BESIDE_WEIGHTS = (*TOKENIZER_FILES, "generation_config.json", "chat_template.jinja")
+"""What of a model folder other programs want besides its weights and its configuration."""
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu")
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-UNSUPPORTED = ("scale_attn_by_inverse_layer_idx", "add_cross_attention")
+UNSUPPORTED = ("scale_attn_by_inverse_layer_idx", "add_cross_attention", "pruned_heads", "quantization_config")
+KERNELS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+"""Keys by which some versions of transformers fetch code from the hub, unless their value is one of `OWN_KERNELS`."""
+OWN_KERNELS = ("eager", "sdpa")
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+"""Other names that transformers takes for a GPT-2's settings."""
+MOST_LAYERS, LARGEST = 10_000, (1 << 31) - 1
+ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,34 +85,21 @@ class ModelConfig:
         Raises:
             ModelError: the file is missing, no JSON, or describes something other than a GPT-2 this package can cut.
         """
-        raw = _read_json(path)
-        if raw.get("model_type") != "gpt2":
-            raise ModelError(f"{path}: model_type is {raw.get('model_type')!r}; only 'gpt2' can be split")
-        for option in UNSUPPORTED:
-            if raw.get(option):
-                raise ModelError(f"{path}: {option} is not supported")
-        if not raw.get("scale_attn_weights", True):
-            raise ModelError(f"{path}: attention without scale_attn_weights is not supported")
-        try:
-            config = cls(
-                num_layers=int(raw["n_layer"]),
-                width=int(raw["n_embd"]),
-                num_heads=int(raw["n_head"]),
-                inner_width=int(raw.get("n_inner") or 4 * raw["n_embd"]),
-                num_positions=int(raw.get("n_positions") or raw["n_ctx"]),
-                vocabulary_size=int(raw["vocab_size"]),
-                norm_epsilon=float(raw.get("layer_norm_epsilon", 1e-5)),
-                activation=str(raw.get("activation_function", "gelu_new")),
-                tied_head=bool(raw.get("tie_word_embeddings", True)),
-                end_token=int(raw.get("eos_token_id", 50256)),
-            )
-        except KeyError as error:
-            raise ModelError(f"{path}: {error} is missing; a GPT-2 configuration needs it") from None
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ModelError(f"{path} is no GPT-2 configuration: {error}") from None
-        if min(config.num_layers, config.width, config.num_heads, config.num_positions, config.vocabulary_size) < 1:
-            raise ModelError(f"{path}: n_layer, n_embd, n_head, n_positions and vocab_size must be at least 1")
-        if not 0 <= config.end_token < config.vocabulary_size:
+        raw = _Settings(path, Folder(path.parent, ModelError).read_json(path.name))
+        raw.check_kind()
+        config = cls(
+            num_layers=raw.integer("n_layer", most=MOST_LAYERS),
+            width=(width := raw.integer("n_embd")),
+            num_heads=raw.integer("n_head"),
+            inner_width=4 * width if raw.has_null("n_inner") else raw.integer("n_inner"),
+            num_positions=raw.integer("n_ctx" if raw.has_null("n_positions") else "n_positions"),
+            vocabulary_size=raw.integer("vocab_size"),
+            norm_epsilon=raw.number("layer_norm_epsilon", 1e-5),
+            activation=raw.text("activation_function", "gelu_new"),
+            tied_head=raw.boolean("tie_word_embeddings", True),
+            end_token=raw.integer("eos_token_id", 50256, least=0),
+        )
+        if config.end_token >= config.vocabulary_size:
             raise ModelError(f"{path}: eos_token_id {config.end_token} is not below vocab_size {config.vocabulary_size}")
         if config.activation not in ACTIVATIONS:
             raise ModelError(f"{path}: activation_function {config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
@@ -110,23 +108,124 @@ class ModelConfig:
         return config
 
 
+class _Settings:
+    """A config.json, asked for one value after the other; ModelError names the key and what stands there."""
+
+    def __init__(self, path: Path, raw: dict[str, Any]) -> None:
+        self._path, self._raw = path, raw
+        for alias, name in ALIASES.items():
+            if alias in raw and raw.setdefault(name, raw[alias]) != raw[alias]:
+                raise ModelError(f"{path}: {name} is {shown(raw[name])} and {alias} {shown(raw[alias])}; they mean the same")
+
+    def check_kind(self) -> None:
+        """Whether it describes a GPT-2, and no code."""
+        path, raw = self._path, self._raw
+        if raw.get("model_type") != "gpt2":
+            raise ModelError(f'{path}: model_type is {shown(raw.get("model_type"))}; only "gpt2" can be split')
+        for option in UNSUPPORTED:
+            if raw.get(option):
+                raise ModelError(f"{path}: {option} is {shown(raw[option])}, which is not supported")
+        if not self.boolean("scale_attn_weights", True):
+            raise ModelError(f"{path}: attention without scale_attn_weights is not supported")
+        if raw.get("auto_map"):
+            raise ModelError(f"{path}: auto_map is {shown(raw['auto_map'])}; code of a folder is never run; remove the key")
+        for key in KERNELS:
+            if raw.get(key) is not None and raw[key] not in OWN_KERNELS:
+                raise ModelError(f"{path}: {key} is {shown(raw[key])}; code of others is never fetched; remove the key")
+
+    def has_null(self, key: str) -> bool:
+        """Whether the key is absent or null."""
+        return self._raw.get(key) is None
+
+    def integer(self, key: str, default: int | None = None, *, least: int = 1, most: int = LARGEST) -> int:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self._wrong(key, f"a whole number from {least} to {most}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """Positive and finite."""
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
+            raise self._wrong(key, "a positive number")
+        return float(value)
+
+    def text(self, key: str, default: str) -> str:
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise self._wrong(key, "a text")
+        return value
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self._wrong(key, "true or false")
+        return value
+
+    def _get(self, key: str, default: Any) -> Any:
+        if key not in self._raw and default is None:
+            raise ModelError(f"{self._path}: {key!r} is missing; a GPT-2 configuration needs it")
+        return self._raw.get(key, default)
+
+    def _wrong(self, key: str, expected: str) -> ModelError:
+        return ModelError(f"{self._path}: {key} is {shown(self._raw.get(key))}; {expected} is expected")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is, and as what."""
+
+    path: Path
+    name: str
+    """Under which the file holds it."""
+    dtype: str
+    """In the words of safetensors."""
+    shape: tuple[int, ...]
+
+
 class BaseModel:
     """
-    A model folder, opened. Tensors come out as views of the mapped files: nothing is read before it is used.
+    A model folder, opened: all tensors of the model are there, in their shapes and in types that can be read, and the
+    tokenizer ends a text as the model does. Tensors come out as views of the mapped files: nothing is read before it is used.
 
     Raises:
-        ModelError: there is no such folder, or no GPT-2 with safetensors weights in it.
+        ModelError: there is no such folder, or no GPT-2 with safetensors weights and its tokenizer in it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not folder.is_dir():
             raise ModelError(f"no model folder at {folder}")
-        self.config = ModelConfig.from_file(folder / "config.json")
-        self._files = {name: _open(folder / name) for name in _weight_files(folder)}
-        self._places = {
-            stored.removeprefix("transformer."): (file, stored) for file in self._files.values() for stored in file.keys()
-        }
+        files = Folder(folder, ModelError)
+        self.config = ModelConfig.from_file(folder / CONFIG_FILE)
+        self._files: dict[Path, Any] = {}
+        stored = self._open(_weight_files(files))
+        if self.config.tied_head and "lm_head.weight" in stored:
+            # As transformers does: one of the two is enough, and a head that is not the table is a head of its own.
+            if "wte.weight" not in stored:
+                stored["wte.weight"] = stored["lm_head.weight"]
+            elif not _are_equal(stored["lm_head.weight"], stored["wte.weight"]):
+                self.config = replace(self.config, tied_head=False)
+        self.tensors: Mapping[str, StoredTensor] = {name: _find(folder, stored, name) for name in self.config.tensor_shapes}
+        """Under transformers' names without "transformer.", in the order of the forward pass."""
+        for name, shape in self.config.tensor_shapes.items():
+            _check(self.tensors[name], name, shape)
+        self._tokenizer_digest = tokenizer_digest(self.tokenizer())
+
+    def tokenizer(self) -> Tokenizer:
+        """
+        Raises:
+            ModelError: there is none, it cannot be read, or ends a text by another token than the configuration.
+        """
+        tokenizer, end, path = load_tokenizer(self.folder), end_of_text(self.folder), self.folder / CONFIG_FILE
+        found = None if end is None else tokenizer.token_to_id(end)
+        if end is not None and found != self.config.end_token:
+            other = tokenizer.id_to_token(self.config.end_token)
+            raise ModelError(
+                f"{path}: eos_token_id is {self.config.end_token}, which is {shown(other)} in the tokenizer; its own eos_token "
+                f"is {shown(end)}, id {found}; correct the one that is wrong"
+            )
+        return tokenizer
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """
@@ -135,52 +234,86 @@ class BaseModel:
         Raises:
             ModelError: it is missing or has another shape.
         """
-        if name not in self._places:
-            raise ModelError(f"{self.folder}: tensor {name!r} is missing; is this a complete GPT-2 checkpoint?")
-        file, stored = self._places[name]
-        found = tuple(file.get_slice(stored).get_shape())
-        if found != shape:
-            raise ModelError(f"{self.folder}: tensor {name!r} has shape {list(found)}, config.json asks for {list(shape)}")
-        tensor: Tensor = file.get_tensor(stored)
+        if name not in self.tensors:
+            raise ModelError(f"{self.folder}: the model has no tensor {name!r}")
+        stored = self.tensors[name]
+        _check(stored, name, shape)
+        tensor: Tensor = self._files[stored.path].get_tensor(stored.name)
         return tensor
-
-    @property
-    def weight_files(self) -> list[Path]:
-        """The safetensors files that hold the tensors."""
-        return [self.folder / name for name in self._files]
-
-    def check(self) -> None:
-        """
-        Raises:
-            ModelError: a tensor of the model is missing or has another shape.
-        """
-        for name, shape in self.config.tensor_shapes.items():
-            self.tensor(name, shape)
 
     def rows(self, name: str) -> "Rows":
         """The same tensor as rows that are read one by one. For tables of which little is used: see `Rows`."""
-        file, stored = self._places[name]
-        path = next(self.folder / shard for shard, opened in self._files.items() if opened is file)
-        return Rows(path, stored)
+        return Rows(self.tensors[name])
+
+    def first_not_finite(self) -> str | None:
+        """The name of the first tensor that holds NaN or infinity; reads all of them."""
+        for name, shape in self.config.tensor_shapes.items():
+            if not torch.isfinite(self.tensor(name, shape)).all():
+                return name
+        return None
 
     def fingerprint(self) -> str:
         """
-        SHA-256 over the configuration and every weight's name, shape, dtype and first, middle and last row, as 32 hex digits.
+        32 hex digits. The first 16 are of SHA-256 over the configuration and every weight's name, shape, dtype and first,
+        middle and last row; the last 16 are those of `tokenizer_digest`.
 
         Rows, not whole tensors: it takes milliseconds for any size, and training of any kind moves every row.
         """
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
-        for name in sorted(filter(self._is_part_of_the_model, self._places)):
-            rows = self.rows(name)
-            digest.update(f"{name} {rows.shape} {rows.dtype}".encode())
-            for row in sorted({0, rows.shape[0] // 2, rows.shape[0] - 1}) if rows.shape else ():
+        for name in sorted(self.tensors):
+            stored, rows = self.tensors[name], self.rows(name)
+            digest.update(f"{name} {list(stored.shape)} {stored.dtype}".encode())
+            for row in sorted({0, stored.shape[0] // 2, stored.shape[0] - 1}):
                 digest.update(rows.read([row]))
-        return digest.hexdigest()[:32]
+        return digest.hexdigest()[:16] + self._tokenizer_digest[:16]
 
-    def _is_part_of_the_model(self, name: str) -> bool:
-        # Old checkpoints carry the causal mask as a buffer, and a tied head twice.
-        is_mask, is_head = name.endswith((".attn.bias", ".attn.masked_bias")), name == "lm_head.weight"
-        return not is_mask and not (is_head and self.config.tied_head)
+    def _open(self, paths: Sequence[Path]) -> dict[str, StoredTensor]:
+        """What the files hold, "transformer." removed from the names."""
+        found: dict[str, StoredTensor] = {}
+        for path in paths:
+            try:
+                file = self._files[path] = safe_open(path, framework="pt")
+                for stored in file.keys():  # type: ignore[no-untyped-call]
+                    part, name = file.get_slice(stored), stored.removeprefix("transformer.")  # type: ignore[no-untyped-call]
+                    if name in found:
+                        raise ModelError(
+                            f"{path}: the tensor {name!r} is there twice, as {stored!r} and, in {found[name].path.name}, as "
+                            f"{found[name].name!r}; remove the one that is not meant"
+                        )
+                    found[name] = StoredTensor(path, stored, part.get_dtype(), tuple(part.get_shape()))
+            except (OSError, SafetensorError) as error:
+                raise ModelError(f"{path} cannot be read as safetensors: {error}") from None
+        return found
+
+
+def _find(folder: Path, stored: Mapping[str, StoredTensor], name: str) -> StoredTensor:
+    if name in stored:
+        return stored[name]
+    other = next((tensor for other, tensor in stored.items() if other.endswith(f".{name}")), None)
+    as_what = f"; {other.path.name} has {other.name!r}, a name that transformers does not read either" if other else ""
+    raise ModelError(f"{folder}: tensor {name!r} is missing{as_what or '; is this a complete GPT-2 checkpoint?'}")
+
+
+def _check(stored: StoredTensor, name: str, shape: tuple[int, ...]) -> None:
+    if stored.shape != shape:
+        raise ModelError(f"{stored.path}: tensor {name!r} has shape {list(stored.shape)}, {CONFIG_FILE} asks for {list(shape)}")
+    if stored.dtype not in STORED_DTYPES:
+        raise ModelError(
+            f"{stored.path}: tensor {name!r} is stored as {stored.dtype}; weights can be {', '.join(STORED_DTYPES)}: "
+            "save the model in one of them"
+        )
+
+
+def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two matrices have the same values; read in pieces, so that neither stays in memory."""
+    if one.shape != other.shape or not {one.dtype, other.dtype} <= STORED_DTYPES.keys() or len(one.shape) != 2:
+        return False
+    rows = Rows(one), Rows(other)
+    for begin in range(0, one.shape[0], ROWS_AT_ONCE):
+        indices = torch.arange(begin, min(begin + ROWS_AT_ONCE, one.shape[0]))
+        if not torch.equal(*(each.gather(indices).double() for each in rows)):
+            return False
+    return True
 
 
 class Rows:
@@ -191,15 +324,13 @@ class Rows:
     in memory whole.
     """
 
-    def __init__(self, path: Path, stored: str) -> None:
-        self._file = path.open("rb", buffering=0)
+    def __init__(self, stored: StoredTensor) -> None:
+        self._file = stored.path.open("rb", buffering=0)
         header_bytes = int.from_bytes(self._file.read(8), "little")  # the format of safetensors: length, JSON, data
-        entry = json.loads(self._file.read(header_bytes))[stored]
-        self.dtype: str = entry["dtype"]
-        self.shape: list[int] = entry["shape"]
-        begin, end = entry["data_offsets"]
+        begin, end = json.loads(self._file.read(header_bytes))[stored.name]["data_offsets"]
+        self._dtype = STORED_DTYPES[stored.dtype]
         self._begin = 8 + header_bytes + begin
-        self._row_bytes = (end - begin) // max(1, self.shape[0] if self.shape else 1)
+        self._row_bytes = (end - begin) // stored.shape[0]
 
     def read(self, indices: Sequence[int]) -> bytearray:
         """The bytes of the rows, one after the other."""
@@ -213,7 +344,7 @@ class Rows:
     def gather(self, indices: Tensor) -> Tensor:
         """Rows of a matrix, (N,) indices -> (N, width), each different row read once."""
         distinct, places = torch.unique(indices, return_inverse=True)
-        rows = torch.frombuffer(self.read(distinct.tolist()), dtype=STORED_DTYPES[self.dtype])
+        rows = torch.frombuffer(self.read(distinct.tolist()), dtype=self._dtype)
         return rows.view(len(distinct), -1).index_select(0, places)
 
     def __del__(self) -> None:
@@ -243,39 +374,19 @@ def find_model(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES_NEEDED))
+        return Path(snapshot_download(name, allow_patterns=[*FILES_OF_WEIGHTS, *FILES_BESIDE_WEIGHTS]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{name!r} is no folder here, and the Hugging Face hub did not give it: {reason}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing; a model folder has config.json and model.safetensors") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} is not a JSON object")
-    return value
-
-
-def _weight_files(folder: Path) -> list[str]:
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        raise ModelError(f"{folder} has no weights: neither model.safetensors nor model.safetensors.index.json")
-    weight_map = _read_json(index).get("weight_map")
+def _weight_files(files: Folder) -> list[Path]:
+    if path := files.find(WEIGHTS_FILE):
+        return [path]
+    if not files.find(INDEX_FILE):
+        raise ModelError(f"{files.path} has no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+    weight_map = files.read_json(INDEX_FILE).get("weight_map")
     names = weight_map.values() if isinstance(weight_map, dict) else ()
     if not names or any(not isinstance(name, str) or name == ".." or Path(name).name != name for name in names):
-        raise ModelError(f"{index} names no shards, or shards outside its folder")
-    return sorted(set(names))
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} cannot be read as safetensors: {error}") from None
+        raise ModelError(f"{files.path / INDEX_FILE} names no shards, or shards outside its folder")
+    return [files.require(name) for name in sorted(set(names))]

@@ -1,38 +1,302 @@
-"""GPT-2's byte-level BPE, without transformers."""
+"""A model folder's tokenizer, without transformers: the ids are those of its AutoTokenizer, or the folder is refused."""
 
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from .errors import ModelError
+from .folder import Folder, shown
 
-__all__ = ["load_tokenizer"]
+__all__ = ["TOKENIZER_FILES", "encode", "end_of_text", "load_tokenizer", "tokenizer_digest"]
+
+SETTINGS = "tokenizer_config.json"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", SETTINGS, "special_tokens_map.json", "added_tokens.json")
+"""Whatever of a folder may decide which ids a text has."""
 
 END_OF_TEXT = "<|endoftext|>"
+GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
+CLASSES_OF_A_FILE = ("PreTrainedTokenizerFast", "TokenizersBackend")
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Special tokens that transformers knows by their part, in its order."""
+OF_GPT2 = ("bos_token", "eos_token", "unk_token")
+
+Result = TypeVar("Result")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """
-    From a model's tokenizer.json, or its vocab.json and merges.txt.
+    From a model's tokenizer.json, or its vocab.json and merges.txt, with the tokens that the files beside them add.
 
     Raises:
-        ModelError: the folder has neither, or they cannot be read.
+        ModelError: the folder has neither, they cannot be read, or it is not certain which ids they mean.
     """
-    whole, vocabulary, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
+    files = Folder(folder, ModelError)
+    settings = _Settings(files)
+    if files.find("tokenizer.json"):
+        tokenizer = _from_one_file(files, settings)
+    elif files.find("vocab.json") and files.find("merges.txt"):
+        tokenizer = _from_vocabulary(files, settings)
+    else:
+        raise ModelError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
+    _guarded(folder, lambda: settings.add_tokens_to(tokenizer))
+    # Some files keep the settings of their last batch.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """
+    The ids of each text, without tokens that mark its beginning or end.
+
+    Raises:
+        ModelError: the tokenizer fails on them.
+    """
+    encoded = _guarded(None, lambda: tokenizer.encode_batch(list(texts), add_special_tokens=False))
+    return [encoding.ids for encoding in encoded]
+
+
+def end_of_text(folder: Path) -> str | None:
+    """The token that the tokenizer's files call the end of a text; None if they name none."""
+    return _Settings(Folder(folder, ModelError)).named("eos_token")
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """
+    SHA-256, in hex, over all that decides a text's ids, and over nothing else: folders of different files that mean the same
+    tokenizer have the same. PROTOCOL.md, "Hello", describes the form.
+    """
+    whole = json.loads(tokenizer.to_str())
+    model, normalizer = whole["model"], whole["normalizer"]
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    if isinstance(model["vocab"], dict):
+        del model["vocab"]  # it is in ``vocabulary``; where tokens have scores, it is a list
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.pop("merges", [])]
+    if _has_every_byte(tokenizer):
+        model.pop("unk_token", None)
+    idle = {"special"} if normalizer else {"special", "normalized"}
+    form = {
+        "added_tokens": [_without(token, idle) for token in whole["added_tokens"]],
+        "merges": merges,
+        "model": model,
+        "normalizer": normalizer,
+        "pre_tokenizer": _without(whole["pre_tokenizer"], {"trim_offsets"}),
+        "vocabulary": sorted([number, token] for token, number in vocabulary.items()),
+    }
+    text = json.dumps(_without(form, set()), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _has_every_byte(tokenizer: Tokenizer) -> bool:
+    """Whether nothing is unknown to a byte-level tokenizer."""
+    return all(tokenizer.token_to_id(character) is not None for character in pre_tokenizers.ByteLevel.alphabet())
+
+
+def _without(value: Any, idle: set[str]) -> Any:
+    """Without members that say nothing: other versions of the library may leave them out."""
+    if isinstance(value, list):
+        return [_without(item, idle) for item in value]
+    if isinstance(value, dict):
+        members = {key: _without(member, idle) for key, member in value.items() if key not in idle}
+        return {key: member for key, member in members.items() if member is not False and member not in (None, "", [], {})}
+    return value
+
+
+class _Settings:
+    """What the small files beside a tokenizer say, merged as transformers merges them."""
+
+    def __init__(self, files: Folder) -> None:
+        self.where = files.path / SETTINGS
+        self._raw: dict[str, Any] = files.read_json(SETTINGS) if files.find(SETTINGS) else {}
+        self.declared: dict[int, AddedToken] = {}
+        """Added tokens by the ids that they must have."""
+        for key in ("auto_map", "split_special_tokens"):
+            if self._raw.get(key):
+                raise ModelError(f"{self.where}: {key} is {shown(self._raw[key])}, which is not supported; remove it")
+        self.is_declared = self._raw.get("added_tokens_decoder") is not None
+        if self.is_declared:
+            for number, token in _items(self.where, self._raw, "added_tokens_decoder"):
+                if not number.isdecimal():
+                    raise ModelError(f"{self.where}: added_tokens_decoder has a token of id {shown(number)}")
+                self.declared[int(number)] = _added_token(self.where, "added_tokens_decoder", token)
+            return
+        if files.find("special_tokens_map.json"):
+            self._raw |= files.read_json("special_tokens_map.json")
+        if files.find("added_tokens.json"):
+            path, special = files.path / "added_tokens.json", [str(token) for token in self._special_tokens()]
+            for content, number in files.read_json("added_tokens.json").items():
+                if not isinstance(number, int) or isinstance(number, bool):
+                    raise ModelError(f"{path}: {shown(content)} has the id {shown(number)}, which is no whole number")
+                is_special = content in special
+                self.declared[number] = AddedToken(content, normalized=not is_special, special=is_special)
+
+    @property
+    def tokenizer_class(self) -> str:
+        name = self._raw.get("tokenizer_class") or GPT2_CLASSES[0]
+        if name in GPT2_CLASSES or name in CLASSES_OF_A_FILE:
+            return str(name)
+        raise ModelError(
+            f"{self.where}: tokenizer_class is {shown(name)}; GPT2Tokenizer can be used, and PreTrainedTokenizerFast, by which "
+            "a tokenizer.json is taken as it stands"
+        )
+
+    @property
+    def is_gpt2(self) -> bool:
+        return self.tokenizer_class in GPT2_CLASSES
+
+    @property
+    def add_prefix_space(self) -> bool | None:
+        value = self._raw.get("add_prefix_space")
+        if value is not None and not isinstance(value, bool):
+            raise ModelError(f"{self.where}: add_prefix_space is {shown(value)}; true or false is expected")
+        return value
+
+    def named(self, part: str) -> str | None:
+        """A special token by its part, such as "eos_token"."""
+        value = self._raw.get(part, END_OF_TEXT if self.is_gpt2 and part in OF_GPT2 else None)
+        return None if value is None else str(_added_token(self.where, part, value))
+
+    def _special_tokens(self) -> Iterator[AddedToken]:
+        for part in (*NAMED, *sorted(key for key in self._raw if key.endswith("_token") and key not in NAMED)):
+            value = self._raw.get(part, END_OF_TEXT if self.is_gpt2 and part in OF_GPT2 else None)
+            if value is not None and not isinstance(value, bool):  # add_bos_token, add_eos_token
+                yield _added_token(self.where, part, value)
+        for key in ("extra_special_tokens", "additional_special_tokens"):
+            more = self._raw.get(key) or []
+            if not isinstance(more, list | dict):
+                raise ModelError(f"{self.where}: {key} is {shown(more)}; a list of tokens is expected")
+            for token in more.values() if isinstance(more, dict) else more:
+                yield _added_token(self.where, key, token)
+
+    def add_tokens_to(self, tokenizer: Tokenizer) -> None:
+        """
+        Raises:
+            ModelError: a token cannot have the id that is declared.
+        """
+        for number, token in sorted(self.declared.items()):
+            tokenizer.add_tokens([token])
+            found = tokenizer.token_to_id(str(token))
+            if found != number:
+                raise ModelError(
+                    f"{self.where.parent}: the added token {shown(str(token))} is declared with id {number}, but gets {found}: "
+                    "the vocabulary has it already, or ids are left out before it"
+                )
+        known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        tokenizer.add_tokens([token for token in self._special_tokens() if str(token) not in known])
+
+
+def _from_one_file(files: Folder, settings: _Settings) -> Tokenizer:
+    path, content = files.path / "tokenizer.json", files.read_text("tokenizer.json")
+    tokenizer: Tokenizer = _guarded(path, lambda: Tokenizer.from_str(content))
+    whole = json.loads(tokenizer.to_str())
+    if whole["model"].get("dropout"):
+        raise ModelError(f"{path}: model.dropout is {shown(whole['model']['dropout'])}, which makes ids random; remove it")
+    if settings.is_gpt2:
+        # Of the file, transformers takes vocabulary and merges; the rest it builds itself.
+        odd = next(_more_than_gpt2(tokenizer, whole), None)
+        if odd is not None:
+            raise ModelError(
+                f"{path}: {odd} is not that of GPT-2's tokenizer, and its class is GPT2Tokenizer; if the file is right as it "
+                f'stands, {SETTINGS} should have "tokenizer_class": "PreTrainedTokenizerFast"'
+            )
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.add_prefix_space))
+    _check_agreement(path, whole, settings)
+    return tokenizer
+
+
+def _more_than_gpt2(tokenizer: Tokenizer, whole: dict[str, Any]) -> Iterator[str]:
+    """What of a tokenizer.json the class GPT2Tokenizer would do otherwise."""
+    model, before = whole["model"], whole["pre_tokenizer"] or {}
+    if model["type"] != "BPE":
+        yield "model"
+        return
+    yield from (
+        f"model.{option}"
+        for option in ("ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+        if model.get(option)
+    )
+    if model.get("unk_token") and not _has_every_byte(tokenizer):
+        yield "model.unk_token"
+    if whole["normalizer"]:
+        yield "normalizer"
+    if before.get("type") != "ByteLevel" or not before.get("use_regex", True):
+        yield "pre_tokenizer"
+
+
+def _check_agreement(path: Path, whole: dict[str, Any], settings: _Settings) -> None:
+    """Where tokenizer.json and tokenizer_config.json contradict each other, versions of transformers take different sides."""
+    prefix = (whole["pre_tokenizer"] or {}).get("add_prefix_space", False)
+    if not settings.is_gpt2 and settings.add_prefix_space not in (None, prefix):
+        raise ModelError(
+            f"{settings.where}: add_prefix_space is {shown(settings.add_prefix_space)}, in {path.name} it is {shown(prefix)}; "
+            "correct the file that is wrong"
+        )
+    if settings.is_gpt2 and settings.is_declared:
+        for token in whole["added_tokens"]:
+            declared = settings.declared.get(token["id"])
+            if declared is None or str(declared) != token["content"]:
+                raise ModelError(
+                    f"{path} adds the token {shown(token['content'])} with id {token['id']}, for which added_tokens_decoder in "
+                    f"{SETTINGS} has {'nothing' if declared is None else shown(str(declared))}; correct the file that is wrong"
+                )
+
+
+def _from_vocabulary(files: Folder, settings: _Settings) -> Tokenizer:
+    if not settings.is_gpt2:
+        raise ModelError(f"{files.path} has no tokenizer.json, which tokenizer_class {settings.tokenizer_class} needs")
+    path, vocabulary = files.path / "vocab.json", files.read_json("vocab.json")
+    for token, number in vocabulary.items():
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 1 << 32:
+            raise ModelError(f"{path}: {shown(token)} has the id {shown(number)}, which is no whole number from 0 on")
+    merges = list(_merges(files))
+    tokenizer: Tokenizer = _guarded(files.path, lambda: Tokenizer(models.BPE(vocab=vocabulary, merges=merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.add_prefix_space))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return tokenizer
+
+
+def _merges(files: Folder) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(files.read_text("merges.txt").split("\n"), 1):
+        line = line.removesuffix("\r")
+        if not line or line.startswith("#version"):
+            continue
+        parts = line.split(" ")
+        if len(parts) != 2:
+            raise ModelError(f"{files.path / 'merges.txt'}, line {number}: two tokens are expected; there is {shown(line)}")
+        yield parts[0], parts[1]
+
+
+def _items(where: Path, raw: dict[str, Any], key: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(raw[key], dict):
+        raise ModelError(f"{where}: {key} is {shown(raw[key])}; an object is expected")
+    yield from raw[key].items()
+
+
+def _added_token(where: Path, key: str, value: Any) -> AddedToken:
+    """A special token as it stands in a file: its text, or an object that has options as well."""
+    if isinstance(value, str) and value:
+        return AddedToken(value, special=True, normalized=False)
+    if isinstance(value, dict) and isinstance(value.get("content"), str) and value["content"]:
+        options = {name: value[name] for name in ("single_word", "lstrip", "rstrip", "normalized", "special") if name in value}
+        if all(isinstance(option, bool) for option in options.values()):
+            return AddedToken(value["content"], **{"special": key != "added_tokens_decoder", **options})
+    raise ModelError(f"{where}: {key} has {shown(value)} where a token is expected")
+
+
+def _guarded(where: Path | None, work: Callable[[], Result]) -> Result:
+    """What the tokenizers library does; it raises bare Exception for a wrong file, and for some of them its Rust panics."""
     try:
-        if whole.is_file():
-            tokenizer = Tokenizer.from_file(str(whole))
-            # Some files keep the settings of their last batch.
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
-            return tokenizer
-        if vocabulary.is_file() and merges.is_file():
-            tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            tokenizer.decoder = decoders.ByteLevel()
-            tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-            tokenizer.add_special_tokens([END_OF_TEXT])
-            return tokenizer
-    except Exception as error:  # the library raises bare Exception for whatever is wrong with a file
-        raise ModelError(f"{folder}: the tokenizer cannot be read: {error}") from None
-    raise ModelError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
+        return work()
+    except (ModelError, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # PanicException is not an Exception
+        if type(error).__name__ != "PanicException" and not isinstance(error, Exception):
+            raise
+        reason = str(error).strip().split("\n")[0]
+        place = f"{where}: " if where else ""
+        raise ModelError(f"{place}the tokenizer cannot be {'read' if where else 'used'}: {reason}") from None

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -99,6 +100,12 @@ def _state_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """4 blocks, d = 32, 600 tokens."""
     return make_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may spoil."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
 @pytest.fixture

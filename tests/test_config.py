@@ -437,6 +437,7 @@ NAMES = {
         *("decode", "encode", "gradient_codec", "identity", "largest_message_bytes"),
     ],
     "split_model": [
+        *("FILES_BESIDE_WEIGHTS", "Folder", "StoredTensor", "encode", "shown"),
         *(
             "Adapter",
             "AdapterError",

@@ -1,6 +1,7 @@
 """PROTOCOL.md says what the code does."""
 
 import dataclasses
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -43,6 +44,7 @@ from protocol.rounding import Dither, to_bfloat16
 from protocol.settings import BOUNDS
 from split_model import BaseModel
 from split_model.base_model import ModelConfig
+from split_model.tokenizer import tokenizer_digest
 
 DOCUMENT = (Path(__file__).parent.parent / "PROTOCOL.md").read_text(encoding="utf-8")
 KINDS = {kind.__name__: kind for kind in get_args(Message)}
@@ -308,3 +310,14 @@ def test_its_example_of_a_shuffle_is_the_order_of_the_program() -> None:
     documented = [[int(number) for number in (one or other).split()] for one, other in orders]
     data = Dataset([Sample(integers(0, 1), 1)] * 7, 0)
     assert documented == [data.order(step, 7, (0, "a", "order")) for step in (1, 2)]
+
+
+def test_its_example_of_a_tokenizer_is_what_a_fingerprint_ends_with() -> None:
+    ((form, digits),) = re.findall(r"\n    (\{\"added_tokens\".*\})\n\nand ends a fingerprint with `(\w+)`", DOCUMENT)
+    tokens = {token: number for number, token in json.loads(form)["vocabulary"]}
+    end = max(tokens, key=tokens.__getitem__)
+    tokens.pop(end)
+    tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[tuple(merge) for merge in json.loads(form)["merges"]]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens([end])
+    assert tokenizer_digest(tokenizer)[:16] == digits == hashlib.sha256(form.encode()).hexdigest()[:16]

@@ -1,6 +1,7 @@
 """The cut model against transformers, how checkpoints are read, and the small numerical parts."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,74 @@ def test_shards_and_names_without_prefix_are_the_same_model(tiny_model: Path, tm
     assert len(list(sharded.glob("*.safetensors"))) > 1
     bare.mkdir()
     (bare / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    for folder in (sharded, bare):
+        (folder / "tokenizer.json").write_bytes((tiny_model / "tokenizer.json").read_bytes())
     tensors = load_file(tiny_model / "model.safetensors")
     masks = {"h.0.attn.bias": torch.zeros(1, 1, 4, 4)}  # old checkpoints carry them
     save_file({**{name.removeprefix("transformer."): t for name, t in tensors.items()}, **masks}, bare / "model.safetensors")
     assert len({BaseModel(folder).fingerprint() for folder in (tiny_model, sharded, bare)}) == 1
+
+
+def change_weights(model: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    weights = load_file(model / "model.safetensors")
+    change(weights)
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
+
+
+TABLE, HEAD = "transformer.wte.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_head_that_is_not_the_table_is_a_head_of_its_own(model: Path, tiny_model: Path, dtype: torch.dtype) -> None:
+    """Whatever the configuration says, as in transformers."""
+    change_weights(model, lambda weights: weights.update({HEAD: (weights[TABLE] + 0.3).to(dtype)}))
+    assert json.loads((model / "config.json").read_text())["tie_word_embeddings"] is True
+    assert BaseModel(model).config.tied_head is False
+    assert BaseModel(model).fingerprint() != BaseModel(tiny_model).fingerprint()
+    edge, server = parts(model, 2)
+    lengths = torch.tensor([5])
+    with torch.no_grad():
+        logits = server.logits(edge(torch.tensor([1, 2, 3, 4, 5]), lengths), lengths)
+    assert torch.allclose(logits, whole_logits(model, [1, 2, 3, 4, 5]), atol=1e-10)
+
+
+def test_head_that_differs_in_its_last_row_alone_is_noticed(model: Path) -> None:
+    def change_last_row(weights: dict[str, torch.Tensor]) -> None:
+        weights[HEAD] = weights[TABLE].clone()
+        weights[HEAD][-1, -1] += 1
+
+    change_weights(model, change_last_row)
+    assert BaseModel(model).config.tied_head is False
+
+
+def store_the_head_too(weights: dict[str, torch.Tensor]) -> None:
+    weights[HEAD] = weights[TABLE].clone()
+
+
+def store_the_head_alone(weights: dict[str, torch.Tensor]) -> None:
+    weights[HEAD] = weights.pop(TABLE)
+
+
+@pytest.mark.parametrize("store", [store_the_head_too, store_the_head_alone])
+def test_tied_head_that_is_stored_is_the_same_model(
+    model: Path, tiny_model: Path, store: Callable[[dict[str, torch.Tensor]], None]
+) -> None:
+    change_weights(model, store)
+    assert BaseModel(model).config == BaseModel(tiny_model).config
+    assert BaseModel(model).fingerprint() == BaseModel(tiny_model).fingerprint()
+    assert torch.equal(whole_logits(model, [1, 2, 3]), whole_logits(tiny_model, [1, 2, 3]))
+    edge, server = parts(model, 1)
+    lengths = torch.tensor([3])
+    with torch.no_grad():
+        logits = server.logits(edge(torch.tensor([1, 2, 3]), lengths), lengths)
+    assert torch.allclose(logits, whole_logits(tiny_model, [1, 2, 3]), atol=1e-10)
+
+
+def test_tensors_that_are_no_part_of_the_model_are_no_part_of_its_fingerprint(model: Path, tiny_model: Path) -> None:
+    change_weights(
+        model, lambda weights: weights.update({"score.weight": torch.zeros(2, 32), "h.7.ln_1.bias": torch.zeros(32)})
+    )
+    assert BaseModel(model).fingerprint() == BaseModel(tiny_model).fingerprint()
 
 
 def test_fingerprint_knows_another_model(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,286 @@
+"""The ids of a model folder are those of AutoTokenizer, or the folder is refused; and folders with the same ids agree."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_tokenizer
+from tokenizers import AddedToken, Tokenizer, models, normalizers
+from transformers import AutoTokenizer
+
+from split_model import BaseModel, ModelError, encode, load_tokenizer
+from split_model.tokenizer import tokenizer_digest
+
+TEXTS = [
+    "<|user|>a pub near the river<|bot|>",
+    " <|user|> a  pub\n\n",
+    "<|endoftext|>The café costs £20<|endoftext|>",
+    "x<|bot|><|pad|>y",
+    "it's 3pm, don't\tgo  ",
+    "",
+]
+SETTINGS = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+USER, BOT = {"content": "<|user|>", "special": True}, {"content": "<|bot|>", "special": True}
+OPTIONS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Any]:
+    """tokenizer.json of a byte-level BPE of 600 tokens."""
+    return dict(json.loads(make_tokenizer().to_str()))
+
+
+@pytest.fixture
+def write(tmp_path: Path, whole: dict[str, Any]) -> Write:
+    """A folder with the tokenizer as one file, or as two, and with other files by their names, "__" for the dot."""
+
+    def write(form: str = "whole", *, name: str = "model", changes: dict[str, Any] | None = None, **files: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text('{"model_type": "gpt2"}')
+        if form == "whole":
+            (folder / "tokenizer.json").write_text(json.dumps({**whole, **(changes or {})}))
+        else:
+            merges = ["#version: 0.2", *(" ".join(merge) for merge in whole["model"]["merges"])]
+            (folder / "vocab.json").write_text(json.dumps(whole["model"]["vocab"]))
+            (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+        for file, content in files.items():
+            (folder / file.replace("__", ".")).write_text(json.dumps(content))
+        return folder
+
+    return write
+
+
+FOLDERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "settings": {"tokenizer_config__json": SETTINGS},
+    "added_tokens.json": {
+        "added_tokens__json": {"<|user|>": 600, "<|bot|>": 601},
+        "special_tokens_map__json": {"additional_special_tokens": ["<|user|>", "<|bot|>"]},
+    },
+    "added_tokens.json that are not special": {"added_tokens__json": {"<|bot|>": 601, "<|user|>": 600}},
+    "added_tokens_decoder": {
+        "tokenizer_config__json": {
+            **SETTINGS,
+            "added_tokens_decoder": {
+                "0": {"content": "<|endoftext|>", "special": True, **OPTIONS},
+                "601": {**BOT, **OPTIONS},
+                "600": {**USER, **OPTIONS, "lstrip": True},
+            },
+        }
+    },
+    "additional_special_tokens": {
+        "tokenizer_config__json": {**SETTINGS, "additional_special_tokens": ["<|user|>", "<|bot|>"]},
+    },
+    "special token as an object": {"special_tokens_map__json": {"pad_token": {"content": "<|pad|>", **OPTIONS}}},
+    "pad_token": {"tokenizer_config__json": {**SETTINGS, "pad_token": "<|pad|>"}},
+    "pad_token that is a word": {"tokenizer_config__json": {**SETTINGS, "pad_token": "Ġthe"}},
+    "add_prefix_space": {"tokenizer_config__json": {**SETTINGS, "add_prefix_space": True}},
+    "add_bos_token": {"tokenizer_config__json": {**SETTINGS, "add_bos_token": True}},
+}
+
+
+@pytest.mark.parametrize("form", ["whole", "two files"])
+@pytest.mark.parametrize("case", FOLDERS)
+def test_ids_are_those_of_transformers(write: Write, case: str, form: str) -> None:
+    folder = write(form, **FOLDERS[case])
+    expected = AutoTokenizer.from_pretrained(folder)(TEXTS, add_special_tokens=False)["input_ids"]
+    assert encode(load_tokenizer(folder), TEXTS) == expected
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_both_forms_of_a_tokenizer_have_one_digest(write: Write, case: str) -> None:
+    one, two = write("whole", name="one", **FOLDERS[case]), write("two files", name="two", **FOLDERS[case])
+    assert tokenizer_digest(load_tokenizer(one)) == tokenizer_digest(load_tokenizer(two))
+
+
+def test_tokenizer_that_transformers_has_saved_has_the_same_digest(write: Write, tmp_path: Path) -> None:
+    folder = write("two files", **FOLDERS["added_tokens.json"])
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved/tokenizer.json").exists()
+    assert tokenizer_digest(load_tokenizer(tmp_path / "saved")) == tokenizer_digest(load_tokenizer(folder))
+
+
+def swap_two_ids(whole: dict[str, Any]) -> None:
+    vocabulary = whole["model"]["vocab"]
+    first, second = list(vocabulary)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+
+
+def drop_last_merge(whole: dict[str, Any]) -> None:
+    whole["model"]["merges"].pop()
+
+
+DIFFERENT: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "ids": swap_two_ids,
+    "a merge less": drop_last_merge,
+    "other order of merges": lambda whole: whole["model"]["merges"].reverse(),
+    "an added token": lambda whole: whole["added_tokens"].append({"id": 600, **USER, **OPTIONS}),
+    "a token that takes space": lambda whole: whole["added_tokens"][0].update(lstrip=True),
+    "a normalizer": lambda whole: whole.update(normalizer={"type": "Lowercase"}),
+    "a prefix": lambda whole: whole["pre_tokenizer"].update(add_prefix_space=True),
+    "words that are not split": lambda whole: whole["pre_tokenizer"].update(use_regex=False),
+}
+SAME: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "merges as texts": lambda whole: whole["model"].update(merges=[" ".join(pair) for pair in whole["model"]["merges"]]),
+    "offsets": lambda whole: whole["pre_tokenizer"].update(trim_offsets=False),
+    "decoder": lambda whole: whole.update(decoder=None, post_processor=None),
+    "unused flags": lambda whole: whole["added_tokens"][0].update(special=False, normalized=True),
+    "an empty suffix": lambda whole: whole["model"].update(end_of_word_suffix="", continuing_subword_prefix=""),
+    "what no byte needs": lambda whole: whole["model"].update(unk_token="<|endoftext|>"),
+    "padding": lambda whole: whole.update(
+        truncation={"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    ),
+}
+
+
+@pytest.mark.parametrize("case", [*DIFFERENT, *SAME])
+def test_digest_says_whether_ids_are_the_same_and_nothing_else(whole: dict[str, Any], case: str) -> None:
+    changed = json.loads(json.dumps(whole))
+    {**DIFFERENT, **SAME}[case](changed)
+    one, other = (tokenizer_digest(Tokenizer.from_str(json.dumps(each))) for each in (whole, changed))
+    assert (one == other) == (case in SAME)
+
+
+def test_fingerprint_tells_another_tokenizer_from_another_model(model: Path, tiny_model: Path) -> None:
+    whole = json.loads((model / "tokenizer.json").read_text())
+    swap_two_ids(whole)
+    (model / "tokenizer.json").write_text(json.dumps(whole))
+    one, other = BaseModel(tiny_model).fingerprint(), BaseModel(model).fingerprint()
+    assert one[:16] == other[:16]
+    assert one[16:] != other[16:]
+    assert len(one) == 32
+
+
+AS_IT_STANDS = {"tokenizer_config__json": {"tokenizer_class": "PreTrainedTokenizerFast"}}
+
+
+def test_file_is_taken_as_it_stands_where_its_class_says_so(write: Write, whole: dict[str, Any]) -> None:
+    folder = write(changes={"normalizer": {"type": "Lowercase"}}, **AS_IT_STANDS)
+    expected = AutoTokenizer.from_pretrained(folder)(TEXTS, add_special_tokens=False)["input_ids"]
+    assert encode(load_tokenizer(folder), TEXTS) == expected
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "normalizer": ({"changes": {"normalizer": {"type": "Lowercase"}}}, "normalizer is not that of GPT-2's tokenizer"),
+    "no pre_tokenizer": ({"changes": {"pre_tokenizer": None}}, "pre_tokenizer is not that of GPT-2's tokenizer"),
+    "other model": (
+        {"changes": {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}},
+        "model is not that of GPT-2's tokenizer",
+    ),
+    "unknown class": ({"tokenizer_config__json": {"tokenizer_class": "LlamaTokenizer"}}, 'tokenizer_class is "LlamaTokenizer"'),
+    "code": ({"tokenizer_config__json": {"auto_map": {"AutoTokenizer": ["a.B", None]}}}, "auto_map is "),
+    "split special tokens": ({"tokenizer_config__json": {"split_special_tokens": True}}, "split_special_tokens is true"),
+    "id that is taken": ({"added_tokens__json": {"the": 700}}, 'the added token "the" is declared with id 700, but gets'),
+    "gap before an id": ({"added_tokens__json": {"<|user|>": 605}}, "is declared with id 605, but gets 600"),
+    "id no number": ({"added_tokens__json": {"<|user|>": "605"}}, '"<|user|>" has the id "605", which is no whole number'),
+    "contradiction": (
+        {"tokenizer_config__json": {"added_tokens_decoder": {"600": {**USER, **OPTIONS}}}},
+        'adds the token "<|endoftext|>" with id 0, for which added_tokens_decoder in tokenizer_config.json has nothing',
+    ),
+    "prefix contradicts": (
+        {"tokenizer_config__json": {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": True}},
+        "add_prefix_space is true, in tokenizer.json it is false",
+    ),
+    "prefix no boolean": ({"tokenizer_config__json": {"add_prefix_space": "no"}}, 'add_prefix_space is "no"; true or false'),
+    "decoder no object": ({"tokenizer_config__json": {"added_tokens_decoder": [1]}}, "added_tokens_decoder is [1]; an object"),
+    "decoder without content": (
+        {"tokenizer_config__json": {"added_tokens_decoder": {"600": {"special": True}}}},
+        'added_tokens_decoder has {"special": true} where a token is expected',
+    ),
+    "end no token": ({"tokenizer_config__json": {"eos_token": 3}}, "eos_token has 3 where a token is expected"),
+    "more tokens no list": ({"tokenizer_config__json": {"additional_special_tokens": 3}}, "additional_special_tokens is 3"),
+    "settings no object": ({"tokenizer_config__json": [1]}, "tokenizer_config.json is not a JSON object but [1]"),
+    "added tokens no object": ({"added_tokens__json": 7}, "added_tokens.json is not a JSON object but 7"),
+    "vocabulary no ids": ({"form": "two files", "vocab__json": {"a": "b"}}, 'vocab.json: "a" has the id "b"'),
+    "vocabulary of another": ({"form": "two files", "vocab__json": {"a": 0}}, "the tokenizer cannot be read: "),
+    "merges of three": ({"form": "two files", "merges__txt": "a b c"}, "merges.txt, line 1: two tokens are expected"),
+    "class without its file": ({"form": "two files", **AS_IT_STANDS}, "has no tokenizer.json, which tokenizer_class"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_folder_of_uncertain_meaning_is_refused(write: Write, case: str) -> None:
+    files, reason = REFUSED[case]
+    folder = write(**files)
+    with pytest.raises(ModelError) as refused:
+        load_tokenizer(folder)
+    assert reason in str(refused.value)
+    assert str(folder) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_ids_that_change_by_chance_are_refused(write: Write, whole: dict[str, Any]) -> None:
+    folder = write(changes={"model": {**whole["model"], "dropout": 0.1}}, **AS_IT_STANDS)
+    with pytest.raises(ModelError, match=r"model\.dropout is 0\.1, which makes ids random"):
+        load_tokenizer(folder)
+
+
+def test_bytes_without_a_token_are_refused_where_they_have_two_meanings(write: Write) -> None:
+    model = {"type": "BPE", "vocab": {"<|endoftext|>": 0, "a": 1}, "merges": [], "unk_token": "<|endoftext|>"}
+    with pytest.raises(ModelError, match=r"model\.unk_token is not that of GPT-2's tokenizer"):
+        load_tokenizer(write(changes={"model": model}))
+
+
+def test_tokenizer_that_fails_on_a_text_is_one_sentence() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="nowhere"))
+    with pytest.raises(ModelError, match="the tokenizer cannot be used: "):
+        encode(tokenizer, ["b"])
+
+
+def test_file_at_which_the_library_panics_is_refused(write: Write) -> None:
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"], "continuing_subword_prefix": "######"}
+    with pytest.raises(ModelError, match=r"tokenizer.json: the tokenizer cannot be read: "):
+        load_tokenizer(write(changes={"model": model}, **AS_IT_STANDS))
+
+
+def test_panic_of_the_library_is_one_sentence() -> None:
+    class PanicException(BaseException):
+        """As pyo3's: no Exception."""
+
+    class Panicking:
+        def encode_batch(self, *_: object, **__: object) -> object:
+            raise PanicException("index out of bounds\nmore")
+
+    with pytest.raises(ModelError, match=r"the tokenizer cannot be used: index out of bounds$"):
+        encode(Panicking(), ["a"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("signal", [KeyboardInterrupt, SystemExit])
+def test_ctrl_c_is_no_fault_of_the_tokenizer(signal: type[BaseException]) -> None:
+    class Interrupted:
+        def encode_batch(self, *_: object, **__: object) -> object:
+            raise signal
+
+    with pytest.raises(signal):
+        encode(Interrupted(), ["a"])  # type: ignore[arg-type]
+
+
+def test_settings_of_the_last_batch_are_left_out(write: Write) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9)
+    folder = write(changes=json.loads(tokenizer.to_str()))
+    assert encode(load_tokenizer(folder), ["a pub near the river"]) == encode(make_tokenizer(), ["a pub near the river"])
+
+
+@pytest.mark.parametrize("end", ["Ġthe", "</s>"])
+def test_model_that_ends_texts_by_another_token_than_its_tokenizer_is_refused(model: Path, end: str) -> None:
+    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+    with pytest.raises(ModelError) as refused:
+        BaseModel(model)
+    assert 'eos_token_id is 0, which is "<|endoftext|>" in the tokenizer; its own eos_token is ' in str(refused.value)
+
+
+def test_normalizer_counts_what_it_is_applied_to() -> None:
+    digests = set()
+    for normalized in (False, True):
+        tokenizer = make_tokenizer()
+        tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.add_tokens([AddedToken("<X>", normalized=normalized)])
+        digests.add(tokenizer_digest(tokenizer))
+    assert len(digests) == 2
