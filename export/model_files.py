@@ -1,21 +1,20 @@
 """The files beside the graphs: by them every runtime knows what it has before it."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from split_model import ModelConfig, load_tokenizer
+from split_model import Folder, ModelConfig, load_tokenizer
 
+from .beside_weights import copy_files_beside_weights
 from .checkpoint import write_checkpoint
+from .errors import ExportError
 from .source import Source
 from .weights import Weights
 
 __all__ = ["write_genai_config", "write_json", "write_model_files"]
-
-COPIED = ("tokenizer_config.json", "vocab.json", "merges.txt", "generation_config.json", "special_tokens_map.json")
 
 
 def write_model_files(folder: Path, source: Source, weights: Weights, more: dict[str, Any]) -> None:
@@ -25,9 +24,7 @@ def write_model_files(folder: Path, source: Source, weights: Weights, more: dict
     Args:
         more: what config.json says besides what the base model's says.
     """
-    for name in COPIED:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
+    copy_files_beside_weights(source.folder, folder)
     tokenizer = load_tokenizer(source.folder)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     _write_missing(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, source.config))
@@ -89,7 +86,7 @@ def _write_missing(path: Path, value: dict[str, Any]) -> None:
 
 def _config(source: Source) -> dict[str, Any]:
     """config.json of what is written: float32, with what other programs look for and transformers no longer writes."""
-    config: dict[str, Any] = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    config = Folder(source.folder, ExportError).read_json("config.json")
     config.pop("torch_dtype", None)
     config.setdefault("architectures", ["GPT2LMHeadModel"])
     config.setdefault("bos_token_id", source.config.end_token)

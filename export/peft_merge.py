@@ -2,15 +2,15 @@
 
 import dataclasses
 import logging
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from split_model import AdapterSettings, BaseModel, ModelError
+from split_model import AdapterSettings, BaseModel
 
+from .beside_weights import copy_files_beside_weights
 from .errors import ExportError
 
 __all__ = ["load_with_peft", "load_with_transformers", "merge_with_peft"]
@@ -18,7 +18,7 @@ __all__ = ["load_with_peft", "load_with_transformers", "merge_with_peft"]
 logger = logging.getLogger("export")
 
 
-def merge_with_peft(base: Path, adapter: Path, folder: Path) -> None:
+def merge_with_peft(base: BaseModel, adapter: Path, folder: Path) -> None:
     """
     Write the base model with the adapter merged into it to ``folder``, in float32.
 
@@ -41,38 +41,49 @@ def merge_with_peft(base: Path, adapter: Path, folder: Path) -> None:
             merged.lm_head.weight = torch.nn.Parameter(head.detach().clone())
         try:
             merged.save_pretrained(folder)
-            for name in ("tokenizer.json", "vocab.json", "merges.txt"):
-                if (base / name).is_file():
-                    shutil.copyfile(base / name, folder / name)
+            copy_files_beside_weights(base.folder, folder)
         except (OSError, SafetensorError) as error:
             raise ExportError(f"the merged model cannot be written to {folder}: {error}; TMPDIR says where it goes") from None
 
 
-def load_with_transformers(folder: Path) -> Any:
+def load_with_transformers(base: BaseModel) -> Any:
     """
-    A model in float32, ready to be asked.
+    A GPT2LMHeadModel in float32, ready to be asked.
 
-    Raises:
-        ModelError: it is no whole GPT-2, or transformers cannot load it.
+    It is made of what this package has read and checked, and not from the folder: there transformers would load an adapter that
+    lies beside the weights as well, and fetch code that a configuration names.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import GPT2Config, GPT2LMHeadModel
     from transformers.utils import logging
 
-    BaseModel(folder).check()
+    described = base.config
+    config = GPT2Config(
+        n_layer=described.num_layers,
+        n_embd=described.width,
+        n_head=described.num_heads,
+        n_inner=described.inner_width,
+        n_positions=described.num_positions,
+        vocab_size=described.vocabulary_size,
+        layer_norm_epsilon=described.norm_epsilon,
+        activation_function=described.activation,
+        tie_word_embeddings=described.tied_head,
+        bos_token_id=described.end_token,
+        eos_token_id=described.end_token,
+    )
+    tensors = {
+        name if name == "lm_head.weight" else f"transformer.{name}": base.tensor(name, shape).to(torch.float32)
+        for name, shape in described.tensor_shapes.items()
+    }
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            # "eager": a configuration can name a kernel that would be fetched.
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-            model.eval()  # type: ignore[no-untyped-call]
-        except Exception as error:  # a stranger's configuration reaches every corner of transformers
-            raise ModelError(f"{folder}: transformers cannot load this model: {' '.join(str(error).split())}") from None
-    return model
+        warnings.simplefilter("ignore")  # about the ways in which transformers calls itself
+        return GPT2LMHeadModel.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=torch.float32, attn_implementation="eager"
+        )
 
 
-def load_with_peft(base: Path, adapter: Path) -> Any:
+def load_with_peft(base: BaseModel, adapter: Path) -> Any:
     """
     The base model in transformers, float32, with the adapter put on by PEFT.
 
@@ -97,7 +108,7 @@ def load_with_peft(base: Path, adapter: Path) -> Any:
     kept = {name: value for name, value in settings.values.items() if name in known and settings.has(name)}
     for name in ("auto_mapping", "megatron_core", "revision"):
         kept.pop(name, None)
-    kept |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "inference_mode": True}
+    kept |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base.folder), "inference_mode": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the ways in which PEFT and transformers call each other
         model = load_with_transformers(base)

@@ -67,7 +67,6 @@ def open_source(
         if model is not None:
             raise
         raise ExportError(f"{error}; {run_dir} names it as its base model: give --model with where it is now") from None
-    base.check()
     fingerprint, run, lora = base.fingerprint(), None, None
     with tempfile.TemporaryDirectory(prefix="splitlora-") as scratch:
         if directory is not None:
@@ -79,14 +78,14 @@ def open_source(
                 if plain_only:
                     raise ExportError(f"{error}; only merging can export it: leave --keep-adapter out") from None
                 logger.info("%s; it is merged by PEFT", error)
-                merge_with_peft(base.folder, adapter, Path(scratch, "merged"))
+                merge_with_peft(base, adapter, Path(scratch, "merged"))
                 base = BaseModel(Path(scratch, "merged"))
         yield Source(
             name=name,
             folder=base.folder,
             config=base.config,
             fingerprint=fingerprint,
-            stored=StoredWeights(base.weight_files),
+            stored=StoredWeights(base),
             adapter=lora,
             adapter_folder=adapter,
             run=run,

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
-from split_model import BaseModel, find_model, load_tokenizer
+from split_model import BaseModel, encode, find_model, load_tokenizer
 from terminal import Progress
 
 from .errors import ExportError
@@ -193,7 +193,8 @@ class Reference:
     """A model in transformers, and its adapter in PEFT where it has one."""
 
     def __init__(self, base: Path, adapter: Path | None, *, end_token: int, context: int) -> None:
-        self._model = load_with_transformers(base) if adapter is None else load_with_peft(base, adapter)
+        model = BaseModel(base)
+        self._model = load_with_transformers(model) if adapter is None else load_with_peft(model, adapter)
         self.end_token, self._context = end_token, context
 
     @torch.no_grad()
@@ -221,8 +222,8 @@ def _read_texts(path: Path) -> list[str]:
 
 def _encoded(texts: Sequence[str], folder: Path, manifest: Manifest) -> list[Tokens]:
     """Ids of each text and the end token, cut to the model's context; what is shorter than two tokens tells nothing."""
-    tokenizer = load_tokenizer(folder)
-    encoded = [[*tokenizer.encode(text).ids, manifest.end_token][: manifest.context] for text in texts]
+    ids_of_texts = encode(load_tokenizer(folder), texts)
+    encoded = [[*ids, manifest.end_token][: manifest.context] for ids in ids_of_texts]
     encoded = [tokens for tokens in encoded if len(tokens) > 1]
     if not encoded:
         raise ExportError("no text is longer than a token; give longer ones with --prompts")

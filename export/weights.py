@@ -1,15 +1,15 @@
 """Where a graph's weights come from: readers that give one float32 array at a time, and wrap one another."""
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ml_dtypes  # noqa: F401  # teaches numpy, and so safetensors, what bfloat16 is
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from .errors import ExportError
+if TYPE_CHECKING:  # a graph is built without torch, which split_model imports
+    from split_model import BaseModel
 
 __all__ = ["Floats", "StoredWeights", "Weights"]
 
@@ -23,28 +23,16 @@ class Weights(Protocol):
 
 
 class StoredWeights:
-    """
-    The tensors of safetensors files, in float32, read when they are asked for.
+    """A base model's tensors in float32, read when they are asked for."""
 
-    Raises:
-        ExportError: a file cannot be read, or has not the tensor that is asked for.
-    """
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        self._places: dict[str, tuple[Any, str]] = {}
-        for path in files:
-            try:
-                file = safe_open(path, framework="np")
-            except (OSError, SafetensorError) as error:
-                raise ExportError(f"{path} cannot be read as safetensors: {error}") from None
-            self._places |= {stored.removeprefix("transformer."): (file, stored) for stored in file.keys()}  # type: ignore[no-untyped-call]
-
-    def names(self) -> list[str]:
-        return list(self._places)
+    def __init__(self, base: "BaseModel") -> None:
+        self._places = base.tensors
+        self._files: dict[Path, Any] = {
+            path: safe_open(path, framework="np") for path in {stored.path for stored in base.tensors.values()}
+        }
 
     def read(self, name: str) -> Floats:
-        if name not in self._places:
-            raise ExportError(f"tensor {name!r} is missing; is this a complete GPT-2 checkpoint?")
-        file, stored = self._places[name]
-        tensor: Floats = file.get_tensor(stored).astype(np.float32)
+        stored = self._places[name]
+        with np.errstate(over="ignore"):  # of float64; what becomes infinite is said where weights are merged
+            tensor: Floats = self._files[stored.path].get_tensor(stored.name).astype(np.float32)
         return tensor

@@ -171,6 +171,52 @@ def test_what_is_more_than_lora_is_merged_by_peft(tiny_model: Path, tmp_path: Pa
     assert largest_difference(logits_of(reference.load_base(tmp_path / "out"), ids), expected) < 2e-5
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["ours", "PEFT's"])
+def test_files_beside_the_weights_go_on_whoever_merges(model: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    settings = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "padding_side": "left", "chat_template": "{{ a }}"}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "max_length": 77}))
+    (model / "special_tokens_map.json").write_bytes(b'\xef\xbb\xbf{"pad_token": "<|endoftext|>"}')
+    (model / "added_tokens.json").write_text('{"<|user|>": 600}')
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    merge(str(model), tmp_path / "out", adapter=save_peft(model, tmp_path / "adapter", lora(**options)))
+    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text()) == settings
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["max_length"] == 77
+    assert json.loads((tmp_path / "out/special_tokens_map.json").read_text()) == {"pad_token": "<|endoftext|>"}
+    assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }}"
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")("<|user|>a pub").input_ids
+    assert ids[0] == 600
+    assert Tokenizer.from_file(str(tmp_path / "out/tokenizer.json")).encode("<|user|>a pub").ids == ids
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["ours", "PEFT's"])
+def test_adapter_that_lies_in_the_models_folder_is_not_merged(
+    model: Path, tiny_model: Path, adapter: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    for file in adapter.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    meant = save_peft(tiny_model, tmp_path / "adapter", lora(**options))
+    merge(str(model), tmp_path / "out", adapter=meant)
+    merge(str(tiny_model), tmp_path / "expected", adapter=meant)
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "expected"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("options", [None, {}, {"use_dora": True}], ids=["alone", "ours", "PEFT's"])
+def test_head_that_is_not_the_table_is_exported(model: Path, tmp_path: Path, options: dict[str, Any] | None) -> None:
+    """Although the configuration says that it is: as transformers reads the folder."""
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"] = weights["transformer.wte.weight"].flip(0).contiguous()
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    meant = None if options is None else save_peft(model, tmp_path / "adapter", lora(**options))
+    export_onnx(str(model), tmp_path / "out", adapter=meant, precisions=["fp32"])
+    ids = random_ids(600, 2, 20)
+    whole = reference.load_base(model) if meant is None else reference.load_peft(model, meant)
+    assert largest_difference(exported(tmp_path / "out").logits(ids), logits_of(whole.eval(), ids)) < 2e-5
+    assert largest_difference(logits_of(reference.load_base(tmp_path / "out"), ids), logits_of(whole.eval(), ids)) < 2e-5
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
 def test_checkpoint_in_half_precision_and_several_files_is_read(tiny_model: Path, tmp_path: Path) -> None:
     model = reference.load_base(tiny_model, torch.bfloat16)
     model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
@@ -298,7 +344,7 @@ def test_adapter_that_peft_cannot_merge_is_refused_in_one_sentence(tiny_model: P
     [
         (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json is missing"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json cannot be read"),
-        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "peft_type is None"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "is not a JSON object but"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"\0" * 20), "cannot be read as safetensors"),
         (lambda folder: save_file({}, folder / "adapter_model.safetensors"), "the adapter is empty"),

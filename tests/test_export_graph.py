@@ -136,7 +136,7 @@ def test_quantised_graph_is_the_model_with_rounded_weights(
     export_onnx(str(folder), tmp_path / "out", precisions=[precision])
     model, form = reference.load_base(folder), PRECISIONS[precision]
     config = BaseModel(folder).config
-    weights = Equalised(StoredWeights([folder / "model.safetensors"]), config)
+    weights = Equalised(StoredWeights(BaseModel(folder)), config)
     assert form.matrices
     assert form.projection
     assert form.table
@@ -357,7 +357,7 @@ class Outlying:
 
 def test_equalisation_changes_no_digit_in_full_precision(wide_model: Path, tmp_path: Path) -> None:
     model = BaseModel(wide_model)
-    weights = Outlying(StoredWeights(model.weight_files))
+    weights = Outlying(StoredWeights(model))
     equalised = Equalised(weights, model.config)
     assert np.unique(equalised.rows("h.1.attn.c_attn")).size > 1
     ids, found = random_ids(600, 2, 20), []
@@ -371,7 +371,7 @@ def test_equalisation_changes_no_digit_in_full_precision(wide_model: Path, tmp_p
 @pytest.mark.parametrize("precision", ["q8", "q4"])
 def test_equalisation_takes_most_of_what_outliers_cost(wide_model: Path, tmp_path: Path, precision: str) -> None:
     model = BaseModel(wide_model)
-    weights = Outlying(StoredWeights(model.weight_files))
+    weights = Outlying(StoredWeights(model))
     ids = random_ids(600, 2, 40)
     expected = logits_of(reference.load_base(wide_model), ids)
     errors = []
