@@ -303,6 +303,7 @@ def test_its_vector_of_a_fingerprint_is_that_of_such_a_model(tmp_path: Path) -> 
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     fingerprint = BaseModel(tmp_path).fingerprint()
     assert fingerprint[:16] == digits[:16]
+    assert f"the fingerprint is `{fingerprint}`" in text
 
 
 def test_its_example_of_a_shuffle_is_the_order_of_the_program() -> None:
