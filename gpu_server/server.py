@@ -364,7 +364,7 @@ class RunServer:
             here = {name for name, peer in self._peers.items() if peer.connection.enrolled != enrolled.get(name)}
             away = {name for name, member in self._federation.members.items() if name not in enrolled and not member.left}
             for name in here | away:
-                self._expel(name, "its enrolment was revoked")
+                self._expel(name, f"the enrolment of {name} was revoked")
 
     def _expel(self, name: str, reason: str) -> None:
         peer = self._peers.pop(name, None)

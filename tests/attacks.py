@@ -413,6 +413,7 @@ def wrong_frames(siege: Siege, amount: int) -> "Counter[str]":
         frame_header(CLOSE, b"\x00\x01"),
         struct.pack("!BB", 0x82, 1) + b"x",  # not masked
         frame_header(BINARY, b"x", last=False) + frame_header(0, b"x", last=False) * 5_000,
+        frame_header(BINARY, b"", last=False) + frame_header(0, b"", last=False) * 5_000,  # no byte of a message, ever
         frame_header(BINARY, b"x" * 60_000, last=False) * 3,
     ]
     counts: Counter[str] = Counter()
