@@ -6,7 +6,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from terminal import Parser, Progress, count, duration, listed, plain, run_program, show_log, version, where_time_went
+from terminal import (
+    Parser,
+    Progress,
+    count,
+    duration,
+    listed,
+    plain,
+    run_program,
+    show_log,
+    user_path,
+    version,
+    where_time_went,
+)
 
 if TYPE_CHECKING:
     from .client import EdgeClient
@@ -244,7 +256,7 @@ def run_prepare(options: argparse.Namespace) -> None:
     from .exported_model import ExportedModel
     from .prepared import precisions_to_prepare, prepare
 
-    model = ExportedModel.open(options.folder)
+    model = ExportedModel.open(user_path(options.folder))
     with Progress(len(precisions_to_prepare(model)), unit="precision") as progress:
         for precision in prepare(model):
             progress.advance(precision)

@@ -10,6 +10,7 @@ from types import TracebackType
 
 from protocol import CODECS, DELTA, Hello, Join, Start, Welcome, check_name, largest_message_bytes
 from split_model import BaseModel, ModelError, SampleFolder, TrainingDiverged, find_model
+from terminal import user_path, user_text_path
 
 from .access import Access
 from .connection import Refused
@@ -85,17 +86,18 @@ class EdgeClient:
         if cache_bytes is not None and cache_bytes < 0:
             raise DataError(f"cache-bytes must be at least 0, got {cache_bytes}")
         self.server, self.batch_size, self.shuffle = server, batch_size, shuffle
-        state = state_folder(None if state_dir is None else os.fspath(state_dir))
+        state = state_folder(state_dir)
+        data, eval_data = user_path(data), None if eval_data is None else user_path(eval_data)
         self._access = Access.to(server, state, None if name is None else check_name(name))
-        self.name = name or self._access.name or _default_name(Path(data))
+        self.name = name or self._access.name or _default_name(data)
         self._place, self._give_up_after = Place(state, server, self.name), give_up_after
         self._device, self._dtype = device, dtype
         self._in_flight, self._cache_bytes, self._num_kept = in_flight, cache_bytes, 0
-        self._model = BaseModel(find_model(model))
+        self._model = BaseModel(find_model(user_text_path(model)))
         tokenizer = self._model.tokenizer()
         end_token, length = self._model.config.end_token, min(max_length, self._model.config.num_positions)
-        self.data = Dataset.load(Path(data), tokenizer, end_token, length)
-        self.eval_data = None if eval_data is None else Dataset.load(Path(eval_data), tokenizer, end_token, length)
+        self.data = Dataset.load(data, tokenizer, end_token, length)
+        self.eval_data = None if eval_data is None else Dataset.load(eval_data, tokenizer, end_token, length)
         highest = max(data.highest_token for data in (self.data, self.eval_data) if data is not None)
         if highest >= self._model.config.vocabulary_size:
             raise ModelError(

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from protocol.invitation import InvalidInvitation, Invitation, normal_host
+from terminal import PathError, user_path
 
 __all__ = ["EnrolmentError", "find", "state_folder", "store"]
 
@@ -16,13 +17,22 @@ class EnrolmentError(ValueError):
     """What is stored of this device's enrolments cannot be used; the message names the file or the choice."""
 
 
-def state_folder(state_dir: str | None) -> Path:
-    """Where this device keeps its state: the folder that is asked for, else the platform's own for the user."""
+def state_folder(state_dir: str | os.PathLike[str] | None) -> Path:
+    """
+    Where this device keeps its state: the folder that is asked for, else the platform's own for the user.
+
+    Raises:
+        EnrolmentError: the user has none.
+    """
     if state_dir is not None:
-        return Path(state_dir)
+        return user_path(state_dir)
     import platformdirs
 
-    return Path(platformdirs.user_state_dir("splitlora", appauthor=False))
+    try:
+        # user_path: some versions of platformdirs say themselves that there is no home, others leave the ~ where it is.
+        return user_path(platformdirs.user_state_dir("splitlora", appauthor=False))
+    except (PathError, RuntimeError):
+        raise EnrolmentError("this user has no home folder: give --state-dir DIR, where this device keeps its state") from None
 
 
 def store(folder: Path, invitation: Invitation) -> None:

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from terminal import user_path
+
 from .decoder import Decoder
 from .exported_model import ExportedModel, ExportedModelError
 from .memory import available_memory
@@ -90,7 +92,7 @@ class Generator:
     def __init__(
         self, folder: str | Path, *, precision: str = "auto", adapter: str | Path | None = None, num_threads: int = 0
     ) -> None:
-        self.model = ExportedModel.open(Path(folder))
+        self.model = ExportedModel.open(user_path(folder))
         self.precision, self.choice = choose_precision(self.model) if precision == "auto" else (precision, "as asked for")
         graphs = self.model.graphs(self.precision)
         prepared = find_prepared(self.model, self.precision)
@@ -117,7 +119,7 @@ class Generator:
         """
         if not self._decoder.has_slots:
             raise ExportedModelError(f"{self.model.folder} has its adapter merged; --keep-adapter exports with room for others")
-        self._decoder.use_adapter(Path(path))
+        self._decoder.use_adapter(user_path(path))
 
     def text(self, prompt: str, *, max_new_tokens: int = 64, sampling: Sampling | None = None) -> str:
         """The continuation. See `stream`."""

@@ -1,8 +1,10 @@
-"""TLS to one certificate: the server's that the invitation named, whoever signed it and whatever host it is for."""
+"""TLS to one key: the server's that the invitation named, whoever signed its certificate and whatever host it is for."""
 
 import hashlib
 import ssl
 from typing import Any, NoReturn
+
+from protocol.public_key import InvalidCertificate, public_key_sha256
 
 __all__ = ["CertificateChanged", "PinnedContext"]
 
@@ -13,10 +15,11 @@ class CertificateChanged(ConnectionError):
 
 class PinnedContext(ssl.SSLContext):
     """
-    A client's context that accepts one certificate only: its DER has the SHA-256 ``pin`` (64 lowercase hexadecimal digits).
+    A client's context that accepts one key only: the certificate's SubjectPublicKeyInfo has the SHA-256 ``pin`` (64 lowercase
+    hexadecimal digits). Of the invitations that earlier versions made, it is the whole certificate's.
 
-    No authority and no host name is asked: the pin says more. That the server has the certificate's key, and did not only
-    copy the certificate, is proved to OpenSSL in every TLS 1.3 handshake.
+    No authority, host name or date is asked: the pin says more. That the server has the key, and did not only copy the
+    certificate, is proved to OpenSSL in every TLS 1.3 handshake.
     """
 
     def __new__(cls, pin: str) -> "PinnedContext":
@@ -33,7 +36,7 @@ class PinnedContext(ssl.SSLContext):
         As of SSLContext. The pin is compared here, before anybody can send: the HTTP request that follows holds the secret.
 
         Raises:
-            CertificateChanged: another certificate; the socket is closed and nothing was sent.
+            CertificateChanged: another key; the socket is closed and nothing was sent.
         """
         wrapped = super().wrap_socket(*arguments, **options)
         try:
@@ -49,10 +52,14 @@ class PinnedContext(ssl.SSLContext):
 
     def _check(self, wrapped: ssl.SSLSocket) -> None:
         # ValueError where the handshake is put off: unchecked, a socket is not handed out.
-        found = hashlib.sha256(wrapped.getpeercert(binary_form=True) or b"").hexdigest()
-        if found != self.pin:
+        certificate = wrapped.getpeercert(binary_form=True) or b""
+        try:
+            found = public_key_sha256(certificate)
+        except InvalidCertificate as error:
+            raise CertificateChanged(f"the server's certificate cannot be read: {error}") from None
+        if self.pin not in (found, hashlib.sha256(certificate).hexdigest()):
             raise CertificateChanged(
-                f"the server's certificate ({found[:16]}…) is not the one this device was enrolled with ({self.pin[:16]}…): "
+                f"the server's key ({found[:16]}…) is not the one this device was enrolled with ({self.pin[:16]}…): "
                 "either somebody is between this device and the server, or the server was set up anew; in the second case "
                 "enrol the device again, with splitlora-server revoke NAME and splitlora-server enrol NAME there, and "
                 "splitlora-edge join INVITATION here"

@@ -1,5 +1,6 @@
 """How a server is. Loads no torch: the answer comes at once."""
 
+import os
 import time
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ class ServerStatus:
 
 
 def ping(
-    server: str, *, name: str | None = None, state_dir: str | None = None, within: float = SECONDS_TO_ANSWER
+    server: str, *, name: str | None = None, state_dir: str | os.PathLike[str] | None = None, within: float = SECONDS_TO_ANSWER
 ) -> ServerStatus:
     """
     Ask the server at an address how it is.

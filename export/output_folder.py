@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from terminal import user_path
+
 from .errors import ExportError
 
 __all__ = ["check_output", "output_folder"]
@@ -20,6 +22,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     Raises:
         ExportError: ``path`` exists and may not be overwritten, or is no model and should not be.
     """
+    path = user_path(path)
     if path.exists() and not overwrite:
         raise ExportError(f"{path} exists already; choose another --output, or replace it with --overwrite")
     if path.exists() and not path.is_dir():
@@ -36,7 +39,7 @@ def output_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         ExportError: ``path`` exists and may not be overwritten, or cannot be written; the disk is full.
     """
-    path = Path(os.path.abspath(path.expanduser()))
+    path = Path(os.path.abspath(user_path(path)))
     check_output(path, overwrite=overwrite)
     with _readable_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from split_model import BaseModel, ModelConfig, ModelError, find_model
+from terminal import user_path, user_text_path
 
 from .adapter_folder import BeyondLora, read_adapter
 from .errors import ExportError
@@ -57,8 +58,9 @@ def open_source(
     Raises:
         ModelError, AdapterError, ExportError: the model, the run or the adapter cannot be read, or they do not belong together.
     """
+    run_dir, adapter = [None if path is None else user_path(path) for path in (run_dir, adapter)]
     directory = None if run_dir is None else RunDirectory(run_dir)
-    name = model or (directory.model if directory else None)
+    name = user_text_path(model) if model else directory.model if directory else None
     if name is None:
         raise ExportError("--model is missing: the base model, unless --run-dir names a run, which knows its own")
     try:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
 from split_model import BaseModel, encode, find_model, load_tokenizer
-from terminal import Progress
+from terminal import Progress, user_path, user_text_path
 
 from .errors import ExportError
 from .exported_model import ExportedModel, Manifest
@@ -105,8 +105,11 @@ def verify(
             numbers.
         ModelError, AdapterError: the model or the adapter cannot be read.
     """
+    folder = user_path(folder)
+    run_dir, adapter = [None if path is None else user_path(path) for path in (run_dir, adapter)]
+    model = model and user_text_path(model)
     manifest = Manifest.read(folder)
-    texts = _encoded(_read_texts(prompts) if prompts else SENTENCES, folder, manifest)
+    texts = _encoded(_read_texts(user_path(prompts)) if prompts else SENTENCES, folder, manifest)
     models = {name: ExportedModel(graphs, manifest.adapter) for name, graphs in manifest.graphs.items()}
     agreements = {name: Agreement(precision=name, num_bytes=manifest.num_bytes[name]) for name in models}
     with _reference(manifest, model, run_dir, adapter) as reference, Progress(len(texts), unit="text") as progress:

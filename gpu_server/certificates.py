@@ -1,6 +1,5 @@
-"""The server's TLS identity: a key and a certificate, its own or somebody's. Devices know it by the certificate's SHA-256."""
+"""The server's TLS identity: a key and a certificate, its own or somebody's. Devices know it by the key's SHA-256."""
 
-import hashlib
 import os
 import ssl
 from dataclasses import dataclass
@@ -9,11 +8,13 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from protocol.public_key import public_key_sha256
+
 from .config import ConfigError
 
 __all__ = ["Certificate", "given_certificate", "own_certificate", "write_private"]
 
-DAYS_VALID = 3653  # devices compare the certificate itself and look at no date; other software may
+DAYS_VALID = 3653  # devices compare the key and look at no date; other software may
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class Certificate:
     certificate_file: Path
     key_file: Path
 
-    def fingerprint(self) -> str:
+    def pin(self) -> str:
         """
-        SHA-256 of the certificate in DER, 64 hexadecimal digits.
+        SHA-256 of the public key, 64 hexadecimal digits: see `public_key_sha256`.
 
         Raises:
             ConfigError: the file cannot be read or holds no certificate.
@@ -37,7 +38,7 @@ class Certificate:
             # The first one is the server's; those of a chain, if there are any, come after it.
             begin = text.index(ssl.PEM_HEADER)
             end = text.index(ssl.PEM_FOOTER, begin) + len(ssl.PEM_FOOTER)
-            return hashlib.sha256(ssl.PEM_cert_to_DER_cert(text[begin:end])).hexdigest()
+            return public_key_sha256(ssl.PEM_cert_to_DER_cert(text[begin:end]))
         except OSError as error:
             raise ConfigError(f"{self.certificate_file} cannot be read: {error.strerror}") from None
         except ValueError:
@@ -87,7 +88,7 @@ def own_certificate(folder: Path) -> Certificate:
         other = own.key_file if missing == [own.certificate_file] else own.certificate_file
         raise ConfigError(f"{other} is there and {missing[0].name} is not; bring that back, or {_start_anew(other)}")
     try:
-        own.fingerprint()
+        own.pin()
         own.server_context()
     except ConfigError as error:
         raise ConfigError(f"{error}; bring back the right ones, or {_start_anew(own.key_file, own.certificate_file)}") from None
@@ -108,7 +109,7 @@ def given_certificate(certificate: str | None, key: str | None) -> Certificate |
     if key is None:
         raise ConfigError(f"the TLS certificate {certificate} needs its key; give both or neither")
     given = Certificate(Path(certificate), Path(key))
-    given.fingerprint()
+    given.pin()
     given.server_context()
     return given
 
@@ -123,11 +124,15 @@ def write_private(path: Path, data: bytes) -> None:
     unfinished = path.with_name(f"{path.name}.part")
     unfinished.unlink(missing_ok=True)  # of a writer that was killed
     # Private from its creation on: who opened it before a later chmod would still read what is written after.
-    with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def _start_anew(*files: Path) -> str:
@@ -135,7 +140,7 @@ def _start_anew(*files: Path) -> str:
 
 
 def _make(own: Certificate) -> None:
-    """A new key and its certificate, signed by itself: devices are told its SHA-256, so nobody else need vouch for it."""
+    """A new key and its certificate, signed by itself: devices are told the key's SHA-256, so nobody else need vouch for it."""
     try:
         from cryptography import x509
         from cryptography.hazmat.primitives import hashes, serialization
@@ -159,4 +164,8 @@ def _make(own: Certificate) -> None:
     pkcs8, unencrypted = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     # The key first: a certificate without a key would look like an identity and be none.
     write_private(own.key_file, key.private_bytes(pem, pkcs8, unencrypted))
-    write_private(own.certificate_file, certificate.public_bytes(pem))
+    try:
+        write_private(own.certificate_file, certificate.public_bytes(pem))
+    except BaseException:
+        own.key_file.unlink()  # nobody knows it yet, and half a pair would be an obstacle
+        raise

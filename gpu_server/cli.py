@@ -11,7 +11,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from protocol.invitation import SCHEME
 from terminal import Parser, Progress, count, run_program, show_log, version, where_time_went
 
 from .config import ServerConfig, options_from_toml
@@ -142,9 +141,23 @@ def run_enrol(options: argparse.Namespace) -> None:
     from .door import enrolments_of, invite
 
     enrolments = enrolments_of(options.run_dir, options.clients_file)
-    invitation = invite(enrolments, options.name, address=options.address, tls_cert=options.tls_cert, insecure=options.insecure)
-    print(invitation.text())  # noqa: T201
-    _say(f"on the device: splitlora-edge join {SCHEME}... --data FILE; whoever has this string is {options.name}")
+    invitation = invite(
+        enrolments,
+        options.name,
+        run_dir=options.run_dir,
+        address=options.address,
+        tls_cert=options.tls_cert,
+        insecure=options.insecure,
+    )
+    try:
+        print(invitation.text(), flush=True)  # noqa: T201
+    except OSError:
+        enrolments.revoke(options.name)  # nobody has seen its secret, and nobody will
+        raise
+    _say(
+        f"whoever has this invitation is {options.name}. On the device: splitlora-edge join - --data FILE, and paste it; "
+        "or keep it in a file: splitlora-edge join @FILE ..."
+    )
 
 
 def run_revoke(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -10,6 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from protocol import CODECS, DELTA, EXACT, RunSettings, gradient_codec
 from protocol.settings import BOUNDS, LARGEST_COUNT, out_of_bounds
+from terminal import user_path, user_text_path
 
 __all__ = ["ConfigError", "ServerConfig", "described", "options_from_toml", "resumed"]
 
@@ -27,6 +29,7 @@ DERIVED = {"precision", "activation_codec", "gradient_codec"}
 OF_THE_RUN = {item.name for item in fields(RunSettings)} - DERIVED | {"dtype", "codec"}
 
 
+PATHS = {"model", "run_dir", "init_adapter", "tls_cert", "tls_key", "clients_file"}
 COUNTS = ("checkpoint_every", "quorum", "max_batch_tokens", "max_connections", "max_strangers", "max_queue")
 
 
@@ -148,6 +151,19 @@ class ServerConfig:
         return cls(**{name: _typed(name, value, kinds[name], known[name].metadata) for name, value in options.items()})
 
 
+def with_whole_paths(options: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The options with every path as the user meant it, whether it came from a flag, TOML or Python.
+
+    Raises:
+        PathError: one cannot be.
+    """
+    return {
+        name: user_text_path(value) if name in PATHS and isinstance(value, str | os.PathLike) else value
+        for name, value in options.items()
+    }
+
+
 def described() -> str:
     """Every setting by its name, with its default and what it is."""
     lines = []
@@ -206,7 +222,8 @@ def options_from_toml(path: Path) -> dict[str, Any]:
     except ModuleNotFoundError:  # Python 3.10
         import tomli as tomllib
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte order mark
+        # Some editors begin a file with a byte order mark.
+        table = tomllib.loads(user_path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError

@@ -1,14 +1,21 @@
 """Where and how the server listens, and whom it lets in."""
 
 import ipaddress
+import json
+import os
 import socket
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from filelock import FileLock, Timeout
 
 from protocol.invitation import Invitation, normal_host
+from terminal import user_path
 
 from .certificates import Certificate, given_certificate, own_certificate
 from .config import ConfigError, ServerConfig
@@ -18,6 +25,7 @@ from .listener import Limits
 __all__ = ["Door", "enrolments_of", "invite", "open_door"]
 
 DEFAULT_PORT = 8765
+EVERY_ADDRESS = ("0.0.0.0", "::", "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +52,7 @@ def open_door(config: ServerConfig) -> Door:
     Raises:
         ConfigError: the certificate or the file of enrolments cannot be used.
     """
-    enrolments = enrolments_of(config.run_dir, config.clients_file)
+    enrolments = Enrolments(Path(config.clients_file or Path(config.run_dir) / "clients.json"))
     given = given_certificate(config.tls_cert, config.tls_key)
     private = _is_loopback(config.host)
     guarded = enrolments.exists() or not (private or config.insecure)
@@ -81,32 +89,137 @@ def enrolments_of(run_dir: str | None, clients_file: str | None) -> Enrolments:
     Raises:
         ConfigError: neither place is given.
     """
-    if clients_file is None and run_dir is None:
+    if clients_file is None and run_dir is not None:
+        folder = user_path(run_dir)
+        recorded = _recorded_in(folder)
+        clients_file = (recorded and recorded["config"].get("clients_file")) or os.fspath(folder / "clients.json")
+    if clients_file is None:
         raise ConfigError("say whose clients are meant: give --run-dir or --clients-file")
-    return Enrolments(Path(clients_file) if clients_file is not None else Path(run_dir or "") / "clients.json")
+    return Enrolments(user_path(clients_file))
+
+
+def _recorded_in(run_dir: Path) -> dict[str, Any] | None:
+    """
+    What the server of the folder has written to run.json when it was last started; None where none has been yet.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    path = run_dir / "run.json"
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        return {"url": "", **description, "config": dict(description["config"])}
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path} does not describe a run") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """How the server of a run directory listens, or did when it was last started; see run.json."""
+
+    run_dir: Path
+    host: str
+    port: int
+    encrypted: bool
+    tls_cert: str | None
+    insecure: bool
+
+    @classmethod
+    def recorded_in(cls, run_dir: Path) -> "Served | None":
+        """
+        None where no server has been started yet.
+
+        Raises:
+            ConfigError: run.json cannot be read.
+        """
+        recorded = _recorded_in(run_dir)
+        if recorded is None:
+            return None
+        config, url = recorded["config"], urlsplit(str(recorded["url"]))
+        try:
+            return cls(
+                run_dir=run_dir,
+                host=config["host"],
+                port=url.port or config["port"],
+                encrypted=url.scheme == "wss",
+                tls_cert=config["tls_cert"],
+                insecure=config["insecure"],
+            )
+        except (KeyError, ValueError):
+            raise ConfigError(f"{run_dir / 'run.json'} does not say how the run's server listens; start it again") from None
+
+    def runs(self) -> bool:
+        """Whether a server holds the folder at this moment."""
+        try:
+            with FileLock(self.run_dir / ".lock", timeout=0):
+                return False
+        except (Timeout, OSError):
+            return True
 
 
 def invite(
-    enrolments: Enrolments, name: str, *, address: str | None = None, tls_cert: str | None = None, insecure: bool = False
+    enrolments: Enrolments,
+    name: str,
+    *,
+    run_dir: str | None = None,
+    address: str | None = None,
+    tls_cert: str | None = None,
+    insecure: bool = False,
 ) -> Invitation:
     """
     Enrol a device; give the string it joins with.
 
     Args:
-        address: HOST:PORT where devices reach the server; the default is this machine's own address.
+        run_dir: what its server has recorded there is what devices are told.
+        address: HOST:PORT where devices reach the server; the default is where it listens, at this machine's own address.
 
     Raises:
-        ConfigError, InvalidName, InvalidInvitation: the name, the address or a file cannot be used.
+        ConfigError, InvalidName, InvalidInvitation: the name, the address or a file cannot be used, or the run's server listens
+            in another way.
     """
-    host, port = _split(address) if address is not None else (_own_address(), DEFAULT_PORT)
-    normal_host(host)  # before the name is taken
-    if insecure:
-        pin = None
-    elif tls_cert is not None:
-        pin = Certificate(Path(tls_cert), Path(tls_cert)).fingerprint()
+    served = None if run_dir is None else Served.recorded_in(user_path(run_dir))
+    pin = _pin_of(served, enrolments.path.parent, tls_cert, insecure)
+    if address is not None:
+        host, port = _split(address)
+    elif served is not None:
+        host, port = served.host if served.host not in EVERY_ADDRESS else _own_address(), served.port
     else:
-        pin = own_certificate(enrolments.path.parent).fingerprint()
+        host, port = _own_address(), DEFAULT_PORT
+    normal_host(host)  # before the name is taken
     return Invitation(host=host, port=port, name=name, secret=enrolments.enrol(name), pin=pin)
+
+
+def _pin_of(served: Served | None, folder: Path, tls_cert: str | None, insecure: bool) -> str | None:
+    """Of the key that devices will meet; None where the server listens without encryption."""
+    asked = None if tls_cert is None else _certificate(tls_cert).pin()
+    if served is None:
+        return None if insecure else asked or own_certificate(folder).pin()
+    if not served.encrypted and not served.insecure and served.runs():
+        raise ConfigError(
+            f"the server of {served.run_dir} was started before anybody was enrolled, and listens without encryption: stop it, "
+            "enrol the device, and start it again with --resume"
+        )
+    if insecure and not served.insecure:
+        raise ConfigError(f"the server of {served.run_dir} listens with encryption: leave --insecure out")
+    if served.insecure:
+        if tls_cert is not None:
+            raise ConfigError(f"the server of {served.run_dir} listens without encryption (--insecure): leave --tls-cert out")
+        return None
+    pin = own_certificate(folder).pin() if served.tls_cert is None else _certificate(served.tls_cert).pin()
+    if asked not in (None, pin):
+        has = "the one it has made itself" if served.tls_cert is None else served.tls_cert
+        raise ConfigError(
+            f"the server of {served.run_dir} has another certificate ({has}) than {tls_cert}: leave --tls-cert out"
+        )
+    return pin
+
+
+def _certificate(path: str) -> Certificate:
+    return Certificate(user_path(path), user_path(path))
 
 
 def _split(address: str) -> tuple[str, int]:

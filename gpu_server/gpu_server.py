@@ -35,7 +35,7 @@ from terminal import count, listed, version
 
 from .checkpoints import SavedRound
 from .compute import Compute
-from .config import ConfigError, ServerConfig, described, resumed
+from .config import ConfigError, ServerConfig, described, resumed, with_whole_paths
 from .deadline import Deadline
 from .door import open_door
 from .federation import Action, Federation, ModelLimits, Phase
@@ -94,6 +94,7 @@ class GpuServer:
 
     @_with_settings(ServerConfig)
     def __init__(self, **options: Any) -> None:
+        options = with_whole_paths(options)
         self._directory = directory = _run_directory(options)
         recorded = directory.description() if directory.resumes else None
         self.config = config = ServerConfig.from_options(resumed(options, recorded["config"]) if recorded else options)
@@ -161,7 +162,7 @@ class GpuServer:
             self._federation,
             self._compute,
             door=self._door,
-            model_name="" if Path(self.config.model).expanduser().is_dir() else self.config.model,
+            model_name="" if Path(self.config.model).is_dir() else self.config.model,
             linger=self.config.linger,
             report=self._record,
             keep=self._keep,
@@ -283,6 +284,7 @@ class GpuServer:
     def _serve(self, listening: "Future[str]", actions: list[Action]) -> None:
         def begin(url: str) -> None:
             # Not before: a run whose port is in use leaves nothing behind.
+            self._description["url"] = url
             self._directory.describe(self._description)
             self.url = url
             listening.set_result(url)

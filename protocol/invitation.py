@@ -37,7 +37,10 @@ class Invitation:
     secret: str = field(repr=False)
     """32 random bytes as base64url without padding."""
     pin: str | None
-    """SHA-256 of the server's certificate in DER, 64 lowercase hexadecimal digits. None: the server speaks plain ws."""
+    """
+    SHA-256 of the server's public key (or, from earlier versions, of its certificate), 64 lowercase hexadecimal digits. None:
+    the server speaks plain ws.
+    """
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "host", normal_host(self.host))
@@ -48,7 +51,7 @@ class Invitation:
         if _bytes_of(self.secret) is None:
             raise InvalidInvitation("the invitation's secret is not 43 characters of base64url; copy all of it")
         if self.pin is not None and not re.fullmatch(r"[0-9a-f]{64}", self.pin):
-            raise InvalidInvitation("the invitation's pin is not the SHA-256 of a certificate")
+            raise InvalidInvitation("the invitation's pin is not a SHA-256")
 
     @classmethod
     def parse(cls, text: str) -> "Invitation":

@@ -7,16 +7,21 @@ import stat
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gpu_server import ConfigError
 from gpu_server.certificates import Certificate, given_certificate, own_certificate, write_private
+from protocol.public_key import InvalidCertificate, public_key_sha256
 
 
 def mode(path: Path) -> int:
@@ -53,18 +58,66 @@ def test_own_certificate_is_what_the_documentation_says(tmp_path: Path) -> None:
     assert timedelta(days=3650) < until < timedelta(days=3654)
 
 
-def test_fingerprint_is_the_sha256_of_the_der(tmp_path: Path) -> None:
+def spki_sha256(certificate: x509.Certificate) -> str:
+    """As RFC 7469 says, by a library that is not ours."""
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    return hashlib.sha256(certificate.public_key().public_bytes(serialization.Encoding.DER, form)).hexdigest()
+
+
+def test_pin_is_the_sha256_of_the_public_key(tmp_path: Path) -> None:
     own = own_certificate(tmp_path)
-    loaded = x509.load_pem_x509_certificate(own.certificate_file.read_bytes())
-    assert own.fingerprint() == loaded.fingerprint(hashes.SHA256()).hex()
-    assert own.fingerprint() == hashlib.sha256(loaded.public_bytes(serialization.Encoding.DER)).hexdigest()
+    assert own.pin() == spki_sha256(x509.load_pem_x509_certificate(own.certificate_file.read_bytes()))
+
+
+KEYS = {
+    "P-256": lambda: ec.generate_private_key(ec.SECP256R1()),
+    "P-521": lambda: ec.generate_private_key(ec.SECP521R1()),
+    "Ed25519": ed25519.Ed25519PrivateKey.generate,
+    "RSA": lambda: rsa.generate_private_key(65537, 2048),
+}
+
+
+def signed(key: Any, *, serial_number: int = 1, names: int = 1, extensions: int = 0) -> x509.Certificate:
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"n{number}") for number in range(names)])
+    now = datetime.now(timezone.utc)
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    builder = builder.serial_number(serial_number).not_valid_before(now).not_valid_after(now + timedelta(days=1))
+    if extensions:
+        others = [x509.DNSName(f"host{number}.example") for number in range(extensions)]
+        builder = builder.add_extension(x509.SubjectAlternativeName(others), critical=False)
+    return builder.sign(key, None if isinstance(key, ed25519.Ed25519PrivateKey) else hashes.SHA256())
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_key_of_any_certificate_is_found(kind: str) -> None:
+    key = KEYS[kind]()
+    for options in ({}, {"serial_number": 2**158}, {"names": 0}, {"names": 40}, {"extensions": 3000}):
+        certificate = signed(key, **options)
+        assert public_key_sha256(certificate.public_bytes(serialization.Encoding.DER)) == spki_sha256(certificate)
+
+
+@given(st.binary(max_size=60), st.integers(0, 400), st.integers(0, 400))
+def test_bytes_that_are_no_certificate_are_refused_and_damage_never_has_another_answer(
+    inserted: bytes, start: int, end: int
+) -> None:
+    der = ONE.public_bytes(serialization.Encoding.DER)
+    for data in (inserted, der[:start], der[:start] + inserted + der[end:]):
+        try:
+            found = public_key_sha256(data)
+        except InvalidCertificate:
+            continue
+        with suppress(ValueError):  # what the other library does not take has no key to be compared
+            assert found == spki_sha256(x509.load_der_x509_certificate(data))
+
+
+ONE = signed(KEYS["P-256"]())
 
 
 def test_certificate_once_made_stays(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "mine"
-    first = own_certificate(folder).fingerprint()
-    assert own_certificate(folder).fingerprint() == first
-    assert own_certificate(tmp_path / "other").fingerprint() != first
+    first = own_certificate(folder).pin()
+    assert own_certificate(folder).pin() == first
+    assert own_certificate(tmp_path / "other").pin() != first
 
 
 def test_server_speaks_tls_1_3_only(tmp_path: Path) -> None:
@@ -121,17 +174,33 @@ def test_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.
     assert path.read_bytes() == b"before"
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_full_disk_leaves_no_half_of_a_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    calls = []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == number:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left on device" in refused(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
+    monkeypatch.undo()
+    own_certificate(tmp_path)
+
+
 def test_two_who_are_first_at_once_end_with_one_pair(tmp_path: Path) -> None:
     for attempt in range(10):
         barrier = threading.Barrier(2)
 
         def make(folder: Path = tmp_path / str(attempt), barrier: threading.Barrier = barrier) -> str:
             barrier.wait(timeout=60)
-            return own_certificate(folder).fingerprint()  # loads both files, so they belong together
+            return own_certificate(folder).pin()  # loads both files, so they belong together
 
         with ThreadPoolExecutor(2) as pool:
             fingerprints = [future.result(timeout=60) for future in [pool.submit(make), pool.submit(make)]]
-        assert fingerprints == [own_certificate(tmp_path / str(attempt)).fingerprint()] * 2
+        assert fingerprints == [own_certificate(tmp_path / str(attempt)).pin()] * 2
 
 
 @pytest.mark.parametrize("gone", ["server-key.pem", "server-certificate.pem"])
@@ -181,9 +250,9 @@ def test_missing_library_is_named_with_what_installs_it(tmp_path: Path, monkeypa
 
 
 def test_certificate_that_is_there_needs_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = own_certificate(tmp_path).fingerprint()
+    first = own_certificate(tmp_path).pin()
     monkeypatch.setitem(sys.modules, "cryptography", None)
-    assert own_certificate(tmp_path).fingerprint() == first
+    assert own_certificate(tmp_path).pin() == first
 
 
 # Somebody's
@@ -197,7 +266,7 @@ def test_given_certificate_is_taken_with_its_chain_and_comments(tmp_path: Path) 
     )
     given = given_certificate(str(chain), str(own.key_file))
     assert given == Certificate(chain, own.key_file)
-    assert given.fingerprint() == own.fingerprint()
+    assert given.pin() == own.pin()
 
 
 def test_none_given_is_none() -> None:

@@ -154,6 +154,50 @@ def test_insecure_listens_plainly_where_others_reach_it_and_says_what_that_means
             assert (device.status, stranger.status) == (101, 401)
 
 
+def test_device_is_told_how_the_runs_server_listens(tiny_model: Path, tmp_path: Path) -> None:
+    run_dir, port = tmp_path / "run", free_port()
+    first = Invitation.parse(enrol(run_dir, "first", port))
+    with serving(tiny_model, run_dir, port, "--steps=3"):
+        done = command("gpu_server", "enrol", "second", "--run-dir", run_dir)
+        second = Invitation.parse(done.stdout)
+        assert (second.host, second.port, second.pin) == ("127.0.0.1", port, first.pin)
+        enrol(tmp_path / "elsewhere", "somebody", port)  # makes a certificate
+        other = tmp_path / "elsewhere/server-certificate.pem"
+        for flag, reason in ((f"--tls-cert={other}", "has another certificate"), ("--insecure", "listens with encryption")):
+            refused = command("gpu_server", "enrol", "third", "--run-dir", run_dir, flag)
+            assert (refused.returncode, refused.stdout) == (1, "")
+            assert reason in refused.stderr
+    assert list(enrolments_of(str(run_dir), None).clients()) == ["first", "second"]
+
+
+def test_device_is_not_enrolled_where_the_server_takes_everybody_until_it_is_started_again(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    run_dir, port = tmp_path / "run", free_port()
+    words = ("gpu_server", "enrol", "phone", "--run-dir", run_dir)
+    with serving(tiny_model, run_dir, port, "--steps=3"):
+        refused = command(*words)
+        assert "was started before anybody was enrolled, and listens without encryption" in refused.stderr
+        assert not (run_dir / "clients.json").exists()
+    assert Invitation.parse(command(*words).stdout).port == port
+
+
+def test_file_of_enrolments_is_the_one_that_the_server_was_given(tiny_model: Path, tmp_path: Path) -> None:
+    run_dir, clients = tmp_path / "run", tmp_path / "clients.json"
+    with serving(tiny_model, run_dir, free_port(), "--steps=3", f"--clients-file={clients}"):
+        pass
+    assert enrolments_of(str(run_dir), None).path == clients
+
+
+def test_invitation_that_nobody_can_read_enrols_nobody(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "gpu_server", "enrol", "phone", "--run-dir", str(tmp_path), "--address", "127.0.0.1:1"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "splitlora-server: standard output cannot be written: No space left on device\n"
+    assert enrolments_of(str(tmp_path), None).clients() == {}
+
+
 def test_without_insecure_another_address_is_encrypted_and_takes_nobody_that_is_not_enrolled(
     tiny_model: Path, tmp_path: Path
 ) -> None:
