@@ -43,6 +43,7 @@ Dial = Callable[[], "Connection"]
 
 UNAUTHORISED = 401  # of HTTP, as the two below
 TOO_MANY_REQUESTS, SERVICE_UNAVAILABLE = 429, 503
+SERVICE_RESTART = 1012  # of WebSocket
 SECONDS_TO_TRY_AGAIN = 10.0  # where a server that is busy does not say when
 LONGEST_WAIT = 3600.0  # seconds, as in `Failure`
 LARGEST_SEND_BUFFER = 2**23  # bytes; systems allow less
@@ -198,6 +199,8 @@ class Connection:
         except TimeoutError:
             raise ConnectionFailed(f"the server at {self.url} is silent: no answer within {within:g} s") from None
         except ConnectionClosed as error:
+            if error.rcvd is not None and error.rcvd.code == SERVICE_RESTART:
+                raise ConnectionFailed(f"the server at {self.url} has stopped and will be back") from None
             raise ConnectionFailed(f"the connection to {self.url} was lost: {error}") from None
         if isinstance(reply, Failure):
             if reply.retry_after:

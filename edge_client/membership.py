@@ -278,10 +278,10 @@ class Membership:
                 asked = f" (and wants to be asked again in {error.retry_after:g} s)" if error.retry_after else ""
                 raise ConnectionFailed(f"{error}{asked}; gave up after {self._give_up_after:g} s")
             if now - lost_at >= tell_after:
-                logger.info("%s; trying again in %.1f s, and on until there is a connection", error, wait)
+                logger.info("%s; this device tries until there is a connection, next in %.1f s", error, wait)
                 tell_after = max(SECONDS_TO_TELL_AGAIN, 2 * (now - lost_at))
             else:
-                logger.debug("%s; trying again in %.1f s", error, wait)
+                logger.debug("%s; this device tries again in %.1f s", error, wait)
             self._sleep(wait)
             try:
                 connection = self._opened()

@@ -404,7 +404,7 @@ def test_an_outage_is_told_of_at_growing_distances(world: MakeWorld, caplog: pyt
     lines = [record.getMessage() for record in caplog.records]
     assert here.now > 3600
     assert 6 <= len(lines) <= 12
-    assert all("trying again in" in line for line in lines[:-1])
+    assert all("tries until there is a connection, next in" in line for line in lines[:-1])
     assert lines[-1] == "connected again; the run goes on after step 0, this device had finished step 0"
 
 
