@@ -94,7 +94,7 @@ def has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices faster than float32 ones."""
     from split_model import choose_dtype
 
-    return choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    return choose_dtype("auto", torch.device("cpu"))[0] == "bfloat16"
 
 
 def report(seconds: dict[str, list[float]], tokens: int) -> None:

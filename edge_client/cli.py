@@ -281,7 +281,8 @@ def _introduction(client: "EdgeClient") -> str:
         cut += f" and {client.eval_data.num_cut} of the {len(client.eval_data.samples)} held-out ones"
     return (
         f"run {client.welcome.run}, here {client.name}: {len(data.samples)} samples{cut}, "
-        f"blocks 0 to {settings.cut_layer - 1}; waiting for all {settings.clients} clients"
+        f"blocks 0 to {settings.cut_layer - 1}; dtype {client.dtype}: {client.choice}; "
+        f"waiting for all {settings.clients} clients"
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from protocol import CODECS, DELTA, Hello, Join, Start, Welcome, check_name, largest_message_bytes
-from split_model import BaseModel, ModelError, SampleFolder, TrainingDiverged, find_model
+from split_model import BaseModel, ModelError, SampleFolder, TrainingDiverged, choose_device, choose_dtype, find_model
 from terminal import user_path, user_text_path
 
 from .access import Access
@@ -46,7 +46,8 @@ class EdgeClient:
         max_length: tokens after which a sample is cut; never more than the model has positions.
         shuffle: a new order in every epoch, from the run's seed; False keeps the file's order.
         name: of this device in the run; the default is made of the host's name and the data file's.
-        device, dtype: where and in which precision the frozen weights compute; "auto" chooses by the hardware.
+        device, dtype: where and in which precision the frozen weights compute; "auto" chooses by what the hardware has
+            instructions for, and a device that comes back to a run goes on in the precision it began with.
         state_dir: where this device keeps its enrolments, and its place in a run in case it is killed; the default is the
             user's folder for such things.
         give_up_after: seconds without a connection after which the run is given up; None tries forever. Where nobody answers
@@ -116,13 +117,23 @@ class EdgeClient:
         )
         self._start: Start | None = None
         try:
-            self._place.keep(self.welcome)
+            self.dtype, self.choice = self._choose_dtype()
+            self._place.keep(self.welcome, self.dtype)
             self._membership.kept = self._samples()
-            self._engine = TorchEngine(self._model, self.welcome.settings, self._device, self._dtype)
+            self._engine = TorchEngine(self._model, self.welcome.settings, self._device, self.dtype)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
         return self
+
+    def _choose_dtype(self) -> tuple[str, str]:
+        """That of the frozen weights, and why; see `choose_dtype`."""
+        if self.welcome.settings.precision == "float64":
+            return "float64", "as the run"
+        before = self._place.dtype(self.welcome.run)
+        if self._dtype == "auto" and before is not None:
+            return before, "as before this device was stopped"
+        return choose_dtype(self._dtype, choose_device(self._device))
 
     def _samples(self) -> SampleFolder | None:
         """As they arrive at the server, for runs whose codec needs them."""

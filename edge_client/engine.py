@@ -6,6 +6,7 @@ import torch
 
 from protocol import Array, RunSettings, Tensors
 from split_model import (
+    DTYPES,
     Adapter,
     BaseModel,
     EdgePart,
@@ -16,7 +17,6 @@ from split_model import (
     adamw,
     check_cut_layer,
     choose_device,
-    choose_dtype,
     optimiser_state,
     restore_optimiser,
     take_step,
@@ -34,7 +34,8 @@ class TorchEngine:
     Runs the edge part and keeps, between two calls, the activations whose gradients are awaited.
 
     Args:
-        device, dtype: as on the command line; a run in float64 is followed whatever ``dtype`` says.
+        device: as on the command line.
+        dtype: of the frozen weights, one of DTYPES.
     """
 
     def __init__(self, model: BaseModel, settings: RunSettings, device: str, dtype: str) -> None:
@@ -42,8 +43,8 @@ class TorchEngine:
         if settings.lora_rank > model.config.width:
             raise ModelError(f"the run's LoRA rank is {settings.lora_rank}, more than the model's width {model.config.width}")
         place = choose_device(device)
-        weights = torch.float64 if settings.precision == "float64" else choose_dtype(dtype, place)
-        self._part = EdgePart(model, settings.cut_layer, LoraConfig(**settings.lora()), weight_dtype=weights, device=place)
+        lora = LoraConfig(**settings.lora())
+        self._part = EdgePart(model, settings.cut_layer, lora, weight_dtype=DTYPES[dtype], device=place)
         # With rounds of one step the server steps for everybody; torch's optimisers would be 70 MB for nothing.
         self._optimiser = (
             adamw(self._part.matrices().values(), OptimiserConfig(**settings.optimiser()))

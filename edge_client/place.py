@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from protocol import Array, Remembered, RunSettings, Welcome
 from protocol.settings import LARGEST_COUNT
-from split_model import SampleFolder, remove_unfinished, replace_file
+from split_model import DTYPES, SampleFolder, remove_unfinished, replace_file
 
 __all__ = ["Place", "SavedStep", "StateError"]
 
@@ -98,28 +99,34 @@ class Place:
     @property
     def is_kept(self) -> bool:
         """Whether this device was killed in a run of this server."""
-        return self._run() is not None
+        return isinstance(self._note().get("run"), str)
 
     def welcome(self) -> Welcome | None:
         """How the run in which there is a place was announced last."""
+        note = self._note()
         try:
-            note = json.loads((self._folder / NOTE).read_text(encoding="utf-8"))
             settings = {**note["settings"], "lora_targets": tuple(note["settings"]["lora_targets"])}
             fields = {name: note[name] for name in ("run", "fingerprint", "restarts")}
             return Welcome(**fields, settings=RunSettings(**settings))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return None
 
-    def keep(self, welcome: Welcome) -> None:
+    def dtype(self, run: str) -> str | None:
+        """Of the frozen weights with which this device takes part in the run, if it does."""
+        note = self._note()
+        return note["dtype"] if note.get("run") == run and str(note.get("dtype")) in DTYPES else None
+
+    def keep(self, welcome: Welcome, dtype: str) -> None:
         """
-        Note that there is a place in this run; what is known of another one is of no use any more.
+        Note that there is a place in this run, and of which dtype its frozen weights are; what is known of another run is of no
+        use any more.
 
         Raises:
             StateError: the folder cannot be written.
         """
-        if self._run() != welcome.run:
+        if self._note().get("run") != welcome.run:
             self.give_up()
-        note = {**asdict(welcome), "server": self._server, "name": self._name}
+        note = {**asdict(welcome), "server": self._server, "name": self._name, "dtype": dtype}
         with _readable_errors(self._folder):
             self._folder.mkdir(parents=True, mode=0o700, exist_ok=True)
             remove_unfinished(self._folder)
@@ -209,12 +216,13 @@ class Place:
         saved = self.load(LARGEST_COUNT)
         return 0 if saved is None else saved.step
 
-    def _run(self) -> str | None:
+    def _note(self) -> dict[str, Any]:
+        """What `keep` wrote; empty if nothing, or nothing that can be read."""
         try:
-            run = json.loads((self._folder / NOTE).read_text(encoding="utf-8"))["run"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return run if isinstance(run, str) else None
+            note = json.loads((self._folder / NOTE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return note if isinstance(note, dict) else {}
 
     def _paths(self) -> list[Path]:
         return sorted(path for path in self._folder.glob("*.safetensors") if path.stem.isdigit())

@@ -121,7 +121,7 @@ def run_serve(options: argparse.Namespace) -> None:
             from_file.pop(opposite, None)
     with show_log("gpu_server"), GpuServer(**{**from_file, **given}) as server:
         devices = count(server.config.clients, "device")
-        _say(f"listening on {server.url} for {devices}; the run goes to {server.config.run_dir}")
+        _say(f"listening on {server.url} for {devices}; the run goes to {server.config.run_dir}; {'; '.join(server.choices)}")
         spent = Seconds()
         with ExitStack() as shown:
             progress = None

@@ -1,11 +1,12 @@
 """Everything a run can be told, in one table: the flags, the keys of --config and run.json are made of it."""
 
 import difflib
+import ipaddress
 import math
 import os
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -28,6 +29,7 @@ def option(help: str, default: Any = None, *, choices: tuple[str, ...] | None = 
 DERIVED = {"precision", "activation_codec", "gradient_codec"}
 OF_THE_RUN = {item.name for item in fields(RunSettings)} - DERIVED | {"dtype", "codec"}
 
+FLOAT32 = "float32"
 
 PATHS = {"model", "run_dir", "init_adapter", "tls_cert", "tls_key", "clients_file"}
 COUNTS = ("checkpoint_every", "quorum", "max_batch_tokens", "max_connections", "max_strangers", "max_queue")
@@ -52,7 +54,10 @@ class ServerConfig:
     clients: int = option("number of devices to wait for before training starts", 1)
     steps: int | None = option("length of the run in steps")
     epochs: int | None = option("length of the run in passes of every device over its data")
-    micro_batches: int = option("parts of a batch: while one is on its way, a device computes the next", 2)
+    micro_batches: int | None = option(
+        "parts of a batch: while one is on its way, a device computes the next (default: 2; 1 where only this machine reaches "
+        "the server, since both sides then share its cores)"
+    )
     aggregate_every: int = option("steps in a round: with 1, gradients are summed; with more, adapters are averaged", 1)
     lr: float = option("peak learning rate of AdamW", 2e-4)
     lr_schedule: str = option(
@@ -66,8 +71,8 @@ class ServerConfig:
     dtype: str = option("precision of the server's frozen weights", "auto", choices=("auto", "float32", "bfloat16"))
     codec: str = option(
         "how activations and their gradients travel: float32 is exact, auto is int8, or int4 where links are slow",
-        "float32",
-        choices=("auto", "float32", *CODECS, DELTA),
+        FLOAT32,
+        choices=("auto", FLOAT32, *CODECS, DELTA),
     )
     codec_tolerance: float = option("nats/token by which a codec may change the loss before a richer one is used", 0.01)
     check_codec_every: int = option("steps between two checks of that; 0 never checks", 100)
@@ -114,15 +119,19 @@ class ServerConfig:
         if (isinstance(value, float) and not math.isfinite(value)) or not holds(value):
             raise ConfigError(f"{_flag(name)} must be {wanted}, got {value}")
 
+    def settled(self, dtype: str) -> "ServerConfig":
+        """What was left open is chosen: the ``dtype``, as given, and how many micro-batches a step has."""
+        return replace(self, dtype=dtype, micro_batches=self.micro_batches or (1 if is_loopback(self.host) else 2))
+
     def settings(self, precision: str) -> RunSettings:
-        """The part of it that every client is told."""
+        """The part of it that every client is told, of settings that are `settled`."""
         shared = {item.name: getattr(self, item.name) for item in fields(RunSettings) if item.name not in DERIVED}
-        codec = self.codec
-        if codec == "float32" or (codec == "auto" and precision == "float64"):
+        codec = codec_named(self.codec)
+        if codec == "auto" and precision == "float64":
             codec = EXACT
         elif codec == "auto":
             codec = "int8"
-        elif precision == "float64":
+        elif codec != EXACT and precision == "float64":
             raise ConfigError(f"codec {codec} is for runs in float32; a run in float64 has --codec float32, which is exact")
         shared |= {"precision": precision, "activation_codec": codec, "gradient_codec": gradient_codec(codec)}
         try:
@@ -182,6 +191,8 @@ def resumed(options: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str
     Raises:
         ConfigError: one that is given again would make it another run.
     """
+    # What is to be chosen was chosen when the run began.
+    options = {name: value for name, value in options.items() if (name, value) != ("dtype", "auto")}
     where = options["run_dir"]
     another = f"or start another run from its adapter: --init-adapter {where}/adapter with another --run-dir"
     for name in OF_THE_RUN & options.keys() & recorded.keys():
@@ -205,6 +216,24 @@ def resumed(options: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str
         )
     known = {item.name for item in fields(ServerConfig)}
     return {**{name: value for name, value in recorded.items() if name in known}, **options}
+
+
+def codec_name(codec: str) -> str:
+    """What flags, metrics and people call it: the protocol's EXACT is float32."""
+    return FLOAT32 if codec == EXACT else codec
+
+
+def codec_named(name: str) -> str:
+    """What the protocol calls it."""
+    return EXACT if name == FLOAT32 else name
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}

@@ -1,6 +1,5 @@
 """Where and how the server listens, and whom it lets in."""
 
-import ipaddress
 import json
 import os
 import socket
@@ -18,7 +17,7 @@ from protocol.invitation import Invitation, normal_host
 from terminal import user_path
 
 from .certificates import Certificate, given_certificate, own_certificate
-from .config import ConfigError, ServerConfig
+from .config import ConfigError, ServerConfig, is_loopback
 from .enrolment import Enrolments
 from .listener import Limits
 
@@ -54,7 +53,7 @@ def open_door(config: ServerConfig) -> Door:
     """
     enrolments = Enrolments(Path(config.clients_file or Path(config.run_dir) / "clients.json"))
     given = given_certificate(config.tls_cert, config.tls_key)
-    private = _is_loopback(config.host)
+    private = is_loopback(config.host)
     guarded = enrolments.exists() or not (private or config.insecure)
     certificate = given
     if given is None and guarded and not config.insecure:
@@ -238,10 +237,3 @@ def _own_address() -> str:
             raise ConfigError("this machine's address cannot be found out; give --address HOST:PORT") from None
         host: str = probe.getsockname()[0]
         return host
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

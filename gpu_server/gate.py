@@ -6,6 +6,8 @@ from typing import Any
 
 from protocol import DELTA, EXACT
 
+from .config import codec_name, codec_named
+
 __all__ = ["Gate"]
 
 LEANER_TO_RICHER = {DELTA: "int8", "int4": "int8", "int8": "bfloat16", "bfloat16": EXACT}
@@ -98,7 +100,7 @@ class Gate:
         self.decisions.append((step + 1, richer))
         return (
             f"codec {codec} changes the loss by {change:+.4f} nats/token, more than {self.tolerance:g}: "
-            f"{richer} from step {step + 1} on"
+            f"{codec_name(richer)} from step {step + 1} on"
         )
 
     def _step_down(self, step: int, smoothed: dict[str, float], link_share: float) -> str | None:
@@ -120,10 +122,11 @@ class Gate:
     def state(self) -> dict[str, Any]:
         """As JSON; see `restore`."""
         seen = {codec: vars(smoothed) for codec, smoothed in self.seen.items()}
-        return {"checked": self.checked, "decisions": self.decisions, "seen": seen}
+        decisions = [(step, codec_name(codec)) for step, codec in self.decisions]
+        return {"checked": self.checked, "decisions": decisions, "seen": seen}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave."""
         self.checked = state["checked"]
-        self.decisions = [(step, codec) for step, codec in state["decisions"]]
+        self.decisions = [(step, codec_named(codec)) for step, codec in state["decisions"]]
         self.seen = {codec: Smoothed(**fields) for codec, fields in state["seen"].items()}

@@ -19,6 +19,7 @@ import torch
 
 from protocol import DELTA, EXACT, RunSettings, Seconds
 from split_model import (
+    DTYPES,
     Adapter,
     BaseModel,
     LoraConfig,
@@ -35,7 +36,7 @@ from terminal import count, listed, version
 
 from .checkpoints import SavedRound
 from .compute import Compute
-from .config import ConfigError, ServerConfig, described, resumed, with_whole_paths
+from .config import ConfigError, ServerConfig, described, is_loopback, resumed, with_whole_paths
 from .deadline import Deadline
 from .door import open_door
 from .federation import Action, Federation, ModelLimits, Phase
@@ -86,6 +87,8 @@ class GpuServer:
 
     config: ServerConfig
     """All settings, those of a resumed run included."""
+    choices: list[str]
+    """What of them was chosen by the server or an earlier run, and why."""
     url: str
     """
     Where the server listens, such as ws://127.0.0.1:8765 or wss://0.0.0.0:8765; there is one from the beginning of the ``with``
@@ -97,12 +100,19 @@ class GpuServer:
         options = with_whole_paths(options)
         self._directory = directory = _run_directory(options)
         recorded = directory.description() if directory.resumes else None
-        self.config = config = ServerConfig.from_options(resumed(options, recorded["config"]) if recorded else options)
+        given = ServerConfig.from_options(resumed(options, recorded["config"]) if recorded else options)
+        device = choose_device(given.device)
+        dtype, why = choose_dtype(str(recorded["dtype"]) if recorded else given.dtype, device)
+        self.config = config = given.settled(dtype)
+        self.choices = [f"dtype {dtype}: {'as the run began' if recorded else why}"]
+        if given.micro_batches is None:
+            alone = "only this machine reaches the server, so both sides share its cores"
+            apart = "while one is on its way, a device computes the next"
+            self.choices.append(f"micro-batches {config.micro_batches}: {alone if is_loopback(config.host) else apart}")
         self._door = open_door(config)
         model = BaseModel(find_model(config.model))
         check_cut_layer(config.cut_layer, model.config.num_layers)
-        device = choose_device(config.device)
-        weight_dtype = choose_dtype(config.dtype, device)
+        weight_dtype = DTYPES[dtype]
         settings = config.settings(precision="float64" if weight_dtype == torch.float64 else "float32")
         self._lora = LoraConfig(**settings.lora())
         self._compute = compute = Compute(
@@ -138,7 +148,7 @@ class GpuServer:
             "fingerprint": limits.fingerprint,
             "config": asdict(config),
             "device": str(device),
-            "dtype": str(weight_dtype).removeprefix("torch."),
+            "dtype": dtype,
             "versions": {"splitlora": version(), "torch": str(torch.__version__), "numpy": numpy.__version__},
         }
 

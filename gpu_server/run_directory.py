@@ -78,7 +78,7 @@ class RunDirectory:
         path = self.path / "run.json"
         try:
             description = json.loads(path.read_text(encoding="utf-8"))
-            if not {"run", "fingerprint", "config"} <= description.keys():
+            if not {"run", "fingerprint", "config", "dtype"} <= description.keys():
                 raise ValueError("it does not describe a run")
         except (OSError, ValueError, AttributeError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from None

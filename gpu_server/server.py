@@ -43,7 +43,7 @@ from split_model import Adapter, SampleFolder, TrainingDiverged
 from terminal import count, duration, listed, version
 
 from .compute import Compute
-from .config import ConfigError
+from .config import ConfigError, codec_name
 from .door import Door
 from .federation import (
     Action,
@@ -647,7 +647,7 @@ class RunServer:
                 down,
                 action.seconds,
                 action.deadline,
-                action.codec,
+                codec_name(action.codec),
                 action.server_compute,
             )
         )

@@ -11,12 +11,13 @@ from .kept_samples import SampleFolder
 from .lora import Adapter, LoraConfig, adapter_shapes, initial_adapter
 from .optimisation import OptimiserConfig, adamw, optimiser_state, restore_optimiser, take_step
 from .parts import EdgePart, ServerPart, check_cut_layer
-from .precision import choose_device, choose_dtype, working_dtype
+from .precision import DTYPES, choose_device, choose_dtype, working_dtype
 from .sealed_tensors import DamagedFile, read_sealed, seal
 from .seeds import derive_seed
 from .tokenizer import encode, load_tokenizer
 
 __all__ = [
+    "DTYPES",
     "FILES_BESIDE_WEIGHTS",
     "Adapter",
     "AdapterError",

@@ -1,6 +1,6 @@
 """Which device computes, and in which precision."""
 
-import time
+from collections.abc import Mapping
 
 import torch
 
@@ -9,6 +9,9 @@ from .errors import ModelError
 __all__ = ["DTYPES", "choose_device", "choose_dtype", "working_dtype"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+INSTRUCTIONS_FOR_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
+"""Of x86 and of ARM, as torch calls them. Without them products in bfloat16 take up to a hundred times as long."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -27,28 +30,35 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the frozen weights. "auto" is bfloat16 where products in it are clearly faster, else float32."""
+def choose_dtype(name: str, device: torch.device) -> tuple[str, str]:
+    """
+    The dtype of the frozen weights, one of DTYPES, and why.
+
+    "auto" is bfloat16 where the hardware has instructions for it, else float32. That is asked and never measured: a choice that
+    a busy machine could change would change the run's result with it.
+
+    Raises:
+        ModelError: there is no such dtype.
+    """
     if name != "auto":
         if name not in DTYPES:
             raise ModelError(f"dtype must be auto, {', '.join(DTYPES)}; got {name!r}")
-        return DTYPES[name]
+        return name, "as asked for"
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if _product_seconds(torch.float32) > 1.5 * _product_seconds(torch.bfloat16) else torch.float32
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16", "this GPU has instructions for it"
+        return "float32", "this GPU has no instructions for bfloat16"
+    # Public since torch 2.10; what an older one cannot say is not guessed.
+    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    if not capabilities:
+        return "float32", f"torch {torch.__version__} does not say whether this processor has instructions for bfloat16"
+    if not any(capabilities.get(name) for name in INSTRUCTIONS_FOR_BFLOAT16):
+        return "float32", "this processor has no instructions for bfloat16"
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return "float32", "this torch is built without oneDNN, whose products in bfloat16 are the fast ones"
+    return "bfloat16", "this processor has instructions for it"
 
 
 def working_dtype(weight_dtype: torch.dtype) -> torch.dtype:
     """The dtype of everything that is not a frozen matrix: norms, residual stream, adapters, what is sent."""
     return torch.float64 if weight_dtype == torch.float64 else torch.float32
-
-
-def _product_seconds(dtype: torch.dtype) -> float:
-    # A CPU without bfloat16 instructions takes a hundred times longer, one with them a third: 1 ms decides.
-    a, b = torch.ones(64, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-    fastest = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        a @ b
-        fastest = min(fastest, time.perf_counter() - start)
-    return fastest

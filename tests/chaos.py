@@ -153,7 +153,8 @@ class Run:
         through: int | None,
     ) -> None:
         self.folder, self.run_dir = folder, folder / "run"
-        usual = {"dtype": "float32", "port": free_port(), "linger": 3.0, "run_dir": str(self.run_dir)}
+        usual = {"dtype": "float32", "micro_batches": 2, "linger": 3.0}
+        usual |= {"port": free_port(), "run_dir": str(self.run_dir)}
         self.options = {**usual, "clients": len(clients), **options}
         self.url = f"ws://127.0.0.1:{through or self.options['port']}"
         self.clients = {

@@ -175,6 +175,8 @@ def run_split(server_options: dict[str, Any], clients: dict[str, dict[str, Any]]
     perplexity: dict[str, tuple[float, float]] = {}
     errors: list[BaseException] = []
 
+    usual = {"port": 0, "dtype": "float32", "micro_batches": 2}
+
     def take_part(url: str, name: str, options: dict[str, Any]) -> None:
         try:
             with EdgeClient(url, model=str(server_options["model"]), name=name, **{"dtype": "float32", **options}) as client:
@@ -186,7 +188,7 @@ def run_split(server_options: dict[str, Any], clients: dict[str, dict[str, Any]]
             errors.append(error)
             server.stop()
 
-    with GpuServer(**{"port": 0, "clients": len(clients), "dtype": "float32", **server_options}) as server:
+    with GpuServer(**{**usual, "clients": len(clients), **server_options}) as server:
         threads = [threading.Thread(target=take_part, args=(server.url, name, options)) for name, options in clients.items()]
         for thread in threads:
             thread.start()

@@ -336,14 +336,14 @@ def test_clients_are_told_the_settings_of_the_run() -> None:
     ],
 )
 def test_codec_is_what_the_operator_says_and_auto_is_what_the_run_allows(codec: str, precision: str, told: str) -> None:
-    settings = config(codec=codec).settings(precision)
+    settings = config(codec=codec).settled(precision).settings(precision)
     assert (settings.activation_codec, settings.gradient_codec) == (told, told)
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_run_in_float64_has_no_codec(codec: str) -> None:
     with pytest.raises(ConfigError, match=f"codec {codec} is for runs in float32"):
-        config(codec=codec).settings("float64")
+        config(codec=codec).settled("float64").settings("float64")
 
 
 def test_clients_are_not_told_where_things_lie() -> None:

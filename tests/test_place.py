@@ -25,7 +25,7 @@ def saved(step: int, round: int = 0) -> SavedStep:
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     place = Place(tmp_path, "ws://here", "a")
-    place.keep(welcome("run"))
+    place.keep(welcome("run"), "float32")
     return place
 
 
@@ -41,7 +41,7 @@ def keep(place: Place, *steps: int, keep_from: int = 0, ends: tuple[int, ...] = 
 def test_place_is_kept_until_it_is_given_up(tmp_path: Path) -> None:
     place = Place(tmp_path, "ws://here", "a")
     assert not place.is_kept
-    place.keep(welcome("run"))
+    place.keep(welcome("run"), "float32")
     assert Place(tmp_path, "ws://here", "a").is_kept
     place.give_up()
     assert not Place(tmp_path, "ws://here", "a").is_kept
@@ -52,7 +52,7 @@ def test_settings_of_the_run_are_noted(tmp_path: Path) -> None:
     place = Place(tmp_path, "ws://here", "a")
     assert place.welcome() is None
     for restarts in (0, 1):
-        place.keep(welcome("run", restarts=restarts))
+        place.keep(welcome("run", restarts=restarts), "float32")
         noted = Place(tmp_path, "ws://here", "a").welcome()
         assert noted is not None
         assert (noted.run, noted.settings, noted.restarts) == ("run", SETTINGS, restarts)
@@ -62,16 +62,16 @@ def test_settings_of_the_run_are_noted(tmp_path: Path) -> None:
 def test_places_of_other_servers_and_names_are_others(place: Place, tmp_path: Path, server: str, name: str) -> None:
     other = Place(tmp_path, server, name)
     assert not other.is_kept
-    other.keep(welcome("run"))
+    other.keep(welcome("run"), "float32")
     other.give_up()
     assert place.is_kept
 
 
 def test_another_run_of_the_same_server_begins_anew(place: Place) -> None:
     keep(place, 1, 2)
-    place.keep(welcome("run"))
+    place.keep(welcome("run"), "float32")
     assert place.last_step() == 2
-    place.keep(welcome("next"))
+    place.keep(welcome("next"), "float32")
     assert (place.is_kept, place.last_step()) == (True, 0)
 
 
@@ -129,7 +129,7 @@ def test_note_that_is_no_note_is_no_place(place: Place, tmp_path: Path, content:
 
 def test_folder_is_the_users_alone_and_no_name_reaches_its_path(tmp_path: Path) -> None:
     place = Place(tmp_path, "ws://../../etc", "a")
-    place.keep(welcome("run"))
+    place.keep(welcome("run"), "float32")
     (note,) = files(tmp_path)
     assert note.parent.parent == tmp_path / "places"
     assert note.parent.name.isalnum()
@@ -144,7 +144,7 @@ def test_disk_that_is_full_is_said(place: Place, monkeypatch: Any, what: str) ->
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StateError, match="No space left on device; free some space there"):
-        place.keep(welcome("other")) if what == "keep" else keep(place, 1)
+        place.keep(welcome("other"), "float32") if what == "keep" else keep(place, 1)
 
 
 def test_server_that_never_moves_its_checkpoint_does_not_fill_the_disk(
