@@ -443,6 +443,7 @@ NAMES = {
             "AdapterError",
             "AdapterSettings",
             "BaseModel",
+            "DTYPES",
             "DamagedFile",
             "EdgePart",
             "LoraConfig",
