@@ -277,6 +277,8 @@ def _figures(speed: "Speed") -> str:
 def _introduction(client: "EdgeClient") -> str:
     data, settings = client.data, client.welcome.settings
     cut = f", {data.num_cut} of them cut" if data.num_cut else ""
+    if data.num_unlabelled:
+        cut += f" ({data.num_unlabelled} so short that nothing is left to learn from: raise --max-length)"
     if client.eval_data is not None and client.eval_data.num_cut:
         cut += f" and {client.eval_data.num_cut} of the {len(client.eval_data.samples)} held-out ones"
     return (

@@ -14,9 +14,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from protocol import Array
-from split_model import derive_seed
+from split_model import derive_seed, encode, shown
 
 __all__ = ["Batch", "DataError", "Dataset", "Sample", "Text", "read_texts"]
+
+FIELDS = ("prompt", "completion", "text")
+SHOWN = 8
+"""Names of fields, in a message."""
 
 
 class DataError(ValueError):
@@ -64,15 +68,23 @@ class Dataset:
         """
         Raises:
             DataError: the file is missing, malformed, empty, or has nothing to predict.
+            ModelError: the tokenizer fails on the texts.
         """
         if max_length < 2:
             raise DataError(f"max-length must be at least 2 tokens, got {max_length}")
         texts = list(read_texts(path))
         samples = _encode(texts, tokenizer, end_token)
+        if not samples:
+            raise DataError(f"{path}: there is no text in it, only {len(texts)} empty entries")
         cut = [_cut(sample, max_length) for sample in samples]
         if not any(sample.num_labels for sample in cut):
             raise DataError(f"{path}: no token to predict is left within {max_length} tokens; raise --max-length")
         return cls(cut, sum(len(sample.tokens) > max_length for sample in samples))
+
+    @property
+    def num_unlabelled(self) -> int:
+        """Samples of which the greatest length leaves nothing to predict."""
+        return sum(not sample.num_labels for sample in self.samples)
 
     @property
     def longest(self) -> int:
@@ -154,19 +166,21 @@ def read_texts(path: Path) -> Iterator[Text]:
         DataError: see `Dataset.load`.
     """
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_txt}
-    if path.suffix not in readers:
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
         raise DataError(f"{path}: data files end in {', '.join(readers)}")
-    texts = list(readers[path.suffix](path, _read_utf8(path)))
+    texts = list(reader(path, _read_utf8(path)))
     if not texts:
         raise DataError(f"{path} is empty")
     for prompt, completion in texts:
-        yield Text(prompt if prompt is None else prompt.strip(), completion.strip())
+        prompt, completion = prompt and prompt.strip(), completion.strip()
+        yield Text(prompt if completion else prompt or None, completion)  # a pair of nothing is an empty text
 
 
 def _encode(texts: list[Text], tokenizer: Tokenizer, end_token: int) -> list[Sample]:
     """ids(prompt) + [end] + ids(" " + completion) + [end], as in the LoRA papers; a text alone is ids(text) + [end]."""
-    prompts = _ids(tokenizer, [text.prompt or "" for text in texts])
-    rest = _ids(tokenizer, [text.completion if text.prompt is None else " " + text.completion for text in texts])
+    prompts = encode(tokenizer, [text.prompt or "" for text in texts])
+    rest = encode(tokenizer, [text.completion if text.prompt is None else " " + text.completion for text in texts])
     samples = []
     for text, prompt_ids, ids in zip(texts, prompts, rest, strict=True):
         if text.prompt is None:
@@ -175,10 +189,6 @@ def _encode(texts: list[Text], tokenizer: Tokenizer, end_token: int) -> list[Sam
             tokens = np.array([*prompt_ids, end_token, *ids, end_token], np.int32)
             samples.append(Sample(tokens, len(ids) + 1))
     return [sample for sample in samples if len(sample.tokens) > 1]
-
-
-def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
 def _cut(sample: Sample, max_length: int) -> Sample:
@@ -192,10 +202,14 @@ def _read_utf8(path: Path) -> str:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x}); convert the file first") from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(f"{path}, line {line}: a NUL character, as files in UTF-16 have; convert the file to UTF-8 first")
+    return text
 
 
 def _read_jsonl(path: Path, content: str) -> Iterator[Text]:
@@ -216,31 +230,65 @@ def _read_jsonl(path: Path, content: str) -> Iterator[Text]:
 
 
 def _read_csv(path: Path, content: str) -> Iterator[Text]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(content)))  # the library's is 131,072 characters
     reader = csv.DictReader(io.StringIO(content, newline=""), strict=True)
     try:
+        columns = reader.fieldnames
+        if columns is not None:
+            _text_of_fields(dict.fromkeys(columns, ""), f"{path}, line {reader.line_num}")
+            if len(set(columns)) < len(columns):
+                twice = next(name for name in columns if columns.count(name) > 1)
+                raise DataError(f"{path}, line {reader.line_num}: two columns have the name {shown(twice)}")
         for entry in reader:
+            if None in entry:
+                more = len(entry.pop(None))
+                raise DataError(
+                    f"{path}, line {reader.line_num}: {len(entry) + more} fields for {len(entry)} columns; "
+                    "a field with a comma in it is written in quotes"
+                )
             yield _text_of_fields(entry, f"{path}, line {reader.line_num}")
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.reader.line_num}: broken CSV: {error}") from None
 
 
 def _read_txt(path: Path, content: str) -> Iterator[Text]:
-    texts = [line for line in content.split("\n") if line.strip()]
-    # One text a line may well contain "||"; a file of pairs has it on every line.
-    if all("||" in line for line in texts):
-        for line in texts:
-            prompt, _, completion = line.partition("||")
-            yield Text(prompt, completion)
-    else:
-        for line in texts:
-            yield Text(None, line)
+    lines = {number: line for number, line in enumerate(content.split("\n"), 1) if line.strip()}
+    pairs = [number for number, line in lines.items() if "||" in line]
+    if 0 < len(pairs) < len(lines):
+        fewer = min(pairs, sorted(lines.keys() - pairs), key=len)
+        this = "has it" if fewer is pairs else "has not"
+        raise DataError(
+            f"{path}, line {fewer[0]}: '||' is in {len(pairs)} of {len(lines)} lines, and this one {this}: "
+            "each line is prompt||completion, or none is; texts with '||' in them can be written as .jsonl"
+        )
+    for line in lines.values():
+        prompt, _, completion = line.partition("||")
+        yield Text(prompt, completion) if pairs else Text(None, line)
 
 
 def _text_of_fields(entry: object, where: str) -> Text:
-    if isinstance(entry, dict):
-        prompt, completion, text = entry.get("prompt"), entry.get("completion"), entry.get("text")
-        if isinstance(prompt, str) and isinstance(completion, str):
-            return Text(prompt, completion)
-        if isinstance(text, str):
-            return Text(None, text)
-    raise DataError(f'{where}: expected "prompt" and "completion", or "text", each a string')
+    """What the fields "prompt" and "completion", or "text", say; their names may be in capitals."""
+    fields: dict[str, object] = {}
+    for key, value in entry.items() if isinstance(entry, dict) else ():
+        name = key.strip().lower()
+        if name in fields and name in FIELDS:
+            raise DataError(f"{where}: {shown(key)} is there twice")
+        fields[name] = value
+    prompt, completion, text = (fields.get(name) for name in FIELDS)
+    pair = Text(prompt, completion) if isinstance(prompt, str) and isinstance(completion, str) else None
+    whole = Text(None, text) if isinstance(text, str) else None
+    if pair is None and whole is None:
+        raise DataError(f'{where}: expected "prompt" and "completion", or "text", each a string; {_found(entry, fields)}')
+    # Of a table with all three columns, each row says one thing.
+    says = [one for one in (pair, whole) if one is not None and f"{one.prompt or ''}{one.completion}".strip()]
+    if len(says) > 1:
+        raise DataError(f'{where}: both a "prompt" with its "completion" and a "text"; leave one of them empty')
+    return says[0] if says else Text(None, "")
+
+
+def _found(entry: object, fields: dict[str, object]) -> str:
+    if not isinstance(entry, dict):
+        return f"found {shown(entry)}"
+    wrong = [f'"{name}" is {shown(fields[name])}' for name in FIELDS if not isinstance(fields.get(name, ""), str)]
+    names = ", ".join(shown(name) for name in list(entry)[:SHOWN]) + (", ..." if len(entry) > SHOWN else "")
+    return ", ".join(wrong) or f"found {names or 'nothing'}"

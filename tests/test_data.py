@@ -97,8 +97,34 @@ def test_txt_of_pairs_is_cut_at_the_first_bars(write: WriteFile) -> None:
     assert texts(write("a.txt", "p||c\nq || d||e\n")) == [("p", "c"), ("q", "d||e")]
 
 
-def test_txt_with_bars_on_some_lines_only_is_plain_text(write: WriteFile) -> None:
-    assert texts(write("a.txt", "p||c\nan ordinary line\n")) == [(None, "p||c"), (None, "an ordinary line")]
+def test_endings_and_names_may_be_in_capitals(write: WriteFile) -> None:
+    assert texts(write("a.CSV", "Prompt, COMPLETION \np,c\n")) == [("p", "c")]
+    assert texts(write("A.JSONL", '{"Text": "one"}')) == [(None, "one")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "prompt,completion,text\np,c,\n,,one\n , ,\n"),
+        (
+            "a.jsonl",
+            '{"prompt": "p", "completion": "c", "text": ""}\n{"prompt": "", "completion": " ", "text": "one"}\n'
+            '{"prompt": "", "completion": ""}\n',
+        ),
+    ],
+)
+def test_table_with_all_fields_says_one_thing_in_each_row(
+    write: WriteFile, tokenizer: Tokenizer, name: str, content: str
+) -> None:
+    path = write(name, content)
+    assert texts(path) == [("p", "c"), (None, "one"), (None, "")]
+    assert len(Dataset.load(path, tokenizer, END, 100).samples) == 2
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_field_may_have_any_length(write: WriteFile, name: str) -> None:
+    text = "x" * 300_000
+    assert texts(write(name, f"text\n{text}\n" if name == "a.csv" else json.dumps({"text": text}))) == [(None, text)]
 
 
 @pytest.mark.parametrize(
@@ -198,6 +224,7 @@ def test_longer_samples_are_cut_and_counted(write: WriteFile, tokenizer: Tokeniz
     assert [len(sample.tokens) for sample in data.samples] == [8, 10, 10, 10]  # 7 + n without the cut
     assert [sample.num_labels for sample in data.samples] == [6, 6, 4, 0]
     assert data.num_cut == 2
+    assert data.num_unlabelled == 1
     assert data.longest == 9
 
 
@@ -286,14 +313,32 @@ def test_batch_does_not_depend_on_the_batches_before_it() -> None:
         ("a.jsonl", "[" * 100_000, 1, "broken JSON"),
         ("a.jsonl", '{"text": "a"}\n\n["text"]\n', 3, '"prompt" and "completion", or "text"'),
         ("a.jsonl", '{"prompt": "a"}\n', 1, '"prompt" and "completion", or "text"'),
-        ("a.jsonl", '{"prompt": "a", "completion": 3}\n', 1, "each a string"),
+        ("a.jsonl", '{"prompt": "a", "completion": 3}\n', 1, 'each a string; "completion" is 3'),
         ("a.jsonl", '{"text": "a"}\n{"text": "\\ud800"}\n', 2, "half a character"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"text": "\xff"}\n', 3, "not UTF-8 (byte 0xff)"),
-        ("a.csv", "name,food\nx,y\n", 2, '"prompt" and "completion", or "text"'),
+        ("a.csv", "name,food\nx,y\n", 1, '"prompt" and "completion", or "text", each a string; found "name", "food"'),
+        ("a.csv", "prompt;completion\np;c\n", 1, 'found "prompt;completion"'),
+        ("a.csv", "text\none\ntwo, three\n", 3, "2 fields for 1 columns; a field with a comma in it is written in quotes"),
+        ("a.csv", "text,text\none,two\n", 1, 'two columns have the name "text"'),
+        ("a.csv", "Text,text\none,two\n", 1, '"text" is there twice'),
+        ("a.csv", "prompt,completion,text\np,c,t\n", 2, 'both a "prompt" with its "completion" and a "text"'),
+        (
+            "a.jsonl",
+            '{"prompt": "p", "completion": "c", "text": "t"}\n',
+            1,
+            'both a "prompt" with its "completion" and a "text"',
+        ),
+        ("a.jsonl", '{"input": "p", "output": "c"}\n', 1, 'each a string; found "input", "output"'),
+        ("a.jsonl", "{}\n", 1, "each a string; found nothing"),
+        ("a.jsonl", "5\n", 1, "each a string; found 5"),
+        ("a.jsonl", '{"text": null}\n', 1, 'each a string; "text" is null'),
+        ("a.txt", "p||c\n\nq||d\nan ordinary line\n", 4, "'||' is in 2 of 3 lines, and this one has not: each line is"),
+        ("a.txt", "one\ntwo\na || b\n", 3, "'||' is in 1 of 3 lines, and this one has it: each line is prompt||completion"),
+        ("a.txt", "one\ntwo".encode("utf-16-le"), 1, "a NUL character, as files in UTF-16 have; convert the file to UTF-8"),
+        ("a.csv", "text\none\nt\0wo\n", 3, "a NUL character"),
         ("a.csv", "prompt,completion\np,c\nq\n", 3, '"prompt" and "completion", or "text"'),
         ("a.csv", 'text\n"a"b\n', 2, "broken CSV"),
         ("a.csv", 'text\na\n"never closed\n', 3, "broken CSV"),
-        ("a.csv", "text\n" + "x" * 200_000 + "\n", 2, "broken CSV"),
         ("a.txt", "a\nb".encode("utf-16"), 1, "not UTF-8 (byte 0xff)"),
         ("a.txt", "one\ncaf\u00e9\n".encode("latin-1"), 2, "not UTF-8 (byte 0xe9)"),
     ],
@@ -347,8 +392,8 @@ def test_file_without_a_labelled_token_is_refused(write: WriteFile, tokenizer: T
 
 
 def test_file_of_empty_texts_is_refused(write: WriteFile, tokenizer: Tokenizer) -> None:
-    with pytest.raises(DataError, match="no token to predict"):
-        Dataset.load(write("a.jsonl", '{"text": " "}\n'), tokenizer, END, 20)
+    with pytest.raises(DataError, match="there is no text in it, only 2 empty entries"):
+        Dataset.load(write("a.jsonl", '{"text": " "}\n{"prompt": "", "completion": ""}\n'), tokenizer, END, 20)
 
 
 @pytest.mark.parametrize("max_length", [1, 0, -3])
