@@ -39,6 +39,7 @@ class TorchEngine:
     """
 
     def __init__(self, model: BaseModel, settings: RunSettings, device: str, dtype: str) -> None:
+        self._model = model
         check_cut_layer(settings.cut_layer, model.config.num_layers)
         if settings.lora_rank > model.config.width:
             raise ModelError(f"the run's LoRA rank is {settings.lora_rank}, more than the model's width {model.config.width}")
@@ -68,10 +69,11 @@ class TorchEngine:
 
         Raises:
             TrainingDiverged: they are not finite.
+            ModelError: nor are they without the adapter.
         """
         self._part.train()
         self._part.seed_dropout(dropout_seed)
-        self._awaited.append(_finite(self._run(batch)))
+        self._awaited.append(self._run_finite(batch))
         return _to_array(self._awaited[-1])
 
     def backward(self, gradient: Array) -> None:
@@ -96,7 +98,7 @@ class TorchEngine:
     def infer(self, batch: Batch) -> Array:
         """Activations at the cut, (N, d), without dropout and without anything kept."""
         self._part.eval()
-        return _to_array(_finite(self._run(batch)))
+        return _to_array(self._run_finite(batch))
 
     def take_step(self, learning_rate: float) -> None:
         """Update the adapter with the step's gradients. For rounds of several steps."""
@@ -138,18 +140,21 @@ class TorchEngine:
         learnt = {name.removeprefix(OPTIMISER): value for name, value in state.items() if name.startswith(OPTIMISER)}
         restore_optimiser(self._optimiser, {name: _to_tensor(value) for name, value in learnt.items()})
 
+    def _run_finite(self, batch: Batch) -> torch.Tensor:
+        activations = self._run(batch)
+        if torch.isfinite(activations).all():
+            return activations
+        with torch.no_grad(), self._part.without_adapter():
+            if not torch.isfinite(self._run(batch)).all():
+                raise self._model.not_finite("activations")
+        raise TrainingDiverged("this device's activations are no longer finite numbers; try a lower --lr on the server")
+
     def _run(self, batch: Batch) -> torch.Tensor:
         if not len(batch.tokens):
             return torch.empty(0, self._part.width, dtype=self._part.dtype)
         tokens, lengths = torch.from_numpy(batch.tokens), torch.from_numpy(batch.lengths)
         activations: torch.Tensor = self._part(tokens.long(), lengths.long())
         return activations
-
-
-def _finite(activations: torch.Tensor) -> torch.Tensor:
-    if not torch.isfinite(activations).all():
-        raise TrainingDiverged("this device's activations are no longer finite numbers; try a lower --lr on the server")
-    return activations
 
 
 def _to_tensor(array: Array) -> torch.Tensor:

@@ -46,7 +46,7 @@ class Compute:
         device: torch.device,
     ) -> None:
         lora = LoraConfig(**settings.lora())
-        self._settings = settings
+        self._model, self._settings = model, settings
         self._schedule = OptimiserConfig(**settings.optimiser())
         self._part = ServerPart(model, settings.cut_layer, lora, weight_dtype=weight_dtype, device=device)
         self._part.load_adapter({name: adapter[name] for name in self._part.matrices()})
@@ -72,6 +72,7 @@ class Compute:
 
         Raises:
             TrainingDiverged: the loss is not finite.
+            ModelError: nor is it without the adapter.
         """
         if not micro_batch:
             self._summed, self._labelled_tokens = 0.0, 0
@@ -93,6 +94,7 @@ class Compute:
         # Not the mean: how many labels the step has, is known with its last micro-batch.
         loss = self._summed_loss(activations, union, labels)
         if not torch.isfinite(loss):
+            self._check_base(activations, union, labels)
             raise TrainingDiverged(f"the loss of step {step} is {loss.item()}; try a lower --lr")
         torch.autograd.backward(loss)
         assert activations.grad is not None
@@ -181,8 +183,10 @@ class Compute:
         if not len(batch.values):
             return 0.0
         labels = self._join([batch.labels]).long()
-        loss = self._summed_loss(self._join([batch.values]), [batch], labels)
+        activations = self._join([batch.values])
+        loss = self._summed_loss(activations, [batch], labels)
         if not torch.isfinite(loss):
+            self._check_base(activations, [batch], labels)
             raise TrainingDiverged(f"the loss of held-out texts is {loss.item()}; try a lower --lr")
         return loss.item()
 
@@ -200,6 +204,18 @@ class Compute:
         lengths = self._join([batch.lengths for batch in union]).long()
         label_counts = self._join([batch.label_counts for batch in union]).long()
         return self._part.summed_loss(activations, lengths, label_counts, labels)
+
+    @torch.no_grad()
+    def _check_base(
+        self, activations: torch.Tensor, union: list[Activations] | list[LabelledBatch], labels: torch.Tensor
+    ) -> None:
+        """
+        Raises:
+            ModelError: without the adapter the loss is not finite either.
+        """
+        with self._part.without_adapter():
+            if not torch.isfinite(self._summed_loss(activations, union, labels)):
+                raise self._model.not_finite("losses")
 
     def _join(self, arrays: list[Array]) -> torch.Tensor:
         return torch.cat([_tensor(array) for array in arrays]).to(self._part.device)

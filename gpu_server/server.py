@@ -39,7 +39,7 @@ from protocol import (
     compressed_bound,
     largest_message_bytes,
 )
-from split_model import Adapter, SampleFolder, TrainingDiverged
+from split_model import Adapter, ModelError, SampleFolder, TrainingDiverged
 from terminal import count, duration, listed, version
 
 from .compute import Compute
@@ -239,6 +239,7 @@ class RunServer:
         Raises:
             ConfigError: the address cannot be listened on, or the run directory not be written.
             TrainingDiverged: the loss is no longer a number.
+            ModelError: the base model gives none.
         """
         asyncio.run(self._listen(listening, first))
 
@@ -279,7 +280,7 @@ class RunServer:
                 to_be_continued = await self._ended
                 await self._dismiss("the server was stopped", to_be_continued=to_be_continued)
                 await self._save_unfinished(to_be_continued=to_be_continued)
-            except TrainingDiverged as error:
+            except (TrainingDiverged, ModelError) as error:
                 await self._dismiss(str(error))
                 raise
             except Exception:

@@ -245,12 +245,20 @@ class BaseModel:
         """The same tensor as rows that are read one by one. For tables of which little is used: see `Rows`."""
         return Rows(self.tensors[name])
 
-    def first_not_finite(self) -> str | None:
-        """The name of the first tensor that holds NaN or infinity; reads all of them."""
-        for name, shape in self.config.tensor_shapes.items():
-            if not torch.isfinite(self.tensor(name, shape)).all():
-                return name
-        return None
+    def not_finite(self, what: str) -> ModelError:
+        """
+        What is wrong with a model that computes NaN or infinity without any adapter; reads all weights.
+
+        Args:
+            what: of it is not finite, in the plural.
+        """
+        shapes = self.config.tensor_shapes.items()
+        name = next((name for name, shape in shapes if not torch.isfinite(self.tensor(name, shape)).all()), None)
+        reason = "its weights are too large for the precision" if name is None else f"its tensor {name!r} has such values"
+        return ModelError(
+            f"the base model itself, without an adapter, gives {what} that are not finite numbers: {reason}; "
+            "take another copy of the model, or another model"
+        )
 
     def fingerprint(self) -> str:
         """

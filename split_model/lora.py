@@ -102,6 +102,8 @@ class LoraLinear(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
         self.lora_A: nn.Parameter | None = None
         self.lora_B: nn.Parameter | None = None
+        self.is_adapted = True
+        """Whether the matrices, where there are any, take part."""
 
     def adapt(self, lora: LoraConfig, dropout: SeededDropout, dtype: torch.dtype) -> dict[str, nn.Parameter]:
         """Add the matrices, empty: their values come with an adapter. Gives A and B."""
@@ -113,7 +115,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (N, in) -> (N, out)
         y = torch.addmm(self.bias, x.to(self.weight.dtype), self.weight).to(x.dtype)
-        if self.lora_A is None or self.lora_B is None:
+        if self.lora_A is None or self.lora_B is None or not self.is_adapted:
             return y
         low_rank = self.dropout(x) @ self.lora_A.T  # (N, r)
         return y.addmm_(low_rank, self.lora_B.T, alpha=self.scale)

@@ -1,5 +1,8 @@
 """GPT-2 cut in two at a block boundary: what a device holds, and what the server holds."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -7,7 +10,7 @@ from torch.nn import functional as F
 from .base_model import BaseModel
 from .blocks import Block, LayerNorm
 from .errors import AdapterError, ModelError
-from .lora import Adapter, LoraConfig, SeededDropout, adapter_name
+from .lora import Adapter, LoraConfig, LoraLinear, SeededDropout, adapter_name
 from .loss import summed_cross_entropy
 from .packing import Packing, labelled_positions
 from .precision import working_dtype
@@ -43,11 +46,24 @@ class Part(nn.Module):
         parts = [Block(model, index, weight_dtype, self.dtype, device) for index in blocks]
         self.blocks = nn.ModuleList(parts)
         self._matrices: dict[str, nn.Parameter] = {}
+        self._adapted: list[LoraLinear] = []
         for block in parts:
             for layer, linear in block.linear_layers().items():
                 if lora.adapts(layer):
+                    self._adapted.append(linear)
                     for matrix, parameter in linear.adapt(lora, self.dropout, self.dtype).items():
                         self._matrices[adapter_name(block.index, layer, matrix)] = parameter
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """The base model alone, for as long as this lasts."""
+        for linear in self._adapted:
+            linear.is_adapted = False
+        try:
+            yield
+        finally:
+            for linear in self._adapted:
+                linear.is_adapted = True
 
     def seed_dropout(self, seed: int) -> None:
         """Fix the dropout masks of the next forward pass."""

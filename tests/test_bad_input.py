@@ -64,7 +64,7 @@ from protocol import (
 from protocol.codecs import Coded, quantised_parts
 from protocol.rounding import to_bfloat16
 from protocol.shuffling import shuffled
-from split_model import BaseModel, LoraConfig, TrainingDiverged, initial_adapter, save_adapter
+from split_model import BaseModel, LoraConfig, ModelError, TrainingDiverged, initial_adapter, save_adapter
 
 WIDTH, VOCABULARY = 32, 600  # of the tiny model
 Say = Callable[..., str]
@@ -1108,6 +1108,41 @@ def test_loss_that_is_no_number_ends_the_run_and_everybody_is_told_why(
             list(server.train())
     assert str(caught.value) == told
     assert told.endswith("try a lower --lr")
+
+
+def set_in(weights: dict[str, torch.Tensor], name: str, value: float) -> None:
+    weights[name].view(-1)[-1] = value
+
+
+BROKEN_BASES = {
+    "device": (
+        "transformer.h.0.mlp.c_fc.weight",
+        float("nan"),
+        "activations",
+        "its tensor 'h.0.mlp.c_fc.weight' has such values",
+    ),
+    "server": ("transformer.h.3.ln_2.bias", float("inf"), "losses", "its tensor 'h.3.ln_2.bias' has such values"),
+    "server's head": ("transformer.wte.weight", float("nan"), "losses", "its tensor 'wte.weight' has such values"),
+    "too large": ("transformer.ln_f.weight", 3e38, "losses", "its weights are too large for the precision"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_BASES)
+def test_base_model_that_gives_no_numbers_is_named_before_the_first_update(
+    model: Path, tmp_path: Path, pairs_file: Callable[..., Path], capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    name, value, what, reason = BROKEN_BASES[case]
+    change_weights(model, lambda weights: set_in(weights, name, value))
+    with GpuServer(**server_options(model, tmp_path / "run")) as server:
+        flags = {"server": server.url, "model": model, "data": pairs_file("a", 3), "dtype": "float32"}
+        assert edge_client.cli.main(["train", *arguments(flags)]) == 1
+        if case != "device":
+            with pytest.raises(ModelError, match="the base model itself"):
+                list(server.train())
+    said = capsys.readouterr().err
+    assert f"the base model itself, without an adapter, gives {what} that are not finite numbers: {reason}; take" in said
+    assert "step 1/" not in said
+    assert "Traceback" not in said
 
 
 # Ctrl-C
