@@ -67,7 +67,8 @@ class Checkpoints:
             except DamagedFile as error:
                 logger.warning("checkpoint %s is damaged: %s; trying the one before", self._path(step), error)
                 # Under this name it is neither counted among those to keep nor written over.
-                self._path(step).rename(self._path(step).with_suffix(".damaged"))
+                with _readable_errors(self.folder):
+                    self._path(step).rename(self._path(step).with_suffix(".damaged"))
                 continue
             if saved.run != run:
                 raise ConfigError(f"{self._path(step)} is of run {saved.run}, not of {run}")
@@ -97,4 +98,7 @@ def _readable_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"a checkpoint cannot be written to {folder}: {error.strerror}; the ones before are kept") from None
+        raise ConfigError(
+            f"a checkpoint cannot be written to {folder}: {error.strerror}; the ones before are kept, and --resume goes on "
+            f"from there when that is mended"
+        ) from None

@@ -129,7 +129,9 @@ class RunDirectory:
         if not self._metrics.exists():
             return
         kept = []
-        for line in self._metrics.read_bytes().splitlines(keepends=True):
+        with self._writing():
+            lines = self._metrics.read_bytes().splitlines(keepends=True)
+        for line in lines:
             try:
                 if json.loads(line)["step"] > step or not line.endswith(b"\n"):
                     break
@@ -156,7 +158,8 @@ class RunDirectory:
             yield
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"run directory {self.path} cannot be written: {reason}") from None
+            later = "; when that is mended, --resume goes on with its run" if self.holds_run(self.path) else ""
+            raise ConfigError(f"run directory {self.path} cannot be written: {reason}{later}") from None
 
 
 def _private(path: str, flags: int) -> int:

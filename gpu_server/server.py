@@ -416,7 +416,7 @@ class RunServer:
             return peer.session.receive(data)
         except OSError as error:  # of the disk: this thread sees no socket
             failure = ConfigError(
-                f"devices' samples cannot be kept: {error.strerror or error}; with more room, --resume goes on"
+                f"devices' samples cannot be kept: {error.strerror or error}; when that is mended, --resume goes on"
             )
             self._call(self._fail, failure)
             return None

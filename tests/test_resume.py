@@ -1,5 +1,7 @@
 """Runs that stop and go on, through the programs a person starts, and the run directories that cannot go on."""
 
+import errno
+import importlib
 import itertools
 import json
 import os
@@ -493,7 +495,7 @@ def test_full_disk_ends_the_server_with_one_sentence_and_the_run_goes_on_later(
         device = run_in_thread(take_part)
         _, said = server.communicate(timeout=60)
         assert server.returncode == 1
-        assert "File too large; the ones before are kept" in said.splitlines()[-1]
+        assert "File too large; the ones before are kept, and --resume goes on from there" in said.splitlines()[-1]
         assert "Traceback" not in said
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["000000000.safetensors"]
     with serving("--resume", *arguments({"port": port, "run_dir": run_dir, "model": settings["model"]})) as again:
@@ -502,6 +504,77 @@ def test_full_disk_ends_the_server_with_one_sentence_and_the_run_goes_on_later(
     device.result(timeout=60)
     assert adapter(run_dir) == adapter(tmp_path / "undisturbed")
     assert losses(run_dir) == losses(tmp_path / "undisturbed")
+
+
+def no_room(monkeypatch: Any, function: str, name: str, allowed: int) -> None:
+    """From the call after so many ``allowed`` ones on, a function that writes finds the disk full, for files of this name."""
+    module, _, attribute = function.rpartition(".")
+    original, calls = getattr(importlib.import_module(module), attribute), itertools.count()
+
+    def full(path: Any, *rest: Any, **more: Any) -> Any:
+        if Path(path).match(name) and next(calls) >= allowed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return original(path, *rest, **more)
+
+    monkeypatch.setattr(function, full)
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "allowed"),
+    [
+        ("gpu_server.run_directory._private", "metrics.jsonl", 5),
+        ("gpu_server.run_directory.replace_file", "codecs.json", 2),
+        ("gpu_server.run_directory.replace_file", "run.json", 1),
+        ("gpu_server.run_directory.save_adapter", "adapter", 0),
+        ("gpu_server.checkpoints.replace_file", "*.safetensors", 0),
+        ("gpu_server.checkpoints.replace_file", "*.safetensors", 2),
+    ],
+)
+def test_wherever_the_disk_is_full_the_server_ends_with_one_sentence_and_goes_on_later(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    pairs_file: Callable[..., Path],
+    monkeypatch: Any,
+    function: str,
+    name: str,
+    allowed: int,
+) -> None:
+    settings |= {"codec": "int8", "check_codec_every": 3}
+    data, port, run_dir = {"data": pairs_file("a", 9), "batch_size": 2}, free_port(), tmp_path / "run"
+
+    def take_part() -> None:
+        device = {"model": settings["model"], "name": "a", "dtype": "float32", "state_dir": tmp_path / "state", **data}
+        with EdgeClient(f"ws://127.0.0.1:{port}", **device) as client:
+            train(client.train(), after=STEPS + 1, do=lambda: None)
+
+    with monkeypatch.context() as patch:
+        no_room(patch, function, name, allowed)
+        with GpuServer(**settings, port=port, run_dir=str(run_dir)) as server:
+            device = run_in_thread(take_part)
+            with pytest.raises(ConfigError, match=r"cannot be written.*: No space left on device; .*--resume goes on"):
+                list(server.train())
+    with GpuServer(run_dir=str(run_dir), resume=True, linger=1.0) as again:
+        list(again.train())
+    device.result(timeout=60)
+    run_split({**settings, "run_dir": str(tmp_path / "undisturbed")}, {"a": {**data, "state_dir": tmp_path / "other"}})
+    assert adapter(run_dir) == adapter(tmp_path / "undisturbed")
+    assert losses(run_dir) == losses(tmp_path / "undisturbed")
+
+
+def test_what_a_run_leaves_is_for_its_owner_alone(
+    settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    before = os.umask(0o022)
+    try:
+        run = {**settings, "run_dir": str(tmp_path / "run"), "codec": "int8", "check_codec_every": 3}
+        run_split(run, {"a": {"data": pairs_file("a", 9), "batch_size": 2}})
+    finally:
+        os.umask(before)
+    modes = {str(path.relative_to(tmp_path)): path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*")}
+    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
+    for name in ("metrics.jsonl", "codecs.json", "run.json", "checkpoints/000000012.safetensors"):
+        assert modes[f"run/{name}"] == 0o600
+    assert modes["run/checkpoints"] == 0o700
 
 
 def test_finished_run_waits_as_long_as_it_says_after_every_device_that_is_lost(monkeypatch: Any) -> None:
