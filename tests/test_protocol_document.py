@@ -4,12 +4,14 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import msgpack
 import numpy as np
 import pytest
+import torch
 from protocol_samples import SAMPLES, SETTINGS, assert_same, inflate
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -44,6 +46,7 @@ from protocol.rounding import Dither, to_bfloat16
 from protocol.settings import BOUNDS
 from split_model import BaseModel
 from split_model.base_model import ModelConfig
+from split_model.optimisation import OptimiserConfig, adamw, take_step
 from split_model.tokenizer import tokenizer_digest
 
 DOCUMENT = (Path(__file__).parent.parent / "PROTOCOL.md").read_text(encoding="utf-8")
@@ -322,3 +325,71 @@ def test_its_example_of_a_tokenizer_is_what_a_fingerprint_ends_with() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.add_special_tokens([end])
     assert tokenizer_digest(tokenizer)[:16] == digits == hashlib.sha256(form.encode()).hexdigest()[:16]
+
+
+# Written a second time, from the document alone
+
+
+def words_of_mersenne_twister(key: list[int]) -> Iterator[int]:
+    """32-bit numbers of MT19937, initialised by init_by_array."""
+    state = [19650218]
+    for i in range(1, 624):
+        state.append((1812433253 * (state[-1] ^ (state[-1] >> 30)) + i) % 2**32)
+    i = 1
+    for n in range(624):
+        state[i] = ((state[i] ^ ((state[i - 1] ^ (state[i - 1] >> 30)) * 1664525)) + key[n % len(key)] + n % len(key)) % 2**32
+        i += 1
+        if i == 624:
+            state[0], i = state[623], 1
+    for _ in range(623):
+        state[i] = ((state[i] ^ ((state[i - 1] ^ (state[i - 1] >> 30)) * 1566083941)) - i) % 2**32
+        i += 1
+        if i == 624:
+            state[0], i = state[623], 1
+    state[0] = 2**31
+    while True:
+        for k in range(624):
+            mixed = (state[k] & 2**31) | (state[(k + 1) % 624] & (2**31 - 1))
+            state[k] = state[(k + 397) % 624] ^ (mixed >> 1) ^ (0x9908B0DF if mixed % 2 else 0)
+        for word in list(state):
+            word ^= word >> 11
+            word ^= (word << 7) & 0x9D2C5680
+            word ^= (word << 15) & 0xEFC60000
+            yield word ^ (word >> 18)
+
+
+def order_of_epoch(seed: int, name: str, epoch: int, num_samples: int) -> list[int]:
+    digest = hashlib.sha256(f"{seed}/{name}/order/{epoch}".encode()).digest()
+    number = int.from_bytes(digest[:8], "big") // 2
+    words = words_of_mersenne_twister([number % 2**32, number >> 32] if number >> 32 else [number])
+    order = list(range(num_samples))
+    for i in range(num_samples - 1, 0, -1):
+        j = next(upper for word in words if (upper := word >> (32 - (i + 1).bit_length())) <= i)
+        order[i], order[j] = order[j], order[i]
+    return order
+
+
+def test_its_shuffle_is_the_programs() -> None:
+    for name, num_samples in (("a", 7), ("jetson-1", 1000), ("b", 1), ("c", 64)):
+        data = Dataset([Sample(integers(0, 1), 1)] * num_samples, 0)
+        for epoch in (0, 1, 5):
+            expected = order_of_epoch(3, name, epoch, num_samples)
+            assert data.order(epoch + 1, num_samples, (3, name, "order")) == expected
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_its_adamw_and_its_rates_are_the_programs(schedule: str) -> None:
+    config = OptimiserConfig(learning_rate=0.1, schedule=schedule, warmup_steps=3, weight_decay=0.3)
+    generator = np.random.default_rng(0)
+    p = generator.standard_normal((3, 2))
+    parameter = torch.nn.Parameter(torch.from_numpy(p.copy()))
+    optimiser, m, v = adamw([parameter], config), 0 * p, 0 * p
+    for step in range(1, 9):
+        g = generator.standard_normal(p.shape)
+        parameter.grad = torch.from_numpy(g.copy())
+        take_step(optimiser, config.learning_rate_at(step, 8))
+        eta = 0.1 * (step - 1) / 3 if step - 1 < 3 else 0.1 if schedule == "constant" else 0.1 * (8 - step + 1) / max(1, 8 - 3)
+        p = p - eta * 0.3 * p
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        p = p - eta * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+        assert parameter.detach().numpy() == pytest.approx(p, rel=1e-12)
