@@ -266,7 +266,8 @@ def _not_opened(url: str, credentials: tuple[str, str] | None, response: Respons
     if status == UNAUTHORISED:
         return Refused(_why_unauthorised(url, credentials))
     if status in (TOO_MANY_REQUESTS, SERVICE_UNAVAILABLE):
-        return ConnectionFailed(f"the server at {url} has no time now (HTTP {status})", _seconds_to_wait(response))
+        why = "it has as many connections of this device as it takes" if status == TOO_MANY_REQUESTS else "it is stopping"
+        return ConnectionFailed(f"the server at {url} has no time now (HTTP {status}): {why}", _seconds_to_wait(response))
     if 300 <= status < 400:
         elsewhere = ascii(response.headers.get("Location", "nowhere")[:200])[1:-1]
         return ConnectionFailed(f"{url} redirects to {elsewhere}, which is not followed; give the server's own address")
