@@ -69,8 +69,7 @@ def run(folder: Path, settings: dict[str, Any], rows: int, progress: Progress) -
                     if not number:
                         progress.advance(f"{settings['codec']}, seed {settings['seed']}, loss {step.loss:.3f}")
                 if not number:
-                    *_, last = client.perplexity()
-                    perplexity.append(last)
+                    perplexity.append(client.perplexity())
 
         threads = [threading.Thread(target=take_part, args=(number,)) for number in range(CLIENTS)]
         for thread in threads:

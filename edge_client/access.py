@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from protocol.invitation import SCHEME
+
 from .connection import Connection
 from .enrolment import EnrolmentError, find
 from .pinning import PinnedContext
@@ -31,13 +33,21 @@ class Access:
         With what `splitlora-edge join` has stored for the server, if it has.
 
         Raises:
-            EnrolmentError: what is stored cannot be read, is ambiguous without a name, or is of another scheme.
+            EnrolmentError: what is stored cannot be read, is ambiguous without a name, or is of another scheme; the address
+                holds a secret, which is not repeated.
         """
+        if url.strip().startswith(SCHEME):
+            raise EnrolmentError(
+                "this is an invitation, not a server's address: splitlora-edge join (EdgeClient.join) takes it, and after that "
+                "the address is wss://HOST:PORT"
+            )
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port or (443 if parts.scheme == "wss" else 80)
         except ValueError:
             return cls(url=url)  # no address at all: the connection says so
+        if "@" in parts.netloc:
+            raise EnrolmentError(f"a server's address has no user and no password: give {parts.scheme}://{host}:{port}")
         invitation = find(state_folder, host, port, name) if host else None
         if invitation is None:
             return cls(url=url)

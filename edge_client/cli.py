@@ -1,10 +1,12 @@
 """The command splitlora-edge. Nothing heavy is imported before it is known what is asked."""
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from getpass import getpass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from terminal import (
     Parser,
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["build_parser", "main"]
 
 PROGRAM = "splitlora-edge"
+INVITATION_VARIABLE = "SPLITLORA_INVITATION"
+LONGEST_INVITATION = 4096  # characters; of a file that is none no more is read
 
 
 def build_parser() -> Parser:
@@ -48,8 +52,15 @@ def build_parser() -> Parser:
         help="enrol this device by its invitation, and train",
         description="Enrol this device, and train.",
     )
-    join.add_argument("invitation", metavar="STRING", help="what splitlora-server enrol printed: splitlora://HOST:PORT/#...")
-    join.add_argument("--model", help="as of train (default: what the server names, if it has it from the hub)")
+    join.add_argument(
+        "invitation",
+        nargs="?",
+        metavar="INVITATION",
+        help="what splitlora-server enrol printed: @FILE reads it from a file, - from standard input, and without it the "
+        f"environment variable {INVITATION_VARIABLE} holds it; written here (splitlora://HOST:PORT/#...), other users of this "
+        "machine can see it in the list of processes",
+    )
+    join.add_argument("--model", help="as of train (default: the one that the server names, if it has it from the hub)")
     _add_training_flags(join)
     join.set_defaults(run=run_join, errors=_errors_of_train)
 
@@ -146,57 +157,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_train(options: argparse.Namespace) -> None:
-    _train(options, options.server, options.model, options.name)
+    from .client import EdgeClient
+
+    with show_log("edge_client"):
+        _train(EdgeClient(options.server, model=options.model, name=options.name, **_training_options(options)))
 
 
 def run_join(options: argparse.Namespace) -> None:
-    from protocol.invitation import Invitation
-
-    from .enrolment import state_folder, store
-
-    invitation = Invitation.parse(options.invitation)
-    store(state_folder(options.state_dir), invitation)
-    model = options.model or _model_of_server(invitation.url, invitation.name, options.state_dir)
-    _train(options, invitation.url, model, invitation.name)
-
-
-def _model_of_server(url: str, name: str, state_dir: str | None) -> str:
-    from split_model import ModelError, is_hub_name
-
-    from .status import ping
-
-    model = ping(url, name=name, state_dir=state_dir).pong.model
-    if not model:
-        raise ModelError("the server has its base model from a folder: give --model with a copy of it")
-    if not is_hub_name(model):
-        raise ModelError(f"the server names the model {model[:80]!a}, which is no name on the hub; give --model")
-    return model
-
-
-def _train(options: argparse.Namespace, server: str, model: str, name: str | None) -> None:
-    from protocol import Seconds
-
     from .client import EdgeClient
 
-    with (
-        show_log("edge_client"),
-        EdgeClient(
-            server,
-            model=model,
-            data=options.data,
-            eval_data=options.eval_data,
-            batch_size=options.batch_size,
-            max_length=options.max_length,
-            shuffle=not options.no_shuffle,
-            name=name,
-            device=options.device,
-            dtype=options.dtype,
-            state_dir=options.state_dir,
-            give_up_after=options.give_up_after,
-            in_flight=options.in_flight,
-            cache_bytes=options.cache_bytes,
-        ) as client,
-    ):
+    invitation = _invitation(options.invitation)
+    with show_log("edge_client"):
+        _train(EdgeClient.join(invitation, model=options.model, **_training_options(options)))
+
+
+def _invitation(given: str | None) -> str:
+    """
+    The text that ``given`` stands for.
+
+    Raises:
+        InvalidInvitation: there is none.
+    """
+    from protocol.invitation import InvalidInvitation
+
+    if given is None:
+        given = os.environ.get(INVITATION_VARIABLE)
+        if given is None:
+            raise InvalidInvitation(f"there is no invitation: give @FILE, - for standard input, or set {INVITATION_VARIABLE}")
+    try:
+        if given == "-":
+            return getpass("invitation (it is not shown): ") if sys.stdin.isatty() else sys.stdin.read(LONGEST_INVITATION)
+        if given.startswith("@"):
+            with user_path(given[1:]).open(encoding="utf-8-sig") as file:
+                return file.read(LONGEST_INVITATION)
+    except OSError as error:
+        raise InvalidInvitation(f"the invitation cannot be read from {given}: {error.strerror or error}") from None
+    except ValueError:
+        raise InvalidInvitation(f"{given} holds no invitation: it is not text") from None
+    return given
+
+
+def _training_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What the flags of train and join have in common, as `EdgeClient` names it."""
+    return {
+        "data": options.data,
+        "eval_data": options.eval_data,
+        "batch_size": options.batch_size,
+        "max_length": options.max_length,
+        "shuffle": not options.no_shuffle,
+        "device": options.device,
+        "dtype": options.dtype,
+        "state_dir": options.state_dir,
+        "give_up_after": options.give_up_after,
+        "in_flight": options.in_flight,
+        "cache_bytes": options.cache_bytes,
+    }
+
+
+def _train(device: "EdgeClient") -> None:
+    from protocol import Seconds
+
+    with device as client:
         _say(_introduction(client))
         start = client.start()
         _show_perplexity(client, "before")
@@ -292,11 +313,9 @@ def _show_perplexity(client: "EdgeClient", when: str) -> None:
     if client.eval_data is None:
         return
     total = client.eval_data.num_batches(client.batch_size)
-    estimate = float("nan")
     with Progress(total, unit="batch") as progress:
-        for estimate in client.perplexity():
-            progress.advance(f"perplexity {when} {estimate:.2f}")
-    _say(f"perplexity {when}: {estimate:.3f}")
+        found = client.perplexity(lambda estimate: progress.advance(f"perplexity {when} {estimate:.2f}"))
+    _say(f"perplexity {when}: {found:.3f}")
 
 
 def _say(line: str) -> None:

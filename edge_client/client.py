@@ -1,24 +1,37 @@
 """The SDK: a device in a run, in five lines."""
 
 import logging
+import math
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from protocol import CODECS, DELTA, Hello, Join, Start, Welcome, check_name, largest_message_bytes
-from split_model import BaseModel, ModelError, SampleFolder, TrainingDiverged, choose_device, choose_dtype, find_model
+from protocol.invitation import Invitation
+from split_model import (
+    BaseModel,
+    ModelError,
+    SampleFolder,
+    TrainingDiverged,
+    choose_device,
+    choose_dtype,
+    find_model,
+    is_hub_name,
+)
 from terminal import user_path, user_text_path
 
 from .access import Access
 from .connection import Refused
 from .data import DataError, Dataset
 from .engine import TorchEngine
-from .enrolment import state_folder
+from .enrolment import state_folder, store
 from .membership import Membership, Moved
 from .place import Place
+from .status import ping
 from .training import Step, perplexity, train
 
 __all__ = ["EdgeClient"]
@@ -106,6 +119,35 @@ class EdgeClient:
                 f"the model's vocabulary has {self._model.config.vocabulary_size}"
             )
 
+    @classmethod
+    def join(
+        cls,
+        invitation: str,
+        *,
+        model: str | None = None,
+        state_dir: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> "EdgeClient":
+        """
+        Enrol this device by its invitation, and be a client of the server that it names.
+
+        Args:
+            invitation: what `splitlora-server enrol` has printed. It is kept in ``state_dir``, so this needs to be said once.
+            model: as of EdgeClient; None is the one that the server names, where it has it from the hub.
+            options: the other arguments of EdgeClient, but for the name, which the invitation says.
+
+        Raises:
+            InvalidInvitation: it is none. No error repeats any part of it.
+            EnrolmentError: it cannot be kept.
+            ModelError: the server has its model from a folder.
+            ConnectionFailed, Refused, CertificateChanged, RemoteProtocolError: the server cannot be asked for its model.
+        """
+        parsed = Invitation.parse(invitation)
+        store(state_folder(state_dir), parsed)
+        if model is None:
+            model = _model_of(parsed, state_dir)
+        return cls(parsed.url, model=model, name=parsed.name, state_dir=state_dir, **options)
+
     def __enter__(self) -> "EdgeClient":
         """Join the run; the device's part of the model is ready, and waits for the others in `start`."""
         self._membership = Membership(
@@ -185,9 +227,12 @@ class EdgeClient:
             num_kept=self._num_kept,
         )
 
-    def perplexity(self) -> Iterator[float]:
+    def perplexity(self, on_batch: Callable[[float], object] | None = None) -> float:
         """
-        Perplexity of the held-out texts under the present adapter: an estimate after every batch, at last that of all.
+        Perplexity of the held-out texts under the present adapter.
+
+        Args:
+            on_batch: called after every batch with the perplexity of those so far.
 
         Raises:
             DataError: the client has no eval_data.
@@ -197,8 +242,11 @@ class EdgeClient:
         self.start()
         while True:
             try:
-                yield from perplexity(self._membership, self._engine, self.eval_data, self.batch_size)
-                return
+                found = math.nan
+                for found in perplexity(self._membership, self._engine, self.eval_data, self.batch_size):
+                    if on_batch is not None:
+                        on_batch(found)
+                return found
             except Moved as moved:  # the server has gone back to a checkpoint: begin again with its adapter
                 self._go_to(moved.start)
 
@@ -234,6 +282,16 @@ class EdgeClient:
         else:
             run = self.welcome.run
             logger.info("this device keeps its place in run %s: started again with the same command, it goes on there", run)
+
+
+def _model_of(invitation: Invitation, state_dir: str | os.PathLike[str] | None) -> str:
+    """The name on the hub of the model that the server has."""
+    model = ping(invitation.url, name=invitation.name, state_dir=state_dir).pong.model
+    if not model:
+        raise ModelError("the server has its base model from a folder: give --model with a copy of it")
+    if not is_hub_name(model):
+        raise ModelError(f"the server names the model {model[:80]!a}, which is no name on the hub; give --model")
+    return model
 
 
 def _default_name(data: Path) -> str:

@@ -1,5 +1,6 @@
 """The only file of this package that knows WebSockets: one conversation, as long as its link lasts."""
 
+import logging
 import socket
 import ssl
 from collections import deque
@@ -41,6 +42,8 @@ __all__ = ["Connection", "ConnectionFailed", "Dial", "Refused"]
 Answer = TypeVar("Answer", bound=Message)
 Dial = Callable[[], "Connection"]
 
+QUIET = logging.getLogger("websockets.client.quiet")
+QUIET.setLevel(logging.INFO)  # below that it would tell the headers, and the secret in them
 UNAUTHORISED = 401  # of HTTP, as the two below
 TOO_MANY_REQUESTS, SERVICE_UNAVAILABLE = 429, 503
 SERVICE_RESTART = 1012  # of WebSocket
@@ -133,6 +136,7 @@ class Connection:
                 ping_interval=SECONDS_BETWEEN_PINGS,
                 ping_timeout=SECONDS_TO_PONG,
                 create_connection=Handshake,
+                logger=QUIET,
             )
             self._socket = self._open.enter_context(opened)
             _limit_frames(self._socket.protocol)

@@ -341,7 +341,7 @@ class Federation:
         if hello.name in self.greeted or (member is not None and member.connected):
             raise NameInUse(
                 f"the name {hello.name} is in use by a device that is connected; it is free again when that one has gone, "
-                f"and another device needs another --name"
+                f"and another device needs a name of its own"
             )
         if member is None:
             places = self.settings.clients - len(self.greeted.union(self.members))

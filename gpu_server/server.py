@@ -63,6 +63,8 @@ from .listener import Listener, Pace
 __all__ = ["RunServer", "StepRecord"]
 
 logger = logging.getLogger("gpu_server")
+QUIET = logging.getLogger("websockets.server.quiet")
+QUIET.setLevel(logging.INFO)  # below that it would tell the headers, and the secrets in them
 Result = TypeVar("Result")
 
 SECONDS_TO_FINISH = 10.0
@@ -304,6 +306,7 @@ class RunServer:
             ssl_handshake_timeout=limits.handshake_seconds if encryption else None,
             compression=None,  # messages are compressed already
             process_request=self._authenticate,
+            logger=QUIET,
             process_response=self._note_refusal,
             open_timeout=limits.handshake_seconds,
             max_size=compressed_bound(HANDSHAKE_BYTES),

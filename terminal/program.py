@@ -5,15 +5,17 @@ import difflib
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 __all__ = ["Parser", "PathError", "plain", "run_program", "user_path", "user_text_path", "version"]
 
+SECRET_OF_INVITATION = re.compile(r"(splitlora:(?:[^\s#]*#[^\s/]*/)?)\S+", re.I)
 ENDED_BY_SIGPIPE = 128 + 13  # what a shell calls it
 
 
@@ -83,6 +85,9 @@ class Parser(argparse.ArgumentParser):
             hint = _did_you_mean(str(value), names) or f"; there are {', '.join(names)}"
             raise argparse.ArgumentError(None if what == "command" else action, f"there is no {what} {value!r}{hint}")
 
+    def error(self, message: str) -> NoReturn:
+        super().error(plain(message))
+
     def _print_message(self, message: str, file: Any = None) -> None:
         is_error = file is None or file is sys.stderr
         with _careful_output():
@@ -127,7 +132,11 @@ def user_text_path(given: str | os.PathLike[str]) -> str:
 
 
 def plain(text: str) -> str:
-    """Somebody else's text on one line: what would move the cursor or imitate another line is shown as its escape."""
+    """
+    Somebody else's text on one line: what would move the cursor or imitate another line is shown as its escape, and of an
+    invitation no secret.
+    """
+    text = SECRET_OF_INVITATION.sub(r"\1…", text)
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 

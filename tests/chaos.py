@@ -238,12 +238,12 @@ def take_part(url: str, options: dict[str, Any], watch: "Watch", perplexity: Pat
     watch_client(watch)
     try:
         with EdgeClient(url, **options) as client:
-            for _ in client.perplexity() if client.eval_data else ():
-                pass
+            if client.eval_data:
+                client.perplexity()
             for _ in client.train():
                 pass
-            for estimate in client.perplexity() if client.eval_data else ():
-                perplexity.write_text(repr(estimate))
+            if client.eval_data:
+                perplexity.write_text(repr(client.perplexity()))
     except ConnectionFailed:
         raise SystemExit(NO_SERVER) from None
 

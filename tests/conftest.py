@@ -180,10 +180,10 @@ def run_split(server_options: dict[str, Any], clients: dict[str, dict[str, Any]]
     def take_part(url: str, name: str, options: dict[str, Any]) -> None:
         try:
             with EdgeClient(url, model=str(server_options["model"]), name=name, **{"dtype": "float32", **options}) as client:
-                before = list(client.perplexity())[-1] if "eval_data" in options else 0.0
+                before = client.perplexity() if "eval_data" in options else 0.0
                 steps[name] = list(client.train())
                 if "eval_data" in options:
-                    perplexity[name] = (before, list(client.perplexity())[-1])
+                    perplexity[name] = (before, client.perplexity())
         except BaseException as error:
             errors.append(error)
             server.stop()

@@ -52,19 +52,23 @@ def test_server_and_devices_of_the_readme_train_to_the_end(
 ) -> None:
     (enrol,), (serve,), (join,) = map(commands, ("splitlora-server enrol", "splitlora-server serve", "splitlora-edge join"))
     address = f"127.0.0.1:{free_port()}"
-    invitations = []
-    for name in ("kitchen", "cellar"):
-        command = [name if word == "kitchen" else word for word in enrol]
-        with started([*command, "--address", address], tmp_path, stdout=subprocess.PIPE) as enrolling:
-            invitations.append(enrolling.communicate(timeout=60)[0].strip())
+    names = ("kitchen", "cellar")
+    for name in names:
+        *command, redirected, invitation = [word.replace("kitchen", name) for word in enrol]
+        assert redirected == ">"
+        with (
+            (tmp_path / invitation).open("w") as file,
+            started([*command, "--address", address], tmp_path, stdout=file) as enrolling,
+        ):
+            enrolling.communicate(timeout=60)
     serve = adapted(serve, model=tiny_model, clients=2)
     with started([*serve, "--port", address.rpartition(":")[2]], tmp_path) as server:
         assert server.stderr is not None
         assert "listening on wss://0.0.0.0" in server.stderr.readline()
         held_out = pairs_file("held-out", 5, 50)
         devices = [
-            [invitation if word.startswith("splitlora://") else word for word in adapted(join, data=data, eval_data=held_out)]
-            for invitation, data in zip(invitations, (pairs_file("notes", 20), pairs_file("more", 9, 20)), strict=True)
+            [word.replace("kitchen", name) for word in adapted(join, data=data, eval_data=held_out)]
+            for name, data in zip(names, (pairs_file("notes", 20), pairs_file("more", 9, 20)), strict=True)
         ]
         more = ["--model", str(tiny_model), "--state-dir", str(tmp_path / "state")]
         with started([*devices[0], *more], tmp_path) as one, started([*devices[1], *more], tmp_path) as two:
