@@ -90,12 +90,13 @@ def build_parser() -> Parser:
 
 def _add_generation_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="DIR", type=Path, help="what splitlora-export onnx has written")
-    command.add_argument(
+    text = command.add_mutually_exclusive_group(required=True)
+    text.add_argument(
         "--prompt",
-        required=True,
         metavar="TEXT",
-        help="what is continued; a model that has learnt completions expects <|endoftext|> behind the prompt",
+        help="complete it, with a model trained on prompts and completions; <|endoftext|> is put behind it, as in training",
     )
+    text.add_argument("--raw", metavar="TEXT", help="continue it as it stands, with a model trained on plain texts")
     command.add_argument("--precision", choices=("auto", "fp32", "fp16", "q8", "q4"), default="auto")
     command.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most (default: %(default)s)")
     command.add_argument(
@@ -254,7 +255,9 @@ def run_generate(options: argparse.Namespace) -> None:
     if options.precision == "auto":
         _say(f"precision {generator.precision}: {generator.choice}")
     _say(f"weights: {generator.preparation}")
-    pieces = generator.stream(options.prompt, max_new_tokens=options.max_new_tokens, sampling=sampling)
+    raw = options.prompt is None
+    given = options.raw if raw else options.prompt
+    pieces = generator.stream(given, raw=raw, max_new_tokens=options.max_new_tokens, sampling=sampling)
     if options.stream:
         for piece in pieces:
             print(piece, end="", flush=True)  # noqa: T201

@@ -121,19 +121,29 @@ class Generator:
             raise ExportedModelError(f"{self.model.folder} has its adapter merged; --keep-adapter exports with room for others")
         self._decoder.use_adapter(user_path(path))
 
-    def text(self, prompt: str, *, max_new_tokens: int = 64, sampling: Sampling | None = None) -> str:
-        """The continuation. See `stream`."""
-        return "".join(self.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling))
+    def text(self, prompt: str, *, raw: bool = False, max_new_tokens: int = 64, sampling: Sampling | None = None) -> str:
+        """The completion. See `stream`."""
+        return "".join(self.stream(prompt, raw=raw, max_new_tokens=max_new_tokens, sampling=sampling))
 
-    def stream(self, prompt: str, *, max_new_tokens: int = 64, sampling: Sampling | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: str, *, raw: bool = False, max_new_tokens: int = 64, sampling: Sampling | None = None
+    ) -> Iterator[str]:
         """
-        The continuation, piece by piece; a piece has whole characters, of however many tokens. ``"".join(...)`` is all of it.
+        The completion, piece by piece; a piece has whole characters, of however many tokens. ``"".join(...)`` is all of it.
+
+        Args:
+            raw: continue ``prompt`` as it stands, for a model that has learnt plain texts. Without it, a model that has learnt
+                pairs is given the prompt as training gave it: see `encode`.
 
         Raises:
             GenerationError: the prompt cannot be encoded or leaves no room, or ``max_new_tokens`` is less than 1.
         """
+        pieces = self._pieces(self.encode(prompt, raw=raw), max_new_tokens, sampling)
+        return pieces if raw else _without_first_space(pieces)
+
+    def _pieces(self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling | None) -> Iterator[str]:
         stream, tokens, streamed = DecodeStream(skip_special_tokens=True), [], ""
-        for token in self.tokens(self.encode(prompt), max_new_tokens=max_new_tokens, sampling=sampling):
+        for token in self.tokens(prompt, max_new_tokens=max_new_tokens, sampling=sampling):
             tokens.append(token)
             piece = stream.step(self.tokenizer, token) or ""
             streamed += piece
@@ -170,9 +180,10 @@ class Generator:
             raise ExportedModelError(f"{self.model.folder} computes no numbers in {self.precision}, which they overflow: {way}")
         return logits
 
-    def encode(self, prompt: str) -> list[int]:
+    def encode(self, prompt: str, *, raw: bool = False) -> list[int]:
         """
-        Token ids; of an empty prompt, the token that separates texts.
+        Token ids of a prompt as `data.Dataset` puts it before a completion: without white space at its ends, and with the token
+        that separates texts behind it. With ``raw``, of the text as it stands; of an empty one, that token.
 
         Raises:
             GenerationError: the prompt is not text.
@@ -181,11 +192,13 @@ class Generator:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:
             raise GenerationError(f"the prompt is not UTF-8: {prompt[error.start : error.end]!a} is no character") from None
-        ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        ids = self.tokenizer.encode(prompt if raw else prompt.strip(), add_special_tokens=False).ids
         if max(ids, default=0) >= self.model.vocabulary_size:
             highest = f"{max(ids)} of {self.model.vocabulary_size} tokens"
             raise ExportedModelError(f"{self.model.folder}: the tokenizer is of another model ({highest})")
-        return ids or [self.model.end_token]
+        if not ids or (not raw and ids[-1] != self.model.end_token):
+            ids = [*ids, self.model.end_token]
+        return ids
 
     def _capacity(self, prompt: Sequence[int], max_new_tokens: int) -> int:
         """Tokens of prompt and continuation."""
@@ -203,6 +216,15 @@ class Generator:
         else:
             self.speed.prompt_seconds = seconds
         self.speed.new_tokens += 1
+
+
+def _without_first_space(pieces: Iterator[str]) -> Iterator[str]:
+    """Training puts one between the token that separates texts and a completion."""
+    for piece in pieces:
+        yield piece.removeprefix(" ")
+        if piece:
+            break
+    yield from pieces
 
 
 def choose_precision(model: ExportedModel) -> tuple[str, str]:

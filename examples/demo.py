@@ -116,7 +116,7 @@ def _deploy(run_dir: Path) -> None:
     _run(["splitlora-export", "verify", str(folder)], check=False)
     print("Three prompts it has never seen, continued on the device's side:\n")
     for prompt, _ in itertools.islice(read_texts(GUIDES / "valid.jsonl"), 0, 60, 20):
-        command = ["splitlora-edge", "generate", str(folder), "--prompt", f"{prompt}<|endoftext|>", "--max-new-tokens", "80"]
+        command = ["splitlora-edge", "generate", str(folder), "--prompt", prompt, "--max-new-tokens", "80"]
         print(f"  -> {_run(command, stdout=subprocess.PIPE).stdout.strip()}\n")
 
 

@@ -365,7 +365,17 @@ FLAGS = {
         "join": TRAINING,
         "ping": {"--help", "--server", "-h", "--name", "--state-dir"},
         "generate": {
-            *("--adapter", "--help", "--max-new-tokens", "--precision", "--prompt", "--seed", "--stream", "--temperature"),
+            *(
+                "--adapter",
+                "--help",
+                "--max-new-tokens",
+                "--precision",
+                "--prompt",
+                "--raw",
+                "--seed",
+                "--stream",
+                "--temperature",
+            ),
             *("--top-p", "-h"),
         },
         "prepare": {"--help", "-h"},

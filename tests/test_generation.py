@@ -19,6 +19,7 @@ from transformers.generation.logits_process import TopPLogitsWarper
 
 from edge_client import ExportedModelError, GenerationError, Generator, Sampling
 from edge_client.cli import main
+from edge_client.data import Dataset
 from edge_client.exported_model import ExportedModel
 from export import export_onnx
 from export.cli import main as export_main
@@ -82,11 +83,12 @@ def test_fifty_greedy_texts_are_those_of_transformers(tmp_path: Path) -> None:
     lines = shared_path("data/e2e/valid.txt").read_text(encoding="utf-8").splitlines()[::90][:50]
     export_onnx(str(model), tmp_path / "model", precisions=("fp32",))
     generator = Generator(tmp_path / "model")
-    prompts = [line.split("||")[0] + "<|endoftext|>" for line in lines]
+    prompts = [line.split("||")[0] for line in lines]
     expected = expected_tokens(model, [generator.encode(prompt) for prompt in prompts], 20)
     assert len(prompts) == 50
     for prompt, tokens in zip(prompts, expected, strict=True):
-        assert generator.text(prompt, max_new_tokens=20) == generator.tokenizer.decode(tokens)
+        assert generator.text(prompt, max_new_tokens=20) == generator.tokenizer.decode(tokens).removeprefix(" ")
+        assert generator.text(f"{prompt}<|endoftext|>", raw=True, max_new_tokens=20) == generator.tokenizer.decode(tokens)
 
 
 def test_continuation_ends_with_the_context(tiny_model: Path, exported: Path) -> None:
@@ -112,9 +114,34 @@ def test_every_text_starts_afresh(exported: Path) -> None:
     assert generator.text("The Wrestlers is", max_new_tokens=12) == first
 
 
-def test_empty_prompt_begins_a_text(exported: Path) -> None:
+@pytest.mark.parametrize("raw", [False, True])
+def test_empty_prompt_begins_a_text(exported: Path, raw: bool) -> None:
     generator = Generator(exported, precision="fp32")
-    assert generator.text("") == generator.text("<|endoftext|>")
+    assert generator.encode("", raw=raw) == generator.encode("<|endoftext|>", raw=raw) == [generator.model.end_token]
+
+
+@pytest.mark.parametrize("prompt", ["The Wrestlers is", " in spaces\t", "", "ends in one<|endoftext|>", "naïve café"])
+def test_prompt_is_encoded_as_training_encodes_that_of_a_pair(exported: Path, tmp_path: Path, prompt: str) -> None:
+    generator = Generator(exported, precision="fp32")
+    (tmp_path / "pair.jsonl").write_text(json.dumps({"prompt": prompt.removesuffix("<|endoftext|>"), "completion": "a text"}))
+    data = Dataset.load(tmp_path / "pair.jsonl", generator.tokenizer, generator.model.end_token, 256)
+    (sample,) = data.samples
+    assert generator.encode(prompt) == sample.tokens[: len(sample.tokens) - sample.num_labels].tolist()
+
+
+def test_raw_text_is_continued_as_it_stands(exported: Path) -> None:
+    generator = Generator(exported, precision="fp32")
+    text = " two spaces  "
+    assert generator.encode(text, raw=True) == generator.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_completion_begins_without_the_space_that_training_puts_before_it(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = Generator(exported, precision="fp32")
+    tokens = generator.encode("  a", raw=True)
+    monkeypatch.setattr(generator, "tokens", lambda *_, **__: iter(tokens))
+    assert (generator.text("x"), generator.text("x", raw=True)) == (" a", "  a")
 
 
 # Streaming
@@ -123,7 +150,7 @@ def test_empty_prompt_begins_a_text(exported: Path) -> None:
 def test_streamed_pieces_are_the_whole_text_and_cut_no_character(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = Generator(exported, precision="fp32")
     text = "naïve café → 10 €, 東京 🎉 done"
-    tokens = generator.encode(text)
+    tokens = generator.encode(text, raw=True)
     assert len(tokens) > len(text), "characters of several tokens are the point"
     monkeypatch.setattr(generator, "tokens", lambda *_, **__: iter(tokens))
     pieces = list(generator.stream("x"))
@@ -137,7 +164,7 @@ def test_streamed_nonsense_is_the_whole_text_too(exported: Path, monkeypatch: py
     for _ in range(200):  # of bytes that are no UTF-8, or that end within a character
         tokens = random.integers(0, 600, random.integers(1, 30)).tolist()
         monkeypatch.setattr(generator, "tokens", lambda *_, tokens=tokens, **__: iter(tokens))
-        assert "".join(generator.stream("x")) == generator.tokenizer.decode(tokens)
+        assert "".join(generator.stream("x", raw=True)) == generator.tokenizer.decode(tokens)
 
 
 def test_a_piece_comes_before_the_next_token_is_computed(exported: Path) -> None:

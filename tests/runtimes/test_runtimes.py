@@ -102,7 +102,7 @@ def test_what_the_document_shows_runs(folder: Path, tmp_path: Path, name: str) -
 def continued_here(folder: Path, precision: str) -> Iterator[list[int]]:
     generator = Generator(folder, precision=precision)
     for prompt in PROMPTS:
-        ids = generator.encode(prompt)
+        ids = generator.encode(prompt, raw=True)
         yield [*ids, *generator.tokens(ids, max_new_tokens=24)]
 
 
