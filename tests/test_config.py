@@ -46,7 +46,7 @@ def test_counts_begin_at_one(name: str, value: int) -> None:
 @pytest.mark.parametrize("name", [name for name in BOUNDS if name != "cut_layer"])
 @pytest.mark.parametrize("end", [0, 1])
 def test_what_clients_are_told_has_the_bounds_of_the_protocol(name: str, end: int) -> None:
-    value = (BOUNDS[name][0] - 1, BOUNDS[name][1] + 1)[end]
+    value = (BOUNDS[name][0] - 1, 2 * BOUNDS[name][1] + 1)[end]
     options = {"steps": None, "epochs": value} if name == "epochs" else {name: value}
     least, most = (f"{bound:.16g}" for bound in BOUNDS[name])
     assert refused(**options).startswith(f"{name.replace('_', '-')} must be {least} to {most}, got ")
