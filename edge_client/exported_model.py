@@ -1,10 +1,11 @@
 """The folder that splitlora-export writes: what is in it, and whether all of it is there. Loads nothing."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
+
+from split_model.folder import Folder, shown
 
 __all__ = ["KIND", "SPLIT_KIND", "ExportedModel", "ExportedModelError"]
 
@@ -57,12 +58,14 @@ class ExportedModel:
                 folder=folder,
                 kind=raw["kind"],
                 attention=str(raw["attention"]),
-                adapter=None if raw["adapter"] is None else _inside(folder, raw["adapter"]),
+                adapter=None if raw["adapter"] is None else Folder(folder, ExportedModelError).place(raw["adapter"]),
                 vocabulary_size=int(raw["vocabulary_size"]),
                 context=int(raw["context"]),
                 end_token=int(raw["end_token"]),
                 precisions={name: _graphs(folder, raw["kind"], entry) for name, entry in raw["precisions"].items()},
             )
+        except ExportedModelError:
+            raise
         except KeyError as error:
             raise ExportedModelError(f"{folder / MANIFEST}: {error} is missing; export the model again") from None
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -100,32 +103,20 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not folder.is_dir():
         raise ExportedModelError(f"no folder at {folder}; splitlora-export onnx makes one")
-    try:
-        raw = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ExportedModelError(
-            f"{folder} is not an exported model: no {MANIFEST}; splitlora-export onnx writes one"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ExportedModelError(f"{path} cannot be read: {error}; export the model again") from None
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        found = raw.get("format") if isinstance(raw, dict) else raw
-        raise ExportedModelError(f"{path} has format {str(found)[:40]}; this splitlora reads format {FORMAT}")
+    files = Folder(folder, ExportedModelError)
+    if files.find(MANIFEST) is None:
+        raise ExportedModelError(f"{folder} is not an exported model: no {MANIFEST}; splitlora-export onnx writes one")
+    raw = files.read_json(MANIFEST)
+    if raw.get("format") != FORMAT:
+        raise ExportedModelError(f"{path} has format {shown(raw.get('format'))}; this splitlora reads format {FORMAT}")
     return raw
 
 
 def _graphs(folder: Path, kind: str, entry: dict[str, Any]) -> Graphs:
-    num_bytes = {_inside(folder, name): int(size) for name, size in entry["bytes"].items()}
-    paths: Sequence[Path] = [_inside(folder, entry[key]) for key in GRAPHS_OF[kind]]
+    files = Folder(folder, ExportedModelError)
+    num_bytes = {files.place(name): int(size) for name, size in entry["bytes"].items()}
+    paths: Sequence[Path] = [files.place(entry[key]) for key in GRAPHS_OF[kind]]
     for path in paths:
         if path not in num_bytes:
             raise ValueError(f"the size of {path.name} is not given")
     return Graphs(paths=tuple(paths), num_bytes=num_bytes)
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """A path of the manifest, which may have come over a network."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{name!r} is outside the folder")
-    return folder / path

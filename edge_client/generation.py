@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from split_model.folder import Folder
 from terminal import user_path
 
 from .decoder import Decoder
@@ -254,11 +255,12 @@ def _memory_needed(model: ExportedModel, precision: str) -> int:
 
 
 def _load_tokenizer(model: ExportedModel) -> Tokenizer:
-    path = model.folder / "tokenizer.json"
-    if not path.is_file():
+    path, files = model.folder / "tokenizer.json", Folder(model.folder, ExportedModelError)
+    if files.find(path.name) is None:
         raise ExportedModelError(f"{path} is missing: the folder is incomplete; copy or export it again")
+    content = files.read_text(path.name)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(content)
     except (KeyboardInterrupt, SystemExit):
         raise
     except (

@@ -1,15 +1,16 @@
 """An exported folder, opened with ONNX Runtime, for measuring what it agrees with."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+
+from split_model import Folder
 
 from .errors import ExportError
 from .precision import PRECISIONS
@@ -46,24 +47,24 @@ class Manifest:
         Raises:
             ExportError: it is not an exported folder, or a file of it is missing or cut short.
         """
-        path = folder / MANIFEST
-        if not path.is_file():
+        path, files = folder / MANIFEST, Folder(folder, ExportError)
+        if files.find(MANIFEST) is None:
             raise ExportError(f"{folder} is not an exported model: no {MANIFEST}; splitlora-export onnx writes one")
+        raw = files.read_json(MANIFEST)
         try:
-            raw = json.loads(path.read_bytes())
             if raw["format"] != FORMAT or raw["kind"] not in KINDS:
                 kind, form = str(raw["kind"])[:40], str(raw["format"])[:40]
                 raise ExportError(f"{path}: this version of splitlora does not know the kind {kind!r} in format {form}")
             entries = {str(name): entry for name, entry in raw["precisions"].items()}
-            sizes = {name: _sizes(folder, entry["bytes"]) for name, entry in entries.items()}
+            sizes = {name: _sizes(files, entry["bytes"]) for name, entry in entries.items()}
             manifest = cls(
                 folder=folder,
                 context=int(raw["context"]),
                 end_token=int(raw["end_token"]),
                 vocabulary_size=int(raw["vocabulary_size"]),
-                adapter=_inside(folder, raw["adapter"]) if raw["adapter"] else None,
-                peft_adapter=_inside(folder, raw["peft_adapter"]) if raw.get("peft_adapter") else None,
-                graphs={name: [_inside(folder, entry[key]) for key in KINDS[raw["kind"]]] for name, entry in entries.items()},
+                adapter=files.place(raw["adapter"]) if raw["adapter"] else None,
+                peft_adapter=files.place(raw["peft_adapter"]) if raw.get("peft_adapter") else None,
+                graphs={name: [files.place(entry[key]) for key in KINDS[raw["kind"]]] for name, entry in entries.items()},
                 num_bytes={name: sum(files.values()) for name, files in sizes.items()},
             )
         except ExportError:
@@ -74,8 +75,8 @@ class Manifest:
             raise ExportError(f"{path} cannot be read: {error}; export the model again") from None
         if unknown := [name for name in manifest.graphs if name not in PRECISIONS]:
             raise ExportError(f"{path}: the precision {unknown[0][:40]!r} is not one of {', '.join(PRECISIONS)}")
-        for files in sizes.values():
-            for file, size in files.items():
+        for expected in sizes.values():
+            for file, size in expected.items():
                 found = file.stat().st_size if file.is_file() else None
                 if found != size:
                     state = "missing" if found is None else f"{found} bytes long, not {size}"
@@ -83,16 +84,8 @@ class Manifest:
         return manifest
 
 
-def _sizes(folder: Path, entry: dict[str, Any]) -> dict[Path, int]:
-    return {_inside(folder, name): int(size) for name, size in entry.items()}
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """A path of the manifest, which may be a stranger's."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{name!r} is outside the folder")
-    return folder / path
+def _sizes(files: Folder, entry: dict[str, Any]) -> dict[Path, int]:
+    return {files.place(name): int(size) for name, size in entry.items()}
 
 
 @contextmanager

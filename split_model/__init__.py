@@ -1,20 +1,23 @@
 """GPT-2 cut in two, with LoRA on both parts. Knows nothing of networks."""
 
-from .adapter_folder import load_adapter, save_adapter
-from .adapter_settings import AdapterSettings
-from .atomic_file import remove_unfinished, replace_file
-from .base_model import FILES_BESIDE_WEIGHTS, BaseModel, ModelConfig, StoredTensor, find_model, is_hub_name
-from .errors import AdapterError, ModelError, TrainingDiverged
-from .folder import Folder, shown
-from .generation import continue_greedily
-from .kept_samples import SampleFolder
-from .lora import Adapter, LoraConfig, adapter_shapes, initial_adapter
-from .optimisation import OptimiserConfig, adamw, optimiser_state, restore_optimiser, take_step
-from .parts import EdgePart, ServerPart, check_cut_layer
-from .precision import DTYPES, choose_device, choose_dtype, working_dtype
-from .sealed_tensors import DamagedFile, read_sealed, seal
-from .seeds import derive_seed
-from .tokenizer import encode, load_tokenizer
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapter_folder import load_adapter, save_adapter
+    from .adapter_settings import AdapterSettings
+    from .atomic_file import remove_unfinished, replace_file
+    from .base_model import FILES_BESIDE_WEIGHTS, BaseModel, ModelConfig, StoredTensor, find_model, is_hub_name
+    from .errors import AdapterError, ModelError, TrainingDiverged
+    from .folder import Folder, shown
+    from .generation import continue_greedily
+    from .kept_samples import SampleFolder
+    from .lora import Adapter, LoraConfig, adapter_shapes, initial_adapter
+    from .optimisation import OptimiserConfig, adamw, optimiser_state, restore_optimiser, take_step
+    from .parts import EdgePart, ServerPart, check_cut_layer
+    from .precision import DTYPES, choose_device, choose_dtype, working_dtype
+    from .sealed_tensors import DamagedFile, read_sealed, seal
+    from .seeds import derive_seed
+    from .tokenizer import encode, load_tokenizer
 
 __all__ = [
     "DTYPES",
@@ -58,3 +61,55 @@ __all__ = [
     "take_step",
     "working_dtype",
 ]
+
+_HOMES = {
+    "Adapter": "lora",
+    "AdapterError": "errors",
+    "AdapterSettings": "adapter_settings",
+    "BaseModel": "base_model",
+    "DTYPES": "precision",
+    "DamagedFile": "sealed_tensors",
+    "EdgePart": "parts",
+    "FILES_BESIDE_WEIGHTS": "base_model",
+    "Folder": "folder",
+    "LoraConfig": "lora",
+    "ModelConfig": "base_model",
+    "ModelError": "errors",
+    "OptimiserConfig": "optimisation",
+    "SampleFolder": "kept_samples",
+    "ServerPart": "parts",
+    "StoredTensor": "base_model",
+    "TrainingDiverged": "errors",
+    "adamw": "optimisation",
+    "adapter_shapes": "lora",
+    "check_cut_layer": "parts",
+    "choose_device": "precision",
+    "choose_dtype": "precision",
+    "continue_greedily": "generation",
+    "derive_seed": "seeds",
+    "encode": "tokenizer",
+    "find_model": "base_model",
+    "initial_adapter": "lora",
+    "is_hub_name": "base_model",
+    "load_adapter": "adapter_folder",
+    "load_tokenizer": "tokenizer",
+    "optimiser_state": "optimisation",
+    "read_sealed": "sealed_tensors",
+    "remove_unfinished": "atomic_file",
+    "replace_file": "atomic_file",
+    "restore_optimiser": "optimisation",
+    "save_adapter": "adapter_folder",
+    "seal": "sealed_tensors",
+    "shown": "folder",
+    "take_step": "optimisation",
+    "working_dtype": "precision",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Most of this needs torch, but what reads a folder does not, and is wanted where there is none (PEP 562).
+    from importlib import import_module
+
+    if name not in _HOMES:
+        raise AttributeError(f"module 'split_model' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

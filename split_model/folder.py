@@ -1,7 +1,7 @@
 """The files of a folder that somebody else has made: a model, an adapter, an exported model."""
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 __all__ = ["Folder", "shown"]
@@ -20,28 +20,36 @@ class Folder:
     def __init__(self, path: Path, error: type[ValueError]) -> None:
         self.path, self._error = path, error
 
-    def find(self, name: str) -> Path | None:
+    def place(self, name: str) -> Path:
         """
-        The file ``name`` (which may lie in a folder of the folder); None if there is none.
+        Where the file ``name`` is, or would be; it may lie in a folder of the folder.
 
         Raises:
-            error: it is a link that leaves the folder, or leads nowhere.
+            error: it is outside, by its name or by a link.
         """
-        path = self.path / name
+        inner = PurePosixPath(name)
+        if inner.is_absolute() or ".." in inner.parts:
+            raise self._error(f"{self.path}: {shown(name)} is outside the folder")
+        path = self.path / inner
         try:
-            target = path.resolve(strict=True)
-            is_file = path.is_file()
-        except FileNotFoundError:
-            if path.is_symlink():
-                raise self._error(f"{path} is a link to a file that is not there") from None
-            return None
+            target, home = path.resolve(), self.path.resolve()
         except (OSError, RuntimeError, ValueError) as error:  # a circle of links, no permission, a name that no file can have
             raise self._error(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-        if not is_file:
-            return None
-        if not any(target.is_relative_to(place) for place in self._places()):
+        # models--OWNER--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH
+        blobs = [home.parent.parent / "blobs"] if home.parent.name == "snapshots" else []
+        if not any(target.is_relative_to(folder) for folder in (home, *blobs)):
             raise self._error(f"{path} leads out of its folder by a link; replace the link by the file that is meant")
         return path
+
+    def find(self, name: str) -> Path | None:
+        """
+        The file ``name``; None if there is none.
+
+        Raises:
+            error: as `place`.
+        """
+        path = self.place(name)
+        return path if path.is_file() else None
 
     def require(self, name: str) -> Path:
         """
@@ -85,12 +93,6 @@ class Folder:
         if not isinstance(value, dict):
             raise self._error(f"{path} is not a JSON object but {shown(value)}")
         return value
-
-    def _places(self) -> list[Path]:
-        """Where the folder's files may lie."""
-        home = self.path.resolve()
-        # models--OWNER--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH
-        return [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
 
 
 def shown(value: object) -> str:

@@ -594,6 +594,10 @@ def foreign_graph(path: Path) -> None:
     change(path.parent.parent, precisions={"fp32": entry})
 
 
+def move_out(path: Path) -> None:
+    path.symlink_to(path.rename(path.parents[2] / "elsewhere"))
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
@@ -601,10 +605,12 @@ def foreign_graph(path: Path) -> None:
         (lambda folder: (folder / "splitlora.json").write_text("{}"), "splitlora.json: 'format' is missing"),
         (
             lambda folder: (folder / "splitlora.json").write_text("[" * 99999),
-            "splitlora.json cannot be read: maximum recursion",
+            "splitlora.json cannot be read: its JSON is nested too deeply",
         ),
         (lambda folder: change(folder, context=[]), "splitlora.json cannot be read: int\\(\\) argument"),
-        (lambda folder: change(folder, adapter="../x"), "splitlora.json cannot be read: '../x' is outside the folder"),
+        (lambda folder: change(folder, adapter="../x"), '"../x" is outside the folder'),
+        (lambda folder: move_out(folder / "onnx/model.onnx"), "model.onnx leads out of its folder by a link"),
+        (lambda folder: move_out(folder / "tokenizer.json"), "tokenizer.json leads out of its folder by a link"),
         (lambda folder: rename_precision(folder, "q9"), "the precision 'q9' is not one of fp32, fp16, q8, q4"),
         (lambda folder: change(folder, vocabulary_size=9), "the tokenizer is of another model: it has a token"),
         (lambda folder: overwrite(folder / "onnx/model.onnx"), "model.onnx cannot be loaded by onnxruntime"),

@@ -45,13 +45,19 @@ def test_link_that_leaves_the_folder_is_refused(folder: Path, tmp_path: Path, ta
         Folder(folder, WrongFolder).find(name)
 
 
-def test_link_to_nothing_and_a_circle_of_links_are_refused(folder: Path) -> None:
+def test_link_to_nothing_and_a_circle_of_links_are_no_files(folder: Path) -> None:
     (folder / "nothing").symlink_to("not-there")
     (folder / "circle").symlink_to("circle")
-    with pytest.raises(WrongFolder, match="nothing is a link to a file that is not there"):
-        Folder(folder, WrongFolder).find("nothing")
-    with pytest.raises(WrongFolder, match="circle cannot be read"):
-        Folder(folder, WrongFolder).find("circle")
+    assert Folder(folder, WrongFolder).find("nothing") is None
+    for name in ("nothing", "circle"):
+        with pytest.raises(WrongFolder, match=name):
+            Folder(folder, WrongFolder).require(name)
+
+
+@pytest.mark.parametrize("name", ["../private", "/etc/passwd", "a/../../private"])
+def test_name_that_leaves_the_folder_is_refused(folder: Path, name: str) -> None:
+    with pytest.raises(WrongFolder, match="is outside the folder"):
+        Folder(folder, WrongFolder).place(name)
 
 
 def in_the_hubs_cache(tmp_path: Path, source: Path) -> Path:

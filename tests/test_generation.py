@@ -233,7 +233,7 @@ def test_generating_imports_neither_torch_nor_transformers_nor_export(exported: 
     check = (
         "import sys; from edge_client.cli import main\n"
         f"status = main(['generate', {str(exported)!r}, '--prompt', 'The', '--max-new-tokens', '2'])\n"
-        "heavy = {'torch', 'transformers', 'export', 'split_model', 'onnx', 'safetensors', 'websockets'} & sys.modules.keys()\n"
+        "heavy = {'torch', 'transformers', 'export', 'onnx', 'safetensors', 'websockets'} & sys.modules.keys()\n"
         "sys.exit(f'imported {heavy}' if heavy else status)"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
@@ -455,6 +455,18 @@ def path_outside(folder: Path) -> None:
     change_manifest(folder, precisions={"q8": {"graph": graph, "bytes": {graph: 1}}})
 
 
+def move_out(path: Path) -> None:
+    path.symlink_to(path.rename(path.parents[2] / "elsewhere"))
+
+
+def graph_elsewhere(folder: Path) -> None:
+    move_out(folder / "onnx/model_quantized.onnx")
+
+
+def tokenizer_elsewhere(folder: Path) -> None:
+    move_out(folder / "tokenizer.json")
+
+
 def no_graph(folder: Path) -> None:
     (folder / "onnx/model_quantized.onnx").unlink()
 
@@ -491,12 +503,14 @@ def no_precisions(folder: Path) -> None:
         (no_folder, "no folder at"),
         (no_manifest, "is not an exported model: no splitlora.json"),
         (broken_manifest, "cannot be read"),
-        (list_for_a_manifest, "has format []; this splitlora reads format 1"),
+        (list_for_a_manifest, "splitlora.json is not a JSON object but []"),
         (later_format, "has format 2; this splitlora reads format 1"),
         (other_kind, "holds a 'image classifier'"),
         (no_context, "'context' is missing"),
         (nonsense_for_a_number, "is broken"),
-        (path_outside, "'../outside.onnx' is outside the folder"),
+        (path_outside, '"../outside.onnx" is outside the folder'),
+        (graph_elsewhere, "model_quantized.onnx leads out of its folder by a link"),
+        (tokenizer_elsewhere, "tokenizer.json leads out of its folder by a link"),
         (no_graph, "model_quantized.onnx is missing: the folder is incomplete"),
         (half_copied, "model_quantized.onnx_data has"),
         (overwritten_graph, "model_quantized.onnx cannot be loaded by onnxruntime"),
