@@ -308,7 +308,7 @@ def _introduction(client: "EdgeClient") -> str:
     return (
         f"run {client.welcome.run}, here {client.name}: {len(data.samples)} samples{cut}, "
         f"blocks 0 to {settings.cut_layer - 1}; dtype {client.dtype}: {client.choice}; "
-        f"waiting for all {settings.clients} clients"
+        f"the run waits for {count(settings.clients, 'device')}"
     )
 
 

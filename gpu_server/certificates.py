@@ -57,7 +57,7 @@ class Certificate:
             context.load_cert_chain(self.certificate_file, self.key_file, password=self._refuse_passphrase)
         except ssl.SSLError as error:
             reason = (error.reason or "not PEM").lower().replace("_", " ")
-            raise ConfigError(f"{self.certificate_file} and {self.key_file} are no pair to serve with: {reason}") from None
+            raise ConfigError(f"{self.certificate_file} and {self.key_file} cannot be used together: {reason}") from None
         except OSError as error:
             raise ConfigError(f"{self.certificate_file} and {self.key_file} cannot be read: {error.strerror}") from None
         return context

@@ -64,7 +64,7 @@ def open_door(config: ServerConfig) -> Door:
         notices.append(f"insecure: without encryption whoever shares the network reads what {what}")
     if guarded and not enrolments.exists():
         notices.append(
-            f"nobody is enrolled yet, and nobody else is let in: splitlora-server enrol NAME --run-dir {config.run_dir}"
+            f"no device is enrolled yet, and no other is let in: splitlora-server enrol NAME --run-dir {config.run_dir}"
         )
     return Door(
         host=config.host,
@@ -93,7 +93,7 @@ def enrolments_of(run_dir: str | None, clients_file: str | None) -> Enrolments:
         recorded = _recorded_in(folder)
         clients_file = (recorded and recorded["config"].get("clients_file")) or os.fspath(folder / "clients.json")
     if clients_file is None:
-        raise ConfigError("say whose clients are meant: give --run-dir or --clients-file")
+        raise ConfigError("give --run-dir or --clients-file, to say whose enrolled devices are meant")
     return Enrolments(user_path(clients_file))
 
 

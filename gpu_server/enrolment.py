@@ -143,7 +143,7 @@ class Enrolments:
             raise
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(
-                f"{self.path} is no list of enrolled devices; restore it, or delete it and enrol them again"
+                f"{self.path} is not a list of enrolled devices; restore it, or delete it and enrol them again"
             ) from None
 
     @contextmanager

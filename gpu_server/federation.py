@@ -335,7 +335,7 @@ class Federation:
         if missing:
             raise RemoteProtocolError(
                 f"{hello.name} does not offer the codec {', '.join(sorted(missing))}, which this run uses; "
-                f"a newer splitlora-edge does, or the run can do without by --codec float32"
+                f"update splitlora-edge there, or start the run with --codec float32"
             )
         member = self.members.get(hello.name)
         if hello.name in self.greeted or (member is not None and member.connected):
@@ -346,7 +346,7 @@ class Federation:
         if member is None:
             places = self.settings.clients - len(self.greeted.union(self.members))
             if self.phase is not Phase.GATHERING or places < 1:
-                raise RemoteProtocolError(f"the run has its {self.settings.clients} clients already")
+                raise RemoteProtocolError(f"the run is full: it takes {count(self.settings.clients, 'device')} (--clients)")
         else:
             self._check_return(hello.name, member)
         self.greeted.add(hello.name)
@@ -368,11 +368,11 @@ class Federation:
         self._check_return(name, member)  # the run may have ended since its welcome
         before = member.join
         if replace(join, step=0, kept=None).__dict__ != replace(before, step=0, kept=None).__dict__:
-            raise RemoteProtocolError(
-                f"{name} joined this run with {before.num_samples} samples of up to {before.longest} tokens in batches of "
-                f"{before.batch_size}, and comes back with {join.num_samples} of up to {join.longest} in batches of "
-                f"{join.batch_size}; start it as before"
+            was, now_is = (
+                f"{count(each.num_samples, 'sample')} of up to {count(each.longest, 'token')} in batches of {each.batch_size}"
+                for each in (before, join)
             )
+            raise RemoteProtocolError(f"{name} joined this run with {was}, and comes back with {now_is}; start it as before")
         self.greeted.discard(name)
         member.join, member.connected, member.left = join, True, False
         member.gone_on_after, member.told = -1, None
@@ -856,12 +856,13 @@ class Federation:
     def _new_member(self, join: Join) -> Member:
         if join.longest > self.limits.num_positions:
             raise RemoteProtocolError(
-                f"sequences of {join.longest} tokens; the model has {self.limits.num_positions} positions"
+                f"sequences are up to {join.longest} tokens long, and the model has {self.limits.num_positions} positions; "
+                f"choose a smaller --max-length"
             )
         if join.batch_size * join.longest > self.limits.max_batch_tokens:
             raise RemoteProtocolError(
-                f"batches of up to {join.batch_size} x {join.longest} tokens, the server takes "
-                f"{self.limits.max_batch_tokens}; choose a smaller --batch-size or --max-length"
+                f"batches are up to {join.batch_size} x {join.longest} tokens, and the server takes at most "
+                f"{self.limits.max_batch_tokens} (--max-batch-tokens); choose a smaller --batch-size or --max-length"
             )
         itinerary = self._itinerary(join)
         if itinerary.last_step > LARGEST_COUNT:
@@ -893,17 +894,18 @@ class Federation:
                 )
             _check_size(batch.exact, sent)
         if len(batch.values) > rows:
-            raise RemoteProtocolError(f"{len(batch.values)} rows, at most {rows} were announced")
+            raise RemoteProtocolError(f"the batch has {count(len(batch.values), 'row')}; at most {rows} were announced")
         if len(batch.lengths) > member.join.batch_size:
-            raise RemoteProtocolError(f"{len(batch.lengths)} sequences, at most {member.join.batch_size} were announced")
+            sequences = count(len(batch.lengths), "sequence")
+            raise RemoteProtocolError(f"the batch has {sequences}; at most {member.join.batch_size} were announced")
         if batch.lengths.max(initial=0) > member.join.longest:
             raise RemoteProtocolError(
-                f"a sequence of {batch.lengths.max()} tokens, at most {member.join.longest} were announced"
+                f"a sequence has {batch.lengths.max()} tokens; at most {member.join.longest} were announced"
             )
         if isinstance(batch, Activations):
             most = -(-member.join.batch_size // self.settings.micro_batches)
             if len(batch.lengths) > most:
-                raise RemoteProtocolError(f"{len(batch.lengths)} sequences in a micro-batch, at most {most} can be")
+                raise RemoteProtocolError(f"a micro-batch has {count(len(batch.lengths), 'sequence')}; at most {most} can be")
         wrong = batch.labels[(batch.labels < 0) | (batch.labels >= limits.vocabulary_size)]
         if len(wrong):
             raise RemoteProtocolError(f"a label is {wrong[0]}; this model's tokens are 0 to {limits.vocabulary_size - 1}")

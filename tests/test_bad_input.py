@@ -828,13 +828,13 @@ def test_client_with_a_name_in_use_is_told_so_until_it_gives_up(
 
 def test_client_too_many_is_refused(tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], edge_says: Say) -> None:
     with a_run(tiny_model, tmp_path, pairs_file("honest", 3), clients=1) as run:
-        assert edge_says(server=run.server.url, name="late").endswith("refuses: the run has its 1 clients already")
+        assert edge_says(server=run.server.url, name="late").endswith("refuses: the run is full: it takes 1 device (--clients)")
 
 
 @pytest.mark.parametrize(
     ("join", "reason"),
     [
-        ({"longest": 257}, "sequences of 257 tokens; the model has 256 positions"),
+        ({"longest": 257}, "sequences are up to 257 tokens long, and the model has 256 positions; choose a smaller"),
         ({"batch_size": 100, "longest": 100}, "choose a smaller --batch-size or --max-length"),
         ({"num_samples": 2**53}, "at most 2147483647 can be"),
     ],
@@ -881,15 +881,15 @@ MISFITS: dict[str, tuple[Message | bytes | str, str]] = {
     "lengths beside the rows": (batch(lengths=ints(4, 4)), "lengths add up to 8, values have 7 rows"),
     "more rows": (
         batch(lengths=ints(3, 3, 3), label_counts=ints(1, 1, 1), values=floats(9)),
-        "9 rows, at most 8 were announced",
+        "the batch has 9 rows; at most 8 were announced",
     ),
     "more sequences": (
         batch(lengths=ints(1, 1, 1), label_counts=ints(1, 1, 1), values=floats(3)),
-        "3 sequences, at most 2 were announced",
+        "the batch has 3 sequences; at most 2 were announced",
     ),
     "longer sequence": (
         batch(lengths=ints(7), label_counts=ints(3)),
-        "a sequence of 7 tokens, at most 4 were announced",
+        "a sequence has 7 tokens; at most 4 were announced",
     ),
     "far more rows": (batch(lengths=ints(4, 4000), values=floats(4004)), "exceeds the limit of"),
     "label beyond": (
@@ -1069,7 +1069,7 @@ def test_training_that_diverges_ends_the_edge_with_one_sentence(
         with pytest.raises(RunEndedEarly, match="all devices have left the run after step"):
             list(server.train())
     introduction, text = capsys.readouterr().err.strip().splitlines()
-    assert introduction.endswith("waiting for all 1 clients")
+    assert introduction.endswith("the run waits for 1 device")
     assert text.startswith("splitlora-edge: ")
     assert re.search(r"in step \d+ this device's activations are no longer finite numbers; try a lower --lr", text)
 
@@ -1178,7 +1178,7 @@ def test_ctrl_c_ends_an_edge_that_waits_and_its_place_is_free_again(
     with a_run(tiny_model, tmp_path, pairs_file("honest", 3), clients=2) as run:
         flags = {"server": run.server.url, "model": tiny_model, "data": pairs_file("a", 3), "device": "cpu"}
         with program("edge_client", "train", *arguments(flags)) as process:
-            read_until(process, "waiting for all 2 clients")
+            read_until(process, "the run waits for 2 devices")
             assert interrupt(process) == (130, "splitlora-edge: interrupted\n")
         with joined(run, fingerprint):
             pass

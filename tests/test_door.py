@@ -203,7 +203,7 @@ def test_without_insecure_another_address_is_encrypted_and_takes_nobody_that_is_
 ) -> None:
     port = free_port()
     with serving(tiny_model, tmp_path / "run", port, "--host=0.0.0.0", "--steps=3") as server:
-        server.wait_for("nobody is enrolled yet, and nobody else is let in: splitlora-server enrol NAME --run-dir")
+        server.wait_for("no device is enrolled yet, and no other is let in: splitlora-server enrol NAME --run-dir")
         with RawClient(port, None) as stranger:
             assert stranger.status == 401
         with pytest.raises((EOFError, ConnectionError)):

@@ -251,7 +251,7 @@ def test_place_of_a_client_that_leaves_before_the_start_is_free_again() -> None:
     federation.welcome(Hello(name="a", fingerprint="f"))
     federation.leave("a", 0.0)
     federation.welcome(Hello(name="b", fingerprint="f"))
-    with pytest.raises(RemoteProtocolError, match="has its 1 clients already"):
+    with pytest.raises(RemoteProtocolError, match=r"the run is full: it takes 1 device \(--clients\)"):
         federation.welcome(Hello(name="c", fingerprint="f"))
 
 
@@ -764,7 +764,7 @@ def test_micro_batch_is_no_larger_than_a_part_of_a_batch() -> None:
     federation.join("a", Join(num_samples=9, batch_size=3, longest=ROWS), 0.0)
     counts = np.ones(3, np.int32)
     batch = {"lengths": counts, "label_counts": 0 * counts, "labels": counts[:0], "values": np.zeros((3, WIDTH), np.float32)}
-    with pytest.raises(RemoteProtocolError, match="3 sequences in a micro-batch, at most 2 can be"):
+    with pytest.raises(RemoteProtocolError, match="a micro-batch has 3 sequences; at most 2 can be"):
         federation.receive("a", Activations(step=1, seconds=NO_TIME, **batch), 0.0)
 
 
