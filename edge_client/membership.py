@@ -278,7 +278,8 @@ class Membership:
                 asked = f" (and wants to be asked again in {error.retry_after:g} s)" if error.retry_after else ""
                 raise ConnectionFailed(f"{error}{asked}; gave up after {self._give_up_after:g} s")
             if now - lost_at >= tell_after:
-                logger.info("%s; this device tries until there is a connection, next in %.1f s", error, wait)
+                level = logging.WARNING if error.retry_after else logging.INFO  # a refusal may be the user's to mend
+                logger.log(level, "%s; this device tries until there is a connection, next in %.1f s", error, wait)
                 tell_after = max(SECONDS_TO_TELL_AGAIN, 2 * (now - lost_at))
             else:
                 logger.debug("%s; this device tries again in %.1f s", error, wait)

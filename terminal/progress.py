@@ -164,17 +164,23 @@ class _AboveTheBar(logging.Handler):
 
 @contextmanager
 def show_log(name: str) -> Iterator[None]:
-    """Show what the logger ``name`` has to say meanwhile, from INFO on, without disturbing a bar."""
-    logger, handler = logging.getLogger(name), _AboveTheBar()
+    """
+    Show what the logger ``name`` has to say meanwhile, without disturbing a bar: from INFO on, or from DEBUG on where the
+    environment has SPLITLORA_LOG=debug. Then messages are seen that the protocol's rules ignore, with the reason.
+    """
+    level = logging.DEBUG if os.environ.get("SPLITLORA_LOG", "").lower() == "debug" else logging.INFO
+    handler = _AboveTheBar()
     handler.setFormatter(_Plain("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    before = [(logger, logger.level) for logger in (logging.getLogger(name), logging.getLogger("protocol"))]
+    for logger, _ in before:
+        logger.addHandler(handler)
+        logger.setLevel(level)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+        for logger, level_before in before:
+            logger.removeHandler(handler)
+            logger.setLevel(level_before)
 
 
 def _amount(num_bytes: float) -> str:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+import protocol
 from edge_client.cli import build_parser as edge_parser
 from export.cli import build_parser as export_parser
 from gpu_server.cli import build_parser as server_parser
-from terminal import PathError, Progress, count, duration, listed, run_program, user_path, user_text_path, version
+from terminal import PathError, Progress, count, duration, listed, run_program, show_log, user_path, user_text_path, version
 
 
 class Screen(io.StringIO):
@@ -271,3 +272,16 @@ def test_tilde_is_the_home_folder_wherever_it_comes_from(monkeypatch: pytest.Mon
     for text in ("~nobody-of-this-name/runs", "a\0b"):
         with pytest.raises(PathError):
             user_path(text)
+
+
+@pytest.mark.parametrize(("wanted", "shown"), [("debug", True), ("", False), ("nonsense", False)])
+def test_ignored_messages_are_shown_to_who_asks_for_them(
+    wanted: str, shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPLITLORA_LOG", wanted)
+    ping = protocol.encode(protocol.Ping(index=3))
+    server = protocol.Session(protocol.Side.SERVER)
+    with show_log("gpu_server"):
+        assert server.receive(ping) is not None
+        assert server.receive(ping) is None
+    assert ("DEBUG server (no name yet): ignored Ping 3" in capsys.readouterr().err) is shown
