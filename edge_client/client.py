@@ -30,6 +30,7 @@ from .data import DataError, Dataset
 from .engine import TorchEngine
 from .enrolment import state_folder, store
 from .membership import Membership, Moved
+from .patience import Patience, reason_to_wait
 from .place import Place
 from .status import ping
 from .training import Step, perplexity, train
@@ -150,14 +151,17 @@ class EdgeClient:
 
     def __enter__(self) -> "EdgeClient":
         """Join the run; the device's part of the model is ready, and waits for the others in `start`."""
+        self._patience = Patience(lambda: reason_to_wait(self._access.connect, self.name))
         self._membership = Membership(
             self._access.connect,
             Hello(name=self.name, fingerprint=self._model.fingerprint(), codecs=(*CODECS, DELTA)),
             give_up_after=self._give_up_after,
             patient=self._place.is_kept or self._give_up_after is not None,
             before=self._place.welcome(),
+            patience=self._patience,
         )
         self._start: Start | None = None
+        self._patience.begin()
         try:
             self.dtype, self.choice = self._choose_dtype()
             self._place.keep(self.welcome, self.dtype)
@@ -269,6 +273,7 @@ class EdgeClient:
         Leave the run, if it is over, has diverged, or the user says so (Ctrl-C). After any other exception the device hangs up
         and keeps its place, as if it had been killed: started again as before, it goes on, and nothing of the run has changed.
         """
+        self._patience.close()
         # What has diverged would diverge again.
         if kind is None or issubclass(kind, KeyboardInterrupt | TrainingDiverged):
             self._place.give_up()

@@ -5,6 +5,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TypeVar, cast
 
@@ -52,6 +53,7 @@ class Membership:
     Args:
         dial: opens a connection.
         give_up_after: seconds without a connection, added up until a question is answered; None tries forever.
+        patience: entered while this client waits for an answer.
         patient: whether the server may be away when the first connection is opened; else its address is taken for wrong.
             A server that says when it wants to be asked again is asked again in any case.
         before: the run in which this device has a place, as it was announced before the device was killed.
@@ -69,8 +71,10 @@ class Membership:
         give_up_after: float | None = None,
         patient: bool = False,
         before: Welcome | None = None,
+        patience: AbstractContextManager[None] | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        self._patience = patience or nullcontext()
         self._dial, self._hello, self._give_up_after, self._sleep = dial, hello, give_up_after, sleep
         self._random = random.Random(hello.name)  # devices that lost the same server do not come back all at once
         self._waits = self._new_waits()
@@ -157,12 +161,15 @@ class Membership:
         """To the first of the questions that wait."""
         while True:
             try:
-                answer = self._connected().answer(answer_kind, Start)
+                connection = self._connected()
+                with self._patience:
+                    answer = connection.answer(answer_kind, Start)
             except ConnectionFailed as error:
                 self._ask_again(waiting, error)
                 continue
             question = waiting.popleft()
             if isinstance(answer, Start):
+                _tell_what_was_missed(question, answer)
                 self._go_to(answer, question)
             self._waits, self._away = self._new_waits(), 0.0  # a Welcome and a Start alone would be no progress
             if isinstance(question, Evaluation):
@@ -243,7 +250,8 @@ class Membership:
         assert self._join is not None
         connection.expect(self.largest_message)
         kept = None if self.kept is None else self.kept.newest
-        return connection.exchange(replace(self._join, step=self.step, kept=kept), Start)
+        with self._patience:
+            return connection.exchange(replace(self._join, step=self.step, kept=kept), Start)
 
     def _come_back(self, connection: Connection) -> Start:
         welcome = self._hear_welcome(connection)
@@ -315,3 +323,11 @@ class Membership:
             self._bytes_before += self._connection.num_bytes
             self._connection.abandon()
             self._connection = None
+
+
+def _tell_what_was_missed(question: Message, start: Start) -> None:
+    """Of a question that came too late: the run has gone on without it."""
+    first = getattr(question, "step", start.step + 1)
+    if first <= start.step:
+        steps = f"step {first}" if first == start.step else f"steps {first} to {start.step}"
+        logger.info("the run has gone on without this device, which has missed %s", steps)

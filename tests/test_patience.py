@@ -1,0 +1,95 @@
+"""A device that waits says for whom, and how long, and no more often than somebody wants to read it."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import run_in_thread
+
+from edge_client import ConnectionFailed, EdgeClient
+from edge_client.patience import Patience, reason_to_wait
+from gpu_server import GpuServer
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    caplog.set_level(logging.INFO, "edge_client")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "edge_client"]
+
+
+def test_wait_is_told_of_at_growing_distances(clock: Clock, told: Callable[[], list[str]]) -> None:
+    patience = Patience(lambda: "the run waits for b", clock)
+    with patience:
+        for _ in range(3 * 3600):
+            clock.now += 1
+            patience.look()
+    assert [line.removesuffix(": the run waits for b") for line in told()] == [
+        f"this device has waited {when}"
+        for when in ("10 s", "30 s", "90 s", "4 min", "14 min", "40 min", "1 h 40 min", "2 h 40 min")
+    ]
+
+
+def test_answer_ends_it_and_the_next_wait_begins_anew(clock: Clock, told: Callable[[], list[str]]) -> None:
+    patience = Patience(lambda: "", clock)
+    for _ in range(4):
+        with patience:
+            clock.now += 9
+            patience.look()
+        clock.now += 100
+        patience.look()
+    assert told() == []
+    with patience:
+        clock.now += 10
+        patience.look()
+    assert len(told()) == 1
+
+
+def test_answer_that_comes_meanwhile_leaves_nothing_to_tell(clock: Clock, told: Callable[[], list[str]]) -> None:
+    def reason() -> str:
+        patience.__exit__(None, None, None)
+        return "too late"
+
+    patience = Patience(reason, clock)
+    with patience:
+        clock.now += 60
+        patience.look()
+    assert told() == []
+
+
+def test_reasons_come_from_the_server(tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path]) -> None:
+    options = {"model": str(tiny_model), "run_dir": str(tmp_path / "run"), "cut_layer": 1, "steps": 2, "dtype": "float32"}
+    device = {"model": options["model"], "data": pairs_file("a", 4), "dtype": "float32", "state_dir": tmp_path / "state"}
+    with GpuServer(**options, port=0, clients=2) as server:
+        ended = run_in_thread(lambda: list(server.train()))
+        with EdgeClient(server.url, name="a", **device) as one, EdgeClient(server.url, name="b", **device) as two:
+            first = run_in_thread(one.start)
+            while (reason := reason_to_wait(one._access.connect, "a")) == "0 of 2 devices are connected":
+                pass
+            assert reason == "1 of 2 devices are connected"
+            two.start()
+            first.result(timeout=60)
+            steps = run_in_thread(lambda: list(one.train()))
+            while "waits for a and b" in (reason := reason_to_wait(two._access.connect, "c")):
+                pass
+            assert reason.startswith("the run waits for b (silent for ")
+            assert reason_to_wait(two._access.connect, "b") == "its own message is still on the way to the server"
+            assert len(list(two.train())) == len(steps.result(timeout=60)) == 2
+        ended.result(timeout=60)
+
+    def gone() -> None:
+        raise ConnectionFailed("no server at ws://here")
+
+    assert reason_to_wait(gone, "a") == "the server answers no second connection either: no server at ws://here"  # type: ignore[arg-type]
