@@ -9,6 +9,7 @@
 # make bench-export   how fast an exported model is, beside what else there is; compiles llama.cpp once
 # make chaos          200 runs of a tiny model, disturbed at random
 # make fuzz           1.5 million broken frames, and attacks on a live server
+# make fuzz-folders   100,000 nearly right models, adapters, exported folders, settings and data files
 # make soak           30 minutes of a server whose devices come and go
 
 VENV := .venv
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The other versions of Python that are promised.
 PYTHONS := 3.10 3.12 3.13
 
-.PHONY: demo test test-pythons test-lowest test-runtimes check bench bench-links bench-export chaos fuzz soak
+.PHONY: demo test test-pythons test-lowest test-runtimes check bench bench-links bench-export chaos fuzz fuzz-folders soak
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.runtime
@@ -66,6 +67,9 @@ chaos: $(VENV)/.development
 
 fuzz: $(VENV)/.development
 	$(BIN)/python benchmarks/fuzz.py
+
+fuzz-folders: $(VENV)/.development
+	$(BIN)/python benchmarks/fuzz_folders.py
 
 soak: $(VENV)/.development
 	$(BIN)/python benchmarks/soak.py --minutes 30

@@ -1,6 +1,8 @@
 """Exported graphs at work. Alone here is onnxruntime known."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,19 +96,13 @@ class _Part:
     def __init__(self, session: Any, shares_buffer: bool) -> None:
         self._runtime = _import_runtime()
         self._session, self._shares_buffer = session, shares_buffer
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        if not inputs or not outputs:
-            raise ExportedModelError("the graph has no inputs or no outputs: it is not one of a language model")
-        self._input, self._output = inputs[0].name, outputs[0].name
-        self._takes_positions = any(value.name == "position_ids" for value in inputs)
-        self._cached = [value for value in inputs if value.name.startswith(PAST)]
-        for place in self._cached:
-            if len(place.shape) != 4 or not all(isinstance(place.shape[axis], int) for axis in (1, 3)):
-                raise ExportedModelError(
-                    f"the graph's {place.name} has the shape {place.shape}: it is not the cache of a GPT-2"
-                )
-        self._cache: list[Any] = []
-        self.slots = {value.name: value.shape for value in self._session.get_overridable_initializers()}
+        with _readable_errors("the graph is not one of a language model"):
+            inputs = self._session.get_inputs()
+            self._input, self._output = inputs[0].name, self._session.get_outputs()[0].name
+            self._takes_positions = any(value.name == "position_ids" for value in inputs)
+            self._cached = [value for value in inputs if value.name.startswith(PAST)]
+            self._cache: list[Any] = []
+            self.slots = {value.name: value.shape for value in self._session.get_overridable_initializers()}
         self.adapter: dict[str, Any] = {}
         self._settings = {}
         if self.slots.pop(LOGITS_START, None) is not None:
@@ -114,10 +110,8 @@ class _Part:
             self._settings[LOGITS_START] = self._runtime.OrtValue.ortvalue_from_numpy(np.array([-1]))
 
     def clear(self, capacity: int) -> None:
-        try:
+        with _readable_errors(f"there is no cache of {capacity:,} tokens for this graph"):
             self._cache = [self._empty(place, capacity) for place in self._cached]
-        except Exception as error:  # onnxruntime's errors have no common type
-            raise ExportedModelError(f"no memory for a cache of {capacity:,} tokens: {_first_line(error)}") from None
 
     def _empty(self, place: Any, capacity: int) -> Any:
         dtype, (_, num_heads, _, width) = _dtype(place.type), place.shape
@@ -128,10 +122,8 @@ class _Part:
         return np.empty((1, num_heads, 0, width), dtype)
 
     def extend(self, values: NDArray[Any], start: int) -> NDArray[Any]:
-        try:
+        with _readable_errors("the model cannot be computed"):
             return self._computed(values, start)
-        except Exception as error:  # onnxruntime's errors have no common type
-            raise ExportedModelError(f"the model cannot be computed: {_first_line(error)}") from None
 
     def _computed(self, values: NDArray[Any], start: int) -> NDArray[Any]:
         binding = self._session.io_binding()
@@ -184,12 +176,9 @@ def open_session(path: Path, configuration: Mapping[str, str], num_threads: int 
         options.add_session_config_entry(name, value)
     if save_to is not None:
         options.optimized_model_filepath = str(save_to)
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's errors have no common type
-        raise ExportedModelError(
-            f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}: {_first_line(error)}"
-        ) from None
+    with _readable_errors(f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}"):
+        # Without "fallback", which tries the same again and says so on standard output.
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
 
 
 def runtime_version() -> str:
@@ -209,16 +198,22 @@ def _import_runtime() -> Any:
 
 
 def _read_adapter(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not os.path.isfile(path):  # of a path that cannot be one, Path.is_file would not say no
         raise ExportedModelError(f"no adapter file at {path}")
     onnxruntime = _import_runtime()
-    try:
+    with _readable_errors(f"{path} is no adapter that onnxruntime can read"):
         reader = onnxruntime.AdapterFormat.read_adapter(str(path))
         parameters = {name: np.array(value.numpy()) for name, value in reader.get_parameters().items()}
         del reader  # and with it the mapped file, in which its values lie
         return {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in parameters.items()}
-    except Exception as error:
-        raise ExportedModelError(f"{path} is no adapter that onnxruntime can read: {_first_line(error)}") from None
+
+
+@contextmanager
+def _readable_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # onnxruntime's errors have no common type
+        raise ExportedModelError(f"{what}: {str(error).strip().partition(chr(10))[0]}") from None
 
 
 def _fits(shape: Sequence[int], slot: Sequence[int | str | None]) -> bool:
@@ -230,7 +225,3 @@ def _fits(shape: Sequence[int], slot: Sequence[int | str | None]) -> bool:
 
 def _dtype(type_name: str) -> type[np.floating[Any]]:
     return np.float16 if "float16" in type_name else np.float32
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

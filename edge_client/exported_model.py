@@ -1,5 +1,6 @@
 """The folder that splitlora-export writes: what is in it, and whether all of it is there. Loads nothing."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,10 @@ class ExportedModel:
             ExportedModelError: there is no such folder, it is of another kind, or its manifest is broken.
         """
         raw = _read_manifest(folder)
-        if raw.get("kind") not in GRAPHS_OF:
-            raise ExportedModelError(f"{folder} holds a {raw.get('kind')!r}; text is generated with {' or '.join(GRAPHS_OF)}")
+        if str(raw.get("kind")) not in GRAPHS_OF:
+            raise ExportedModelError(
+                f"{folder} holds a {str(raw.get('kind'))[:40]!r}; text is generated with {' or '.join(GRAPHS_OF)}"
+            )
         try:
             return cls(
                 folder=folder,
@@ -92,7 +95,7 @@ def require_whole(path: Path, expected: int) -> None:
     Raises:
         ExportedModelError: the file is not there, or of another size than it was written with.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # of a path that cannot be one, Path.is_file would not say no
         raise ExportedModelError(f"{path} is missing: the folder is incomplete; copy or export it again")
     found = path.stat().st_size
     if found != expected:

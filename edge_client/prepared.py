@@ -88,7 +88,7 @@ def find_prepared(model: ExportedModel, precision: str) -> Prepared:
             return Prepared(graphs=None, reason="prepared from other files than are there now")
         if sizes != _sizes(folder, precision):
             return Prepared(graphs=None, reason="what was prepared is incomplete")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return Prepared(graphs=None, reason="not prepared; splitlora-edge prepare would save memory and time")
     graphs = (_graph(folder, precision, number) for number in range(len(model.graphs(precision).paths)))
     return Prepared(graphs=tuple(graphs), reason="prepared")

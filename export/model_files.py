@@ -76,7 +76,8 @@ CACHE_NAMES = {"past": "past_key_values", "present": "present"}
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # In ASCII: JSON can hold half characters, a file of UTF-8 cannot.
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_missing(path: Path, value: dict[str, Any]) -> None:

@@ -51,6 +51,8 @@ class RunDirectory:
             reached = description.get("adapter")
             # Without it the server is at it, or was killed: adapter/ may be of an earlier stop, or half written.
             self._reached = None if reached is None else (int(reached["step"]), int(reached["of"]))
+            if self._reached is not None and not 0 <= self._reached[0] <= self._reached[1]:
+                raise ValueError(f"step {self._reached[0]} of {self._reached[1]} cannot be")
         except FileNotFoundError:
             raise ExportError(f"{path} is missing; --run-dir is the folder that splitlora-server was given") from None
         except KeyError as error:

@@ -255,7 +255,7 @@ def options_from_toml(path: Path) -> dict[str, Any]:
         table = tomllib.loads(user_path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, and brackets without end
         raise ConfigError(f"{path} is not TOML: {error}") from None
     return {name.replace("-", "_"): value for name, value in table.items()}
 

@@ -61,36 +61,11 @@ OUTCOMES = {
 }
 
 
-class Mutator:
-    """
-    Args:
-        seed: the same frames for the same seed.
-    """
+class ByteMutator:
+    """Bytes that are nearly the ones given."""
 
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-        self._frames = [encode(message) for message in protocol_samples.SAMPLES.values()]
-        gradient = ActivationGradient(step=1, loss=1.0, labelled_tokens=1, values=WITH_AN_OUTLIER)
-        self._frames += [encode(gradient, codec) for codec in CODECS]
-        self._packed = [protocol_samples.inflate(frame) for frame in self._frames]
-        self._compressor = zstandard.ZstdCompressor(level=1)
-        self._levels: dict[str, Callable[[], bytes]] = {
-            "random bytes": lambda: self._random_bytes(200),
-            "random bytes, compressed": lambda: self._compressed(self._random_bytes(200)),
-            "mutated frame": lambda: self._mutated(self.random.choice(self._frames)),
-            "mutated msgpack": lambda: self._compressed(self._mutated(self.random.choice(self._packed))),
-            "mutated fields": lambda: self._compressed(self._of_mutated_fields()),
-            "valid": lambda: self.random.choice(self._frames),
-        }
-        self._weights = [1, 1, 3, 4, 5, 1]
-
-    def frame(self) -> tuple[str, bytes]:
-        """How it was made, and the frame."""
-        level = self.random.choices(list(self._levels), self._weights)[0]
-        return level, self._levels[level]()
-
-    def _compressed(self, packed: bytes) -> bytes:
-        return self._compressor.compress(packed)
+    def __init__(self, random: random.Random) -> None:
+        self.random = random
 
     def _random_bytes(self, longest: int) -> bytes:
         return self.random.randbytes(self.random.randrange(longest))
@@ -132,6 +107,38 @@ class Mutator:
         place = self._place(data)
         number = struct.pack(form, self.random.choice(EDGES) % 256 ** struct.calcsize(form))
         data[place : place + len(number)] = number
+
+
+class Mutator(ByteMutator):
+    """
+    Args:
+        seed: the same frames for the same seed.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(random.Random(seed))
+        self._frames = [encode(message) for message in protocol_samples.SAMPLES.values()]
+        gradient = ActivationGradient(step=1, loss=1.0, labelled_tokens=1, values=WITH_AN_OUTLIER)
+        self._frames += [encode(gradient, codec) for codec in CODECS]
+        self._packed = [protocol_samples.inflate(frame) for frame in self._frames]
+        self._compressor = zstandard.ZstdCompressor(level=1)
+        self._levels: dict[str, Callable[[], bytes]] = {
+            "random bytes": lambda: self._random_bytes(200),
+            "random bytes, compressed": lambda: self._compressed(self._random_bytes(200)),
+            "mutated frame": lambda: self._mutated(self.random.choice(self._frames)),
+            "mutated msgpack": lambda: self._compressed(self._mutated(self.random.choice(self._packed))),
+            "mutated fields": lambda: self._compressed(self._of_mutated_fields()),
+            "valid": lambda: self.random.choice(self._frames),
+        }
+        self._weights = [1, 1, 3, 4, 5, 1]
+
+    def frame(self) -> tuple[str, bytes]:
+        """How it was made, and the frame."""
+        level = self.random.choices(list(self._levels), self._weights)[0]
+        return level, self._levels[level]()
+
+    def _compressed(self, packed: bytes) -> bytes:
+        return self._compressor.compress(packed)
 
     def _of_mutated_fields(self) -> bytes:
         kind, other = self.random.choices(list(protocol_samples.SAMPLES), k=2)

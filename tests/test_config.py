@@ -216,6 +216,13 @@ def test_toml_of_other_bytes_is_named(tmp_path: Path) -> None:
         options_from_toml(path)
 
 
+def test_toml_of_brackets_without_end_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("x = " + "[" * 100_000)
+    with pytest.raises(ConfigError, match=r"run.toml is not TOML: "):
+        options_from_toml(path)
+
+
 def test_missing_toml_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml cannot be read: No such file or directory"):
         options_from_toml(tmp_path / "none.toml")

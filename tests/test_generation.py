@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import make_model, shared_path
+from onnx import TensorProto, helper
 from transformers import GPT2LMHeadModel
 from transformers.generation.logits_process import TopPLogitsWarper
 
@@ -291,12 +293,16 @@ def spoil_note(folder: Path) -> None:
     (folder / "prepared/prepared.json").write_text("[]")
 
 
+def spoil_note_without_end(folder: Path) -> None:
+    (folder / "prepared/prepared.json").write_text("[" * 100_000)
+
+
 def spoil_source(folder: Path) -> None:
     path = folder / "onnx/model_quantized.onnx_data"
     path.write_bytes(path.read_bytes())
 
 
-@pytest.mark.parametrize("spoil", [spoil_nothing, spoil_size, spoil_graph, spoil_note, spoil_source])
+@pytest.mark.parametrize("spoil", [spoil_nothing, spoil_size, spoil_graph, spoil_note, spoil_note_without_end, spoil_source])
 def test_what_was_prepared_of_something_else_is_not_used(copied: Path, spoil: Callable[[Path], None]) -> None:
     assert main(["prepare", str(copied)]) == 0
     spoil(copied)
@@ -493,6 +499,33 @@ def other_tokenizer(folder: Path) -> None:
     change_manifest(folder, vocabulary_size=20)
 
 
+def kind_that_is_a_list(folder: Path) -> None:
+    change_manifest(folder, kind=[1])
+
+
+def adapter_with_an_endless_name(folder: Path) -> None:
+    change_manifest(folder, adapter="x" * 5000)
+
+
+def graph_with_an_endless_name(folder: Path) -> None:
+    change_manifest(folder, precisions={"q8": {"graph": "x" * 5000, "bytes": {"x" * 5000: 1}}})
+
+
+def names_that_are_no_text(folder: Path) -> None:
+    path = folder / "onnx/model_quantized.onnx"
+    path.write_bytes(path.read_bytes().replace(b"past_key_values.0.key", b"past_key_values.0.k\xff\xff"))
+
+
+def foreign_graph(folder: Path) -> None:
+    """One that doubles what it is given, in a folder whose manifest knows its size."""
+    given, doubled = (helper.make_tensor_value_info(name, TensorProto.INT64, ["B", "S"]) for name in ("input_ids", "doubled"))
+    node = helper.make_node("Add", ["input_ids", "input_ids"], ["doubled"])
+    path = folder / "onnx/model_quantized.onnx"
+    onnx.save(helper.make_model(helper.make_graph([node], "foreign", [given], [doubled]), ir_version=10), path)
+    entry = {"graph": "onnx/model_quantized.onnx", "bytes": {"onnx/model_quantized.onnx": path.stat().st_size}}
+    change_manifest(folder, precisions={"q8": entry})
+
+
 def no_precisions(folder: Path) -> None:
     change_manifest(folder, precisions={})
 
@@ -518,6 +551,11 @@ def no_precisions(folder: Path) -> None:
         (broken_tokenizer, "tokenizer.json cannot be read"),
         (other_tokenizer, "the tokenizer is of another model"),
         (no_precisions, "has no precision that is known here"),
+        (kind_that_is_a_list, "holds a '[1]'"),
+        (adapter_with_an_endless_name, "has its adapter merged"),
+        (graph_with_an_endless_name, "xxx is missing: the folder is incomplete"),
+        (names_that_are_no_text, "the graph is not one of a language model: 'utf-8' codec can't decode"),
+        (foreign_graph, "the model cannot be computed: "),
     ],
 )
 def test_unusable_folder_is_one_sentence(
