@@ -109,6 +109,11 @@ def verify(
     run_dir, adapter = [None if path is None else user_path(path) for path in (run_dir, adapter)]
     model = model and user_text_path(model)
     manifest = Manifest.read(folder)
+    config = BaseModel(folder).config
+    described = {"context": config.num_positions, "vocabulary_size": config.vocabulary_size, "end_token": config.end_token}
+    for name, right in described.items():
+        if (found := getattr(manifest, name)) != right:
+            raise ExportError(f"{folder}: splitlora.json says {name} {found}, config.json {right}; export the model again")
     texts = _encoded(_read_texts(user_path(prompts)) if prompts else SENTENCES, folder, manifest)
     models = {name: ExportedModel(graphs, manifest.adapter) for name, graphs in manifest.graphs.items()}
     agreements = {name: Agreement(precision=name, num_bytes=manifest.num_bytes[name]) for name in models}
