@@ -35,7 +35,15 @@ STEPS = 12
 
 @pytest.fixture
 def settings(tiny_model: Path) -> dict[str, Any]:
-    return {"model": str(tiny_model), "cut_layer": 2, "lora_rank": 4, "steps": STEPS, "dtype": "float32", "checkpoint_every": 4}
+    return {
+        "model": str(tiny_model),
+        "cut_layer": 2,
+        "lora_rank": 4,
+        "steps": STEPS,
+        "dtype": "float32",
+        "micro_batches": 2,
+        "checkpoint_every": 4,
+    }
 
 
 def adapter(run_dir: Path) -> bytes:
@@ -335,7 +343,7 @@ def test_finished_run_says_so_and_what_can_be_done(
     with GpuServer(resume=True, run_dir=str(tmp_path / "run"), port=0, linger=0.0) as server:
         assert list(server.train()) == []
     folder = tmp_path / "run/adapter"
-    assert [record.message for record in caplog.records] == [
+    assert [record.message for record in caplog.records if record.name == "gpu_server"] == [
         f"all 12 steps of this run are done, and its adapter is in {folder}; to train further: a larger --steps, or another "
         f"run with --init-adapter {folder}",
         "the run is complete; waiting up to 0.0 s for a to fetch the adapter",
