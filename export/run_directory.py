@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from split_model import AdapterError, DamagedFile, LoraConfig, read_sealed, save_adapter
+from split_model import AdapterError, DamagedFile, LoraConfig, part_that_differs, read_sealed, save_adapter
 
 from .errors import ExportError
 
@@ -74,7 +74,7 @@ class RunDirectory:
         if self._fingerprint != fingerprint:
             raise ExportError(
                 f"{self.folder} is a run of the model {self.model!r} ({self._fingerprint}); "
-                f"--model is another one ({fingerprint})"
+                f"--model gives another {part_that_differs(self._fingerprint, fingerprint)} ({fingerprint})"
             )
         if self._reached is None:
             return self._last_checkpoint(scratch)

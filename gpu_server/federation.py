@@ -44,6 +44,7 @@ from protocol import (
 from protocol.limits import LARGEST_VALUE
 from protocol.settings import LARGEST_COUNT
 from protocol.shuffling import NOT_SHUFFLED, looks_plain
+from split_model import part_that_differs
 from terminal import count, duration, listed
 
 from .deadline import Deadline
@@ -160,8 +161,6 @@ class NameInUse(RemoteProtocolError):
 Question = TypeVar("Question", bound="Message | Contribution")
 OfAStep = Activations | AdapterGradient | AdapterWeights | Done
 
-MODEL_DIGITS = 16
-"""Of a fingerprint, the first ones are the model's; the others are the tokenizer's."""
 LONGEST_BETWEEN_REPORTS = 3600.0
 """Seconds. A wait is told of at growing distances: again when it is twice as long as when it was told before."""
 
@@ -324,8 +323,7 @@ class Federation:
             RemoteProtocolError: another model, or no place in the run.
         """
         if hello.fingerprint != self.limits.fingerprint:
-            same_model = hello.fingerprint[:MODEL_DIGITS] == self.limits.fingerprint[:MODEL_DIGITS]
-            what = "tokenizer" if same_model else "model"
+            what = part_that_differs(hello.fingerprint, self.limits.fingerprint)
             raise RemoteProtocolError(
                 f"the {what} of {hello.name} has fingerprint {ascii(hello.fingerprint[:64])[1:-1]}, "
                 f"the run's has {self.limits.fingerprint}; use the same base {what} on both sides"

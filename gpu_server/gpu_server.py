@@ -31,6 +31,7 @@ from split_model import (
     find_model,
     initial_adapter,
     load_adapter,
+    part_that_differs,
 )
 from terminal import count, listed, version
 
@@ -139,8 +140,10 @@ class GpuServer:
         )
         self._recorded_steps = recorded["config"].get("steps") if recorded else None
         if recorded and recorded["fingerprint"] != limits.fingerprint:
+            what = part_that_differs(recorded["fingerprint"], limits.fingerprint)
             raise ConfigError(
-                f"{config.run_dir} holds a run of the model {recorded['fingerprint']}; {config.model} is {limits.fingerprint}"
+                f"{config.run_dir} holds a run of another {what}: its fingerprint is {recorded['fingerprint']}, that of "
+                f"{config.model} is {limits.fingerprint}"
             )
         self._description = {
             "run": self._federation.run,

@@ -6,7 +6,15 @@ if TYPE_CHECKING:
     from .adapter_folder import load_adapter, save_adapter
     from .adapter_settings import AdapterSettings
     from .atomic_file import remove_unfinished, replace_file
-    from .base_model import FILES_BESIDE_WEIGHTS, BaseModel, ModelConfig, StoredTensor, find_model, is_hub_name
+    from .base_model import (
+        FILES_BESIDE_WEIGHTS,
+        BaseModel,
+        ModelConfig,
+        StoredTensor,
+        find_model,
+        is_hub_name,
+        part_that_differs,
+    )
     from .errors import AdapterError, ModelError, TrainingDiverged
     from .folder import Folder, shown
     from .generation import continue_greedily
@@ -51,6 +59,7 @@ __all__ = [
     "load_adapter",
     "load_tokenizer",
     "optimiser_state",
+    "part_that_differs",
     "read_sealed",
     "remove_unfinished",
     "replace_file",
@@ -94,6 +103,7 @@ _HOMES = {
     "load_adapter": "adapter_folder",
     "load_tokenizer": "tokenizer",
     "optimiser_state": "optimisation",
+    "part_that_differs": "base_model",
     "read_sealed": "sealed_tensors",
     "remove_unfinished": "atomic_file",
     "replace_file": "atomic_file",

@@ -17,7 +17,7 @@ from .errors import ModelError
 from .folder import Folder, shown
 from .tokenizer import TOKENIZER_FILES, end_of_text, load_tokenizer, tokenizer_digest
 
-__all__ = ["FILES_BESIDE_WEIGHTS", "BaseModel", "ModelConfig", "StoredTensor", "find_model", "is_hub_name"]
+__all__ = ["FILES_BESIDE_WEIGHTS", "BaseModel", "ModelConfig", "StoredTensor", "find_model", "is_hub_name", "part_that_differs"]
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 FILES_OF_WEIGHTS = (CONFIG_FILE, "model*.safetensors", INDEX_FILE)
@@ -38,6 +38,8 @@ ALIASES = {
 """Other names that transformers takes for a GPT-2's settings."""
 MOST_LAYERS, LARGEST = 10_000, (1 << 31) - 1
 ROWS_AT_ONCE = 1024
+MODEL_DIGITS, TOKENIZER_DIGITS = 16, 16
+"""Of a fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +104,7 @@ class ModelConfig:
         if config.end_token >= config.vocabulary_size:
             raise ModelError(f"{path}: eos_token_id {config.end_token} is not below vocab_size {config.vocabulary_size}")
         if config.activation not in ACTIVATIONS:
-            raise ModelError(f"{path}: activation_function {config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+            raise ModelError(f"{path}: activation_function is {shown(config.activation)}; it can be {', '.join(ACTIVATIONS)}")
         if config.width % config.num_heads:
             raise ModelError(f"{path}: n_embd {config.width} is not a multiple of n_head {config.num_heads}")
         return config
@@ -273,7 +275,7 @@ class BaseModel:
             digest.update(f"{name} {list(stored.shape)} {stored.dtype}".encode())
             for row in sorted({0, stored.shape[0] // 2, stored.shape[0] - 1}):
                 digest.update(rows.read([row]))
-        return digest.hexdigest()[:16] + self._tokenizer_digest[:16]
+        return digest.hexdigest()[:MODEL_DIGITS] + self._tokenizer_digest[:TOKENIZER_DIGITS]
 
     def _open(self, paths: Sequence[Path]) -> dict[str, StoredTensor]:
         """What the files hold, "transformer." removed from the names."""
@@ -357,6 +359,11 @@ class Rows:
 
     def __del__(self) -> None:
         self._file.close()
+
+
+def part_that_differs(fingerprint: str, other: str) -> str:
+    """Whether two fingerprints that are not equal are of different models, "model", or of one with another "tokenizer"."""
+    return "tokenizer" if fingerprint[:MODEL_DIGITS] == other[:MODEL_DIGITS] else "model"
 
 
 def is_hub_name(name: str) -> bool:

@@ -86,6 +86,10 @@ class Folder:
         text, path = self.read_text(name), self.path / name
         try:
             value = json.loads(text)
+            if "\\ud" in text.lower():
+                json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # it would come up wherever the text is used
+            raise self._error(f"{path} has half a character: \\ud800 to \\udfff come in pairs") from None
         except RecursionError:
             raise self._error(f"{path} cannot be read: its JSON is nested too deeply") from None
         except ValueError as error:

@@ -20,6 +20,8 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", SETTINGS, "spec
 END_OF_TEXT = "<|endoftext|>"
 GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
 CLASSES_OF_A_FILE = ("PreTrainedTokenizerFast", "TokenizersBackend")
+LARGEST_ID = 10_000_000
+"""The library walks through all numbers up to the largest id."""
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Special tokens that transformers knows by their part, in its order."""
 OF_GPT2 = ("bos_token", "eos_token", "unk_token")
@@ -79,15 +81,15 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
     if _has_every_byte(tokenizer):
         model.pop("unk_token", None)
     idle = {"special"} if normalizer else {"special", "normalized"}
-    form = {
+    pipeline = {
         "added_tokens": [_without(token, idle) for token in whole["added_tokens"]],
-        "merges": merges,
         "model": model,
         "normalizer": normalizer,
         "pre_tokenizer": _without(whole["pre_tokenizer"], {"trim_offsets"}),
-        "vocabulary": sorted([number, token] for token, number in vocabulary.items()),
     }
-    text = json.dumps(_without(form, set()), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    form = _without(pipeline, set()) | ({"merges": merges} if merges else {})
+    form["vocabulary"] = sorted((number, token) for token, number in vocabulary.items())
+    text = json.dumps(form, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -192,6 +194,9 @@ class _Settings:
 def _from_one_file(files: Folder, settings: _Settings) -> Tokenizer:
     path, content = files.path / "tokenizer.json", files.read_text("tokenizer.json")
     tokenizer: Tokenizer = _guarded(path, lambda: Tokenizer.from_str(content))
+    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
+    if number > LARGEST_ID:
+        raise ModelError(f"{path}: {shown(token)} has the id {number}; it can be 0 to {LARGEST_ID}")
     whole = json.loads(tokenizer.to_str())
     if whole["model"].get("dropout"):
         raise ModelError(f"{path}: model.dropout is {shown(whole['model']['dropout'])}, which makes ids random; remove it")
@@ -250,8 +255,8 @@ def _from_vocabulary(files: Folder, settings: _Settings) -> Tokenizer:
         raise ModelError(f"{files.path} has no tokenizer.json, which tokenizer_class {settings.tokenizer_class} needs")
     path, vocabulary = files.path / "vocab.json", files.read_json("vocab.json")
     for token, number in vocabulary.items():
-        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 1 << 32:
-            raise ModelError(f"{path}: {shown(token)} has the id {shown(number)}, which is no whole number from 0 on")
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= LARGEST_ID:
+            raise ModelError(f"{path}: {shown(token)} has the id {shown(number)}; it can be 0 to {LARGEST_ID}")
     merges = list(_merges(files))
     tokenizer: Tokenizer = _guarded(files.path, lambda: Tokenizer(models.BPE(vocab=vocabulary, merges=merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.add_prefix_space))
@@ -297,6 +302,6 @@ def _guarded(where: Path | None, work: Callable[[], Result]) -> Result:
     except BaseException as error:  # PanicException is not an Exception
         if type(error).__name__ != "PanicException" and not isinstance(error, Exception):
             raise
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0][:200]
         place = f"{where}: " if where else ""
         raise ModelError(f"{place}the tokenizer cannot be {'read' if where else 'used'}: {reason}") from None

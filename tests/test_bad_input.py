@@ -252,7 +252,10 @@ SPOILT_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no heads": (lambda model: change_config(model, n_head=0), "n_head is 0; a whole number from 1 to"),
     "odd heads": (lambda model: change_config(model, n_head=5), "n_embd 32 is not a multiple of n_head 5"),
     "end beyond": (lambda model: change_config(model, eos_token_id=50256), "eos_token_id 50256 is not below vocab_size"),
-    "other activation": (lambda model: change_config(model, activation_function="swish"), "activation_function 'swish'"),
+    "other activation": (
+        lambda model: change_config(model, activation_function="swish"),
+        'activation_function is "swish"; it can be gelu_new',
+    ),
     "unsupported": (
         lambda model: change_config(model, add_cross_attention=True),
         "add_cross_attention is true, which is not supported",

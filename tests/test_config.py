@@ -454,7 +454,7 @@ NAMES = {
         *("decode", "encode", "gradient_codec", "identity", "largest_message_bytes"),
     ],
     "split_model": [
-        *("FILES_BESIDE_WEIGHTS", "Folder", "StoredTensor", "encode", "shown"),
+        *("FILES_BESIDE_WEIGHTS", "Folder", "StoredTensor", "encode", "part_that_differs", "shown"),
         *(
             "Adapter",
             "AdapterError",

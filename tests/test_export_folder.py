@@ -308,7 +308,7 @@ def test_damaged_checkpoint_is_passed_over_and_without_another_there_is_nothing(
 
 def test_run_of_another_model_is_refused(run_dir: Path, tmp_path: Path) -> None:
     other = make_model(tmp_path, seed=3)
-    with pytest.raises(ExportError, match=r"is a run of the model '.*' \([0-9a-f]+\); --model is another one"):
+    with pytest.raises(ExportError, match=r"is a run of the model '.*' \([0-9a-f]+\); --model gives another model"):
         export_onnx(str(other), tmp_path / "out", run_dir=run_dir)
 
 

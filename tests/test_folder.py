@@ -115,6 +115,7 @@ def test_byte_order_mark_is_no_part_of_a_file(folder: Path) -> None:
         (b"[" * 200_000, "a.json cannot be read: its JSON is nested too deeply"),
         (b'{"a":' * 200_000, "a.json cannot be read: its JSON is nested too deeply"),
         (b"9" * 5000, "a.json cannot be read: "),
+        (b'{"a": "\\uD800"}', "a.json has half a character"),
     ],
 )
 def test_what_is_no_json_object_is_one_sentence(folder: Path, content: bytes, reason: str) -> None:

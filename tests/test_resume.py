@@ -306,7 +306,10 @@ def test_run_of_another_model_is_not_gone_on_with(stopped: dict[str, Any], tmp_p
     (tmp_path / "other").mkdir()
     other = make_model(tmp_path / "other", seed=1)
     before = contents(Path(stopped["run_dir"]))
-    with pytest.raises(ConfigError, match="holds a run of the model"), GpuServer(**{**stopped, "model": str(other)}):
+    with (
+        pytest.raises(ConfigError, match="holds a run of another model: its fingerprint is"),
+        GpuServer(**{**stopped, "model": str(other)}),
+    ):
         pass
     assert contents(Path(stopped["run_dir"])) == before
 

@@ -198,6 +198,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "added tokens no object": ({"added_tokens__json": 7}, "added_tokens.json is not a JSON object but 7"),
     "vocabulary no ids": ({"form": "two files", "vocab__json": {"a": "b"}}, 'vocab.json: "a" has the id "b"'),
     "vocabulary of another": ({"form": "two files", "vocab__json": {"a": 0}}, "the tokenizer cannot be read: "),
+    "vocabulary with a hole": (
+        {"form": "two files", "vocab__json": {"a": 4294967295}},
+        'vocab.json: "a" has the id 4294967295',
+    ),
+    "tokens with a hole": (
+        {"changes": {"model": {"type": "BPE", "vocab": {"a": 4294967295}, "merges": []}}},
+        'tokenizer.json: "a" has the id 4294967295; it can be 0 to 10000000',
+    ),
     "merges of three": ({"form": "two files", "merges__txt": "a b c"}, "merges.txt, line 1: two tokens are expected"),
     "class without its file": ({"form": "two files", **AS_IT_STANDS}, "has no tokenizer.json, which tokenizer_class"),
 }
