@@ -35,39 +35,51 @@ LONGEST_INVITATION = 4096  # characters; of a file that is none no more is read
 
 def build_parser() -> Parser:
     parser = Parser(
-        prog=PROGRAM, description="Take part in a split fine-tuning run, and use what came of it. The texts stay here."
+        prog=PROGRAM,
+        description="Take part in a split fine-tuning run, and use the model that came out. Your texts stay on this device.",
+        meant={"enrol": "join"},
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="join a run and train in it to its end", description="Join a run.")
-    train.add_argument("--server", required=True, metavar="URL", help="such as ws://192.168.1.20:8765")
+    train = commands.add_parser("train", help="take part in a run to its end", description="Take part in a run to its end.")
+    train.add_argument("--server", required=True, metavar="URL", help="address of the server, such as ws://192.168.1.20:8765")
     train.add_argument("--model", required=True, help="the run's base model: a Hugging Face folder, or a hub name such as gpt2")
-    train.add_argument("--name", help="of this device in the run (default: as enrolled, or made of host and file)")
+    train.add_argument(
+        "--name",
+        help="name of this device in the run (default: the enrolled one; else made of the names of host and data file)",
+    )
     _add_training_flags(train)
     train.set_defaults(run=run_train, errors=_errors_of_train)
 
     join = commands.add_parser(
         "join",
-        help="enrol this device by its invitation, and train",
-        description="Enrol this device, and train.",
+        help="enrol this device with an invitation, and take part in the run",
+        description="Enrol this device with an invitation, and take part in the run. The invitation says which server and by "
+        "what name, and is kept: afterwards the command train does as well.",
     )
     join.add_argument(
         "invitation",
         nargs="?",
         metavar="INVITATION",
-        help="what splitlora-server enrol printed: @FILE reads it from a file, - from standard input, and without it the "
-        f"environment variable {INVITATION_VARIABLE} holds it; written here (splitlora://HOST:PORT/#...), other users of this "
-        "machine can see it in the list of processes",
+        help="what splitlora-server enrol has printed: @FILE reads it from a file, - from standard input; if it is left "
+        f"out, it is taken from the environment variable {INVITATION_VARIABLE}. Written here as it is, other users of this "
+        "machine can read it in the list of processes",
     )
-    join.add_argument("--model", help="as of train (default: the one that the server names, if it has it from the hub)")
+    join.add_argument(
+        "--model", help="the run's base model, as for train (default: the one that the server names, if it is on the hub)"
+    )
     _add_training_flags(join)
     join.set_defaults(run=run_join, errors=_errors_of_train)
 
-    ping = commands.add_parser("ping", help="ask a server how it is", description="Ask a server how it is.")
-    ping.add_argument("--server", required=True, metavar="URL")
-    ping.add_argument("--name", help="of this device there, where it is enrolled under several")
-    ping.add_argument("--state-dir", metavar="DIR", help="where this device keeps its enrolments")
+    ping = commands.add_parser(
+        "ping", help="ask a server how its run is doing", description="Ask a server how its run is doing."
+    )
+    ping.add_argument("--server", required=True, metavar="URL", help="address of the server")
+    ping.add_argument("--name", help="name of this device, if it is enrolled there under several")
+    ping.add_argument(
+        "--state-dir", metavar="DIR", help="folder of this device's enrolments (default: the user's folder for state)"
+    )
     ping.set_defaults(run=run_ping, errors=_errors_of_ping)
 
     generate = commands.add_parser(
@@ -80,8 +92,8 @@ def build_parser() -> Parser:
 
     prepare = commands.add_parser(
         "prepare",
-        help="save an exported model as this processor wants it: it then takes less memory and loads faster",
-        description="Save the quantised weights of an exported model rearranged for this processor and this onnxruntime.",
+        help="make an exported model load faster and take less memory on this processor",
+        description="Save the quantised weights of an exported model as this processor and this onnxruntime use them.",
     )
     prepare.add_argument("folder", metavar="DIR", type=Path, help="what splitlora-export onnx has written")
     prepare.set_defaults(run=run_prepare, errors=_errors_of_generate)
@@ -98,56 +110,72 @@ def _add_generation_flags(command: argparse.ArgumentParser) -> None:
     )
     text.add_argument("--raw", metavar="TEXT", help="continue it as it stands, with a model trained on plain texts")
     command.add_argument("--precision", choices=("auto", "fp32", "fp16", "q8", "q4"), default="auto")
-    command.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most (default: %(default)s)")
     command.add_argument(
-        "--temperature", type=float, default=0.0, help="0 takes the most likely token, 1 draws as the model says (default: 0)"
+        "--max-new-tokens", type=int, default=64, metavar="N", help="most tokens to generate (default: %(default)s)"
     )
     command.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this probability together (default: 1)"
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0 always takes the most likely token; 1 draws tokens with the model's probabilities (default: 0)",
     )
-    command.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
-    command.add_argument("--stream", action="store_true", help="print the text while it is made")
+    command.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw only from the most likely tokens that together have this probability (default: 1)",
+    )
+    command.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    command.add_argument("--stream", action="store_true", help="print the text as it is generated")
     command.add_argument(
         "--adapter",
         metavar="FILE",
         type=Path,
-        help="a .onnx_adapter in place of the one of the folder (exported with --keep-adapter)",
+        help="a .onnx_adapter to use instead of the folder's own, if it was exported with --keep-adapter",
     )
 
 
 def _add_training_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--data", required=True, metavar="FILE", help=".jsonl, .csv or .txt; never leaves this device")
-    command.add_argument("--eval-data", metavar="FILE", help="held-out texts: perplexity before and after")
-    command.add_argument("--batch-size", type=int, default=8, help="samples a step (default: %(default)s)")
-    command.add_argument("--max-length", type=int, default=512, help="tokens a sample (default: %(default)s)")
-    command.add_argument("--no-shuffle", action="store_true", help="keep the file's order")
-    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument(
+        "--data", required=True, metavar="FILE", help="training texts: .jsonl, .csv or .txt; the file never leaves this device"
+    )
+    command.add_argument(
+        "--eval-data", metavar="FILE", help="held-out texts, whose perplexity is measured before and after training"
+    )
+    command.add_argument("--batch-size", type=int, default=8, help="samples in a step (default: %(default)s)")
+    command.add_argument(
+        "--max-length", type=int, default=512, help="tokens after which a sample is cut (default: %(default)s)"
+    )
+    command.add_argument("--no-shuffle", action="store_true", help="take the samples in the order of the file")
+    command.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: %(default)s)"
+    )
     command.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of the frozen weights (default: %(default)s)",
+        help="precision of the frozen weights (default: %(default)s)",
     )
     command.add_argument(
         "--in-flight",
         type=int,
         default=2,
         metavar="COUNT",
-        help="parts of a batch under way at once; 1 waits for each answer (default: %(default)s)",
+        help="parts of a batch that may be under way at once; 1 waits for every answer (default: %(default)s)",
     )
     command.add_argument(
         "--cache-bytes",
         type=int,
         metavar="BYTES",
-        help="of samples' activations kept on this device's disk in codec delta (default: the server's, at most 1 GiB)",
+        help="codec delta: most bytes of activations kept on this device's disk (default: the server's, at most 1 GiB)",
     )
     command.add_argument(
         "--state-dir",
         metavar="DIR",
-        help="where this device keeps its enrolments and its place in a run (default: the user's folder for state)",
+        help="folder for this device's enrolments and its place in a run (default: the user's folder for state)",
     )
     command.add_argument(
-        "--give-up-after", type=float, metavar="SECONDS", help="without a connection (default: it tries again forever)"
+        "--give-up-after", type=float, metavar="SECONDS", help="stop after so long without a connection (default: never)"
     )
 
 
@@ -244,7 +272,7 @@ def run_ping(options: argparse.Namespace) -> None:
         f"answered in {status.seconds * 1000:.1f} ms"
     )
     if pong.waiting_for and pong.waiting_seconds >= 1:
-        print(f"it has waited {duration(pong.waiting_seconds)} for {plain(listed(pong.waiting_for))}")  # noqa: T201
+        print(f"the run has waited {duration(pong.waiting_seconds)} for {plain(listed(pong.waiting_for))}")  # noqa: T201
 
 
 def run_generate(options: argparse.Namespace) -> None:

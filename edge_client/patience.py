@@ -19,7 +19,7 @@ logger = logging.getLogger("edge_client")
 FIRST_TOLD = 10.0  # seconds
 TIMES_LATER = 3.0  # after 10 s, 30 s, 90 s, ...
 LONGEST_BETWEEN = 3600.0
-SECONDS_BETWEEN_LOOKS = 5.0
+SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_ANSWER = 10.0
 
 

@@ -7,7 +7,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -60,7 +60,17 @@ def run_program(name: str, run: Callable[[], None], expected: Callable[[], tuple
 
 
 class Parser(argparse.ArgumentParser):
-    """Names what is nearest to a command, a flag or a choice that there is not."""
+    """
+    Names what is nearest to a command, a flag or a choice that there is not.
+
+    Args:
+        meant: commands that there are not, and what people mean by them.
+        options: of ArgumentParser.
+    """
+
+    def __init__(self, *, meant: Mapping[str, str] | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self._meant = {} if meant is None else meant
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         given = list(sys.argv[1:] if args is None else args)
@@ -82,7 +92,7 @@ class Parser(argparse.ArgumentParser):
         if choices is not None and value not in choices:
             names = [str(choice) for choice in choices]
             what = "command" if isinstance(action, argparse._SubParsersAction) else "value"
-            hint = _did_you_mean(str(value), names) or f"; there are {', '.join(names)}"
+            hint = _did_you_mean(str(value), names, self._meant) or f"; there are {', '.join(names)}"
             raise argparse.ArgumentError(None if what == "command" else action, f"there is no {what} {value!r}{hint}")
 
     def error(self, message: str) -> NoReturn:
@@ -105,9 +115,9 @@ def _end_without_output(name: str, error: OutputFailed) -> int:
     return 1
 
 
-def _did_you_mean(given: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(given, list(known), n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
+def _did_you_mean(given: str, known: Iterable[str], meant: Mapping[str, str] = {}) -> str:  # never changed
+    nearest = difflib.get_close_matches(given, [*known, *meant], n=1)
+    return f"; did you mean {meant.get(nearest[0], nearest[0])}?" if nearest else ""
 
 
 def user_path(given: str | os.PathLike[str]) -> Path:

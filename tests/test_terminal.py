@@ -234,6 +234,7 @@ def test_what_an_encoding_has_not_is_replaced(encoding: str) -> None:
     ("parser", "words", "said"),
     [
         (server_parser, ["enroll", "phone"], "there is no command 'enroll'; did you mean enrol?"),
+        (edge_parser, ["enroll", "x"], "there is no command 'enroll'; did you mean join?"),
         (edge_parser, ["jion", "x"], "there is no command 'jion'; did you mean join?"),
         (edge_parser, ["xyz"], "there is no command 'xyz'; there are train, "),
         (edge_parser, ["train", "--serverr", "ws://x"], "there is no --serverr; did you mean --server?"),
