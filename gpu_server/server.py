@@ -409,7 +409,9 @@ class RunServer:
             retry_after = SECONDS_TO_TRY_AGAIN if isinstance(error, NameInUse) else 0.0
             await self._refuse(peer, str(error), retry_after=retry_after, told=told)
         except ConnectionClosed:
-            if peer.joined and not self._complete:
+            # Else it was closed from this side, which has said why.
+            is_lost = peer.name is not None and self._peers.get(peer.name) is peer and not self._ended.done()
+            if is_lost and peer.joined and not self._complete:
                 logger.info("%s: connection lost", peer)
         finally:
             self._forget(peer)

@@ -96,6 +96,7 @@ def test_terminated_server_keeps_its_last_round_and_goes_on_when_resumed(
         _, said = server.communicate(timeout=60)
         assert server.returncode == 128 + signal.SIGTERM
         assert "--resume goes on from there" in said
+        assert "connection lost" not in said  # one event, one line
         assert "Traceback" not in said
     with serving("--resume", "--port", str(port), *arguments({"run_dir": run_dir, "model": settings["model"]})) as again:
         _, said = again.communicate(timeout=60)
