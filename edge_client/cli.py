@@ -24,6 +24,7 @@ from terminal import (
 
 if TYPE_CHECKING:
     from .client import EdgeClient
+    from .data import Dataset
     from .generation import Generator, Speed
 
 __all__ = ["build_parser", "main"]
@@ -327,17 +328,24 @@ def _figures(speed: "Speed") -> str:
 
 
 def _introduction(client: "EdgeClient") -> str:
-    data, settings = client.data, client.welcome.settings
-    cut = f", {data.num_cut} of them cut" if data.num_cut else ""
-    if data.num_unlabelled:
-        cut += f" ({data.num_unlabelled} so short that nothing is left to learn from: raise --max-length)"
-    if client.eval_data is not None and client.eval_data.num_cut:
-        cut += f" and {client.eval_data.num_cut} of the {len(client.eval_data.samples)} held-out ones"
+    settings, last = client.welcome.settings, client.welcome.settings.cut_layer - 1
+    held_out = f"; {_described(client.eval_data)} held out" if client.eval_data is not None else ""
     return (
-        f"run {client.welcome.run}, here {client.name}: {len(data.samples)} samples{cut}, "
-        f"blocks 0 to {settings.cut_layer - 1}; dtype {client.dtype}: {client.choice}; "
+        f"run {client.welcome.run}, device {client.name}: {_described(client.data)}{held_out}; "
+        f"{f'blocks 0 to {last}' if last else 'block 0'}; dtype {client.dtype}: {client.choice}; "
         f"the run waits for {count(settings.clients, 'device')}"
     )
+
+
+def _described(data: "Dataset") -> str:
+    """How many samples there are, and what the user may not have expected of them."""
+    described = count(len(data.samples), "sample")
+    if data.num_cut:
+        described += f" ({data.num_cut} cut at --max-length"
+        if data.num_unlabelled:
+            described += f", {data.num_unlabelled} of them before their completion, so nothing is learnt from these"
+        described += ")"
+    return described
 
 
 def _show_perplexity(client: "EdgeClient", when: str) -> None:

@@ -295,7 +295,7 @@ def _model_of(invitation: Invitation, state_dir: str | os.PathLike[str] | None) 
     if not model:
         raise ModelError("the server has its base model from a folder: give --model with a copy of it")
     if not is_hub_name(model):
-        raise ModelError(f"the server names the model {model[:80]!a}, which is no name on the hub; give --model")
+        raise ModelError(f"the server names the model {model[:80]!a}, which is not a name on the hub; give --model")
     return model
 
 

@@ -150,7 +150,7 @@ class Connection:
                 f"({error.verify_message}): enrol it with splitlora-edge join and what splitlora-server enrol NAME prints"
             ) from None
         except (InvalidURI, ValueError):  # a port or host that cannot be is a ValueError
-            raise ConnectionFailed(f"{url} is no WebSocket address; it looks like ws://192.168.1.20:8765") from None
+            raise ConnectionFailed(f"{url} is not the address of a server; one looks like ws://192.168.1.20:8765") from None
         except ssl.SSLError as error:
             raise ConnectionFailed(f"{url} does not speak TLS as this side does: {error.reason or error}") from None
         except (OSError, InvalidHandshake, EOFError, ConnectionClosed) as error:
@@ -275,7 +275,7 @@ def _not_opened(url: str, credentials: tuple[str, str] | None, response: Respons
     if 300 <= status < 400:
         elsewhere = ascii(response.headers.get("Location", "nowhere")[:200])[1:-1]
         return ConnectionFailed(f"{url} redirects to {elsewhere}, which is not followed; give the server's own address")
-    return ConnectionFailed(f"{url} answers HTTP {status}, and no WebSocket; the address of a splitlora-server has no path")
+    return ConnectionFailed(f"{url} answers HTTP {status} instead of opening a WebSocket; a server's address has no path")
 
 
 def _seconds_to_wait(response: Response) -> float:

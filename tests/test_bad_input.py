@@ -138,7 +138,7 @@ def server_options(model: Path, run_dir: Path) -> dict[str, Any]:
         ("a.jsonl", b'{"text": "a"}\n{"text"\n', "line 2: broken JSON"),
         ("a.jsonl", b'{"text": "\xff"}', "line 1: not UTF-8"),
         ("a.jsonl", b"", "is empty"),
-        ("a.csv", b"a,b\n1,2\n", 'line 2: expected "prompt" and "completion"'),
+        ("a.csv", b"a,b\n1,2\n", 'line 1: expected "prompt" and "completion"'),
         ("a.parquet", b"PAR1", "data files end in .jsonl, .csv, .txt"),
         ("a.jsonl", json.dumps({"prompt": "p, " * 500, "completion": "c"}).encode(), "no token to predict is left"),
     ],
@@ -507,7 +507,7 @@ def test_edge_names_a_server_that_is_not_there(says_of_server: Callable[[str], s
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "127.0.0.1:8765", "ws://", "ws://127.0.0.1:99999", "ws://[::1", ""])
 def test_edge_names_an_address_that_is_no_websocket(says_of_server: Callable[[str], str], url: str) -> None:
-    assert says_of_server(url) == f"{url} is no WebSocket address; it looks like ws://192.168.1.20:8765"
+    assert says_of_server(url) == f"{url} is not the address of a server; one looks like ws://192.168.1.20:8765"
 
 
 def test_edge_says_that_it_is_not_enrolled_where_no_authority_vouches(
