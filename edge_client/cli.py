@@ -86,7 +86,7 @@ def build_parser() -> Parser:
     generate = commands.add_parser(
         "generate",
         help="continue a text with an exported model",
-        description="Continue a text with a model that splitlora-export onnx has written. Needs onnxruntime, and no torch.",
+        description="Continue a text with a model exported by splitlora-export onnx. Needs onnxruntime, not torch.",
     )
     _add_generation_flags(generate)
     generate.set_defaults(run=run_generate, errors=_errors_of_generate)
@@ -96,13 +96,13 @@ def build_parser() -> Parser:
         help="make an exported model load faster and take less memory on this processor",
         description="Save the quantised weights of an exported model as this processor and this onnxruntime use them.",
     )
-    prepare.add_argument("folder", metavar="DIR", type=Path, help="what splitlora-export onnx has written")
+    prepare.add_argument("folder", metavar="DIR", type=Path, help="a folder written by splitlora-export onnx")
     prepare.set_defaults(run=run_prepare, errors=_errors_of_generate)
     return parser
 
 
 def _add_generation_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", metavar="DIR", type=Path, help="what splitlora-export onnx has written")
+    command.add_argument("folder", metavar="DIR", type=Path, help="a folder written by splitlora-export onnx")
     text = command.add_mutually_exclusive_group(required=True)
     text.add_argument(
         "--prompt",

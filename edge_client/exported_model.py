@@ -54,7 +54,7 @@ class ExportedModel:
         raw = _read_manifest(folder)
         if str(raw.get("kind")) not in GRAPHS_OF:
             raise ExportedModelError(
-                f"{folder} holds a {str(raw.get('kind'))[:40]!r}; text is generated with {' or '.join(GRAPHS_OF)}"
+                f"{folder} is of the kind {str(raw.get('kind'))[:40]!r}; only these generate text: {', '.join(GRAPHS_OF)}"
             )
         try:
             return cls(

@@ -207,7 +207,7 @@ class Generator:
             raise GenerationError(f"max-new-tokens must be at least 1, got {max_new_tokens}")
         if not 0 < len(prompt) < self.model.context:
             raise GenerationError(
-                f"the prompt has {len(prompt):,} tokens; with the continuation, 2 to {self.model.context:,} are possible"
+                f"the prompt has {len(prompt):,} tokens; prompt and continuation together may have {self.model.context:,}"
             )
         return min(self.model.context, len(prompt) + max_new_tokens)
 

@@ -22,7 +22,9 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     onnx = commands.add_parser(
-        "onnx", help="a folder that every runtime loads", description="Write a folder that every runtime loads."
+        "onnx",
+        help="export a model for onnxruntime and other runtimes",
+        description="Write a folder that onnxruntime, onnxruntime-genai, transformers.js, optimum and transformers load.",
     )
     _add_source(onnx)
     onnx.add_argument(
@@ -36,23 +38,28 @@ def build_parser() -> Parser:
         "--attention",
         choices=("gqa", "attn23", "ops"),
         default="gqa",
-        help="gqa: one buffer as cache; attn23: standard ONNX of opset 23; ops: plain products (default: %(default)s)",
+        help="gqa: onnxruntime's operator, which writes to one cache buffer; attn23: the operator of standard ONNX, opset 23; "
+        "ops: matrix products only (default: %(default)s)",
     )
-    onnx.add_argument("--keep-adapter", action="store_true", help="export the base, and the adapter as a file to exchange")
-    onnx.add_argument("--split", type=int, metavar="K", help="two graphs: embeddings and K blocks, and the rest")
+    onnx.add_argument("--keep-adapter", action="store_true", help="export the base model, and its adapter as a file of its own")
+    onnx.add_argument(
+        "--split", type=int, metavar="K", help="write two graphs: the embeddings with the first K blocks, and the rest"
+    )
     onnx.set_defaults(run=run_onnx)
 
-    merge = commands.add_parser("merge", help="a plain checkpoint", description="Write a plain Hugging Face checkpoint.")
+    merge = commands.add_parser("merge", help="export a plain checkpoint", description="Write a plain Hugging Face checkpoint.")
     _add_source(merge)
     merge.set_defaults(run=run_merge)
 
     verify = commands.add_parser(
         "verify",
-        help="how well a folder agrees with its model",
-        description="Hold an exported folder to its model in transformers and PEFT.",
+        help="compare an exported folder with its model",
+        description="Compare an exported folder with its checkpoint, or with its base model and adapter in PEFT.",
     )
-    verify.add_argument("folder", type=Path, metavar="DIR", help="what the command onnx has written")
-    verify.add_argument("--prompts", type=Path, metavar="FILE", help="texts to measure on, one a line")
+    verify.add_argument("folder", type=Path, metavar="DIR", help="a folder written by splitlora-export onnx")
+    verify.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="texts to measure on, one per line (default: 24 English sentences)"
+    )
     _add_adapter(verify)
     verify.set_defaults(run=run_verify)
     return parser
@@ -60,14 +67,14 @@ def build_parser() -> Parser:
 
 def _add_source(command: argparse.ArgumentParser) -> None:
     _add_adapter(command)
-    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder to be made")
-    command.add_argument("--overwrite", action="store_true", help="replace a folder that exists")
+    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
+    command.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
 
 
 def _add_adapter(command: argparse.ArgumentParser) -> None:
     adapter = command.add_mutually_exclusive_group()
-    adapter.add_argument("--run-dir", type=Path, metavar="RUN", help="the run whose adapter it is")
-    adapter.add_argument("--adapter", type=Path, metavar="DIR", help="a PEFT folder instead of a run")
+    adapter.add_argument("--run-dir", type=Path, metavar="RUN", help="the run directory with the adapter")
+    adapter.add_argument("--adapter", type=Path, metavar="DIR", help="a PEFT adapter folder, instead of a run")
     command.add_argument(
         "--model", help="the base model: a Hugging Face folder, or a hub name such as gpt2 (default: the run's)"
     )
@@ -105,7 +112,7 @@ def run_onnx(options: argparse.Namespace) -> None:
         split=options.split,
         overwrite=options.overwrite,
     )
-    _say(f"done: {options.output}; splitlora-export verify {options.output} says how well it agrees")
+    _say(f"done: {options.output}; to check it: splitlora-export verify {options.output}")
 
 
 def run_merge(options: argparse.Namespace) -> None:

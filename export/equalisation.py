@@ -73,7 +73,9 @@ class Equalised:
         norm = self._size_of_normed(attention.replace(".attn", ".ln_1"))
         values = self._weights.read(f"{attention}.c_attn.weight")[:, 2 * self._config.width :]
         bias = self._weights.read(f"{attention}.c_attn.bias")[2 * self._config.width :]
-        return _balance(np.sqrt(norm**2 @ values**2 + bias**2), self._weights.read(f"{attention}.c_proj.weight"))
+        with np.errstate(over="ignore"):
+            size = np.sqrt(norm**2 @ values**2 + bias**2)
+        return _balance(size, self._weights.read(f"{attention}.c_proj.weight"))
 
     def _size_of_normed(self, norm: str) -> Floats:
         # A normed element has mean 0 and variance 1: times the gain, and around the offset, this is its root mean square.
@@ -82,6 +84,7 @@ class Equalised:
         return size
 
 
+@np.errstate(over="ignore", invalid="ignore")  # near the largest float, any choice is as good as another
 def _balance(inputs: Floats, matrix: Floats) -> Floats:
     """
     The factors of a matrix's rows under which the product is expected to suffer least.

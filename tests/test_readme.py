@@ -148,7 +148,7 @@ def test_exports_of_the_readme_are_written_and_verified_and_generate(
     (tmp_path / "held-out.txt").write_text("A text.\nAnd another.\n")
     write, check = commands("splitlora-export")
     (prepare,), (generate,) = commands("splitlora-edge prepare"), commands("splitlora-edge generate")
-    write = adapted(write, model=tiny_model, run_dir=tmp_path / "run")
+    write = adapted(write, run_dir=tmp_path / "run")
     # What 8 and 4 bits do to random weights is no measure of what they do to trained ones.
     verified = (adapted(write, precision="fp32"), check)
     for command in (*verified, [*adapted(write, precision="q8"), "--overwrite"], prepare, generate):
