@@ -64,7 +64,10 @@ def fuzz(mutants: int, seed: int) -> None:
     rows = [[*name.split(": "), f"{count:,}"] for name, count in sorted(outcomes.items())]
     print("\n" + contestants.markdown(["mutated", "what became of it", "mutants"], rows))
     total = sum(outcomes.values())
+    defects = sum(count for name, count in outcomes.items() if name.startswith("A DEFECT"))
     print(f"\n{total:,} mutants in {took:.0f} s, {total / took:,.0f} a second; memory of each process {', '.join(memory)}")
+    if defects:
+        sys.exit(f"{defects:,} mutants ended otherwise than in a sentence")
 
 
 def fuzz_here(seed: int, numbers: range, scratch: Path) -> tuple[Counter[str], int, int]:
@@ -90,7 +93,7 @@ def fuzz_here(seed: int, numbers: range, scratch: Path) -> tuple[Counter[str], i
         try:
             judge.judge(FolderMutator(seed, number))
         except Exception as error:
-            raise RuntimeError(f"seed {seed}, mutant {number}: see --only {number}") from error
+            judge.outcomes[f"A DEFECT: {type(error).__name__}, first seen with --seed {seed} --only {number}"] += 1
     return judge.outcomes, before, resident()
 
 

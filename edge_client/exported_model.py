@@ -11,7 +11,7 @@ from split_model.folder import Folder, shown
 __all__ = ["KIND", "SPLIT_KIND", "ExportedModel", "ExportedModelError"]
 
 MANIFEST = "splitlora.json"
-FORMAT = 1
+FORMAT, LARGEST = 1, 1 << 31
 KIND, SPLIT_KIND = "language model", "split language model"
 GRAPHS_OF = {KIND: ("graph",), SPLIT_KIND: ("edge_graph", "server_graph")}
 
@@ -57,7 +57,7 @@ class ExportedModel:
                 f"{folder} is of the kind {str(raw.get('kind'))[:40]!r}; only these generate text: {', '.join(GRAPHS_OF)}"
             )
         try:
-            return cls(
+            model = cls(
                 folder=folder,
                 kind=raw["kind"],
                 attention=str(raw["attention"]),
@@ -67,6 +67,10 @@ class ExportedModel:
                 end_token=int(raw["end_token"]),
                 precisions={name: _graphs(folder, raw["kind"], entry) for name, entry in raw["precisions"].items()},
             )
+            if not 0 <= model.end_token < model.vocabulary_size < LARGEST or not 1 < model.context < LARGEST:
+                sizes = f"{model.end_token}, {model.vocabulary_size} and {model.context}"
+                raise ValueError(f"end_token, vocabulary_size and context cannot be {sizes[:80]}")
+            return model
         except ExportedModelError:
             raise
         except KeyError as error:

@@ -544,6 +544,8 @@ def no_precisions(folder: Path) -> None:
         (path_outside, '"../outside.onnx" is outside the folder'),
         (graph_elsewhere, "model_quantized.onnx leads out of its folder by a link"),
         (tokenizer_elsewhere, "tokenizer.json leads out of its folder by a link"),
+        (lambda folder: change_manifest(folder, end_token=10**20), "end_token, vocabulary_size and context cannot be 1000"),
+        (lambda folder: change_manifest(folder, context=-1), "end_token, vocabulary_size and context cannot be 0, 600 and -1"),
         (no_graph, "model_quantized.onnx is missing: the folder is incomplete"),
         (half_copied, "model_quantized.onnx_data has"),
         (overwritten_graph, "model_quantized.onnx cannot be loaded by onnxruntime"),
