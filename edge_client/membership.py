@@ -210,6 +210,8 @@ class Membership:
         """Leave the run for good."""
         if self._connection is not None:
             self._connection.close()
+        elif self._join is not None:
+            logger.warning("without a connection the server cannot be told that this device leaves: the run waits for it")
 
     def hang_up(self) -> None:
         """Be gone, as a device that was killed is: the place in the run stays, and this device may come back to it."""

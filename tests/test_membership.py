@@ -1,5 +1,6 @@
 """How a device comes back: when it tries, when it stops trying, and what it says then. No socket, no clock but the test's."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -487,3 +488,44 @@ def test_settings_are_those_that_a_killed_device_has_noted(world: MakeWorld) -> 
     with pytest.raises(RemoteProtocolError, match=r"run r has other settings than before \(lora_rank 9 is now 2\)"):
         world([welcome()]).member(before=noted)
     assert world([welcome(run="next")]).member(before=noted).welcome.run == "next"
+
+
+def test_steps_that_were_missed_are_said(world: MakeWorld, caplog: pytest.LogCaptureFixture) -> None:
+    here = world([welcome(), start(), start(step=3), start(step=4), start(step=4)])
+    member = here.member()
+    member.start(JOIN)
+    with caplog.at_level(logging.INFO, "edge_client"):
+        for step in (1, 4, 5):
+            with pytest.raises(Moved):
+                member.exchange(activations(step), ActivationGradient)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the run has gone on without this device, which has missed steps 1 to 3",
+        "the run has gone on without this device, which has missed step 4",
+    ]
+
+
+def test_device_that_leaves_without_a_connection_says_that_nobody_was_told(
+    world: MakeWorld, caplog: pytest.LogCaptureFixture
+) -> None:
+    here = world([welcome(), start()])
+    member = here.member()
+    member.start(JOIN)
+    member.hang_up()
+    member.close()
+    assert "the server cannot be told that this device leaves" in caplog.text
+
+
+def test_waiting_is_told_from_working(world: MakeWorld) -> None:
+    here, waits = world([welcome(), start(), gradient(1)]), []
+
+    class Noted:
+        def __enter__(self) -> None:
+            waits.append(type(here.made[0].asked[-1]).__name__)
+
+        def __exit__(self, *_: object) -> None:
+            waits.append("answered")
+
+    member = here.member(patience=Noted())
+    member.start(JOIN)
+    member.exchange(activations(1), ActivationGradient)
+    assert waits[-2:] == ["Activations", "answered"]
