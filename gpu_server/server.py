@@ -682,8 +682,9 @@ class RunServer:
         if self._federation.unfinished():
             if self._patience_ends is not None:
                 self._patience_ends.cancel()  # a device has come since, and gets the whole time to come again
-            names = listed(self._federation.unfinished())
-            logger.info("the run is complete; waiting up to %s for %s to fetch the adapter", duration(self._linger), names)
+            if self._linger:
+                names = listed(self._federation.unfinished())
+                logger.info("the run is complete; waiting up to %s for %s to fetch the adapter", duration(self._linger), names)
             self._patience_ends = self._loop.call_later(self._linger, lambda: None if self._peers else self._end())
         else:
             self._end()

@@ -344,13 +344,13 @@ def test_finished_run_says_so_and_what_can_be_done(
 ) -> None:
     run_split({**settings, "run_dir": str(tmp_path / "run")}, {"a": {"data": pairs_file("a", 9), "batch_size": 2}})
     caplog.set_level("INFO", "gpu_server")
-    with GpuServer(resume=True, run_dir=str(tmp_path / "run"), port=0, linger=0.0) as server:
+    with GpuServer(resume=True, run_dir=str(tmp_path / "run"), port=0, linger=0.1) as server:
         assert list(server.train()) == []
     folder = tmp_path / "run/adapter"
     assert [record.message for record in caplog.records if record.name == "gpu_server"] == [
         f"all 12 steps of this run are done, and its adapter is in {folder}; to train further: a larger --steps, or another "
         f"run with --init-adapter {folder}",
-        "the run is complete; waiting up to 0.0 s for a to fetch the adapter",
+        "the run is complete; waiting up to 0.1 s for a to fetch the adapter",
     ]
 
 
