@@ -59,7 +59,7 @@ class ServerConfig:
         "the server, since both sides then share its cores)"
     )
     aggregate_every: int = option("steps in a round: with 1, gradients are summed; with more, adapters are averaged", 1)
-    lr: float = option("peak learning rate of AdamW", 2e-4)
+    lr: float = option("peak learning rate of AdamW", 1e-3)
     lr_schedule: str = option(
         "learning rate after the warm-up: constant, or linear down to 0", "constant", choices=("constant", "linear")
     )

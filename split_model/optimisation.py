@@ -13,7 +13,7 @@ __all__ = ["OptimiserConfig", "adamw", "optimiser_state", "restore_optimiser", "
 class OptimiserConfig:
     """AdamW (arXiv 1711.05101) with betas 0.9, 0.999 and epsilon 1e-8, torch's defaults."""
 
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-3
     schedule: str = "constant"
     """"constant", or "linear": down to zero at the run's end. Both after a linear warm-up."""
     warmup_steps: int = 0

@@ -68,7 +68,7 @@ def test_run_goes_on_with_what_it_was_begun_with_and_where_it_is_told() -> None:
     assert (told["run_dir"], told["port"], told["lr"]) == ("moved", 9, 1e-3)
 
 
-@pytest.mark.parametrize(("name", "given", "before"), [("lr", 1e-2, 0.0002), ("lora_targets", ("c_fc",), ["c_attn"])])
+@pytest.mark.parametrize(("name", "given", "before"), [("lr", 1e-2, 0.001), ("lora_targets", ("c_fc",), ["c_attn"])])
 def test_run_cannot_go_on_as_another_one(name: str, given: Any, before: Any) -> None:
     recorded = {**dataclasses.asdict(config()), "lora_targets": ["c_attn"]}
     with pytest.raises(ConfigError) as caught:
@@ -268,7 +268,7 @@ OTHER_VALUES: dict[str, Any] = {
     "epochs": 2,
     "micro_batches": 4,
     "aggregate_every": 3,
-    "lr": 1e-3,
+    "lr": 5e-4,
     "lr_schedule": "linear",
     "warmup_steps": 8,
     "weight_decay": 0.5,

@@ -19,7 +19,7 @@ def block(language: str) -> str:
 def test_settings_of_the_service_are_settings(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(block("toml"))
     told = ServerConfig.from_options(options_from_toml(tmp_path / "run.toml"))
-    assert (told.clients, told.epochs, told.run_dir) == (3, 3, "runs/kitchens")
+    assert (told.clients, told.epochs, told.run_dir) == (3, 10, "runs/kitchens")
 
 
 def test_commands_are_commands() -> None:
