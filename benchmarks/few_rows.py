@@ -20,7 +20,7 @@ from federated import WholeModel
 from edge_client.data import Dataset
 from gpu_server import ServerConfig
 from split_model import LoraConfig
-from terminal import Progress
+from terminal import Progress, count
 
 BATCH_SIZE, HELD_OUT = 8, 80
 EXAMPLES = contestants.REPOSITORY / "examples"
@@ -45,7 +45,7 @@ def main() -> None:
                         before, *after = run(model, train, valid, rate, seed, options.epochs, progress)
                         found[rate].append(after)
             print(f"\n{what}, {options.rows} rows; {before:.2f} before\n")
-            print(f"| rate | {' | '.join(f'{number} epochs' for number in options.epochs)} |")
+            print(f"| rate | {' | '.join(count(number, 'epoch') for number in options.epochs)} |")
             print(f"|---|{'---|' * len(options.epochs)}")
             for rate, of_seeds in found.items():
                 cells = [f"{statistics.mean(values):.2f}" for values in zip(*of_seeds, strict=True)]
