@@ -203,7 +203,10 @@ def _pin_of(served: Served | None, folder: Path, tls_cert: str | None, insecure:
             "enrol the device, and start it again with --resume"
         )
     if insecure and not served.insecure:
-        raise ConfigError(f"the server of {served.run_dir} listens with encryption: leave --insecure out")
+        raise ConfigError(
+            f"the server of {served.run_dir} was not started with --insecure, and listens with encryption once a device is "
+            "enrolled: leave --insecure out"
+        )
     if served.insecure:
         if tls_cert is not None:
             raise ConfigError(f"the server of {served.run_dir} listens without encryption (--insecure): leave --tls-cert out")
