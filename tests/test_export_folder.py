@@ -228,12 +228,13 @@ def test_checkpoint_in_half_precision_and_several_files_is_read(tiny_model: Path
     assert largest_difference(exported(tmp_path / "out").logits(ids), logits_of(model.float(), ids)) < 2e-5
 
 
-def test_configuration_with_half_a_character_is_passed_on(tiny_model: Path, tmp_path: Path) -> None:
+def test_configuration_with_half_a_character_is_refused_before_anything_is_written(tiny_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "model")
     config = json.loads((tiny_model / "config.json").read_text()) | {"comment": "\ud800 é"}
     (tmp_path / "model/config.json").write_text(json.dumps(config))
-    merge(str(tmp_path / "model"), tmp_path / "out")
-    assert json.loads((tmp_path / "out/config.json").read_text())["comment"] == "\ud800 é"
+    with pytest.raises(ModelError, match=r"config\.json has half a character"):
+        merge(str(tmp_path / "model"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
