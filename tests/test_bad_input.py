@@ -478,7 +478,8 @@ def test_server_that_cannot_write_the_adapter_does_not_end_well(
             list(client.train())  # the run could go on once there is room again: the device is not dismissed
         assert status.result() == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last == f"splitlora-server: run directory {run_dir} cannot be written: File exists"
+    mended = "when that is mended, --resume goes on with its run"
+    assert last == f"splitlora-server: run directory {run_dir} cannot be written: File exists; {mended}"
 
 
 def wait_for_server(port: int) -> None:
