@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from split_model import AdapterSettings, Folder, ModelConfig
+from split_model.adapter_settings import CONFIG_FILE, WEIGHTS_FILE
 
 from .errors import ExportError
 from .lora import LoraAdapter, LoraUpdate
@@ -18,7 +19,6 @@ from .weights import Floats
 
 __all__ = ["BeyondLora", "copy_adapter", "read_adapter"]
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MATRIX = re.compile(r"base_model\.model\.(transformer\.h\.\d+\.\w+\.\w+)\.lora_([AB])\.weight")
 SHOWN = 3
 

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors import SafetensorError
 
 from split_model import AdapterSettings, BaseModel
 
+from .adapter_folder import BeyondLora, read_adapter
 from .beside_weights import copy_files_beside_weights
 from .errors import ExportError
 
@@ -90,10 +92,13 @@ def load_with_peft(base: BaseModel, adapter: Path) -> Any:
     Of the settings, PEFT sees what they say of the adapter, and nothing of where to find code or another model.
 
     Raises:
-        AdapterError, ExportError: PEFT cannot load the adapter, or would leave a part of it out.
+        AdapterError, ExportError: `read_adapter` refuses the adapter, PEFT cannot load it, or would leave a part of it out.
     """
     import peft
 
+    with suppress(BeyondLora):
+        # Whatever of it PEFT would not check: it takes pickled weights where there are no others, and patterns without end.
+        read_adapter(adapter, base.config)
     settings = AdapterSettings.read(adapter)
     known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     if unknown := [name for name in settings.values if name not in known and settings.has(name)]:

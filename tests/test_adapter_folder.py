@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from export import ExportError, export_onnx, merge
 from export.adapter_folder import Targets
+from export.peft_merge import load_with_peft
 from split_model import AdapterError, AdapterSettings, BaseModel, load_adapter
 from split_model import LoraConfig as OurLora
 
@@ -176,6 +177,22 @@ def test_settings_that_mean_nothing_are_one_sentence(
     with pytest.raises((ExportError, AdapterError), match=message):
         merge(str(model), tmp_path / "out", adapter=adapter)
     assert not (tmp_path / "out").exists()
+
+
+def test_peft_is_given_no_pickled_weights(model: Path, tmp_path: Path) -> None:
+    adapter = save_peft(model, tmp_path / "adapter")
+    safe = adapter / "adapter_model.safetensors"
+    torch.save(load_file(safe), adapter / "adapter_model.bin")
+    safe.unlink()
+    with pytest.raises(ExportError, match=r"adapter_model\.safetensors is missing"):
+        load_with_peft(BaseModel(model), adapter)
+
+
+def test_peft_is_given_no_pattern_without_end(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.patterns.LIMIT_SECONDS", 1)
+    adapter = change(save_peft(model, tmp_path / "adapter"), target_modules=".*" * 18 + "X")
+    with pytest.raises(ExportError, match="matching takes longer than 1 s"):
+        load_with_peft(BaseModel(model), adapter)
 
 
 def test_nested_settings_are_one_sentence(model: Path, tmp_path: Path) -> None:
