@@ -316,8 +316,9 @@ def _check(stored: StoredTensor, name: str, shape: tuple[int, ...]) -> None:
 
 def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two matrices have the same values; read in pieces, so that neither stays in memory."""
-    if one.shape != other.shape or not {one.dtype, other.dtype} <= STORED_DTYPES.keys() or len(one.shape) != 2:
-        return False
+    can_be_read = {one.dtype, other.dtype} <= STORED_DTYPES.keys()
+    if one.shape != other.shape or len(one.shape) != 2 or 0 in one.shape or not can_be_read:
+        return False  # and what it should be, the model's own shapes say
     rows = Rows(one), Rows(other)
     for begin in range(0, one.shape[0], ROWS_AT_ONCE):
         indices = torch.arange(begin, min(begin + ROWS_AT_ONCE, one.shape[0]))

@@ -122,7 +122,7 @@ class _Settings:
         self.is_declared = self._raw.get("added_tokens_decoder") is not None
         if self.is_declared:
             for number, token in _items(self.where, self._raw, "added_tokens_decoder"):
-                if not number.isdecimal():
+                if not number.isdecimal() or len(number) > len(str(LARGEST_ID)):
                     raise ModelError(f"{self.where}: added_tokens_decoder has a token of id {shown(number)}")
                 self.declared[int(number)] = _added_token(self.where, "added_tokens_decoder", token)
             return

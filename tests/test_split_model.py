@@ -150,6 +150,12 @@ def test_head_that_differs_in_its_last_row_alone_is_noticed(model: Path) -> None
     assert BaseModel(model).config.tied_head is False
 
 
+def test_head_and_table_without_rows_are_refused(model: Path) -> None:
+    change_weights(model, lambda weights: weights.update(dict.fromkeys((TABLE, HEAD), weights[TABLE][:0])))
+    with pytest.raises(ModelError, match=r"tensor 'wte.weight' has shape \[0, "):
+        BaseModel(model)
+
+
 def store_the_head_too(weights: dict[str, torch.Tensor]) -> None:
     weights[HEAD] = weights[TABLE].clone()
 

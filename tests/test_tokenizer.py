@@ -192,6 +192,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"tokenizer_config__json": {"added_tokens_decoder": {"600": {"special": True}}}},
         'added_tokens_decoder has {"special": true} where a token is expected',
     ),
+    "id without end": (
+        {"tokenizer_config__json": {"added_tokens_decoder": {"9" * 5000: {"content": "a"}}}},
+        'added_tokens_decoder has a token of id "9999',
+    ),
     "end no token": ({"tokenizer_config__json": {"eos_token": 3}}, "eos_token has 3 where a token is expected"),
     "more tokens no list": ({"tokenizer_config__json": {"additional_special_tokens": 3}}, "additional_special_tokens is 3"),
     "settings no object": ({"tokenizer_config__json": [1]}, "tokenizer_config.json is not a JSON object but [1]"),
