@@ -5,6 +5,7 @@ import gc
 import math
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,8 +79,9 @@ class Listener(socket.socket):
         self._strangers: dict[int, socket.socket] = {}  # in the order of their coming
         self._accepted = 0
         self._is_turn = False
-        self._spare = os.open(os.devnull, os.O_RDONLY)
-        """Given up for a moment to close a connection for which there is no other file."""
+        self._spare = -1
+        """A file that is given up for a moment to close a connection for which there is no other; -1 while there is none."""
+        self._take_spare()
 
     def close(self) -> None:
         super().close()
@@ -122,6 +124,8 @@ class Listener(socket.socket):
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 self._close_next()
             raise BlockingIOError(str(error)) from None
+        if self._spare < 0:
+            self._take_spare()
         self._accepted += 1
         if self._accepted % ACCEPTED_BETWEEN_COLLECTIONS == 0:
             gc.collect()  # asyncio leaves cycles where a TLS handshake comes to nothing
@@ -149,11 +153,13 @@ class Listener(socket.socket):
         if self._strangers:
             self._turn_away(next(iter(self._strangers)))
         self._give_spare_up()
-        try:
+        with suppress(OSError):  # it has gone by itself
             super().accept()[0].close()
+        self._take_spare()
+
+    def _take_spare(self) -> None:
+        with suppress(OSError):  # another thread was faster to take the file: with the next connection it is tried again
             self._spare = os.open(os.devnull, os.O_RDONLY)
-        except OSError:
-            pass  # gone by itself, or another thread was faster to take the file
 
     def _give_spare_up(self) -> None:
         if self._spare >= 0:

@@ -127,6 +127,21 @@ def test_connection_for_which_there_is_no_file_is_closed_and_so_is_the_oldest_st
     assert is_ended(stranger)
 
 
+def test_file_is_kept_in_reserve_also_where_the_connection_has_gone_by_itself(
+    sockets: ExitStack, no_file_is_left: Callable[[], None]
+) -> None:
+    listener, _ = listening(sockets)
+    listener.setblocking(False)  # as asyncio has it
+    late = sockets.enter_context(socket.socket())
+    no_file_is_left()
+    for number in range(4):  # of two tries one is the pause between two connections
+        if number == 2:
+            late.connect(listener.getsockname())
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    assert is_ended(late)
+
+
 def limits_within(monkeypatch: pytest.MonkeyPatch, more_files: int, devices: int, connections: int = 256) -> Limits:
     """Where a process may open so many files beside its own and the reserve."""
     own = len(os.listdir("/dev/fd")) + FILES_IN_RESERVE
