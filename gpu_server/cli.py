@@ -93,7 +93,7 @@ def _ending_once() -> Iterator[None]:
     """
 
     def end(number: int, frame: types.FrameType | None) -> None:
-        for each in before:
+        for each in numbers:
             signal.signal(each, lambda *_: None)  # not SIG_IGN: of one that has just come Python would tell
         if number == signal.SIGTERM:
             sys.exit(128 + number)  # what a shell calls the end by this signal
