@@ -17,7 +17,7 @@ from .errors import ExportError
 from .precision import PRECISIONS
 from .weights import Floats
 
-__all__ = ["ExportedModel", "Manifest"]
+__all__ = ["FORMAT", "MANIFEST", "ExportedModel", "Manifest"]
 
 Integers = NDArray[np.int64]
 Cache = dict[str, NDArray[Any]]

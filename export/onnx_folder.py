@@ -15,6 +15,7 @@ from .adapter_folder import copy_adapter
 from .attention import ATTENTIONS
 from .equalisation import Equalised
 from .errors import ExportError
+from .exported_model import FORMAT, MANIFEST
 from .gpt2 import GPT2
 from .graph import Graph
 from .lora import LoraAdapter
@@ -26,7 +27,6 @@ from .weights import Floats, Weights
 
 __all__ = ["export_onnx"]
 
-FORMAT = 1
 ADAPTER_FILE, PEFT_FOLDER = "adapter.onnx_adapter", "adapter"
 BEST_FIRST = ("q8", "q4", "fp32", "fp16")
 """Which precision a runtime loads that takes only one."""
@@ -130,7 +130,7 @@ class OnnxFolder:
             best = next(name for name in BEST_FIRST if name in precisions)
             shared = self.attention == "gqa"
             write_genai_config(self.folder, self.config, filename=files[best]["graph"], shared_cache=shared)
-        write_json(self.folder / "splitlora.json", self._manifest(files))
+        write_json(self.folder / MANIFEST, self._manifest(files))
 
     def _write_graphs(self, precision: Precision, progress: Progress) -> dict[str, Any]:
         form, entry, sizes = ATTENTIONS[self.attention], {}, dict[str, int]()

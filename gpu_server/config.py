@@ -14,7 +14,17 @@ from protocol import CODECS, DELTA, EXACT, RunSettings, gradient_codec
 from protocol.settings import BOUNDS, LARGEST_COUNT, out_of_bounds
 from terminal import user_path, user_text_path
 
-__all__ = ["ConfigError", "ServerConfig", "described", "options_from_toml", "resumed"]
+__all__ = [
+    "ConfigError",
+    "ServerConfig",
+    "codec_name",
+    "codec_named",
+    "described",
+    "is_loopback",
+    "options_from_toml",
+    "resumed",
+    "with_whole_paths",
+]
 
 
 class ConfigError(ValueError):
@@ -102,7 +112,7 @@ class ServerConfig:
         for name in [name for name in BOUNDS if name != "cut_layer"]:  # of which the model says more
             value = getattr(self, name)
             if value is not None and (wrong := out_of_bounds(name, value)):
-                raise ConfigError(f"{name.replace('_', '-')} {wrong}")
+                raise ConfigError(f"{_flag(name)} {wrong}")
         for name in COUNTS:
             self._require(name, lambda value: value is None or 1 <= value <= LARGEST_COUNT, f"1 to {LARGEST_COUNT}")
         self._require("codec_tolerance", lambda value: value >= 0, "at least 0")
@@ -138,7 +148,7 @@ class ServerConfig:
             return RunSettings(**shared)
         except ValueError as error:
             name, _, wrong = str(error).partition(" ")
-            raise ConfigError(f"{name.replace('_', '-')} {wrong}") from None
+            raise ConfigError(f"{_flag(name)} {wrong}") from None
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "ServerConfig":
