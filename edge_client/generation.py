@@ -1,9 +1,11 @@
 """Text from an exported model, on a device that has onnxruntime, numpy and tokenizers, and needs nothing else."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from split_model.folder import Folder
+from split_model.tokenizer import guarded
 from terminal import user_path
 
 from .decoder import Decoder
@@ -19,6 +22,8 @@ from .memory import available_memory
 from .prepared import PACKED, find_prepared
 
 __all__ = ["GenerationError", "Generator", "Sampling", "Speed", "choose_precision"]
+
+Result = TypeVar("Result")
 
 BY_PREFERENCE = ("q8", "q4", "fp32", "fp16")
 
@@ -146,11 +151,14 @@ class Generator:
         stream, tokens, streamed = DecodeStream(skip_special_tokens=True), [], ""
         for token in self.tokens(prompt, max_new_tokens=max_new_tokens, sampling=sampling):
             tokens.append(token)
-            piece = stream.step(self.tokenizer, token) or ""
+            piece = self._guarded(partial(stream.step, self.tokenizer, token)) or ""
             streamed += piece
             yield piece
-        if rest := self.tokenizer.decode(tokens).removeprefix(streamed):
+        if rest := self._guarded(lambda: self.tokenizer.decode(tokens)).removeprefix(streamed):
             yield rest  # a last character that was begun and not finished
+
+    def _guarded(self, work: Callable[[], Result]) -> Result:
+        return guarded(work, f"{self.model.folder}: the tokenizer cannot be used", ExportedModelError)
 
     def tokens(self, prompt: Sequence[int], *, max_new_tokens: int = 64, sampling: Sampling | None = None) -> Iterator[int]:
         """The continuation as token ids, up to the end of the text, ``max_new_tokens`` or the model's context. See `stream`."""
@@ -193,7 +201,8 @@ class Generator:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:
             raise GenerationError(f"the prompt is not UTF-8: {prompt[error.start : error.end]!a} is no character") from None
-        ids = self.tokenizer.encode(prompt if raw else prompt.strip(), add_special_tokens=False).ids
+        text = prompt if raw else prompt.strip()
+        ids = self._guarded(lambda: self.tokenizer.encode(text, add_special_tokens=False)).ids
         if max(ids, default=0) >= self.model.vocabulary_size:
             highest = f"{max(ids)} of {self.model.vocabulary_size} tokens"
             raise ExportedModelError(f"{self.model.folder}: the tokenizer is of another model ({highest})")
@@ -259,14 +268,7 @@ def _load_tokenizer(model: ExportedModel) -> Tokenizer:
     if files.find(path.name) is None:
         raise ExportedModelError(f"{path} is missing: the folder is incomplete; copy or export it again")
     content = files.read_text(path.name)
-    try:
-        tokenizer = Tokenizer.from_str(content)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except (
-        BaseException
-    ) as error:  # bare Exception for whatever is wrong with a file, and where the library panics, not even that
-        raise ExportedModelError(f"{path} cannot be read: {error}") from None
+    tokenizer: Tokenizer = guarded(lambda: Tokenizer.from_str(content), f"{path} cannot be read", ExportedModelError)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from .errors import ModelError
 from .folder import Folder, shown
 
-__all__ = ["TOKENIZER_FILES", "encode", "end_of_text", "load_tokenizer", "tokenizer_digest"]
+__all__ = ["TOKENIZER_FILES", "encode", "end_of_text", "guarded", "load_tokenizer", "tokenizer_digest"]
 
 SETTINGS = "tokenizer_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", SETTINGS, "special_tokens_map.json", "added_tokens.json")
@@ -25,6 +25,8 @@ LARGEST_ID = 10_000_000
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Special tokens that transformers knows by their part, in its order."""
 OF_GPT2 = ("bos_token", "eos_token", "unk_token")
+
+UNREADABLE, UNUSABLE = "the tokenizer cannot be read", "the tokenizer cannot be used"
 
 Result = TypeVar("Result")
 
@@ -44,7 +46,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         tokenizer = _from_vocabulary(files, settings)
     else:
         raise ModelError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
-    _guarded(folder, lambda: settings.add_tokens_to(tokenizer))
+    guarded(lambda: settings.add_tokens_to(tokenizer), f"{folder}: {UNREADABLE}")
     # Some files keep the settings of their last batch.
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -58,7 +60,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     Raises:
         ModelError: the tokenizer fails on them.
     """
-    encoded = _guarded(None, lambda: tokenizer.encode_batch(list(texts), add_special_tokens=False))
+    encoded = guarded(lambda: tokenizer.encode_batch(list(texts), add_special_tokens=False), UNUSABLE)
     return [encoding.ids for encoding in encoded]
 
 
@@ -193,7 +195,7 @@ class _Settings:
 
 def _from_one_file(files: Folder, settings: _Settings) -> Tokenizer:
     path, content = files.path / "tokenizer.json", files.read_text("tokenizer.json")
-    tokenizer: Tokenizer = _guarded(path, lambda: Tokenizer.from_str(content))
+    tokenizer: Tokenizer = guarded(lambda: Tokenizer.from_str(content), f"{path}: {UNREADABLE}")
     token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
     if number > LARGEST_ID:
         raise ModelError(f"{path}: {shown(token)} has the id {number}; it can be 0 to {LARGEST_ID}")
@@ -258,7 +260,8 @@ def _from_vocabulary(files: Folder, settings: _Settings) -> Tokenizer:
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= LARGEST_ID:
             raise ModelError(f"{path}: {shown(token)} has the id {shown(number)}; it can be 0 to {LARGEST_ID}")
     merges = list(_merges(files))
-    tokenizer: Tokenizer = _guarded(files.path, lambda: Tokenizer(models.BPE(vocab=vocabulary, merges=merges)))
+    model = guarded(lambda: models.BPE(vocab=vocabulary, merges=merges), f"{files.path}: {UNREADABLE}")
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.add_prefix_space))
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -293,15 +296,20 @@ def _added_token(where: Path, key: str, value: Any) -> AddedToken:
     raise ModelError(f"{where}: {key} has {shown(value)} where a token is expected")
 
 
-def _guarded(where: Path | None, work: Callable[[], Result]) -> Result:
-    """What the tokenizers library does; it raises bare Exception for a wrong file, and for some of them its Rust panics."""
+def guarded(work: Callable[[], Result], what: str, error: type[ValueError] = ModelError) -> Result:
+    """
+    The result of work of the tokenizers library, which raises bare Exception for a wrong file, and for some its Rust panics.
+
+    Args:
+        what: says in the message what cannot be done.
+        error: is raised then.
+    """
     try:
         return work()
-    except (ModelError, KeyboardInterrupt, SystemExit, MemoryError):
+    except (error, KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as error:  # PanicException is not an Exception
-        if type(error).__name__ != "PanicException" and not isinstance(error, Exception):
+    except BaseException as failure:  # PanicException is not an Exception
+        if type(failure).__name__ != "PanicException" and not isinstance(failure, Exception):
             raise
-        reason = str(error).strip().split("\n")[0][:200]
-        place = f"{where}: " if where else ""
-        raise ModelError(f"{place}the tokenizer cannot be {'read' if where else 'used'}: {reason}") from None
+        reason = str(failure).strip().split("\n")[0][:200]
+        raise error(f"{what}: {reason}") from None

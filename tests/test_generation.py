@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import make_model, shared_path
 from onnx import TensorProto, helper
+from tokenizers import Tokenizer, models
 from transformers import GPT2LMHeadModel
 from transformers.generation.logits_process import TopPLogitsWarper
 
@@ -495,6 +496,11 @@ def broken_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
 
 
+def tokenizer_that_fails_on_a_text(folder: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="nowhere"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
+
+
 def other_tokenizer(folder: Path) -> None:
     change_manifest(folder, vocabulary_size=20)
 
@@ -551,6 +557,7 @@ def no_precisions(folder: Path) -> None:
         (overwritten_graph, "model_quantized.onnx cannot be loaded by onnxruntime"),
         (no_tokenizer, "tokenizer.json is missing: the folder is incomplete"),
         (broken_tokenizer, "tokenizer.json cannot be read"),
+        (tokenizer_that_fails_on_a_text, "the tokenizer cannot be used: "),
         (other_tokenizer, "the tokenizer is of another model"),
         (no_precisions, "has no precision that is known here"),
         (kind_that_is_a_list, "is of the kind '[1]'"),
