@@ -254,7 +254,7 @@ def options_from_toml(path: Path) -> dict[str, Any]:
     The settings of a TOML file, under the fields' names; "cut-layer" and "cut_layer" are the same.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: the file cannot be read, or says a setting twice, in both spellings.
     """
     try:
         import tomllib
@@ -267,6 +267,9 @@ def options_from_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, and brackets without end
         raise ConfigError(f"{path} is not TOML: {error}") from None
+    for name in table:
+        if "_" in name and _flag(name) in table:
+            raise ConfigError(f"{path} gives both {name} and {_flag(name)}, which are the same setting; delete one of them")
     return {name.replace("-", "_"): value for name, value in table.items()}
 
 

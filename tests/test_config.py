@@ -209,6 +209,12 @@ def test_broken_toml_is_named(tmp_path: Path, content: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_setting_that_toml_gives_in_both_spellings_is_refused(tmp_path: Path) -> None:
+    path = toml(tmp_path, 'lora_targets = "c_attn"\nlora-targets = "c_fc"\n')
+    with pytest.raises(ConfigError, match=r"gives both lora_targets and lora-targets, which are the same setting"):
+        options_from_toml(path)
+
+
 def test_toml_of_other_bytes_is_named(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_bytes(b"\xff\xfe")
