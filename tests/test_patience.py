@@ -1,7 +1,8 @@
 """A device that waits says for whom, and how long, and no more often than somebody wants to read it."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import run_in_thread
 from edge_client import ConnectionFailed, EdgeClient
 from edge_client.patience import Patience, reason_to_wait
 from gpu_server import GpuServer
+from protocol import Pong
 
 
 class Clock:
@@ -67,6 +69,18 @@ def test_answer_that_comes_meanwhile_leaves_nothing_to_tell(clock: Clock, told: 
         clock.now += 60
         patience.look()
     assert told() == []
+
+
+def test_device_whose_data_has_ended_is_told_how_far_the_others_are() -> None:
+    class Server:
+        def exchange(self, *arguments: object, **options: object) -> Pong:
+            return Pong(software="1", run="r", clients=2, joined=2, step=49)
+
+    @contextmanager
+    def dial() -> Iterator[Server]:
+        yield Server()
+
+    assert reason_to_wait(dial, "a") == "the server is at work, 49 steps finished"  # type: ignore[arg-type]
 
 
 def test_reasons_come_from_the_server(tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path]) -> None:
