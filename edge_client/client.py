@@ -25,7 +25,7 @@ from split_model import (
 from terminal import user_path, user_text_path
 
 from .access import Access
-from .connection import Refused
+from .connection import ConnectionFailed, Refused
 from .data import DataError, Dataset
 from .engine import TorchEngine
 from .enrolment import state_folder, store
@@ -108,7 +108,9 @@ class EdgeClient:
         self._place, self._give_up_after = Place(state, server, self.name), give_up_after
         self._device, self._dtype = device, dtype
         self._in_flight, self._cache_bytes, self._num_kept = in_flight, cache_bytes, 0
-        self._model = BaseModel(find_model(user_text_path(model)))
+        model = user_text_path(model)
+        self._hub_name = "" if Path(model).is_dir() else model
+        self._model = BaseModel(find_model(model))
         tokenizer = self._model.tokenizer()
         end_token, length = self._model.config.end_token, min(max_length, self._model.config.num_positions)
         self.data = Dataset.load(data, tokenizer, end_token, length)
@@ -164,7 +166,7 @@ class EdgeClient:
         self._patience.begin()
         try:
             self.dtype, self.choice = self._choose_dtype()
-            self._place.keep(self.welcome, self.dtype)
+            self._place.keep(self.welcome, self.dtype, self._hub_name)
             self._membership.kept = self._samples()
             self._engine = TorchEngine(self._model, self.welcome.settings, self._device, self.dtype)
         except BaseException as error:
@@ -290,8 +292,14 @@ class EdgeClient:
 
 
 def _model_of(invitation: Invitation, state_dir: str | os.PathLike[str] | None) -> str:
-    """The name on the hub of the model that the server has."""
-    model = ping(invitation.url, name=invitation.name, state_dir=state_dir).pong.model
+    """The name on the hub of the model that the server has; while it is down, the one with which this device has its place."""
+    try:
+        model = ping(invitation.url, name=invitation.name, state_dir=state_dir).pong.model
+    except ConnectionFailed:
+        kept = Place(state_folder(state_dir), invitation.url, invitation.name).model()
+        if kept is None:
+            raise
+        return kept
     if not model:
         raise ModelError("the server has its base model from a folder: give --model with a copy of it")
     if not is_hub_name(model):

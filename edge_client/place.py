@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from protocol import Array, Remembered, RunSettings, Welcome
 from protocol.settings import LARGEST_COUNT
-from split_model import DTYPES, SampleFolder, remove_unfinished, replace_file
+from split_model import DTYPES, SampleFolder, is_hub_name, remove_unfinished, replace_file
 
 __all__ = ["Place", "SavedStep", "StateError"]
 
@@ -116,17 +116,22 @@ class Place:
         note = self._note()
         return note["dtype"] if note.get("run") == run and str(note.get("dtype")) in DTYPES else None
 
-    def keep(self, welcome: Welcome, dtype: str) -> None:
+    def model(self) -> str | None:
+        """The base model's name on the hub, where this device took part with one that has a name there."""
+        model = self._note().get("model")
+        return model if isinstance(model, str) and is_hub_name(model) else None
+
+    def keep(self, welcome: Welcome, dtype: str, model: str = "") -> None:
         """
-        Note that there is a place in this run, and of which dtype its frozen weights are; what is known of another run is of no
-        use any more.
+        Note that there is a place in this run, of which dtype its frozen weights are, and which model it was told to use; what
+        is known of another run is of no use any more.
 
         Raises:
             StateError: the folder cannot be written.
         """
         if self._note().get("run") != welcome.run:
             self.give_up()
-        note = {**asdict(welcome), "server": self._server, "name": self._name, "dtype": dtype}
+        note = {**asdict(welcome), "server": self._server, "name": self._name, "dtype": dtype, "model": model}
         with _readable_errors(self._folder):
             self._folder.mkdir(parents=True, mode=0o700, exist_ok=True)
             remove_unfinished(self._folder)

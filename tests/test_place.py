@@ -3,14 +3,18 @@
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import run_in_thread
 from protocol_samples import SETTINGS
 
+from edge_client import ConnectionFailed, EdgeClient
 from edge_client.place import Place, SavedStep, StateError
+from gpu_server import GpuServer
 from protocol import Welcome
 
 
@@ -36,6 +40,43 @@ def files(folder: Path) -> list[Path]:
 def keep(place: Place, *steps: int, keep_from: int = 0, ends: tuple[int, ...] = ()) -> None:
     for step in steps:
         place.save(saved(step), keep_from=keep_from, is_round_end=step in ends)
+
+
+def test_device_that_joins_again_while_its_server_is_down_takes_the_model_of_its_place(
+    tmp_path: Path, tiny_model: Path, pairs_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_client.client.find_model", lambda name: tiny_model if name == "gpt2" else Path(name))
+    invitation = f"splitlora://127.0.0.1:1/#a/{'A' * 43}"  # nobody listens there
+    options = {"data": pairs_file("a", 4), "state_dir": tmp_path / "state"}
+    with pytest.raises(ConnectionFailed, match="no server at"):
+        EdgeClient.join(invitation, **options)
+    place = Place(tmp_path / "state", EdgeClient.join(invitation, model="gpt2", **options).server, "a")
+    place.keep(welcome("run"), "float32", model="gpt2")
+    assert EdgeClient.join(invitation, **options).name == "a"
+
+
+def test_device_notes_the_name_of_its_model_and_no_folder(
+    tmp_path: Path, tiny_model: Path, pairs_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_client.client.find_model", lambda name: tiny_model)
+    state = tmp_path / "state"
+    options = {"data": pairs_file("a", 4), "state_dir": state, "dtype": "float32"}
+    with GpuServer(model=str(tiny_model), run_dir=tmp_path / "run", cut_layer=1, steps=1, clients=2, port=0) as server:
+        ended = run_in_thread(lambda: list(server.train()))
+        with (
+            EdgeClient(server.url, model="gpt2", name="a", **options) as one,
+            EdgeClient(server.url, model=str(tiny_model), name="b", **options) as two,
+        ):
+            assert [Place(state, server.url, name).model() for name in "ab"] == ["gpt2", None]
+            other = run_in_thread(lambda: list(two.train()))
+            assert len(list(one.train())) == len(other.result(timeout=60)) == 1
+        ended.result(timeout=60)
+
+
+def test_model_that_is_no_name_on_the_hub_is_not_taken_from_a_place(place: Place) -> None:
+    assert place.model() is None
+    place.keep(welcome("run"), "float32", model="../models/gpt2")
+    assert place.model() is None
 
 
 def test_place_is_kept_until_it_is_given_up(tmp_path: Path) -> None:
