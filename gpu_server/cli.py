@@ -133,7 +133,7 @@ def run_serve(options: argparse.Namespace) -> None:
                 )
                 spent = sum(step.seconds.values(), spent)
         if where := where_time_went(vars(spent)):
-            _say(f"of all devices, {where}")
+            _say(f"all devices' {where}")
         _say(f"done: the adapter is in {server.adapter_folder}")
 
 
