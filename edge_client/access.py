@@ -47,7 +47,9 @@ class Access:
         except ValueError:
             return cls(url=url)  # no address at all: the connection says so
         if "@" in parts.netloc:
-            raise EnrolmentError(f"a server's address has no user and no password: give {parts.scheme}://{host}:{port}")
+            raise EnrolmentError(
+                f"a server's address has no user and no password: give {parts.scheme}://{host or 'HOST'}:{port}"
+            )
         invitation = find(state_folder, host, port, name) if host else None
         if invitation is None:
             return cls(url=url)

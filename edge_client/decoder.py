@@ -201,7 +201,7 @@ def _read_adapter(path: Path) -> dict[str, Any]:
     if not os.path.isfile(path):  # of a path that cannot be one, Path.is_file would not say no
         raise ExportedModelError(f"no adapter file at {path}")
     onnxruntime = _import_runtime()
-    with _readable_errors(f"{path} is no adapter that onnxruntime can read"):
+    with _readable_errors(f"{path} is not an adapter that onnxruntime can read"):
         reader = onnxruntime.AdapterFormat.read_adapter(str(path))
         parameters = {name: np.array(value.numpy()) for name, value in reader.get_parameters().items()}
         del reader  # and with it the mapped file, in which its values lie

@@ -200,7 +200,7 @@ class Generator:
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise GenerationError(f"the prompt is not UTF-8: {prompt[error.start : error.end]!a} is no character") from None
+            raise GenerationError(f"the prompt is not UTF-8: {prompt[error.start : error.end]!a} is not a character") from None
         text = prompt if raw else prompt.strip()
         ids = self._guarded(lambda: self.tokenizer.encode(text, add_special_tokens=False)).ids
         if max(ids, default=0) >= self.model.vocabulary_size:

@@ -70,7 +70,7 @@ class Targets:
     `check_target_module_exists` and `get_pattern_key` are.
 
     Raises:
-        ExportError: a pattern is no regular expression, or cannot be matched in seconds.
+        ExportError: a pattern is not a regular expression, or cannot be matched in seconds.
     """
 
     def __init__(self, settings: AdapterSettings, config: ModelConfig) -> None:

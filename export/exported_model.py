@@ -122,7 +122,7 @@ class ExportedModel:
         self._run_options.log_severity_level = 4
         if adapter is not None:
             self._adapter = onnxruntime.LoraAdapter()
-            with _readable_errors(f"{adapter} is no adapter that onnxruntime {onnxruntime.__version__} can load"):
+            with _readable_errors(f"{adapter} is not an adapter that onnxruntime {onnxruntime.__version__} can load"):
                 self._adapter.Load(str(adapter))
             self._run_options.add_active_adapter(self._adapter)
 

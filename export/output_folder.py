@@ -28,7 +28,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     if path.exists() and not path.is_dir():
         raise ExportError(f"{path} is a file; --output is a folder")
     if path.exists() and any(path.iterdir()) and not (path / "config.json").is_file():
-        raise ExportError(f"{path} is no folder of a model, and --overwrite would remove all that is in it; choose another")
+        raise ExportError(f"{path} is not a model folder, and --overwrite would remove all that is in it; choose another")
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def match_all(expressions: Iterable[Expression], names: Sequence[str]) -> dict[E
     The names that each expression matches from their beginning on, as `re.match` does.
 
     Raises:
-        ExportError: one of them is no regular expression, or would take longer than `LIMIT_SECONDS`.
+        ExportError: one of them is not a regular expression, or would take longer than `LIMIT_SECONDS`.
     """
     distinct = list(dict.fromkeys(expressions))
     risky = [expression for expression in distinct if PLAIN.fullmatch(expression[1]) is None]
@@ -62,5 +62,5 @@ def _match_elsewhere(expressions: Sequence[Expression], names: Sequence[str]) ->
         raise ExportError(f"{expressions[len(answers)][1][:60]!r} cannot be matched as a regular expression")
     for (_, pattern), matched in zip(expressions, answers, strict=True):
         if isinstance(matched, str):
-            raise ExportError(f"{pattern[:60]!r} is no regular expression: {matched}")
+            raise ExportError(f"{pattern[:60]!r} is not a regular expression: {matched}")
     return {expression: set(matched) for expression, matched in zip(expressions, answers, strict=True)}

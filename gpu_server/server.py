@@ -400,7 +400,7 @@ class RunServer:
         except asyncio.TimeoutError:
             # Its link stalled, or its disk: it may come again, and has its place as if the link had been lost.
             awaited = "Join" if peer.session.state is State.WELCOMED else "Hello"
-            reason = f"no {awaited} came within {patience} s"
+            reason = f"no {awaited} came within {duration(patience or 0.0)}"
             self._forget(peer)
             await self._refuse(peer, reason, retry_after=SECONDS_TO_TRY_AGAIN)
         except RemoteProtocolError as error:

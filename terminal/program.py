@@ -134,7 +134,7 @@ def user_text_path(given: str | os.PathLike[str]) -> str:
     """As `user_path`, of what may be something else than a path, such as a name on the hub: all but ``~`` is left alone."""
     text = os.fspath(given)
     if "\0" in text:
-        raise PathError(f"{text!a} is no path")
+        raise PathError(f"{text!a} is not a path")
     expanded = os.path.expanduser(text)
     if text.startswith("~") and expanded == text and not os.path.lexists(text):
         raise PathError(f"there is no home folder for {text}: give the whole path")

@@ -387,7 +387,7 @@ def test_other_bad_input_is_refused_in_a_sentence(tiny_model: Path, adapter: Pat
 def test_output_that_exists_is_replaced_only_when_that_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/precious").touch()
-    with pytest.raises(ExportError, match="is no folder of a model, and --overwrite would remove all that is in it"):
+    with pytest.raises(ExportError, match="is not a model folder, and --overwrite would remove all that is in it"):
         merge(str(tiny_model), tmp_path / "out", overwrite=True)
     (tmp_path / "out/config.json").touch()
     with pytest.raises(ExportError, match="exists already; choose another --output, or replace it with --overwrite"):

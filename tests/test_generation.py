@@ -398,7 +398,7 @@ def test_adapter_that_does_not_fit_is_refused_and_leaves_the_other_in(tiny_model
     for path, sentence in (
         (folders["other-targets"] / "adapter.onnx_adapter", "for which these graphs have no room"),
         (folders["other-model"] / "adapter.onnx_adapter", "does not fit"),
-        (nonsense, "is no adapter that onnxruntime can read"),
+        (nonsense, "is not an adapter that onnxruntime can read"),
         (tmp_path / "missing.onnx_adapter", "no adapter file at"),
     ):
         with pytest.raises(ExportedModelError, match=sentence):
