@@ -208,7 +208,7 @@ def _invitation(given: str | None) -> str:
     Raises:
         InvalidInvitation: there is none.
     """
-    from protocol.invitation import InvalidInvitation
+    from protocol.invitation import SCHEME, InvalidInvitation
 
     if given is None:
         given = os.environ.get(INVITATION_VARIABLE)
@@ -224,6 +224,8 @@ def _invitation(given: str | None) -> str:
         raise InvalidInvitation(f"the invitation cannot be read from {given}: {error.strerror or error}") from None
     except ValueError:
         raise InvalidInvitation(f"{given} holds no invitation: it is not text") from None
+    if not given.startswith(SCHEME) and os.path.isfile(given):
+        raise InvalidInvitation(f"{given} is a file: to read the invitation from it, write @{given}")
     return given
 
 

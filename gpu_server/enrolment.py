@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from protocol import check_name
+from terminal import listed
 
 from .certificates import write_private
 from .config import ConfigError
@@ -106,8 +107,11 @@ class Enrolments:
 
     def _require(self, name: str, clients: dict[str, Client]) -> None:
         if name not in clients:
-            nearest = difflib.get_close_matches(name, clients, n=1, cutoff=0.0)
-            hint = f"the nearest name that is, is {nearest[0]}" if nearest else f"nobody is in {self.path}"
+            nearest = difflib.get_close_matches(name, clients, n=1)
+            if nearest:
+                hint = f"did you mean {nearest[0]}?"
+            else:
+                hint = f"the devices that are: {listed(sorted(clients))}" if clients else f"nobody is in {self.path}"
             raise ConfigError(f"{name[:80]!r} is not enrolled; {hint}")
 
     def _current(self) -> dict[str, Client]:

@@ -349,13 +349,16 @@ class GpuServer:
 
 
 def _run_directory(options: dict[str, Any]) -> RunDirectory:
-    run_dir, resume = options.get("run_dir"), bool(options.get("resume"))
-    if run_dir is None and (resume or options.get("resume_or_start")):
+    run_dir, resume, or_start = options.get("run_dir"), options.get("resume", False), options.get("resume_or_start", False)
+    for name, value in (("resume", resume), ("resume-or-start", or_start)):
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} must be true or false, got {value!r}")
+    if run_dir is None and (resume or or_start):
         raise ConfigError("run-dir is missing: the folder of the run to go on with")
     if not isinstance(run_dir, str):
         ServerConfig.from_options(options)  # says what is wrong with it
     path = Path(str(run_dir))
-    return RunDirectory(path, resume=resume or (bool(options.get("resume_or_start")) and RunDirectory.holds_run(path)))
+    return RunDirectory(path, resume=resume or (or_start and RunDirectory.holds_run(path)))
 
 
 def _gate(config: ServerConfig, settings: RunSettings, directory: RunDirectory) -> Gate | None:

@@ -128,8 +128,10 @@ def test_name_that_cannot_be_one_is_refused_before_anything_is_written(enrolment
 def test_unknown_name_to_revoke_is_answered_with_the_nearest(enrolments: Enrolments) -> None:
     enrolments.enrol("phone-1")
     enrolments.enrol("laptop")
-    with pytest.raises(ConfigError, match="'phone1' is not enrolled; the nearest name that is, is phone-1"):
+    with pytest.raises(ConfigError, match=r"'phone1' is not enrolled; did you mean phone-1\?"):
         enrolments.revoke("phone1")
+    with pytest.raises(ConfigError, match="'fridge' is not enrolled; the devices that are: laptop and phone-1"):
+        enrolments.revoke("fridge")
     assert list(enrolments.clients()) == ["laptop", "phone-1"]
 
 

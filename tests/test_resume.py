@@ -641,3 +641,10 @@ def test_run_ends_with_what_is_left_when_a_device_leaves_for_good_and_says_so(
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert rows[2]["clients"].keys() == {"a", "b"}
     assert rows[-1]["clients"].keys() == {"b"}
+
+
+@pytest.mark.parametrize("name", ["resume", "resume_or_start"])
+def test_text_is_not_taken_for_true(settings: dict[str, Any], tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name.replace('_', '-')} must be true or false, got 'no'$"):
+        GpuServer(**{**settings, "run_dir": str(tmp_path / "run"), name: "no"})  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()

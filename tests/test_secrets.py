@@ -149,3 +149,12 @@ def test_process_that_reads_its_invitation_shows_no_secret_among_its_arguments(t
         _, said = process.communicate(TEXT[:-1])
     assert SECRET not in shown + said
     assert process.returncode == 1
+
+
+def test_file_without_its_at_sign_is_recognised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "kitchen.invitation"
+    path.write_text(TEXT)
+    assert edge_client.cli.main(["join", str(path), "--data", "notes.jsonl"]) == 1
+    said = capsys.readouterr().err
+    assert f"{path} is a file: to read the invitation from it, write @{path}" in said
+    assert SECRET not in said
