@@ -178,7 +178,7 @@ def test_it_gives_up_when_it_was_told_to_and_not_before(world: MakeWorld) -> Non
     with pytest.raises(ConnectionFailed, match="gave up after 100 s"):
         member.exchange(activations(1), ActivationGradient)
     assert 70 <= here.now <= 100
-    assert sum(here.slept) == here.now
+    assert sum(here.slept) == pytest.approx(here.now)  # since 3.12 sum() rounds less
 
 
 def test_question_is_asked_again_on_the_next_connection(world: MakeWorld) -> None:
