@@ -64,6 +64,22 @@ def spki_sha256(certificate: x509.Certificate) -> str:
     return hashlib.sha256(certificate.public_key().public_bytes(serialization.Encoding.DER, form)).hexdigest()
 
 
+def test_server_says_nothing_of_its_own_accord_after_the_handshake(tmp_path: Path) -> None:
+    """A device's threads read and write at once from then on, which OpenSSL allows only where no handshake message comes."""
+    of_client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    of_client.check_hostname, of_client.verify_mode = False, ssl.CERT_NONE
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = of_client.wrap_bio(down, up)
+    server = own_certificate(tmp_path).server_context().wrap_bio(up, down, server_side=True)
+    for side in (client, server, client):
+        with suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    assert client.version() == "TLSv1.3"
+    down.read()
+    server.do_handshake()  # it has the client's last message now
+    assert down.pending == 0
+
+
 def test_pin_is_the_sha256_of_the_public_key(tmp_path: Path) -> None:
     own = own_certificate(tmp_path)
     assert own.pin() == spki_sha256(x509.load_pem_x509_certificate(own.certificate_file.read_bytes()))
