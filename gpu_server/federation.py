@@ -217,10 +217,8 @@ class Member:
     """In this round, by step, of those steps that are in its matrices."""
     remembers: int = 0
     """The last step that it has finished and not forgotten, as its last message tells."""
-    gone_on_after: int = -1
-    """The step of the last `Start` on its present connection: what it asks of steps up to that one, that has answered."""
     told: tuple[int, int] | None = None
-    """Step and round of that `Start`."""
+    """Step and round of the last `Start` on its present connection."""
     answers: dict[QuestionId, Message] = field(default_factory=dict)
     """Those to the questions of one kind and step that were answered last."""
     evaluation: Evaluation | None = None
@@ -229,6 +227,11 @@ class Member:
     """When its last connection was lost; None while it is connected."""
     missed_from: int = 0
     """The first step that has gone on without it, while it is absent."""
+
+    @property
+    def gone_on_after(self) -> int:
+        """What it asks of steps up to this one, that `Start` has answered; -1 where there was none."""
+        return -1 if self.told is None else self.told[0]
 
     @property
     def last_step(self) -> int:
@@ -373,7 +376,7 @@ class Federation:
             raise RemoteProtocolError(f"{name} joined this run with {was}, and comes back with {now_is}; start it as before")
         self.greeted.discard(name)
         member.join, member.connected, member.left = join, True, False
-        member.gone_on_after, member.told = -1, None
+        member.told = None
         member.remembers = join.step
         return self._tell_where_to_go_on(name, now)
 
@@ -413,9 +416,9 @@ class Federation:
         if not member.absent and question in member.answers:
             self.timing.replied(name, now)
             return [Reply(name, member.answers[question])]
+        # A client would take the same `Start` for one message, delivered twice, and wait for ever.
         told_already = not member.absent and member.told == (self._resumes_after(member), self.round)
         if told_already or not self._is_behind(member, question):
-            # A client would take the same `Start` for one message, delivered twice, and wait for ever.
             raise RemoteProtocolError(f"expected {_worded(member.next_question)}, got {_worded(question)}")
         member.remembers = message.step - 1 if isinstance(message, Activations | AdapterGradient) else message.step
         return self._tell_where_to_go_on(name, now)
@@ -749,7 +752,7 @@ class Federation:
             self._returning.add(name)
             return self._advance(now)
         self.timing.replied(name, now)
-        step = member.gone_on_after = self._resumes_after(member)
+        step = self._resumes_after(member)
         self._forget_lost_steps(name, repeated=step + 1)
         member.told = step, self.round
         answer = Start(
