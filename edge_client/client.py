@@ -12,6 +12,7 @@ from typing import Any
 
 from protocol import CODECS, DELTA, Hello, Join, Start, Welcome, check_name, largest_message_bytes
 from protocol.invitation import Invitation
+from protocol.limits import CACHES_ON_DEVICE, VERSIONS_OF_A_SAMPLE
 from split_model import (
     BaseModel,
     ModelError,
@@ -190,9 +191,8 @@ class EdgeClient:
             return None
         cache_bytes = min(settings.cache_bytes, MOST_CACHE_BYTES if self._cache_bytes is None else self._cache_bytes)
         bytes_a_row = 2 * self._model.config.width + BYTES_MORE_A_ROW
-        # Of a sample there are its last two versions, and the one that is being made.
-        self._num_kept = self.data.num_within(cache_bytes // 3, bytes_a_row)
-        return self._place.samples(6 * cache_bytes)  # with those of all steps that the run may go back to
+        self._num_kept = self.data.num_within(cache_bytes // VERSIONS_OF_A_SAMPLE, bytes_a_row)
+        return self._place.samples(CACHES_ON_DEVICE * cache_bytes)
 
     @property
     def welcome(self) -> Welcome:

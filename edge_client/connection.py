@@ -12,15 +12,12 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI, ProtocolError
-from websockets.frames import DATA_OPCODES, Frame
 from websockets.headers import build_authorization_basic
 from websockets.http11 import Response
-from websockets.protocol import Protocol
 from websockets.sync.client import ClientConnection, connect
 
 from protocol import (
     HANDSHAKE_BYTES,
-    MAX_FRAMES,
     SECONDS_BETWEEN_PINGS,
     SECONDS_TO_PONG,
     Failure,
@@ -33,6 +30,7 @@ from protocol import (
     Start,
     compressed_bound,
 )
+from protocol.limits import limited_frames
 
 from .pinning import CertificateChanged
 from .stopwatch import Stopwatch
@@ -139,7 +137,8 @@ class Connection:
                 logger=QUIET,
             )
             self._socket = self._open.enter_context(opened)
-            _limit_frames(self._socket.protocol)
+            protocol = self._socket.protocol
+            protocol.recv_frame = limited_frames(protocol.recv_frame, ProtocolError)  # type: ignore[method-assign, assignment]
         except CertificateChanged:
             raise
         except AnsweredInHttp as error:
@@ -283,21 +282,6 @@ def _seconds_to_wait(response: Response) -> float:
     text = response.headers.get("Retry-After", "")
     seconds = float(text) if text.isascii() and text.isdigit() and len(text) < 10 else SECONDS_TO_TRY_AGAIN
     return min(max(seconds, 1.0), LONGEST_WAIT)
-
-
-def _limit_frames(protocol: Protocol) -> None:
-    """A message in too many frames ends the connection. websockets counts them from 17.4 on, which Python 3.10 cannot have."""
-    receive, unfinished = protocol.recv_frame, 0
-
-    def counting(frame: Frame) -> None:
-        nonlocal unfinished
-        if frame.opcode in DATA_OPCODES:
-            unfinished = 0 if frame.fin else unfinished + 1
-            if unfinished >= MAX_FRAMES:
-                raise ProtocolError(f"a message in more than {MAX_FRAMES} frames")
-        receive(frame)
-
-    protocol.recv_frame = counting  # type: ignore[method-assign]
 
 
 def _why_unauthorised(url: str, credentials: tuple[str, str] | None) -> str:

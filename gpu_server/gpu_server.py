@@ -18,6 +18,7 @@ import numpy
 import torch
 
 from protocol import DELTA, EXACT, RunSettings, Seconds
+from protocol.limits import CACHES_ON_SERVER
 from split_model import (
     DTYPES,
     Adapter,
@@ -339,8 +340,7 @@ class GpuServer:
 
     @functools.cache  # noqa: B019  # one for each client, as long as the server
     def _samples_of(self, client: str) -> SampleFolder:
-        # Beside a sample's last versions there are those of all steps that the run may go back to; devices keep less.
-        return self._directory.samples_of(client, 8 * self.config.cache_bytes)
+        return self._directory.samples_of(client, CACHES_ON_SERVER * self.config.cache_bytes)
 
     def _save(self) -> None:
         self._directory.save_adapter(self._compute.adapter(), self._lora, self.config.model)
