@@ -3,12 +3,14 @@
 from .bottleneck import where_time_went
 from .program import Parser, PathError, plain, run_program, user_path, user_text_path, version
 from .progress import Progress, show_log
+from .reminders import Reminders
 from .words import count, duration, listed
 
 __all__ = [
     "Parser",
     "PathError",
     "Progress",
+    "Reminders",
     "count",
     "duration",
     "listed",
