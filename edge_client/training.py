@@ -21,7 +21,7 @@ from protocol import (
     Start,
     Tensors,
 )
-from split_model import OptimiserConfig, TrainingDiverged, derive_seed
+from split_model import TrainingDiverged, derive_seed
 
 from .data import Batch, Dataset, pack
 from .engine import TorchEngine
@@ -73,7 +73,6 @@ def train(
     Steps are repeated, and given again, where a server has gone back to a checkpoint.
     """
     settings = membership.welcome.settings
-    optimiser = OptimiserConfig(**settings.optimiser())
     order_seed = (settings.seed, name, "order") if shuffle else None
 
     def last_step() -> int:
@@ -127,7 +126,7 @@ def train(
                 membership.step = step
             else:
                 # Every client steps by itself; at a round's end the adapters are averaged.
-                engine.take_step(optimiser.learning_rate_at(step, start.total_steps))
+                engine.take_step(settings.learning_rate_at(step, start.total_steps))
                 ends_round = itinerary.ends_round(step)
                 _keep_step(step, engine, membership, place, is_round_end=ends_round)
                 if ends_round:

@@ -47,13 +47,13 @@ class Compute:
     ) -> None:
         lora = LoraConfig(**settings.lora())
         self._model, self._settings = model, settings
-        self._schedule = OptimiserConfig(**settings.optimiser())
+        optimiser = OptimiserConfig(**settings.optimiser())
         self._part = ServerPart(model, settings.cut_layer, lora, weight_dtype=weight_dtype, device=device)
         self._part.load_adapter({name: adapter[name] for name in self._part.matrices()})
         edge_names = adapter_shapes(model.config, lora, range(settings.cut_layer))
         self._edge = {name: nn.Parameter(adapter[name].to(self._part.dtype, copy=True)) for name in edge_names}
-        self._server_optimiser = adamw(self._part.matrices().values(), self._schedule)
-        self._edge_optimiser = adamw(self._edge.values(), self._schedule)
+        self._server_optimiser = adamw(self._part.matrices().values(), optimiser)
+        self._edge_optimiser = adamw(self._edge.values(), optimiser)
         self._summed, self._labelled_tokens = 0.0, 0
         """Loss in nats and labels, of the step so far."""
         self.round_end: Adapter = self._state()
@@ -81,7 +81,7 @@ class Compute:
         labelled_tokens = max(1, self._labelled_tokens)
         if micro_batch + 1 == self._settings.micro_batches:
             self._part.divide_gradients(labelled_tokens)
-            take_step(self._server_optimiser, self._schedule.learning_rate_at(step, total_steps))
+            take_step(self._server_optimiser, self._settings.learning_rate_at(step, total_steps))
         return self._summed / labelled_tokens, self._labelled_tokens, dict(zip(batches, gradients, strict=True))
 
     def _gradients(self, step: int, micro_batch: int, union: list[Activations]) -> list[Array]:
@@ -135,7 +135,7 @@ class Compute:
         if self._settings.aggregate_every == 1:
             for name, matrix in self._edge.items():
                 matrix.grad = torch.stack([_tensor(tensors[name]) for tensors in contributions.values()]).sum(0)
-            take_step(self._edge_optimiser, self._schedule.learning_rate_at(step, total_steps))
+            take_step(self._edge_optimiser, self._settings.learning_rate_at(step, total_steps))
         else:
             # A round without any label has taught nobody anything: all count alike.
             weights = weights if any(weights.values()) else dict.fromkeys(weights, 1)

@@ -60,6 +60,7 @@ class RunSettings:
     """Parts of every client's batch, each computed together with the other clients' of its number."""
     lr: float
     lr_schedule: str
+    """"constant", or "linear": down to zero at the run's end. Both after a linear warm-up."""
     warmup_steps: int
     weight_decay: float
     seed: int
@@ -115,12 +116,21 @@ class RunSettings:
 
     def optimiser(self) -> dict[str, Any]:
         """The keyword arguments of ``split_model.OptimiserConfig``."""
-        return {
-            "learning_rate": self.lr,
-            "schedule": self.lr_schedule,
-            "warmup_steps": self.warmup_steps,
-            "weight_decay": self.weight_decay,
-        }
+        return {"learning_rate": self.lr, "weight_decay": self.weight_decay}
+
+    def learning_rate_at(self, step: int, total_steps: int) -> float:
+        """
+        The rate of step 1, 2, ... ``total_steps``; the same as transformers' schedulers give.
+
+        Here and not beside AdamW, since it is a function of the settings alone: whoever takes a step asks for it, with torch
+        or without.
+        """
+        taken = step - 1
+        if taken < self.warmup_steps:
+            return self.lr * taken / self.warmup_steps
+        if self.lr_schedule == "constant":
+            return self.lr
+        return self.lr * (total_steps - taken) / max(1, total_steps - self.warmup_steps)
 
     def steps_of_client(self, num_samples: int, batch_size: int) -> int:
         """In how many steps a client with this much data takes part: ``steps``, or its own ``epochs`` to the last sample."""

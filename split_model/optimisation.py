@@ -1,4 +1,4 @@
-"""AdamW and the learning-rate schedule that both sides follow."""
+"""AdamW, as both sides use it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,19 +14,8 @@ class OptimiserConfig:
     """AdamW (arXiv 1711.05101) with betas 0.9, 0.999 and epsilon 1e-8, torch's defaults."""
 
     learning_rate: float = 1e-3
-    schedule: str = "constant"
-    """"constant", or "linear": down to zero at the run's end. Both after a linear warm-up."""
-    warmup_steps: int = 0
+    """Before the schedule, which is the run's (`protocol.RunSettings.learning_rate_at`)."""
     weight_decay: float = 0.01
-
-    def learning_rate_at(self, step: int, total_steps: int) -> float:
-        """The rate of step 1, 2, ... total_steps; the same as transformers' schedulers give."""
-        taken = step - 1
-        if taken < self.warmup_steps:
-            return self.learning_rate * taken / self.warmup_steps
-        if self.schedule == "constant":
-            return self.learning_rate
-        return self.learning_rate * (total_steps - taken) / max(1, total_steps - self.warmup_steps)
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: OptimiserConfig) -> torch.optim.AdamW:

@@ -379,15 +379,15 @@ def test_its_shuffle_is_the_programs() -> None:
 
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
 def test_its_adamw_and_its_rates_are_the_programs(schedule: str) -> None:
-    config = OptimiserConfig(learning_rate=0.1, schedule=schedule, warmup_steps=3, weight_decay=0.3)
+    settings = dataclasses.replace(SETTINGS, lr=0.1, lr_schedule=schedule, warmup_steps=3, weight_decay=0.3)
     generator = np.random.default_rng(0)
     p = generator.standard_normal((3, 2))
     parameter = torch.nn.Parameter(torch.from_numpy(p.copy()))
-    optimiser, m, v = adamw([parameter], config), 0 * p, 0 * p
+    optimiser, m, v = adamw([parameter], OptimiserConfig(**settings.optimiser())), 0 * p, 0 * p
     for step in range(1, 9):
         g = generator.standard_normal(p.shape)
         parameter.grad = torch.from_numpy(g.copy())
-        take_step(optimiser, config.learning_rate_at(step, 8))
+        take_step(optimiser, settings.learning_rate_at(step, 8))
         eta = 0.1 * (step - 1) / 3 if step - 1 < 3 else 0.1 if schedule == "constant" else 0.1 * (8 - step + 1) / max(1, 8 - 3)
         p = p - eta * 0.3 * p
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2

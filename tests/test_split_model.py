@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import reference
 import torch
 from conftest import make_model
+from protocol_samples import SETTINGS
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import get_linear_schedule_with_warmup
@@ -18,7 +20,6 @@ from split_model import (
     EdgePart,
     LoraConfig,
     ModelError,
-    OptimiserConfig,
     ServerPart,
     continue_greedily,
     derive_seed,
@@ -251,11 +252,11 @@ def test_adapter_folder_survives_a_round_trip_through_peft(tiny_model: Path, tmp
 
 
 def test_learning_rate_is_that_of_transformers() -> None:
-    config = OptimiserConfig(learning_rate=0.5, schedule="linear", warmup_steps=4)
+    settings = replace(SETTINGS, lr=0.5, lr_schedule="linear", warmup_steps=4)
     optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
     schedule = get_linear_schedule_with_warmup(optimiser, 4, 20)
     for step in range(1, 21):
-        assert config.learning_rate_at(step, 20) == pytest.approx(schedule.get_last_lr()[0])
+        assert settings.learning_rate_at(step, 20) == pytest.approx(schedule.get_last_lr()[0])
         optimiser.step()
         schedule.step()
 
