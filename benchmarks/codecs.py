@@ -30,10 +30,10 @@ from protocol import CODECS, EXACT, ActivationGradient, Array, decode, encode
 from protocol.encoding import COMPRESSION_LEVEL
 from protocol.rounding import Dither
 from split_model import (
-    BaseModel,
     EdgePart,
     LoraConfig,
     OptimiserConfig,
+    PretrainedModel,
     ServerPart,
     adamw,
     initial_adapter,
@@ -127,7 +127,7 @@ class Gpt2(Model):
     """gpt2-mini, to be trained for a moment, so that the adapters are no longer zero."""
 
     def __init__(self, folder: Path) -> None:
-        base, cpu = BaseModel(folder), torch.device("cpu")
+        base, cpu = PretrainedModel(folder), torch.device("cpu")
         adapter = initial_adapter(base.config, LORA, 0)
         self.edge = EdgePart(base, CUT_LAYER, LORA, weight_dtype=torch.float32, device=cpu)
         self.server = ServerPart(base, CUT_LAYER, LORA, weight_dtype=torch.float32, device=cpu)
@@ -225,7 +225,7 @@ def main() -> None:
 
 def gpt2(num_batches: int, steps: int) -> tuple[Model, list[Batch]]:
     folder = contestants.shared("models/gpt2-mini")
-    batches = e2e_batches(load_tokenizer(folder), BaseModel(folder).config.end_token, num_batches + steps)
+    batches = e2e_batches(load_tokenizer(folder), PretrainedModel(folder).config.end_token, num_batches + steps)
     model = Gpt2(folder)
     with Progress(steps) as progress:
         model.train(batches[num_batches:], progress)

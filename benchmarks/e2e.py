@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from edge_client.data import Dataset
 from split_model import (
-    BaseModel,
     EdgePart,
     LoraConfig,
+    PretrainedModel,
     ServerPart,
     continue_greedily,
     initial_adapter,
@@ -45,7 +45,7 @@ def main() -> None:
         files = [contestants.write_rows(scratch / f"third-{i}.txt", rows) for i, rows in enumerate(thirds)]
         valid = contestants.e2e_rows("valid", slice(None, None, options.valid_every))
         start = scratch / "start"
-        save_adapter(start, initial_adapter(BaseModel(base).config, LORA, SEED), LORA, str(base))
+        save_adapter(start, initial_adapter(PretrainedModel(base).config, LORA, SEED), LORA, str(base))
 
         began = time.perf_counter()
         before, split_after = run_split(
@@ -84,7 +84,7 @@ def run_split(base: Path, scratch: Path, files: list[Path], valid: Path, steps: 
 
 def run_centralised(base: Path, start: Path, files: list[Path], valid: list[tuple[str, str]], steps: int) -> float:
     """Perplexity after training on the batches that the clients drew."""
-    tokenizer, model = load_tokenizer(base), BaseModel(base)
+    tokenizer, model = load_tokenizer(base), PretrainedModel(base)
     datasets = [Dataset.load(file, tokenizer, model.config.end_token, 512) for file in files]
     samples = [reference.encode(contestants.read_rows(file), base) for file in files]
     union = []
@@ -97,7 +97,7 @@ def run_centralised(base: Path, start: Path, files: list[Path], valid: list[tupl
 
 
 def continuations(base: Path, run_dir: Path, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    model, tokenizer = BaseModel(base), load_tokenizer(base)
+    model, tokenizer = PretrainedModel(base), load_tokenizer(base)
     adapter = load_adapter(run_dir / "adapter", model.config, LORA)
     placed = {"weight_dtype": torch.float32, "device": torch.device("cpu")}
     edge, server = EdgePart(model, CUT_LAYER, LORA, **placed), ServerPart(model, CUT_LAYER, LORA, **placed)  # type: ignore[arg-type]

@@ -21,10 +21,10 @@ import torch
 from edge_client.data import Batch, Dataset, pack
 from protocol import AdapterWeights, EdgeAdapter, Seconds, Tensors, decode, encode
 from split_model import (
-    BaseModel,
     EdgePart,
     LoraConfig,
     OptimiserConfig,
+    PretrainedModel,
     ServerPart,
     adamw,
     initial_adapter,
@@ -42,7 +42,7 @@ class WholeModel:
     """Both parts in one process, and the optimiser of both; where they are cut changes nothing."""
 
     def __init__(self, folder: Path, lora: LoraConfig, learning_rate: float, seed: int) -> None:
-        base, placed = BaseModel(folder), {"weight_dtype": torch.float32, "device": torch.device("cpu")}
+        base, placed = PretrainedModel(folder), {"weight_dtype": torch.float32, "device": torch.device("cpu")}
         self.edge, self.server = EdgePart(base, 1, lora, **placed), ServerPart(base, 1, lora, **placed)  # type: ignore[arg-type]
         self._matrices = {**self.edge.matrices(), **self.server.matrices()}
         self._learning_rate = learning_rate

@@ -272,7 +272,7 @@ def draw(measured: dict[int, Measured], picture: Path) -> None:
 def main() -> None:
     from conftest import make_model  # loads transformers, which the other processes, that import this file too, must not
 
-    from split_model import BaseModel
+    from split_model import PretrainedModel
 
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--clients", type=int, nargs="+", default=CLIENTS)
@@ -285,7 +285,7 @@ def main() -> None:
     measured, shared = ({clients: [] for clients in options.clients} for _ in range(2))
     with tempfile.TemporaryDirectory() as folder, Progress(total, unit="run") as progress:
         model = make_model(Path(folder), **MODEL)
-        fingerprint = BaseModel(model).fingerprint()
+        fingerprint = PretrainedModel(model).fingerprint()
         for _ in range(options.rounds):
             for clients in options.clients:
                 for runs, size in ((measured, BATCH_SIZE), (shared, max(1, SEQUENCES_TO_SHARE // clients))):

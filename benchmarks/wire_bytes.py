@@ -21,7 +21,7 @@ from edge_client.enrolment import store
 from gpu_server import GpuServer
 from gpu_server.door import enrolments_of, invite
 from protocol import CODECS, DELTA
-from split_model import BaseModel
+from split_model import PretrainedModel
 from terminal import Progress
 
 BATCH_SIZE, REFERENCE_LENGTH, BYTES_OF_A_FLOAT = 8, 512, 4
@@ -33,7 +33,7 @@ def main() -> None:
     options = parser.parse_args()
     model = contestants.shared("models/gpt2-mini")
     num_samples = BATCH_SIZE * options.steps
-    width = BaseModel(model).config.width
+    width = PretrainedModel(model).config.width
     reference = 2 * REFERENCE_LENGTH * BYTES_OF_A_FLOAT * width
     rows, of_16_bits = [row("reference: float32, padded to 512", reference / 2, reference / 2, reference)], []
     with tempfile.TemporaryDirectory() as scratch, Progress((3 + len(CODECS)) * options.steps) as progress:

@@ -14,8 +14,8 @@ from protocol import CODECS, DELTA, Hello, Join, Start, Welcome, check_name, lar
 from protocol.invitation import Invitation
 from protocol.limits import CACHES_ON_DEVICE, VERSIONS_OF_A_SAMPLE
 from split_model import (
-    BaseModel,
     ModelError,
+    PretrainedModel,
     SampleFolder,
     TrainingDiverged,
     choose_device,
@@ -111,7 +111,7 @@ class EdgeClient:
         self._in_flight, self._cache_bytes, self._num_kept = in_flight, cache_bytes, 0
         model = user_text_path(model)
         self._hub_name = "" if Path(model).is_dir() else model
-        self._model = BaseModel(find_model(model))
+        self._model = PretrainedModel(find_model(model))
         tokenizer = self._model.tokenizer()
         end_token, length = self._model.config.end_token, min(max_length, self._model.config.num_positions)
         self.data = Dataset.load(data, tokenizer, end_token, length)

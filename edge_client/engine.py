@@ -8,11 +8,11 @@ from protocol import Array, RunSettings, Tensors
 from split_model import (
     DTYPES,
     Adapter,
-    BaseModel,
     EdgePart,
     LoraConfig,
     ModelError,
     OptimiserConfig,
+    PretrainedModel,
     TrainingDiverged,
     adamw,
     check_cut_layer,
@@ -38,7 +38,7 @@ class TorchEngine:
         dtype: of the frozen weights, one of DTYPES.
     """
 
-    def __init__(self, model: BaseModel, settings: RunSettings, device: str, dtype: str) -> None:
+    def __init__(self, model: PretrainedModel, settings: RunSettings, device: str, dtype: str) -> None:
         self._model = model
         check_cut_layer(settings.cut_layer, model.config.num_layers)
         if settings.lora_rank > model.config.width:

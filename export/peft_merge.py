@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from split_model import AdapterSettings, BaseModel
+from split_model import AdapterSettings, PretrainedModel
 
 from .adapter_folder import BeyondLora, read_adapter
 from .beside_weights import copy_files_beside_weights
@@ -20,7 +20,7 @@ __all__ = ["load_with_peft", "load_with_transformers", "merge_with_peft"]
 logger = logging.getLogger("export")
 
 
-def merge_with_peft(base: BaseModel, adapter: Path, folder: Path) -> None:
+def merge_with_peft(base: PretrainedModel, adapter: Path, folder: Path) -> None:
     """
     Write the base model with the adapter merged into it to ``folder``, in float32.
 
@@ -48,7 +48,7 @@ def merge_with_peft(base: BaseModel, adapter: Path, folder: Path) -> None:
             raise ExportError(f"the merged model cannot be written to {folder}: {error}; TMPDIR says where it goes") from None
 
 
-def load_with_transformers(base: BaseModel) -> Any:
+def load_with_transformers(base: PretrainedModel) -> Any:
     """
     A GPT2LMHeadModel in float32, ready to be asked.
 
@@ -85,7 +85,7 @@ def load_with_transformers(base: BaseModel) -> Any:
         )
 
 
-def load_with_peft(base: BaseModel, adapter: Path) -> Any:
+def load_with_peft(base: PretrainedModel, adapter: Path) -> Any:
     """
     The base model in transformers, float32, with the adapter put on by PEFT.
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from split_model import BaseModel, ModelConfig, ModelError, find_model
+from split_model import ModelConfig, ModelError, PretrainedModel, find_model
 from terminal import user_path, user_text_path
 
 from .adapter_folder import BeyondLora, read_adapter
@@ -32,7 +32,7 @@ class Source:
     """Where its tokenizer and configuration are."""
     config: ModelConfig
     fingerprint: str
-    """Of the base model, see `BaseModel.fingerprint`."""
+    """Of the base model, see `PretrainedModel.fingerprint`."""
     stored: Weights
     adapter: LoraAdapter | None
     adapter_folder: Path | None
@@ -64,7 +64,7 @@ def open_source(
     if name is None:
         raise ExportError("--model is missing: the base model, unless --run-dir names a run, which knows its own")
     try:
-        base = BaseModel(find_model(name))
+        base = PretrainedModel(find_model(name))
     except ModelError as error:
         if model is not None:
             raise
@@ -81,7 +81,7 @@ def open_source(
                     raise ExportError(f"{error}; only merging can export it: leave --keep-adapter out") from None
                 logger.info("%s; it is merged by PEFT", error)
                 merge_with_peft(base, adapter, Path(scratch, "merged"))
-                base = BaseModel(Path(scratch, "merged"))
+                base = PretrainedModel(Path(scratch, "merged"))
         yield Source(
             name=name,
             folder=base.folder,

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
-from split_model import BaseModel, encode, find_model, load_tokenizer
+from split_model import PretrainedModel, encode, find_model, load_tokenizer
 from terminal import Progress, user_path, user_text_path
 
 from .errors import ExportError
@@ -109,7 +109,7 @@ def verify(
     run_dir, adapter = [None if path is None else user_path(path) for path in (run_dir, adapter)]
     model = model and user_text_path(model)
     manifest = Manifest.read(folder)
-    config = BaseModel(folder).config
+    config = PretrainedModel(folder).config
     described = {"context": config.num_positions, "vocabulary_size": config.vocabulary_size, "end_token": config.end_token}
     for name, right in described.items():
         if (found := getattr(manifest, name)) != right:
@@ -187,7 +187,7 @@ def _reference(manifest: Manifest, model: str | None, run_dir: Path | None, adap
     with tempfile.TemporaryDirectory(prefix="splitlora-") as scratch:
         base = manifest.folder if name is None else find_model(name)
         if directory is not None:
-            _, adapter = directory.adapter(BaseModel(base).fingerprint(), Path(scratch))
+            _, adapter = directory.adapter(PretrainedModel(base).fingerprint(), Path(scratch))
         if adapter is not None and name is None and manifest.adapter is None:
             raise ExportError(
                 f"{manifest.folder} has its adapter merged: --adapter needs --model, the base model that it is of"
@@ -201,7 +201,7 @@ class Reference:
     """A model in transformers, and its adapter in PEFT where it has one."""
 
     def __init__(self, base: Path, adapter: Path | None, *, end_token: int, context: int) -> None:
-        model = BaseModel(base)
+        model = PretrainedModel(base)
         self._model = load_with_transformers(model) if adapter is None else load_with_peft(model, adapter)
         self.end_token, self._context = end_token, context
 

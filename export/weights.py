@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 if TYPE_CHECKING:  # a graph is built without torch, which split_model imports
-    from split_model import BaseModel
+    from split_model import PretrainedModel
 
 __all__ = ["Floats", "StoredWeights", "Weights"]
 
@@ -25,7 +25,7 @@ class Weights(Protocol):
 class StoredWeights:
     """A base model's tensors in float32, read when they are asked for."""
 
-    def __init__(self, base: "BaseModel") -> None:
+    def __init__(self, base: "PretrainedModel") -> None:
         self._places = base.tensors
         self._files: dict[Path, Any] = {
             path: safe_open(path, framework="np") for path in {stored.path for stored in base.tensors.values()}

@@ -10,9 +10,9 @@ from protocol.codecs import Coded
 from split_model import (
     Adapter,
     AdapterError,
-    BaseModel,
     LoraConfig,
     OptimiserConfig,
+    PretrainedModel,
     ServerPart,
     TrainingDiverged,
     adamw,
@@ -38,7 +38,7 @@ class Compute:
 
     def __init__(
         self,
-        model: BaseModel,
+        model: PretrainedModel,
         settings: RunSettings,
         adapter: Adapter,
         *,

@@ -22,8 +22,8 @@ from protocol.limits import CACHES_ON_SERVER
 from split_model import (
     DTYPES,
     Adapter,
-    BaseModel,
     LoraConfig,
+    PretrainedModel,
     SampleFolder,
     adapter_shapes,
     check_cut_layer,
@@ -112,7 +112,7 @@ class GpuServer:
             apart = "while one is on its way, a device computes the next"
             self.choices.append(f"micro-batches {config.micro_batches}: {alone if is_loopback(config.host) else apart}")
         self._door = open_door(config)
-        model = BaseModel(find_model(config.model))
+        model = PretrainedModel(find_model(config.model))
         check_cut_layer(config.cut_layer, model.config.num_layers)
         weight_dtype = DTYPES[dtype]
         settings = config.settings(precision="float64" if weight_dtype == torch.float64 else "float32")
@@ -235,7 +235,7 @@ class GpuServer:
         elif here:
             logger.info("going on after step %d; waiting for %s to come back", federation.step, listed(here))
 
-    def _starting_adapter(self, model: BaseModel) -> Adapter:
+    def _starting_adapter(self, model: PretrainedModel) -> Adapter:
         """A resumed run goes on from its checkpoint, on a machine perhaps where the folder it began with is not."""
         if self.config.init_adapter is not None and not self._directory.checkpoints.steps():
             return load_adapter(Path(self.config.init_adapter), model.config, self._lora)

@@ -6,15 +6,6 @@ if TYPE_CHECKING:
     from .adapter_folder import load_adapter, save_adapter
     from .adapter_settings import AdapterSettings
     from .atomic_file import remove_unfinished, replace_file
-    from .base_model import (
-        FILES_BESIDE_WEIGHTS,
-        BaseModel,
-        ModelConfig,
-        StoredTensor,
-        find_model,
-        is_hub_name,
-        part_that_differs,
-    )
     from .errors import AdapterError, ModelError, TrainingDiverged
     from .folder import Folder, shown
     from .generation import continue_greedily
@@ -23,6 +14,15 @@ if TYPE_CHECKING:
     from .optimisation import OptimiserConfig, adamw, optimiser_state, restore_optimiser, take_step
     from .parts import EdgePart, ServerPart, check_cut_layer
     from .precision import DTYPES, choose_device, choose_dtype, working_dtype
+    from .pretrained_model import (
+        FILES_BESIDE_WEIGHTS,
+        ModelConfig,
+        PretrainedModel,
+        StoredTensor,
+        find_model,
+        is_hub_name,
+        part_that_differs,
+    )
     from .sealed_tensors import DamagedFile, read_sealed, seal
     from .seeds import derive_seed
     from .tokenizer import encode, load_tokenizer
@@ -33,7 +33,6 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "AdapterSettings",
-    "BaseModel",
     "DamagedFile",
     "EdgePart",
     "Folder",
@@ -41,6 +40,7 @@ __all__ = [
     "ModelConfig",
     "ModelError",
     "OptimiserConfig",
+    "PretrainedModel",
     "SampleFolder",
     "ServerPart",
     "StoredTensor",
@@ -75,19 +75,19 @@ _HOMES = {
     "Adapter": "lora",
     "AdapterError": "errors",
     "AdapterSettings": "adapter_settings",
-    "BaseModel": "base_model",
+    "PretrainedModel": "pretrained_model",
     "DTYPES": "precision",
     "DamagedFile": "sealed_tensors",
     "EdgePart": "parts",
-    "FILES_BESIDE_WEIGHTS": "base_model",
+    "FILES_BESIDE_WEIGHTS": "pretrained_model",
     "Folder": "folder",
     "LoraConfig": "lora",
-    "ModelConfig": "base_model",
+    "ModelConfig": "pretrained_model",
     "ModelError": "errors",
     "OptimiserConfig": "optimisation",
     "SampleFolder": "kept_samples",
     "ServerPart": "parts",
-    "StoredTensor": "base_model",
+    "StoredTensor": "pretrained_model",
     "TrainingDiverged": "errors",
     "adamw": "optimisation",
     "adapter_shapes": "lora",
@@ -97,13 +97,13 @@ _HOMES = {
     "continue_greedily": "generation",
     "derive_seed": "seeds",
     "encode": "tokenizer",
-    "find_model": "base_model",
+    "find_model": "pretrained_model",
     "initial_adapter": "lora",
-    "is_hub_name": "base_model",
+    "is_hub_name": "pretrained_model",
     "load_adapter": "adapter_folder",
     "load_tokenizer": "tokenizer",
     "optimiser_state": "optimisation",
-    "part_that_differs": "base_model",
+    "part_that_differs": "pretrained_model",
     "read_sealed": "sealed_tensors",
     "remove_unfinished": "atomic_file",
     "replace_file": "atomic_file",

@@ -8,10 +8,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .adapter_settings import CONFIG_FILE, WEIGHTS_FILE, AdapterSettings
-from .base_model import ModelConfig
 from .errors import AdapterError
 from .folder import Folder
 from .lora import Adapter, LoraConfig, adapter_shapes
+from .pretrained_model import ModelConfig
 
 __all__ = ["load_adapter", "save_adapter"]
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base_model import BaseModel, ModelConfig
 from .lora import LoraLinear
 from .packing import Packing
+from .pretrained_model import ModelConfig, PretrainedModel
 
 __all__ = ["Block", "LayerNorm"]
 
@@ -31,7 +31,7 @@ class LayerNorm(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, model: BaseModel, name: str, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, model: PretrainedModel, name: str, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.epsilon = model.config.norm_epsilon
         for parameter in ("weight", "bias"):
@@ -85,7 +85,7 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, model: BaseModel, index: int, weight_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
+        self, model: PretrainedModel, index: int, weight_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
         self.index = index

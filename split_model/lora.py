@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .base_model import ModelConfig
 from .errors import AdapterError
+from .pretrained_model import ModelConfig
 
 __all__ = ["Adapter", "LoraConfig", "adapter_shapes", "initial_adapter"]
 

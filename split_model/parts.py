@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base_model import BaseModel
 from .blocks import Block, LayerNorm
 from .errors import AdapterError, ModelError
 from .lora import Adapter, LoraConfig, LoraLinear, SeededDropout, adapter_name
 from .loss import summed_cross_entropy
 from .packing import Packing, labelled_positions
 from .precision import working_dtype
+from .pretrained_model import PretrainedModel
 
 __all__ = ["EdgePart", "ServerPart", "check_cut_layer"]
 
@@ -38,7 +38,7 @@ class Part(nn.Module):
     """
 
     def __init__(
-        self, model: BaseModel, blocks: range, lora: LoraConfig, *, weight_dtype: torch.dtype, device: torch.device
+        self, model: PretrainedModel, blocks: range, lora: LoraConfig, *, weight_dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
         self.dtype, self.device = working_dtype(weight_dtype), device
@@ -120,7 +120,7 @@ class EdgePart(Part):
     """Embeddings and blocks [0, cut). Of the token embedding, only the rows a batch uses are read."""
 
     def __init__(
-        self, model: BaseModel, cut_layer: int, lora: LoraConfig, *, weight_dtype: torch.dtype, device: torch.device
+        self, model: PretrainedModel, cut_layer: int, lora: LoraConfig, *, weight_dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(model, range(cut_layer), lora, weight_dtype=weight_dtype, device=device)
         config = model.config
@@ -141,7 +141,7 @@ class ServerPart(Part):
     """Blocks [cut, L), the final norm, the LM head and the loss."""
 
     def __init__(
-        self, model: BaseModel, cut_layer: int, lora: LoraConfig, *, weight_dtype: torch.dtype, device: torch.device
+        self, model: PretrainedModel, cut_layer: int, lora: LoraConfig, *, weight_dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(model, range(cut_layer, model.config.num_layers), lora, weight_dtype=weight_dtype, device=device)
         config = model.config

@@ -46,7 +46,7 @@ from protocol import (
     encode,
 )
 from protocol.invitation import Invitation
-from split_model import BaseModel
+from split_model import PretrainedModel
 
 SECONDS = 60.0  # after which whoever waits is wrong
 HANDSHAKE_SECONDS = 2.0
@@ -322,7 +322,7 @@ def besieged(folder: Path, seed: int) -> Iterator[Siege]:
         client = EdgeClient(
             honest.url, model=str(model), data=data, batch_size=2, state_dir=folder / "state", give_up_after=1.0
         )
-        siege = Siege(server, HonestClient(client), port, mallory, BaseModel(model).fingerprint(), seed)
+        siege = Siege(server, HonestClient(client), port, mallory, PretrainedModel(model).fingerprint(), seed)
         with siege.member() as (first, _):
             first.say(Goodbye())
         siege.honest.goes_on(20)

@@ -30,7 +30,7 @@ from export.peft_merge import load_with_transformers
 from export.run_directory import RunDirectory
 from gpu_server.config import ServerConfig, options_from_toml
 from protocol.invitation import Invitation
-from split_model import BaseModel, EdgePart, LoraConfig, load_adapter, load_tokenizer
+from split_model import EdgePart, LoraConfig, PretrainedModel, load_adapter, load_tokenizer
 
 SECONDS = 30
 """That a mutant may take, on a busy machine too."""
@@ -216,7 +216,7 @@ class Judge:
         for _ in prepare(ExportedModel.open(self._exported)):
             pass
         export_onnx(str(self._model), self._kept, precisions=["fp32"], adapter=self._adapter, keep_adapter=True)
-        base = BaseModel(self._model)
+        base = PretrainedModel(self._model)
         self._tokenizer, self._config = load_tokenizer(self._model), base.config
         self._run = scratch / "run"
         self._run.mkdir()
@@ -275,9 +275,9 @@ class Judge:
         what = mutator.random.randrange(4)
         if what == 0:
             with torch.no_grad():
-                load_with_transformers(BaseModel(self._model))(input_ids=torch.ones(1, 4, dtype=torch.long))
+                load_with_transformers(PretrainedModel(self._model))(input_ids=torch.ones(1, 4, dtype=torch.long))
         elif what == 1:
-            base = BaseModel(self._model)
+            base = PretrainedModel(self._model)
             base.fingerprint()
             part = EdgePart(base, 1, LoraConfig(rank=2), weight_dtype=torch.float32, device=torch.device("cpu"))
             part(torch.tensor([1, 2, 3]), torch.tensor([3]))

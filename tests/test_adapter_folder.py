@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from export import ExportError, export_onnx, merge
 from export.adapter_folder import Targets
 from export.peft_merge import load_with_peft
-from split_model import AdapterError, AdapterSettings, BaseModel, load_adapter
+from split_model import AdapterError, AdapterSettings, PretrainedModel, load_adapter
 from split_model import LoraConfig as OurLora
 
 GPT2 = {"task_type": "CAUSAL_LM", "fan_in_fan_out": True}
@@ -97,7 +97,7 @@ def test_adapter_whose_initialisation_changed_the_base_is_neither_continued_nor_
 ) -> None:
     adapter = change(save_peft(model, tmp_path / "adapter"), init_lora_weights=way)
     with pytest.raises(AdapterError, match=f"only plain LoRA can be continued; this adapter uses init_lora_weights='{way}'"):
-        load_adapter(adapter, BaseModel(model).config, OurLora(rank=4, alpha=8))
+        load_adapter(adapter, PretrainedModel(model).config, OurLora(rank=4, alpha=8))
     with pytest.raises(ExportError, match=f"init_lora_weights='{way}'; only merging can export it"):
         export_onnx(str(model), tmp_path / "out", adapter=adapter, keep_adapter=True)
 
@@ -105,7 +105,7 @@ def test_adapter_whose_initialisation_changed_the_base_is_neither_continued_nor_
 @pytest.mark.parametrize("way", [True, False, "gaussian", "eva", "orthogonal"])
 def test_other_initialisations_are_plain_lora(model: Path, tmp_path: Path, way: Any) -> None:
     adapter = change(save_peft(model, tmp_path / "adapter"), init_lora_weights=way)
-    assert load_adapter(adapter, BaseModel(model).config, OurLora(rank=4, alpha=8))
+    assert load_adapter(adapter, PretrainedModel(model).config, OurLora(rank=4, alpha=8))
 
 
 PATTERNS = [
@@ -120,7 +120,7 @@ PATTERNS = [
 def test_patterns_choose_the_ranks_and_alphas_that_peft_chooses(tiny_model: Path, pattern: str) -> None:
     patterns = {pattern: 7, "c_proj": 3, "h.1.mlp.c_fc": 2}
     values = {"r": 4, "lora_alpha": 9, "bias": "none", "rank_pattern": patterns, "alpha_pattern": patterns}
-    config = BaseModel(tiny_model).config
+    config = PretrainedModel(tiny_model).config
     values["target_modules"] = ["c_attn", "c_proj", "c_fc"]
     targets = Targets(AdapterSettings(path=Path("adapter_config.json"), values=values), config)
     assert len(targets.layers) == 16
@@ -133,7 +133,7 @@ def test_patterns_choose_the_ranks_and_alphas_that_peft_chooses(tiny_model: Path
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])
 def test_targets_are_the_layers_that_peft_chooses(tiny_model: Path, key: str, names: Any) -> None:
     values = {"target_modules": ["c_attn", "c_proj", "c_fc"], key: names}
-    config = BaseModel(tiny_model).config
+    config = PretrainedModel(tiny_model).config
     targets = Targets(AdapterSettings(path=Path("adapter_config.json"), values=values), config)
     theirs = LoraConfig(**values)
     layers = [f"transformer.h.{block}.{layer}" for block in range(config.num_layers) for layer in config.layer_shapes]
@@ -185,14 +185,14 @@ def test_peft_is_given_no_pickled_weights(model: Path, tmp_path: Path) -> None:
     torch.save(load_file(safe), adapter / "adapter_model.bin")
     safe.unlink()
     with pytest.raises(ExportError, match=r"adapter_model\.safetensors is missing"):
-        load_with_peft(BaseModel(model), adapter)
+        load_with_peft(PretrainedModel(model), adapter)
 
 
 def test_peft_is_given_no_pattern_without_end(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("export.patterns.LIMIT_SECONDS", 1)
     adapter = change(save_peft(model, tmp_path / "adapter"), target_modules=".*" * 18 + "X")
     with pytest.raises(ExportError, match="matching takes longer than 1 s"):
-        load_with_peft(BaseModel(model), adapter)
+        load_with_peft(PretrainedModel(model), adapter)
 
 
 def test_nested_settings_are_one_sentence(model: Path, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_matrices_that_are_no_numbers_are_refused(model: Path, tmp_path: Path, v
     with pytest.raises(ExportError, match=message):
         merge(str(model), tmp_path / "out", adapter=adapter)
     with pytest.raises(AdapterError, match=message):
-        load_adapter(adapter, BaseModel(model).config, OurLora(rank=4, alpha=8))
+        load_adapter(adapter, PretrainedModel(model).config, OurLora(rank=4, alpha=8))
 
 
 def test_product_beyond_float32_is_refused(model: Path, tmp_path: Path) -> None:

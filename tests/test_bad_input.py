@@ -64,7 +64,7 @@ from protocol import (
 from protocol.codecs import Coded, quantised_parts
 from protocol.rounding import to_bfloat16
 from protocol.shuffling import shuffled
-from split_model import BaseModel, LoraConfig, ModelError, TrainingDiverged, initial_adapter, save_adapter
+from split_model import LoraConfig, ModelError, PretrainedModel, TrainingDiverged, initial_adapter, save_adapter
 
 WIDTH, VOCABULARY = 32, 600  # of the tiny model
 Say = Callable[..., str]
@@ -399,7 +399,7 @@ def test_server_refuses_an_adapter_of_another_kind(
     server_says: Say, tiny_model: Path, tmp_path: Path, rank: int, changes: dict[str, Any], reason: str
 ) -> None:
     folder, lora = tmp_path / "adapter", LoraConfig(rank=rank)
-    save_adapter(folder, initial_adapter(BaseModel(tiny_model).config, lora, 0), lora, "tiny")
+    save_adapter(folder, initial_adapter(PretrainedModel(tiny_model).config, lora, 0), lora, "tiny")
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
     text = server_says(init_adapter=folder)
@@ -412,7 +412,7 @@ def test_server_refuses_an_adapter_without_matrices(
     server_says: Say, tiny_model: Path, tmp_path: Path, content: bytes | None
 ) -> None:
     folder, lora = tmp_path / "adapter", LoraConfig(rank=2)
-    save_adapter(folder, initial_adapter(BaseModel(tiny_model).config, lora, 0), lora, "tiny")
+    save_adapter(folder, initial_adapter(PretrainedModel(tiny_model).config, lora, 0), lora, "tiny")
     weights = folder / "adapter_model.safetensors"
     weights.unlink()
     if content is not None:
@@ -423,7 +423,7 @@ def test_server_refuses_an_adapter_without_matrices(
 
 def test_server_refuses_an_adapter_of_another_model(server_says: Say, tiny_model: Path, tmp_path: Path) -> None:
     folder, lora = tmp_path / "adapter", LoraConfig(rank=2)
-    adapter = initial_adapter(BaseModel(tiny_model).config, lora, 0)
+    adapter = initial_adapter(PretrainedModel(tiny_model).config, lora, 0)
     save_adapter(folder, dict(list(adapter.items())[2:]), lora, "tiny")
     assert "h.0.attn.c_attn.lora_A.weight is missing, unknown or of another shape" in server_says(init_adapter=folder)
 
@@ -785,7 +785,7 @@ def test_client_that_says_what_it_may_not_is_refused_and_the_other_goes_on(
 
 @pytest.fixture
 def fingerprint(tiny_model: Path) -> str:
-    return BaseModel(tiny_model).fingerprint()
+    return PretrainedModel(tiny_model).fingerprint()
 
 
 def swap_two_ids(model: Path) -> None:
@@ -816,7 +816,7 @@ def test_client_with_another_model_or_tokenizer_is_refused_with_both_fingerprint
         assert f"refuses: the {what} of " in text
         assert f"use the same base {what} on both sides" in text
         assert fingerprint in text
-        assert BaseModel(model).fingerprint() in text
+        assert PretrainedModel(model).fingerprint() in text
         with joined(run, fingerprint):
             pass
 

@@ -465,7 +465,7 @@ NAMES = {
             "Adapter",
             "AdapterError",
             "AdapterSettings",
-            "BaseModel",
+            "PretrainedModel",
             "DTYPES",
             "DamagedFile",
             "EdgePart",

@@ -25,7 +25,7 @@ from gpu_server import GpuServer
 from gpu_server.door import enrolments_of, invite
 from protocol import Failure, Goodbye, Hello, Join, Welcome
 from protocol.invitation import Invitation
-from split_model import BaseModel
+from split_model import PretrainedModel
 
 SETTINGS: dict[str, Any] = {"cut_layer": 1, "lora_rank": 2, "device": "cpu", "dtype": "float32"}
 # On a busy machine programs take their time; only the tests that are about it give them little.
@@ -239,7 +239,7 @@ class Guarded:
         self.run_dir = folder / "run"
         self.enrolments = enrolments_of(str(self.run_dir), None)
         self.alice, self.bob = (invite(self.enrolments, name, address="127.0.0.1:1") for name in ("alice", "bob"))
-        self.fingerprint = BaseModel(model).fingerprint()
+        self.fingerprint = PretrainedModel(model).fingerprint()
         settings = {"host": "0.0.0.0", "port": 0, "clients": 2, "steps": 5, **SETTINGS, **options}
         self.server = GpuServer(model=str(model), run_dir=str(self.run_dir), **settings)
 

@@ -20,7 +20,7 @@ from export.graph import Graph
 from export.precision import PRECISIONS, Precision
 from export.quantisation import BlockFormat, quantise
 from export.weights import StoredWeights, Weights
-from split_model import BaseModel, ModelConfig, load_tokenizer
+from split_model import ModelConfig, PretrainedModel, load_tokenizer
 
 TARGETS = ("c_attn", "c_proj", "c_fc")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -135,8 +135,8 @@ def test_quantised_graph_is_the_model_with_rounded_weights(
     folder = make_model(tmp_path, n_layer=2, n_embd=width, n_head=1)
     export_onnx(str(folder), tmp_path / "out", precisions=[precision])
     model, form = reference.load_base(folder), PRECISIONS[precision]
-    config = BaseModel(folder).config
-    weights = Equalised(StoredWeights(BaseModel(folder)), config)
+    config = PretrainedModel(folder).config
+    weights = Equalised(StoredWeights(PretrainedModel(folder)), config)
     assert form.matrices
     assert form.projection
     assert form.table
@@ -356,7 +356,7 @@ class Outlying:
 
 
 def test_equalisation_changes_no_digit_in_full_precision(wide_model: Path, tmp_path: Path) -> None:
-    model = BaseModel(wide_model)
+    model = PretrainedModel(wide_model)
     weights = Outlying(StoredWeights(model))
     equalised = Equalised(weights, model.config)
     assert np.unique(equalised.rows("h.1.attn.c_attn")).size > 1
@@ -370,7 +370,7 @@ def test_equalisation_changes_no_digit_in_full_precision(wide_model: Path, tmp_p
 
 @pytest.mark.parametrize("precision", ["q8", "q4"])
 def test_equalisation_takes_most_of_what_outliers_cost(wide_model: Path, tmp_path: Path, precision: str) -> None:
-    model = BaseModel(wide_model)
+    model = PretrainedModel(wide_model)
     weights = Outlying(StoredWeights(model))
     ids = random_ids(600, 2, 40)
     expected = logits_of(reference.load_base(wide_model), ids)

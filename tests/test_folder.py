@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from export.cli import main as export_main
-from split_model import BaseModel, Folder, ModelError, shown
+from split_model import Folder, ModelError, PretrainedModel, shown
 
 
 class WrongFolder(ValueError):
@@ -74,9 +74,9 @@ def in_the_hubs_cache(tmp_path: Path, source: Path) -> Path:
 
 def test_cache_of_the_hub_goes_on_working(tiny_model: Path, tmp_path: Path) -> None:
     snapshot = in_the_hubs_cache(tmp_path, tiny_model)
-    assert BaseModel(snapshot).fingerprint() == BaseModel(tiny_model).fingerprint()
+    assert PretrainedModel(snapshot).fingerprint() == PretrainedModel(tiny_model).fingerprint()
     (tmp_path / "named").symlink_to(snapshot)  # the folder itself is the user's own choice
-    assert BaseModel(tmp_path / "named").fingerprint() == BaseModel(tiny_model).fingerprint()
+    assert PretrainedModel(tmp_path / "named").fingerprint() == PretrainedModel(tiny_model).fingerprint()
 
 
 def test_cache_of_the_hub_is_no_way_out(tiny_model: Path, tmp_path: Path) -> None:
@@ -131,16 +131,16 @@ def test_values_are_shown_as_they_stand_in_the_file() -> None:
     assert shown(object()) == "object"
 
 
-@pytest.mark.parametrize("read", [lambda folder: BaseModel(folder), lambda folder: BaseModel(folder).tokenizer()])
+@pytest.mark.parametrize("read", [lambda folder: PretrainedModel(folder), lambda folder: PretrainedModel(folder).tokenizer()])
 def test_model_whose_files_begin_with_a_byte_order_mark_is_the_same(
     model: Path, tiny_model: Path, read: Callable[[Path], object]
 ) -> None:
     for name in ("config.json", "tokenizer.json"):
         (model / name).write_bytes(b"\xef\xbb\xbf" + (model / name).read_bytes())
     read(model)
-    assert BaseModel(model).fingerprint() == BaseModel(tiny_model).fingerprint()
+    assert PretrainedModel(model).fingerprint() == PretrainedModel(tiny_model).fingerprint()
 
 
 def test_folder_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no model folder at"):
-        BaseModel(tmp_path / "nothing")
+        PretrainedModel(tmp_path / "nothing")

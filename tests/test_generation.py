@@ -26,7 +26,7 @@ from edge_client.data import Dataset
 from edge_client.exported_model import ExportedModel
 from export import export_onnx
 from export.cli import main as export_main
-from split_model import BaseModel, LoraConfig, initial_adapter, save_adapter
+from split_model import LoraConfig, PretrainedModel, initial_adapter, save_adapter
 
 ATTENTIONS = ("gqa", "attn23", "ops")
 
@@ -344,7 +344,7 @@ def test_float_weights_need_no_preparation(copied: Path, capsys: pytest.CaptureF
 def make_adapter(folder: Path, model: Path, *, seed: int, **settings: Any) -> Path:
     """A PEFT folder whose adapter changes what is said."""
     lora = LoraConfig(**{"rank": 4, "alpha": 32.0, **settings})
-    adapter = initial_adapter(BaseModel(model).config, lora, seed)
+    adapter = initial_adapter(PretrainedModel(model).config, lora, seed)
     generator = torch.Generator().manual_seed(seed)
     for name in adapter:
         if ".lora_B." in name:

@@ -11,7 +11,7 @@ from conftest import run_split
 from edge_client.data import Dataset
 from edge_client.engine import TorchEngine
 from gpu_server.compute import Compute
-from split_model import BaseModel, load_tokenizer
+from split_model import PretrainedModel, load_tokenizer
 
 CODECS = ("float32", "bfloat16", "int8", "int4", "delta")
 
@@ -56,7 +56,7 @@ def test_division_of_a_batch_changes_nothing_but_the_order_of_sums(
 
 
 def test_parts_of_a_batch_are_the_batch(tiny_model: Path, pairs_file: Callable[..., Path]) -> None:
-    data = Dataset.load(pairs_file("a", 11), load_tokenizer(tiny_model), BaseModel(tiny_model).config.end_token, 256)
+    data = Dataset.load(pairs_file("a", 11), load_tokenizer(tiny_model), PretrainedModel(tiny_model).config.end_token, 256)
     for step, count in ((1, 4), (3, 3)):
         whole = data.batch(step, 4, (1, "order"))
         parts = [data.batch(step, 4, (1, "order"), part=part, of=3) for part in range(3)]
@@ -70,7 +70,7 @@ def test_parts_of_a_batch_are_the_batch(tiny_model: Path, pairs_file: Callable[.
 
 
 def test_samples_that_fit_are_counted_from_the_first_on(tiny_model: Path, pairs_file: Callable[..., Path]) -> None:
-    data = Dataset.load(pairs_file("a", 5), load_tokenizer(tiny_model), BaseModel(tiny_model).config.end_token, 256)
+    data = Dataset.load(pairs_file("a", 5), load_tokenizer(tiny_model), PretrainedModel(tiny_model).config.end_token, 256)
     rows = [len(sample.tokens) - 1 for sample in data.samples]
     assert data.num_within(0, 10) == 0
     assert data.num_within(10 * rows[0], 10) == 1

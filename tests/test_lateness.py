@@ -15,7 +15,7 @@ from edge_client.connection import Connection
 from gpu_server import GpuServer
 from gpu_server.server import RunServer
 from protocol import Failure, Hello, Welcome
-from split_model import BaseModel
+from split_model import PretrainedModel
 
 
 def options(model: Path, folder: Path, **more: Any) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def test_client_that_is_long_in_loading_its_model_may_try_again(
     monkeypatch.setattr("gpu_server.server.SECONDS_TO_JOIN", 0.3)
     with GpuServer(**options(tiny_model, tmp_path)) as server:
         with RawClient(port_of(server), None, encrypted=False) as late:
-            late.say(Hello(name="a", fingerprint=BaseModel(tiny_model).fingerprint()))
+            late.say(Hello(name="a", fingerprint=PretrainedModel(tiny_model).fingerprint()))
             assert isinstance(late.hear(), Welcome)
             told = late.hear()
         assert isinstance(told, Failure)

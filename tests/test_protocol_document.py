@@ -44,9 +44,9 @@ from protocol.encoding import MAX_ELEMENTS, MAX_TENSOR_ELEMENTS, MAX_TEXT
 from protocol.invitation import FORM
 from protocol.rounding import Dither, to_bfloat16
 from protocol.settings import BOUNDS
-from split_model import BaseModel
-from split_model.base_model import ModelConfig
+from split_model import PretrainedModel
 from split_model.optimisation import OptimiserConfig, adamw, take_step
+from split_model.pretrained_model import ModelConfig
 from split_model.tokenizer import tokenizer_digest
 
 DOCUMENT = (Path(__file__).parent.parent / "PROTOCOL.md").read_text(encoding="utf-8")
@@ -304,7 +304,7 @@ def test_its_vector_of_a_fingerprint_is_that_of_such_a_model(tmp_path: Path) -> 
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    fingerprint = BaseModel(tmp_path).fingerprint()
+    fingerprint = PretrainedModel(tmp_path).fingerprint()
     assert fingerprint[:16] == digits[:16]
     assert f"the fingerprint is `{fingerprint}`" in text
 

@@ -18,7 +18,7 @@ from edge_client.data import Dataset
 from edge_client.engine import TorchEngine
 from gpu_server import GpuServer
 from gpu_server.compute import Compute
-from split_model import BaseModel, load_tokenizer
+from split_model import PretrainedModel, load_tokenizer
 
 
 def options(model: Path, run_dir: Path, **more: Any) -> dict[str, Any]:
@@ -33,7 +33,7 @@ PARTS = ["edge_compute", "encode", "uplink", "queue", "server_compute", "downlin
 
 
 def load(model: Path, file: Path) -> Dataset:
-    return Dataset.load(file, load_tokenizer(model), BaseModel(model).config.end_token, 256)
+    return Dataset.load(file, load_tokenizer(model), PretrainedModel(model).config.end_token, 256)
 
 
 @pytest.mark.parametrize("aggregate_every", [1, 3])
@@ -97,7 +97,7 @@ def test_metrics_say_where_every_second_of_a_step_went(
         assert sum(told) == pytest.approx(sum(sum(vars(step.seconds).values()) for step in steps), rel=0.3)
     described = json.loads((tmp_path / "run/run.json").read_text())
     assert described["config"]["steps"] == 6
-    assert described["fingerprint"] == BaseModel(tiny_model).fingerprint()
+    assert described["fingerprint"] == PretrainedModel(tiny_model).fingerprint()
     assert described["versions"].keys() == {"splitlora", "torch", "numpy"}
 
 

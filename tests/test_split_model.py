@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from transformers import get_linear_schedule_with_warmup
 
 from split_model import (
-    BaseModel,
     EdgePart,
     LoraConfig,
     ModelError,
+    PretrainedModel,
     ServerPart,
     continue_greedily,
     derive_seed,
@@ -36,7 +36,7 @@ PLACED: dict[str, Any] = {"weight_dtype": torch.float64, "device": torch.device(
 
 
 def parts(folder: Path, cut_layer: int, lora: LoraConfig = LORA) -> tuple[EdgePart, ServerPart]:
-    model = BaseModel(folder)
+    model = PretrainedModel(folder)
     return EdgePart(model, cut_layer, lora, **PLACED), ServerPart(model, cut_layer, lora, **PLACED)
 
 
@@ -116,7 +116,7 @@ def test_shards_and_names_without_prefix_are_the_same_model(tiny_model: Path, tm
     tensors = load_file(tiny_model / "model.safetensors")
     masks = {"h.0.attn.bias": torch.zeros(1, 1, 4, 4)}  # old checkpoints carry them
     save_file({**{name.removeprefix("transformer."): t for name, t in tensors.items()}, **masks}, bare / "model.safetensors")
-    assert len({BaseModel(folder).fingerprint() for folder in (tiny_model, sharded, bare)}) == 1
+    assert len({PretrainedModel(folder).fingerprint() for folder in (tiny_model, sharded, bare)}) == 1
 
 
 def change_weights(model: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -133,8 +133,8 @@ def test_head_that_is_not_the_table_is_a_head_of_its_own(model: Path, tiny_model
     """Whatever the configuration says, as in transformers."""
     change_weights(model, lambda weights: weights.update({HEAD: (weights[TABLE] + 0.3).to(dtype)}))
     assert json.loads((model / "config.json").read_text())["tie_word_embeddings"] is True
-    assert BaseModel(model).config.tied_head is False
-    assert BaseModel(model).fingerprint() != BaseModel(tiny_model).fingerprint()
+    assert PretrainedModel(model).config.tied_head is False
+    assert PretrainedModel(model).fingerprint() != PretrainedModel(tiny_model).fingerprint()
     edge, server = parts(model, 2)
     lengths = torch.tensor([5])
     with torch.no_grad():
@@ -148,13 +148,13 @@ def test_head_that_differs_in_its_last_row_alone_is_noticed(model: Path) -> None
         weights[HEAD][-1, -1] += 1
 
     change_weights(model, change_last_row)
-    assert BaseModel(model).config.tied_head is False
+    assert PretrainedModel(model).config.tied_head is False
 
 
 def test_head_and_table_without_rows_are_refused(model: Path) -> None:
     change_weights(model, lambda weights: weights.update(dict.fromkeys((TABLE, HEAD), weights[TABLE][:0])))
     with pytest.raises(ModelError, match=r"tensor 'wte.weight' has shape \[0, "):
-        BaseModel(model)
+        PretrainedModel(model)
 
 
 def store_the_head_too(weights: dict[str, torch.Tensor]) -> None:
@@ -170,8 +170,8 @@ def test_tied_head_that_is_stored_is_the_same_model(
     model: Path, tiny_model: Path, store: Callable[[dict[str, torch.Tensor]], None]
 ) -> None:
     change_weights(model, store)
-    assert BaseModel(model).config == BaseModel(tiny_model).config
-    assert BaseModel(model).fingerprint() == BaseModel(tiny_model).fingerprint()
+    assert PretrainedModel(model).config == PretrainedModel(tiny_model).config
+    assert PretrainedModel(model).fingerprint() == PretrainedModel(tiny_model).fingerprint()
     assert torch.equal(whole_logits(model, [1, 2, 3]), whole_logits(tiny_model, [1, 2, 3]))
     edge, server = parts(model, 1)
     lengths = torch.tensor([3])
@@ -184,15 +184,15 @@ def test_tensors_that_are_no_part_of_the_model_are_no_part_of_its_fingerprint(mo
     change_weights(
         model, lambda weights: weights.update({"score.weight": torch.zeros(2, 32), "h.7.ln_1.bias": torch.zeros(32)})
     )
-    assert BaseModel(model).fingerprint() == BaseModel(tiny_model).fingerprint()
+    assert PretrainedModel(model).fingerprint() == PretrainedModel(tiny_model).fingerprint()
 
 
 def test_fingerprint_knows_another_model(tiny_model: Path, tmp_path: Path) -> None:
-    assert BaseModel(make_model(tmp_path, seed=1)).fingerprint() != BaseModel(tiny_model).fingerprint()
+    assert PretrainedModel(make_model(tmp_path, seed=1)).fingerprint() != PretrainedModel(tiny_model).fingerprint()
 
 
 def test_tensors_are_mapped_and_not_copied(tiny_model: Path) -> None:
-    model = BaseModel(tiny_model)
+    model = PretrainedModel(tiny_model)
     shape = (model.config.vocabulary_size, model.config.width)
     assert model.tensor("wte.weight", shape).data_ptr() == model.tensor("wte.weight", shape).data_ptr()
 
@@ -226,7 +226,7 @@ def test_hub_that_does_not_answer_is_one_sentence(tmp_path: Path, monkeypatch: p
 
 
 def test_initial_adapter_is_drawn_as_peft_draws_it(tiny_model: Path) -> None:
-    config = BaseModel(tiny_model).config
+    config = PretrainedModel(tiny_model).config
     adapter = initial_adapter(config, LoraConfig(rank=8), seed=3)
     for name, matrix in adapter.items():
         if ".lora_A." in name:
@@ -241,7 +241,7 @@ def test_initial_adapter_is_drawn_as_peft_draws_it(tiny_model: Path) -> None:
 
 
 def test_adapter_folder_survives_a_round_trip_through_peft(tiny_model: Path, tmp_path: Path) -> None:
-    config = BaseModel(tiny_model).config
+    config = PretrainedModel(tiny_model).config
     adapter = {name: torch.randn_like(matrix) for name, matrix in initial_adapter(config, LORA, seed=0).items()}
     save_adapter(tmp_path / "ours", adapter, LORA, str(tiny_model))
     reference.load_peft(tiny_model, tmp_path / "ours").save_pretrained(tmp_path / "theirs")

@@ -10,7 +10,7 @@ from conftest import make_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import AutoTokenizer
 
-from split_model import BaseModel, ModelError, encode, load_tokenizer
+from split_model import ModelError, PretrainedModel, encode, load_tokenizer
 from split_model.tokenizer import tokenizer_digest
 
 TEXTS = [
@@ -150,7 +150,7 @@ def test_fingerprint_tells_another_tokenizer_from_another_model(model: Path, tin
     whole = json.loads((model / "tokenizer.json").read_text())
     swap_two_ids(whole)
     (model / "tokenizer.json").write_text(json.dumps(whole))
-    one, other = BaseModel(tiny_model).fingerprint(), BaseModel(model).fingerprint()
+    one, other = PretrainedModel(tiny_model).fingerprint(), PretrainedModel(model).fingerprint()
     assert one[:16] == other[:16]
     assert one[16:] != other[16:]
     assert len(one) == 32
@@ -284,7 +284,7 @@ def test_settings_of_the_last_batch_are_left_out(write: Write) -> None:
 def test_model_that_ends_texts_by_another_token_than_its_tokenizer_is_refused(model: Path, end: str) -> None:
     (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
     with pytest.raises(ModelError) as refused:
-        BaseModel(model)
+        PretrainedModel(model)
     assert 'eos_token_id is 0, which is "<|endoftext|>" in the tokenizer; its own eos_token is ' in str(refused.value)
 
 

@@ -17,7 +17,15 @@ from .errors import ModelError
 from .folder import Folder, shown
 from .tokenizer import TOKENIZER_FILES, end_of_text, load_tokenizer, tokenizer_digest
 
-__all__ = ["FILES_BESIDE_WEIGHTS", "BaseModel", "ModelConfig", "StoredTensor", "find_model", "is_hub_name", "part_that_differs"]
+__all__ = [
+    "FILES_BESIDE_WEIGHTS",
+    "ModelConfig",
+    "PretrainedModel",
+    "StoredTensor",
+    "find_model",
+    "is_hub_name",
+    "part_that_differs",
+]
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 FILES_OF_WEIGHTS = (CONFIG_FILE, "model*.safetensors", INDEX_FILE)
@@ -185,7 +193,7 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
-class BaseModel:
+class PretrainedModel:
     """
     A model folder, opened: all tensors of the model are there, in their shapes and in types that can be read, and the
     tokenizer ends a text as the model does. Tensors come out as views of the mapped files: nothing is read before it is used.
