@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 from .config import ConfigError, ServerConfig
 
 if TYPE_CHECKING:
-    from .gpu_server import GpuServer, RunEndedEarly
-    from .server import StepRecord
+    from .sdk import GpuServer, RunEndedEarly
+    from .serving import StepRecord
 
 __all__ = ["ConfigError", "GpuServer", "RunEndedEarly", "ServerConfig", "StepRecord"]
 
-_HOMES = {"GpuServer": "gpu_server", "RunEndedEarly": "gpu_server", "StepRecord": "server"}
+_HOMES = {"GpuServer": "sdk", "RunEndedEarly": "sdk", "StepRecord": "serving"}
 
 
 def __getattr__(name: str) -> Any:

@@ -32,7 +32,7 @@ class SavedRound:
     membership: dict[str, dict[str, Any]]
     """See `Federation.membership`."""
     state: dict[str, Tensor]
-    """See `Compute.round_end`."""
+    """See `TorchEngine.round_end`."""
 
 
 class Checkpoints:

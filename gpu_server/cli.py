@@ -112,7 +112,7 @@ def _ending_once() -> Iterator[None]:
 def run_serve(options: argparse.Namespace) -> None:
     from protocol import Seconds
 
-    from .gpu_server import GpuServer
+    from .sdk import GpuServer
 
     given = {name: value for name, value in vars(options).items() if name not in ("command", "run", "config")}
     from_file = options_from_toml(options.config) if options.config else {}
@@ -201,6 +201,6 @@ def _errors_of_users() -> tuple[type[Exception], ...]:
         return simple
     from split_model import AdapterError, ModelError, TrainingDiverged
 
-    from .gpu_server import RunEndedEarly
+    from .sdk import RunEndedEarly
 
     return (*simple, ModelError, AdapterError, TrainingDiverged, RunEndedEarly)

@@ -243,7 +243,7 @@ def built(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> ServerConfig:
     def told(**options: Any) -> None:
         raise Told(options)
 
-    monkeypatch.setattr("gpu_server.gpu_server.GpuServer", told)
+    monkeypatch.setattr("gpu_server.sdk.GpuServer", told)
     options = gpu_server.cli.build_parser().parse_args(["serve", *arguments])
     with pytest.raises(Told) as caught:
         options.run(options)

@@ -436,7 +436,7 @@ def test_server_stops_though_somebody_does_not_read(tiny_model: Path, tmp_path: 
 def test_device_gets_its_name_back_from_a_connection_that_does_not_read(
     guarded: Guarded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpu_server.server.SECONDS_TO_SHOW_LIFE", 0.2)
+    monkeypatch.setattr("gpu_server.serving.run_server.SECONDS_TO_SHOW_LIFE", 0.2)
     with guarded.greeted(guarded.alice, read_buffer=2**12)[0] as client:
         make_deaf(client)
         again, answer = guarded.greeted(guarded.alice)

@@ -10,7 +10,7 @@ from conftest import run_split
 
 from edge_client.data import Dataset
 from edge_client.engine import TorchEngine
-from gpu_server.compute import Compute
+from gpu_server.torch_engine import TorchEngine as ServerEngine
 from split_model import PretrainedModel, load_tokenizer
 
 CODECS = ("float32", "bfloat16", "int8", "int4", "delta")
@@ -131,13 +131,13 @@ def test_server_computes_all_clients_parts_of_a_number_in_one_pass(
     tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[tuple[int, int, int]] = []
-    train = Compute.train
+    train = ServerEngine.train
 
-    def watched(self: Compute, step: int, total_steps: int, micro_batch: int, batches: dict[str, Any]) -> Any:
+    def watched(self: ServerEngine, step: int, total_steps: int, micro_batch: int, batches: dict[str, Any]) -> Any:
         passes.append((step, micro_batch, len(batches)))
         return train(self, step, total_steps, micro_batch, batches)
 
-    monkeypatch.setattr(Compute, "train", watched)
+    monkeypatch.setattr(ServerEngine, "train", watched)
     clients = {name: {"data": pairs_file(name, 6, 100 * i), "batch_size": 3} for i, name in enumerate("abc")}
     run_split(options(tiny_model, tmp_path / "run", epochs=1), clients)
     assert passes == [(step, part, 3) for step in (1, 2) for part in (0, 1, 2)]

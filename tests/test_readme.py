@@ -123,7 +123,7 @@ def test_five_lines_of_the_server_sdk_train(
         with client:
             list(client.train())
 
-    monkeypatch.setattr("gpu_server.gpu_server.GpuServer", Announced)
+    monkeypatch.setattr("gpu_server.sdk.GpuServer", Announced)
     exec(code.replace('"runs/mine"', repr(str(tmp_path / "run"))), {})
     for client in clients:
         client.result(timeout=60)

@@ -25,10 +25,10 @@ from programs import arguments, program, read_until
 from edge_client import ConnectionFailed, EdgeClient, Refused, Step
 from gpu_server import GpuServer, RunEndedEarly
 from gpu_server.checkpoints import Checkpoints, SavedRound
-from gpu_server.compute import Compute
 from gpu_server.config import ConfigError
 from gpu_server.run_directory import RunDirectory
-from gpu_server.server import RunServer
+from gpu_server.serving.run_server import RunServer
+from gpu_server.torch_engine import TorchEngine
 
 STEPS = 12
 
@@ -204,10 +204,10 @@ def test_server_that_is_stopped_while_a_round_ends_writes_its_checkpoint_once_at
 ) -> None:
     options = {**settings, "checkpoint_every": 3, "run_dir": str(tmp_path / "run")}
     device = {"model": options["model"], "data": pairs_file("a", 9), "state_dir": tmp_path / "state", "dtype": "float32"}
-    aggregate, write, together = Compute.aggregate, Checkpoints.write, threading.Barrier(2)
+    aggregate, write, together = TorchEngine.aggregate, Checkpoints.write, threading.Barrier(2)
     first_is_written, met = threading.Event(), []
 
-    def aggregate_and_stop(self: Compute, step: int, *rest: Any) -> Any:
+    def aggregate_and_stop(self: TorchEngine, step: int, *rest: Any) -> Any:
         if step == 3:
             assert first_is_written.wait(timeout=60)
             server.suspend()
@@ -222,7 +222,7 @@ def test_server_that_is_stopped_while_a_round_ends_writes_its_checkpoint_once_at
         write(self, saved)
         first_is_written.set()
 
-    monkeypatch.setattr(Compute, "aggregate", aggregate_and_stop)
+    monkeypatch.setattr(TorchEngine, "aggregate", aggregate_and_stop)
     monkeypatch.setattr(Checkpoints, "write", watched_write)
     with GpuServer(**options, port=0) as server:
         with EdgeClient(server.url, name="a", give_up_after=0.0, **device) as client, pytest.raises(ConnectionFailed):

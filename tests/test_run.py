@@ -17,7 +17,7 @@ from edge_client import EdgeClient
 from edge_client.data import Dataset
 from edge_client.engine import TorchEngine
 from gpu_server import GpuServer
-from gpu_server.compute import Compute
+from gpu_server.torch_engine import TorchEngine as ServerEngine
 from split_model import PretrainedModel, load_tokenizer
 
 
@@ -209,10 +209,10 @@ def test_computing_for_long_does_not_lose_a_connection(
     busy: str,
 ) -> None:
     caplog.set_level("INFO")
-    for side in ("gpu_server.server", "edge_client.connection"):
+    for side in ("gpu_server.serving.run_server", "edge_client.connection"):
         monkeypatch.setattr(f"{side}.SECONDS_BETWEEN_PINGS", 0.05)
         monkeypatch.setattr(f"{side}.SECONDS_TO_PONG", 0.3)
-    owner, name = (Compute, "train") if busy == "server" else (TorchEngine, "backward")
+    owner, name = (ServerEngine, "train") if busy == "server" else (TorchEngine, "backward")
     compute = getattr(owner, name)
 
     def compute_for_long(*arguments: Any) -> Any:

@@ -37,14 +37,14 @@ from split_model import (
 from terminal import count, listed, version
 
 from .checkpoints import SavedRound
-from .compute import Compute
 from .config import ConfigError, ServerConfig, described, is_loopback, resumed, with_whole_paths
 from .deadline import Deadline
 from .door import open_door
 from .federation import Action, Federation, ModelLimits, Phase
 from .gate import Gate
 from .run_directory import RunDirectory
-from .server import RunServer, StepRecord
+from .serving import RunServer, StepRecord
+from .torch_engine import TorchEngine
 
 __all__ = ["GpuServer", "RunEndedEarly"]
 
@@ -117,7 +117,7 @@ class GpuServer:
         weight_dtype = DTYPES[dtype]
         settings = config.settings(precision="float64" if weight_dtype == torch.float64 else "float32")
         self._lora = LoraConfig(**settings.lora())
-        self._compute = compute = Compute(
+        self._compute = compute = TorchEngine(
             model, settings, self._starting_adapter(model), weight_dtype=weight_dtype, device=device
         )
         limits = ModelLimits(

@@ -23,12 +23,12 @@ from split_model import (
     take_step,
 )
 
-__all__ = ["Compute"]
+__all__ = ["TorchEngine"]
 
 ADAPTER = "adapter/"
 
 
-class Compute:
+class TorchEngine:
     """
     One run's model and state.
 

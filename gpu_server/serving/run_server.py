@@ -42,10 +42,9 @@ from protocol import (
 from split_model import Adapter, ModelError, SampleFolder, TrainingDiverged
 from terminal import count, duration, listed, version
 
-from .compute import Compute
-from .config import ConfigError, codec_name
-from .door import Door
-from .federation import (
+from ..config import ConfigError, codec_name
+from ..door import Door
+from ..federation import (
     Action,
     Aggregate,
     Checkpoint,
@@ -58,7 +57,8 @@ from .federation import (
     Report,
     Train,
 )
-from .listener import Listener, Pace
+from ..listener import Listener, Pace
+from ..torch_engine import TorchEngine
 
 __all__ = ["RunServer", "StepRecord"]
 
@@ -195,7 +195,7 @@ class RunServer:
         model_name: of the base model on the Hugging Face hub, if it came from there.
         linger: seconds that a finished run waits for devices which have not fetched its adapter.
         report: called on the event loop for every finished step.
-        keep: called on another thread with what a round can go on from: its step, the members, `Compute.round_end`.
+        keep: called on another thread with what a round can go on from: its step, the members, `TorchEngine.round_end`.
         save: called on the worker thread when the run is complete, before anybody hears of it.
         kept: the samples that are kept of a client, by its name, where the run keeps any.
     """
@@ -203,7 +203,7 @@ class RunServer:
     def __init__(
         self,
         federation: Federation,
-        compute: Compute,
+        compute: TorchEngine,
         *,
         door: Door,
         model_name: str,
@@ -225,7 +225,7 @@ class RunServer:
         self._alarm: asyncio.TimerHandle | None = None
         self._patience_ends: asyncio.TimerHandle | None = None
         self._round_end: tuple[int, Adapter]
-        """What the last round ended with: its step, and `Compute.round_end` as it was then."""
+        """What the last round ended with: its step, and `TorchEngine.round_end` as it was then."""
         self._to_keep: tuple[int, Adapter] | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._complete = False
@@ -661,7 +661,7 @@ class RunServer:
     # Small parts
 
     async def _work(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Compute off the event loop, which goes on answering keepalives meanwhile."""
+        """TorchEngine off the event loop, which goes on answering keepalives meanwhile."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

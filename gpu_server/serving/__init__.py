@@ -1,0 +1,5 @@
+"""The run on the network: it moves bytes, and does what the federation decides."""
+
+from .run_server import RunServer, StepRecord
+
+__all__ = ["RunServer", "StepRecord"]
