@@ -29,17 +29,8 @@ from edge_client.data import Batch, Dataset
 from protocol import CODECS, EXACT, ActivationGradient, Array, decode, encode
 from protocol.encoding import COMPRESSION_LEVEL
 from protocol.rounding import Dither
-from split_model import (
-    EdgePart,
-    LoraConfig,
-    OptimiserConfig,
-    PretrainedModel,
-    ServerPart,
-    adamw,
-    initial_adapter,
-    load_tokenizer,
-    take_step,
-)
+from split_model import EdgePart, LoraConfig, OptimiserConfig, PretrainedModel, ServerPart, adamw, initial_adapter, take_step
+from storage import load_tokenizer
 from terminal import Progress
 
 BATCH_SIZE, CUT_LAYER, LEARNING_RATE, MAX_BYTES = 8, 3, 2e-3, 2**26

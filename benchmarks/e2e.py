@@ -24,9 +24,9 @@ from split_model import (
     continue_greedily,
     initial_adapter,
     load_adapter,
-    load_tokenizer,
     save_adapter,
 )
+from storage import load_tokenizer
 
 BATCH_SIZE, CUT_LAYER, LEARNING_RATE, SEED = 8, 3, 2e-3, 0
 THIRD = 14_020

@@ -20,17 +20,8 @@ import torch
 
 from edge_client.data import Batch, Dataset, pack
 from protocol import AdapterWeights, EdgeAdapter, Seconds, Tensors, decode, encode
-from split_model import (
-    EdgePart,
-    LoraConfig,
-    OptimiserConfig,
-    PretrainedModel,
-    ServerPart,
-    adamw,
-    initial_adapter,
-    load_tokenizer,
-    take_step,
-)
+from split_model import EdgePart, LoraConfig, OptimiserConfig, PretrainedModel, ServerPart, adamw, initial_adapter, take_step
+from storage import load_tokenizer
 
 __all__ = ["Round", "WholeModel", "mean", "serve", "train"]
 

@@ -382,9 +382,9 @@ def _errors_of_generate() -> tuple[type[Exception], ...]:
 
 
 def _errors_of_train() -> tuple[type[Exception], ...]:
-    from protocol import InvalidName
+    from protocol import InvalidName, TrainingDiverged
     from protocol.invitation import InvalidInvitation
-    from split_model import AdapterError, ModelError, TrainingDiverged
+    from storage import AdapterError, ModelError
 
     from .data import DataError
     from .place import StateError

@@ -10,19 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from protocol import CODECS, DELTA, Hello, Join, Start, Welcome, check_name, largest_message_bytes
+from protocol import CODECS, DELTA, Hello, Join, Start, TrainingDiverged, Welcome, check_name, largest_message_bytes
 from protocol.invitation import Invitation
 from protocol.limits import CACHES_ON_DEVICE, VERSIONS_OF_A_SAMPLE
-from split_model import (
-    ModelError,
-    PretrainedModel,
-    SampleFolder,
-    TrainingDiverged,
-    choose_device,
-    choose_dtype,
-    find_model,
-    is_hub_name,
-)
+from split_model import PretrainedModel, choose_device, choose_dtype
+from storage import CacheFolder, ModelError, find_model, is_hub_name
 from terminal import user_path, user_text_path
 
 from .access import Access
@@ -184,7 +176,7 @@ class EdgeClient:
             return before, "as before this device was stopped"
         return choose_dtype(self._dtype, choose_device(self._device))
 
-    def _samples(self) -> SampleFolder | None:
+    def _samples(self) -> CacheFolder | None:
         """As they arrive at the server, for runs whose codec needs them."""
         settings = self.welcome.settings
         if settings.activation_codec != DELTA:

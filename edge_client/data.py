@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from protocol import Array
-from split_model import derive_seed, encode, shown
+from protocol import Array, derive_seed
+from storage import encode, shown
 
 __all__ = ["Batch", "DataError", "Dataset", "Sample", "Text", "read_texts"]
 

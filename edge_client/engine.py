@@ -4,16 +4,14 @@ from collections import deque
 
 import torch
 
-from protocol import Array, RunSettings, Tensors
+from protocol import Array, RunSettings, Tensors, TrainingDiverged
 from split_model import (
     DTYPES,
     Adapter,
     EdgePart,
     LoraConfig,
-    ModelError,
     OptimiserConfig,
     PretrainedModel,
-    TrainingDiverged,
     adamw,
     check_cut_layer,
     choose_device,
@@ -21,6 +19,7 @@ from split_model import (
     restore_optimiser,
     take_step,
 )
+from storage import ModelError
 
 from .data import Batch
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from split_model.folder import Folder, shown
+from storage.folder import Folder, shown
 
 __all__ = ["KIND", "SPLIT_KIND", "ExportedModel", "ExportedModelError"]
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from split_model.folder import Folder
-from split_model.tokenizer import guarded
+from storage.folder import Folder
+from storage.tokenizer import guarded
 from terminal import user_path
 
 from .decoder import Decoder

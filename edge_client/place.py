@@ -16,7 +16,8 @@ from safetensors.numpy import save
 
 from protocol import Array, Remembered, RunSettings, Welcome
 from protocol.settings import LARGEST_COUNT
-from split_model import DTYPES, SampleFolder, is_hub_name, remove_unfinished, replace_file
+from split_model import DTYPES
+from storage import CacheFolder, is_hub_name, remove_unfinished, replace_file
 
 __all__ = ["Place", "SavedStep", "StateError"]
 
@@ -43,7 +44,7 @@ class SavedStep(Remembered):
     """See `TorchEngine.state`."""
 
 
-class KeptHere(SampleFolder):
+class KeptHere(CacheFolder):
     """
     On this device. What is sent is kept, since the other side does so, too; whether there is room is asked before.
 

@@ -20,8 +20,9 @@ from protocol import (
     Seconds,
     Start,
     Tensors,
+    TrainingDiverged,
+    derive_seed,
 )
-from split_model import TrainingDiverged, derive_seed
 
 from .data import Batch, Dataset, pack
 from .engine import TorchEngine

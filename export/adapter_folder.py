@@ -9,8 +9,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from split_model import AdapterSettings, Folder, ModelConfig
-from split_model.adapter_settings import CONFIG_FILE, WEIGHTS_FILE
+from split_model import ModelConfig
+from storage import AdapterSettings, Folder
+from storage.adapter_settings import CONFIG_FILE, WEIGHTS_FILE
 
 from .errors import ExportError
 from .lora import LoraAdapter, LoraUpdate

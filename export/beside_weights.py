@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from split_model import FILES_BESIDE_WEIGHTS, Folder
+from storage import FILES_BESIDE_WEIGHTS, Folder
 
 from .errors import ExportError
 

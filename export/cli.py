@@ -144,7 +144,7 @@ def _say(line: str) -> None:
 
 
 def _errors_of_users() -> tuple[type[Exception], ...]:
-    from split_model import AdapterError, ModelError
+    from storage import AdapterError, ModelError
 
     from .errors import Disagreement, ExportError
 

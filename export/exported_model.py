@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from split_model import Folder
+from storage import Folder
 
 from .errors import ExportError
 from .precision import PRECISIONS

@@ -6,7 +6,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from split_model import Folder, ModelConfig, load_tokenizer
+from split_model import ModelConfig
+from storage import Folder, load_tokenizer
 
 from .beside_weights import copy_files_beside_weights
 from .checkpoint import write_checkpoint

@@ -9,7 +9,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from split_model import AdapterSettings, PretrainedModel
+from split_model import PretrainedModel
+from storage import AdapterSettings
 
 from .adapter_folder import BeyondLora, read_adapter
 from .beside_weights import copy_files_beside_weights

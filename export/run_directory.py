@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from split_model import AdapterError, DamagedFile, LoraConfig, part_that_differs, read_sealed, save_adapter
+from split_model import DamagedFile, LoraConfig, read_sealed, save_adapter
+from storage import AdapterError, part_that_differs
 
 from .errors import ExportError
 

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from split_model import ModelConfig, ModelError, PretrainedModel, find_model
+from split_model import ModelConfig, PretrainedModel
+from storage import ModelError, find_model
 from terminal import user_path, user_text_path
 
 from .adapter_folder import BeyondLora, read_adapter

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
-from split_model import PretrainedModel, encode, find_model, load_tokenizer
+from split_model import PretrainedModel
+from storage import encode, find_model, load_tokenizer
 from terminal import Progress, user_path, user_text_path
 
 from .errors import ExportError

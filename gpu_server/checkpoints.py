@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from split_model import DamagedFile, read_sealed, replace_file, seal
+from split_model import DamagedFile, read_sealed, seal
+from storage import replace_file
 
 from .config import ConfigError
 

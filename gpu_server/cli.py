@@ -199,7 +199,8 @@ def _errors_of_users() -> tuple[type[Exception], ...]:
     simple = (ConfigError, InvalidName, InvalidInvitation)
     if "torch" not in sys.modules:
         return simple
-    from split_model import AdapterError, ModelError, TrainingDiverged
+    from protocol import TrainingDiverged
+    from storage import AdapterError, ModelError
 
     from .sdk import RunEndedEarly
 

@@ -44,7 +44,7 @@ from protocol import (
 from protocol.limits import LARGEST_VALUE
 from protocol.settings import LARGEST_COUNT
 from protocol.shuffling import NOT_SHUFFLED, looks_plain
-from split_model import part_that_differs
+from storage import part_that_differs
 from terminal import count, duration, listed
 
 from .deadline import Deadline

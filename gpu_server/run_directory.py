@@ -11,7 +11,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from split_model import Adapter, LoraConfig, SampleFolder, remove_unfinished, replace_file, save_adapter
+from split_model import Adapter, LoraConfig, save_adapter
+from storage import CacheFolder, remove_unfinished, replace_file
 
 from .checkpoints import Checkpoints
 from .config import ConfigError
@@ -104,10 +105,10 @@ class RunDirectory:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from None
 
-    def samples_of(self, client: str, max_bytes: int) -> SampleFolder:
+    def samples_of(self, client: str, max_bytes: int) -> CacheFolder:
         """Those of a client that are kept while the run lasts."""
         with self._writing():
-            return SampleFolder(self.path / "samples" / client, max_bytes)
+            return CacheFolder(self.path / "samples" / client, max_bytes)
 
     def forget_samples(self) -> None:
         """The run is complete: nothing of its devices' data stays."""

@@ -24,16 +24,14 @@ from split_model import (
     Adapter,
     LoraConfig,
     PretrainedModel,
-    SampleFolder,
     adapter_shapes,
     check_cut_layer,
     choose_device,
     choose_dtype,
-    find_model,
     initial_adapter,
     load_adapter,
-    part_that_differs,
 )
+from storage import CacheFolder, find_model, part_that_differs
 from terminal import count, listed, version
 
 from .checkpoints import SavedRound
@@ -339,7 +337,7 @@ class GpuServer:
         self._directory.checkpoints.write(saved)
 
     @functools.cache  # noqa: B019  # one for each client, as long as the server
-    def _samples_of(self, client: str) -> SampleFolder:
+    def _samples_of(self, client: str) -> CacheFolder:
         return self._directory.samples_of(client, CACHES_ON_SERVER * self.config.cache_bytes)
 
     def _save(self) -> None:

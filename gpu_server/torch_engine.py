@@ -5,23 +5,21 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from protocol import Activations, Array, LabelledBatch, RunSettings, Tensors
+from protocol import Activations, Array, LabelledBatch, RunSettings, Tensors, TrainingDiverged, derive_seed
 from protocol.codecs import Coded
 from split_model import (
     Adapter,
-    AdapterError,
     LoraConfig,
     OptimiserConfig,
     PretrainedModel,
     ServerPart,
-    TrainingDiverged,
     adamw,
     adapter_shapes,
-    derive_seed,
     optimiser_state,
     restore_optimiser,
     take_step,
 )
+from storage import AdapterError
 
 __all__ = ["TorchEngine"]
 

@@ -2,7 +2,7 @@
 
 from .changes import KeptSamples
 from .encoding import decode, encode
-from .errors import InvalidName, LocalProtocolError, ProtocolError, RemoteProtocolError
+from .errors import InvalidName, LocalProtocolError, ProtocolError, RemoteProtocolError, TrainingDiverged
 from .itinerary import Itinerary, QuestionId, Remembered
 from .limits import (
     HANDSHAKE_BYTES,
@@ -40,6 +40,7 @@ from .messages import (
     check_name,
     identity,
 )
+from .seeds import derive_seed
 from .session import TRANSITIONS, Session, Side, State
 from .settings import CODECS, DELTA, EXACT, RunSettings, gradient_codec
 
@@ -87,10 +88,12 @@ __all__ = [
     "Start",
     "State",
     "Tensors",
+    "TrainingDiverged",
     "Welcome",
     "check_name",
     "compressed_bound",
     "decode",
+    "derive_seed",
     "encode",
     "gradient_codec",
     "identity",

@@ -5,9 +5,10 @@ Whose fault it is.
     * LocalProtocolError    we tried to send what the protocol forbids: a bug on this side
     * RemoteProtocolError   the peer sent what the protocol forbids, or bytes that are no message
 * InvalidName               a user chose a client name that cannot be one
+* TrainingDiverged          nobody's: the numbers that a run exchanges are no longer finite
 """
 
-__all__ = ["InvalidName", "LocalProtocolError", "ProtocolError", "RemoteProtocolError"]
+__all__ = ["InvalidName", "LocalProtocolError", "ProtocolError", "RemoteProtocolError", "TrainingDiverged"]
 
 
 class ProtocolError(Exception):
@@ -24,3 +25,7 @@ class RemoteProtocolError(ProtocolError):
 
 class InvalidName(ValueError):
     """Not a client name."""
+
+
+class TrainingDiverged(ArithmeticError):
+    """Activations, gradients or losses are no longer finite numbers."""

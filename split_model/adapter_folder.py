@@ -7,9 +7,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .adapter_settings import CONFIG_FILE, WEIGHTS_FILE, AdapterSettings
-from .errors import AdapterError
-from .folder import Folder
+from storage import AdapterError, AdapterSettings, Folder
+from storage.adapter_settings import CONFIG_FILE, WEIGHTS_FILE
+
 from .lora import Adapter, LoraConfig, adapter_shapes
 from .pretrained_model import ModelConfig
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .errors import AdapterError
+from storage import AdapterError
+
 from .pretrained_model import ModelConfig
 
 __all__ = ["Adapter", "LoraConfig", "adapter_shapes", "initial_adapter"]

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from storage import AdapterError, ModelError
+
 from .blocks import Block, LayerNorm
-from .errors import AdapterError, ModelError
 from .lora import Adapter, LoraConfig, LoraLinear, SeededDropout, adapter_name
 from .loss import summed_cross_entropy
 from .packing import Packing, labelled_positions

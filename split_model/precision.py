@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .errors import ModelError
+from storage import ModelError
 
 __all__ = ["DTYPES", "choose_device", "choose_dtype", "working_dtype"]
 

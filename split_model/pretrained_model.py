@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,24 +12,12 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .errors import ModelError
-from .folder import Folder, shown
-from .tokenizer import TOKENIZER_FILES, end_of_text, load_tokenizer, tokenizer_digest
+from storage import Folder, ModelError, fingerprint, load_tokenizer, shown
+from storage.model_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
+from storage.tokenizer import end_of_text, tokenizer_digest
 
-__all__ = [
-    "FILES_BESIDE_WEIGHTS",
-    "ModelConfig",
-    "PretrainedModel",
-    "StoredTensor",
-    "find_model",
-    "is_hub_name",
-    "part_that_differs",
-]
+__all__ = ["ModelConfig", "PretrainedModel", "StoredTensor"]
 
-CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
-FILES_OF_WEIGHTS = (CONFIG_FILE, "model*.safetensors", INDEX_FILE)
-FILES_BESIDE_WEIGHTS = (*TOKENIZER_FILES, "generation_config.json", "chat_template.jinja")
-"""What of a model folder other programs want besides its weights and its configuration."""
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu")
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 UNSUPPORTED = ("scale_attn_by_inverse_layer_idx", "add_cross_attention", "pruned_heads", "quantization_config")
@@ -46,8 +33,6 @@ ALIASES = {
 """Other names that transformers takes for a GPT-2's settings."""
 MOST_LAYERS, LARGEST = 10_000, (1 << 31) - 1
 ROWS_AT_ONCE = 1024
-MODEL_DIGITS, TOKENIZER_DIGITS = 16, 16
-"""Of a fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +268,7 @@ class PretrainedModel:
             digest.update(f"{name} {list(stored.shape)} {stored.dtype}".encode())
             for row in sorted({0, stored.shape[0] // 2, stored.shape[0] - 1}):
                 digest.update(rows.read([row]))
-        return digest.hexdigest()[:MODEL_DIGITS] + self._tokenizer_digest[:TOKENIZER_DIGITS]
+        return fingerprint(digest.hexdigest(), self._tokenizer_digest)
 
     def _open(self, paths: Sequence[Path]) -> dict[str, StoredTensor]:
         """What the files hold, "transformer." removed from the names."""
@@ -368,40 +353,6 @@ class Rows:
 
     def __del__(self) -> None:
         self._file.close()
-
-
-def part_that_differs(fingerprint: str, other: str) -> str:
-    """Whether two fingerprints that are not equal are of different models, "model", or of one with another "tokenizer"."""
-    return "tokenizer" if fingerprint[:MODEL_DIGITS] == other[:MODEL_DIGITS] else "model"
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether a model can have this name on the Hugging Face hub."""
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
-
-
-def find_model(name: str) -> Path:
-    """
-    The folder of a model: ``name`` itself if it is one, else fetched from the Hugging Face hub (only the files needed).
-
-    Raises:
-        ModelError: neither a folder nor a model the hub gives us.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise ModelError(f"{folder} is a file; a model is a folder with config.json and model.safetensors")
-    if not is_hub_name(name):
-        raise ModelError(f"no model folder at {folder}")
-    from huggingface_hub import snapshot_download  # a slow import that a local folder does not need
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=[*FILES_OF_WEIGHTS, *FILES_BESIDE_WEIGHTS]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"{name!r} is no folder here, and the Hugging Face hub did not give it: {reason}") from None
 
 
 def _weight_files(files: Folder) -> list[Path]:

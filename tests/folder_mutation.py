@@ -30,7 +30,8 @@ from export.peft_merge import load_with_transformers
 from export.run_directory import RunDirectory
 from gpu_server.config import ServerConfig, options_from_toml
 from protocol.invitation import Invitation
-from split_model import EdgePart, LoraConfig, PretrainedModel, load_adapter, load_tokenizer
+from split_model import EdgePart, LoraConfig, PretrainedModel, load_adapter
+from storage import load_tokenizer
 
 SECONDS = 30
 """That a mutant may take, on a busy machine too."""

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from export import ExportError, export_onnx, merge
 from export.adapter_folder import Targets
 from export.peft_merge import load_with_peft
-from split_model import AdapterError, AdapterSettings, PretrainedModel, load_adapter
 from split_model import LoraConfig as OurLora
+from split_model import PretrainedModel, load_adapter
+from storage import AdapterError, AdapterSettings
 
 GPT2 = {"task_type": "CAUSAL_LM", "fan_in_fan_out": True}
 

@@ -9,14 +9,15 @@ import pytest
 from conftest import REPOSITORY
 
 STDLIB = sys.stdlib_module_names | {"tomllib"}  # of 3.11 and later
-OURS = {"protocol", "split_model", "terminal"}
+OURS = {"protocol", "split_model", "storage", "terminal"}
 MAY_IMPORT = {
     "protocol": {"msgpack", "numpy", "zstandard"},
-    "split_model": {"huggingface_hub", "numpy", "safetensors", "tokenizers", "torch"},
+    "split_model": {"storage", "numpy", "safetensors", "tokenizers", "torch"},
+    "storage": {"huggingface_hub", "numpy", "tokenizers"},
     "terminal": {"tqdm"},
     "edge_client": OURS | {"numpy", "onnxruntime", "platformdirs", "safetensors", "tokenizers", "torch", "websockets"},
     "export": {
-        *("split_model", "terminal", "ml_dtypes", "numpy", "onnx", "onnxruntime", "safetensors", "tokenizers"),
+        *("split_model", "storage", "terminal", "ml_dtypes", "numpy", "onnx", "onnxruntime", "safetensors", "tokenizers"),
         *("peft", "torch", "transformers"),
     },
     "gpu_server": OURS | {"cryptography", "filelock", "numpy", "safetensors", "tomli", "torch", "websockets"},

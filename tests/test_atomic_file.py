@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from split_model import remove_unfinished, replace_file
+from storage import remove_unfinished, replace_file
 
 
 def mode(path: Path) -> int:
@@ -32,7 +32,7 @@ def test_file_is_its_owners_alone_unless_another_mode_is_asked_for(tmp_path: Pat
 
 
 def test_no_link_is_written_through(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("split_model.atomic_file.secrets.token_hex", lambda _: "guessed")  # by whoever has left the link
+    monkeypatch.setattr("storage.atomic_file.secrets.token_hex", lambda _: "guessed")  # by whoever has left the link
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious")
     for name in ("file.part", "file.guessed.part"):

@@ -57,6 +57,7 @@ from protocol import (
     Pong,
     Seconds,
     Start,
+    TrainingDiverged,
     Welcome,
     decode,
     encode,
@@ -64,7 +65,8 @@ from protocol import (
 from protocol.codecs import Coded, quantised_parts
 from protocol.rounding import to_bfloat16
 from protocol.shuffling import shuffled
-from split_model import LoraConfig, ModelError, PretrainedModel, TrainingDiverged, initial_adapter, save_adapter
+from split_model import LoraConfig, PretrainedModel, initial_adapter, save_adapter
+from storage import ModelError
 
 WIDTH, VOCABULARY = 32, 600  # of the tiny model
 Say = Callable[..., str]

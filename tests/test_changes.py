@@ -37,7 +37,7 @@ from protocol import (
 from protocol.changes import arrived, coded
 from protocol.codecs import Coded, quantised_parts
 from protocol.rounding import from_bfloat16, to_bfloat16
-from split_model import SampleFolder
+from storage import CacheFolder
 
 WIDTH, MAX_BYTES = 24, 2**22
 LENGTHS = {0: 5, 1: 9, 2: 3, 3: 7}
@@ -66,8 +66,8 @@ def batch(step: int, numbers: list[int], values: Array | None = None, micro_batc
 class Ends:
     """What device and server keep."""
 
-    device: SampleFolder
-    server: SampleFolder
+    device: CacheFolder
+    server: CacheFolder
 
     def send(self, message: Activations) -> tuple[Activations, Activations]:
         """As it is sent, and as it arrives; it is answered, too."""
@@ -80,7 +80,7 @@ class Ends:
 
 @pytest.fixture
 def ends(tmp_path: Path) -> Ends:
-    return Ends(SampleFolder(tmp_path / "device", 10**7), SampleFolder(tmp_path / "server", 10**7))
+    return Ends(CacheFolder(tmp_path / "device", 10**7), CacheFolder(tmp_path / "server", 10**7))
 
 
 def error(came: Activations, message: Activations) -> float:
@@ -156,7 +156,7 @@ def test_change_of_few_directions_is_nearly_exact_and_much_smaller(ends: Ends) -
 
 
 def test_nothing_more_is_kept_where_there_is_no_room(tmp_path: Path) -> None:
-    ends = Ends(KeptHere(tmp_path / "device", plan=2500), SampleFolder(tmp_path / "server", 10**7))
+    ends = Ends(KeptHere(tmp_path / "device", plan=2500), CacheFolder(tmp_path / "server", 10**7))
     sizes = []
     for step in range(1, 12):
         _, came = ends.send(batch(step, [step % 4]))
@@ -194,7 +194,7 @@ def test_both_sides_stay_the_same_whatever_happens_to_the_run(data: st.DataObjec
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        ends = Ends(SampleFolder(Path(folder) / "device", 10**7), SampleFolder(Path(folder) / "server", 10**7))
+        ends = Ends(CacheFolder(Path(folder) / "device", 10**7), CacheFolder(Path(folder) / "server", 10**7))
         step = earliest = 0
         unacknowledged: int | None = None
         """The step of a `Start` of which the server does not know whether it has arrived."""
@@ -247,7 +247,7 @@ def test_both_sides_stay_the_same_whatever_happens_to_the_run(data: st.DataObjec
                 if data.draw(st.booleans()):
                     ends.device.forget_before(earliest)
             else:
-                ends.device = SampleFolder(Path(folder) / "device", 10**7)
+                ends.device = CacheFolder(Path(folder) / "device", 10**7)
             for number in LENGTHS:
                 newest, at_the_server = (kept.latest(number, step + 1) for kept in (ends.device, ends.server))
                 if newest is not None:
@@ -274,7 +274,7 @@ def test_device_that_heard_where_the_run_is_and_was_not_heard_itself_builds_on_w
 # What arrives is not believed
 
 
-def refusal(message: Activations, kept: SampleFolder) -> str:
+def refusal(message: Activations, kept: CacheFolder) -> str:
     with pytest.raises(RemoteProtocolError) as caught:
         arrived(message, kept)
     return str(caught.value)
@@ -351,7 +351,7 @@ def test_more_parts_are_refused(ends: Ends, second_visit: Activations) -> None:
 
 
 def test_more_than_may_be_kept_is_refused(tmp_path: Path) -> None:
-    ends = Ends(SampleFolder(tmp_path / "device", 10**7), SampleFolder(tmp_path / "server", 100))
+    ends = Ends(CacheFolder(tmp_path / "device", 10**7), CacheFolder(tmp_path / "server", 100))
     sent = coded(batch(1, [0, 1]), ends.device)
     assert refusal(sent, ends.server).endswith("at most 100 are kept")
 

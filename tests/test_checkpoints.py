@@ -11,7 +11,7 @@ import torch
 
 from gpu_server.checkpoints import Checkpoints, SavedRound
 from gpu_server.config import ConfigError
-from split_model import replace_file
+from storage import replace_file
 
 MEMBERSHIP = {"a": {"num_samples": 5, "batch_size": 2, "longest": 9, "step": 0, "left": False}}
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from edge_client import DataError, EdgeClient
 from edge_client.data import Dataset, Sample, Text, pack, read_texts
-from split_model import ModelError, load_tokenizer
+from storage import ModelError, load_tokenizer
 
 END = 256
 

@@ -31,7 +31,7 @@ from export.cli import build_parser, main
 from export.precision import PRECISIONS
 from export.verification import Agreement, Prediction, table
 from gpu_server import GpuServer
-from split_model import AdapterError, ModelError
+from storage import AdapterError, ModelError
 
 TARGETS = ("c_attn", "c_proj", "c_fc")
 

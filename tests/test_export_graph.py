@@ -20,7 +20,8 @@ from export.graph import Graph
 from export.precision import PRECISIONS, Precision
 from export.quantisation import BlockFormat, quantise
 from export.weights import StoredWeights, Weights
-from split_model import ModelConfig, PretrainedModel, load_tokenizer
+from split_model import ModelConfig, PretrainedModel
+from storage import load_tokenizer
 
 TARGETS = ("c_attn", "c_proj", "c_fc")
 SHAPES: dict[str, dict[str, Any]] = {

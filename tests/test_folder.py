@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from export.cli import main as export_main
-from split_model import Folder, ModelError, PretrainedModel, shown
+from split_model import PretrainedModel
+from storage import Folder, ModelError, shown
 
 
 class WrongFolder(ValueError):

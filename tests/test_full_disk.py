@@ -11,10 +11,10 @@ import pytest
 from conftest import run_in_thread, run_split
 
 import edge_client.place
-import split_model.kept_samples
+import storage.activation_cache
 from edge_client import EdgeClient, StateError
 from gpu_server import GpuServer, RunEndedEarly
-from split_model import replace_file
+from storage import replace_file
 
 STEPS = 6
 
@@ -52,7 +52,7 @@ def refuse_write(monkeypatch: pytest.MonkeyPatch, state_dir: Path, number: int, 
         replace_file(path, data, **options)
 
     monkeypatch.setattr(edge_client.place, "replace_file", write)
-    monkeypatch.setattr(split_model.kept_samples, "replace_file", write)
+    monkeypatch.setattr(storage.activation_cache, "replace_file", write)
     return written
 
 

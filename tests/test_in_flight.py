@@ -11,7 +11,8 @@ from conftest import run_split
 from edge_client.data import Dataset
 from edge_client.engine import TorchEngine
 from gpu_server.torch_engine import TorchEngine as ServerEngine
-from split_model import PretrainedModel, load_tokenizer
+from split_model import PretrainedModel
+from storage import load_tokenizer
 
 CODECS = ("float32", "bfloat16", "int8", "int4", "delta")
 

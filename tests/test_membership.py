@@ -30,7 +30,7 @@ from protocol import (
     Start,
     Welcome,
 )
-from split_model import SampleFolder
+from storage import CacheFolder
 
 TENSORS = {"m": np.zeros((2, 2), np.float32)}
 VALUES = np.zeros((2, 4), np.float32)
@@ -202,7 +202,7 @@ def test_it_says_at_which_step_it_stands(world: MakeWorld) -> None:
 def test_it_says_which_versions_of_samples_it_has(world: MakeWorld, tmp_path: Path) -> None:
     here = world([welcome(), start(), LOST], [welcome(), start(), gradient(1)])
     member = here.member()
-    member.kept = SampleFolder(tmp_path / "samples", 10**6)
+    member.kept = CacheFolder(tmp_path / "samples", 10**6)
     member.start(JOIN)
     member.kept.keep(4, 0, {0: (0, np.zeros((2, 3), np.uint16))})
     member.kept.confirm(4, 0)

@@ -15,7 +15,7 @@ from edge_client.enrolment import state_folder
 from edge_client.exported_model import ExportedModelError
 from gpu_server import GpuServer
 from gpu_server.door import enrolments_of
-from split_model import ModelError
+from storage import ModelError
 
 
 @pytest.fixture(autouse=True)

@@ -47,7 +47,7 @@ from protocol.settings import BOUNDS
 from split_model import PretrainedModel
 from split_model.optimisation import OptimiserConfig, adamw, take_step
 from split_model.pretrained_model import ModelConfig
-from split_model.tokenizer import tokenizer_digest
+from storage.tokenizer import tokenizer_digest
 
 DOCUMENT = (Path(__file__).parent.parent / "PROTOCOL.md").read_text(encoding="utf-8")
 KINDS = {kind.__name__: kind for kind in get_args(Message)}

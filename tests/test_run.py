@@ -18,7 +18,8 @@ from edge_client.data import Dataset
 from edge_client.engine import TorchEngine
 from gpu_server import GpuServer
 from gpu_server.torch_engine import TorchEngine as ServerEngine
-from split_model import PretrainedModel, load_tokenizer
+from split_model import PretrainedModel
+from storage import load_tokenizer
 
 
 def options(model: Path, run_dir: Path, **more: Any) -> dict[str, Any]:

@@ -15,21 +15,20 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import get_linear_schedule_with_warmup
 
+from protocol import derive_seed
 from split_model import (
     EdgePart,
     LoraConfig,
-    ModelError,
     PretrainedModel,
     ServerPart,
     continue_greedily,
-    derive_seed,
-    find_model,
     initial_adapter,
     load_adapter,
     save_adapter,
 )
 from split_model.loss import CHUNK_ROWS, summed_cross_entropy
 from split_model.packing import Packing, labelled_positions
+from storage import ModelError, find_model
 
 LORA = LoraConfig(rank=2, alpha=4.0, targets=("c_attn", "c_proj", "c_fc"))
 PLACED: dict[str, Any] = {"weight_dtype": torch.float64, "device": torch.device("cpu")}

@@ -10,8 +10,9 @@ from conftest import make_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import AutoTokenizer
 
-from split_model import ModelError, PretrainedModel, encode, load_tokenizer
-from split_model.tokenizer import tokenizer_digest
+from split_model import PretrainedModel
+from storage import ModelError, encode, load_tokenizer
+from storage.tokenizer import tokenizer_digest
 
 TEXTS = [
     "<|user|>a pub near the river<|bot|>",

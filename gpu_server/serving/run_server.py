@@ -36,10 +36,12 @@ from protocol import (
     Session,
     Side,
     State,
+    TrainingDiverged,
     compressed_bound,
     largest_message_bytes,
 )
-from split_model import Adapter, ModelError, SampleFolder, TrainingDiverged
+from split_model import Adapter
+from storage import CacheFolder, ModelError
 from terminal import count, duration, listed, version
 
 from ..config import ConfigError, codec_name
@@ -211,7 +213,7 @@ class RunServer:
         report: Callable[[StepRecord], None],
         keep: Callable[[int, dict[str, Any], Adapter], None],
         save: Callable[[], None],
-        kept: Callable[[str], SampleFolder] | None,
+        kept: Callable[[str], CacheFolder] | None,
     ) -> None:
         self._federation, self._compute, self._door = federation, compute, door
         self._model_name, self._linger = model_name, linger
@@ -426,7 +428,7 @@ class RunServer:
             self._call(self._fail, failure)
             return None
 
-    def _kept_with(self, name: str, join: Join) -> SampleFolder:
+    def _kept_with(self, name: str, join: Join) -> CacheFolder:
         """A client's samples, without what only this side knows to count, or has not heard to be taken back."""
         assert self._kept is not None
         kept = self._kept(name)

@@ -1,6 +1,6 @@
 """What can be wrong with a model or an adapter that a user names."""
 
-__all__ = ["AdapterError", "ModelError", "TrainingDiverged"]
+__all__ = ["AdapterError", "ModelError"]
 
 
 class ModelError(ValueError):
@@ -9,7 +9,3 @@ class ModelError(ValueError):
 
 class AdapterError(ValueError):
     """An adapter folder or LoRA setting that does not fit; the message says why and what to do."""
-
-
-class TrainingDiverged(ArithmeticError):
-    """Activations or losses are no longer finite numbers."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .atomic_file import replace_file
 
-__all__ = ["SampleFolder"]
+__all__ = ["CacheFolder"]
 
 Rows = NDArray[np.uint16]
 """Of one sample: (n, d) bfloat16."""
@@ -27,7 +27,7 @@ SINCE = "since"
 DAMAGE = (OSError, EOFError, ValueError, zipfile.BadZipFile)
 
 
-class SampleFolder:
+class CacheFolder:
     """
     One client's samples, a file for each micro-batch; see `protocol.KeptSamples`. The system's page cache keeps in memory
     what there is room for. Threads may share it.

@@ -1,0 +1,28 @@
+"""The files of a run and of a stranger's model or adapter, read and written without torch. Knows nothing of networks."""
+
+from .activation_cache import CacheFolder
+from .adapter_settings import AdapterSettings
+from .atomic_file import remove_unfinished, replace_file
+from .errors import AdapterError, ModelError
+from .fingerprint import fingerprint, part_that_differs
+from .folder import Folder, shown
+from .model_folder import FILES_BESIDE_WEIGHTS, find_model, is_hub_name
+from .tokenizer import encode, load_tokenizer
+
+__all__ = [
+    "FILES_BESIDE_WEIGHTS",
+    "AdapterError",
+    "AdapterSettings",
+    "CacheFolder",
+    "Folder",
+    "ModelError",
+    "encode",
+    "find_model",
+    "fingerprint",
+    "is_hub_name",
+    "load_tokenizer",
+    "part_that_differs",
+    "remove_unfinished",
+    "replace_file",
+    "shown",
+]

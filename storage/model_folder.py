@@ -1,0 +1,43 @@
+"""Where a model that a user names lies, and which of its files are wanted. No file of it is read here."""
+
+import re
+from pathlib import Path
+
+from .errors import ModelError
+from .tokenizer import TOKENIZER_FILES
+
+__all__ = ["CONFIG_FILE", "FILES_BESIDE_WEIGHTS", "INDEX_FILE", "WEIGHTS_FILE", "find_model", "is_hub_name"]
+
+CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+FILES_OF_WEIGHTS = (CONFIG_FILE, "model*.safetensors", INDEX_FILE)
+FILES_BESIDE_WEIGHTS = (*TOKENIZER_FILES, "generation_config.json", "chat_template.jinja")
+"""What of a model folder other programs want besides its weights and its configuration."""
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a model can have this name on the Hugging Face hub."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
+
+
+def find_model(name: str) -> Path:
+    """
+    The folder of a model: ``name`` itself if it is one, else fetched from the Hugging Face hub (only the files needed).
+
+    Raises:
+        ModelError: neither a folder nor a model the hub gives us.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelError(f"{folder} is a file; a model is a folder with config.json and model.safetensors")
+    if not is_hub_name(name):
+        raise ModelError(f"no model folder at {folder}")
+    from huggingface_hub import snapshot_download  # a slow import that a local folder does not need
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*FILES_OF_WEIGHTS, *FILES_BESIDE_WEIGHTS]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"{name!r} is no folder here, and the Hugging Face hub did not give it: {reason}") from None
