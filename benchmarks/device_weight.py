@@ -15,7 +15,7 @@ from pathlib import Path
 import contestants
 from packaging.requirements import Requirement
 
-from edge_client.memory import process_memory
+from edge_client.generation import process_memory
 from gpu_server import GpuServer
 from gpu_server.federation import Action, Federation
 from protocol import Activations, Message

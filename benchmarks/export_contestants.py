@@ -59,9 +59,9 @@ def measure(continue_prompt: Continue, seed: int) -> tuple[float, float]:
 
 def exported(precision: str) -> Callable[[Path], Callable[[], Continue]]:
     def contestant(folder: Path) -> Callable[[], Continue]:
-        from edge_client.decoder import Decoder
-        from edge_client.exported_model import ExportedModel
-        from edge_client.prepared import PACKED, find_prepared
+        from edge_client.generation import ExportedModel
+        from edge_client.generation.decoder import Decoder
+        from edge_client.generation.prepared import PACKED, find_prepared
 
         name = precision.removesuffix(" prepared")
         model = ExportedModel.open(folder)
@@ -79,7 +79,7 @@ def exported(precision: str) -> Callable[[Path], Callable[[], Continue]]:
 
 def foreign(path: Path) -> Callable[[], Continue]:
     """Another exporter's graph, run as ours are: keys and values stay where they are and are not copied to numpy."""
-    from edge_client.decoder import Decoder
+    from edge_client.generation.decoder import Decoder
 
     return lambda: decoded(Decoder([path], shares_buffer=False, num_threads=THREADS))
 

@@ -17,7 +17,7 @@ import contestants
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_client.memory import process_memory
+from edge_client.generation import process_memory
 from export.checkpoint import write_checkpoint
 from split_model import ModelConfig
 

@@ -23,8 +23,7 @@ from pathlib import Path
 import contestants
 from export_contestants import NEW_TOKENS, PROMPT_TOKENS
 
-from edge_client.exported_model import ExportedModel
-from edge_client.prepared import prepare
+from edge_client.generation import ExportedModel, prepare
 from terminal import Progress
 
 HERE = Path(__file__).parent

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import contestants  # first: it finds the tests' modules
 
-from edge_client.memory import process_memory
+from edge_client.generation import process_memory
 
 FRAMES, SECONDS, CHUNK = 1_500_000, 240.0, 2_000
 

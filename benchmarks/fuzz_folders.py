@@ -24,7 +24,7 @@ from pathlib import Path
 import contestants  # first: it finds the tests' modules
 from fuzz import resident
 
-from edge_client.memory import process_memory
+from edge_client.generation import process_memory
 
 MUTANTS, WARM = 100_000, 2_000
 MEMORY = 2 << 30

@@ -30,7 +30,7 @@ import contestants  # first: it finds the tests' modules
 import numpy as np
 
 from edge_client.connection import Connection
-from edge_client.memory import process_memory
+from edge_client.generation import process_memory
 from protocol import (
     ActivationGradient,
     Activations,

@@ -31,7 +31,7 @@ from disturbance import Link, Plan
 from ports import free_port
 
 from edge_client import EdgeClient, membership
-from edge_client.memory import process_memory
+from edge_client.generation import process_memory
 from gpu_server import GpuServer
 from terminal import Progress
 

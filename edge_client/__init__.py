@@ -6,10 +6,8 @@ if TYPE_CHECKING:
     from .client import EdgeClient
     from .connection import ConnectionFailed, Refused
     from .data import DataError
-    from .decoder import RuntimeMissing
     from .enrolment import EnrolmentError
-    from .exported_model import ExportedModelError
-    from .generation import GenerationError, Generator, Sampling
+    from .generation import ExportedModelError, GenerationError, Generator, RuntimeMissing, Sampling
     from .pinning import CertificateChanged
     from .place import StateError
     from .status import ServerStatus, ping
@@ -40,11 +38,11 @@ _HOMES = {
     "ConnectionFailed": "connection",
     "DataError": "data",
     "EdgeClient": "client",
-    "ExportedModelError": "exported_model",
+    "ExportedModelError": "generation",
     "GenerationError": "generation",
     "Generator": "generation",
     "Refused": "connection",
-    "RuntimeMissing": "decoder",
+    "RuntimeMissing": "generation",
     "Sampling": "generation",
     "ServerStatus": "status",
     "Step": "training",

@@ -308,8 +308,7 @@ def _collect(pieces: Iterator[str], generator: "Generator", max_new_tokens: int)
 
 
 def run_prepare(options: argparse.Namespace) -> None:
-    from .exported_model import ExportedModel
-    from .prepared import precisions_to_prepare, prepare
+    from .generation import ExportedModel, precisions_to_prepare, prepare
 
     model = ExportedModel.open(user_path(options.folder))
     with Progress(len(precisions_to_prepare(model)), unit="precision") as progress:
@@ -319,7 +318,7 @@ def run_prepare(options: argparse.Namespace) -> None:
 
 
 def _figures(speed: "Speed") -> str:
-    from .memory import process_memory
+    from .generation import process_memory
 
     peak = process_memory("VmHWM")
     return (
@@ -374,9 +373,7 @@ def _errors_of_ping() -> tuple[type[Exception], ...]:
 
 
 def _errors_of_generate() -> tuple[type[Exception], ...]:
-    from .decoder import RuntimeMissing
-    from .exported_model import ExportedModelError
-    from .generation import GenerationError
+    from .generation import ExportedModelError, GenerationError, RuntimeMissing
 
     return (ExportedModelError, GenerationError, RuntimeMissing)
 

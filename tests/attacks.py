@@ -27,7 +27,7 @@ from ports import free_port
 
 from edge_client import EdgeClient
 from edge_client.enrolment import store
-from edge_client.memory import process_memory
+from edge_client.generation import process_memory
 from gpu_server.door import enrolments_of, invite
 from protocol import (
     ActivationGradient,

@@ -22,8 +22,7 @@ import export.cli
 import gpu_server.cli
 from edge_client import Generator
 from edge_client.data import Dataset
-from edge_client.exported_model import ExportedModel
-from edge_client.prepared import prepare
+from edge_client.generation import ExportedModel, prepare
 from export import export_onnx, merge, verify
 from export.exported_model import Manifest
 from export.peft_merge import load_with_transformers

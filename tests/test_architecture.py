@@ -22,10 +22,12 @@ MAY_IMPORT = {
     },
     "gpu_server": OURS | {"cryptography", "filelock", "numpy", "safetensors", "tomli", "torch", "websockets"},
 }
+# Within a package: a room that may import its own modules and these of others, and nothing else of the package around it.
+ROOMS = {"edge_client/generation": {"numpy", "onnxruntime", "storage", "terminal", "tokenizers"}}
 ONLY_IN = {
     "websockets": {"edge_client/connection.py", "gpu_server/serving/run_server.py"},
     "asyncio": {"gpu_server/serving/run_server.py"},
-    "onnxruntime": {"edge_client/decoder.py", "export/exported_model.py", "export/onnx_folder.py"},
+    "onnxruntime": {"edge_client/generation/decoder.py", "export/exported_model.py", "export/onnx_folder.py"},
     "peft": {"export/peft_merge.py"},
     "transformers": {"export/peft_merge.py"},
 }
@@ -45,6 +47,16 @@ def test_package_imports_only_what_its_row_allows(package: str) -> None:
     assert files
     for file in files:
         assert imported_by(file) - STDLIB <= MAY_IMPORT[package] | {package}, file
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_of_a_package_imports_nothing_else_of_the_package(room: str) -> None:
+    files = list((REPOSITORY / room).glob("*.py"))
+    assert files
+    for file in files:
+        assert imported_by(file) - STDLIB <= ROOMS[room], file
+        around = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
+        assert all(node.level < 2 for node in around), file
 
 
 @pytest.mark.parametrize("library", ONLY_IN)

@@ -23,7 +23,8 @@ from transformers.generation.logits_process import TopPLogitsWarper
 from edge_client import ExportedModelError, GenerationError, Generator, Sampling
 from edge_client.cli import main
 from edge_client.data import Dataset
-from edge_client.exported_model import ExportedModel
+from edge_client.generation import ExportedModel
+from edge_client.generation.generator import choose_precision
 from export import export_onnx
 from export.cli import main as export_main
 from split_model import LoraConfig, PretrainedModel, initial_adapter, save_adapter
@@ -206,14 +207,12 @@ def test_small_temperature_and_small_nucleus_are_greedy() -> None:
 
 
 def test_automatic_precision_is_eight_bits_unless_memory_is_short(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edge_client import generation
-
     model = ExportedModel.open(exported)
     sizes = {name: sum(graphs.num_bytes.values()) for name, graphs in model.precisions.items()}
     assert sizes["q4"] < sizes["q8"] < sizes["fp32"]
     for room, expected in ((10**12, "q8"), (None, "q8"), (3 * sizes["q4"] + 1, "q4"), (1, "q4")):
-        monkeypatch.setattr(generation, "available_memory", lambda room=room: room)
-        precision, reason = generation.choose_precision(model)
+        monkeypatch.setattr("edge_client.generation.generator.available_memory", lambda room=room: room)
+        precision, reason = choose_precision(model)
         assert precision == expected, reason
         assert ("memory" in reason) == (expected == "q4")
 

@@ -12,7 +12,7 @@ import export.cli
 import gpu_server.cli
 from edge_client import EdgeClient, EnrolmentError, Generator
 from edge_client.enrolment import state_folder
-from edge_client.exported_model import ExportedModelError
+from edge_client.generation import ExportedModelError
 from gpu_server import GpuServer
 from gpu_server.door import enrolments_of
 from storage import ModelError
