@@ -22,7 +22,7 @@ from .connection import ConnectionFailed, Refused
 from .data import DataError, Dataset
 from .engine import TorchEngine
 from .enrolment import state_folder, store
-from .membership import Membership, Moved
+from .membership import Membership, Redirected
 from .patience import Patience, reason_to_wait
 from .place import Place
 from .status import ping
@@ -160,7 +160,7 @@ class EdgeClient:
         try:
             self.dtype, self.choice = self._choose_dtype()
             self._place.keep(self.welcome, self.dtype, self._hub_name)
-            self._membership.kept = self._samples()
+            self._activation_cache = self._samples()
             self._engine = TorchEngine(self._model, self.welcome.settings, self._device, self.dtype)
         except BaseException as error:
             self.__exit__(type(error), error, None)
@@ -195,18 +195,16 @@ class EdgeClient:
         """Wait until the run starts, with all of its clients. `train` and `perplexity` do it themselves."""
         if self._start is None:
             longest = max(data.longest for data in (self.data, self.eval_data) if data is not None)
-            membership, join = (
-                self._membership,
-                Join(num_samples=len(self.data.samples), batch_size=self.batch_size, longest=longest),
-            )
-            membership.largest_message = largest_message_bytes(
+            largest_message = largest_message_bytes(
                 rows=self.batch_size * longest,
                 width=self._model.config.width,
                 precision=self.welcome.settings.precision,
                 adapter_elements=self._engine.num_adapter_elements,
             )
-            membership.step = self._place.last_step()
-            self._go_to(membership.start(join))
+            join = Join(num_samples=len(self.data.samples), batch_size=self.batch_size, longest=longest)
+            self._membership.position.step = self._place.last_step()
+            cache = self._activation_cache
+            self._go_to(self._membership.start(join, largest_message=largest_message, activation_cache=cache))
         assert self._start is not None
         return self._start
 
@@ -245,8 +243,8 @@ class EdgeClient:
                     if on_batch is not None:
                         on_batch(found)
                 return found
-            except Moved as moved:  # the server has gone back to a checkpoint: begin again with its adapter
-                self._go_to(moved.start)
+            except Redirected as redirected:  # the server has gone back to a checkpoint: begin again with its adapter
+                self._go_to(redirected.start)
 
     def _go_to(self, start: Start) -> None:
         self._start = start

@@ -1,4 +1,4 @@
-"""A device that waits long for an answer says so: for whom, and how long, again and again at growing distances."""
+"""A device that waits long for an answer says for whom and how long, and repeats that at growing distances."""
 
 import logging
 import threading
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from protocol import Ping, Pong, RemoteProtocolError
-from terminal import count, duration, listed, plain
+from terminal import Reminders, count, duration, listed, plain
 
 from .connection import ConnectionFailed, Dial, Refused
 from .pinning import CertificateChanged
@@ -16,26 +16,27 @@ __all__ = ["Patience", "reason_to_wait"]
 
 logger = logging.getLogger("edge_client")
 
-FIRST_TOLD = 10.0  # seconds
-TIMES_LATER = 3.0  # after 10 s, 30 s, 90 s, ...
-LONGEST_BETWEEN = 3600.0
+REMINDERS = Reminders(first=10.0, times_later=3.0, longest_between=3600.0)  # after 10 s, 30 s, 90 s, ..., then every hour
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_ANSWER = 10.0
 
 
 class Patience:
     """
-    Entered while this device does nothing but wait for the server.
+    Entered while this device does nothing but wait for an answer of the server.
 
     Args:
-        reason: says what for; asked by another thread, since it may take a while.
+        reason: says what the server is waiting for. It is called on a thread of its own, since it asks the server on a second
+            connection, which may take a while.
         clock: gives seconds.
     """
 
     def __init__(self, reason: Callable[[], str], clock: Callable[[], float] = time.monotonic) -> None:
         self._reason, self._clock = reason, clock
         self._since: float | None = None
+        """When the present wait began; None while nothing is waited for."""
         self._told_after = 0.0
+        """Seconds that the present wait had lasted when it was last reported; 0 if it has not been."""
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="patience", daemon=True)
 
@@ -46,26 +47,22 @@ class Patience:
         self._since = None
 
     def begin(self) -> None:
-        """Watch, until `close`."""
+        """Look once a second, on a thread of its own, until `close`."""
         self._thread.start()
 
     def close(self) -> None:
         self._closed.set()
 
     def look(self) -> None:
-        """Tell, if it is time."""
+        """Report the present wait, if it is time to."""
         since = self._since
-        if since is None or self._clock() - since < self._next():
+        if since is None or self._clock() - since < REMINDERS.next_after(self._told_after):
             return
         reason = self._reason()
         if self._since != since:
-            return  # the answer has come meanwhile
+            return  # the answer came while the server was asked for the reason
         self._told_after = self._clock() - since
         logger.info("this device has waited %s: %s", duration(self._told_after), reason)
-
-    def _next(self) -> float:
-        """Seconds of waiting after which to tell."""
-        return max(FIRST_TOLD, min(TIMES_LATER * self._told_after, self._told_after + LONGEST_BETWEEN))
 
     def _watch(self) -> None:
         while not self._closed.wait(SECONDS_BETWEEN_LOOKS):
@@ -73,12 +70,12 @@ class Patience:
 
 
 def reason_to_wait(dial: Dial, own_name: str) -> str:
-    """What the run waits for, as its server says on another connection."""
+    """What the run waits for, as the server says when it is asked on a second connection."""
     try:
         with dial() as connection:
             pong = connection.exchange(Ping(), Pong, within=SECONDS_TO_ANSWER)
     except (ConnectionFailed, Refused, RemoteProtocolError, CertificateChanged) as error:
-        return f"the server answers no second connection either: {error}"
+        return f"the server cannot be asked why, a second connection to it fails: {error}"
     others = [name for name in pong.waiting_for if name != own_name]
     if others:
         return f"the run waits for {plain(listed(others))} (silent for {duration(pong.waiting_seconds)})"

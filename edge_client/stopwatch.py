@@ -21,11 +21,18 @@ class Stopwatch:
         self.now = now
         self._began = now()
         self._spent = Seconds()
+        self._lap_began = Seconds()
 
     def read(self) -> Seconds:
         """All until now."""
         others = sum(vars(self._spent).values())
         return replace(self._spent, edge_compute=max(0.0, self.now() - self._began - others))
+
+    def lap(self) -> Seconds:
+        """The time since `lap` was called last; a new lap begins."""
+        now, before = self.read(), self._lap_began
+        self._lap_began = now
+        return difference(now, before)
 
     def add(self, **seconds: float) -> None:
         """So much for parts of `Seconds`."""

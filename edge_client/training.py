@@ -26,7 +26,7 @@ from protocol import (
 
 from .data import Batch, Dataset, pack
 from .engine import TorchEngine
-from .membership import Membership, Moved
+from .membership import Membership, Redirected
 from .place import Place, SavedStep
 from .stopwatch import difference
 
@@ -91,7 +91,7 @@ def train(
             yield Activations(
                 step=step,
                 micro_batch=number,
-                seconds=membership.seconds_to_tell(),
+                seconds=membership.stopwatch.lap(),
                 lengths=batch.lengths,
                 label_counts=batch.label_counts,
                 labels=batch.labels,
@@ -101,7 +101,7 @@ def train(
 
     def contribute(step: int, kind: type[AdapterGradient | AdapterWeights], tensors: Tensors) -> None:
         """Exchange what this device adds for the adapter that everybody goes on with."""
-        summand = kind(step=step, seconds=membership.seconds_to_tell(), tensors=tensors)
+        summand = kind(step=step, seconds=membership.stopwatch.lap(), tensors=tensors)
         answer = membership.exchange(summand, EdgeAdapter)
         if answer.step < step or (answer.step > step and step != last_step()):  # whose data has ended, gets the round's
             raise RemoteProtocolError(f"expected the adapter of step {step}, got that of step {answer.step}")
@@ -124,7 +124,7 @@ def train(
             if settings.aggregate_every == 1:
                 # The server sums the gradients of all clients and takes the step for everybody.
                 contribute(step, AdapterGradient, engine.gradients())
-                membership.step = step
+                membership.position.step = step
             else:
                 # Every client steps by itself; at a round's end the adapters are averaged.
                 engine.take_step(settings.learning_rate_at(step, start.total_steps))
@@ -141,8 +141,8 @@ def train(
         try:
             yield from steps_after(start)
             end = membership.exchange(Done(step=last_step()), RunEnd)
-        except Moved as moved:
-            start = moved.start
+        except Redirected as redirected:
+            start = redirected.start
         else:
             engine.load_adapter(end.tensors)
             return
@@ -168,15 +168,15 @@ def _go_to(start: Start, engine: TorchEngine, membership: Membership, place: Pla
         engine.forget()
     if saved is None or not saved.is_of_round(start, restarts):
         engine.load_adapter(start.adapter)
-    membership.step = start.step
+    membership.position.step = start.step
     return itinerary.resume(start, restarts, saved)
 
 
 def _keep_step(step: int, engine: TorchEngine, membership: Membership, place: Place, *, is_round_end: bool) -> None:
     """Before the next question: an answer is kept by the server only until then."""
-    saved = SavedStep(step=step, round=membership.round, restarts=membership.welcome.restarts, state=engine.state())
-    place.save(saved, keep_from=membership.checkpoint, is_round_end=is_round_end)
-    membership.step = step
+    saved = SavedStep(step=step, round=membership.position.round, restarts=membership.welcome.restarts, state=engine.state())
+    place.save(saved, keep_from=membership.position.checkpoint, is_round_end=is_round_end)
+    membership.position.step = step
 
 
 def perplexity(membership: Membership, engine: TorchEngine, data: Dataset, batch_size: int) -> Iterator[float]:
@@ -186,7 +186,7 @@ def perplexity(membership: Membership, engine: TorchEngine, data: Dataset, batch
     Gives the estimate after every batch; the last one is the perplexity of all data.
 
     Raises:
-        Moved: the server has gone back to a checkpoint meanwhile: the batches before had another adapter.
+        Redirected: the server has gone back to a checkpoint meanwhile: the batches before had another adapter.
     """
     summed_loss, num_labels = 0.0, 0
     for index in range(data.num_batches(batch_size)):

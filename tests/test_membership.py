@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from protocol_samples import SETTINGS
 
-from edge_client import membership
 from edge_client.connection import ConnectionFailed, Refused
-from edge_client.membership import Membership, Moved
+from edge_client.membership import Membership, Redirected
 from edge_client.stopwatch import Stopwatch
 from protocol import (
     ActivationGradient,
@@ -36,7 +35,7 @@ TENSORS = {"m": np.zeros((2, 2), np.float32)}
 VALUES = np.zeros((2, 4), np.float32)
 HELLO = Hello(name="a", fingerprint="f")
 JOIN = Join(num_samples=4, batch_size=1, longest=2)
-Reply = Message | Exception
+Reply = Message | Exception | Callable[[], Message]
 
 
 def welcome(**fields: Any) -> Welcome:
@@ -68,7 +67,7 @@ LOST = ConnectionFailed("lost")
 
 
 class FakeConnection:
-    """Answers from a list; an exception in it is raised."""
+    """Answers from a list; an exception in it is raised, a function in it is called."""
 
     url = "ws://here"
 
@@ -94,7 +93,7 @@ class FakeConnection:
         reply = self._replies.pop(0)
         if isinstance(reply, Exception):
             raise reply
-        return reply
+        return reply() if callable(reply) else reply
 
     def abandon(self) -> None:
         self.abandoned = True
@@ -106,12 +105,11 @@ class FakeConnection:
 class World:
     """Connections to be had, in this order; an exception is a dial that fails. Time passes when somebody sleeps."""
 
-    def __init__(self, monkeypatch: Any, *connections: list[Reply] | Exception) -> None:
+    def __init__(self, *connections: list[Reply] | Exception) -> None:
         self.now = 0.0
         self.slept: list[float] = []
         self.made: list[FakeConnection] = []
         self._connections = list(connections)
-        monkeypatch.setattr(membership.time, "monotonic", lambda: self.now)
 
     def dial(self) -> Any:
         # A world without connections left stays so.
@@ -126,15 +124,15 @@ class World:
         self.now += seconds
 
     def member(self, **options: Any) -> Membership:
-        return Membership(self.dial, HELLO, sleep=self.sleep, **options)
+        return Membership(self.dial, HELLO, sleep=self.sleep, clock=lambda: self.now, **options)
 
 
 MakeWorld = Callable[..., World]
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> MakeWorld:
-    return lambda *connections: World(monkeypatch, *connections)
+def world() -> MakeWorld:
+    return World
 
 
 def test_waits_double_up_to_half_a_minute_and_are_never_twice_the_same(world: MakeWorld) -> None:
@@ -193,7 +191,7 @@ def test_it_says_at_which_step_it_stands(world: MakeWorld) -> None:
     here = world([welcome(), start(), LOST], [welcome(), start(3), gradient(4)])
     member = here.member()
     member.start(JOIN)
-    member.step, member.round = 3, 3
+    member.position.step, member.position.round = 3, 3
     member.exchange(activations(4), ActivationGradient)
     joined = [message.step for connection in here.made for message in connection.asked if isinstance(message, Join)]
     assert joined == [0, 3]
@@ -202,10 +200,10 @@ def test_it_says_at_which_step_it_stands(world: MakeWorld) -> None:
 def test_it_says_which_versions_of_samples_it_has(world: MakeWorld, tmp_path: Path) -> None:
     here = world([welcome(), start(), LOST], [welcome(), start(), gradient(1)])
     member = here.member()
-    member.kept = CacheFolder(tmp_path / "samples", 10**6)
-    member.start(JOIN)
-    member.kept.keep(4, 0, {0: (0, np.zeros((2, 3), np.uint16))})
-    member.kept.confirm(4, 0)
+    cache = CacheFolder(tmp_path / "samples", 10**6)
+    member.start(JOIN, activation_cache=cache)
+    cache.keep(4, 0, {0: (0, np.zeros((2, 3), np.uint16))})
+    cache.confirm(4, 0)
     member.exchange(activations(1), ActivationGradient)
     joined = [message.kept for connection in here.made for message in connection.asked if isinstance(message, Join)]
     assert joined == [0, 4]
@@ -216,7 +214,7 @@ def test_run_that_has_gone_on_tells_the_device_where_to(world: MakeWorld, moved:
     here = world([welcome(), start(), LOST], [welcome(), moved])
     member = here.member()
     member.start(JOIN)
-    with pytest.raises(Moved) as caught:
+    with pytest.raises(Redirected) as caught:
         member.exchange(activations(1), ActivationGradient)
     assert caught.value.start is moved
 
@@ -225,7 +223,7 @@ def test_server_that_was_started_again_moves_the_device_even_to_where_it_stands(
     here = world([welcome(), start(), LOST], [welcome(restarts=1), start()])
     member = here.member()
     member.start(JOIN)
-    with pytest.raises(Moved):
+    with pytest.raises(Redirected):
         member.exchange(activations(1), ActivationGradient)
 
 
@@ -250,7 +248,7 @@ def test_run_that_went_on_during_an_evaluation_moves_the_device_at_its_next_step
     member = here.member()
     member.start(JOIN)
     member.exchange(evaluation(1), EvaluationLoss)
-    with pytest.raises(Moved, match="go on after step 1"):
+    with pytest.raises(Redirected, match="go on after step 1"):
         member.exchange(activations(1), ActivationGradient)
     assert not any(isinstance(message, Activations) for message in here.made[1].asked)
 
@@ -260,10 +258,10 @@ def test_going_back_during_an_evaluation_is_not_forgotten_when_the_link_is_lost_
     here = world([welcome(), start(), LOST], [back, start(), LOST], [back, start(), LOSS])
     member = here.member()
     member.start(JOIN)
-    with pytest.raises(Moved):
+    with pytest.raises(Redirected):
         member.exchange(evaluation(1), EvaluationLoss)
     member.exchange(evaluation(2), EvaluationLoss)
-    with pytest.raises(Moved):
+    with pytest.raises(Redirected):
         member.exchange(activations(1), ActivationGradient)
 
 
@@ -271,7 +269,7 @@ def test_start_instead_of_an_answer_moves_the_device(world: MakeWorld) -> None:
     here = world([welcome(), start(), start(7)])
     member = here.member()
     member.start(JOIN)
-    with pytest.raises(Moved, match="go on after step 7"):
+    with pytest.raises(Redirected, match="go on after step 7"):
         member.exchange(activations(1), ActivationGradient)
 
 
@@ -350,16 +348,14 @@ def test_server_that_welcomes_and_is_gone_is_given_up_in_the_end(world: MakeWorl
 
 def test_time_with_a_connection_is_not_counted_as_time_without(world: MakeWorld) -> None:
     """The others may be long in coming."""
-    here = world([welcome(), start(), LOST], [welcome(), LOST], [welcome(), start(), gradient(1)])
+
+    def lost_after_a_long_wait() -> Message:
+        here.now += 1000.0
+        raise LOST
+
+    here = world([welcome(), start(), LOST], [welcome(), lost_after_a_long_wait], [welcome(), start(), gradient(1)])
     member = here.member(give_up_after=100.0)
     member.start(JOIN)
-    enter = member._enter
-
-    def enter_and_wait(connection: Any) -> Start:
-        here.now += 1000.0
-        return enter(connection)
-
-    member._enter = enter_and_wait  # type: ignore[method-assign]
     assert member.exchange(activations(1), ActivationGradient).step == 1
 
 
@@ -391,7 +387,7 @@ def test_run_may_be_longer_after_a_restart_where_its_rate_is_constant(
     here = world([welcome(settings=before), start(), LOST], [back, start(3)])
     member = here.member()
     member.start(JOIN)
-    with pytest.raises(Moved if is_allowed else RemoteProtocolError):
+    with pytest.raises(Redirected if is_allowed else RemoteProtocolError):
         member.exchange(activations(1), ActivationGradient)
     assert member.welcome.settings.steps == (steps if is_allowed else 100)
 
@@ -417,7 +413,7 @@ def test_it_remembers_what_the_server_may_go_back_to(world: MakeWorld) -> None:
     found = []
     for _ in answers:
         member.exchange(activations(1), EdgeAdapter)
-        found.append((member.round, member.checkpoint))
+        found.append((member.position.round, member.position.checkpoint))
     assert found == [(2, 1), (4, 3), (6, 3)]
 
 
@@ -468,14 +464,13 @@ def test_all_open_questions_are_asked_again_in_their_order(world: MakeWorld) -> 
 
 def test_time_of_an_evaluation_is_told_of_no_step(world: MakeWorld) -> None:
     here = world([welcome(), start(), EvaluationLoss(index=1, summed_loss=1.0), gradient(1)])
-    member = here.member()
     now = [0.0]
-    member.stopwatch = Stopwatch(lambda: now[0])
+    member = here.member(stopwatch=Stopwatch(lambda: now[0]))
     member.start(JOIN)
     now[0] = 5.0
     member.exchange(evaluation(1), EvaluationLoss)
     now[0] = 7.0
-    assert member.seconds_to_tell().edge_compute == pytest.approx(2.0)
+    assert member.stopwatch.lap().edge_compute == pytest.approx(2.0)
 
 
 def test_run_of_another_model_is_not_entered(world: MakeWorld) -> None:
@@ -496,7 +491,7 @@ def test_steps_that_were_missed_are_said(world: MakeWorld, caplog: pytest.LogCap
     member.start(JOIN)
     with caplog.at_level(logging.INFO, "edge_client"):
         for step in (1, 4, 5):
-            with pytest.raises(Moved):
+            with pytest.raises(Redirected):
                 member.exchange(activations(step), ActivationGradient)
     assert [record.getMessage() for record in caplog.records] == [
         "the run has gone on without this device, which has missed steps 1 to 3",

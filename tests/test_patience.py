@@ -106,4 +106,6 @@ def test_reasons_come_from_the_server(tiny_model: Path, tmp_path: Path, pairs_fi
     def gone() -> None:
         raise ConnectionFailed("no server at ws://here")
 
-    assert reason_to_wait(gone, "a") == "the server answers no second connection either: no server at ws://here"  # type: ignore[arg-type]
+    assert (
+        reason_to_wait(gone, "a") == "the server cannot be asked why, a second connection to it fails: no server at ws://here"
+    )  # type: ignore[arg-type]

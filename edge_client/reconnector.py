@@ -1,0 +1,182 @@
+"""One connection to the server at a time, and a new one whenever it is lost."""
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from protocol import KeptSamples
+from terminal import Reminders
+
+from .connection import Connection, ConnectionFailed, Dial
+from .stopwatch import Stopwatch
+
+__all__ = ["Backoff", "Reconnector"]
+
+logger = logging.getLogger("edge_client")
+Result = TypeVar("Result")
+
+SHORTEST_WAIT = 0.5  # seconds
+LONGEST_WAIT = 30.0
+REMINDERS = Reminders(first=60.0, times_later=2.0)
+"""After the first message, which comes at once: while there is no connection, the user is told so again after a minute, ..."""
+
+
+class Backoff:
+    """
+    How long to wait before the next attempt to connect.
+
+    Waits double on average, from half a second to half a minute, and are drawn at random: devices that lost the same server do
+    not all come back at once.
+
+    Args:
+        seed: of the draws; two devices need different ones.
+    """
+
+    def __init__(self, seed: str) -> None:
+        self._random = random.Random(seed)
+        self._longest = SHORTEST_WAIT
+
+    def next_wait(self) -> float:
+        """In seconds."""
+        wait = self._random.uniform(SHORTEST_WAIT, self._longest)
+        self._longest = min(LONGEST_WAIT, 2 * self._longest)
+        return wait
+
+    def reset(self) -> None:
+        """Begin with short waits again."""
+        self._longest = SHORTEST_WAIT
+
+
+class Reconnector:
+    """
+    Keeps what outlives a single connection: the bytes of all of them, when to dial again, and for how long this is tried.
+
+    Args:
+        dial: opens a connection.
+        name: of this device; it seeds the `Backoff`.
+        give_up_after: seconds without a connection, added up until `made_progress`; None tries forever.
+        stopwatch: of all connections; the time without one is left out of it.
+        sleep: waits for so many seconds.
+        clock: gives seconds.
+    """
+
+    def __init__(
+        self,
+        dial: Dial,
+        name: str,
+        *,
+        give_up_after: float | None = None,
+        stopwatch: Stopwatch,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._dial, self._give_up_after, self._stopwatch = dial, give_up_after, stopwatch
+        self._sleep, self._clock = sleep, clock
+        self._backoff = Backoff(name)
+        self._connection: Connection | None = None
+        self._seconds_away = 0.0
+        """Without a connection since there was progress, as far as they are counted: ..."""
+        self._counted_until = 0.0
+        """... up to this time."""
+        self._earlier_bytes = 0
+        """Of the connections before this one."""
+        self.activation_cache: KeptSamples | None = None
+        """Set by `use_cache`."""
+
+    @property
+    def is_connected(self) -> bool:
+        return self._connection is not None
+
+    @property
+    def connection(self) -> Connection:
+        """
+        Raises:
+            ConnectionFailed: there is none.
+        """
+        if self._connection is None:
+            raise ConnectionFailed("not connected")
+        return self._connection
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all messages on all connections so far, both ways."""
+        return self._earlier_bytes + (self._connection.num_bytes if self._connection else 0)
+
+    def use_cache(self, cache: KeptSamples | None) -> None:
+        """Let the conversations on this connection and on all later ones keep the samples' activations there."""
+        self.activation_cache = cache
+        if self._connection is not None:
+            self._connection.session.kept = cache
+
+    def connect(self) -> Connection:
+        """
+        Dial once.
+
+        Raises:
+            ConnectionFailed, Refused, CertificateChanged: as `Connection`.
+        """
+        self._connection = self._dial()
+        self._connection.stopwatch, self._connection.session.kept = self._stopwatch, self.activation_cache
+        return self._connection
+
+    def reconnect(self, error: ConnectionFailed, talk: Callable[[Connection], Result]) -> Result:
+        """
+        Dial again and ``talk`` on the new connection, until both succeed.
+
+        Args:
+            error: why there is no connection.
+
+        Raises:
+            ConnectionFailed: ``give_up_after`` would be exceeded.
+            Whatever else dialling and ``talk`` raise: trying again is of no use then.
+        """
+        began = self._counted_until = self._clock()
+        report_at = 0.0
+        while True:
+            self.drop()
+            now = self._count_time_away()
+            # A server that says when it has time again is not asked before.
+            wait = max(self._backoff.next_wait(), error.retry_after)
+            self._check_patience(wait, error)
+            if now - began >= report_at:
+                level = logging.WARNING if error.retry_after else logging.INFO  # the user may be able to do something about it
+                logger.log(level, "%s; this device tries until there is a connection, next in %.1f s", error, wait)
+                report_at = REMINDERS.next_after(now - began)
+            else:
+                logger.debug("%s; this device tries again in %.1f s", error, wait)
+            self._sleep(wait)
+            try:
+                connection = self.connect()
+                self._count_time_away()
+                result = talk(connection)
+            except ConnectionFailed as failed:
+                error = failed
+            else:
+                self._stopwatch.leave_out(self._clock() - began)
+                return result
+
+    def made_progress(self) -> None:
+        """A question was answered: the next loss of the connection begins with short waits, and with all its patience."""
+        self._backoff.reset()
+        self._seconds_away = 0.0
+
+    def drop(self) -> None:
+        """Close the connection without a word, as if this device had been killed."""
+        if self._connection is not None:
+            self._earlier_bytes += self._connection.num_bytes
+            self._connection.abandon()
+            self._connection = None
+            self._counted_until = self._clock()  # there was a connection until now, if only for a moment
+
+    def _count_time_away(self) -> float:
+        """Add the time since there was a connection; returns the present time."""
+        now = self._clock()
+        self._seconds_away, self._counted_until = self._seconds_away + now - self._counted_until, now
+        return now
+
+    def _check_patience(self, wait: float, error: ConnectionFailed) -> None:
+        if self._give_up_after is not None and self._seconds_away + wait > self._give_up_after:
+            asked = f" (and wants to be asked again in {error.retry_after:g} s)" if error.retry_after else ""
+            raise ConnectionFailed(f"{error}{asked}; gave up after {self._give_up_after:g} s")
