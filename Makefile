@@ -10,16 +10,21 @@
 # make chaos          200 runs of a tiny model, disturbed at random
 # make fuzz           1.5 million broken frames, and attacks on a live server
 # make fuzz-folders   100,000 nearly right models, adapters, exported folders, settings and data files
+# make mutants        small faults put into the federation: how many its own tests notice
 # make soak           30 minutes of a server whose devices come and go
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
+FEDERATION := $(wildcard gpu_server/federation gpu_server/federation.py gpu_server/gate.py gpu_server/deadline.py gpu_server/timing.py)
+FEDERATION_TESTS := $(wildcard tests/test_federation*.py tests/test_gate.py tests/test_codec_policy.py tests/test_deadline.py) \
+	tests/test_itinerary.py
+
 # The other versions of Python that are promised.
 PYTHONS := 3.10 3.12 3.13
 
-.PHONY: demo test test-pythons test-lowest test-runtimes check bench bench-links bench-export chaos fuzz fuzz-folders soak
+.PHONY: demo test test-pythons test-lowest test-runtimes check bench bench-links bench-export chaos fuzz fuzz-folders mutants soak
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.runtime
@@ -71,6 +76,10 @@ fuzz: $(VENV)/.development
 
 fuzz-folders: $(VENV)/.development
 	$(BIN)/python benchmarks/fuzz_folders.py
+
+mutants: $(VENV)/.development
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutants.py $(FEDERATION) --tests $(FEDERATION_TESTS) \
+		--equivalent benchmarks/equivalent_mutants.txt
 
 soak: $(VENV)/.development
 	$(BIN)/python benchmarks/soak.py --minutes 30
