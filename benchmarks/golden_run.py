@@ -31,8 +31,8 @@ from gpu_server import GpuServer  # noqa: E402
 from protocol import Message, Seconds, Session, identity  # noqa: E402
 
 MODEL = str(ROOT / "examples" / "base_model")
-CONSTANT = {"seconds": Seconds(), "queue_seconds": 0.0, "compute_seconds": 0.0}
-"""What messages tell of time."""
+CONSTANT = {"seconds": Seconds(), "queue_seconds": 0.0, "compute_seconds": 0.0, "checkpoint": 0}
+"""What messages tell of time, and of how far the disk has come."""
 SAMPLES = {"a": 18, "b": 11}
 CASES: dict[str, dict[str, Any]] = {
     "summed gradients": {"steps": 5, "micro_batches": 2},
@@ -78,8 +78,16 @@ def run(case: str, folder: Path) -> list[str]:
         count = SAMPLES[name]
         data.write_text("\n".join(texts[:count] if name == "a" else texts[-count:]) + "\n", encoding="utf-8")
         options: dict[str, Any] = {
-            **{"model": MODEL, "data": data, "eval_data": data, "batch_size": 4, "max_length": 48, "name": name},
-            **{"device": "cpu", "dtype": "float32", "state_dir": folder / "state", "give_up_after": 60},
+            "model": MODEL,
+            "data": data,
+            "eval_data": data,
+            "batch_size": 4,
+            "max_length": 48,
+            "name": name,
+            "device": "cpu",
+            "dtype": "float32",
+            "state_dir": folder / "state",
+            "give_up_after": 60,
         }
         try:
             with EdgeClient(url, **options) as client:
@@ -91,10 +99,8 @@ def run(case: str, folder: Path) -> list[str]:
             take_part(name, url, None)
 
     try:
-        server = GpuServer(
-            **{"model": MODEL, "clients": 2, "run_dir": str(folder / "run"), "port": 0, "device": "cpu"},
-            **{"dtype": "float32", "micro_batches": 1, "check_codec_every": 0, "checkpoint_every": 1, **CASES[case]},
-        )
+        usual = {"device": "cpu", "dtype": "float32", "micro_batches": 1, "check_codec_every": 0}
+        server = GpuServer(model=MODEL, clients=2, run_dir=str(folder / "run"), port=0, **{**usual, **CASES[case]})
         with server:
             killed_after = {"a": 4 if "comes back" in case else None, "b": None}
             devices = [threading.Thread(target=take_part, args=(name, server.url, killed_after[name])) for name in SAMPLES]
