@@ -3,7 +3,7 @@
 from .changes import KeptSamples
 from .encoding import decode, encode
 from .errors import InvalidName, LocalProtocolError, ProtocolError, RemoteProtocolError, TrainingDiverged
-from .itinerary import Itinerary, QuestionId, Remembered
+from .itinerary import LEGS, Itinerary, Leg, QuestionId, Remembered
 from .limits import (
     HANDSHAKE_BYTES,
     MAX_FRAMES,
@@ -49,6 +49,7 @@ __all__ = [
     "DELTA",
     "EXACT",
     "HANDSHAKE_BYTES",
+    "LEGS",
     "MAX_FRAMES",
     "PROTOCOL_VERSION",
     "SECONDS_BETWEEN_PINGS",
@@ -72,6 +73,7 @@ __all__ = [
     "Join",
     "KeptSamples",
     "LabelledBatch",
+    "Leg",
     "LocalProtocolError",
     "Message",
     "Ping",

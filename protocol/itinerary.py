@@ -1,9 +1,9 @@
 """
 Which question a client asks next: the one rule that both sides follow.
 
-For every step a client asks `Activations` of each micro-batch. Then it exchanges its adapter: `AdapterGradient` at once where
-a round has one step, else `AdapterWeights` at the round's end and after the client's last step. At last it asks `Done`.
-PROTOCOL.md states the same under The course of a run.
+A client's way through a run is made of legs. In every step it asks `Activations` of each micro-batch. Then it exchanges its
+adapter: `AdapterGradient` at once where a round has one step, else `AdapterWeights` at the round's end and after the client's
+last step. At last it asks `Done`. PROTOCOL.md states the same under The course of a run.
 
 A `Start` interrupts this order: the server says after which step to go on, and the client finds its next question from that
 and from what it has kept. Both sides must come to the same question, for the server refuses any other.
@@ -13,18 +13,44 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .messages import (
+    ActivationGradient,
     Activations,
     AdapterGradient,
     AdapterWeights,
     Done,
+    EdgeAdapter,
     Evaluation,
     Message,
+    RunEnd,
     Start,
     identity,
 )
 from .settings import RunSettings
 
-__all__ = ["Itinerary", "QuestionId", "Remembered"]
+__all__ = ["LEGS", "Itinerary", "Leg", "QuestionId", "Remembered"]
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One kind of question on a client's way through a run, and what answers it."""
+
+    question: type
+    answer: type
+    by_micro_batch: bool = False
+    """Whether a step has a question of every micro-batch. The next ones may then be asked before the first is answered."""
+    may_be_overtaken: bool = True
+    """Whether the run may go on without the answer. Who asks is then told by `Start` where to go on."""
+
+
+LEGS = (
+    Leg(Activations, ActivationGradient, by_micro_batch=True),
+    Leg(AdapterGradient, EdgeAdapter),
+    Leg(AdapterWeights, EdgeAdapter),
+    Leg(Done, RunEnd, may_be_overtaken=False),
+)
+"""In the order in which a client asks them within a step. `Evaluation` is no leg: it may be asked between any two of them."""
+
+_ORDER = {kind: place for place, kind in enumerate([*(leg.question for leg in LEGS), Evaluation])}
 
 
 class QuestionId(NamedTuple):
@@ -33,6 +59,23 @@ class QuestionId(NamedTuple):
     kind: type
     step: int
     micro_batch: int = 0
+
+    @classmethod
+    def of(cls, question: Message) -> "QuestionId":
+        return cls(*identity(question))
+
+    def is_before(self, other: "QuestionId") -> bool:
+        """Whether a client asks this one earlier."""
+        mine, others = ((question.step, _ORDER[question.kind], question.micro_batch) for question in (self, other))
+        return mine < others
+
+    def is_with(self, other: "QuestionId") -> bool:
+        """Whether both are of one kind and step: such questions may be open, and are repeated, together."""
+        return self[:2] == other[:2]
+
+    def __str__(self) -> str:
+        part = f", micro-batch {self.micro_batch}" if self.kind is Activations else ""
+        return f"{self.kind.__name__} of step {self.step}{part}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +114,13 @@ class Itinerary:
             return QuestionId(AdapterWeights, step)
         return QuestionId(Activations, step + 1)
 
+    def may_ask(self, question: QuestionId, next_question: QuestionId) -> bool:
+        """Whether it is the next question, or a later micro-batch of the same step."""
+        if not question.is_with(next_question):
+            return False
+        several = self.settings.micro_batches if question.kind is Activations else 1
+        return next_question.micro_batch <= question.micro_batch < several
+
     def ends_round(self, step: int) -> bool:
         """Whether this client exchanges its adapter after ``step``."""
         return self.settings.ends_round(step) or step == self.last_step
@@ -85,6 +135,7 @@ class Itinerary:
         """
         kind, step, _ = next_question
         if kind is Activations:
+            # The answers of the step before are still kept, so a client that has not kept its outcome can do it again.
             is_lost = answered_last is not None and answered_last[:2] == (Activations, step - 1) and remembered < step - 1
             return step - 2 if is_lost else step - 1
         if kind is AdapterGradient or (kind is AdapterWeights and remembered != step):

@@ -10,6 +10,7 @@ import enum
 import logging
 import threading
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 
 from . import changes
@@ -17,14 +18,12 @@ from .agreement import Agreement
 from .codecs import Coded
 from .encoding import decode, encode
 from .errors import LocalProtocolError, RemoteProtocolError
+from .itinerary import LEGS, Leg
 from .limits import HANDSHAKE_BYTES
 from .messages import (
     ActivationGradient,
     Activations,
-    AdapterGradient,
-    AdapterWeights,
     Array,
-    Done,
     EdgeAdapter,
     Evaluation,
     EvaluationLoss,
@@ -78,25 +77,33 @@ OF_HELD_OUT = "bfloat16"
 
 _OPEN = [state for state in State if state is not State.CLOSED]
 
+_AWAITING = {ActivationGradient: State.AWAITING_GRADIENT, EdgeAdapter: State.AWAITING_ADAPTER, RunEnd: State.AWAITING_END}
+"""The state of a session that waits for such an answer."""
+
+_Row = tuple[State, Side, type]
+"""In this state this side may send such a message."""
+
+
+def _rows(leg: Leg) -> Iterator[tuple[_Row, State]]:
+    """The rows by which a client asks a question of its itinerary, and gets its answer."""
+    awaiting = _AWAITING[leg.answer]
+    yield (State.READY, Side.CLIENT, leg.question), awaiting
+    if leg.by_micro_batch:
+        yield (awaiting, Side.CLIENT, leg.question), awaiting
+    yield (awaiting, Side.SERVER, leg.answer), State.READY
+    if leg.may_be_overtaken:
+        yield (awaiting, Side.SERVER, Start), State.READY
+
+
 # (state, who sends, what) -> next state
-TRANSITIONS: dict[tuple[State, Side, type], State] = {
+TRANSITIONS: dict[_Row, State] = {
     (State.NEW, Side.CLIENT, Ping): State.PINGED,
     (State.PINGED, Side.SERVER, Pong): State.NEW,
     (State.NEW, Side.CLIENT, Hello): State.GREETED,
     (State.GREETED, Side.SERVER, Welcome): State.WELCOMED,
     (State.WELCOMED, Side.CLIENT, Join): State.JOINING,
     (State.JOINING, Side.SERVER, Start): State.READY,
-    (State.READY, Side.CLIENT, Activations): State.AWAITING_GRADIENT,
-    (State.AWAITING_GRADIENT, Side.CLIENT, Activations): State.AWAITING_GRADIENT,
-    (State.AWAITING_GRADIENT, Side.SERVER, ActivationGradient): State.READY,
-    (State.READY, Side.CLIENT, AdapterGradient): State.AWAITING_ADAPTER,
-    (State.READY, Side.CLIENT, AdapterWeights): State.AWAITING_ADAPTER,
-    (State.AWAITING_ADAPTER, Side.SERVER, EdgeAdapter): State.READY,
-    (State.READY, Side.CLIENT, Done): State.AWAITING_END,
-    (State.AWAITING_END, Side.SERVER, RunEnd): State.READY,
-    # A question about a step that the run has left behind.
-    (State.AWAITING_GRADIENT, Side.SERVER, Start): State.READY,
-    (State.AWAITING_ADAPTER, Side.SERVER, Start): State.READY,
+    **{row: state for leg in LEGS for row, state in _rows(leg)},
     (State.READY, Side.CLIENT, Evaluation): State.AWAITING_LOSS,
     (State.AWAITING_LOSS, Side.SERVER, EvaluationLoss): State.READY,
     **{(state, Side.CLIENT, Goodbye): State.CLOSED for state in _OPEN},
@@ -124,8 +131,8 @@ class Session:
         """The client's samples, for runs in `DELTA`."""
         self._agreed = Agreement()
         self._received: tuple[type, int, int, int] | None = None
-        self._gone_on_after: int | None = None
-        """The step of the last `Start`."""
+        self._resumed_at: int | None = None
+        """The step of the last `Start`: it has answered what was asked of steps up to this one."""
         self._start_may_be_lost = False
         """Whether nothing has been heard since: what a `Start` takes back the server keeps until then."""
         self._open: deque[tuple[int, int]] = deque()
@@ -173,7 +180,7 @@ class Session:
                 self._peers_turn(message)
                 self._agreed.check(message)
                 if self._crosses_start(message):
-                    self._ignore(message, f"Start after step {self._gone_on_after} has answered it already")
+                    self._ignore(message, f"Start after step {self._resumed_at} has answered it already")
                     return None
                 if not isinstance(message, Goodbye):  # which may cross it
                     self._see_that_start_arrived()
@@ -189,7 +196,7 @@ class Session:
     def _accept(self, message: Message) -> Message | None:
         next_state = self._peers_turn(message)
         if self._crosses_start(message):  # which has been sent since
-            self._ignore(message, f"Start after step {self._gone_on_after} has answered it meanwhile")
+            self._ignore(message, f"Start after step {self._resumed_at} has answered it meanwhile")
             return None
         self._enter(next_state, message, self.side.peer)
         self._received = _received_as(message)
@@ -219,12 +226,10 @@ class Session:
         Raises:
             RemoteProtocolError: its sender had heard the `Start`, and would wait for an answer for ever.
         """
-        if not isinstance(message, Activations) or self._gone_on_after is None or message.step > self._gone_on_after:
+        if not isinstance(message, Activations) or self._resumed_at is None or message.step > self._resumed_at:
             return False
         if not self._start_may_be_lost:
-            raise RemoteProtocolError(
-                f"Activations of step {message.step} after a Start that goes on after {self._gone_on_after}"
-            )
+            raise RemoteProtocolError(f"Activations of step {message.step} after a Start that goes on after {self._resumed_at}")
         return True
 
     def _peers_turn(self, message: Message) -> State:
@@ -263,7 +268,7 @@ class Session:
             self._open.popleft()
         self.state = next_state
         if isinstance(message, Start):
-            self._gone_on_after, self._start_may_be_lost = message.step, True
+            self._resumed_at, self._start_may_be_lost = message.step, True
             if self.side is Side.CLIENT:
                 self._see_that_start_arrived()
         self._agreed.note(message)
@@ -278,8 +283,8 @@ class Session:
 
     def _see_that_start_arrived(self) -> None:
         """Both sides drop what it takes back; the server not before it knows that the client has."""
-        if self._start_may_be_lost and self.kept is not None and self._gone_on_after is not None:
-            self.kept.forget_after(self._gone_on_after)
+        if self._start_may_be_lost and self.kept is not None and self._resumed_at is not None:
+            self.kept.forget_after(self._resumed_at)
         self._start_may_be_lost = False
 
     def _care_for_kept(self, message: Message) -> None:
