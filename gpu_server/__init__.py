@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 from .config import ConfigError, ServerConfig
 
 if TYPE_CHECKING:
+    from .federation import StepRecord
     from .sdk import GpuServer, RunEndedEarly
-    from .serving import StepRecord
 
 __all__ = ["ConfigError", "GpuServer", "RunEndedEarly", "ServerConfig", "StepRecord"]
 
-_HOMES = {"GpuServer": "sdk", "RunEndedEarly": "sdk", "StepRecord": "serving"}
+_HOMES = {"GpuServer": "sdk", "RunEndedEarly": "sdk", "StepRecord": "federation"}
 
 
 def __getattr__(name: str) -> Any:

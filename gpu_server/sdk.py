@@ -36,12 +36,10 @@ from terminal import count, listed, version
 
 from .checkpoints import SavedRound
 from .config import ConfigError, ServerConfig, described, is_loopback, resumed, with_whole_paths
-from .deadline import Deadline
 from .door import open_door
-from .federation import Action, Federation, ModelLimits, Phase
-from .gate import Gate
+from .federation import Action, CodecPolicy, Deadline, Federation, ModelLimits, Phase, StepRecord
 from .run_directory import RunDirectory
-from .serving import RunServer, StepRecord
+from .serving import RunServer
 from .torch_engine import TorchEngine
 
 __all__ = ["GpuServer", "RunEndedEarly"]
@@ -134,7 +132,7 @@ class GpuServer:
             quorum=config.quorum,
             checkpoint_every=config.checkpoint_every,
             deadline=Deadline(config.step_deadline),
-            gate=_gate(config, settings, directory),
+            codec_policy=_codec_policy(config, settings, directory),
             restarts=recorded.get("restarts", 0) + 1 if recorded else 0,
         )
         self._recorded_steps = recorded["config"].get("steps") if recorded else None
@@ -220,7 +218,7 @@ class GpuServer:
 
     def _tell_where_it_goes_on(self) -> None:
         federation, config = self._federation, self.config
-        here = [name for name, member in federation.members.items() if not member.left]
+        here = federation.unfinished()
         if federation.step == federation.total_steps:
             may_be_longer = config.lr_schedule == "constant" and config.steps and self._devices_can_go_on_after_the_end
             logger.info(
@@ -257,7 +255,7 @@ class GpuServer:
         if federation.phase is Phase.FINISHED and federation.step == federation.total_steps:
             return
         if federation.phase is Phase.FINISHED:
-            all_left = all(member.left for member in federation.members.values())
+            all_left = not federation.unfinished()
             what = f"{'all devices' if all_left else 'the devices that had steps to do'} have left the run"
         else:
             what = "the server was stopped"
@@ -359,16 +357,16 @@ def _run_directory(options: dict[str, Any]) -> RunDirectory:
     return RunDirectory(path, resume=resume or (or_start and RunDirectory.holds_run(path)))
 
 
-def _gate(config: ServerConfig, settings: RunSettings, directory: RunDirectory) -> Gate | None:
+def _codec_policy(config: ServerConfig, settings: RunSettings, directory: RunDirectory) -> CodecPolicy | None:
     if settings.activation_codec == EXACT or not settings.check_codec_every:
         return None
-    gate = Gate(
+    policy = CodecPolicy(
         settings.activation_codec,
         tolerance=config.codec_tolerance,
-        may_go_down=config.codec == "auto",
-        record=directory.record_codecs,
+        allow_int4=config.codec == "auto",
+        save_state=directory.record_codecs,
     )
     recorded = directory.recorded_codecs()
     if recorded is not None:
-        gate.restore(recorded)
-    return gate
+        policy.restore(recorded)
+    return policy

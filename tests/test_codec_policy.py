@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from gpu_server.gate import Gate
+from gpu_server.federation import CodecPolicy
 
 
-def gate(codec: str = "int8", tolerance: float = 0.01, **more: Any) -> Gate:
-    return Gate(codec, tolerance, **more)
+def gate(codec: str = "int8", tolerance: float = 0.01, **more: Any) -> CodecPolicy:
+    return CodecPolicy(codec, tolerance, **more)
 
 
-def observe(gate: Gate, *changes: float, every: int = 10, link_share: float = 0.0, others: Any = None) -> list[str]:
+def observe(gate: CodecPolicy, *changes: float, every: int = 10, link_share: float = 0.0, others: Any = None) -> list[str]:
     """Checks in steps 1, 11, 21, ... after the last one; the notes to the operator."""
     notes = []
     for change in changes:
@@ -58,7 +58,7 @@ def test_lasting_change_is_seen_however_quiet_it_was_before() -> None:
 
 
 def test_int8_becomes_int4_where_the_link_is_the_bottleneck_and_quality_allows() -> None:
-    auto = gate(may_go_down=True)
+    auto = gate(allow_int4=True)
     assert observe(auto, 0.0, 0.0, link_share=0.7, others=0.001) == []
     (note,) = observe(auto, 0.0, link_share=0.7, others=0.001)
     assert note == "links take 70 % of the time, and codec int4 changes the loss by +0.0010 nats/token: int4 from step 22 on"
@@ -66,16 +66,16 @@ def test_int8_becomes_int4_where_the_link_is_the_bottleneck_and_quality_allows()
 
 
 @pytest.mark.parametrize(
-    ("codec", "link_share", "others", "may_go_down"),
+    ("codec", "link_share", "others", "allow_int4"),
     [("int8", 0.4, 0.001, True), ("int8", 0.7, 0.02, True), ("int8", 0.7, 0.001, False), ("bfloat16", 0.7, 0.001, True)],
 )
-def test_it_does_not_go_down_otherwise(codec: str, link_share: float, others: float, may_go_down: bool) -> None:
-    steady = gate(codec, may_go_down=may_go_down)
+def test_it_does_not_go_down_otherwise(codec: str, link_share: float, others: float, allow_int4: bool) -> None:
+    steady = gate(codec, allow_int4=allow_int4)
     assert observe(steady, *[0.0] * 9, link_share=link_share, others=others) == []
 
 
 def test_codec_that_was_tried_and_left_is_not_tried_again() -> None:
-    auto = gate(may_go_down=True)
+    auto = gate(allow_int4=True)
     observe(auto, *[0.0] * 3, link_share=0.9, others=0.0)
     observe(auto, *[0.5] * 2, link_share=0.9)
     assert [codec for _, codec in auto.decisions] == ["int4", "int8", "bfloat16"]
@@ -84,7 +84,7 @@ def test_codec_that_was_tried_and_left_is_not_tried_again() -> None:
 
 def test_what_is_decided_is_recorded_first_and_not_decided_again_after_going_back() -> None:
     records: list[str] = []
-    first = gate("int4", record=lambda state: records.append(json.dumps(state)))
+    first = gate("int4", save_state=lambda state: records.append(json.dumps(state)))
     observe(first, 0.004, 0.004, 0.1)
     again = gate("int4")
     again.restore(json.loads(records[-1]))

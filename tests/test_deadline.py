@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpu_server.deadline import NEEDED, SHORTEST, UNTIL_KNOWN, Deadline
+from gpu_server.federation.deadline import NEEDED, SHORTEST, UNTIL_KNOWN, Deadline
 from protocol import Activations, AdapterGradient
 
 

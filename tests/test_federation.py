@@ -19,6 +19,7 @@ from gpu_server.federation import (
     Reply,
     Report,
     Train,
+    Trained,
 )
 from protocol import (
     ActivationGradient,
@@ -94,7 +95,7 @@ class Table:
 
     def trained(self, *names: str) -> list[Action]:
         gradients = {name: np.zeros((ROWS, WIDTH), np.float32) for name in names}
-        return self.federation.trained(1.5, 4, gradients, 0.1, self.now)
+        return self.federation.trained(Trained(loss=1.5, labelled_tokens=4, gradients=gradients), 0.1, self.now)
 
     def ask(self, name: str, kind: type, step: int) -> list[Action]:
         if kind is Activations:
@@ -287,7 +288,7 @@ def test_time_in_the_queue_is_told_with_the_answer_and_the_clients_own_is_added_
     table.contribute("a", 1, seconds=Seconds(edge_compute=1.0, downlink=4.0))
     table.contribute("b", 1)
     (finished,) = [action for action in table.aggregated() if isinstance(action, FinishStep)]
-    assert finished.seconds == {"a": Seconds(edge_compute=7.0, uplink=1.0, downlink=4.0), "b": Seconds()}
+    assert finished.record.seconds == {"a": Seconds(edge_compute=7.0, uplink=1.0, downlink=4.0), "b": Seconds()}
 
 
 def test_time_of_an_evaluation_makes_no_client_late() -> None:
@@ -712,7 +713,7 @@ def test_client_that_has_left_is_refused_when_the_run_ends_between_its_welcome_a
     assert kinds(table.federation.leave("a", 0.0)) == [FinishRun]
     with pytest.raises(RemoteProtocolError, match="b has left the run, and the run is over"):
         table.join("b", 3)
-    assert table.federation.members["b"].left
+    assert table.federation.members["b"].presence.has_left
 
 
 def test_round_does_not_wait_for_an_absent_client_that_can_only_come_back_after_it() -> None:

@@ -22,6 +22,7 @@ from gpu_server.federation import (
     Phase,
     Reply,
     Train,
+    Trained,
 )
 from protocol import (
     ActivationGradient,
@@ -270,7 +271,9 @@ class History:
     def compute(self) -> None:
         action, federation = self.computing.popleft(), self.federation
         if isinstance(action, Train):
-            self.perform(federation.trained(1.0, 0, dict.fromkeys(action.batches, BATCH["values"]), 0.1, self.now))
+            gradients = dict.fromkeys(action.batches, BATCH["values"])
+            trained = Trained(loss=1.0, labelled_tokens=0, gradients=gradients)
+            self.perform(federation.trained(trained, 0.1, self.now))
         elif isinstance(action, Aggregate):
             if self.settings.aggregate_every > 1:
                 num_steps = {name: int(tensors["A"][0, 0]) for name, tensors in action.contributions.items()}
@@ -305,7 +308,7 @@ class History:
         if not device.alive:
             device.start_process()
         member = self.federation.members.get(device.name)
-        if member is not None and member.left and self.federation.phase in (Phase.SAVING, Phase.FINISHED):
+        if member is not None and member.presence.has_left and self.federation.phase in (Phase.SAVING, Phase.FINISHED):
             device.ended = True  # the run is over for it
             return
         self.federation.welcome(Hello(name=device.name, fingerprint="f"))
@@ -350,7 +353,7 @@ class History:
 
     def upload(self, device: Device) -> None:
         question, member = device.outbox.popleft(), self.federation.members[device.name]
-        if not (isinstance(question, Activations) and question.step <= member.gone_on_after):
+        if not (isinstance(question, Activations) and question.step <= member.resumed_at):
             device.awaited.append(question)
         self.perform(self.federation.receive(device.name, question, self.now))
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import protocol
 from edge_client.data import Dataset, Sample
-from gpu_server.gate import Gate
+from gpu_server.federation import CodecPolicy
 from protocol import (
     CODECS,
     DELTA,
@@ -210,7 +210,7 @@ def test_it_names_the_codecs_that_a_client_has_to_offer() -> None:
     documented = {cell.strip("`"): set(re.findall(r"`(\w+)`", offered.partition(";")[0])) for cell, offered in rows}
     for codec in (EXACT, *CODECS, DELTA):
         settings = dataclasses.replace(SETTINGS, activation_codec=codec, gradient_codec=gradient_codec(codec))
-        assert documented.pop(codec) == (settings.codecs() | Gate(codec, 0.01).may_use()) - {EXACT}
+        assert documented.pop(codec) == (settings.codecs() | CodecPolicy(codec, 0.01).may_use()) - {EXACT}
     assert not documented
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from protocol import DELTA, EXACT
 
-from .config import codec_name, codec_named
+from ..config import codec_name, codec_named
 
-__all__ = ["Gate"]
+__all__ = ["CodecPolicy"]
 
 LEANER_TO_RICHER = {DELTA: "int8", "int4": "int8", "int8": "bfloat16", "bfloat16": EXACT}
 LEANER_THAN_INT8 = "int4"
@@ -27,7 +27,7 @@ class Smoothed:
     weight: float = 0.0
     count: int = 0
 
-    def see(self, value: float) -> float:
+    def update(self, value: float) -> float:
         self.total = value + FORGETTING * self.total
         self.weight = 1 + FORGETTING * self.weight
         self.count += 1
@@ -35,7 +35,7 @@ class Smoothed:
 
 
 @dataclass
-class Gate:
+class CodecPolicy:
     """
     Begins with ``codec``, and goes to a richer one where a check shows that it changes the loss too much.
 
@@ -43,14 +43,14 @@ class Gate:
 
     Args:
         tolerance: nats per labelled token by which a codec may change the loss.
-        may_go_down: whether int8 may become int4, where the links are the bottleneck.
-        record: keeps `state`, before anybody hears of it.
+        allow_int4: whether int8 may become int4, where the links are the bottleneck.
+        save_state: is given `state` before anybody hears of a decision, to keep it.
     """
 
     codec: str
     tolerance: float
-    may_go_down: bool = False
-    record: Callable[[dict[str, Any]], None] = lambda state: None
+    allow_int4: bool = False
+    save_state: Callable[[dict[str, Any]], None] = lambda state: None
     decisions: list[tuple[int, str]] = field(default_factory=list)
     """The step from which on, and the codec."""
     checked: int = 0
@@ -67,11 +67,11 @@ class Gate:
         while codec in LEANER_TO_RICHER:
             codec = LEANER_TO_RICHER[codec]
             richer.add(codec)
-        return richer | ({LEANER_THAN_INT8} if self.may_go_down else set())
+        return richer | ({LEANER_THAN_INT8} if self.allow_int4 else set())
 
     def alternatives(self, step: int) -> list[str]:
         """Codecs to be tried in a check, besides the step's own."""
-        return [LEANER_THAN_INT8] if self._may_still_go_down(step) else []
+        return [LEANER_THAN_INT8] if self._may_still_step_down(step) else []
 
     def check(self, step: int, changes: dict[str, float], link_share: float) -> str | None:
         """
@@ -87,9 +87,9 @@ class Gate:
         if step <= self.checked:
             return None
         self.checked, codec = step, self.codec_of(step)
-        smoothed = {name: self.seen.setdefault(name, Smoothed()).see(change) for name, change in changes.items()}
+        smoothed = {name: self.seen.setdefault(name, Smoothed()).update(change) for name, change in changes.items()}
         note = self._step_up(step, codec, smoothed) or self._step_down(step, smoothed, link_share)
-        self.record(self.state())
+        self.save_state(self.state())
         return note
 
     def _step_up(self, step: int, codec: str, smoothed: dict[str, float]) -> str | None:
@@ -105,7 +105,7 @@ class Gate:
 
     def _step_down(self, step: int, smoothed: dict[str, float], link_share: float) -> str | None:
         leaner = LEANER_THAN_INT8
-        if leaner not in smoothed or not self._may_still_go_down(step) or link_share < LINK_IS_THE_BOTTLENECK:
+        if leaner not in smoothed or not self._may_still_step_down(step) or link_share < LINK_IS_THE_BOTTLENECK:
             return None
         if self.seen[leaner].count < CHECKS_TO_TRUST or abs(smoothed[leaner]) > self.tolerance:
             return None
@@ -115,9 +115,9 @@ class Gate:
             f"nats/token: {leaner} from step {step + 1} on"
         )
 
-    def _may_still_go_down(self, step: int) -> bool:
+    def _may_still_step_down(self, step: int) -> bool:
         """Once: a codec that was tried and left is not tried again."""
-        return self.may_go_down and self.codec_of(step) == "int8" and not self.decisions
+        return self.allow_int4 and self.codec_of(step) == "int8" and not self.decisions
 
     def state(self) -> dict[str, Any]:
         """As JSON; see `restore`."""

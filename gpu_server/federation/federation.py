@@ -1,183 +1,106 @@
 """
-Who is in the run, when a step can start, what is averaged: the server's decisions.
+One run, decided: who is in a step, when it starts, what is averaged. Messages and the time come in, actions go out.
 
-Pure: messages and the time come in, actions go out. No sockets, no clock, no torch.
+Theory of operation
+===================
 
-A member whose connection is lost stays a member, and so do its questions: when it comes back it is told where to go on, and
-a question that was answered already gets the same answer again. Nothing is computed, averaged or stepped twice.
+The run goes through phases, and only here:
+
+    GATHERING ── all have joined ──► ACTIVATIONS ◄──────────────────────────────────────────┐
+                                      │   ▲   │                                             │
+                        all have asked│   │   │nobody has data left                         │
+                                      ▼   │   └──────────► SAVING ──► FINISHED              │
+                                    TRAINING                                                │
+                                      │ after the last micro-batch of a round's last step   │
+                                      ▼                                                     │
+                                    CONTRIBUTIONS ── all have asked ──► AGGREGATING ────────┘
+
+Who may ask what. A member asks along its `Itinerary`: its next question, or a later micro-batch of the same step. A question
+waits at the member until it is answered. One that was answered already, of the step and kind that were answered last, gets the
+same answer again. One that the run has left behind is answered by `Start`, which says where to go on. Any other breaks the
+protocol. So nothing is computed, averaged or stepped twice, however often it is asked.
+
+Whom a phase waits for. ACTIVATIONS waits for every member that has data for the step, a later micro-batch of it for those that
+sent the first; CONTRIBUTIONS for those that took part in the round. A member that has left is not waited for. With a quorum,
+one that has not asked by the deadline is not waited for either: the run *overtakes* it.
+
+What a presence may become. A lost connection changes nothing but who can be written to: the member keeps its place, and its
+questions stay asked. Being overtaken does change something: what it has asked is dropped, and it must be told where to go on.
+
+                  lost                                                  left
+       HERE ◄──────────────► AWAY          from any of the first row ────────► LEFT
+        │ ▲    comes back     │                                                 │
+        │ │                   │  overtaken: a step or round goes on without it  │
+        ▼ │                   ▼                                                 ▼
+    BEHIND │      lost      ABSENT         from any of the second row ───────► GONE
+        │ │ ────────────────► │
+        ▼ │                   │ comes back
+    RETURNING ◄───────────────┘            LEFT comes back as AWAY does, GONE as ABSENT does
+          └─ told by `Start` between two steps, it is HERE again
+
+What is kept for how long. A member's answers, until a question of a newer step or kind of its is answered. The counts of a
+round, until the round has its adapter. Of a step, its sums, until it is recorded. Nothing of a round survives the server:
+a checkpoint is the end of a round, and devices do the rest again.
+
+The order of actions is part of the result: replies leave in it, and a checkpoint must not know of a step that metrics do not.
 """
 
 import enum
 import logging
-import math
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import numpy as np
-
 from protocol import (
-    EXACT,
     ActivationGradient,
     Activations,
     AdapterGradient,
-    AdapterWeights,
-    Array,
     Contribution,
     Done,
     EdgeAdapter,
     Evaluation,
     EvaluationLoss,
     Hello,
-    Itinerary,
     Join,
     Message,
     QuestionId,
     RemoteProtocolError,
     RunEnd,
     RunSettings,
-    Seconds,
     Start,
     Tensors,
     Welcome,
-    identity,
 )
-from protocol.limits import LARGEST_VALUE
-from protocol.settings import LARGEST_COUNT
-from protocol.shuffling import NOT_SHUFFLED, looks_plain
-from storage import part_that_differs
 from terminal import count, duration, listed
 
+from ..config import codec_name
+from .codec_policy import CodecPolicy
 from .deadline import Deadline
-from .gate import Gate
+from .events import (
+    Action,
+    Aggregate,
+    Checkpoint,
+    Evaluate,
+    FinishRun,
+    FinishStep,
+    Reply,
+    Report,
+    Train,
+    Trained,
+)
+from .gathering import Gathering
+from .member import Member, Presence
+from .roster import Roster
+from .rules import ModelLimits, OfAStep, check_hello, check_join, check_question, check_same_data
+from .status import RunStatus
+from .step import StepInProgress
 from .timing import StepTiming
 
-__all__ = [
-    "Action",
-    "Aggregate",
-    "Checkpoint",
-    "Evaluate",
-    "Federation",
-    "FinishRun",
-    "FinishStep",
-    "ModelLimits",
-    "NameInUse",
-    "Reply",
-    "Report",
-    "Train",
-]
+__all__ = ["Federation", "Phase"]
 
 logger = logging.getLogger("gpu_server")
 
-
-@dataclass(frozen=True)
-class Reply:
-    """Send this to that client, if it is connected."""
-
-    client: str
-    message: Message
-
-
-@dataclass(frozen=True)
-class Train:
-    """Compute a part of a step, then call `Federation.trained`."""
-
-    step: int
-    total_steps: int
-    micro_batch: int
-    check: list[str] | None
-    """
-    Where the codec is checked: others to be tried, too. Then `Federation.checked` is called before.
-    """
-    batches: dict[str, Activations]
-    """
-    By client, in the order of their names: the order of the union batch. None at all where those who began the step have
-    gone: then it ends with what there is of it.
-    """
-
-
-@dataclass(frozen=True)
-class Aggregate:
-    """Make the new edge adapter of these contributions, then call `Federation.aggregated`."""
-
-    step: int
-    total_steps: int
-    contributions: dict[str, Tensors]
-    """LoRA gradients to be summed where a round has one step, else LoRA matrices to be averaged."""
-    weights: dict[str, int]
-    """Labelled tokens of each contributor in the round."""
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Compute a held-out batch's loss, then call `Federation.evaluated`."""
-
-    client: str
-    batch: Evaluation
-
-
-@dataclass(frozen=True)
-class FinishStep:
-    """A step is complete: write its line of metrics once the replies before it are sent."""
-
-    step: int
-    loss: float
-    tokens: int
-    labelled_tokens: int
-    seconds: dict[str, Seconds]
-    """By client: what it has spent since the step before."""
-    deadline: float
-    """Seconds that the next step waits for its clients' activations before it asks whether a quorum is there."""
-    codec: str
-    """In which this step's activations came."""
-    server_compute: float
-    """Seconds that the server computed, also while clients did not wait for it."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A round is complete: write what is needed to go on from here, then call `Federation.checkpointed`."""
-
-    step: int
-
-
-@dataclass(frozen=True)
-class FinishRun:
-    """The run is complete, or nobody is left: write the adapter, then call `Federation.saved`."""
-
-    step: int
-
-
-@dataclass(frozen=True)
-class Report:
-    """Tell the operator."""
-
-    text: str
-
-
-class NameInUse(RemoteProtocolError):
-    """A client of this name is connected."""
-
-
-Question = TypeVar("Question", bound="Message | Contribution")
-OfAStep = Activations | AdapterGradient | AdapterWeights | Done
-
-LONGEST_BETWEEN_REPORTS = 3600.0
-"""Seconds. A wait is told of at growing distances: again when it is twice as long as when it was told before."""
-
-Action = Reply | Train | Aggregate | Evaluate | FinishStep | Checkpoint | FinishRun | Report
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelLimits:
-    """What a batch must respect."""
-
-    fingerprint: str
-    width: int
-    vocabulary_size: int
-    num_positions: int
-    max_batch_tokens: int
-    edge_shapes: dict[str, tuple[int, int]]
-    """Of the edge's LoRA matrices."""
+Asked = TypeVar("Asked", bound="Message | Contribution")
 
 
 class Phase(enum.Enum):
@@ -198,48 +121,6 @@ WAITED_FOR: dict[Phase, type] = {
 
 
 @dataclass
-class Member:
-    """A client of the run."""
-
-    join: Join
-    itinerary: Itinerary
-    next_question: QuestionId = field(default_factory=lambda: QuestionId(Activations, 1))
-    """The first that is not answered, evaluations aside. It may have asked the next ones, too."""
-    connected: bool = True
-    absent: bool = False
-    """A step or a round has gone on without it. It is not waited for until it has been told where to go on."""
-    left: bool = False
-    """For good, as far as it knows, so nobody waits for it. Until a step or a round has gone on without it, it may come back
-    as if its connection had been lost."""
-    in_round: bool = False
-    """It took part in a step of the present round."""
-    labelled_tokens: dict[int, int] = field(default_factory=dict)
-    """In this round, by step, of those steps that are in its matrices."""
-    remembers: int = 0
-    """The last step that it has finished and not forgotten, as its last message tells."""
-    told: tuple[int, int] | None = None
-    """Step and round of the last `Start` on its present connection."""
-    answers: dict[QuestionId, Message] = field(default_factory=dict)
-    """Those to the questions of one kind and step that were answered last."""
-    evaluation: Evaluation | None = None
-    """The held-out batch whose loss its present connection waits for."""
-    lost_at: float | None = None
-    """When its last connection was lost; None while it is connected."""
-    missed_from: int = 0
-    """The first step that has gone on without it, while it is absent."""
-
-    @property
-    def gone_on_after(self) -> int:
-        """What it asks of steps up to this one, that `Start` has answered; -1 where there was none."""
-        return -1 if self.told is None else self.told[0]
-
-    @property
-    def last_step(self) -> int:
-        """The last step it has data for."""
-        return self.itinerary.last_step
-
-
-@dataclass
 class Federation:
     """
     One run. Every method that is told ``now`` gets seconds of one monotonic clock.
@@ -247,6 +128,8 @@ class Federation:
     Args:
         quorum: clients that a step needs at least once its deadline has passed; None is all of them.
         checkpoint_every: rounds.
+        codec_policy: None if the run has one codec from beginning to end.
+        restarts: how often the server has been started for this run before.
     """
 
     run: str
@@ -256,64 +139,50 @@ class Federation:
     quorum: int | None = None
     checkpoint_every: int = 1
     deadline: Deadline = field(default_factory=Deadline)
-    gate: Gate | None = None
-    """None: the run has one codec from beginning to end."""
+    codec_policy: CodecPolicy | None = None
     restarts: int = 0
-    step: int = 0
-    """Steps trained."""
-    round: int = 0
-    """The last step that is in the edge adapter."""
-    checkpoints: tuple[int, int] = (0, 0)
-    """Steps of the last two checkpoints, the earlier first."""
-    phase: Phase = Phase.GATHERING
-    members: dict[str, Member] = field(default_factory=dict)
-    greeted: set[str] = field(default_factory=set)
-    """Names in use that have not joined."""
-    micro_batch: int = 0
-    """The one that is gathered or computed."""
-    waiting: dict[tuple[str, int], Message] = field(default_factory=dict)
-    """Questions of the present round that are not answered yet, by client and micro-batch."""
-    timing: StepTiming = field(default_factory=StepTiming)
-    total_steps: int = 0
-    _since: float = 0.0
-    """When the present phase began."""
-    _deadline_passed: bool = False
-    """Of the present phase, with too few clients to go on without the others."""
-    _told_after: float = 0.0
-    """Seconds from `_since` until it was last told for whom the phase waits; 0: it was not yet."""
-    _returning: set[str] = field(default_factory=set)
-    """Absent members that wait to be told where to go on."""
-    _in_step: dict[str, int] = field(default_factory=dict)
-    """Members whose first micro-batch of the present step is computed, and their labelled tokens in it so far."""
-    _loss: float = math.nan
-    _tokens: int = 0
-    _labelled_tokens: int = 0
-    _finished_step: int = 0
-    _server_compute: float = 0.0
-    _link_seconds: float = 0.0
-    """Of all clients since the codec was checked last; and all their seconds."""
-    _all_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.step = 0
+        """Steps trained."""
+        self.round = 0
+        """The last step that is in the edge adapter."""
+        self.checkpoints = (0, 0)
+        """Steps of the last two checkpoints, the earlier first: the server may still go back to either."""
+        self.total_steps = 0
+        """The last step for which any member had data when the run started; 0 until then."""
+        self.phase = Phase.GATHERING
+        self.timing = StepTiming()
+        self._roster = Roster(self.settings)
+        self._present_step = StepInProgress()
+        self._recorded = 0
+        """The last step whose record was given out."""
+        self._since = 0.0
+        """When the present phase began."""
+        self._gathering: Gathering | None = None
+        """What the present phase waits for; None while the server computes."""
+
+    @property
+    def members(self) -> dict[str, Member]:
+        return self._roster.members
 
     # Across a restart of the server
 
     def membership(self) -> dict[str, dict[str, Any]]:
-        """What has to be known of the members to go on after a round's end."""
-        return {name: {**asdict(member.join), "left": member.left} for name, member in self.members.items()}
+        """What has to be known of the members to go on after a round's end, as JSON."""
+        return self._roster.saved()
 
     def restore(self, step: int, earliest: int, membership: dict[str, dict[str, Any]], now: float) -> list[Action]:
-        """Stand at the end of the round that ended with ``step``, with everybody's connection lost.
+        """
+        Stand at the end of the round that ended with ``step``, with everybody's connection lost.
 
         Args:
             earliest: step of the earliest checkpoint that there is.
         """
-        for name, fields in membership.items():
-            join = Join(**{key: value for key, value in fields.items() if key != "left"})
-            self.members[name] = Member(join, self._itinerary(join), connected=False, left=fields["left"])
-        self.step = self.round = self._finished_step = step
+        self._roster.restore(membership, step)
+        self.step = self.round = self._recorded = step
         self.checkpoints = (earliest, step)
-        self.total_steps = max(member.last_step for member in self.members.values())
-        for member in self.members.values():
-            member.next_question = member.itinerary.after_round(self.step)
+        self.total_steps = self._roster.last_step
         self._enter(Phase.ACTIVATIONS, now)
         return self._advance(now)
 
@@ -323,61 +192,36 @@ class Federation:
         """
         Raises:
             NameInUse: a client of this name is connected.
-            RemoteProtocolError: another model, or no place in the run.
+            RemoteProtocolError: it has another model, lacks a codec, or there is no place in the run.
         """
-        if hello.fingerprint != self.limits.fingerprint:
-            what = part_that_differs(hello.fingerprint, self.limits.fingerprint)
-            raise RemoteProtocolError(
-                f"the {what} of {hello.name} has fingerprint {ascii(hello.fingerprint[:64])[1:-1]}, "
-                f"the run's has {self.limits.fingerprint}; use the same base {what} on both sides"
-            )
-        may_use = self.settings.codecs() | (self.gate.may_use() if self.gate is not None else set())
-        missing = may_use - {EXACT, *hello.codecs}
-        if missing:
-            raise RemoteProtocolError(
-                f"{hello.name} does not offer the codec {', '.join(sorted(missing))}, which this run uses; "
-                f"update splitlora-edge there, or start the run with --codec float32"
-            )
-        member = self.members.get(hello.name)
-        if hello.name in self.greeted or (member is not None and member.connected):
-            raise NameInUse(
-                f"the name {hello.name} is in use by a device that is connected; it is free again when that one has gone, "
-                f"and another device needs a name of its own"
-            )
-        if member is None:
-            places = self.settings.clients - len(self.greeted.union(self.members))
-            if self.phase is not Phase.GATHERING or places < 1:
-                raise RemoteProtocolError(f"the run is full: it takes {count(self.settings.clients, 'device')} (--clients)")
-        else:
-            self._check_return(hello.name, member)
-        self.greeted.add(hello.name)
+        later = set() if self.codec_policy is None else self.codec_policy.may_use()
+        check_hello(hello, self.limits, self.settings.codecs() | later)
+        self._roster.greet(hello.name, starting=self.phase is Phase.GATHERING, ending=self._is_ending)
         return Welcome(run=self.run, settings=self.settings, fingerprint=self.limits.fingerprint, restarts=self.restarts)
 
     def join(self, name: str, join: Join, now: float) -> list[Action]:
         """
+        A client that was welcomed says how much data it has; if it is a member, it is back.
+
         Raises:
             RemoteProtocolError: its batches would be too large, or are not those that it joined the run with before.
         """
         member = self.members.get(name)
-        if member is None:
-            member = self._new_member(join)
-            if not self.members:
-                self._enter(Phase.GATHERING, now)  # from now on somebody waits
-            self.members[name] = member
-            self.greeted.discard(name)
-            return self._advance(now)
-        self._check_return(name, member)  # the run may have ended since its welcome
-        before = member.join
-        if replace(join, step=0, kept=None).__dict__ != replace(before, step=0, kept=None).__dict__:
-            was, now_is = (
-                f"{count(each.num_samples, 'sample')} of up to {count(each.longest, 'token')} in batches of {each.batch_size}"
-                for each in (before, join)
-            )
-            raise RemoteProtocolError(f"{name} joined this run with {was}, and comes back with {now_is}; start it as before")
-        self.greeted.discard(name)
-        member.join, member.connected, member.left = join, True, False
-        member.told = None
-        member.remembers = join.step
+        if member is not None:
+            return self._join_again(name, member, join, now)
+        itinerary = self._roster.itinerary_of(join)
+        check_join(join, itinerary, self.limits)
+        if not self.members:
+            self._enter(Phase.GATHERING, now)  # from now on somebody waits
+        self.members[name] = Member(join, itinerary)
+        self._roster.greeted.discard(name)
+        return self._advance(now)
+
+    def _join_again(self, name: str, member: Member, join: Join, now: float) -> list[Action]:
+        self._roster.check_return(name, ending=self._is_ending)  # the run may have ended since its welcome
+        check_same_data(name, member.join, join)
+        self._roster.greeted.discard(name)
+        member.came_back(join)
         return self._tell_where_to_go_on(name, now)
 
     def receive(self, name: str, message: Message, now: float) -> list[Action]:
@@ -389,144 +233,163 @@ class Federation:
         """
         member = self.members[name]
         if isinstance(message, Evaluation):
-            self._check_batch(name, message)
+            check_question(name, message, member.join, self.settings, self.limits)
             member.evaluation = message
-            return [Evaluate(name, message)]
+            return [Evaluate(client=name, batch=message)]
         if not isinstance(message, OfAStep):
             raise RemoteProtocolError(f"{type(message).__name__} out of turn")
-        if isinstance(message, Activations) and message.step <= member.gone_on_after:
+        if isinstance(message, Activations) and message.step <= member.resumed_at:
             logger.debug("%s: ignored Activations of step %d: Start has answered it meanwhile", name, message.step)
             return []
-        kind = _waited_for_as(type(message))
-        actions: list[Action] = []
-        if self.deadline.observe(kind, self.timing.away(name, now)) and kind is Activations:
-            unused = "" if self.quorum is not None else " (acts only with --quorum)"
-            actions.append(Report(f"step deadline {duration(self.deadline.seconds(kind))}, measured{unused}"))
-        return actions + self._take(name, message, now)
+        return self._observe(name, message, now) + self._take(name, message, now)
+
+    def _observe(self, name: str, message: OfAStep, now: float) -> list[Action]:
+        """How long the client took decides how long the next one may take."""
+        kind = Contribution if isinstance(message, Contribution) else type(message)
+        derived = self.deadline.observe(kind, self.timing.away(name, now))
+        if not derived or kind is not Activations:
+            return []
+        unused = "" if self.quorum is not None else " (acts only with --quorum)"
+        return [Report(text=f"step deadline {duration(self.deadline.seconds(kind))}, measured{unused}")]
 
     def _take(self, name: str, message: OfAStep, now: float) -> list[Action]:
-        member, question = self.members[name], QuestionId(*identity(message))
-        if not member.absent and self._may_ask(member, question):
-            self._check(name, message)
-            place = name, question[2]
-            if place not in self.waiting and not isinstance(message, Done):
-                self.timing.question(place, message.seconds, now)
-            self.waiting[place] = message
+        """A question is new, or was answered, or the run has left it behind; see `Theory of operation`."""
+        member, question = self.members[name], QuestionId.of(message)
+        is_current = not member.presence.is_overtaken
+        if is_current and member.may_ask(question):
+            check_question(name, message, member.join, self.settings, self.limits)
+            if question.micro_batch not in member.questions and not isinstance(message, Done):
+                self.timing.question((name, question.micro_batch), message.seconds, now)
+            member.questions[question.micro_batch] = message
             return self._advance(now)
-        if not member.absent and question in member.answers:
+        if is_current and question in member.answers:
             self.timing.replied(name, now)
-            return [Reply(name, member.answers[question])]
+            return [Reply(client=name, message=member.answers[question])]
         # A client would take the same `Start` for one message, delivered twice, and wait for ever.
-        told_already = not member.absent and member.told == (self._resumes_after(member), self.round)
-        if told_already or not self._is_behind(member, question):
-            raise RemoteProtocolError(f"expected {_worded(member.next_question)}, got {_worded(question)}")
+        told_already = is_current and member.told == (member.resumes_after(), self.round)
+        if told_already or not member.is_behind(question, self.step):
+            raise RemoteProtocolError(f"expected {member.next_question}, got {question}")
+        # Activations and a gradient belong to a step that is being done, all else to one that its client has finished.
         member.remembers = message.step - 1 if isinstance(message, Activations | AdapterGradient) else message.step
+        member.asked_from_behind()
         return self._tell_where_to_go_on(name, now)
 
     def disconnected(self, name: str, now: float) -> list[Action]:
         """A client's connection is lost. Once the run has started it keeps its place."""
-        self.greeted.discard(name)
+        self._roster.greeted.discard(name)
         if self.phase is Phase.GATHERING:
             self.members.pop(name, None)
         elif name in self.members:
-            member = self.members[name]
-            member.connected, member.evaluation, member.lost_at = False, None, now
-            self._returning.discard(name)
+            self.members[name].was_lost(now)
         return []
 
     def leave(self, name: str, now: float) -> list[Action]:
-        """A client says that it is gone for good; the run goes on with the others."""
+        """A client says that it is gone for good, or is let in no more; the run goes on with the others."""
         self.disconnected(name, now)
-        member = self.members.get(name)
-        if member is None:
+        if name not in self.members:
             return []
-        member.left = True
+        self.members[name].left()
         return self._advance(now)
 
     def tick(self, now: float) -> list[Action]:
         """Time has passed; see `expires`."""
         return self._advance(now)
 
+    # What somebody may ask who watches
+
     def expires(self) -> float | None:
         """When `tick` should be called, if nothing else happens before."""
-        if self.phase is Phase.GATHERING and not self.members:
+        if self._gathering is None or not self.members:
             return None
-        kind = WAITED_FOR.get(self.phase)
-        if kind is None:
-            return None
-        seconds = self._next_report(kind)
-        if self.quorum is not None and not self._deadline_passed:
-            seconds = min(seconds, self.deadline.seconds(kind))
-        return self._since + seconds
+        return self._gathering.expires()
 
     def waits_for(self, now: float) -> tuple[list[str], float]:
         """The members that everybody waits for, and since how many seconds; nobody while the server computes."""
         if self.phase is Phase.FINISHED:
             return self.unfinished(), now - self._since
-        kind = WAITED_FOR.get(self.phase)
-        asked = () if kind is None else self._asked(kind)
+        asked: dict[str, Message] = {} if self._gathering is None else self._asked(self._gathering.kind)
         names = [name for name in self._wanted() if name not in asked]
         return names, now - self._since if names else 0.0
 
-    def trained(
-        self, loss: float, labelled_tokens: int, gradients: dict[str, Array], seconds: float, now: float
-    ) -> list[Action]:
-        """
-        The last `Train` is computed.
+    def unfinished(self) -> list[str]:
+        """Members that have not said goodbye: whether an adapter that was sent has arrived, only they know."""
+        return self._roster.unfinished()
 
-        Args:
-            loss: nats per labelled token of the step so far.
-            labelled_tokens: of the step so far.
-            gradients: of each client's micro-batch, at the cut.
-        """
-        step, ends_step = self.step + 1, self.micro_batch + 1 == self.settings.micro_batches
-        self._loss, self._labelled_tokens = loss, labelled_tokens
-        self._server_compute += seconds
-        self.step += ends_step
-        actions: list[Action] = []
-        asked = self._asked(Activations)
-        for name, gradient in gradients.items():
-            if name in asked:  # it has not left meanwhile, and come back perhaps
-                answer = ActivationGradient(
-                    step=step,
-                    micro_batch=self.micro_batch,
-                    loss=loss,
-                    labelled_tokens=labelled_tokens,
-                    values=gradient,
-                    codec=self.codec_of(step + 1) if ends_step else "",
-                    queue_seconds=self.timing.queued((name, self.micro_batch)),
-                    compute_seconds=seconds,
-                )
-                next_question = self.members[name].itinerary.after_activations(step, self.micro_batch)
-                actions += self._reply(name, answer, next_question, now)
+    def status(self) -> RunStatus:
+        """For whoever watches."""
+        return RunStatus(
+            run=self.run,
+            clients=self.settings.clients,
+            connected=sum(member.presence.is_connected for _, member in self._roster),
+            members={name: member.presence.value for name, member in self._roster},
+            unfinished=tuple(self.unfinished()),
+            phase=self.phase.value,
+            step=self.step,
+            round=self.round,
+            total_steps=self.total_steps,
+            is_complete=self.phase is Phase.FINISHED,
+        )
+
+    def codec_of(self, step: int) -> str:
+        """In which the step's activations travel."""
+        return self.settings.activation_codec if self.codec_policy is None else self.codec_policy.codec_of(step)
+
+    # What was computed
+
+    def checked(self, changes: dict[str, float]) -> list[Action]:
+        """By how much codecs change the loss of the step that is computed, in nats per labelled token."""
+        if self.codec_policy is None or not changes:
+            return []
+        note = self.codec_policy.check(self.step + 1, changes, self.timing.take_link_share())
+        return [] if note is None else [Report(text=note)]
+
+    def trained(self, trained: Trained, seconds: float, now: float) -> list[Action]:
+        """The last `Train` is computed; it took so many ``seconds``."""
+        present = self._present_step
+        ends_step = present.micro_batch + 1 == self.settings.micro_batches
+        present.loss, present.labelled_tokens = trained.loss, trained.labelled_tokens
+        present.server_compute += seconds
+        actions = self._answer_activations(trained, seconds, now, ends_step=ends_step)
         if not ends_step:
-            self.micro_batch += 1
+            present.micro_batch += 1
             self._enter(Phase.ACTIVATIONS, now)
             return actions + self._advance(now)
-        self.micro_batch = 0
-        for name, num_labels in self._in_step.items():
+        self.step += 1
+        present.micro_batch = 0
+        for name, num_labels in present.labels_of.items():
             member = self.members[name]
-            if not member.absent:  # else it takes the step back
+            if not member.presence.is_overtaken:  # else it takes the step back
                 member.labelled_tokens[self.step] = num_labels
-        if self.settings.ends_round(self.step) or not self._participants():
+        if self.settings.ends_round(self.step) or not self._roster.participants(self.step + 1):
             self._end_round(now)
         else:
             actions += self._finish_step(now)
         return actions + self._advance(now)
 
-    def checked(self, changes: dict[str, float]) -> list[Action]:
-        """By how much codecs change the loss of the step that is computed, in nats per labelled token."""
-        if self.gate is None or not changes:
-            return []
-        link_share = self._link_seconds / self._all_seconds if self._all_seconds else 0.0
-        self._link_seconds = self._all_seconds = 0.0
-        note = self.gate.check(self.step + 1, changes, link_share)
-        return [] if note is None else [Report(note)]
+    def _answer_activations(self, trained: Trained, seconds: float, now: float, *, ends_step: bool) -> list[Action]:
+        step, micro_batch = self.step + 1, self._present_step.micro_batch
+        actions: list[Action] = []
+        asked = self._asked(Activations)
+        for name, gradient in trained.gradients.items():
+            if name in asked:
+                answer = ActivationGradient(
+                    step=step,
+                    micro_batch=micro_batch,
+                    loss=trained.loss,
+                    labelled_tokens=trained.labelled_tokens,
+                    values=gradient,
+                    codec=self.codec_of(step + 1) if ends_step else "",
+                    queue_seconds=self.timing.queued((name, micro_batch)),
+                    compute_seconds=seconds,
+                )
+                next_question = self.members[name].itinerary.after_activations(step, micro_batch)
+                actions.append(self._reply(name, answer, next_question, now))
+        return actions
 
     def aggregated(self, edge_adapter: Tensors, seconds: float, now: float) -> list[Action]:
         """The edge adapter of the last `Aggregate` is computed."""
         self.edge_adapter = edge_adapter
-        self._server_compute += seconds
+        self._present_step.server_compute += seconds
         actions: list[Action] = []
         for name in sorted(self._asked(Contribution)):
             answer = EdgeAdapter(
@@ -536,11 +399,12 @@ class Federation:
                 queue_seconds=self.timing.queued((name, 0)),
                 compute_seconds=seconds,
             )
-            actions += self._reply(name, answer, self.members[name].itinerary.after_round(self.step), now)
+            actions.append(self._reply(name, answer, self.members[name].itinerary.after_round(self.step), now))
         self._close_round()
         actions += self._finish_step(now)
-        if self._rounds_since_checkpoint() >= self.checkpoint_every or not self._participants():
-            actions.append(Checkpoint(self.step))
+        rounds = -(-(self.step - self.checkpoints[1]) // self.settings.aggregate_every)
+        if rounds >= self.checkpoint_every or not self._roster.participants(self.step + 1):
+            actions.append(Checkpoint(step=self.step))
         return actions + self._advance(now)
 
     def checkpointed(self, step: int) -> None:
@@ -559,11 +423,7 @@ class Federation:
             return []
         member.evaluation = None
         self.timing.replied(name, now)  # the time of an evaluation belongs to no step
-        return [Reply(name, EvaluationLoss(index=batch.index, summed_loss=summed_loss))]
-
-    def unfinished(self) -> list[str]:
-        """Members that have not said goodbye: whether an adapter that was sent has arrived, only they know."""
-        return [name for name, member in self.members.items() if not member.left]
+        return [Reply(client=name, message=EvaluationLoss(index=batch.index, summed_loss=summed_loss))]
 
     # What follows from it
 
@@ -571,387 +431,216 @@ class Federation:
         """Go on as far as what has come in, and the time, allow."""
         if self.phase is Phase.GATHERING:
             return self._start(now) if len(self.members) == self.settings.clients else self._wait_for_joins(now)
-        if self.phase is Phase.ACTIVATIONS and self.micro_batch:
-            rest = self._wanted()
-            ready, notes = self._gathered(Activations, rest, now)
-            return notes + ([self._train(ready, now)] if ready or not rest else [])
         if self.phase is Phase.ACTIVATIONS:
-            actions = self._answer_returning(now)
-            participants = self._wanted()
-            if not participants:
-                return actions + self._close_last_round(now)
-            ready, notes = self._gathered(Activations, participants, now)
-            return actions + notes + ([self._train(ready, now)] if ready else [])
+            return self._advance_activations(now)
         if self.phase is Phase.CONTRIBUTIONS:
-            contributors = self._wanted()
-            if not contributors:  # all have left: the edge adapter stays as it was
-                self._overtake_without(contributors)
-                self._close_round()
-                return self._finish_step(now) + self._advance(now)
-            ready, notes = self._gathered(Contribution, contributors, now)
-            return notes + ([self._aggregate(ready, now)] if ready else [])
+            return self._advance_contributions(now)
         if self.phase is Phase.FINISHED:
             return self._answer_returning(now) + self._answer_done(now)
         return []
 
-    def _gathered(self, kind: type[Question], wanted: list[str], now: float) -> tuple[list[str], list[Action]]:
+    def _advance_activations(self, now: float) -> list[Action]:
+        is_between_steps = self._present_step.micro_batch == 0
+        actions = self._answer_returning(now) if is_between_steps else []
+        wanted = self._wanted()
+        if not wanted and is_between_steps:
+            return actions + self._close_last_round(now)
+        ready, notes = self._gathered(wanted, now)
+        # If all that began a step have gone, it ends with the micro-batches that there are.
+        is_due = bool(ready) or not wanted
+        return actions + notes + ([self._train(ready, now)] if is_due else [])
+
+    def _advance_contributions(self, now: float) -> list[Action]:
+        wanted = self._wanted()
+        if not wanted:  # all have left: the edge adapter stays as it was
+            self._overtake_without(wanted)
+            self._close_round()
+            return self._finish_step(now) + self._advance(now)
+        ready, notes = self._gathered(wanted, now)
+        return notes + ([self._aggregate(ready, now)] if ready else [])
+
+    def _gathered(self, wanted: list[str], now: float) -> tuple[list[str], list[Action]]:
         """
-        Those of ``wanted`` with whom the step can go on: all that are present, or after the deadline those that have
-        asked, if they are a quorum; nobody as long as the step has to wait.
+        Those of ``wanted`` with whom the step can go on, and what the operator is told; nobody as long as the step has to wait.
         """
-        asked = self._asked(kind)
-        ready = [name for name in wanted if name in asked]
-        missing = [name for name in wanted if name not in asked]
-        needed = len(wanted) if self.quorum is None else min(self.quorum, len(wanted))
-        awaited = [name for name in missing if not self.members[name].absent]
-        if len(ready) >= needed and not awaited:
-            return ready, []
-        self._deadline_passed = self.quorum is not None and now - self._since >= self.deadline.seconds(kind)
-        if len(ready) >= needed and self._deadline_passed:
-            silent = f"{self._names(awaited)}, silent for {duration(now - self._since)}"
-            return ready, [Report(f"step {self._step_under_way} goes on without {silent}")]
-        quorum = "" if self.quorum is None else f", {needed} needed"
-        here = f"{len(ready)} of {count(len(wanted), 'device')} ready{quorum}"
-        return [], self._report_wait(kind, f"step {self._step_under_way} waits for {self._names(missing)}, silent", here, now)
+        assert self._gathering is not None
+        asked: dict[str, Message] = self._asked(self._gathering.kind)
+        ready, missing = [name for name in wanted if name in asked], [name for name in wanted if name not in asked]
+        overtaken = {name for name in missing if self.members[name].presence.is_overtaken}
+        verdict, waited = self._gathering.verdict(ready, missing, overtaken, now), self._gathering.waited(now)
+        notes: list[Action] = []
+        if verdict.without:
+            silent = f"{self._roster.listed(verdict.without)}, silent for {waited}"
+            notes = [Report(text=f"step {self._step_under_way} goes on without {silent}")]
+        elif verdict.is_worth_telling:
+            needed = "" if self.quorum is None else f", {self._gathering.needed(len(wanted))} needed"
+            silent = f"{self._roster.listed(missing)}, silent for {waited}"
+            here = f"{len(ready)} of {count(len(wanted), 'device')} ready{needed}"
+            notes = [Report(text=f"step {self._step_under_way} waits for {silent}; {here}")]
+        return verdict.go, notes
 
     def _wait_for_joins(self, now: float) -> list[Action]:
-        missing = self.settings.clients - len(self.members)
-        here = f"{listed(self.members)} joined" if self.members else "nobody has joined"
-        return self._report_wait(Join, f"the run waits for {count(missing, 'more device')} to join,", here, now)
-
-    def _report_wait(self, kind: type, who: str, here: str, now: float) -> list[Action]:
-        waited = now - self._since
-        if waited < self._next_report(kind):
+        if self._gathering is None or not self.members or not self._gathering.is_worth_telling(now):
             return []
-        self._told_after = waited
-        return [Report(f"{who} for {duration(waited)}; {here}")]
-
-    def _next_report(self, kind: type) -> float:
-        """Seconds from the beginning of the phase."""
-        told = self._told_after
-        return told + min(told, LONGEST_BETWEEN_REPORTS) if told else self.deadline.patience(kind)
-
-    def _names(self, clients: list[str]) -> str:
-        return listed(name if self.members[name].connected else f"{name} (not connected)" for name in clients)
-
-    @property
-    def _step_under_way(self) -> int:
-        return self.step + 1 if self.phase is Phase.ACTIVATIONS else self.step
+        more, waited = count(self.settings.clients - len(self.members), "more device"), self._gathering.waited(now)
+        return [Report(text=f"the run waits for {more} to join, for {waited}; {listed(self.members)} joined")]
 
     def _start(self, now: float) -> list[Action]:
         self._enter(Phase.ACTIVATIONS, now)
-        self.total_steps = max(member.last_step for member in self.members.values())
-        actions: list[Action] = [Checkpoint(0)]
+        self.total_steps = self._roster.last_step
+        actions: list[Action] = [Checkpoint(step=0)]
         for name in self.members:
             actions += self._tell_where_to_go_on(name, now)
         return actions
 
     def _train(self, participants: list[str], now: float) -> Train:
         """The micro-batch of these, or of nobody, which ends the step."""
-        of_step = self._in_step if self.micro_batch else [name for name, m in self.members.items() if m.last_step > self.step]
-        self._overtake(*set(of_step).difference(participants))
+        if not self._present_step.micro_batch:
+            with_data = [name for name, member in self._roster if member.last_step > self.step]
+            self._overtake(set(with_data).difference(participants))
+            self._present_step = StepInProgress()
+        else:
+            self._overtake(self._present_step.labels_of.keys() - set(participants))
         self._enter(Phase.TRAINING, now)
         if not participants:
-            self.micro_batch = self.settings.micro_batches - 1
-        elif not self.micro_batch:
-            self._in_step, self._tokens = dict.fromkeys(participants, 0), 0
-        asked = self._asked(Activations)
+            self._present_step.micro_batch = self.settings.micro_batches - 1
+        asked, step, micro_batch = self._asked(Activations), self.step + 1, self._present_step.micro_batch
         batches = {name: asked[name] for name in participants}
-        for name, batch in batches.items():
-            self._in_step[name] += len(batch.labels)
+        self._present_step.add(batches)
+        for name in participants:
             self.members[name].in_round = True
-        self._tokens += sum(len(batch.values) for batch in batches.values())
-        self.timing.computing([(name, self.micro_batch) for name in participants], now)
-        step = self.step + 1
-        checks = not self.micro_batch and self.settings.checks_codec(step) and self.gate is not None
-        check = self.gate.alternatives(step) if checks and self.gate is not None else None
-        return Train(step, self.total_steps, self.micro_batch, check, batches)
+        self.timing.computing([(name, micro_batch) for name in participants], now)
+        checks = self.codec_policy is not None and not micro_batch and self.settings.checks_codec(step)
+        return Train(
+            step=step,
+            total_steps=self.total_steps,
+            micro_batch=micro_batch,
+            check=self.codec_policy.alternatives(step) if checks and self.codec_policy is not None else None,
+            batches=batches,
+        )
 
     def _aggregate(self, contributors: list[str], now: float) -> Aggregate:
         self._enter(Phase.AGGREGATING, now)
         self._overtake_without(contributors)
         asked = self._asked(Contribution)
-        contributions = {name: asked[name].tensors for name in contributors}
-        weights = {name: sum(self.members[name].labelled_tokens.values()) for name in contributors}
         self.timing.computing([(name, 0) for name in contributors], now)
-        return Aggregate(self.step, self.total_steps, contributions, weights)
+        return Aggregate(
+            step=self.step,
+            total_steps=self.total_steps,
+            contributions={name: asked[name].tensors for name in contributors},
+            weights={name: sum(self.members[name].labelled_tokens.values()) for name in contributors},
+        )
 
     def _finish_step(self, now: float) -> list[Action]:
         self._enter(Phase.ACTIVATIONS, now)
         seconds = self.timing.take()
-        self._link_seconds += sum(spent.uplink + spent.downlink for spent in seconds.values())
-        self._all_seconds += sum(sum(vars(spent).values()) for spent in seconds.values())
-        if self._finished_step == self.step:  # a last round closed early, by the leaving of those who had steps left
+        if self._recorded == self.step:  # a last round that is closed early, since those who had steps left have gone
             return []
-        self._finished_step = self.step
-        deadline = self.deadline.seconds(Activations)
-        codec, server_compute = self.codec_of(self.step), self._server_compute
-        self._server_compute = 0.0
-        return [
-            FinishStep(self.step, self._loss, self._tokens, self._labelled_tokens, seconds, deadline, codec, server_compute)
-        ]
+        self._recorded = self.step
+        deadline, codec = self.deadline.seconds(Activations), codec_name(self.codec_of(self.step))
+        return [FinishStep(record=self._present_step.record(self.step, seconds=seconds, deadline=deadline, codec=codec))]
 
     def _close_last_round(self, now: float) -> list[Action]:
-        if self._contributors():
+        if self._roster.contributors():
             self._end_round(now)
             return self._advance(now)
         self._enter(Phase.SAVING, now)
-        return [FinishRun(self.step)]
+        return [FinishRun(step=self.step)]
 
     def _end_round(self, now: float) -> None:
         """Wait for the adapters of those who took part. Members that have steps of the round left have left the run."""
         self._enter(Phase.CONTRIBUTIONS, now)
         if not self.settings.ends_round(self.step):
-            self._overtake(*(name for name, member in self.members.items() if member.last_step > self.step))
+            self._overtake(name for name, member in self._roster if member.last_step > self.step)
 
     def _overtake_without(self, contributors: list[str]) -> None:
         """The round goes on without those whose adapter is missing."""
-        owing = {name for name, member in self.members.items() if issubclass(member.next_question.kind, Contribution)}
-        self._overtake(*owing.difference(contributors))
+        owing = {name for name, member in self._roster if issubclass(member.next_question.kind, Contribution)}
+        self._overtake(owing.difference(contributors))
 
     def _close_round(self) -> None:
         """The round has its adapter."""
         self.round = self.step
-        for member in self.members.values():
-            member.in_round, member.labelled_tokens = False, {}
+        for _, member in self._roster:
+            member.begins_round()
 
-    def _overtake(self, *names: str) -> None:
+    def _overtake(self, names: Iterable[str]) -> None:
         """The run goes on without these."""
         for name in names:
-            if not self.members[name].absent:
-                self.members[name].absent, self.members[name].missed_from = True, self._step_under_way
-            self._forget_questions(name)
+            self.members[name].was_overtaken(self._step_under_way)
 
     def _answer_done(self, now: float) -> list[Action]:
-        actions: list[Action] = []
-        for name in self._asked(Done):
-            answer = RunEnd(step=self.step, tensors=self.edge_adapter)
-            actions += self._reply(name, answer, QuestionId(Evaluation, self.step), now)
-        return actions
+        end = RunEnd(step=self.step, tensors=self.edge_adapter)
+        return [self._reply(name, end, QuestionId(Evaluation, self.step), now) for name in self._asked(Done)]
 
-    def _reply(self, name: str, message: Message, next_question: QuestionId, now: float) -> list[Action]:
-        member, question = self.members[name], QuestionId(*identity(self.waiting.pop((name, self.micro_batch))))
-        if next(iter(member.answers), question)[:2] != question[:2]:
-            member.answers = {}
-        member.answers[question] = message
-        member.next_question = next_question
+    def _reply(self, name: str, message: Message, next_question: QuestionId, now: float) -> Reply:
+        self.members[name].answer(self._present_step.micro_batch, message, next_question)
         self.timing.replied(name, now)
-        return [Reply(name, message)]
+        return Reply(client=name, message=message)
 
     def _enter(self, phase: Phase, now: float) -> None:
-        self.phase, self._since, self._deadline_passed, self._told_after = phase, now, False, 0.0
+        self.phase, self._since, kind = phase, now, WAITED_FOR.get(phase)
+        quorum = None if phase is Phase.GATHERING else self.quorum  # a run starts with all of its clients
+        self._gathering = None if kind is None else Gathering(kind, now, self.deadline, quorum)
 
     # Members that come back
 
     def _tell_where_to_go_on(self, name: str, now: float) -> list[Action]:
-        """At once, or where a step has gone on without it, between two steps."""
+        """At once; but between two steps, if one has gone on without it."""
         member = self.members[name]
         if self.phase is Phase.GATHERING:
             return []
-        if member.absent:
-            self._returning.add(name)
+        if member.presence is Presence.RETURNING:
             return self._advance(now)
         self.timing.replied(name, now)
-        step = self._resumes_after(member)
-        self._forget_lost_steps(name, repeated=step + 1)
+        step = member.resumes_after()
+        if self.phase is not Phase.AGGREGATING:  # what is being averaged was sent with these counts
+            member.forget_lost_steps(repeated=step + 1)
         member.told = step, self.round
-        answer = Start(
+        start = Start(
             step=step,
             round=self.round,
             total_steps=self.total_steps,
             adapter=self.edge_adapter,
             codec=self.codec_of(step + 1),
         )
-        return [Reply(name, answer)]
+        return [Reply(client=name, message=start)]
 
     def _answer_returning(self, now: float) -> list[Action]:
         actions: list[Action] = []
-        for name in sorted(self._returning):
+        for name in self._roster.returning():
             member = self.members[name]
-            member.absent, member.answers = False, {}
-            member.next_question = member.itinerary.after_round(self.step)
             if member.missed_from:
-                actions.append(Report(f"{name} takes part again; {_steps(member.missed_from, self.step)} went on without it"))
-                member.missed_from = 0
-            if member.next_question[0] is Done:
-                member.in_round = False  # the step after which it was to contribute has gone on without it
+                missed = (
+                    f"step {self.step}" if member.missed_from == self.step else f"steps {member.missed_from} to {self.step}"
+                )
+                actions.append(Report(text=f"{name} takes part again; {missed} went on without it"))
+            member.catches_up(self.step)
             actions += self._tell_where_to_go_on(name, now)
-        self._returning.clear()
         return actions
-
-    def _forget_lost_steps(self, name: str, repeated: int) -> None:
-        """Count only what is in the member's matrices: what it remembers, and the step it repeats with the answers kept."""
-        member = self.members[name]
-        counts = {step: n for step, n in member.labelled_tokens.items() if step <= member.remembers or step == repeated}
-        if counts != member.labelled_tokens and self.phase is not Phase.AGGREGATING:
-            member.labelled_tokens = counts
-            if isinstance(self.waiting.get((name, 0)), AdapterWeights):
-                self._forget_questions(name)  # with matrices that it no longer has; it will ask again
-
-    def _resumes_after(self, member: Member) -> int:
-        """The step after which the member goes on. It repeats one whose outcome it has not kept."""
-        answered_last = next(iter(member.answers), None)
-        return member.itinerary.resumes_after(member.next_question, answered_last, member.remembers)
-
-    def _may_ask(self, member: Member, question: QuestionId) -> bool:
-        """Whether it is the member's next question, or a later micro-batch of its step."""
-        *place, first = member.next_question
-        several = self.settings.micro_batches if question[0] is Activations else 1
-        return [*question[:2]] == place and first <= question[2] < several
-
-    def _forget_questions(self, name: str) -> None:
-        self.waiting = {place: question for place, question in self.waiting.items() if place[0] != name}
-
-    def _is_behind(self, member: Member, question: QuestionId) -> bool:
-        """Whether the run has left this question behind, so that the member has to be told where to go on."""
-        if question[0] is Done:
-            return False  # nothing that the run does makes it stale
-        if member.absent:
-            return question[1] <= self.step + 1
-        return _place(question) < _place(member.next_question)
-
-    def codec_of(self, step: int) -> str:
-        """In which the step's activations travel."""
-        return self.settings.activation_codec if self.gate is None else self.gate.codec_of(step)
 
     # The calendar
 
+    @property
+    def _step_under_way(self) -> int:
+        return self.step + 1 if self.phase is Phase.ACTIVATIONS else self.step
+
+    @property
+    def _is_ending(self) -> bool:
+        return self.phase in (Phase.SAVING, Phase.FINISHED)
+
     def _wanted(self) -> list[str]:
         """Clients whose questions the present phase waits for."""
-        if self.phase is Phase.ACTIVATIONS and self.micro_batch:
-            return [name for name in self._in_step if not self.members[name].left and not self.members[name].absent]
-        if self.phase is Phase.ACTIVATIONS:
-            return self._participants()
-        return self._contributors() if self.phase is Phase.CONTRIBUTIONS else []
+        if self.phase is Phase.CONTRIBUTIONS:
+            return self._roster.contributors()
+        if self.phase is not Phase.ACTIVATIONS:
+            return []
+        if self._present_step.micro_batch:
+            taking_part = self._present_step.labels_of
+            return [name for name in taking_part if self.members[name].presence in (Presence.HERE, Presence.AWAY)]
+        return self._roster.participants(self.step + 1)
 
-    def _participants(self) -> list[str]:
-        """Clients with data for the step, in the order of the union batch."""
-        return sorted(name for name, member in self.members.items() if member.last_step > self.step and not member.left)
-
-    def _contributors(self) -> list[str]:
-        """
-        Clients whose adapters make the next edge adapter: all that took part in a step of the round. Those that are absent
-        now are told where to go on only after it.
-        """
-        return sorted(
-            name for name, member in self.members.items() if member.in_round and not member.left and not member.absent
-        )
-
-    def _asked(self, kind: type[Question]) -> dict[str, Question]:
+    def _asked(self, kind: type[Asked]) -> dict[str, Asked]:
         """The open questions of this kind, and of the present micro-batch, by client."""
-        return {
-            name: question
-            for (name, micro_batch), question in self.waiting.items()
-            if isinstance(question, kind) and micro_batch == self.micro_batch
-        }
-
-    def _rounds_since_checkpoint(self) -> int:
-        return -(-(self.step - self.checkpoints[1]) // self.settings.aggregate_every)
-
-    # What a message must respect, beyond what its type says
-
-    def _check_return(self, name: str, member: Member) -> None:
-        if member.left and self.phase in (Phase.SAVING, Phase.FINISHED):
-            raise RemoteProtocolError(f"{name} has left the run, and the run is over")
-
-    def _new_member(self, join: Join) -> Member:
-        if join.longest > self.limits.num_positions:
-            raise RemoteProtocolError(
-                f"sequences are up to {join.longest} tokens long, and the model has {self.limits.num_positions} positions; "
-                f"choose a smaller --max-length"
-            )
-        if join.batch_size * join.longest > self.limits.max_batch_tokens:
-            raise RemoteProtocolError(
-                f"batches are up to {join.batch_size} x {join.longest} tokens, and the server takes at most "
-                f"{self.limits.max_batch_tokens} (--max-batch-tokens); choose a smaller --batch-size or --max-length"
-            )
-        itinerary = self._itinerary(join)
-        if itinerary.last_step > LARGEST_COUNT:
-            raise RemoteProtocolError(
-                f"{join.num_samples} samples take {itinerary.last_step} steps; at most {LARGEST_COUNT} can be"
-            )
-        return Member(join, itinerary)
-
-    def _itinerary(self, join: Join) -> Itinerary:
-        return Itinerary(self.settings, self.settings.steps_of_client(join.num_samples, join.batch_size))
-
-    def _check(self, name: str, message: OfAStep) -> None:
-        if isinstance(message, Activations):
-            self._check_batch(name, message)
-        elif not isinstance(message, Done):
-            self._check_adapter(name, message)
-
-    def _check_batch(self, name: str, batch: Activations | Evaluation) -> None:
-        member = self.members[name]
-        limits, rows = self.limits, member.join.batch_size * member.join.longest
-        sent = f"{name} sent activations of {'a held-out batch' if isinstance(batch, Evaluation) else f'step {batch.step}'}"
-        if batch.values.shape[1] != limits.width:
-            raise RemoteProtocolError(f"values are {batch.values.shape[1]} wide, the model is {limits.width}")
-        _check_size(batch.values, sent)
-        if isinstance(batch, Activations) and batch.exact is not None:
-            if batch.micro_batch or not self.settings.checks_codec(batch.step):
-                raise RemoteProtocolError(
-                    f"exact values in micro-batch {batch.micro_batch} of step {batch.step}, which checks no codec"
-                )
-            _check_size(batch.exact, sent)
-        if len(batch.values) > rows:
-            raise RemoteProtocolError(f"the batch has {count(len(batch.values), 'row')}; at most {rows} were announced")
-        if len(batch.lengths) > member.join.batch_size:
-            sequences = count(len(batch.lengths), "sequence")
-            raise RemoteProtocolError(f"the batch has {sequences}; at most {member.join.batch_size} were announced")
-        if batch.lengths.max(initial=0) > member.join.longest:
-            raise RemoteProtocolError(
-                f"a sequence has {batch.lengths.max()} tokens; at most {member.join.longest} were announced"
-            )
-        if isinstance(batch, Activations):
-            most = -(-member.join.batch_size // self.settings.micro_batches)
-            if len(batch.lengths) > most:
-                raise RemoteProtocolError(f"a micro-batch has {count(len(batch.lengths), 'sequence')}; at most {most} can be")
-        wrong = batch.labels[(batch.labels < 0) | (batch.labels >= limits.vocabulary_size)]
-        if len(wrong):
-            raise RemoteProtocolError(f"a label is {wrong[0]}; this model's tokens are 0 to {limits.vocabulary_size - 1}")
-
-    def _check_adapter(self, name: str, contribution: AdapterGradient | AdapterWeights) -> None:
-        tensors = contribution.tensors
-        expected, found = self.limits.edge_shapes, {key: tensor.shape for key, tensor in tensors.items()}
-        for key in [*expected, *found]:
-            if expected.get(key) != found.get(key):
-                which = [f"{list(shapes[key])}" if key in shapes else "none" for shapes in (found, expected)]
-                raise RemoteProtocolError(
-                    f"the tensors are not the LoRA matrices of the edge part: {key[:200]!a} is {which[0]}, expected {which[1]}"
-                )
-        what = "an adapter gradient" if isinstance(contribution, AdapterGradient) else "an adapter"
-        for tensor in tensors.values():
-            _check_size(tensor, f"{name} sent {what} of step {contribution.step}")
-
-
-def _place(question: QuestionId) -> tuple[int, int, int]:
-    """Where a question stands in the order in which a client asks them."""
-    kind, step, micro_batch = question
-    return step, [Activations, AdapterGradient, AdapterWeights, Done, Evaluation].index(kind), micro_batch
-
-
-def _worded(question: QuestionId) -> str:
-    part = f", micro-batch {question.micro_batch}" if question.kind is Activations else ""
-    return f"{question.kind.__name__} of step {question.step}{part}"
-
-
-def _steps(first: int, last: int) -> str:
-    return f"step {first}" if first == last else f"steps {first} to {last}"
-
-
-def _waited_for_as(kind: type) -> type:
-    """The kind under which the deadline knows a question."""
-    return Contribution if issubclass(kind, Contribution) else kind
-
-
-def _check_size(values: Array, sent: str) -> None:
-    """
-    Args:
-        sent: who sent them, and what they are.
-    """
-    largest = np.abs(values).max(initial=0.0)
-    if largest > LARGEST_VALUE:
-        diverged = f"beyond {LARGEST_VALUE:g} training has diverged: try a lower --lr on the server"
-        why = NOT_SHUFFLED if looks_plain(values, LARGEST_VALUE) else diverged
-        raise RemoteProtocolError(f"{sent} with values up to {largest:.3g}; {why}")
+        questions = {name: member.questions.get(self._present_step.micro_batch) for name, member in self._roster}
+        return {name: question for name, question in questions.items() if isinstance(question, kind)}

@@ -18,6 +18,8 @@ class StepTiming:
         self._asked: dict[Question, float] = {}
         self._queued: dict[Question, float] = {}
         self._spent: defaultdict[str, Seconds] = defaultdict(Seconds)
+        self._link_seconds = self._all_seconds = 0.0
+        """Of all clients, since `take_link_share` was called last."""
 
     def away(self, client: str, now: float) -> float:
         """Seconds since the client's last reply."""
@@ -43,4 +45,12 @@ class StepTiming:
         """What each client has spent since this was called last."""
         taken = dict(sorted(self._spent.items()))
         self._spent.clear()
+        self._link_seconds += sum(spent.uplink + spent.downlink for spent in taken.values())
+        self._all_seconds += sum(sum(vars(spent).values()) for spent in taken.values())
         return taken
+
+    def take_link_share(self) -> float:
+        """The links' share of all that clients have spent, in the steps taken since this was called last; 0 if in none."""
+        share = self._link_seconds / self._all_seconds if self._all_seconds else 0.0
+        self._link_seconds = self._all_seconds = 0.0
+        return share

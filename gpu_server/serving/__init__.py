@@ -1,5 +1,5 @@
 """The run on the network: it moves bytes, and does what the federation decides."""
 
-from .run_server import RunServer, StepRecord
+from .run_server import RunServer
 
-__all__ = ["RunServer", "StepRecord"]
+__all__ = ["RunServer"]

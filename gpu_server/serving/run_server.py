@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -32,7 +32,6 @@ from protocol import (
     Ping,
     Pong,
     RemoteProtocolError,
-    Seconds,
     Session,
     Side,
     State,
@@ -44,7 +43,7 @@ from split_model import Adapter
 from storage import CacheFolder, ModelError
 from terminal import count, duration, listed, version
 
-from ..config import ConfigError, codec_name
+from ..config import ConfigError
 from ..door import Door
 from ..federation import (
     Action,
@@ -57,12 +56,14 @@ from ..federation import (
     NameInUse,
     Reply,
     Report,
+    StepRecord,
     Train,
+    Trained,
 )
 from ..listener import Listener, Pace
 from ..torch_engine import TorchEngine
 
-__all__ = ["RunServer", "StepRecord"]
+__all__ = ["RunServer"]
 
 logger = logging.getLogger("gpu_server")
 QUIET = logging.getLogger("websockets.server.quiet")
@@ -82,28 +83,6 @@ POLICY_VIOLATION = 1008
 SERVICE_RESTART = 1012  # come back later
 NAMES_IN_A_PONG = 100
 CONNECTIONS_A_DEVICE = 4  # the one it uses, one or two that it has lost without our knowing, and a ping
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """A finished step, as it stands in metrics.jsonl."""
-
-    number: int
-    loss: float
-    """Nats per labelled token."""
-    labelled_tokens: int
-    tokens: int
-    bytes_up: dict[str, int]
-    """By client, on the socket, WebSocket framing included, since the line before."""
-    bytes_down: dict[str, int]
-    seconds: dict[str, Seconds]
-    """By client: what it has spent since the step before."""
-    deadline: float
-    """Seconds that the next step waits for its clients."""
-    codec: str
-    """In which its activations came."""
-    server_compute: float
-    """Seconds that the server computed, also while clients did not wait for it."""
 
 
 def _limit_frames(protocol: Protocol) -> None:
@@ -368,7 +347,11 @@ class RunServer:
             except ConfigError:
                 continue  # who comes anew is not let in, and the operator told; who is in stays until it can be read
             here = {name for name, peer in self._peers.items() if peer.connection.enrolled != enrolled.get(name)}
-            away = {name for name, member in self._federation.members.items() if name not in enrolled and not member.left}
+            away = {
+                name
+                for name, member in self._federation.members.items()
+                if name not in enrolled and not member.presence.has_left
+            }
             for name in here | away:
                 self._expel(name, f"the enrolment of {name} was revoked")
 
@@ -460,7 +443,7 @@ class RunServer:
             actions = federation.join(peer.name, message, now)
             peer.joined = True
             self._expect(peer, self._largest_message(message.batch_size * message.longest))
-            connected = sum(member.connected for member in federation.members.values())
+            connected = federation.status().connected
             if before is None:
                 came = f"joined with {count(message.num_samples, 'sample')}"
             else:
@@ -600,7 +583,9 @@ class RunServer:
                 started = time.monotonic()
             trained = await self._work(compute.train, action.step, action.total_steps, action.micro_batch, action.batches)
             now = time.monotonic()
-            self._perform(federation.trained(*trained, now - started, now))
+            loss, labelled_tokens, gradients = trained
+            result = Trained(loss=loss, labelled_tokens=labelled_tokens, gradients=gradients)
+            self._perform(federation.trained(result, now - started, now))
         elif isinstance(action, Aggregate):
             adapter = await self._work(compute.aggregate, action.step, action.total_steps, action.contributions, action.weights)
             now, self._round_end = time.monotonic(), (action.step, compute.round_end)
@@ -645,20 +630,7 @@ class RunServer:
             connection = peer.connection
             up[name], down[name] = connection.bytes_up - peer.counted_up, connection.bytes_down - peer.counted_down
             peer.counted_up, peer.counted_down = connection.bytes_up, connection.bytes_down
-        counts = (action.labelled_tokens, action.tokens)
-        self._report(
-            StepRecord(
-                action.step,
-                action.loss,
-                *counts,
-                up,
-                down,
-                action.seconds,
-                action.deadline,
-                codec_name(action.codec),
-                action.server_compute,
-            )
-        )
+        self._report(replace(action.record, bytes_up=up, bytes_down=down))
 
     # Small parts
 
@@ -726,7 +698,7 @@ class RunServer:
             software=version(),
             run=federation.run,
             clients=federation.settings.clients,
-            joined=sum(member.connected for member in federation.members.values()),
+            joined=federation.status().connected,
             step=federation.step,
             model=self._model_name,
             waiting_for=tuple(waiting_for[:NAMES_IN_A_PONG]),

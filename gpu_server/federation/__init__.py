@@ -1,0 +1,45 @@
+"""The server's decisions: who is in a step, when it starts, what is averaged. Pure: no sockets, no clock, no torch."""
+
+from .codec_policy import CodecPolicy
+from .deadline import Deadline
+from .events import (
+    Action,
+    Aggregate,
+    Checkpoint,
+    Evaluate,
+    FinishRun,
+    FinishStep,
+    Reply,
+    Report,
+    Train,
+    Trained,
+)
+from .federation import Federation, Phase
+from .member import Member, Presence
+from .roster import NameInUse
+from .rules import ModelLimits
+from .status import RunStatus
+from .step import StepRecord
+
+__all__ = [
+    "Action",
+    "Aggregate",
+    "Checkpoint",
+    "CodecPolicy",
+    "Deadline",
+    "Evaluate",
+    "Federation",
+    "FinishRun",
+    "FinishStep",
+    "Member",
+    "ModelLimits",
+    "NameInUse",
+    "Phase",
+    "Presence",
+    "Reply",
+    "Report",
+    "RunStatus",
+    "StepRecord",
+    "Train",
+    "Trained",
+]

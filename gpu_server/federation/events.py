@@ -1,0 +1,107 @@
+"""What the federation wants done: actions are data, and whoever performs them does so in their order."""
+
+from dataclasses import dataclass
+
+from protocol import Activations, Array, Evaluation, Message, Tensors
+
+from .step import StepRecord
+
+__all__ = [
+    "Action",
+    "Aggregate",
+    "Checkpoint",
+    "Evaluate",
+    "FinishRun",
+    "FinishStep",
+    "Reply",
+    "Report",
+    "Train",
+    "Trained",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """Send this to that client, if it is connected."""
+
+    client: str
+    message: Message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Compute a micro-batch of a step, then call `Federation.trained`."""
+
+    step: int
+    total_steps: int
+    micro_batch: int
+    check: list[str] | None
+    """Whether the codec is checked, and which others are tried then. `Federation.checked` is called before `trained`."""
+    batches: dict[str, Activations]
+    """
+    By client, in the order of their names, which is the order of the union batch. Empty if every client that began the step
+    has left; the step then ends with the micro-batches computed so far.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What came of a `Train`."""
+
+    loss: float
+    """Nats per labelled token, over the step's micro-batches so far."""
+    labelled_tokens: int
+    """Of the step's micro-batches so far."""
+    gradients: dict[str, Array]
+    """By client: (N, d), of the micro-batch's summed loss by the client's activations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aggregate:
+    """Make the new edge adapter of these contributions, then call `Federation.aggregated`."""
+
+    step: int
+    total_steps: int
+    contributions: dict[str, Tensors]
+    """LoRA gradients to be summed where a round has one step, else LoRA matrices to be averaged. By client, in their order."""
+    weights: dict[str, int]
+    """Labelled tokens of each contributor in the round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Compute a held-out batch's loss, then call `Federation.evaluated`."""
+
+    client: str
+    batch: Evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishStep:
+    """A step is complete: write its line of metrics once the replies before it are sent."""
+
+    record: StepRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A round is complete: write what is needed to go on from here, then call `Federation.checkpointed`."""
+
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishRun:
+    """The run is complete, or nobody is left: write the adapter, then call `Federation.saved`."""
+
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Tell the operator."""
+
+    text: str
+
+
+Action = Reply | Train | Aggregate | Evaluate | FinishStep | Checkpoint | FinishRun | Report

@@ -1,0 +1,189 @@
+"""One client of the run, as far as the server knows it."""
+
+import enum
+from dataclasses import dataclass, field
+
+from protocol import Activations, AdapterWeights, Done, Evaluation, Itinerary, Join, Message, QuestionId
+
+__all__ = ["Member", "Presence"]
+
+
+class Presence(enum.Enum):
+    """
+    Where a member stands: whether it is connected, and whether the run has gone on without it.
+
+    The first three are connected. A step or a round waits for a member that is HERE or AWAY, and for no other.
+    """
+
+    HERE = "here"
+    """It takes part."""
+    BEHIND = "behind"
+    """The run has gone on without it, which it does not know: its next question will be answered with where to go on."""
+    RETURNING = "returning"
+    """The run has gone on without it, and it has asked. It is told where to go on when the step under way is complete."""
+    AWAY = "away"
+    """Its connection is lost. It keeps its place in the step, and its questions stay asked."""
+    ABSENT = "absent"
+    """Its connection is lost, and the run has gone on without it."""
+    LEFT = "left"
+    """It said goodbye, or was refused or revoked; nothing has gone on without it yet. If it comes back, it was only AWAY."""
+    GONE = "gone"
+    """It left, and the run has gone on without it. If it comes back, it was only ABSENT."""
+
+    @property
+    def is_connected(self) -> bool:
+        return self in (Presence.HERE, Presence.BEHIND, Presence.RETURNING)
+
+    @property
+    def is_overtaken(self) -> bool:
+        """Whether the run has gone on without it, so that it has to be told where to go on before it is asked for anything."""
+        return self in (Presence.BEHIND, Presence.RETURNING, Presence.ABSENT, Presence.GONE)
+
+    @property
+    def has_left(self) -> bool:
+        return self in (Presence.LEFT, Presence.GONE)
+
+
+_LOST = {Presence.HERE: Presence.AWAY, Presence.BEHIND: Presence.ABSENT, Presence.RETURNING: Presence.ABSENT}
+_BACK = {
+    Presence.AWAY: Presence.HERE,
+    Presence.LEFT: Presence.HERE,
+    Presence.ABSENT: Presence.RETURNING,
+    Presence.GONE: Presence.RETURNING,
+}
+_LEFT = {
+    Presence.HERE: Presence.LEFT,
+    Presence.AWAY: Presence.LEFT,
+    Presence.BEHIND: Presence.GONE,
+    Presence.RETURNING: Presence.GONE,
+    Presence.ABSENT: Presence.GONE,
+}
+_OVERTAKEN = {Presence.HERE: Presence.BEHIND, Presence.AWAY: Presence.ABSENT, Presence.LEFT: Presence.GONE}
+_ASKED = {Presence.BEHIND: Presence.RETURNING}
+_TOLD = {Presence.RETURNING: Presence.HERE}
+"""What each event makes of a presence; where it is not named, it stays as it is."""
+
+
+@dataclass
+class Member:
+    """
+    A client of the run. Only its methods change its presence.
+
+    Its answers are kept so that whoever asks again gets the same bytes: those to the questions of one kind and step, all of
+    them before ``next_question``.
+    """
+
+    join: Join
+    """What it announced when it came last: how much data, in how large batches, and up to which step it remembers."""
+    itinerary: Itinerary
+    """Its own way through the run, which ends where its data does."""
+    presence: Presence = Presence.HERE
+    next_question: QuestionId = field(default_factory=lambda: QuestionId(Activations, 1))
+    """The first that is not answered, evaluations aside. It may have asked the next ones, too."""
+    questions: dict[int, Message] = field(default_factory=dict)
+    """What it has asked and was not answered, by micro-batch. They stay when a connection is lost: it will ask the same."""
+    answers: dict[QuestionId, Message] = field(default_factory=dict)
+    """Those to the questions that were answered last, all of one kind and step."""
+    evaluation: Evaluation | None = None
+    """The held-out batch whose loss its present connection waits for."""
+    remembers: int = 0
+    """The last step that it has finished and not forgotten, as its last message tells. A device whose disk is lost forgets."""
+    told: tuple[int, int] | None = None
+    """Step and round of the last `Start` on its present connection. The same one twice would be taken for one message."""
+    in_round: bool = False
+    """Whether it took part in a step of the present round, so that the round's adapter is made of its own, too."""
+    labelled_tokens: dict[int, int] = field(default_factory=dict)
+    """In this round, by step, of those steps that are in its matrices: its weight in the round's average."""
+    lost_at: float | None = None
+    """When it was disconnected last; None if it never was."""
+    missed_from: int = 0
+    """The first step that has gone on without it, if it is overtaken: to tell the operator; 0 if there is nothing to tell."""
+
+    @property
+    def last_step(self) -> int:
+        """The last step for which it has data."""
+        return self.itinerary.last_step
+
+    @property
+    def resumed_at(self) -> int:
+        """The step of the last `Start` on its connection, which answers all it asks of steps up to this one; -1: none."""
+        return -1 if self.told is None else self.told[0]
+
+    # What becomes of its presence
+
+    def came_back(self, join: Join) -> None:
+        """A new connection has joined under its name."""
+        self.presence = _BACK[self.presence]
+        self.join, self.remembers, self.told = join, join.step, None
+
+    def was_lost(self, now: float) -> None:
+        """Its connection is lost; the loss it waited for is of no use any more."""
+        self.presence = _LOST.get(self.presence, self.presence)
+        self.evaluation, self.lost_at = None, now
+
+    def left(self) -> None:
+        """It said goodbye, or is let in no more."""
+        self.presence = _LEFT.get(self.presence, self.presence)
+
+    def was_overtaken(self, step: int) -> None:
+        """This step, or the round it ends, has gone on without it: what it has asked is not answered any more."""
+        if not self.presence.is_overtaken:
+            self.presence, self.missed_from = _OVERTAKEN[self.presence], step
+        self.questions.clear()
+
+    def asked_from_behind(self) -> None:
+        """What it asked shows that it has to be told where to go on."""
+        self.presence = _ASKED.get(self.presence, self.presence)
+
+    def catches_up(self, step: int) -> None:
+        """It goes on after this step, the last one that is trained, with the others."""
+        self.presence, self.missed_from = _TOLD[self.presence], 0
+        self.answers = {}
+        self.next_question = self.itinerary.after_round(step)
+        if self.next_question.kind is Done:
+            self.in_round = False  # the step after which it was to contribute has gone on without it
+
+    # Questions and answers
+
+    def may_ask(self, question: QuestionId) -> bool:
+        return self.itinerary.may_ask(question, self.next_question)
+
+    def is_behind(self, question: QuestionId, step: int) -> bool:
+        """
+        Whether the run has left this question behind, so that the member has to be told where to go on.
+
+        Args:
+            step: the last one that is trained.
+        """
+        if question.kind is Done:
+            return False  # nothing that the run does makes it stale
+        return question.step <= step + 1 if self.presence.is_overtaken else question.is_before(self.next_question)
+
+    def answer(self, micro_batch: int, message: Message, next_question: QuestionId) -> None:
+        """Its question of this micro-batch is answered; older answers are no longer needed once it asks something newer."""
+        question = QuestionId.of(self.questions.pop(micro_batch))
+        if not question.is_with(next(iter(self.answers), question)):
+            self.answers = {}
+        self.answers[question] = message
+        self.next_question = next_question
+
+    def resumes_after(self) -> int:
+        """The step of a `Start` for it: it repeats a step whose outcome it has not kept."""
+        return self.itinerary.resumes_after(self.next_question, next(iter(self.answers), None), self.remembers)
+
+    # Its share of the round
+
+    def forget_lost_steps(self, repeated: int) -> None:
+        """
+        Count only what is in its matrices: steps that it remembers, and the one that it repeats with the answers kept.
+
+        Matrices that it sent with more in them are forgotten: it will send those that it has.
+        """
+        counts = {step: n for step, n in self.labelled_tokens.items() if step <= self.remembers or step == repeated}
+        if counts != self.labelled_tokens:
+            self.labelled_tokens = counts
+            if isinstance(self.questions.get(0), AdapterWeights):
+                self.questions.clear()
+
+    def begins_round(self) -> None:
+        self.in_round, self.labelled_tokens = False, {}

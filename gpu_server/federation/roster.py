@@ -1,0 +1,120 @@
+"""Who is in the run."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from protocol import Itinerary, Join, RemoteProtocolError, RunSettings
+from terminal import count, listed
+
+from .member import Member, Presence
+
+__all__ = ["NameInUse", "Roster"]
+
+
+class NameInUse(RemoteProtocolError):
+    """A client of this name is connected."""
+
+
+class Roster:
+    """
+    The members by name, in the order in which they joined. A name is one member's as long as the run lasts.
+
+    Before the run starts a member whose connection is lost has never been one; afterwards nobody new is let in.
+    """
+
+    def __init__(self, settings: RunSettings) -> None:
+        self._settings = settings
+        self.members: dict[str, Member] = {}
+        self.greeted: set[str] = set()
+        """Names that a connection has said, and not yet joined with: they are taken, too."""
+
+    def __iter__(self) -> Iterator[tuple[str, Member]]:
+        return iter(self.members.items())
+
+    def greet(self, name: str, *, starting: bool, ending: bool) -> None:
+        """
+        Keep a place for a client that has said its name.
+
+        Args:
+            starting: whether the run still waits for its first members.
+            ending: whether nothing is left to do but to fetch the adapter.
+
+        Raises:
+            NameInUse: a client of this name is connected.
+            RemoteProtocolError: there is no place left, or the client has left and comes too late.
+        """
+        member = self.members.get(name)
+        if name in self.greeted or (member is not None and member.presence.is_connected):
+            raise NameInUse(
+                f"the name {name} is in use by a device that is connected; it is free again when that one has gone, "
+                f"and another device needs a name of its own"
+            )
+        if member is None:
+            places = self._settings.clients - len(self.greeted.union(self.members))
+            if not starting or places < 1:
+                raise RemoteProtocolError(f"the run is full: it takes {count(self._settings.clients, 'device')} (--clients)")
+        else:
+            self.check_return(name, ending=ending)
+        self.greeted.add(name)
+
+    def check_return(self, name: str, *, ending: bool) -> None:
+        """
+        Raises:
+            RemoteProtocolError: a member that has left comes back to a run that is over.
+        """
+        if ending and self.members[name].presence.has_left:
+            raise RemoteProtocolError(f"{name} has left the run, and the run is over")
+
+    def itinerary_of(self, join: Join) -> Itinerary:
+        """Its way through the run follows from its data alone."""
+        return Itinerary(self._settings, self._settings.steps_of_client(join.num_samples, join.batch_size))
+
+    # Across a restart of the server
+
+    def saved(self) -> dict[str, dict[str, Any]]:
+        """What has to be known of the members to go on after a round's end, as JSON."""
+        return {name: {**asdict(member.join), "left": member.presence.has_left} for name, member in self}
+
+    def restore(self, membership: dict[str, dict[str, Any]], step: int) -> None:
+        """
+        Nobody is connected, and all that stay have the adapter of the round that ended with ``step``.
+
+        Args:
+            membership: as `saved` gave it.
+        """
+        for name, fields in membership.items():
+            join = Join(**{key: value for key, value in fields.items() if key != "left"})
+            presence = Presence.LEFT if fields["left"] else Presence.AWAY
+            itinerary = self.itinerary_of(join)
+            self.members[name] = Member(join, itinerary, presence, itinerary.after_round(step))
+
+    # Whom a step or a round waits for
+
+    @property
+    def last_step(self) -> int:
+        """The last step for which anybody has data."""
+        return max(member.last_step for _, member in self)
+
+    def participants(self, step: int) -> list[str]:
+        """Members that have data for the step, in the order of the union batch."""
+        return sorted(name for name, member in self if member.last_step >= step and not member.presence.has_left)
+
+    def contributors(self) -> list[str]:
+        """
+        Members whose adapters make the next edge adapter: all that took part in a step of the round. Those that are overtaken
+        are told where to go on only after it.
+        """
+        return sorted(name for name, member in self if member.in_round and member.presence in (Presence.HERE, Presence.AWAY))
+
+    def returning(self) -> list[str]:
+        """Members that wait to be told where to go on."""
+        return sorted(name for name, member in self if member.presence is Presence.RETURNING)
+
+    def unfinished(self) -> list[str]:
+        """Members that have not said goodbye: whether an adapter that was sent has arrived, only they know."""
+        return [name for name, member in self if not member.presence.has_left]
+
+    def listed(self, names: list[str]) -> str:
+        """For people: who of them is not even connected is marked."""
+        return listed(name if self.members[name].presence.is_connected else f"{name} (not connected)" for name in names)
