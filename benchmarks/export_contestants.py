@@ -59,13 +59,13 @@ def measure(continue_prompt: Continue, seed: int) -> tuple[float, float]:
 
 def exported(precision: str) -> Callable[[Path], Callable[[], Continue]]:
     def contestant(folder: Path) -> Callable[[], Continue]:
-        from edge_client.generation import ExportedModel
+        from edge_client.generation import open_exported
         from edge_client.generation.decoder import Decoder
         from edge_client.generation.prepared import PACKED, find_prepared
 
         name = precision.removesuffix(" prepared")
-        model = ExportedModel.open(folder)
-        graphs = find_prepared(model, name).graphs if name != precision else model.graphs(name).paths
+        model = open_exported(folder)
+        graphs = find_prepared(model, name).graphs if name != precision else model.require(name).graphs
         assert graphs is not None, "splitlora-edge prepare has not been here"
         configuration = {} if name in PACKED else {"session.disable_prepacking": "1"}
 

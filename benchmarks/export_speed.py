@@ -23,7 +23,7 @@ from pathlib import Path
 import contestants
 from export_contestants import NEW_TOKENS, PROMPT_TOKENS
 
-from edge_client.generation import ExportedModel, prepare
+from edge_client.generation import open_exported, prepare
 from terminal import Progress
 
 HERE = Path(__file__).parent
@@ -107,7 +107,7 @@ def make_exported(folder: Path) -> None:
     from export import export_onnx
 
     export_onnx(str(folder / "base"), folder / "exported", precisions=("fp32", "q8", "q4"))
-    list(prepare(ExportedModel.open(folder / "exported")))
+    list(prepare(open_exported(folder / "exported")))
 
 
 def make_optimum(folder: Path) -> None:

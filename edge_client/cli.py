@@ -308,9 +308,9 @@ def _collect(pieces: Iterator[str], generator: "Generator", max_new_tokens: int)
 
 
 def run_prepare(options: argparse.Namespace) -> None:
-    from .generation import ExportedModel, precisions_to_prepare, prepare
+    from .generation import open_exported, precisions_to_prepare, prepare
 
-    model = ExportedModel.open(user_path(options.folder))
+    model = open_exported(user_path(options.folder))
     with Progress(len(precisions_to_prepare(model)), unit="precision") as progress:
         for precision in prepare(model):
             progress.advance(precision)

@@ -1,9 +1,7 @@
 """An exported folder, opened with ONNX Runtime, for measuring what it agrees with."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,82 +9,32 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from storage import Folder
+from storage import ExportedManifest, Folder
+from storage.exported_manifest import MANIFEST
 
 from .errors import ExportError
 from .precision import PRECISIONS
 from .weights import Floats
 
-__all__ = ["FORMAT", "MANIFEST", "ExportedModel", "Manifest"]
+__all__ = ["ExportedModel", "read_manifest"]
 
 Integers = NDArray[np.int64]
 Cache = dict[str, NDArray[Any]]
-MANIFEST, FORMAT = "splitlora.json", 1
-KINDS = {"language model": ("graph",), "split language model": ("edge_graph", "server_graph")}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """splitlora.json of a folder whose files are all there."""
+def read_manifest(folder: Path) -> ExportedManifest:
+    """
+    The manifest of a folder whose files are all there, in precisions that are known here.
 
-    folder: Path
-    context: int
-    """Most tokens of a sequence."""
-    end_token: int
-    vocabulary_size: int
-    adapter: Path | None
-    """The adapter, as onnxruntime takes it, where the graphs hold the base model."""
-    peft_adapter: Path | None
-    """The same as a PEFT folder."""
-    graphs: dict[str, list[Path]]
-    """By precision: one, or the edge part and the server part."""
-    num_bytes: dict[str, int]
-
-    @classmethod
-    def read(cls, folder: Path) -> "Manifest":
-        """
-        Raises:
-            ExportError: it is not an exported folder, or a file of it is missing or cut short.
-        """
-        path, files = folder / MANIFEST, Folder(folder, ExportError)
-        if files.find(MANIFEST) is None:
-            raise ExportError(f"{folder} is not an exported model: no {MANIFEST}; splitlora-export onnx writes one")
-        raw = files.read_json(MANIFEST)
-        try:
-            if raw["format"] != FORMAT or raw["kind"] not in KINDS:
-                kind, form = str(raw["kind"])[:40], str(raw["format"])[:40]
-                raise ExportError(f"{path}: this version of splitlora does not know the kind {kind!r} in format {form}")
-            entries = {str(name): entry for name, entry in raw["precisions"].items()}
-            sizes = {name: _sizes(files, entry["bytes"]) for name, entry in entries.items()}
-            manifest = cls(
-                folder=folder,
-                context=int(raw["context"]),
-                end_token=int(raw["end_token"]),
-                vocabulary_size=int(raw["vocabulary_size"]),
-                adapter=files.place(raw["adapter"]) if raw["adapter"] else None,
-                peft_adapter=files.place(raw["peft_adapter"]) if raw.get("peft_adapter") else None,
-                graphs={name: [files.place(entry[key]) for key in KINDS[raw["kind"]]] for name, entry in entries.items()},
-                num_bytes={name: sum(files.values()) for name, files in sizes.items()},
-            )
-        except ExportError:
-            raise
-        except KeyError as error:
-            raise ExportError(f"{path}: {error} is missing; export the model again") from None
-        except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise ExportError(f"{path} cannot be read: {error}; export the model again") from None
-        if unknown := [name for name in manifest.graphs if name not in PRECISIONS]:
-            raise ExportError(f"{path}: the precision {unknown[0][:40]!r} is not one of {', '.join(PRECISIONS)}")
-        for expected in sizes.values():
-            for file, size in expected.items():
-                found = os.path.getsize(file) if os.path.isfile(file) else None
-                if found != size:
-                    state = "missing" if found is None else f"{found} bytes long, not {size}"
-                    raise ExportError(f"{file} is {state}: the folder is incomplete; copy or export it again")
-        return manifest
-
-
-def _sizes(files: Folder, entry: dict[str, Any]) -> dict[Path, int]:
-    return {files.place(name): int(size) for name, size in entry.items()}
+    Raises:
+        ExportError: it is not an exported folder, or a file of it is missing or cut short.
+    """
+    manifest = ExportedManifest.read(Folder(folder, ExportError))
+    for name in manifest.precisions:
+        if name not in PRECISIONS:
+            raise ExportError(f"{folder / MANIFEST}: the precision {name[:40]!r} is not one of {', '.join(PRECISIONS)}")
+        manifest.require(name)
+    return manifest
 
 
 @contextmanager

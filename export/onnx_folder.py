@@ -9,13 +9,13 @@ import numpy as np
 import onnxruntime
 
 from split_model import check_cut_layer
+from storage.exported_manifest import FORMAT, KIND, MANIFEST, SPLIT_KIND
 from terminal import Progress, version
 
 from .adapter_folder import copy_adapter
 from .attention import ATTENTIONS
 from .equalisation import Equalised
 from .errors import ExportError
-from .exported_model import FORMAT, MANIFEST
 from .gpt2 import GPT2
 from .graph import Graph
 from .lora import LoraAdapter
@@ -148,7 +148,7 @@ class OnnxFolder:
         config = self.config
         return {
             "format": FORMAT,
-            "kind": "language model" if self.split is None else "split language model",
+            "kind": KIND if self.split is None else SPLIT_KIND,
             "software": f"splitlora {version()}",
             "base": {"model": self.source.name, "fingerprint": self.source.fingerprint},
             "run": asdict(self.source.run) if self.source.run else None,

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
 from split_model import PretrainedModel
-from storage import encode, find_model, load_tokenizer
+from storage import ExportedManifest, encode, find_model, load_tokenizer
 from terminal import Progress, user_path, user_text_path
 
 from .errors import ExportError
-from .exported_model import ExportedModel, Manifest
+from .exported_model import ExportedModel, read_manifest
 from .peft_merge import load_with_peft, load_with_transformers
 from .run_directory import RunDirectory
 from .sentences import SENTENCES
@@ -109,15 +109,15 @@ def verify(
     folder = user_path(folder)
     run_dir, adapter = [None if path is None else user_path(path) for path in (run_dir, adapter)]
     model = model and user_text_path(model)
-    manifest = Manifest.read(folder)
+    manifest = read_manifest(folder)
     config = PretrainedModel(folder).config
     described = {"context": config.num_positions, "vocabulary_size": config.vocabulary_size, "end_token": config.end_token}
     for name, right in described.items():
         if (found := getattr(manifest, name)) != right:
             raise ExportError(f"{folder}: splitlora.json says {name} {found}, config.json {right}; export the model again")
     texts = _encoded(_read_texts(user_path(prompts)) if prompts else SENTENCES, folder, manifest)
-    models = {name: ExportedModel(graphs, manifest.adapter) for name, graphs in manifest.graphs.items()}
-    agreements = {name: Agreement(precision=name, num_bytes=manifest.num_bytes[name]) for name in models}
+    models = {name: ExportedModel(files.graphs, manifest.adapter) for name, files in manifest.precisions.items()}
+    agreements = {name: Agreement(precision=name, num_bytes=manifest.precisions[name].num_bytes) for name in models}
     with _reference(manifest, model, run_dir, adapter) as reference, Progress(len(texts), unit="text") as progress:
         for number, tokens in enumerate(texts):
             expected = Prediction(reference.logits(tokens), tokens)
@@ -180,7 +180,9 @@ def _list(row: Sequence[str], columns: int) -> Iterator[str]:
 
 
 @contextmanager
-def _reference(manifest: Manifest, model: str | None, run_dir: Path | None, adapter: Path | None) -> Iterator["Reference"]:
+def _reference(
+    manifest: ExportedManifest, model: str | None, run_dir: Path | None, adapter: Path | None
+) -> Iterator["Reference"]:
     """The checkpoint in the folder, or the base model with the adapter put on by PEFT."""
     directory = None if run_dir is None else RunDirectory(run_dir)
     name = model or (directory.model if directory else None)
@@ -229,7 +231,7 @@ def _read_texts(path: Path) -> list[str]:
     return texts
 
 
-def _encoded(texts: Sequence[str], folder: Path, manifest: Manifest) -> list[Tokens]:
+def _encoded(texts: Sequence[str], folder: Path, manifest: ExportedManifest) -> list[Tokens]:
     """Ids of each text and the end token, cut to the model's context; what is shorter than two tokens tells nothing."""
     ids_of_texts = encode(load_tokenizer(folder), texts)
     encoded = [[*ids, manifest.end_token][: manifest.context] for ids in ids_of_texts]

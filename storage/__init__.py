@@ -4,6 +4,7 @@ from .activation_cache import CacheFolder
 from .adapter_settings import AdapterSettings
 from .atomic_file import remove_unfinished, replace_file
 from .errors import AdapterError, ModelError
+from .exported_manifest import ExportedManifest
 from .fingerprint import fingerprint, part_that_differs
 from .folder import Folder, shown
 from .model_folder import FILES_BESIDE_WEIGHTS, find_model, is_hub_name
@@ -14,6 +15,7 @@ __all__ = [
     "AdapterError",
     "AdapterSettings",
     "CacheFolder",
+    "ExportedManifest",
     "Folder",
     "ModelError",
     "encode",

@@ -18,7 +18,7 @@ class Folder:
     """
 
     def __init__(self, path: Path, error: type[ValueError]) -> None:
-        self.path, self._error = path, error
+        self.path, self.error = path, error
 
     def place(self, name: str) -> Path:
         """
@@ -29,16 +29,16 @@ class Folder:
         """
         inner = PurePosixPath(name)
         if inner.is_absolute() or ".." in inner.parts:
-            raise self._error(f"{self.path}: {shown(name)} is outside the folder")
+            raise self.error(f"{self.path}: {shown(name)} is outside the folder")
         path = self.path / inner
         try:
             target, home = path.resolve(), self.path.resolve()
         except (OSError, RuntimeError, ValueError) as error:  # a circle of links, no permission, a name that no file can have
-            raise self._error(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+            raise self.error(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
         # models--OWNER--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH
         blobs = [home.parent.parent / "blobs"] if home.parent.name == "snapshots" else []
         if not any(target.is_relative_to(folder) for folder in (home, *blobs)):
-            raise self._error(f"{path} leads out of its folder by a link; replace the link by the file that is meant")
+            raise self.error(f"{path} leads out of its folder by a link; replace the link by the file that is meant")
         return path
 
     def find(self, name: str) -> Path | None:
@@ -58,7 +58,7 @@ class Folder:
         """
         path = self.find(name)
         if path is None:
-            raise self._error(f"{self.path / name} is missing")
+            raise self.error(f"{self.path / name} is missing")
         return path
 
     def read_text(self, name: str) -> str:
@@ -72,9 +72,9 @@ class Folder:
         try:
             return path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise self._error(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}") from None
+            raise self.error(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}") from None
         except OSError as error:
-            raise self._error(f"{path} cannot be read: {error.strerror or error}") from None
+            raise self.error(f"{path} cannot be read: {error.strerror or error}") from None
 
     def read_json(self, name: str) -> dict[str, Any]:
         """
@@ -89,13 +89,13 @@ class Folder:
             if "\\ud" in text.lower():
                 json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:  # it would come up wherever the text is used
-            raise self._error(f"{path} has half a character: \\ud800 to \\udfff come in pairs") from None
+            raise self.error(f"{path} has half a character: \\ud800 to \\udfff come in pairs") from None
         except RecursionError:
-            raise self._error(f"{path} cannot be read: its JSON is nested too deeply") from None
+            raise self.error(f"{path} cannot be read: its JSON is nested too deeply") from None
         except ValueError as error:
-            raise self._error(f"{path} cannot be read: {error}") from None
+            raise self.error(f"{path} cannot be read: {error}") from None
         if not isinstance(value, dict):
-            raise self._error(f"{path} is not a JSON object but {shown(value)}")
+            raise self.error(f"{path} is not a JSON object but {shown(value)}")
         return value
 
 

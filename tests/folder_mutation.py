@@ -22,9 +22,9 @@ import export.cli
 import gpu_server.cli
 from edge_client import Generator
 from edge_client.data import Dataset
-from edge_client.generation import ExportedModel, prepare
+from edge_client.generation import open_exported, prepare
 from export import export_onnx, merge, verify
-from export.exported_model import Manifest
+from export.exported_model import read_manifest
 from export.peft_merge import load_with_transformers
 from export.run_directory import RunDirectory
 from gpu_server.config import ServerConfig, options_from_toml
@@ -213,7 +213,7 @@ class Judge:
         make_model(self._model, n_layer=2, n_embd=16, n_head=2, n_positions=16)
         self._adapter = make_adapter(self._model, scratch / "adapter", targets=["c_attn"], rank=2)
         export_onnx(str(self._model), self._exported, precisions=["q8"])
-        for _ in prepare(ExportedModel.open(self._exported)):
+        for _ in prepare(open_exported(self._exported)):
             pass
         export_onnx(str(self._model), self._kept, precisions=["fp32"], adapter=self._adapter, keep_adapter=True)
         base = PretrainedModel(self._model)
@@ -336,7 +336,7 @@ class Judge:
             if mutator.random.random() < 0.02:
                 verify(folder)
             elif mutator.random.random() < 0.3:
-                Manifest.read(folder)
+                read_manifest(folder)
             else:
                 Generator(folder, num_threads=1).text("The", max_new_tokens=3)
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.exported_model import ExportedModel, Manifest
+from export.exported_model import ExportedModel, read_manifest
 
 Ids = NDArray[np.int64]
 
@@ -32,8 +32,8 @@ def logits_of(model: Any, ids: Ids, mask: Ids | None = None) -> NDArray[np.float
 
 
 def exported(folder: Path, precision: str = "fp32", *, with_adapter: bool = False) -> ExportedModel:
-    manifest = Manifest.read(folder)
-    return ExportedModel(manifest.graphs[precision], manifest.adapter if with_adapter else None)
+    manifest = read_manifest(folder)
+    return ExportedModel(manifest.precisions[precision].graphs, manifest.adapter if with_adapter else None)
 
 
 def decode(model: ExportedModel, ids: Ids, mask: Ids, prefill: int) -> NDArray[np.float32]:

@@ -475,7 +475,16 @@ NAMES = {
         *("save_adapter", "take_step", "working_dtype"),
     ],
     "storage": [
-        *("AdapterError", "AdapterSettings", "CacheFolder", "FILES_BESIDE_WEIGHTS", "Folder", "ModelError", "encode"),
+        *(
+            "AdapterError",
+            "AdapterSettings",
+            "CacheFolder",
+            "ExportedManifest",
+            "FILES_BESIDE_WEIGHTS",
+            "Folder",
+            "ModelError",
+            "encode",
+        ),
         *("find_model", "fingerprint", "is_hub_name", "load_tokenizer", "part_that_differs", "remove_unfinished"),
         *("replace_file", "shown"),
     ],

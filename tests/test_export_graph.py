@@ -15,7 +15,7 @@ from onnx_reference import decode, exported, largest_difference, left_padded, lo
 from export import export_onnx
 from export.attention import ATTENTIONS
 from export.equalisation import Equalised
-from export.exported_model import ExportedModel, Manifest
+from export.exported_model import ExportedModel, read_manifest
 from export.graph import Graph
 from export.precision import PRECISIONS, Precision
 from export.quantisation import BlockFormat, quantise
@@ -219,7 +219,7 @@ def test_chained_parts_are_the_whole(tiny_model: Path, tmp_path: Path, attention
     for precision in ("fp32", "q8"):
         expected = decode(exported(whole, precision), ids, mask, 16)
         assert largest_difference(decode(exported(parts, precision), ids, mask, 16), expected, mask) < 1e-5
-    edge, server = (onnx.load(path, load_external_data=False).graph for path in Manifest.read(parts).graphs["fp32"])
+    edge, server = (onnx.load(path, load_external_data=False).graph for path in read_manifest(parts).precisions["fp32"].graphs)
     assert edge.output[0].name == server.input[0].name == "hidden_states"
     assert len(edge.output) == 1 + 2 * cut_layer
     assert len(server.output) == 1 + 2 * (4 - cut_layer)
@@ -250,7 +250,7 @@ def test_adapters_of_any_rank_are_exchanged_without_loading_the_base_again(tiny_
         folders.append(tmp_path / f"out-{rank}")
     graphs = [(folder / "onnx/model.onnx_data").read_bytes() for folder in folders]
     assert graphs[0] == graphs[1]
-    swapped = ExportedModel(Manifest.read(folders[0]).graphs["fp32"], Manifest.read(folders[1]).adapter)
+    swapped = ExportedModel(read_manifest(folders[0]).precisions["fp32"].graphs, read_manifest(folders[1]).adapter)
     ids = random_ids(600, 1, 12)
     expected = logits_of(reference.load_peft(tiny_model, tmp_path / "9").eval(), ids)
     assert largest_difference(swapped.logits(ids), expected) < 1e-5
@@ -260,7 +260,7 @@ def test_adapters_of_any_rank_are_exchanged_without_loading_the_base_again(tiny_
 def test_tied_table_is_stored_once_in_every_precision(wide_model: Path, tmp_path: Path) -> None:
     export_onnx(str(wide_model), tmp_path / "out", precisions=list(PRECISIONS))
     for precision, bytes_each in {"fp32": 4, "fp16": 2, "q8": 1, "q4": 1}.items():
-        (path,) = Manifest.read(tmp_path / "out").graphs[precision]
+        (path,) = read_manifest(tmp_path / "out").precisions[precision].graphs
         graph = onnx.load(path).graph
         tables = [item for item in graph.initializer if 600 * 128 in (np.prod(item.dims), item.dims[0] * 128)]
         large = [item for item in tables if len(item.raw_data) >= 600 * 128 * bytes_each]
@@ -274,7 +274,7 @@ def test_graphs_pass_the_checker_and_say_what_they_need(tiny_model: Path, tmp_pa
     export_onnx(str(tiny_model), tmp_path / "out", attention=attention, precisions=list(PRECISIONS))
     form = ATTENTIONS[attention]
     for precision in PRECISIONS:
-        (path,) = Manifest.read(tmp_path / "out").graphs[precision]
+        (path,) = read_manifest(tmp_path / "out").precisions[precision].graphs
         model = onnx.load(path, load_external_data=False)
         contributed = {node.domain for node in model.graph.node} != {""}
         onnx.checker.check_model(path, full_check=not contributed)

@@ -23,7 +23,7 @@ from transformers.generation.logits_process import TopPLogitsWarper
 from edge_client import ExportedModelError, GenerationError, Generator, Sampling
 from edge_client.cli import main
 from edge_client.data import Dataset
-from edge_client.generation import ExportedModel
+from edge_client.generation import open_exported
 from edge_client.generation.generator import choose_precision
 from export import export_onnx
 from export.cli import main as export_main
@@ -207,8 +207,8 @@ def test_small_temperature_and_small_nucleus_are_greedy() -> None:
 
 
 def test_automatic_precision_is_eight_bits_unless_memory_is_short(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = ExportedModel.open(exported)
-    sizes = {name: sum(graphs.num_bytes.values()) for name, graphs in model.precisions.items()}
+    model = open_exported(exported)
+    sizes = {name: files.num_bytes for name, files in model.precisions.items()}
     assert sizes["q4"] < sizes["q8"] < sizes["fp32"]
     for room, expected in ((10**12, "q8"), (None, "q8"), (3 * sizes["q4"] + 1, "q4"), (1, "q4")):
         monkeypatch.setattr("edge_client.generation.generator.available_memory", lambda room=room: room)
@@ -410,7 +410,7 @@ def test_two_parts_say_what_the_whole_says(tiny_model: Path, tmp_path: Path, att
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     export_onnx(str(tiny_model), whole, precisions=("fp32", "q8"), attention=attention)
     export_onnx(str(tiny_model), parts, precisions=("fp32", "q8"), attention=attention, split=1)
-    assert len(ExportedModel.open(parts).precisions["fp32"].paths) == 2
+    assert len(open_exported(parts).precisions["fp32"].graphs) == 2
     for precision in ("fp32", "q8"):
         expected = Generator(whole, precision=precision).text("The Wrestlers is")
         assert Generator(parts, precision=precision).text("The Wrestlers is") == expected
@@ -543,9 +543,9 @@ def no_precisions(folder: Path) -> None:
         (broken_manifest, "cannot be read"),
         (list_for_a_manifest, "splitlora.json is not a JSON object but []"),
         (later_format, "has format 2; this splitlora reads format 1"),
-        (other_kind, "is of the kind 'image classifier'"),
-        (no_context, "'context' is missing"),
-        (nonsense_for_a_number, "is broken"),
+        (other_kind, 'is of the kind "image classifier"'),
+        (no_context, '"context" is missing'),
+        (nonsense_for_a_number, 'splitlora.json: context is "long"; a whole number is expected'),
         (path_outside, '"../outside.onnx" is outside the folder'),
         (graph_elsewhere, "model_quantized.onnx leads out of its folder by a link"),
         (tokenizer_elsewhere, "tokenizer.json leads out of its folder by a link"),
@@ -559,7 +559,7 @@ def no_precisions(folder: Path) -> None:
         (tokenizer_that_fails_on_a_text, "the tokenizer cannot be used: "),
         (other_tokenizer, "the tokenizer is of another model"),
         (no_precisions, "has no precision that is known here"),
-        (kind_that_is_a_list, "is of the kind '[1]'"),
+        (kind_that_is_a_list, "is of the kind [1]"),
         (adapter_with_an_endless_name, "has its adapter merged"),
         (graph_with_an_endless_name, "xxx is missing: the folder is incomplete"),
         (names_that_are_no_text, "the graph is not one of a language model: 'utf-8' codec can't decode"),

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from storage.folder import Folder
+from storage import ExportedManifest
 from storage.tokenizer import guarded
 from terminal import user_path
 
 from .decoder import Decoder
-from .exported_model import ExportedModel, ExportedModelError
+from .exported_model import ExportedModelError, open_exported
 from .memory import available_memory
 from .prepared import PACKED, find_prepared
 
@@ -98,13 +98,13 @@ class Generator:
     def __init__(
         self, folder: str | Path, *, precision: str = "auto", adapter: str | Path | None = None, num_threads: int = 0
     ) -> None:
-        self.model = ExportedModel.open(user_path(folder))
+        self.model = open_exported(user_path(folder))
         self.precision, self.choice = choose_precision(self.model) if precision == "auto" else (precision, "as asked for")
-        graphs = self.model.graphs(self.precision)
+        graphs = self.model.require(self.precision).graphs
         prepared = find_prepared(self.model, self.precision)
         self.preparation = prepared.reason
         self._decoder = Decoder(
-            prepared.graphs or graphs.paths,
+            prepared.graphs or graphs,
             shares_buffer=self.model.attention == "gqa",
             # Of float weights, a rearranged copy in memory is no faster than the mapped file.
             configuration={} if self.precision in PACKED else {"session.disable_prepacking": "1"},
@@ -237,7 +237,7 @@ def _without_first_space(pieces: Iterator[str]) -> Iterator[str]:
     yield from pieces
 
 
-def choose_precision(model: ExportedModel) -> tuple[str, str]:
+def choose_precision(model: ExportedManifest) -> tuple[str, str]:
     """The precision for this machine, and why."""
     present = [name for name in BY_PREFERENCE if name in model.precisions]
     if not present:
@@ -245,7 +245,7 @@ def choose_precision(model: ExportedModel) -> tuple[str, str]:
     room = available_memory()
     fitting = [name for name in present if room is None or _memory_needed(model, name) < room]
     if not fitting:
-        smallest = min(present, key=lambda name: sum(model.precisions[name].num_bytes.values()))
+        smallest = min(present, key=lambda name: model.precisions[name].num_bytes)
         return smallest, "the smallest one; memory is short for it too"
     passed_over = present[: present.index(fitting[0])]
     if passed_over:
@@ -257,17 +257,17 @@ def choose_precision(model: ExportedModel) -> tuple[str, str]:
     return fitting[0], reasons.get(fitting[0], "no quantised one was exported")
 
 
-def _memory_needed(model: ExportedModel, precision: str) -> int:
+def _memory_needed(model: ExportedManifest, precision: str) -> int:
     """Roughly, in bytes: quantised weights are held twice while they are rearranged."""
-    size = sum(model.precisions[precision].num_bytes.values())
+    size = model.precisions[precision].num_bytes
     return 3 * size if precision in PACKED else size
 
 
-def _load_tokenizer(model: ExportedModel) -> Tokenizer:
-    path, files = model.folder / "tokenizer.json", Folder(model.folder, ExportedModelError)
-    if files.find(path.name) is None:
+def _load_tokenizer(model: ExportedManifest) -> Tokenizer:
+    path = model.folder / "tokenizer.json"
+    if model.files.find(path.name) is None:
         raise ExportedModelError(f"{path} is missing: the folder is incomplete; copy or export it again")
-    content = files.read_text(path.name)
+    content = model.files.read_text(path.name)
     tokenizer: Tokenizer = guarded(lambda: Tokenizer.from_str(content), f"{path} cannot be read", ExportedModelError)
     tokenizer.no_padding()
     tokenizer.no_truncation()

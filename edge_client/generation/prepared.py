@@ -14,8 +14,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from storage import ExportedManifest
+
 from .decoder import open_session, runtime_version
-from .exported_model import ExportedModel, ExportedModelError
+from .exported_model import ExportedModelError
 
 __all__ = ["PACKED", "Prepared", "find_prepared", "precisions_to_prepare", "prepare"]
 
@@ -34,7 +36,7 @@ class Prepared:
     reason: str
 
 
-def prepare(model: ExportedModel) -> Iterator[str]:
+def prepare(model: ExportedManifest) -> Iterator[str]:
     """
     Save the weights of every quantised precision, rearranged for this processor and this onnxruntime.
 
@@ -62,7 +64,7 @@ def prepare(model: ExportedModel) -> Iterator[str]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def precisions_to_prepare(model: ExportedModel) -> list[str]:
+def precisions_to_prepare(model: ExportedManifest) -> list[str]:
     """
     Raises:
         ExportedModelError: nothing here is quantised.
@@ -73,7 +75,7 @@ def precisions_to_prepare(model: ExportedModel) -> list[str]:
     return precisions
 
 
-def find_prepared(model: ExportedModel, precision: str) -> Prepared:
+def find_prepared(model: ExportedManifest, precision: str) -> Prepared:
     """What was prepared of a precision, if it was on this processor, by this onnxruntime, from the files that are there now."""
     if precision not in PACKED:
         return Prepared(graphs=None, reason="mapped as they are")
@@ -90,7 +92,7 @@ def find_prepared(model: ExportedModel, precision: str) -> Prepared:
             return Prepared(graphs=None, reason="what was prepared is incomplete")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return Prepared(graphs=None, reason="not prepared; splitlora-edge prepare would save memory and time")
-    graphs = (_graph(folder, precision, number) for number in range(len(model.graphs(precision).paths)))
+    graphs = (_graph(folder, precision, number) for number in range(len(model.require(precision).graphs)))
     return Prepared(graphs=tuple(graphs), reason="prepared")
 
 
@@ -103,8 +105,8 @@ def _sizes(folder: Path, precision: str) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in sorted(folder.glob(f"{precision}-*"))}
 
 
-def _save(model: ExportedModel, precision: str, folder: Path) -> None:
-    for number, path in enumerate(model.graphs(precision).paths):
+def _save(model: ExportedManifest, precision: str, folder: Path) -> None:
+    for number, path in enumerate(model.require(precision).graphs):
         graph = _graph(folder, precision, number)
         configuration = {
             "session.save_external_prepacked_constant_initializers": "1",
@@ -115,14 +117,14 @@ def _save(model: ExportedModel, precision: str, folder: Path) -> None:
             open_session(graph, {})  # all of it has come to the disk
         except ExportedModelError:
             open_session(path, {})  # raises what is wrong with the graph; if nothing is, it was the writing
-            free, size = shutil.disk_usage(folder).free, sum(model.graphs(precision).num_bytes.values())
+            free, size = shutil.disk_usage(folder).free, model.require(precision).num_bytes
             raise ExportedModelError(
                 f"{model.folder / FOLDER} cannot be written: prepared weights of {precision} take more than {size:,} bytes, "
                 f"{free:,} are free"
             ) from None
 
 
-def _write_note(model: ExportedModel, precisions: list[str], folder: Path) -> None:
+def _write_note(model: ExportedManifest, precisions: list[str], folder: Path) -> None:
     files = {name: _sizes(folder, name) for name in precisions}
     made_of = {name: _state_of(model, name) for name in precisions}
     note = {**_surroundings(), "precisions": files, "made_of": made_of}
@@ -135,9 +137,9 @@ def _surroundings() -> dict[str, str]:
     return {"processor": _processor(), "onnxruntime": runtime_version()}
 
 
-def _state_of(model: ExportedModel, precision: str) -> dict[str, Any]:
+def _state_of(model: ExportedManifest, precision: str) -> dict[str, Any]:
     """Name, size and time of each file: another run's export has the same sizes."""
-    states = {path.name: path.stat() for path in model.graphs(precision).num_bytes}
+    states = {path.name: path.stat() for path in model.require(precision).sizes}
     return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
 
 
