@@ -4,12 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .client import EdgeClient
+    from .client_state import StateError
     from .connection import ConnectionFailed, Refused
     from .data import DataError
     from .enrolment import EnrolmentError
     from .generation import ExportedModelError, GenerationError, Generator, RuntimeMissing, Sampling
     from .pinning import CertificateChanged
-    from .place import StateError
     from .status import ServerStatus, ping
     from .training import Step
 
@@ -34,7 +34,7 @@ __all__ = [
 _HOMES = {
     "CertificateChanged": "pinning",
     "EnrolmentError": "enrolment",
-    "StateError": "place",
+    "StateError": "client_state",
     "ConnectionFailed": "connection",
     "DataError": "data",
     "EdgeClient": "client",

@@ -383,8 +383,8 @@ def _errors_of_train() -> tuple[type[Exception], ...]:
     from protocol.invitation import InvalidInvitation
     from storage import AdapterError, ModelError
 
+    from .client_state import StateError
     from .data import DataError
-    from .place import StateError
 
     ours = (DataError, StateError, InvalidInvitation, InvalidName)
     return (*_errors_of_ping(), *ours, AdapterError, ModelError, TrainingDiverged)

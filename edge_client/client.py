@@ -13,19 +13,20 @@ from typing import Any
 from protocol import CODECS, DELTA, Hello, Join, Start, TrainingDiverged, Welcome, check_name, largest_message_bytes
 from protocol.invitation import Invitation
 from protocol.limits import CACHES_ON_DEVICE, VERSIONS_OF_A_SAMPLE
-from split_model import PretrainedModel, choose_device, choose_dtype
+from split_model import DTYPES, PretrainedModel, choose_device, choose_dtype
 from storage import CacheFolder, ModelError, find_model, is_hub_name
 from terminal import user_path, user_text_path
 
 from .access import Access
+from .client_state import ClientState
 from .connection import ConnectionFailed, Refused
-from .data import DataError, Dataset
-from .engine import TorchEngine
+from .data import Batches, DataError, Dataset
+from .engine import Engine
 from .enrolment import state_folder, store
 from .membership import Membership, Redirected
 from .patience import Patience, reason_to_wait
-from .place import Place
 from .status import ping
+from .torch_engine import TorchEngine
 from .training import Step, perplexity, train
 
 __all__ = ["EdgeClient"]
@@ -98,9 +99,9 @@ class EdgeClient:
         data, eval_data = user_path(data), None if eval_data is None else user_path(eval_data)
         self._access = Access.to(server, state, None if name is None else check_name(name))
         self.name = name or self._access.name or _default_name(data)
-        self._place, self._give_up_after = Place(state, server, self.name), give_up_after
+        self._state, self._give_up_after = ClientState(state, server, self.name), give_up_after
         self._device, self._dtype = device, dtype
-        self._in_flight, self._cache_bytes, self._num_kept = in_flight, cache_bytes, 0
+        self._in_flight, self._cache_bytes, self._num_cached = in_flight, cache_bytes, 0
         model = user_text_path(model)
         self._hub_name = "" if Path(model).is_dir() else model
         self._model = PretrainedModel(find_model(model))
@@ -151,17 +152,17 @@ class EdgeClient:
             self._access.connect,
             Hello(name=self.name, fingerprint=self._model.fingerprint(), codecs=(*CODECS, DELTA)),
             give_up_after=self._give_up_after,
-            patient=self._place.is_kept or self._give_up_after is not None,
-            before=self._place.welcome(),
+            patient=self._state.is_in_a_run or self._give_up_after is not None,
+            before=self._state.welcome(),
             patience=self._patience,
         )
         self._start: Start | None = None
         self._patience.begin()
         try:
             self.dtype, self.choice = self._choose_dtype()
-            self._place.keep(self.welcome, self.dtype, self._hub_name)
+            self._state.enter(self.welcome, dtype=self.dtype, model=self._hub_name)
             self._activation_cache = self._samples()
-            self._engine = TorchEngine(self._model, self.welcome.settings, self._device, self.dtype)
+            self._engine: Engine = TorchEngine(self._model, self.welcome.settings, self._device, self.dtype)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -171,8 +172,8 @@ class EdgeClient:
         """That of the frozen weights, and why; see `choose_dtype`."""
         if self.welcome.settings.precision == "float64":
             return "float64", "as the run"
-        before = self._place.dtype(self.welcome.run)
-        if self._dtype == "auto" and before is not None:
+        before = self._state.dtype(self.welcome.run)
+        if self._dtype == "auto" and before in DTYPES:  # the file may be damaged
             return before, "as before this device was stopped"
         return choose_dtype(self._dtype, choose_device(self._device))
 
@@ -183,8 +184,8 @@ class EdgeClient:
             return None
         cache_bytes = min(settings.cache_bytes, MOST_CACHE_BYTES if self._cache_bytes is None else self._cache_bytes)
         bytes_a_row = 2 * self._model.config.width + BYTES_MORE_A_ROW
-        self._num_kept = self.data.num_within(cache_bytes // VERSIONS_OF_A_SAMPLE, bytes_a_row)
-        return self._place.samples(CACHES_ON_DEVICE * cache_bytes)
+        self._num_cached = self.data.num_within(cache_bytes // VERSIONS_OF_A_SAMPLE, bytes_a_row)
+        return self._state.activation_cache(CACHES_ON_DEVICE * cache_bytes)
 
     @property
     def welcome(self) -> Welcome:
@@ -202,7 +203,7 @@ class EdgeClient:
                 adapter_elements=self._engine.num_adapter_elements,
             )
             join = Join(num_samples=len(self.data.samples), batch_size=self.batch_size, longest=longest)
-            self._membership.position.step = self._place.last_step()
+            self._membership.position.step = self._state.saved_steps.last_step()
             cache = self._activation_cache
             self._go_to(self._membership.start(join, largest_message=largest_message, activation_cache=cache))
         assert self._start is not None
@@ -213,14 +214,22 @@ class EdgeClient:
         return train(
             self._membership,
             self._engine,
-            self.data,
+            self._batches(),
             self.start(),
+            saved_steps=self._state.saved_steps,
+            in_flight=self._in_flight,
+        )
+
+    def _batches(self) -> Batches:
+        settings = self.welcome.settings
+        return Batches(
+            data=self.data,
             name=self.name,
             batch_size=self.batch_size,
             shuffle=self.shuffle,
-            place=self._place,
-            in_flight=self._in_flight,
-            num_kept=self._num_kept,
+            seed=settings.seed,
+            num_parts=settings.micro_batches,
+            num_cached=self._num_cached,
         )
 
     def perplexity(self, on_batch: Callable[[float], object] | None = None) -> float:
@@ -253,7 +262,7 @@ class EdgeClient:
     @property
     def num_steps(self) -> int:
         """In how many steps this client takes part."""
-        return self.welcome.settings.steps_of_client(len(self.data.samples), self.batch_size)
+        return self._batches().last_step(self.welcome.settings)
 
     @property
     def num_bytes(self) -> int:
@@ -268,14 +277,14 @@ class EdgeClient:
         self._patience.close()
         # What has diverged would diverge again.
         if kind is None or issubclass(kind, KeyboardInterrupt | TrainingDiverged):
-            self._place.give_up()
+            self._state.delete()
             self._membership.close()
             return
         self._membership.hang_up()
         if self._start is None:
             return
         if issubclass(kind, Refused):
-            self._place.give_up()  # for the server it has left
+            self._state.delete()  # for the server it has left
         else:
             run = self.welcome.run
             logger.info("this device keeps its place in run %s: started again with the same command, it goes on there", run)
@@ -286,7 +295,7 @@ def _model_of(invitation: Invitation, state_dir: str | os.PathLike[str] | None) 
     try:
         model = ping(invitation.url, name=invitation.name, state_dir=state_dir).pong.model
     except ConnectionFailed:
-        kept = Place(state_folder(state_dir), invitation.url, invitation.name).model()
+        kept = ClientState(state_folder(state_dir), invitation.url, invitation.name).model()
         if kept is None:
             raise
         return kept

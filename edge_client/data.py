@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from protocol import Array, derive_seed
+from protocol import Array, RunSettings, derive_seed
 from storage import encode, shown
 
-__all__ = ["Batch", "DataError", "Dataset", "Sample", "Text", "read_texts"]
+__all__ = ["Batch", "Batches", "DataError", "Dataset", "Sample", "Text", "read_texts"]
 
 FIELDS = ("prompt", "completion", "text")
 SHOWN = 8
@@ -137,6 +137,45 @@ class Dataset:
         epoch, index = divmod(step - 1, self.num_batches(batch_size))
         order = _epoch_order(len(self.samples), order_seed, epoch)
         return order[index * batch_size : (index + 1) * batch_size]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """What a client trains on in each step of a run."""
+
+    data: Dataset
+    name: str
+    """The client's: each shuffles its data differently."""
+    batch_size: int
+    shuffle: bool
+    """A new order in every epoch; if not, the file's."""
+    seed: int
+    """The run's."""
+    num_parts: int
+    """Micro-batches in a step."""
+    num_cached: int = 0
+    """Of so many samples, the first ones, both sides keep the activations."""
+
+    def last_step(self, settings: RunSettings) -> int:
+        """In how many steps of a run this client takes part."""
+        return settings.steps_of_client(len(self.data.samples), self.batch_size)
+
+    def micro_batch(self, step: int, part: int) -> Batch:
+        """Part 0 to ``num_parts`` - 1 of the batch of step 1, 2, ..."""
+        return self.data.batch(step, self.batch_size, self._order_seed, part=part, of=self.num_parts)
+
+    def cached_samples(self, step: int, part: int) -> Array | None:
+        """The numbers of its samples, (B,) int32; -1 for one that is not cached. None where none is."""
+        seed, parts = self._order_seed, self.num_parts
+        return self.data.numbers(step, self.batch_size, seed, part=part, of=parts, below=self.num_cached)
+
+    def num_tokens(self, step: int) -> int:
+        """In the whole batch."""
+        return len(self.data.batch(step, self.batch_size, self._order_seed).tokens)
+
+    @property
+    def _order_seed(self) -> tuple[int | str, ...] | None:
+        return (self.seed, self.name, "order") if self.shuffle else None
 
 
 @lru_cache(maxsize=4)

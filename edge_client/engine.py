@@ -1,169 +1,104 @@
-"""The device's arithmetic: its part of the model, forward and backward, in torch."""
+"""
+What computes a device's part of the model, as the training needs it.
 
-from collections import deque
+`TorchEngine` is one; an engine without torch needs these methods and nothing else of this package.
+"""
 
-import torch
+from typing import Protocol
 
-from protocol import Array, RunSettings, Tensors, TrainingDiverged
-from split_model import (
-    DTYPES,
-    Adapter,
-    EdgePart,
-    LoraConfig,
-    OptimiserConfig,
-    PretrainedModel,
-    adamw,
-    check_cut_layer,
-    choose_device,
-    optimiser_state,
-    restore_optimiser,
-    take_step,
-)
-from storage import ModelError
+from protocol import Array, Tensors
 
 from .data import Batch
 
-__all__ = ["TorchEngine"]
-
-ADAPTER, OPTIMISER = "adapter/", "optimiser/"
+__all__ = ["Engine"]
 
 
-class TorchEngine:
+class Engine(Protocol):
     """
-    Runs the edge part and keeps, between two calls, the activations whose gradients are awaited.
+    The embeddings, the blocks before the cut and their LoRA matrices. Between a `forward` and its `backward` it keeps what the
+    backward pass needs, for several micro-batches at once.
 
-    Args:
-        device: as on the command line.
-        dtype: of the frozen weights, one of DTYPES.
+    Shapes: N is the number of a batch's tokens, all sequences one under the other; d is the model's width. Floats are in the
+    run's precision (`RunSettings.precision`). Matrices are named as in PEFT folders; A is (rank, inputs), B is (outputs, rank).
+
+    The same calls give the same bits: dropout is a function of its seed.
     """
-
-    def __init__(self, model: PretrainedModel, settings: RunSettings, device: str, dtype: str) -> None:
-        self._model = model
-        check_cut_layer(settings.cut_layer, model.config.num_layers)
-        if settings.lora_rank > model.config.width:
-            raise ModelError(f"the run's LoRA rank is {settings.lora_rank}, more than the model's width {model.config.width}")
-        place = choose_device(device)
-        lora = LoraConfig(**settings.lora())
-        self._part = EdgePart(model, settings.cut_layer, lora, weight_dtype=DTYPES[dtype], device=place)
-        # With rounds of one step the server steps for everybody; torch's optimisers would be 70 MB for nothing.
-        self._optimiser = (
-            adamw(self._part.matrices().values(), OptimiserConfig(**settings.optimiser()))
-            if settings.aggregate_every > 1
-            else None
-        )
-        self._awaited: deque[torch.Tensor] = deque()
 
     @property
     def num_adapter_elements(self) -> int:
-        return sum(matrix.numel() for matrix in self._part.matrices().values())
+        """Numbers in all LoRA matrices of this part."""
+
+    # A step
 
     def begin_step(self) -> None:
-        """Forget what an interrupted step has left."""
-        self._awaited.clear()
-        self._part.clear_gradients()
+        """Forget the activations and gradients of a step that was interrupted."""
 
     def forward(self, batch: Batch, dropout_seed: int) -> Array:
         """
-        Activations at the cut, (N, d); `backward` goes on from them. Several may be under way.
+        Activations at the cut, (N, d). Several calls may precede their `backward`.
 
         Raises:
             TrainingDiverged: they are not finite.
-            ModelError: nor are they without the adapter.
+            ModelError: they are not finite without the adapter either.
         """
-        self._part.train()
-        self._part.seed_dropout(dropout_seed)
-        self._awaited.append(self._run_finite(batch))
-        return _to_array(self._awaited[-1])
 
     def backward(self, gradient: Array) -> None:
         """
-        Take the gradient of the loss by the first activations that await it, (N, d), to the LoRA matrices, where it is added
-        to those before.
+        Add to the gradients of the LoRA matrices.
+
+        Args:
+            gradient: (N, d), of the micro-batch's summed loss at the activations of the earliest `forward` that had no
+                `backward`; in nats per unit of activation.
+
+        Raises:
+            RuntimeError: there is no such `forward`.
         """
-        if not self._awaited:
-            raise RuntimeError("backward() needs a forward() before it")
-        activations = self._awaited.popleft()
-        if not len(activations):
-            return
-        # A scalar with the wanted gradient: handing the gradient to autograd makes it import sympy, 25 MB and a second.
-        product = (activations * _to_tensor(gradient).to(activations.device)).sum()
-        torch.autograd.backward(product)
 
     def end_step(self, labelled_tokens: int) -> None:
-        """All gradients of the summed loss are there: make them those of the mean over so many labels."""
-        self._part.divide_gradients(max(1, labelled_tokens))
-
-    @torch.no_grad()
-    def infer(self, batch: Batch) -> Array:
-        """Activations at the cut, (N, d), without dropout and without anything kept."""
-        self._part.eval()
-        return _to_array(self._run_finite(batch))
+        """Divide the gradients by the number of labelled tokens of all clients: they become those of the mean loss."""
 
     def take_step(self, learning_rate: float) -> None:
-        """Update the adapter with the step's gradients. For rounds of several steps."""
-        if self._optimiser is None:
-            raise RuntimeError("in rounds of one step, the server takes it")
-        take_step(self._optimiser, learning_rate)
+        """
+        Update the adapter by AdamW with the step's gradients. For rounds of several steps, as the three methods below.
+
+        Raises:
+            RuntimeError: in rounds of one step the server does that.
+        """
+
+    def state(self) -> Tensors:
+        """The adapter and AdamW's moments, to be given to `restore`. The names are the engine's own."""
+
+    def restore(self, state: Tensors) -> None:
+        """
+        Go on as if the step after which `state` was called had just been taken.
+
+        Raises:
+            AdapterError: it is another part's.
+        """
+
+    def forget(self) -> None:
+        """Let AdamW begin anew; the adapter stays."""
+
+    # The adapter
 
     def gradients(self) -> Tensors:
-        return _to_arrays(self._part.gradients())
+        """By matrix."""
 
     def adapter(self) -> Tensors:
-        return _to_arrays(self._part.adapter())
+        """The matrices themselves; they may change with the engine's."""
 
     def load_adapter(self, tensors: Tensors) -> None:
         """
         Raises:
             AdapterError: they are not this part's matrices.
         """
-        self._part.load_adapter({name: _to_tensor(value) for name, value in tensors.items()})
 
-    def state(self) -> Tensors:
-        """The adapter and what AdamW has learnt, for `restore`. For rounds of several steps."""
-        assert self._optimiser is not None
-        learnt = {f"{OPTIMISER}{name}": _to_array(tensor) for name, tensor in optimiser_state(self._optimiser).items()}
-        return {**{f"{ADAPTER}{name}": matrix for name, matrix in self.adapter().items()}, **learnt}
+    # Held-out texts
 
-    def forget(self) -> None:
-        """Let AdamW begin anew. For rounds of several steps."""
-        assert self._optimiser is not None
-        restore_optimiser(self._optimiser, {})
-
-    def restore(self, state: Tensors) -> None:
+    def infer(self, batch: Batch) -> Array:
         """
+        Activations at the cut, (N, d), without dropout and without anything kept for a `backward`.
+
         Raises:
-            AdapterError: it is another part's.
+            TrainingDiverged, ModelError: as `forward`.
         """
-        assert self._optimiser is not None
-        self.load_adapter({name.removeprefix(ADAPTER): value for name, value in state.items() if name.startswith(ADAPTER)})
-        learnt = {name.removeprefix(OPTIMISER): value for name, value in state.items() if name.startswith(OPTIMISER)}
-        restore_optimiser(self._optimiser, {name: _to_tensor(value) for name, value in learnt.items()})
-
-    def _run_finite(self, batch: Batch) -> torch.Tensor:
-        activations = self._run(batch)
-        if torch.isfinite(activations).all():
-            return activations
-        with torch.no_grad(), self._part.without_adapter():
-            if not torch.isfinite(self._run(batch)).all():
-                raise self._model.not_finite("activations")
-        raise TrainingDiverged("this device's activations are no longer finite numbers; try a lower --lr on the server")
-
-    def _run(self, batch: Batch) -> torch.Tensor:
-        if not len(batch.tokens):
-            return torch.empty(0, self._part.width, dtype=self._part.dtype)
-        tokens, lengths = torch.from_numpy(batch.tokens), torch.from_numpy(batch.lengths)
-        activations: torch.Tensor = self._part(tokens.long(), lengths.long())
-        return activations
-
-
-def _to_tensor(array: Array) -> torch.Tensor:
-    return torch.from_numpy(array)
-
-
-def _to_array(tensor: torch.Tensor) -> Array:
-    array: Array = tensor.detach().cpu().numpy()
-    return array
-
-
-def _to_arrays(adapter: Adapter) -> Tensors:
-    return {name: _to_array(matrix) for name, matrix in adapter.items()}

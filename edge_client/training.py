@@ -1,4 +1,9 @@
-"""The device's side of the algorithm (SplitLoRA, arXiv 2407.00952, section III), readable from top to bottom."""
+"""
+The device's side of the algorithm (SplitLoRA, arXiv 2407.00952, section III): `train` is a run, read from top to bottom.
+
+It knows neither torch nor sockets: an `Engine` computes, and a `Membership` gets every question its answer, over however many
+connections that takes. What is left to happen is in ``Redirected``: the run may stand elsewhere than this device.
+"""
 
 import math
 from collections.abc import Iterator
@@ -24,10 +29,10 @@ from protocol import (
     derive_seed,
 )
 
-from .data import Batch, Dataset, pack
-from .engine import TorchEngine
+from .data import Batch, Batches, Dataset, pack
+from .engine import Engine
 from .membership import Membership, Redirected
-from .place import Place, SavedStep
+from .saved_steps import SavedStep, SavedSteps
 from .stopwatch import difference
 
 __all__ = ["Step", "perplexity", "train"]
@@ -35,7 +40,7 @@ __all__ = ["Step", "perplexity", "train"]
 LARGEST_EXPONENT = 700.0  # exp() of more is no float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """What one step did, as this device saw it."""
 
@@ -53,99 +58,91 @@ class Step:
 
 def train(
     membership: Membership,
-    engine: TorchEngine,
-    data: Dataset,
+    engine: Engine,
+    batches: Batches,
     start: Start,
     *,
-    name: str,
-    batch_size: int,
-    shuffle: bool,
-    place: Place,
+    saved_steps: SavedSteps,
     in_flight: int = 2,
-    num_kept: int = 0,
 ) -> Iterator[Step]:
     """
     Take part in every step this device has data for; at the end the engine holds the run's final adapter.
 
-    Up to ``in_flight`` micro-batches of a step are under way at once: while one travels, or is computed on the server, this
-    side computes the next. What comes out is the same, to the bit, for any number of them. Both sides keep the first
-    ``num_kept`` samples as they arrived, for runs in `DELTA`.
+    A step that the server takes again, since it went back to a checkpoint, is given again, too.
 
-    Steps are repeated, and given again, where a server has gone back to a checkpoint.
+    Args:
+        start: where the run stands.
+        in_flight: micro-batches of a step that are under way at once: while one travels, or is computed on the server, this
+            side computes the next. The result is the same to the bit, however many they are.
     """
-    settings = membership.welcome.settings
-    order_seed = (settings.seed, name, "order") if shuffle else None
-
-    def last_step() -> int:
-        """A run that goes on after a restart may be longer than it was."""
-        return membership.welcome.settings.steps_of_client(len(data.samples), batch_size)
-
-    def micro_batches(step: int) -> Iterator[Activations]:
-        """The step's batch in parts; each is computed when it is asked for."""
-        for number in range(settings.micro_batches):
-            batch = data.batch(step, batch_size, order_seed, part=number, of=settings.micro_batches)
-            try:
-                values = engine.forward(batch, derive_seed(settings.seed, name, "dropout", step, number))
-            except TrainingDiverged as error:
-                raise TrainingDiverged(f"in step {step} {error}") from None
-            yield Activations(
-                step=step,
-                micro_batch=number,
-                seconds=membership.stopwatch.lap(),
-                lengths=batch.lengths,
-                label_counts=batch.label_counts,
-                labels=batch.labels,
-                values=values,
-                samples=data.numbers(step, batch_size, order_seed, part=number, of=settings.micro_batches, below=num_kept),
-            )
-
-    def contribute(step: int, kind: type[AdapterGradient | AdapterWeights], tensors: Tensors) -> None:
-        """Exchange what this device adds for the adapter that everybody goes on with."""
-        summand = kind(step=step, seconds=membership.stopwatch.lap(), tensors=tensors)
-        answer = membership.exchange(summand, EdgeAdapter)
-        if answer.step < step or (answer.step > step and step != last_step()):  # whose data has ended, gets the round's
-            raise RemoteProtocolError(f"expected the adapter of step {step}, got that of step {answer.step}")
-        engine.load_adapter(answer.tensors)
-
-    def steps_after(start: Start) -> Iterator[Step]:
-        itinerary = Itinerary(settings, last_step())
-        first = _go_to(start, engine, membership, place, itinerary)
-        if first.kind is AdapterWeights:
-            contribute(first.step, AdapterWeights, engine.adapter())
-
-        for step in range(start.step + 1, last_step() + 1):
-            bytes_before, seconds_before = membership.num_bytes, membership.stopwatch.read()
-            engine.begin_step()
-            for question, answer in membership.exchange_each(micro_batches(step), ActivationGradient, in_flight):
-                _check_answer(question, answer)
-                engine.backward(answer.values)
-            engine.end_step(answer.labelled_tokens)
-
-            if settings.aggregate_every == 1:
-                # The server sums the gradients of all clients and takes the step for everybody.
-                contribute(step, AdapterGradient, engine.gradients())
-                membership.position.step = step
-            else:
-                # Every client steps by itself; at a round's end the adapters are averaged.
-                engine.take_step(settings.learning_rate_at(step, start.total_steps))
-                ends_round = itinerary.ends_round(step)
-                _keep_step(step, engine, membership, place, is_round_end=ends_round)
-                if ends_round:
-                    contribute(step, AdapterWeights, engine.adapter())
-
-            seconds = difference(membership.stopwatch.read(), seconds_before)
-            num_tokens = len(data.batch(step, batch_size, order_seed).tokens)
-            yield Step(step, answer.loss, num_tokens, membership.num_bytes - bytes_before, seconds)
-
     while True:
+        settings = membership.welcome.settings  # of each pass: a server that was started again may have made the run longer
+        last_step = batches.last_step(settings)
+        itinerary = Itinerary(settings, last_step)
         try:
-            yield from steps_after(start)
-            end = membership.exchange(Done(step=last_step()), RunEnd)
+            question = _go_to(start, itinerary, engine, membership, saved_steps)
+            if question.kind is AdapterWeights:  # the step before was finished, and the server has not averaged it yet
+                _exchange_adapter(AdapterWeights, question.step, last_step, engine.adapter(), engine, membership)
+
+            for step in range(start.step + 1, last_step + 1):
+                bytes_before, seconds_before = membership.num_bytes, membership.stopwatch.read()
+
+                # Forward to the cut, micro-batch by micro-batch; the server does the rest and sends back the loss's gradients.
+                engine.begin_step()
+                questions = _activations(step, batches, engine, membership)
+                for sent, answer in membership.exchange_each(questions, ActivationGradient, in_flight):
+                    _check_answer(sent, answer)
+                    engine.backward(answer.values)
+                engine.end_step(answer.labelled_tokens)
+
+                if settings.aggregate_every == 1:
+                    # The server sums the gradients of all clients and takes the optimiser's step for everybody.
+                    _exchange_adapter(AdapterGradient, step, last_step, engine.gradients(), engine, membership)
+                    membership.position.step = step
+                else:
+                    # Every client takes the optimiser's step by itself; at a round's end their adapters are averaged.
+                    engine.take_step(settings.learning_rate_at(step, start.total_steps))
+                    ends_round = itinerary.ends_round(step)
+                    _save(step, engine, membership, saved_steps, is_round_end=ends_round)
+                    if ends_round:
+                        _exchange_adapter(AdapterWeights, step, last_step, engine.adapter(), engine, membership)
+
+                yield Step(
+                    number=step,
+                    loss=answer.loss,
+                    tokens=batches.num_tokens(step),
+                    num_bytes=membership.num_bytes - bytes_before,
+                    seconds=difference(membership.stopwatch.read(), seconds_before),
+                )
+
+            end = membership.exchange(Done(step=last_step), RunEnd)
         except Redirected as redirected:
             start = redirected.start
         else:
             engine.load_adapter(end.tensors)
             return
+
+
+def _activations(step: int, batches: Batches, engine: Engine, membership: Membership) -> Iterator[Activations]:
+    """The questions of a step, one for each micro-batch. Each is computed when it is asked for, and not before."""
+    settings = membership.welcome.settings
+    for number in range(settings.micro_batches):
+        batch = batches.micro_batch(step, number)
+        try:
+            # Seeded by what it is for, so that a repeated step draws the same noise.
+            values = engine.forward(batch, derive_seed(settings.seed, batches.name, "dropout", step, number))
+        except TrainingDiverged as error:
+            raise TrainingDiverged(f"in step {step} {error}") from None
+        yield Activations(
+            step=step,
+            micro_batch=number,
+            seconds=membership.stopwatch.lap(),
+            lengths=batch.lengths,
+            label_counts=batch.label_counts,
+            labels=batch.labels,
+            values=values,
+            samples=batches.cached_samples(step, number),
+        )
 
 
 def _check_answer(question: Activations, answer: ActivationGradient) -> None:
@@ -157,29 +154,49 @@ def _check_answer(question: Activations, answer: ActivationGradient) -> None:
         raise RemoteProtocolError(f"expected the gradient of {asked}; got that of {got}")
 
 
-def _go_to(start: Start, engine: TorchEngine, membership: Membership, place: Place, itinerary: Itinerary) -> QuestionId:
+def _exchange_adapter(
+    kind: type[AdapterGradient | AdapterWeights],
+    step: int,
+    last_step: int,
+    tensors: Tensors,
+    engine: Engine,
+    membership: Membership,
+) -> None:
+    """Give what this device adds to the adapter, and go on with the adapter that everybody gets."""
+    question = kind(step=step, seconds=membership.stopwatch.lap(), tensors=tensors)
+    answer = membership.exchange(question, EdgeAdapter)
+    # A client whose data ends within a round gets the adapter of the round's end, a later step.
+    if answer.step < step or (answer.step > step and step != last_step):
+        raise RemoteProtocolError(f"expected the adapter of step {step}, got that of step {answer.step}")
+    engine.load_adapter(answer.tensors)
+
+
+def _go_to(start: Start, itinerary: Itinerary, engine: Engine, membership: Membership, saved_steps: SavedSteps) -> QuestionId:
     """Stand where the run does. Returns the question to go on with."""
-    settings, restarts = membership.welcome.settings, membership.welcome.restarts
-    place.forget_after(start.step)
-    saved = place.load(start.step) if settings.aggregate_every > 1 else None
-    if saved is not None:
-        engine.restore(saved.state)
-    elif settings.aggregate_every > 1:
-        engine.forget()
+    restarts = membership.welcome.restarts
+    saved_steps.forget_after(start.step)
+    saved = None
+    if itinerary.settings.aggregate_every > 1:  # else the server has taken the optimiser's steps, and nothing is kept here
+        saved = saved_steps.load(start.step)
+        if saved is None:
+            engine.forget()
+        else:
+            engine.restore(saved.state)
     if saved is None or not saved.is_of_round(start, restarts):
         engine.load_adapter(start.adapter)
     membership.position.step = start.step
     return itinerary.resume(start, restarts, saved)
 
 
-def _keep_step(step: int, engine: TorchEngine, membership: Membership, place: Place, *, is_round_end: bool) -> None:
-    """Before the next question: an answer is kept by the server only until then."""
-    saved = SavedStep(step=step, round=membership.position.round, restarts=membership.welcome.restarts, state=engine.state())
-    place.save(saved, keep_from=membership.position.checkpoint, is_round_end=is_round_end)
-    membership.position.step = step
+def _save(step: int, engine: Engine, membership: Membership, saved_steps: SavedSteps, *, is_round_end: bool) -> None:
+    """Before the next question: with that the server forgets its answers of this step, which then cannot be taken again."""
+    position = membership.position
+    saved = SavedStep(step=step, round=position.round, restarts=membership.welcome.restarts, state=engine.state())
+    saved_steps.save(saved, keep_from=position.checkpoint, is_round_end=is_round_end)
+    position.step = step
 
 
-def perplexity(membership: Membership, engine: TorchEngine, data: Dataset, batch_size: int) -> Iterator[float]:
+def perplexity(membership: Membership, engine: Engine, data: Dataset, batch_size: int) -> Iterator[float]:
     """
     Token-weighted perplexity through both parts, exp(summed loss / labelled tokens).
 
@@ -197,7 +214,8 @@ def perplexity(membership: Membership, engine: TorchEngine, data: Dataset, batch
         yield math.exp(mean_loss) if mean_loss < LARGEST_EXPONENT else math.inf
 
 
-def _evaluate(membership: Membership, engine: TorchEngine, batch: Batch) -> float:
+def _evaluate(membership: Membership, engine: Engine, batch: Batch) -> float:
+    """The summed loss of a held-out batch, in nats."""
     question = Evaluation(
         index=membership.next_index(),
         lengths=batch.lengths,

@@ -91,3 +91,16 @@ def test_neither_side_imports_transformers_or_peft(package: str) -> None:
     pytest.importorskip("torch")
     check = f"import sys, {package}; sys.exit(bool({{'transformers', 'peft', 'accelerate'}} & sys.modules.keys()))"
     subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_device_trains_without_knowing_torch() -> None:
+    """An engine without torch needs nothing else: whoever trains with it does not load torch, nor need it be installed."""
+    modules = [f"edge_client.{name}" for name in ("training", "membership", "client_state", "engine", "data", "patience")]
+    blocked = "import sys; sys.modules['torch'] = None; sys.modules['split_model'] = None; "
+    subprocess.run([sys.executable, "-c", blocked + f"import {', '.join(modules)}"], check=True, cwd=REPOSITORY)
+
+
+def test_engine_with_torch_is_known_only_where_it_is_made() -> None:
+    files = {file.name: file.read_text(encoding="utf-8") for file in (REPOSITORY / "edge_client").rglob("*.py")}
+    assert {name for name, text in files.items() if "TorchEngine" in text} == {"client.py", "engine.py", "torch_engine.py"}
+    assert {name for name, text in files.items() if "from .torch_engine import" in text} == {"client.py"}

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_client.place import KeptHere
+from edge_client.client_state import DeviceCache
 from protocol import (
     CODECS,
     DELTA,
@@ -156,7 +156,7 @@ def test_change_of_few_directions_is_nearly_exact_and_much_smaller(ends: Ends) -
 
 
 def test_nothing_more_is_kept_where_there_is_no_room(tmp_path: Path) -> None:
-    ends = Ends(KeptHere(tmp_path / "device", plan=2500), CacheFolder(tmp_path / "server", 10**7))
+    ends = Ends(DeviceCache(tmp_path / "device", plan=2500), CacheFolder(tmp_path / "server", 10**7))
     sizes = []
     for step in range(1, 12):
         _, came = ends.send(batch(step, [step % 4]))

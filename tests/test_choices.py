@@ -113,7 +113,7 @@ def test_device_that_was_killed_comes_back_in_the_dtype_it_began_with(
     with GpuServer(**options, dtype="float32", steps=1) as server:
         processor(ZEN4)
         killed = EdgeClient(server.url, **device).__enter__()
-        killed._membership._drop()
+        killed._membership.hang_up()
         processor(ZEN3)
         with EdgeClient(server.url, **device) as client:
             assert (client.dtype, client.choice) == ("bfloat16", "as before this device was stopped")

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from conftest import run_in_thread, run_split
 
-import edge_client.place
+import edge_client.client_state
+import edge_client.saved_steps
 import storage.activation_cache
 from edge_client import EdgeClient, StateError
 from gpu_server import GpuServer, RunEndedEarly
@@ -51,8 +52,8 @@ def refuse_write(monkeypatch: pytest.MonkeyPatch, state_dir: Path, number: int, 
                 raise error
         replace_file(path, data, **options)
 
-    monkeypatch.setattr(edge_client.place, "replace_file", write)
-    monkeypatch.setattr(storage.activation_cache, "replace_file", write)
+    for module in (edge_client.client_state, edge_client.saved_steps, storage.activation_cache):
+        monkeypatch.setattr(module, "replace_file", write)
     return written
 
 
@@ -86,7 +87,7 @@ def test_device_whose_disk_is_full_comes_back_as_one_that_was_killed(
                     client.__exit__(StateError, None, None)
                     assert "this device keeps its place in run" in caplog.text
                 else:
-                    client._membership._drop()
+                    client._membership.hang_up()
                 with EdgeClient(server.url, model=settings["model"], state_dir=state, **device) as again:
                     list(again.train())
                 ended.result(timeout=60)

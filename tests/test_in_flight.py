@@ -9,7 +9,7 @@ import pytest
 from conftest import run_split
 
 from edge_client.data import Dataset
-from edge_client.engine import TorchEngine
+from edge_client.torch_engine import TorchEngine
 from gpu_server.torch_engine import TorchEngine as ServerEngine
 from split_model import PretrainedModel
 from storage import load_tokenizer

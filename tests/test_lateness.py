@@ -78,7 +78,7 @@ def test_device_whose_link_stalls_when_it_comes_back_is_heard_the_next_time(
                 return exchange(self, message, *kinds)
 
             monkeypatch.setattr(Connection, "exchange", stalled)
-            connection = client._membership._connection
+            connection = client._membership._server.connection
             assert connection is not None
             connection._socket.socket.shutdown(socket.SHUT_RDWR)
             assert [step.number for step in steps] == [2, 3, 4]

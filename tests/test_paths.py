@@ -53,7 +53,7 @@ def test_devices_paths_are_expanded(tiny_model: Path, home: Path, pairs_file: Ca
     (home / "data.jsonl").write_bytes(pairs_file("a", 3).read_bytes())
     client = EdgeClient("ws://127.0.0.1:1", model="~/model", data="~/data.jsonl", eval_data="~/data.jsonl", state_dir="~/state")
     assert len(client.data.samples) == 3
-    assert client._place._folder.is_relative_to(home / "state")
+    assert client._state._folder.is_relative_to(home / "state")
     with pytest.raises(ExportedModelError, match=str(home)):
         Generator("~/absent")
     assert edge_client.cli.main(["prepare", "~/absent"]) == 1

@@ -247,7 +247,7 @@ def test_device_that_is_refused_for_other_data_is_started_again_as_before_and_lo
         steps = killed.train()
         for _ in range(5):
             next(steps)
-        killed._membership._drop()
+        killed._membership.hang_up()
         other_data = {**as_before, "batch_size": 3}
         with pytest.raises(Refused, match="start it as before"), EdgeClient(server.url, **other_data) as other:
             other.start()

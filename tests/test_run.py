@@ -15,7 +15,7 @@ from conftest import run_in_thread, run_split
 
 from edge_client import EdgeClient
 from edge_client.data import Dataset
-from edge_client.engine import TorchEngine
+from edge_client.torch_engine import TorchEngine
 from gpu_server import GpuServer
 from gpu_server.torch_engine import TorchEngine as ServerEngine
 from split_model import PretrainedModel

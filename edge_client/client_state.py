@@ -1,0 +1,141 @@
+"""What a device keeps of a run on its disk, so that it finds back into the run after it was killed."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from protocol import Array, RunSettings, Welcome
+from storage import CacheFolder, is_hub_name, remove_unfinished, replace_file
+
+from .saved_steps import SavedSteps, StateError, readable_errors
+
+__all__ = ["ClientState", "DeviceCache", "StateError"]
+
+FOLDER, NOTE, CACHE = "places", "place.json", "samples"
+"""Names on the disk are those of earlier versions: a device that was killed under one of them finds back."""
+
+
+class ClientState:
+    """
+    A folder for each server and client name, which is there as long as this client belongs to an unfinished run. It holds a
+    note of which run that is, the saved steps of a run with long rounds, and the activation cache of a run in `DELTA`.
+
+    Args:
+        state_folder: of everything that this device keeps, for all servers.
+        server: its address.
+        name: of this client there.
+    """
+
+    def __init__(self, state_folder: Path, server: str, name: str) -> None:
+        # A digest: neither an address nor a name may choose a path.
+        digest = hashlib.sha256(f"{server} {name}".encode()).hexdigest()
+        self._server, self._name = server, name
+        self._folder = state_folder / FOLDER / digest[:32]
+        self.saved_steps = SavedSteps(self._folder)
+
+    @property
+    def is_in_a_run(self) -> bool:
+        """Whether this client belongs to a run of this server: the device was killed in it, or keeps it after an error."""
+        return isinstance(self._note().get("run"), str)
+
+    def welcome(self) -> Welcome | None:
+        """The run to which this client belongs, as the server announced it last."""
+        note = self._note()
+        try:
+            settings = {**note["settings"], "lora_targets": tuple(note["settings"]["lora_targets"])}
+            fields = {name: note[name] for name in ("run", "fingerprint", "restarts")}
+            return Welcome(**fields, settings=RunSettings(**settings))
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    def dtype(self, run: str) -> str | None:
+        """The dtype of the frozen weights with which this client takes part in ``run``; None if it does not."""
+        note = self._note()
+        return str(note.get("dtype")) if note.get("run") == run else None
+
+    def model(self) -> str | None:
+        """The base model's name on the hub; None if this client uses a folder, or belongs to no run."""
+        model = self._note().get("model")
+        return model if isinstance(model, str) and is_hub_name(model) else None
+
+    def enter(self, welcome: Welcome, *, dtype: str, model: str = "") -> None:
+        """
+        Note that this client belongs to a run now. What is left of another run is deleted.
+
+        Args:
+            dtype: of its frozen weights.
+            model: the base model's name on the hub, if it was given by name.
+
+        Raises:
+            StateError: the folder cannot be written.
+        """
+        if self._note().get("run") != welcome.run:
+            self.delete()
+        note = {**asdict(welcome), "server": self._server, "name": self._name, "dtype": dtype, "model": model}
+        with readable_errors(self._folder):
+            self._folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+            remove_unfinished(self._folder)
+            replace_file(self._folder / NOTE, json.dumps(note).encode())
+
+    def activation_cache(self, plan: int) -> "DeviceCache":
+        """
+        Args:
+            plan: see `DeviceCache`.
+
+        Raises:
+            StateError: the folder cannot be written.
+        """
+        with readable_errors(self._folder):
+            return DeviceCache(self._folder / CACHE, plan)
+
+    def delete(self) -> None:
+        """The run is over for this client."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _note(self) -> dict[str, Any]:
+        """What `enter` wrote; empty if nothing, or nothing that can be read."""
+        try:
+            note = json.loads((self._folder / NOTE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return note if isinstance(note, dict) else {}
+
+
+class DeviceCache(CacheFolder):
+    """
+    A device's samples as they arrived at the server. Whatever was sent is kept, of any size, since the server keeps it, too;
+    `is_full` is asked before.
+
+    Args:
+        plan: bytes from which on no new samples are to be kept.
+
+    Raises:
+        StateError: the disk is full. Of every method that writes.
+    """
+
+    def __init__(self, folder: Path, plan: int) -> None:
+        super().__init__(folder, max_bytes=2**62)
+        self._plan = plan
+
+    @property
+    def is_full(self) -> bool:
+        return self.num_bytes >= self._plan
+
+    def keep(self, step: int, micro_batch: int, versions: dict[int, tuple[int, Array]]) -> None:
+        with readable_errors(self._folder):
+            super().keep(step, micro_batch, versions)
+
+    def confirm(self, step: int, micro_batch: int) -> None:
+        with readable_errors(self._folder):
+            super().confirm(step, micro_batch)
+
+    def forget_after(self, step: int) -> None:
+        with readable_errors(self._folder):
+            super().forget_after(step)
+
+    def forget_before(self, step: int) -> None:
+        with readable_errors(self._folder):
+            super().forget_before(step)

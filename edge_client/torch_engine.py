@@ -1,0 +1,144 @@
+"""The `Engine` of a device with torch."""
+
+from collections import deque
+
+import torch
+
+from protocol import Array, RunSettings, Tensors, TrainingDiverged
+from split_model import (
+    DTYPES,
+    Adapter,
+    EdgePart,
+    LoraConfig,
+    OptimiserConfig,
+    PretrainedModel,
+    adamw,
+    check_cut_layer,
+    choose_device,
+    optimiser_state,
+    restore_optimiser,
+    take_step,
+)
+from storage import ModelError
+
+from .data import Batch
+
+__all__ = ["TorchEngine"]
+
+ADAPTER, OPTIMISER = "adapter/", "optimiser/"
+
+
+class TorchEngine:
+    """
+    See `Engine` for what its methods do.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+        dtype: of the frozen weights, one of DTYPES.
+    """
+
+    def __init__(self, model: PretrainedModel, settings: RunSettings, device: str, dtype: str) -> None:
+        self._model = model
+        check_cut_layer(settings.cut_layer, model.config.num_layers)
+        if settings.lora_rank > model.config.width:
+            raise ModelError(f"the run's LoRA rank is {settings.lora_rank}, more than the model's width {model.config.width}")
+        lora = LoraConfig(**settings.lora())
+        self._part = EdgePart(model, settings.cut_layer, lora, weight_dtype=DTYPES[dtype], device=choose_device(device))
+        # With rounds of one step the server steps for everybody; torch's optimisers would be 70 MB for nothing.
+        self._optimiser = (
+            adamw(self._part.matrices().values(), OptimiserConfig(**settings.optimiser()))
+            if settings.aggregate_every > 1
+            else None
+        )
+        self._awaiting_gradient: deque[torch.Tensor] = deque()
+        """Activations that were computed, and had no `backward` yet, each with the graph that leads to it."""
+
+    @property
+    def num_adapter_elements(self) -> int:
+        return sum(matrix.numel() for matrix in self._part.matrices().values())
+
+    def begin_step(self) -> None:
+        self._awaiting_gradient.clear()
+        self._part.clear_gradients()
+
+    def forward(self, batch: Batch, dropout_seed: int) -> Array:
+        self._part.train()
+        self._part.seed_dropout(dropout_seed)
+        self._awaiting_gradient.append(self._run_finite(batch))
+        return _to_array(self._awaiting_gradient[-1])
+
+    def backward(self, gradient: Array) -> None:
+        if not self._awaiting_gradient:
+            raise RuntimeError("backward() needs a forward() before it")
+        activations = self._awaiting_gradient.popleft()
+        if not len(activations):
+            return
+        # A scalar with the wanted gradient: handing the gradient to autograd makes it import sympy, 25 MB and a second.
+        product = (activations * _to_tensor(gradient).to(activations.device)).sum()
+        torch.autograd.backward(product)
+
+    def end_step(self, labelled_tokens: int) -> None:
+        self._part.divide_gradients(max(1, labelled_tokens))
+
+    @torch.no_grad()
+    def infer(self, batch: Batch) -> Array:
+        self._part.eval()
+        return _to_array(self._run_finite(batch))
+
+    def take_step(self, learning_rate: float) -> None:
+        if self._optimiser is None:
+            raise RuntimeError("in rounds of one step, the server takes it")
+        take_step(self._optimiser, learning_rate)
+
+    def gradients(self) -> Tensors:
+        return _to_arrays(self._part.gradients())
+
+    def adapter(self) -> Tensors:
+        return _to_arrays(self._part.adapter())
+
+    def load_adapter(self, tensors: Tensors) -> None:
+        self._part.load_adapter({name: _to_tensor(value) for name, value in tensors.items()})
+
+    def state(self) -> Tensors:
+        assert self._optimiser is not None
+        learnt = {f"{OPTIMISER}{name}": _to_array(tensor) for name, tensor in optimiser_state(self._optimiser).items()}
+        return {**{f"{ADAPTER}{name}": matrix for name, matrix in self.adapter().items()}, **learnt}
+
+    def forget(self) -> None:
+        assert self._optimiser is not None
+        restore_optimiser(self._optimiser, {})
+
+    def restore(self, state: Tensors) -> None:
+        assert self._optimiser is not None
+        self.load_adapter({name.removeprefix(ADAPTER): value for name, value in state.items() if name.startswith(ADAPTER)})
+        learnt = {name.removeprefix(OPTIMISER): value for name, value in state.items() if name.startswith(OPTIMISER)}
+        restore_optimiser(self._optimiser, {name: _to_tensor(value) for name, value in learnt.items()})
+
+    def _run_finite(self, batch: Batch) -> torch.Tensor:
+        activations = self._run(batch)
+        if torch.isfinite(activations).all():
+            return activations
+        with torch.no_grad(), self._part.without_adapter():
+            if not torch.isfinite(self._run(batch)).all():
+                raise self._model.not_finite("activations")
+        raise TrainingDiverged("this device's activations are no longer finite numbers; try a lower --lr on the server")
+
+    def _run(self, batch: Batch) -> torch.Tensor:
+        if not len(batch.tokens):
+            return torch.empty(0, self._part.width, dtype=self._part.dtype)
+        tokens, lengths = torch.from_numpy(batch.tokens), torch.from_numpy(batch.lengths)
+        activations: torch.Tensor = self._part(tokens.long(), lengths.long())
+        return activations
+
+
+def _to_tensor(array: Array) -> torch.Tensor:
+    return torch.from_numpy(array)
+
+
+def _to_array(tensor: torch.Tensor) -> Array:
+    array: Array = tensor.detach().cpu().numpy()
+    return array
+
+
+def _to_arrays(adapter: Adapter) -> Tensors:
+    return {name: _to_array(matrix) for name, matrix in adapter.items()}
