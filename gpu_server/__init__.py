@@ -2,15 +2,23 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .config import ConfigError, ServerConfig
+from .config import ServerConfig
+from .errors import ConfigError, ServerError
 
 if TYPE_CHECKING:
-    from .federation import StepRecord
+    from .federation import RunStatus, StepRecord
     from .sdk import GpuServer, RunEndedEarly
+    from .serving import Observer
 
-__all__ = ["ConfigError", "GpuServer", "RunEndedEarly", "ServerConfig", "StepRecord"]
+__all__ = ["ConfigError", "GpuServer", "Observer", "RunEndedEarly", "RunStatus", "ServerConfig", "ServerError", "StepRecord"]
 
-_HOMES = {"GpuServer": "sdk", "RunEndedEarly": "sdk", "StepRecord": "federation"}
+_HOMES = {
+    "GpuServer": "sdk",
+    "Observer": "serving",
+    "RunEndedEarly": "sdk",
+    "RunStatus": "federation",
+    "StepRecord": "federation",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from protocol.public_key import public_key_sha256
 
-from .config import ConfigError
+from .errors import ConfigError, ServerError
 
 __all__ = ["Certificate", "given_certificate", "own_certificate", "write_private"]
 
@@ -29,7 +29,7 @@ class Certificate:
         SHA-256 of the public key, 64 hexadecimal digits: see `public_key_sha256`.
 
         Raises:
-            ConfigError: the file cannot be read or holds no certificate.
+            ServerError: the file cannot be read or holds no certificate.
         """
         try:
             text = self.certificate_file.read_text(
@@ -40,16 +40,16 @@ class Certificate:
             end = text.index(ssl.PEM_FOOTER, begin) + len(ssl.PEM_FOOTER)
             return public_key_sha256(ssl.PEM_cert_to_DER_cert(text[begin:end]))
         except OSError as error:
-            raise ConfigError(f"{self.certificate_file} cannot be read: {error.strerror}") from None
+            raise ServerError(f"{self.certificate_file} cannot be read: {error.strerror}") from None
         except ValueError:
-            raise ConfigError(f"{self.certificate_file} holds no certificate in PEM") from None
+            raise ServerError(f"{self.certificate_file} holds no certificate in PEM") from None
 
     def server_context(self) -> ssl.SSLContext:
         """
         What the server's sockets need.
 
         Raises:
-            ConfigError: a file cannot be read, or the key is encrypted or another certificate's.
+            ServerError: a file cannot be read, or the key is encrypted or another certificate's.
         """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -60,14 +60,14 @@ class Certificate:
             context.load_cert_chain(self.certificate_file, self.key_file, password=self._refuse_passphrase)
         except ssl.SSLError as error:
             reason = (error.reason or "not PEM").lower().replace("_", " ")
-            raise ConfigError(f"{self.certificate_file} and {self.key_file} cannot be used together: {reason}") from None
+            raise ServerError(f"{self.certificate_file} and {self.key_file} cannot be used together: {reason}") from None
         except OSError as error:
-            raise ConfigError(f"{self.certificate_file} and {self.key_file} cannot be read: {error.strerror}") from None
+            raise ServerError(f"{self.certificate_file} and {self.key_file} cannot be read: {error.strerror}") from None
         return context
 
     def _refuse_passphrase(self) -> str:
         # Without this OpenSSL asks at the terminal, and a server that was started by no person waits for ever.
-        raise ConfigError(f"{self.key_file} is encrypted; write it without a passphrase: openssl pkey -in OLD -out NEW")
+        raise ServerError(f"{self.key_file} is encrypted; write it without a passphrase: openssl pkey -in OLD -out NEW")
 
 
 def own_certificate(folder: Path) -> Certificate:
@@ -75,7 +75,7 @@ def own_certificate(folder: Path) -> Certificate:
     The certificate that the server made for itself in ``folder``; makes it if there is none.
 
     Raises:
-        ConfigError: half of it is there, it is damaged, or it cannot be written.
+        ServerError: half of it is there, it is damaged, or it cannot be written.
     """
     own = Certificate(folder / "server-certificate.pem", folder / "server-key.pem")
     try:
@@ -86,15 +86,15 @@ def own_certificate(folder: Path) -> Certificate:
             if len(missing) == 2:
                 _make(own)
     except OSError as error:
-        raise ConfigError(f"the server's certificate cannot be kept in {folder}: {error.strerror}") from None
+        raise ServerError(f"the server's certificate cannot be kept in {folder}: {error.strerror}") from None
     if len(missing) == 1:
         other = own.key_file if missing == [own.certificate_file] else own.certificate_file
-        raise ConfigError(f"{other} is there and {missing[0].name} is not; bring that back, or {_start_anew(other)}")
+        raise ServerError(f"{other} is there and {missing[0].name} is not; bring that back, or {_start_anew(other)}")
     try:
         own.pin()
         own.server_context()
-    except ConfigError as error:
-        raise ConfigError(f"{error}; bring back the right ones, or {_start_anew(own.key_file, own.certificate_file)}") from None
+    except ServerError as error:
+        raise ServerError(f"{error}; bring back the right ones, or {_start_anew(own.key_file, own.certificate_file)}") from None
     return own
 
 
@@ -103,7 +103,8 @@ def given_certificate(certificate: str | None, key: str | None) -> Certificate |
     The certificate a user brings, as paths of PEM files; None if none is brought.
 
     Raises:
-        ConfigError: only one of both is given, or they cannot be loaded.
+        ConfigError: only one of both is given.
+        ServerError: they cannot be loaded.
     """
     if certificate is None and key is None:
         return None
@@ -149,7 +150,7 @@ def _make(own: Certificate) -> None:
         from cryptography.hazmat.primitives import hashes, serialization
         from cryptography.hazmat.primitives.asymmetric import ec
     except ModuleNotFoundError:
-        raise ConfigError("making a certificate takes the package cryptography: pip install 'splitlora[server]'") from None
+        raise ServerError("making a certificate takes the package cryptography: pip install 'splitlora[server]'") from None
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "splitlora")])
     now = datetime.now(timezone.utc)

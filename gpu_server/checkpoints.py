@@ -13,7 +13,7 @@ from torch import Tensor
 from split_model import DamagedFile, read_sealed, seal
 from storage import replace_file
 
-from .config import ConfigError
+from .errors import ServerError
 
 __all__ = ["Checkpoints", "SavedRound"]
 
@@ -45,7 +45,7 @@ class Checkpoints:
     def write(self, saved: SavedRound) -> None:
         """
         Raises:
-            ConfigError: the disk is full, or the folder cannot be written. Earlier checkpoints are untouched.
+            ServerError: the disk is full, or the folder cannot be written. Earlier checkpoints are untouched.
         """
         described = {"format": FORMAT, "run": saved.run, "step": saved.step, "membership": saved.membership}
         with _readable_errors(self.folder):
@@ -59,7 +59,7 @@ class Checkpoints:
         The newest one that is intact; None where a run has written none.
 
         Raises:
-            ConfigError: none is intact, or they are of another run.
+            ServerError: none is intact, or they are of another run.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -72,10 +72,10 @@ class Checkpoints:
                     self._path(step).rename(self._path(step).with_suffix(".damaged"))
                 continue
             if saved.run != run:
-                raise ConfigError(f"{self._path(step)} is of run {saved.run}, not of {run}")
+                raise ServerError(f"{self._path(step)} is of run {saved.run}, not of {run}")
             return saved
         if steps:
-            raise ConfigError(f"no checkpoint in {self.folder} is intact; the run cannot go on")
+            raise ServerError(f"no checkpoint in {self.folder} is intact; the run cannot go on")
         return None
 
     def steps(self) -> list[int]:
@@ -90,7 +90,7 @@ def _read(path: Path) -> SavedRound:
     text, state = read_sealed(path)
     described = json.loads(text)
     if described["format"] != FORMAT:
-        raise ConfigError(f"{path} has format {described['format']}, this version reads {FORMAT}")
+        raise ServerError(f"{path} has format {described['format']}, this version reads {FORMAT}")
     return SavedRound(run=described["run"], step=described["step"], membership=described["membership"], state=state)
 
 
@@ -99,7 +99,7 @@ def _readable_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(
+        raise ServerError(
             f"a checkpoint cannot be written to {folder}: {error.strerror}; the ones before are kept, and --resume goes on "
             f"from there when that is mended"
         ) from None

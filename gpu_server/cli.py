@@ -194,9 +194,9 @@ def _errors_of_users() -> tuple[type[Exception], ...]:
     from protocol import InvalidName
     from protocol.invitation import InvalidInvitation
 
-    from .config import ConfigError
+    from .errors import ServerError
 
-    simple = (ConfigError, InvalidName, InvalidInvitation)
+    simple = (ServerError, InvalidName, InvalidInvitation)
     if "torch" not in sys.modules:
         return simple
     from protocol import TrainingDiverged

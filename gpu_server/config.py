@@ -14,8 +14,9 @@ from protocol import CODECS, DELTA, EXACT, RunSettings, gradient_codec
 from protocol.settings import BOUNDS, LARGEST_COUNT, out_of_bounds
 from terminal import user_path, user_text_path
 
+from .errors import ConfigError
+
 __all__ = [
-    "ConfigError",
     "ServerConfig",
     "codec_name",
     "codec_named",
@@ -25,10 +26,6 @@ __all__ = [
     "resumed",
     "with_whole_paths",
 ]
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be; the message names it and its value."""
 
 
 def option(help: str, default: Any = None, *, choices: tuple[str, ...] | None = None, required: bool = False) -> Any:

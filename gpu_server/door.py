@@ -17,8 +17,9 @@ from protocol.invitation import Invitation, normal_host
 from terminal import user_path
 
 from .certificates import Certificate, given_certificate, own_certificate
-from .config import ConfigError, ServerConfig, is_loopback
+from .config import ServerConfig, is_loopback
 from .enrolment import Enrolments
+from .errors import ConfigError, ServerError
 from .listener import Limits
 
 __all__ = ["Door", "enrolments_of", "invite", "open_door"]
@@ -49,7 +50,7 @@ def open_door(config: ServerConfig) -> Door:
     unless the operator says ``insecure``.
 
     Raises:
-        ConfigError: the certificate or the file of enrolments cannot be used.
+        ServerError: the certificate or the file of enrolments cannot be used.
     """
     enrolments = Enrolments(Path(config.clients_file or Path(config.run_dir) / "clients.json"))
     given = given_certificate(config.tls_cert, config.tls_key)
@@ -86,7 +87,7 @@ def open_door(config: ServerConfig) -> Door:
 def enrolments_of(run_dir: str | None, clients_file: str | None) -> Enrolments:
     """
     Raises:
-        ConfigError: neither place is given.
+        ConfigError: neither is given.
     """
     if clients_file is None and run_dir is not None:
         folder = user_path(run_dir)
@@ -102,7 +103,7 @@ def _recorded_in(run_dir: Path) -> dict[str, Any] | None:
     What the server of the folder has written to run.json when it was last started; None where none has been yet.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ServerError: the file cannot be read.
     """
     path = run_dir / "run.json"
     try:
@@ -111,9 +112,9 @@ def _recorded_in(run_dir: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        raise ServerError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{path} does not describe a run") from None
+        raise ServerError(f"{path} does not describe a run") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,7 @@ class Served:
         None where no server has been started yet.
 
         Raises:
-            ConfigError: run.json cannot be read.
+            ServerError: run.json cannot be read.
         """
         recorded = _recorded_in(run_dir)
         if recorded is None:
@@ -149,7 +150,7 @@ class Served:
                 insecure=config["insecure"],
             )
         except (KeyError, ValueError):
-            raise ConfigError(f"{run_dir / 'run.json'} does not say how the run's server listens; start it again") from None
+            raise ServerError(f"{run_dir / 'run.json'} does not say how the run's server listens; start it again") from None
 
     def runs(self) -> bool:
         """Whether a server holds the folder at this moment."""
@@ -177,7 +178,7 @@ def invite(
         address: HOST:PORT where devices reach the server; the default is where it listens, at this machine's own address.
 
     Raises:
-        ConfigError, InvalidName, InvalidInvitation: the name, the address or a file cannot be used, or the run's server listens
+        ServerError, InvalidName, InvalidInvitation: the name, the address or a file cannot be used, or the run's server listens
             in another way.
     """
     served = None if run_dir is None else Served.recorded_in(user_path(run_dir))
@@ -198,7 +199,7 @@ def _pin_of(served: Served | None, folder: Path, tls_cert: str | None, insecure:
     if served is None:
         return None if insecure else asked or own_certificate(folder).pin()
     if not served.encrypted and not served.insecure and served.runs():
-        raise ConfigError(
+        raise ServerError(
             f"the server of {served.run_dir} was started before anybody was enrolled, and listens without encryption: stop it, "
             "enrol the device, and start it again with --resume"
         )
@@ -237,6 +238,6 @@ def _own_address() -> str:
         try:
             probe.connect(("192.0.2.1", 9))  # an address for documentation, RFC 5737: only the route is looked up
         except OSError:
-            raise ConfigError("this machine's address cannot be found out; give --address HOST:PORT") from None
+            raise ServerError("this machine's address cannot be found out; give --address HOST:PORT") from None
         host: str = probe.getsockname()[0]
         return host

@@ -20,7 +20,7 @@ from protocol import check_name
 from terminal import listed
 
 from .certificates import write_private
-from .config import ConfigError
+from .errors import ConfigError, ServerError
 
 __all__ = ["Enrolments"]
 
@@ -55,7 +55,7 @@ class Enrolments:
 
         Raises:
             InvalidName: the name cannot be one.
-            ConfigError: it is taken, or the file cannot be read or written.
+            ServerError: it is taken, or the file cannot be read or written.
         """
         check_name(name)
         secret = secrets.token_urlsafe(32)
@@ -70,7 +70,7 @@ class Enrolments:
         Let a device in no longer.
 
         Raises:
-            ConfigError: it is not enrolled, or the file cannot be read or written.
+            ServerError: it is not enrolled, or the file cannot be read or written.
         """
         # Looked at before the lock, which would make a folder of a mistyped name, and again under it.
         self._require(name, self._read())
@@ -83,7 +83,7 @@ class Enrolments:
         By name, when each was enrolled.
 
         Raises:
-            ConfigError: the file cannot be read.
+            ServerError: the file cannot be read.
         """
         return {name: client.enrolled for name, client in sorted(self._read().items())}
 
@@ -92,7 +92,7 @@ class Enrolments:
         Is anybody enrolled?
 
         Raises:
-            ConfigError: the file cannot be read.
+            ServerError: the file cannot be read.
         """
         return bool(self._read())
 
@@ -121,7 +121,7 @@ class Enrolments:
             seen = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
             if seen != self._seen:  # looked at before it is read: a change between the two is seen the next time
                 self._admitted, self._seen = self._read(), seen
-        except (OSError, ConfigError) as error:
+        except (OSError, ServerError) as error:
             if isinstance(error, FileNotFoundError) and self._seen is None:
                 return {}  # there is none yet, which is no fault
             self._admitted, self._seen = {}, None
@@ -137,16 +137,16 @@ class Enrolments:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
-                raise ConfigError(f"{self.path} is of format {content['format']!r}, this version reads format {FORMAT}")
+                raise ServerError(f"{self.path} is of format {content['format']!r}, this version reads format {FORMAT}")
             return {check_name(name): _client(entry) for name, entry in content["clients"].items()}
         except FileNotFoundError:
             return {}  # nobody was ever enrolled
         except OSError as error:
-            raise ConfigError(f"{self.path} cannot be read: {error.strerror}") from None
-        except ConfigError:
+            raise ServerError(f"{self.path} cannot be read: {error.strerror}") from None
+        except ServerError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(
+            raise ServerError(
                 f"{self.path} is not a list of enrolled devices; restore it, or delete it and enrol them again"
             ) from None
 
@@ -160,7 +160,7 @@ class Enrolments:
                 yield clients
                 write_private(self.path, _json(clients))
         except OSError as error:
-            raise ConfigError(f"{self.path} cannot be written: {error.strerror}") from None
+            raise ServerError(f"{self.path} cannot be written: {error.strerror}") from None
         self._seen = None  # two changes within one tick of the file system's clock may look alike
 
 

@@ -11,14 +11,14 @@ from typing import Any
 
 from terminal import count
 
-from .config import ConfigError
+from .errors import ServerError
 
 try:
     import resource
 except ModuleNotFoundError:  # Windows, where a process may open as many files as there is memory for
     resource = None  # type: ignore[assignment]
 
-__all__ = ["Limits", "Listener", "Pace"]
+__all__ = ["Limits", "Listener", "RateLimiter"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Limits:
         system's limit is raised where it may be.
 
         Raises:
-            ConfigError: the run's devices alone are too many.
+            ServerError: the run's devices alone are too many.
         """
         if resource is None:
             return self
@@ -50,7 +50,7 @@ class Limits:
         if connections >= self.connections:
             return self
         if connections < needed:
-            raise ConfigError(
+            raise ServerError(
                 f"this process may open {allowed} files, and a run of {count(devices, 'device')} takes {own + needed}: raise "
                 f"the limit, such as by ulimit -n 1024, or by LimitNOFILE=1024 in a unit file"
             )
@@ -91,7 +91,7 @@ class Listener(socket.socket):
     def open(cls, host: str, port: int, limits: Limits) -> "Listener":
         """
         Raises:
-            ConfigError: the address cannot be listened on.
+            ServerError: the address cannot be listened on.
         """
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -106,7 +106,7 @@ class Listener(socket.socket):
                 raise
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            raise ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from None
+            raise ServerError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from None
         return listener
 
     def accept(self) -> tuple[socket.socket, Any]:
@@ -172,7 +172,7 @@ class Listener(socket.socket):
                 del known[descriptor]
 
 
-class Pace:
+class RateLimiter:
     """A bucket of tokens: how long the next message has to wait so that there are at most so many a second."""
 
     def __init__(self, per_second: float) -> None:

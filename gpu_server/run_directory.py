@@ -11,11 +11,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from protocol import Seconds
 from split_model import Adapter, LoraConfig, save_adapter
 from storage import CacheFolder, remove_unfinished, replace_file
 
 from .checkpoints import Checkpoints
-from .config import ConfigError
+from .errors import ConfigError, ServerError
+from .federation import StepRecord
 
 __all__ = ["RunDirectory"]
 
@@ -28,7 +30,8 @@ class RunDirectory:
         resume: whether it holds a run to go on with, or is to hold a new one.
 
     Raises:
-        ConfigError: it holds a run and shall not, or the other way about; it cannot be written; another server holds it.
+        ConfigError: it holds a run and is to hold a new one, or holds none and is to be resumed.
+        ServerError: it cannot be written.
     """
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
@@ -56,13 +59,13 @@ class RunDirectory:
         Keep other servers out until `release`, or until this process ends, however it ends.
 
         Raises:
-            ConfigError: another server holds the folder.
+            ServerError: another server holds the folder.
         """
         with self._writing():
             try:
                 self._lock.acquire()
             except Timeout:
-                raise ConfigError(f"{self.path} is in use by another server") from None
+                raise ServerError(f"{self.path} is in use by another server") from None
             for folder in (self.path, self.checkpoints.folder):
                 remove_unfinished(folder)
 
@@ -82,20 +85,20 @@ class RunDirectory:
             if not {"run", "fingerprint", "config", "dtype"} <= description.keys():
                 raise ValueError("it does not describe a run")
         except (OSError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}") from None
+            raise ServerError(f"{path} cannot be read: {error}") from None
         return dict(description)
 
-    def record_codecs(self, state: dict[str, Any]) -> None:
+    def write_codec_state(self, state: dict[str, Any]) -> None:
         """What the gate has seen and decided; it holds, whatever checkpoint the run goes back to."""
         with self._writing():
             replace_file(self.path / "codecs.json", (json.dumps(state, indent=2) + "\n").encode())
 
-    def recorded_codecs(self) -> dict[str, Any] | None:
+    def codec_state(self) -> dict[str, Any] | None:
         """
-        What `record_codecs` wrote last; None if nothing.
+        What `write_codec_state` wrote last; None if nothing.
 
         Raises:
-            ConfigError: the file cannot be read.
+            ServerError: the file cannot be read.
         """
         path = self.path / "codecs.json"
         if not path.exists():
@@ -103,7 +106,7 @@ class RunDirectory:
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}") from None
+            raise ServerError(f"{path} cannot be read: {error}") from None
 
     def samples_of(self, client: str, max_bytes: int) -> CacheFolder:
         """Those of a client that are kept while the run lasts."""
@@ -114,12 +117,12 @@ class RunDirectory:
         """The run is complete: nothing of its devices' data stays."""
         shutil.rmtree(self.path / "samples", ignore_errors=True)
 
-    def append_metrics(self, row: dict[str, Any]) -> None:
+    def append_metrics(self, record: StepRecord) -> None:
         """Add a step's line to metrics.jsonl."""
         with self._writing(), open(self._metrics, "a", encoding="utf-8", opener=_private) as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(_row(record)) + "\n")
 
-    def keep_metrics(self) -> None:
+    def sync_metrics(self) -> None:
         """Have all lines of metrics on the disk: a checkpoint must not know of more steps than they do."""
         if self._metrics.exists():
             with self._writing(), self._metrics.open("a") as file:
@@ -144,10 +147,13 @@ class RunDirectory:
 
     def save_adapter(self, adapter: Adapter, lora: LoraConfig, base_model: str) -> Path:
         """Write the adapter of both parts as one PEFT folder; give its path."""
-        folder = self.path / "adapter"
         with self._writing():
-            save_adapter(folder, adapter, lora, base_model)
-        return folder
+            save_adapter(self.adapter_folder, adapter, lora, base_model)
+        return self.adapter_folder
+
+    @property
+    def adapter_folder(self) -> Path:
+        return self.path / "adapter"
 
     @property
     def _metrics(self) -> Path:
@@ -160,7 +166,27 @@ class RunDirectory:
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             later = "; when that is mended, --resume goes on with its run" if self.holds_run(self.path) else ""
-            raise ConfigError(f"run directory {self.path} cannot be written: {reason}{later}") from None
+            raise ServerError(f"run directory {self.path} cannot be written: {reason}{later}") from None
+
+
+def _row(record: StepRecord) -> dict[str, Any]:
+    return {
+        "step": record.number,
+        "loss": record.loss,
+        "labelled_tokens": record.labelled_tokens,
+        "tokens": record.tokens,
+        "deadline": round(record.deadline, 3),
+        "codec": record.codec,
+        "server_compute": round(record.server_compute, 6),
+        "clients": {
+            name: {
+                "bytes_up": record.bytes_up[name],
+                "bytes_down": record.bytes_down[name],
+                "seconds": {part: round(value, 6) for part, value in vars(record.seconds.get(name, Seconds())).items()},
+            }
+            for name in record.bytes_up
+        },
+    }
 
 
 def _private(path: str, flags: int) -> int:

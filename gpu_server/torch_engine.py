@@ -21,6 +21,8 @@ from split_model import (
 )
 from storage import AdapterError
 
+from .federation import Trained
+
 __all__ = ["TorchEngine"]
 
 ADAPTER = "adapter/"
@@ -57,9 +59,7 @@ class TorchEngine:
         self.round_end: Adapter = self._state()
         """Everything to go on from, as it was when the last round ended; never changed, only replaced."""
 
-    def train(
-        self, step: int, total_steps: int, micro_batch: int, batches: dict[str, Activations]
-    ) -> tuple[float, int, dict[str, Array]]:
+    def train(self, step: int, total_steps: int, micro_batch: int, batches: dict[str, Activations]) -> Trained:
         """
         One forward and backward over all clients' tokens of a micro-batch together; after the step's last also the server
         part's update.
@@ -80,7 +80,11 @@ class TorchEngine:
         if micro_batch + 1 == self._settings.micro_batches:
             self._part.divide_gradients(labelled_tokens)
             take_step(self._server_optimiser, self._settings.learning_rate_at(step, total_steps))
-        return self._summed / labelled_tokens, self._labelled_tokens, dict(zip(batches, gradients, strict=True))
+        return Trained(
+            loss=self._summed / labelled_tokens,
+            labelled_tokens=self._labelled_tokens,
+            gradients=dict(zip(batches, gradients, strict=True)),
+        )
 
     def _gradients(self, step: int, micro_batch: int, union: list[Activations]) -> list[Array]:
         if not sum(len(batch.values) for batch in union):

@@ -154,10 +154,15 @@ class Session:
             self._enter(self._own_turn(message), message, self.side)
         return data
 
-    def awaits(self, message: ActivationGradient) -> bool:
-        """Whether this answers the first question that is open: of one that was lost, the second may be answered earlier."""
+    def awaits(self, message: Message) -> bool:
+        """
+        Whether the peer waits for this. Of several micro-batches it waits for the first that is open: where that was lost, the
+        second may be answered earlier.
+        """
         with self._lock:
-            return bool(self._open) and self._open[0] == (message.step, message.micro_batch)
+            if isinstance(message, ActivationGradient) and (message.step, message.micro_batch) not in list(self._open)[:1]:
+                return False
+            return self._next_state(message, self.side) is not None
 
     def receive(self, data: bytes | str) -> Message | None:
         """

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_server import ConfigError
+from gpu_server import ConfigError, ServerError
 from gpu_server.certificates import Certificate, given_certificate, own_certificate, write_private
 from protocol.public_key import InvalidCertificate, public_key_sha256
 
@@ -29,7 +29,7 @@ def mode(path: Path) -> int:
 
 
 def refused(folder: Path) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ServerError) as caught:
         own_certificate(folder)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -298,11 +298,11 @@ def test_one_without_the_other_is_refused_by_its_name() -> None:
 
 def test_given_files_that_are_not_there_or_no_pair_are_refused(tmp_path: Path) -> None:
     one, other = own_certificate(tmp_path / "one"), own_certificate(tmp_path / "other")
-    with pytest.raises(ConfigError, match=r"absent\.pem cannot be read: No such file"):
+    with pytest.raises(ServerError, match=r"absent\.pem cannot be read: No such file"):
         given_certificate(str(tmp_path / "absent.pem"), str(one.key_file))
-    with pytest.raises(ConfigError, match=r"absent\.pem cannot be read: No such file"):
+    with pytest.raises(ServerError, match=r"absent\.pem cannot be read: No such file"):
         given_certificate(str(one.certificate_file), str(tmp_path / "absent.pem"))
-    with pytest.raises(ConfigError, match="key values mismatch"):
+    with pytest.raises(ServerError, match="key values mismatch"):
         given_certificate(str(one.certificate_file), str(other.key_file))
 
 
@@ -312,5 +312,5 @@ def test_encrypted_key_is_refused_instead_of_asking_at_the_terminal(tmp_path: Pa
     encrypted = tmp_path / "encrypted.pem"
     protection = serialization.BestAvailableEncryption(b"passphrase")
     encrypted.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, protection))
-    with pytest.raises(ConfigError, match=r"encrypted\.pem is encrypted; write it without a passphrase"):
+    with pytest.raises(ServerError, match=r"encrypted\.pem is encrypted; write it without a passphrase"):
         given_certificate(str(own.certificate_file), str(encrypted))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from gpu_server import ServerError
 from gpu_server.checkpoints import Checkpoints, SavedRound
-from gpu_server.config import ConfigError
 from storage import replace_file
 
 MEMBERSHIP = {"a": {"num_samples": 5, "batch_size": 2, "longest": 9, "step": 0, "left": False}}
@@ -81,13 +81,13 @@ def test_every_bit_of_one_is_checked(checkpoints: Checkpoints) -> None:
 def test_where_none_is_intact_the_run_cannot_go_on(checkpoints: Checkpoints) -> None:
     checkpoints.write(saved(5))
     os.truncate(newest(checkpoints), 10)
-    with pytest.raises(ConfigError, match=r"no checkpoint in .* is intact"):
+    with pytest.raises(ServerError, match=r"no checkpoint in .* is intact"):
         checkpoints.latest("run")
 
 
 def test_another_runs_checkpoint_is_refused(checkpoints: Checkpoints) -> None:
     checkpoints.write(saved(5, run="other"))
-    with pytest.raises(ConfigError, match="is of run other, not of run"):
+    with pytest.raises(ServerError, match="is of run other, not of run"):
         checkpoints.latest("run")
     assert checkpoints.steps() == [5]
 
@@ -96,7 +96,7 @@ def test_another_formats_checkpoint_is_refused_by_its_number(checkpoints: Checkp
     monkeypatch.setattr("gpu_server.checkpoints.FORMAT", 7)
     checkpoints.write(saved(5))
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match="has format 7, this version reads 1"):
+    with pytest.raises(ServerError, match="has format 7, this version reads 1"):
         checkpoints.latest("run")
 
 
@@ -109,7 +109,7 @@ def test_disk_that_is_full_leaves_the_checkpoints_before(checkpoints: Checkpoint
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, call, full)
-    with pytest.raises(ConfigError, match="No space left on device; the ones before are kept"):
+    with pytest.raises(ServerError, match="No space left on device; the ones before are kept"):
         checkpoints.write(saved(15))
     monkeypatch.undo()
     assert [path.name for path in sorted(checkpoints.folder.iterdir())] == ["000000005.safetensors", "000000010.safetensors"]

@@ -415,7 +415,9 @@ NAMES = {
         "ping",
     ],
     "export": ["Agreement", "Disagreement", "ExportError", "export_onnx", "merge", "verify"],
-    "gpu_server": ["ConfigError", "GpuServer", "RunEndedEarly", "ServerConfig", "StepRecord"],
+    "gpu_server": [
+        *("ConfigError", "GpuServer", "Observer", "RunEndedEarly", "RunStatus", "ServerConfig", "ServerError", "StepRecord"),
+    ],
     "protocol": [
         *(
             "CODECS",

@@ -381,7 +381,7 @@ def test_file_that_cannot_be_read_for_a_while_keeps_nobody_from_being_revoked(gu
     path = guarded.run_dir / "clients.json"
     content = json.loads(path.read_text())
     looked = threading.Event()
-    enrolled = guarded.server._door.enrolled
+    enrolled = guarded.server._run.door.enrolled
     assert enrolled is not None
 
     def looking() -> Any:
@@ -391,7 +391,7 @@ def test_file_that_cannot_be_read_for_a_while_keeps_nobody_from_being_revoked(gu
             looked.set()
             raise
 
-    object.__setattr__(guarded.server._door, "enrolled", looking)
+    object.__setattr__(guarded.server._run.door, "enrolled", looking)
     with guarded.joined(guarded.alice) as alice:
         path.write_text("{")
         assert looked.wait(SECONDS)
@@ -436,7 +436,7 @@ def test_server_stops_though_somebody_does_not_read(tiny_model: Path, tmp_path: 
 def test_device_gets_its_name_back_from_a_connection_that_does_not_read(
     guarded: Guarded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpu_server.serving.run_server.SECONDS_TO_SHOW_LIFE", 0.2)
+    monkeypatch.setattr("gpu_server.serving.peer.SECONDS_TO_SHOW_LIFE", 0.2)
     with guarded.greeted(guarded.alice, read_buffer=2**12)[0] as client:
         make_deaf(client)
         again, answer = guarded.greeted(guarded.alice)

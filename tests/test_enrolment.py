@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_client.enrolment import EnrolmentError, find, state_folder, store
-from gpu_server import ConfigError
+from gpu_server import ConfigError, ServerError
 from gpu_server.enrolment import Enrolments
 from protocol import InvalidName
 from protocol.invitation import Invitation
@@ -249,7 +249,7 @@ def test_file_that_is_no_list_of_devices_is_named_and_admits_nobody(enrolments: 
     path.parent.mkdir()
     path.write_text(content)
     for command in (enrolments.clients, enrolments.exists, lambda: enrolments.enrol("b"), lambda: enrolments.revoke("a")):
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(ServerError) as caught:
             command()
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -259,14 +259,14 @@ def test_file_that_is_no_list_of_devices_is_named_and_admits_nobody(enrolments: 
 
 def test_file_that_cannot_be_read_is_named(enrolments: Enrolments, path: Path) -> None:
     path.mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"clients\.json cannot be read: Is a directory"):
+    with pytest.raises(ServerError, match=r"clients\.json cannot be read: Is a directory"):
         enrolments.exists()
     assert not enrolments.admits("a", SECRET)
 
 
 def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"clients\.json cannot be"):
+    with pytest.raises(ServerError, match=r"clients\.json cannot be"):
         Enrolments(tmp_path / "file" / "clients.json").enrol("a")
 
 

@@ -13,7 +13,7 @@ from attacks import SECONDS, RawClient
 from edge_client import ConnectionFailed, EdgeClient, Refused
 from edge_client.connection import Connection
 from gpu_server import GpuServer
-from gpu_server.serving.run_server import RunServer
+from gpu_server.serving.conversation import Conversations
 from protocol import Failure, Hello, Welcome
 from split_model import PretrainedModel
 
@@ -38,7 +38,7 @@ def test_client_that_says_nothing_may_try_again(tiny_model: Path, tmp_path: Path
 def test_client_that_is_long_in_loading_its_model_may_try_again(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpu_server.serving.run_server.SECONDS_TO_JOIN", 0.3)
+    monkeypatch.setattr("gpu_server.serving.conversation.SECONDS_TO_JOIN", 0.3)
     with GpuServer(**options(tiny_model, tmp_path)) as server:
         with RawClient(port_of(server), None, encrypted=False) as late:
             late.say(Hello(name="a", fingerprint=PretrainedModel(tiny_model).fingerprint()))
@@ -56,14 +56,14 @@ def test_device_whose_link_stalls_when_it_comes_back_is_heard_the_next_time(
     monkeypatch: pytest.MonkeyPatch,
     aggregate_every: int,
 ) -> None:
-    monkeypatch.setattr("gpu_server.serving.run_server.SECONDS_TO_TRY_AGAIN", 0.2)
-    refused, refuse = threading.Event(), RunServer._refuse
+    monkeypatch.setattr("gpu_server.serving.conversation.SECONDS_TO_TRY_AGAIN", 0.2)
+    refused, refuse = threading.Event(), Conversations._refuse
 
-    async def noting(self: RunServer, *arguments: Any, **more: Any) -> None:
+    async def noting(self: Conversations, *arguments: Any, **more: Any) -> None:
         await refuse(self, *arguments, **more)
         refused.set()
 
-    monkeypatch.setattr(RunServer, "_refuse", noting)
+    monkeypatch.setattr(Conversations, "_refuse", noting)
     settings = options(tiny_model, tmp_path, handshake_seconds=1.0, aggregate_every=aggregate_every)
     with GpuServer(**settings) as server:
         client = EdgeClient(server.url, model=str(tiny_model), data=pairs_file("a", 9), device="cpu", dtype="float32")

@@ -12,8 +12,8 @@ import pytest
 from programs import arguments, program, read_until
 
 from edge_client import EdgeClient
-from gpu_server.config import ConfigError
-from gpu_server.listener import FILES_IN_RESERVE, Limits, Listener, Pace
+from gpu_server import ServerError
+from gpu_server.listener import FILES_IN_RESERVE, Limits, Listener, RateLimiter
 
 Dial = Callable[[], socket.socket]
 
@@ -156,7 +156,7 @@ def test_connections_are_as_many_as_there_are_files_and_strangers_leave_room_for
     assert limits_within(monkeypatch, 1000, 250).strangers == 32
     few = limits_within(monkeypatch, 12, 2)
     assert (few.connections, few.strangers) == (12, 5)
-    with pytest.raises(ConfigError, match=r"may open \d+ files, and a run of 10 devices takes \d+: raise the limit, "):
+    with pytest.raises(ServerError, match=r"may open \d+ files, and a run of 10 devices takes \d+: raise the limit, "):
         limits_within(monkeypatch, 12, 10)
 
 
@@ -194,13 +194,13 @@ def test_address_that_cannot_be_listened_on_is_named(sockets: ExitStack) -> None
     listener, _ = listening(sockets)
     port = listener.getsockname()[1]
     limits = Limits(connections=1, strangers=1, handshake_seconds=1, messages_per_second=1, queue=1)
-    with pytest.raises(ConfigError, match=rf"cannot listen on 127\.0\.0\.1:{port}: .*; choose another --port or --host"):
+    with pytest.raises(ServerError, match=rf"cannot listen on 127\.0\.0\.1:{port}: .*; choose another --port or --host"):
         Listener.open("127.0.0.1", port, limits)
-    with pytest.raises(ConfigError, match="cannot listen on no such host"):
+    with pytest.raises(ServerError, match="cannot listen on no such host"):
         Listener.open("no such host", 0, limits)
 
 
-def said_within(pace: Pace, messages: int) -> float:
+def said_within(pace: RateLimiter, messages: int) -> float:
     """Seconds that so many messages take of somebody who sends as fast as it may."""
     now = 0.0
     for _ in range(messages):
@@ -209,16 +209,16 @@ def said_within(pace: Pace, messages: int) -> float:
 
 
 def test_messages_beyond_the_pace_have_to_wait() -> None:
-    assert said_within(Pace(10.0), 110) == pytest.approx(10.0)
+    assert said_within(RateLimiter(10.0), 110) == pytest.approx(10.0)
 
 
 def test_a_seconds_worth_of_messages_may_come_at_once() -> None:
-    pace = Pace(10.0)
+    pace = RateLimiter(10.0)
     assert said_within(pace, 10) == pytest.approx(0.0)
     assert pace.delay(0.0) == pytest.approx(0.1)
-    assert Pace(1000.0).delay(0.0) == 0.0
+    assert RateLimiter(1000.0).delay(0.0) == 0.0
 
 
 def test_whoever_keeps_the_pace_never_waits() -> None:
-    pace = Pace(10.0)
+    pace = RateLimiter(10.0)
     assert [pace.delay(number * 0.1) for number in range(100)] == pytest.approx([0.0] * 100, abs=1e-9)

@@ -23,11 +23,11 @@ from ports import free_port
 from programs import arguments, program, read_until
 
 from edge_client import ConnectionFailed, EdgeClient, Refused, Step
-from gpu_server import GpuServer, RunEndedEarly
+from gpu_server import ConfigError, GpuServer, RunEndedEarly, ServerError
 from gpu_server.checkpoints import Checkpoints, SavedRound
-from gpu_server.config import ConfigError
+from gpu_server.federation import Phase
 from gpu_server.run_directory import RunDirectory
-from gpu_server.serving.run_server import RunServer
+from gpu_server.serving.lifetime import Lifetime
 from gpu_server.torch_engine import TorchEngine
 
 STEPS = 12
@@ -270,6 +270,9 @@ class Clock:
         self._due[number] = (self.now + seconds, callback)
         return SimpleNamespace(cancel=lambda: self._due.pop(number, None))
 
+    def create_future(self) -> None:
+        """It has none: nobody awaits anything."""
+
     def pass_to(self, then: float) -> None:
         for timer, (due, callback) in sorted(self._due.items(), key=lambda item: item[1][0]):
             if due <= then:
@@ -418,7 +421,7 @@ def test_run_goes_on_where_the_adapter_it_began_with_is_not(
 
 
 def test_run_directory_belongs_to_one_server(stopped: dict[str, Any]) -> None:
-    with GpuServer(**stopped), pytest.raises(ConfigError, match="is in use by another server"), GpuServer(**stopped):
+    with GpuServer(**stopped), pytest.raises(ServerError, match="is in use by another server"), GpuServer(**stopped):
         pass
 
 
@@ -469,7 +472,7 @@ def test_device_that_evaluates_between_steps_while_its_server_goes_back_goes_bac
 def test_run_whose_checkpoints_are_all_torn_refuses_to_start(stopped: dict[str, Any]) -> None:
     for path in Path(stopped["run_dir"], "checkpoints").glob("*.safetensors"):
         os.truncate(path, 5)
-    with pytest.raises(ConfigError, match=r"no checkpoint in .* is intact; the run cannot go on"), GpuServer(**stopped):
+    with pytest.raises(ServerError, match=r"no checkpoint in .* is intact; the run cannot go on"), GpuServer(**stopped):
         pass
 
 
@@ -565,7 +568,7 @@ def test_wherever_the_disk_is_full_the_server_ends_with_one_sentence_and_goes_on
         no_room(patch, function, name, allowed)
         with GpuServer(**settings, port=port, run_dir=str(run_dir)) as server:
             device = run_in_thread(take_part)
-            with pytest.raises(ConfigError, match=r"cannot be written.*: No space left on device; .*--resume goes on"):
+            with pytest.raises(ServerError, match=r"cannot be written.*: No space left on device; .*--resume goes on"):
                 list(server.train())
     with GpuServer(run_dir=str(run_dir), resume=True, linger=1.0) as again:
         list(again.train())
@@ -592,19 +595,14 @@ def test_what_a_run_leaves_is_for_its_owner_alone(
 
 
 def test_finished_run_waits_as_long_as_it_says_after_every_device_that_is_lost(monkeypatch: Any) -> None:
-    unfetched: Any = SimpleNamespace(round=1, unfinished=lambda: ["a"])
-    nothing: Any = SimpleNamespace(round_end={})
-    ignore: Any = None
-    callbacks = {"report": ignore, "keep": ignore, "save": ignore, "kept": None}
-    server = RunServer(unfetched, nothing, door=ignore, model_name="", linger=60.0, **callbacks)
-    ended = []
-    monkeypatch.setattr(server, "_end", lambda: ended.append(clock.now))
+    unfetched: Any = SimpleNamespace(phase=Phase.FINISHED, unfinished=lambda: ["a"])
     clock: Any = Clock()
-    server._loop = clock
-    server._complete = True
-    server._end_if_over()
+    lifetime = Lifetime(clock, unfetched, {}, grace_period=60.0)
+    ended = []
+    monkeypatch.setattr(lifetime, "end", lambda: ended.append(clock.now))
+    lifetime.end_if_all_have_left()
     clock.pass_to(50.0)
-    server._end_if_over()  # a device had come, and its connection was lost
+    lifetime.end_if_all_have_left()  # a device had come, and its connection was lost
     clock.pass_to(200.0)
     assert ended == [110.0]
 

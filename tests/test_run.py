@@ -210,7 +210,7 @@ def test_computing_for_long_does_not_lose_a_connection(
     busy: str,
 ) -> None:
     caplog.set_level("INFO")
-    for side in ("gpu_server.serving.run_server", "edge_client.connection"):
+    for side in ("gpu_server.serving.admission", "edge_client.connection"):
         monkeypatch.setattr(f"{side}.SECONDS_BETWEEN_PINGS", 0.05)
         monkeypatch.setattr(f"{side}.SECONDS_TO_PONG", 0.3)
     owner, name = (ServerEngine, "train") if busy == "server" else (TorchEngine, "backward")

@@ -1,5 +1,7 @@
-"""The run on the network: it moves bytes, and does what the federation decides."""
+"""The run on the network: connections, what is said over them, and what the federation wants done."""
 
+from .journal import Journal
+from .observer import Observer
 from .run_server import RunServer
 
-__all__ = ["RunServer"]
+__all__ = ["Journal", "Observer", "RunServer"]

@@ -1,0 +1,94 @@
+"""What the server asks of whatever computes."""
+
+from typing import TYPE_CHECKING, Protocol
+
+from protocol import Activations, LabelledBatch, Tensors
+
+from .federation import Trained
+
+if TYPE_CHECKING:
+    from split_model import Adapter
+
+__all__ = ["Engine"]
+
+
+class Engine(Protocol):
+    """
+    The server's part of the model, both adapters and both optimisers.
+
+    Activations and their gradients are numpy arrays (N, d): a row for every real token of a batch, as wide as the model. All
+    methods are called on one thread.
+    """
+
+    @property
+    def round_end(self) -> "Adapter":
+        """
+        Everything to go on from, as it was when the last round ended: tensors by name. It is never changed, only replaced, so
+        another thread may write it.
+        """
+
+    def train(self, step: int, total_steps: int, micro_batch: int, batches: dict[str, Activations]) -> Trained:
+        """
+        One forward and backward over all clients' tokens of a micro-batch together; after the step's last also the server
+        part's update.
+
+        Args:
+            step: 1, 2, ...; with ``total_steps`` it gives the learning rate.
+            micro_batch: 0, 1, ... of the step.
+            batches: by client, in the order of the union batch: values (N, d).
+
+        Returns:
+            The loss and the labels of the step so far, and the gradients of this micro-batch.
+
+        Raises:
+            TrainingDiverged: the loss is not finite.
+            ModelError: nor is it without the adapter.
+        """
+
+    def check(self, batches: list[Activations], others: list[str]) -> dict[str, float]:
+        """
+        By how much codecs change the loss, in nats per labelled token: under "" the one in which the batches came, and
+        ``others``. Only batches that came exactly as well count; empty if none of them has labels.
+        """
+
+    def aggregate(self, step: int, total_steps: int, contributions: dict[str, Tensors], weights: dict[str, int]) -> Tensors:
+        """
+        The edge adapter after a round.
+
+        Args:
+            contributions: by client, a tensor in the shape of every LoRA matrix of the edge part: gradients to be summed where
+                a round is one step, else matrices to be averaged.
+            weights: labelled tokens of each client in the round, for the average.
+
+        Returns:
+            A copy of the edge part's LoRA matrices.
+
+        Raises:
+            TrainingDiverged: the adapter is not finite.
+        """
+
+    def evaluate(self, batch: LabelledBatch) -> float:
+        """
+        Summed loss of a held-out batch in nats, without dropout.
+
+        Raises:
+            TrainingDiverged: it is not finite.
+            ModelError: nor is it without the adapter.
+        """
+
+    def adapter(self) -> "Adapter":
+        """A copy of all LoRA matrices, edge and server: A is (r, inputs), B is (outputs, r)."""
+
+    def edge_adapter(self) -> Tensors:
+        """A copy of the edge part's LoRA matrices."""
+
+    def restore(self, state: "Adapter") -> None:
+        """
+        Go back to a round's end.
+
+        Args:
+            state: what `round_end` was then.
+
+        Raises:
+            AdapterError: it is of another model or other LoRA settings.
+        """

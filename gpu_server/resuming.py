@@ -1,0 +1,72 @@
+"""How a run goes on that was served before."""
+
+import logging
+import time
+
+from protocol import DELTA
+from terminal import count, listed
+
+from .errors import ConfigError
+from .federation import Action
+from .run_setup import Run
+
+__all__ = ["go_back", "start_from"]
+
+logger = logging.getLogger("gpu_server")
+
+
+def go_back(run: Run) -> list[Action]:
+    """
+    Stand where the run's last checkpoint was written, or at the beginning of a run that has written none.
+
+    Returns:
+        What the federation wants done first.
+
+    Raises:
+        ConfigError: the run is complete, and cannot be made longer.
+        ServerError: no checkpoint is intact, or the folder cannot be written.
+        AdapterError: the checkpoint is of another model.
+    """
+    directory, engine, federation = run.directory, run.engine, run.federation
+    saved = directory.checkpoints.latest(federation.run)
+    directory.forget_metrics_after(saved.step if saved else 0)
+    if saved is None:
+        return []
+    if saved.step == run.steps_before != run.config.steps and not _may_go_on_after_the_end(run):
+        raise ConfigError(
+            f"the run in {run.config.run_dir} is complete, and its devices no longer have what they would go on with "
+            f"(aggregate-every {run.config.aggregate_every}, codec {run.config.codec}); {start_from(run)}"
+        )
+    engine.restore(saved.state)
+    federation.edge_adapter = engine.edge_adapter()
+    earliest = directory.checkpoints.steps()[0]
+    actions = federation.restore(saved.step, earliest, saved.membership, time.monotonic())
+    _tell_where_it_goes_on(run)
+    return actions
+
+
+def start_from(run: Run) -> str:
+    """How what the run has learnt is used in another one."""
+    folder = run.directory.adapter_folder
+    return f"its adapter is in {folder}, and another run starts from it with --init-adapter {folder}"
+
+
+def _tell_where_it_goes_on(run: Run) -> None:
+    federation, config, folder = run.federation, run.config, run.directory.adapter_folder
+    here = federation.unfinished()
+    if federation.step == federation.total_steps:
+        may_be_longer = config.lr_schedule == "constant" and config.steps and _may_go_on_after_the_end(run)
+        logger.info(
+            "all %s of this run are done, and its adapter is in %s; to train further: %sanother run with --init-adapter %s",
+            count(federation.step, "step"),
+            folder,
+            "a larger --steps, or " if may_be_longer else "",
+            folder,
+        )
+    elif here:
+        logger.info("going on after step %d; waiting for %s to come back", federation.step, listed(here))
+
+
+def _may_go_on_after_the_end(run: Run) -> bool:
+    """At the end devices forget AdamW's moments, which they need in longer rounds, and in delta their activations."""
+    return run.config.aggregate_every == 1 and run.federation.settings.activation_codec != DELTA

@@ -1,0 +1,178 @@
+"""What a run is made of, from its settings, before anybody is served: its folder, its door, its model, its federation."""
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from protocol import EXACT, RunSettings
+from split_model import (
+    DTYPES,
+    Adapter,
+    LoraConfig,
+    PretrainedModel,
+    adapter_shapes,
+    check_cut_layer,
+    choose_device,
+    choose_dtype,
+    initial_adapter,
+    load_adapter,
+)
+from storage import find_model, part_that_differs
+from terminal import version
+
+from .config import ServerConfig, is_loopback, resumed, with_whole_paths
+from .door import Door, open_door
+from .errors import ConfigError
+from .federation import CodecPolicy, Deadline, Federation, ModelLimits
+from .run_directory import RunDirectory
+from .serving import Journal
+from .torch_engine import TorchEngine
+
+__all__ = ["Run", "set_up"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run that is not served yet."""
+
+    config: ServerConfig
+    choices: list[str]
+    """What of the settings was chosen by the server or an earlier run, and why."""
+    directory: RunDirectory
+    door: Door
+    engine: TorchEngine
+    federation: Federation
+    journal: Journal
+    steps_before: int | None
+    """``steps`` of a resumed run, as it was served the last time."""
+
+
+def set_up(options: Mapping[str, Any]) -> Run:
+    """
+    Args:
+        options: as `ServerConfig`, of a resumed run only those that are given again.
+
+    Raises:
+        ServerError, ModelError, AdapterError: a setting, the run's folder, the model or the initial adapter cannot be used.
+    """
+    options = with_whole_paths(options)
+    directory = _directory(options)
+    previous = directory.description() if directory.resumes else None
+    config, choices, device = _settled(options, previous)
+    door = open_door(config)
+    model = PretrainedModel(find_model(config.model))
+    check_cut_layer(config.cut_layer, model.config.num_layers)
+    weight_dtype = DTYPES[config.dtype]
+    settings = config.settings(precision="float64" if weight_dtype == torch.float64 else "float32")
+    lora = LoraConfig(**settings.lora())
+    adapter = _starting_adapter(config, directory, model, lora)
+    engine = TorchEngine(model, settings, adapter, weight_dtype=weight_dtype, device=device)
+    limits = ModelLimits(
+        fingerprint=model.fingerprint(),
+        width=model.config.width,
+        vocabulary_size=model.config.vocabulary_size,
+        num_positions=model.config.num_positions,
+        max_batch_tokens=config.max_batch_tokens,
+        edge_shapes=adapter_shapes(model.config, lora, range(config.cut_layer)),
+    )
+    if previous:
+        _check_same_model(config, previous["fingerprint"], limits.fingerprint)
+    run = previous["run"] if previous else uuid.uuid4().hex[:12]
+    restarts = previous.get("restarts", 0) + 1 if previous else 0
+    description = {
+        "run": run,
+        "restarts": restarts,
+        "fingerprint": limits.fingerprint,
+        "config": asdict(config),
+        "device": str(device),
+        "dtype": config.dtype,
+        "versions": {"splitlora": version(), "torch": str(torch.__version__), "numpy": numpy.__version__},
+    }
+    journal = Journal(directory, description, lora, config.model)
+    federation = Federation(
+        run,
+        settings,
+        limits,
+        engine.edge_adapter(),
+        quorum=config.quorum,
+        checkpoint_every=config.checkpoint_every,
+        deadline=Deadline(config.step_deadline),
+        codec_policy=_codec_policy(config, settings, directory, journal),
+        restarts=restarts,
+    )
+    return Run(
+        config=config,
+        choices=choices,
+        directory=directory,
+        door=door,
+        engine=engine,
+        federation=federation,
+        journal=journal,
+        steps_before=previous["config"].get("steps") if previous else None,
+    )
+
+
+def _directory(options: Mapping[str, Any]) -> RunDirectory:
+    run_dir, resume, or_start = options.get("run_dir"), options.get("resume", False), options.get("resume_or_start", False)
+    for name, value in (("resume", resume), ("resume-or-start", or_start)):
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} must be true or false, got {value!r}")
+    if run_dir is None and (resume or or_start):
+        raise ConfigError("run-dir is missing: the folder of the run to go on with")
+    if not isinstance(run_dir, str):
+        ServerConfig.from_options(options)  # says what is wrong with it
+    path = Path(str(run_dir))
+    return RunDirectory(path, resume=resume or (or_start and RunDirectory.holds_run(path)))
+
+
+def _settled(options: Mapping[str, Any], previous: Mapping[str, Any] | None) -> tuple[ServerConfig, list[str], torch.device]:
+    """All settings, what was chosen of them, and where the server computes."""
+    given = ServerConfig.from_options(resumed(options, previous["config"]) if previous else options)
+    device = choose_device(given.device)
+    dtype, why = choose_dtype(str(previous["dtype"]) if previous else given.dtype, device)
+    config = given.settled(dtype)
+    choices = [f"dtype {dtype}: {'as the run began' if previous else why}"]
+    if given.micro_batches is None:
+        alone = "only this machine reaches the server, so both sides share its cores"
+        apart = "while one is on its way, a device computes the next"
+        choices.append(f"micro-batches {config.micro_batches}: {alone if is_loopback(config.host) else apart}")
+    return config, choices, device
+
+
+def _starting_adapter(config: ServerConfig, directory: RunDirectory, model: PretrainedModel, lora: LoraConfig) -> Adapter:
+    """A resumed run goes on from its checkpoint, on a machine perhaps where the folder it began with is not."""
+    if config.init_adapter is not None and not directory.checkpoints.steps():
+        return load_adapter(Path(config.init_adapter), model.config, lora)
+    return initial_adapter(model.config, lora, config.seed)
+
+
+def _codec_policy(config: ServerConfig, settings: RunSettings, directory: RunDirectory, journal: Journal) -> CodecPolicy | None:
+    if settings.activation_codec == EXACT or not settings.check_codec_every:
+        return None
+    policy = CodecPolicy(
+        settings.activation_codec,
+        tolerance=config.codec_tolerance,
+        allow_int4=config.codec == "auto",
+        save_state=journal.write_codec_state,
+    )
+    state = directory.codec_state()
+    if state is not None:
+        policy.restore(state)
+    return policy
+
+
+def _check_same_model(config: ServerConfig, before: str, now: str) -> None:
+    """
+    Raises:
+        ConfigError: the model is not the one that the run began with.
+    """
+    if before != now:
+        raise ConfigError(
+            f"{config.run_dir} holds a run of another {part_that_differs(before, now)}: its fingerprint is {before}, that of "
+            f"{config.model} is {now}"
+        )

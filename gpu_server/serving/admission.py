@@ -1,0 +1,125 @@
+"""The HTTP handshake, and who is let through it. Only this file and peer.py know WebSockets."""
+
+import http
+import logging
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+
+from websockets.asyncio.server import Server, ServerConnection, basic_auth, serve
+from websockets.http11 import Request, Response
+
+from protocol import HANDSHAKE_BYTES, SECONDS_BETWEEN_PINGS, SECONDS_TO_PONG, compressed_bound
+
+from ..door import Door
+from ..listener import Limits, Listener
+from .peer import SECONDS_TO_CLOSE, CountingConnection
+
+__all__ = ["SECONDS_TO_TRY_AGAIN", "accept_connections"]
+
+logger = logging.getLogger("gpu_server")
+QUIET = logging.getLogger("websockets.server.quiet")
+QUIET.setLevel(logging.INFO)  # below that it would tell the headers, and the secrets in them
+
+SECONDS_TO_TRY_AGAIN = 10.0  # after which a device that was late, or has too many connections, is heard again
+CONNECTIONS_A_DEVICE = 4  # the one it uses, one or two that it has lost without our knowing, and a ping
+
+WHY = {
+    http.HTTPStatus.UNAUTHORIZED: "it has no valid secret",
+    http.HTTPStatus.TOO_MANY_REQUESTS: "this device has enough connections",
+    http.HTTPStatus.UPGRADE_REQUIRED: "it speaks no WebSocket",
+}
+
+
+async def accept_connections(
+    listener: Listener, door: Door, limits: Limits, converse: Callable[[CountingConnection], Awaitable[None]]
+) -> Server:
+    """
+    Accept connections from now on, until the server that is returned is closed.
+
+    Args:
+        converse: called for every connection that is let in; when it returns, the connection is closed.
+    """
+    admission = _Admission(listener, door)
+
+    async def handle(connection: ServerConnection) -> None:
+        assert isinstance(connection, CountingConnection)
+        await converse(connection)
+
+    server: Server = await serve(
+        handle,
+        sock=listener,
+        ssl=door.encryption,
+        ssl_handshake_timeout=limits.handshake_seconds if door.encryption else None,
+        compression=None,  # messages are compressed already
+        process_request=admission.authenticate,
+        process_response=admission.note_refusal,
+        logger=QUIET,
+        open_timeout=limits.handshake_seconds,
+        max_size=compressed_bound(HANDSHAKE_BYTES),
+        max_queue=limits.queue,
+        create_connection=CountingConnection,
+        ping_interval=SECONDS_BETWEEN_PINGS,
+        ping_timeout=SECONDS_TO_PONG,
+        close_timeout=SECONDS_TO_CLOSE,
+        server_header=None,
+    )
+    return server
+
+
+class _Admission:
+    """Answers in HTTP whoever may not speak to the run."""
+
+    def __init__(self, listener: Listener, door: Door) -> None:
+        self._listener, self._door = listener, door
+
+    async def authenticate(self, connection: ServerConnection, request: Request) -> Response | None:
+        """The answer to who is not let in. No message has been read yet."""
+        if "Origin" in request.headers:  # no web page may speak to a server on its reader's own machine
+            return connection.respond(http.HTTPStatus.FORBIDDEN, "web pages are not let in\n")
+        if len(request.headers.get_all("Authorization")) > 1:
+            return connection.respond(http.HTTPStatus.BAD_REQUEST, "one Authorization is enough\n")
+        if self._door.admits is not None:
+            assert isinstance(connection, CountingConnection)
+            refusal = await self._check_secret(connection, request, self._door.admits)
+            if refusal is not None:
+                return refusal
+        if request.path.strip("/"):
+            return connection.respond(http.HTTPStatus.NOT_FOUND, "there is nothing here\n")
+        return None
+
+    async def _check_secret(
+        self, connection: CountingConnection, request: Request, admits: Callable[[str, str], datetime | None]
+    ) -> Response | None:
+        def admit(name: str, secret: str) -> bool:
+            connection.enrolled = admits(name, secret)
+            return connection.enrolled is not None
+
+        refusal = await basic_auth("splitlora", check_credentials=admit)(connection, request)
+        if refusal is not None:
+            return refusal
+        if _connections_of(connection.username, connection.server) >= CONNECTIONS_A_DEVICE:
+            refusal = connection.respond(http.HTTPStatus.TOO_MANY_REQUESTS, "this device has enough connections\n")
+            refusal.headers["Retry-After"] = f"{SECONDS_TO_TRY_AGAIN:.0f}"
+            return refusal
+        self._listener.admit(connection.descriptor)
+        return None
+
+    async def note_refusal(self, connection: ServerConnection, request: Request, response: Response) -> None:
+        """Whoever was answered in HTTP has no WebSocket; only the operator can tell why it was refused."""
+        if response.status_code != http.HTTPStatus.SWITCHING_PROTOCOLS:
+            assert isinstance(connection, CountingConnection)
+            logger.warning("%s refused: HTTP %d, %s", connection.address, response.status_code, _why(request, response))
+
+
+def _why(request: Request, response: Response) -> str:
+    """What stands in the log beside an HTTP status; a stranger's words are shown in ASCII."""
+    if response.status_code == http.HTTPStatus.FORBIDDEN:
+        return f"a web page of {', '.join(request.headers.get_all('Origin'))[:100]!a}"
+    if response.status_code == http.HTTPStatus.NOT_FOUND:
+        return f"there is nothing at {request.path[:100]!a}"
+    status = http.HTTPStatus(response.status_code)
+    return WHY.get(status, status.phrase)
+
+
+def _connections_of(device: str, server: Server) -> int:
+    return sum(getattr(connection, "username", None) == device for connection in server.connections)

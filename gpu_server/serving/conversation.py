@@ -1,0 +1,270 @@
+"""What is said with every device: greeted, joined, asked and answered, refused, gone."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime
+
+from protocol import (
+    Goodbye,
+    Hello,
+    Join,
+    Message,
+    Ping,
+    Pong,
+    RemoteProtocolError,
+    State,
+    largest_message_bytes,
+)
+from storage import CacheFolder
+from terminal import count, duration, version
+
+from ..door import Door
+from ..federation import Federation, NameInUse
+from ..listener import Listener
+from .admission import SECONDS_TO_TRY_AGAIN
+from .lifetime import Lifetime
+from .peer import CacheError, ConnectionLost, Peer
+from .performer import Performer
+
+__all__ = ["Conversations"]
+
+logger = logging.getLogger("gpu_server")
+
+SECONDS_TO_JOIN = 600.0  # between Welcome and Join a device reads its part of the model, from a slow card perhaps
+NAMES_IN_A_PONG = 100
+
+
+class Conversations:
+    """
+    All conversations of a run, one for each connection.
+
+    Args:
+        peers: those that have a client's name, by it: at most one connection is a client's. Whoever is not in it any more was
+            dismissed, and says nothing more to the federation.
+        model_name: of the base model on the Hugging Face hub, if it came from there.
+        caches: the activation cache of a client, by its name, where the run has any.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        performer: Performer,
+        lifetime: Lifetime,
+        *,
+        peers: dict[str, Peer],
+        door: Door,
+        listener: Listener,
+        model_name: str,
+        caches: Callable[[str], CacheFolder] | None,
+    ) -> None:
+        self._federation, self._performer, self._lifetime = federation, performer, lifetime
+        self._peers, self._door, self._listener = peers, door, listener
+        self._model_name, self._caches = model_name, caches
+
+    async def converse(self, peer: Peer) -> None:
+        """Until the connection's end, which it says why it came."""
+        patience = None
+        try:
+            while True:
+                patience = self._patience(peer)
+                message = await peer.receive(patience)
+                if peer.name is not None and not self._is_current(peer):
+                    logger.debug("%s: ignored what came after it was dismissed", peer)
+                    await (
+                        peer.connection.wait_closed()
+                    )  # by whoever dismissed it: a device that is to hear why has not heard yet
+                    break  # it was dismissed meanwhile, or lives no more and its device is back
+                if isinstance(message, Goodbye):
+                    self._forget(peer, "it said goodbye")
+                    break
+                if message is not None:
+                    await self._answer(peer, message)
+        except asyncio.TimeoutError:
+            # Its link stalled, or its disk: it may come again, and has its place as if the link had been lost.
+            awaited = "Join" if peer.session.state is State.WELCOMED else "Hello"
+            self._forget(peer)
+            await self._refuse(peer, f"no {awaited} came within {duration(patience or 0.0)}", retry_after=SECONDS_TO_TRY_AGAIN)
+        except RemoteProtocolError as error:
+            # First: the others do not wait for a peer that does not listen. One that had not joined has no place to lose.
+            told = self._forget(peer, str(error) if peer.has_joined else None)
+            retry_after = SECONDS_TO_TRY_AGAIN if isinstance(error, NameInUse) else 0.0
+            await self._refuse(peer, str(error), retry_after=retry_after, told=told)
+        except CacheError as error:
+            self._lifetime.fail(error)
+            await peer.connection.wait_closed()  # by whoever dismisses all
+        except ConnectionLost:
+            # Else it was closed from this side, which has said why.
+            is_lost = self._is_current(peer) and not self._lifetime.is_over
+            if is_lost and peer.has_joined and not self._lifetime.is_run_complete:
+                logger.info("%s: connection lost", peer)
+        finally:
+            self._forget(peer)
+
+    def _is_current(self, peer: Peer) -> bool:
+        """Whether this is the connection of a client: it has said who it is, and was not dismissed."""
+        return peer.name is not None and self._peers.get(peer.name) is peer
+
+    def _patience(self, peer: Peer) -> float | None:
+        """How long a peer may take for its next message. Those who have joined take as long as they compute."""
+        if peer.has_joined:
+            return None
+        return SECONDS_TO_JOIN if peer.session.state is State.WELCOMED else self._door.limits.handshake_seconds
+
+    # Answers
+
+    async def _answer(self, peer: Peer, message: Message) -> None:
+        if isinstance(message, Ping):
+            await peer.send(self._pong(message))
+        elif isinstance(message, Hello):
+            await self._greet(peer, message)
+        elif isinstance(message, Join):
+            await self._join(peer, message)
+        else:
+            assert peer.name is not None
+            replies = self._performer.perform(self._federation.receive(peer.name, message, time.monotonic()))
+            if peer.name in replies:  # at once: what it has asked before it knew must not be taken for what it asks then
+                await asyncio.wait([replies[peer.name]])
+
+    async def _greet(self, peer: Peer, hello: Hello) -> None:
+        if self._door.admits is not None and hello.name != (owner := peer.connection.username):
+            raise RemoteProtocolError(f"the secret is that of {owner}; it does not open the run for {hello.name}")
+        if (before := self._peers.get(hello.name)) is not None and not await before.lives():
+            logger.info("%s: its earlier connection is dead", before)
+            self._forget(before)
+            before.drop()
+        welcome = self._federation.welcome(hello)
+        self._listener.admit(peer.connection.descriptor)
+        peer.name, self._peers[hello.name] = hello.name, peer
+        await peer.send(welcome)
+
+    async def _join(self, peer: Peer, join: Join) -> None:
+        assert peer.name is not None
+        federation, now = self._federation, time.monotonic()
+        if self._caches is not None:
+            peer.session.kept = await asyncio.to_thread(_cache_with, self._caches, peer.name, join)
+        before = federation.members.get(peer.name)
+        actions = federation.join(peer.name, join, now)
+        peer.has_joined = True
+        peer.expect(self._largest_message(join.batch_size * join.longest), answers=federation.settings.micro_batches)
+        if before is None:
+            came = f"joined with {count(join.num_samples, 'sample')}"
+        else:
+            came = "is back" if before.lost_at is None else f"is back after {duration(now - before.lost_at)}"
+        of = count(federation.settings.clients, "device")
+        logger.info("%s %s; %d of %s connected", peer, came, self._num_connected(), of)
+        self._performer.perform(actions)
+        self._performer.tell_status()
+
+    def _pong(self, ping: Ping) -> Pong:
+        federation = self._federation
+        waiting_for, waiting_seconds = federation.waits_for(time.monotonic())
+        return Pong(
+            index=ping.index,
+            software=version(),
+            run=federation.run,
+            clients=federation.settings.clients,
+            joined=self._num_connected(),
+            step=federation.step,
+            model=self._model_name,
+            waiting_for=tuple(waiting_for[:NAMES_IN_A_PONG]),
+            waiting_seconds=waiting_seconds,
+        )
+
+    def _num_connected(self) -> int:
+        return self._federation.status().connected
+
+    def _largest_message(self, rows: int) -> int:
+        limits = self._federation.limits
+        return largest_message_bytes(
+            rows=rows,
+            width=limits.width,
+            precision=self._federation.settings.precision,
+            adapter_elements=sum(a * b for a, b in limits.edge_shapes.values()),
+        )
+
+    # Ends
+
+    def expel_revoked(self, enrolled: Mapping[str, datetime]) -> None:
+        """
+        A device that is revoked has left the run, connected or not; also where its name has a new secret by now.
+
+        Args:
+            enrolled: by name, since when.
+        """
+        here = {name for name, peer in self._peers.items() if peer.connection.enrolled != enrolled.get(name)}
+        away = {name for name in self._federation.unfinished() if name not in enrolled}
+        for name in here | away:
+            reason = f"the enrolment of {name} was revoked"
+            peer = self._peers.pop(name, None)
+            told = self._leave(name, peer, reason)
+            if peer is not None:
+                self._lifetime.spawn(self._refuse(peer, reason, told=told))
+            self._lifetime.end_if_all_have_left()
+
+    async def dismiss(self, reason: str, *, to_be_continued: bool = False) -> None:
+        """
+        Close all conversations.
+
+        Args:
+            to_be_continued: whether the devices try to come back; else they are told the reason.
+        """
+        peers = list(self._peers.values())
+        if to_be_continued:
+            await asyncio.gather(*(peer.send_away() for peer in peers))
+        else:
+            await asyncio.gather(*(peer.refuse(reason) for peer in peers))
+
+    def _forget(self, peer: Peer, for_good: str | None = None) -> bool:
+        """
+        A peer's connection is not its client's any more.
+
+        Args:
+            for_good: why the client has left the run; None where only its connection is lost.
+
+        Returns:
+            Whether that was logged.
+        """
+        if not self._is_current(peer):
+            return False
+        assert peer.name is not None
+        del self._peers[peer.name]
+        if self._lifetime.is_over:
+            return False  # it did not go: we dismissed it
+        told = False
+        if for_good is None:
+            self._performer.perform(self._federation.disconnected(peer.name, time.monotonic()))
+            self._performer.tell_status()
+        else:
+            told = self._leave(peer.name, peer, for_good)
+        self._lifetime.end_if_all_have_left()
+        return told
+
+    def _leave(self, name: str, peer: Peer | None, reason: str) -> bool:
+        """A client is out of the run, connected or not. Says whether that was logged."""
+        federation = self._federation
+        told = name in federation.members and federation.total_steps > 0 and not self._lifetime.is_run_complete
+        if told:
+            logger.warning("%s has left the run after step %d: %s", peer or name, federation.step, reason)
+        self._performer.perform(federation.leave(name, time.monotonic()))
+        self._performer.tell_status()
+        return told
+
+    async def _refuse(self, peer: Peer, reason: str, *, retry_after: float = 0.0, told: bool = False) -> None:
+        """
+        Args:
+            retry_after: seconds after which the same may be allowed; 0 where it never will.
+            told: whether it was logged already.
+        """
+        if not told:
+            logger.warning("%s refused%s: %s", peer, " for now" if retry_after else "", reason)
+        await peer.refuse(reason, retry_after=retry_after)
+
+
+def _cache_with(caches: Callable[[str], CacheFolder], name: str, join: Join) -> CacheFolder:
+    """A client's activations, without what only this side knows to count, or has not heard to be taken back."""
+    cache = caches(name)
+    if join.kept is not None:
+        cache.forget_after(join.kept - 1)
+    return cache

@@ -1,0 +1,93 @@
+"""How long a run is served."""
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Mapping
+from typing import Any
+
+from terminal import duration, listed
+
+from ..federation import Federation, Phase
+
+__all__ = ["Lifetime"]
+
+logger = logging.getLogger("gpu_server")
+
+
+class Lifetime:
+    """
+    The server serves its run until every client has its adapter, until somebody ends it, or until something fails.
+
+    Args:
+        connections: all that are open and belong to a client.
+        grace_period: seconds that a finished run waits for clients which are away and have not fetched its adapter.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, federation: Federation, connections: Mapping[str, Any], grace_period: float
+    ) -> None:
+        self._loop, self._federation, self._connections, self._grace_period = loop, federation, connections, grace_period
+        self._ended: asyncio.Future[bool] = loop.create_future()
+        """Its result is whether the run is to be continued."""
+        self._grace_ends: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def is_over(self) -> bool:
+        return self._ended.done()
+
+    @property
+    def is_run_complete(self) -> bool:
+        """Whether the adapter is on the disk."""
+        return self._federation.phase is Phase.FINISHED
+
+    def end(self, to_be_continued: bool = False) -> None:
+        """
+        Args:
+            to_be_continued: whether clients are to come back when the run goes on.
+        """
+        if not self._ended.done():
+            self._ended.set_result(to_be_continued)
+
+    def fail(self, error: BaseException) -> None:
+        if not self._ended.done():
+            self._ended.set_exception(error)
+
+    async def until_end(self) -> bool:
+        """Wait for the end; say whether the run is to be continued. What made it fail is raised."""
+        return await self._ended
+
+    def end_if_all_have_left(self) -> None:
+        """
+        Call it when the run is complete, and whenever a client has gone. Clients that do not come back are waited for no longer
+        than the grace period.
+        """
+        if not self.is_run_complete or self._connections:
+            return
+        unfinished = self._federation.unfinished()
+        if not unfinished:
+            self.end()
+            return
+        if self._grace_ends is not None:
+            self._grace_ends.cancel()  # a device has come since, and gets the whole time to come again
+        if self._grace_period:
+            waited = duration(self._grace_period)
+            logger.info("the run is complete; waiting up to %s for %s to fetch the adapter", waited, listed(unfinished))
+        self._grace_ends = self._loop.call_later(self._grace_period, lambda: None if self._connections else self.end())
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run it beside everything else; its failure is the run's."""
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._reap)
+        return task
+
+    async def finish_tasks(self, seconds: float) -> None:
+        """What is being computed is finished; a reply that nobody reads is not waited for."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=seconds)
+
+    def _reap(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.fail(error)

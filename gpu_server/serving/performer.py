@@ -1,0 +1,236 @@
+"""Performs what the federation decides: sends, computes, writes."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from split_model import Adapter
+
+from ..checkpoints import SavedRound
+from ..engine import Engine
+from ..federation import Action, Aggregate, Checkpoint, Evaluate, Federation, FinishRun, FinishStep, Reply, Report, Train
+from .journal import Journal
+from .lifetime import Lifetime
+from .observer import Observer
+from .peer import Peer
+
+__all__ = ["Performer", "Replies"]
+
+logger = logging.getLogger("gpu_server")
+Result = TypeVar("Result")
+Replies = dict[str, "asyncio.Task[None]"]
+"""Those that are being sent, by client."""
+
+SECONDS_FOR_REPLIES = 1.0
+
+
+class Performer:
+    """
+    Performs the federation's actions in their order. What takes time runs beside the event loop, and its outcome goes back to
+    the federation, which may want more done.
+
+    The engine computes on one thread of its own, so that the event loop always answers keepalives.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        engine: Engine,
+        *,
+        journal: Journal,
+        observers: Sequence[Observer],
+        peers: Mapping[str, Peer],
+        lifetime: Lifetime,
+    ) -> None:
+        self._federation, self._engine, self._journal = federation, engine, journal
+        self._peers, self._lifetime = peers, lifetime
+        self._observers = observers
+        self._steps = _StepWriter(journal, observers, peers)
+        self._checkpoints = _CheckpointWriter(federation, engine, journal, self._steps, lifetime)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._alarm: asyncio.TimerHandle | None = None
+        # What returns a coroutine takes time: the actions after it do not wait for it.
+        self._methods: dict[type[Action], Callable[[Any, Replies], Coroutine[Any, Any, None] | None]] = {
+            Reply: self._reply,
+            Report: self._report,
+            FinishStep: self._finish_step,
+            Checkpoint: self._checkpoint,
+            Train: self._train,
+            Aggregate: self._aggregate,
+            Evaluate: self._evaluate,
+            FinishRun: self._finish_run,
+        }
+
+    def perform(self, actions: Sequence[Action]) -> Replies:
+        """The replies that are being sent; everything else is under way, too, and fails with the run."""
+        replies: Replies = {}
+        for action in actions:
+            takes_time = self._methods[type(action)](action, replies)
+            if takes_time is not None:
+                self._lifetime.spawn(takes_time)
+        self._set_alarm()
+        return replies
+
+    async def save_unfinished(self) -> None:
+        """Of a run that ends before its time: a checkpoint of its last round's end, and the adapter as it is."""
+        await self._checkpoints.write_round_end()
+        await self._save_adapter()
+
+    def tell_status(self) -> None:
+        """Call it when a client has come or gone."""
+        status = self._federation.status()
+        try:
+            for observer in self._observers:
+                observer.status_changed(status)
+        except Exception as error:
+            self._lifetime.fail(error)
+
+    def close(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._worker.shutdown()
+
+    # At once
+
+    def _reply(self, action: Reply, replies: Replies) -> None:
+        peer = self._peers.get(action.client)
+        if peer is not None:
+            replies[action.client] = self._lifetime.spawn(_send(peer, action))
+
+    def _report(self, action: Report, _: Replies) -> None:
+        logger.info("%s", action.text)
+
+    def _finish_step(self, action: FinishStep, replies: Replies) -> None:
+        self._steps.last = self._lifetime.spawn(self._steps.write(action, list(replies.values()), self._steps.last))
+        self.tell_status()
+
+    def _checkpoint(self, _: Checkpoint, __: Replies) -> None:
+        self._checkpoints.write_round_end()
+
+    # What takes time
+
+    async def _train(self, action: Train, _: Replies) -> None:
+        federation, engine, started = self._federation, self._engine, time.monotonic()
+        if action.check is not None:
+            changes = await self._compute(engine.check, list(action.batches.values()), action.check)
+            came = federation.codec_of(action.step)
+            decided = federation.checked({codec or came: change for codec, change in changes.items()})
+            await asyncio.wrap_future(self._journal.written())  # before anybody hears of what was decided
+            self.perform(decided)
+            started = time.monotonic()
+        trained = await self._compute(engine.train, action.step, action.total_steps, action.micro_batch, action.batches)
+        now = time.monotonic()
+        self.perform(federation.trained(trained, now - started, now))
+
+    async def _aggregate(self, action: Aggregate, _: Replies) -> None:
+        started = time.monotonic()
+        adapter = await self._compute(
+            self._engine.aggregate, action.step, action.total_steps, action.contributions, action.weights
+        )
+        now = time.monotonic()
+        self._checkpoints.round_ended(action.step, self._engine.round_end)
+        self.perform(self._federation.aggregated(adapter, now - started, now))
+
+    async def _evaluate(self, action: Evaluate, _: Replies) -> None:
+        summed_loss = await self._compute(self._engine.evaluate, action.batch)
+        self.perform(self._federation.evaluated(action.client, action.batch, summed_loss, time.monotonic()))
+
+    async def _finish_run(self, _: FinishRun, __: Replies) -> None:
+        await self._checkpoints.finish()
+        await self._save_adapter()
+        self.perform(self._federation.saved(time.monotonic()))
+        self.tell_status()
+        self._lifetime.end_if_all_have_left()
+
+    async def _save_adapter(self) -> None:
+        adapter = await self._compute(self._engine.adapter)
+        reached, of = self._federation.round, self._federation.total_steps
+        await asyncio.wrap_future(self._journal.write_adapter(adapter, reached, of))
+
+    async def _compute(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
+
+    # The alarm
+
+    def _set_alarm(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        expires = self._federation.expires()
+        if expires is not None:
+            self._alarm = asyncio.get_running_loop().call_later(expires - time.monotonic(), self._tick)
+
+    def _tick(self) -> None:
+        self.perform(self._federation.tick(time.monotonic()))
+
+
+class _StepWriter:
+    """Writes the line of every finished step, one after the other, and tells whoever observes the run."""
+
+    def __init__(self, journal: Journal, observers: Sequence[Observer], peers: Mapping[str, Peer]) -> None:
+        self._journal, self._observers, self._peers = journal, observers, peers
+        self.last: asyncio.Task[None] | None = None
+        """Of the step that was finished last."""
+
+    async def write(
+        self, action: FinishStep, replies: Sequence["asyncio.Task[None]"], before: "asyncio.Task[None] | None"
+    ) -> None:
+        if replies:
+            # Bytes that a slow reader takes later than this are counted in the next line.
+            await asyncio.wait(replies, timeout=SECONDS_FOR_REPLIES)
+        if before is not None:
+            await before
+        counts = {name: peer.take_counts() for name, peer in sorted(self._peers.items())}
+        record = replace(
+            action.record,
+            bytes_up={name: up for name, (up, _) in counts.items()},
+            bytes_down={name: down for name, (_, down) in counts.items()},
+        )
+        await asyncio.wrap_future(self._journal.write_step(record))
+        for observer in self._observers:
+            observer.step_finished(record)
+
+
+class _CheckpointWriter:
+    """One checkpoint at a time: who asks while one is written has that one, or the next, written after."""
+
+    def __init__(
+        self, federation: Federation, engine: Engine, journal: Journal, steps: _StepWriter, lifetime: Lifetime
+    ) -> None:
+        self._federation, self._journal, self._steps, self._lifetime = federation, journal, steps, lifetime
+        self._round_end: tuple[int, Adapter] = (federation.round, engine.round_end)
+        """What the last round ended with: its step, and `Engine.round_end` as it was then."""
+        self._to_write: tuple[int, Adapter] | None = None
+        self._writing: asyncio.Task[None] | None = None
+
+    def round_ended(self, step: int, state: Adapter) -> None:
+        self._round_end = step, state
+
+    def write_round_end(self) -> "asyncio.Task[None]":
+        self._to_write = self._round_end
+        if self._writing is None or self._writing.done():
+            self._writing = self._lifetime.spawn(self._write())
+        return self._writing
+
+    async def finish(self) -> None:
+        """Wait for what is being written."""
+        if self._writing is not None:
+            await self._writing
+
+    async def _write(self) -> None:
+        """The newest round's end that is to be written, as often as there is a newer one."""
+        while self._to_write is not None:
+            (step, state), self._to_write = self._to_write, None
+            if self._steps.last is not None:
+                await self._steps.last  # metrics know at least the steps that a checkpoint knows
+            saved = SavedRound(run=self._federation.run, step=step, membership=self._federation.membership(), state=state)
+            await asyncio.wrap_future(self._journal.write_checkpoint(saved))
+            self._federation.checkpointed(step)
+
+
+async def _send(peer: Peer, action: Reply) -> None:
+    if not await peer.send(action.message):
+        logger.debug("%s: did not wait for %s any more", peer, type(action.message).__name__)
