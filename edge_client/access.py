@@ -1,17 +1,20 @@
 """How a device reaches its server: the address, and what the two know each other by."""
 
+import platform
+import re
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from protocol import check_name
 from protocol.invitation import SCHEME
 
 from .connection import Connection
 from .enrolment import EnrolmentError, find
 from .pinning import PinnedContext
 
-__all__ = ["Access"]
+__all__ = ["Access", "default_name"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,3 +72,15 @@ class Access:
             ConnectionFailed, Refused, CertificateChanged: see `Connection`, `PinnedContext`.
         """
         return Connection(self.url, credentials=self.credentials, encryption=self.encryption)
+
+
+def default_name(data: Path) -> str:
+    """
+    For a device that is not enrolled and was given no name: made of the machine's name and the data file's, so that several
+    devices on one machine have different names, and each has the same one again.
+
+    Raises:
+        InvalidName: nothing that can be a name is left of them.
+    """
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{platform.node() or 'device'}-{data.stem}").strip("-._")
+    return check_name(name[:64] or "device")

@@ -3,39 +3,45 @@
 import logging
 import math
 import os
-import platform
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from protocol import CODECS, DELTA, Hello, Join, Start, TrainingDiverged, Welcome, check_name, largest_message_bytes
+from tokenizers import Tokenizer
+
+from protocol import (
+    CODECS,
+    DELTA,
+    Hello,
+    Join,
+    RunSettings,
+    Start,
+    TrainingDiverged,
+    Welcome,
+    check_name,
+    largest_message_bytes,
+)
 from protocol.invitation import Invitation
-from protocol.limits import CACHES_ON_DEVICE, VERSIONS_OF_A_SAMPLE
-from split_model import DTYPES, PretrainedModel, choose_device, choose_dtype
-from storage import CacheFolder, ModelError, find_model, is_hub_name
+from split_model import PretrainedModel
+from storage import ModelError, find_model
 from terminal import user_path, user_text_path
 
-from .access import Access
-from .client_state import ClientState
-from .connection import ConnectionFailed, Refused
+from .access import Access, default_name
+from .client_state import ClientState, DeviceCache, allowed_cache_bytes
+from .connection import Refused
 from .data import Batches, DataError, Dataset
 from .engine import Engine
 from .enrolment import state_folder, store
 from .membership import Membership, Redirected
 from .patience import Patience, reason_to_wait
-from .status import ping
-from .torch_engine import TorchEngine
+from .status import model_of_server
+from .torch_engine import TorchEngine, choose_weight_dtype
 from .training import Step, perplexity, train
 
 __all__ = ["EdgeClient"]
 
 logger = logging.getLogger("edge_client")
-
-MOST_CACHE_BYTES = 2**30
-"""Kept where the user says nothing: a server does not decide how much of a device's disk it fills."""
-BYTES_MORE_A_ROW = 16  # what a file of samples has besides them, generously
 
 
 class EdgeClient:
@@ -56,8 +62,8 @@ class EdgeClient:
         name: of this device in the run; the default is made of the host's name and the data file's.
         device, dtype: where and in which precision the frozen weights compute; "auto" chooses by what the hardware has
             instructions for, and a device that comes back to a run goes on in the precision it began with.
-        state_dir: where this device keeps its enrolments, and its place in a run in case it is killed; the default is the
-            user's folder for such things.
+        state_dir: where this device keeps its enrolments, and what it needs to go on with a run after it was killed; the
+            default is the user's folder for such things.
         give_up_after: seconds without a connection after which the run is given up; None tries forever. Where nobody answers
             at first, None takes the address for wrong, unless this device was killed in a run of this server.
         in_flight: parts of a batch that are under way at once, as far as the run divides batches; 1 waits for each answer.
@@ -96,25 +102,29 @@ class EdgeClient:
             raise DataError(f"cache-bytes must be at least 0, got {cache_bytes}")
         self.server, self.batch_size, self.shuffle = server, batch_size, shuffle
         state = state_folder(state_dir)
-        data, eval_data = user_path(data), None if eval_data is None else user_path(eval_data)
+        data = user_path(data)
         self._access = Access.to(server, state, None if name is None else check_name(name))
-        self.name = name or self._access.name or _default_name(data)
+        self.name = name or self._access.name or default_name(data)
         self._state, self._give_up_after = ClientState(state, server, self.name), give_up_after
         self._device, self._dtype = device, dtype
-        self._in_flight, self._cache_bytes, self._num_cached = in_flight, cache_bytes, 0
+        self._in_flight, self._cache_bytes = in_flight, cache_bytes
         model = user_text_path(model)
         self._hub_name = "" if Path(model).is_dir() else model
         self._model = PretrainedModel(find_model(model))
+        self._max_length = min(max_length, self._model.config.num_positions)
         tokenizer = self._model.tokenizer()
-        end_token, length = self._model.config.end_token, min(max_length, self._model.config.num_positions)
-        self.data = Dataset.load(data, tokenizer, end_token, length)
-        self.eval_data = None if eval_data is None else Dataset.load(eval_data, tokenizer, end_token, length)
-        highest = max(data.highest_token for data in (self.data, self.eval_data) if data is not None)
-        if highest >= self._model.config.vocabulary_size:
+        self.data = self._load(data, tokenizer)
+        self.eval_data = None if eval_data is None else self._load(user_path(eval_data), tokenizer)
+
+    def _load(self, path: Path, tokenizer: Tokenizer) -> Dataset:
+        config = self._model.config
+        data = Dataset.load(path, tokenizer, config.end_token, self._max_length)
+        if data.highest_token >= config.vocabulary_size:
             raise ModelError(
-                f"{self._model.folder}: the tokenizer gives token {highest} ({tokenizer.id_to_token(highest)!r}), "
-                f"the model's vocabulary has {self._model.config.vocabulary_size}"
+                f"{self._model.folder}: the tokenizer gives token {data.highest_token} "
+                f"({tokenizer.id_to_token(data.highest_token)!r}), the model's vocabulary has {config.vocabulary_size}"
             )
+        return data
 
     @classmethod
     def join(
@@ -142,7 +152,7 @@ class EdgeClient:
         parsed = Invitation.parse(invitation)
         store(state_folder(state_dir), parsed)
         if model is None:
-            model = _model_of(parsed, state_dir)
+            model = model_of_server(parsed, state_folder(state_dir))
         return cls(parsed.url, model=model, name=parsed.name, state_dir=state_dir, **options)
 
     def __enter__(self) -> "EdgeClient":
@@ -159,33 +169,33 @@ class EdgeClient:
         self._start: Start | None = None
         self._patience.begin()
         try:
-            self.dtype, self.choice = self._choose_dtype()
+            settings, before = self.welcome.settings, self._state.dtype(self.welcome.run)
+            self.dtype, self.choice = choose_weight_dtype(self._dtype, self._device, settings, before=before)
             self._state.enter(self.welcome, dtype=self.dtype, model=self._hub_name)
-            self._activation_cache = self._samples()
-            self._engine: Engine = TorchEngine(self._model, self.welcome.settings, self._device, self.dtype)
+            self._batches, self._activation_cache = self._divide(settings)
+            self._engine: Engine = TorchEngine(self._model, settings, self._device, self.dtype)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
         return self
 
-    def _choose_dtype(self) -> tuple[str, str]:
-        """That of the frozen weights, and why; see `choose_dtype`."""
-        if self.welcome.settings.precision == "float64":
-            return "float64", "as the run"
-        before = self._state.dtype(self.welcome.run)
-        if self._dtype == "auto" and before in DTYPES:  # the file may be damaged
-            return before, "as before this device was stopped"
-        return choose_dtype(self._dtype, choose_device(self._device))
-
-    def _samples(self) -> CacheFolder | None:
-        """As they arrive at the server, for runs whose codec needs them."""
-        settings = self.welcome.settings
-        if settings.activation_codec != DELTA:
-            return None
-        cache_bytes = min(settings.cache_bytes, MOST_CACHE_BYTES if self._cache_bytes is None else self._cache_bytes)
-        bytes_a_row = 2 * self._model.config.width + BYTES_MORE_A_ROW
-        self._num_cached = self.data.num_within(cache_bytes // VERSIONS_OF_A_SAMPLE, bytes_a_row)
-        return self._state.activation_cache(CACHES_ON_DEVICE * cache_bytes)
+    def _divide(self, settings: RunSettings) -> tuple[Batches, DeviceCache | None]:
+        """The data as batches of this run, and the activation cache of those samples that both sides keep, if they keep any."""
+        num_cached, cache = 0, None
+        if settings.activation_codec == DELTA:
+            cache_bytes = allowed_cache_bytes(settings, self._cache_bytes)
+            num_cached = self.data.num_that_fit(cache_bytes, width=self._model.config.width)
+            cache = self._state.activation_cache(cache_bytes)
+        batches = Batches(
+            data=self.data,
+            name=self.name,
+            batch_size=self.batch_size,
+            shuffle=self.shuffle,
+            seed=settings.seed,
+            num_parts=settings.micro_batches,
+            num_cached=num_cached,
+        )
+        return batches, cache
 
     @property
     def welcome(self) -> Welcome:
@@ -214,22 +224,10 @@ class EdgeClient:
         return train(
             self._membership,
             self._engine,
-            self._batches(),
+            self._batches,
             self.start(),
             saved_steps=self._state.saved_steps,
             in_flight=self._in_flight,
-        )
-
-    def _batches(self) -> Batches:
-        settings = self.welcome.settings
-        return Batches(
-            data=self.data,
-            name=self.name,
-            batch_size=self.batch_size,
-            shuffle=self.shuffle,
-            seed=settings.seed,
-            num_parts=settings.micro_batches,
-            num_cached=self._num_cached,
         )
 
     def perplexity(self, on_batch: Callable[[float], object] | None = None) -> float:
@@ -262,7 +260,7 @@ class EdgeClient:
     @property
     def num_steps(self) -> int:
         """In how many steps this client takes part."""
-        return self._batches().last_step(self.welcome.settings)
+        return self._batches.last_step(self.welcome.settings)
 
     @property
     def num_bytes(self) -> int:
@@ -271,12 +269,11 @@ class EdgeClient:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """
-        Leave the run, if it is over, has diverged, or the user says so (Ctrl-C). After any other exception the device hangs up
-        and keeps its place, as if it had been killed: started again as before, it goes on, and nothing of the run has changed.
+        Leave the run, if it is over, has diverged, or the user says so (Ctrl-C). After any other exception only close the
+        connection, as if this device had been killed: started again as before, it goes on, and nothing of the run has changed.
         """
         self._patience.close()
-        # What has diverged would diverge again.
-        if kind is None or issubclass(kind, KeyboardInterrupt | TrainingDiverged):
+        if kind is None or issubclass(kind, KeyboardInterrupt | TrainingDiverged):  # what has diverged would diverge again
             self._state.delete()
             self._membership.close()
             return
@@ -284,28 +281,7 @@ class EdgeClient:
         if self._start is None:
             return
         if issubclass(kind, Refused):
-            self._state.delete()  # for the server it has left
+            self._state.delete()  # the server will not take this device back
         else:
             run = self.welcome.run
-            logger.info("this device keeps its place in run %s: started again with the same command, it goes on there", run)
-
-
-def _model_of(invitation: Invitation, state_dir: str | os.PathLike[str] | None) -> str:
-    """The name on the hub of the model that the server has; while it is down, the one with which this device has its place."""
-    try:
-        model = ping(invitation.url, name=invitation.name, state_dir=state_dir).pong.model
-    except ConnectionFailed:
-        kept = ClientState(state_folder(state_dir), invitation.url, invitation.name).model()
-        if kept is None:
-            raise
-        return kept
-    if not model:
-        raise ModelError("the server has its base model from a folder: give --model with a copy of it")
-    if not is_hub_name(model):
-        raise ModelError(f"the server names the model {model[:80]!a}, which is not a name on the hub; give --model")
-    return model
-
-
-def _default_name(data: Path) -> str:
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{platform.node() or 'device'}-{data.stem}").strip("-._")
-    return check_name(name[:64] or "device")
+            logger.info("this device stays in run %s: started again with the same command, it goes on there", run)

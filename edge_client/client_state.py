@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from protocol import Array, RunSettings, Welcome
+from protocol.limits import CACHES_ON_DEVICE
 from storage import CacheFolder, is_hub_name, remove_unfinished, replace_file
 
 from .saved_steps import SavedSteps, StateError, readable_errors
 
-__all__ = ["ClientState", "DeviceCache", "StateError"]
+__all__ = ["ClientState", "DeviceCache", "StateError", "allowed_cache_bytes"]
 
 FOLDER, NOTE, CACHE = "places", "place.json", "samples"
 """Names on the disk are those of earlier versions: a device that was killed under one of them finds back."""
+MOST_CACHE_BYTES = 2**30
+"""Where the user says nothing. A server does not decide how much of a device's disk it fills."""
 
 
 class ClientState:
@@ -80,16 +83,13 @@ class ClientState:
             remove_unfinished(self._folder)
             replace_file(self._folder / NOTE, json.dumps(note).encode())
 
-    def activation_cache(self, plan: int) -> "DeviceCache":
+    def activation_cache(self, cache_bytes: int) -> "DeviceCache":
         """
-        Args:
-            plan: see `DeviceCache`.
-
         Raises:
             StateError: the folder cannot be written.
         """
         with readable_errors(self._folder):
-            return DeviceCache(self._folder / CACHE, plan)
+            return DeviceCache(self._folder / CACHE, CACHES_ON_DEVICE * cache_bytes)
 
     def delete(self) -> None:
         """The run is over for this client."""
@@ -139,3 +139,13 @@ class DeviceCache(CacheFolder):
     def forget_before(self, step: int) -> None:
         with readable_errors(self._folder):
             super().forget_before(step)
+
+
+def allowed_cache_bytes(settings: RunSettings, limit: int | None) -> int:
+    """
+    What a device plans its activation cache with: as much as the server, or less.
+
+    Args:
+        limit: the user's; None if the user has said nothing.
+    """
+    return min(settings.cache_bytes, MOST_CACHE_BYTES if limit is None else limit)

@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from protocol import Array, RunSettings, derive_seed
+from protocol.limits import VERSIONS_OF_A_SAMPLE
 from storage import encode, shown
 
 __all__ = ["Batch", "Batches", "DataError", "Dataset", "Sample", "Text", "read_texts"]
@@ -21,6 +22,7 @@ __all__ = ["Batch", "Batches", "DataError", "Dataset", "Sample", "Text", "read_t
 FIELDS = ("prompt", "completion", "text")
 SHOWN = 8
 """Names of fields, in a message."""
+BYTES_MORE_A_ROW = 16  # what a file of an activation cache has besides them, generously
 
 
 class DataError(ValueError):
@@ -118,10 +120,17 @@ class Dataset:
         numbers = self._part(step, batch_size, order_seed, part, of)
         return np.where(numbers < below, numbers, -1).astype(np.int32)
 
-    def num_within(self, num_bytes: int, bytes_a_row: int) -> int:
-        """How many samples from the first on fit into so many bytes, of rows of activations."""
+    def num_that_fit(self, cache_bytes: int, *, width: int) -> int:
+        """
+        Of how many samples, from the first on, an activation cache has room for all versions that may exist at once. Which
+        samples are kept depends on nothing else, so that a run that is repeated keeps the same ones.
+
+        Args:
+            width: elements of a token's activations.
+        """
+        bytes_a_row = 2 * width + BYTES_MORE_A_ROW  # bfloat16
         sizes = np.cumsum([bytes_a_row * (len(sample.tokens) - 1) for sample in self.samples])
-        return int(np.searchsorted(sizes, num_bytes, side="right"))
+        return int(np.searchsorted(sizes, cache_bytes // VERSIONS_OF_A_SAMPLE, side="right"))
 
     def _part(self, step: int, batch_size: int, order_seed: tuple[int | str, ...] | None, part: int, of: int) -> Array:
         order = np.array(self.order(step, batch_size, order_seed), np.int64)

@@ -15,6 +15,7 @@ from split_model import (
     adamw,
     check_cut_layer,
     choose_device,
+    choose_dtype,
     optimiser_state,
     restore_optimiser,
     take_step,
@@ -23,7 +24,7 @@ from storage import ModelError
 
 from .data import Batch
 
-__all__ = ["TorchEngine"]
+__all__ = ["TorchEngine", "choose_weight_dtype"]
 
 ADAPTER, OPTIMISER = "adapter/", "optimiser/"
 
@@ -142,3 +143,19 @@ def _to_array(tensor: torch.Tensor) -> Array:
 
 def _to_arrays(adapter: Adapter) -> Tensors:
     return {name: _to_array(matrix) for name, matrix in adapter.items()}
+
+
+def choose_weight_dtype(asked: str, device: str, settings: RunSettings, *, before: str | None) -> tuple[str, str]:
+    """
+    The dtype of the frozen weights, and why; see `choose_dtype`.
+
+    Args:
+        asked: "auto" or one of DTYPES.
+        device: "auto", "cpu" or "cuda".
+        before: the dtype with which this device was in the run before it was stopped, as its disk says; None if it was not.
+    """
+    if settings.precision == "float64":
+        return "float64", "as the run"
+    if asked == "auto" and before in DTYPES:  # what the disk says may be damaged
+        return str(before), "as before this device was stopped"
+    return choose_dtype(asked, choose_device(device))

@@ -85,7 +85,7 @@ def test_device_whose_disk_is_full_comes_back_as_one_that_was_killed(
                 if what == "full":
                     assert "No space left on device; free some space there" in str(caught.value)
                     client.__exit__(StateError, None, None)
-                    assert "this device keeps its place in run" in caplog.text
+                    assert "this device stays in run" in caplog.text
                 else:
                     client._membership.hang_up()
                 with EdgeClient(server.url, model=settings["model"], state_dir=state, **device) as again:

@@ -73,10 +73,11 @@ def test_parts_of_a_batch_are_the_batch(tiny_model: Path, pairs_file: Callable[.
 def test_samples_that_fit_are_counted_from_the_first_on(tiny_model: Path, pairs_file: Callable[..., Path]) -> None:
     data = Dataset.load(pairs_file("a", 5), load_tokenizer(tiny_model), PretrainedModel(tiny_model).config.end_token, 256)
     rows = [len(sample.tokens) - 1 for sample in data.samples]
-    assert data.num_within(0, 10) == 0
-    assert data.num_within(10 * rows[0], 10) == 1
-    assert data.num_within(10 * (rows[0] + rows[1]) - 1, 10) == 1
-    assert data.num_within(10**9, 10) == 5
+    row = 3 * (2 * 5 + 16)  # three versions of five bfloat16 numbers, and what a file needs besides
+    assert data.num_that_fit(0, width=5) == 0
+    assert data.num_that_fit(row * rows[0], width=5) == 1
+    assert data.num_that_fit(row * (rows[0] + rows[1]) - 1, width=5) == 1
+    assert data.num_that_fit(10**9, width=5) == 5
 
 
 @pytest.mark.parametrize(
