@@ -1,4 +1,4 @@
-"""How a device reaches its server: the address, and what the two know each other by."""
+"""How a device reaches its server: the address, the secret that it shows, and the key that it expects."""
 
 import platform
 import re
@@ -21,8 +21,10 @@ __all__ = ["Access", "default_name"]
 class Access:
     """
     Args:
-        name: under which this device is enrolled there; None where it is not.
-        encryption: None for the system's authorities, or for no encryption.
+        name: under which this device is enrolled there; None if it is not.
+        credentials: name and secret, which the server checks.
+        encryption: checks the server's key. None leaves that to the certificate authorities that the system trusts; a ws://
+            address has no encryption.
     """
 
     url: str
@@ -33,11 +35,11 @@ class Access:
     @classmethod
     def to(cls, url: str, state_folder: Path, name: str | None = None) -> "Access":
         """
-        With what `splitlora-edge join` has stored for the server, if it has.
+        By what `splitlora-edge join` has stored for the server, if this device is enrolled there.
 
         Raises:
-            EnrolmentError: what is stored cannot be read, is ambiguous without a name, or is of another scheme; the address
-                holds a secret, which is not repeated.
+            EnrolmentError: what is stored cannot be read, is ambiguous without a name, or is of another scheme; or the address
+                holds a secret, which the message does not repeat.
         """
         if url.strip().startswith(SCHEME):
             raise EnrolmentError(

@@ -31,7 +31,7 @@ __all__ = ["build_parser", "main"]
 
 PROGRAM = "splitlora-edge"
 INVITATION_VARIABLE = "SPLITLORA_INVITATION"
-LONGEST_INVITATION = 4096  # characters; of a file that is none no more is read
+LONGEST_INVITATION = 4096  # characters; no more is read of a file, which may be another than the user meant
 
 
 def build_parser() -> Parser:
@@ -173,7 +173,8 @@ def _add_training_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--state-dir",
         metavar="DIR",
-        help="folder for this device's enrolments and its place in a run (default: the user's folder for state)",
+        help="folder for this device's enrolments, and for what it needs to go on after it was killed (default: the user's "
+        "folder for state)",
     )
     command.add_argument(
         "--give-up-after", type=float, metavar="SECONDS", help="stop after so long without a connection (default: never)"
@@ -203,10 +204,10 @@ def run_join(options: argparse.Namespace) -> None:
 
 def _invitation(given: str | None) -> str:
     """
-    The text that ``given`` stands for.
+    The text of the invitation: ``given`` itself, or what it refers to.
 
     Raises:
-        InvalidInvitation: there is none.
+        InvalidInvitation: there is none, or it cannot be read.
     """
     from protocol.invitation import SCHEME, InvalidInvitation
 

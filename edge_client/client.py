@@ -1,4 +1,4 @@
-"""The SDK: a device in a run, in five lines."""
+"""The SDK: whoever uses it takes part in a run in five lines of Python."""
 
 import logging
 import math
@@ -64,11 +64,12 @@ class EdgeClient:
             instructions for, and a device that comes back to a run goes on in the precision it began with.
         state_dir: where this device keeps its enrolments, and what it needs to go on with a run after it was killed; the
             default is the user's folder for such things.
-        give_up_after: seconds without a connection after which the run is given up; None tries forever. Where nobody answers
-            at first, None takes the address for wrong, unless this device was killed in a run of this server.
-        in_flight: parts of a batch that are under way at once, as far as the run divides batches; 1 waits for each answer.
-        cache_bytes: the most that is kept of the samples' activations in ``state_dir``, where the run's codec is delta; None
-            is as much as the server keeps, and at most 1 GiB.
+        give_up_after: seconds without a connection after which the run is given up; None tries forever. But if nobody answers
+            the very first attempt, None ends with an error, since the address may be wrong; a device that was killed in a run
+            of this server goes on trying.
+        in_flight: micro-batches that are under way at once, if the run divides batches; 1 waits for each answer.
+        cache_bytes: with the codec delta, how much of the samples' activations is kept in ``state_dir``; None is as much as the
+            server keeps, and at most 1 GiB.
 
     Raises:
         DataError, ModelError, InvalidName, EnrolmentError: a file or the name cannot be used.
@@ -140,7 +141,7 @@ class EdgeClient:
 
         Args:
             invitation: what `splitlora-server enrol` has printed. It is kept in ``state_dir``, so this needs to be said once.
-            model: as of EdgeClient; None is the one that the server names, where it has it from the hub.
+            model: as of EdgeClient; None is the one that the server names, if that is on the hub.
             options: the other arguments of EdgeClient, but for the name, which the invitation says.
 
         Raises:
@@ -156,7 +157,7 @@ class EdgeClient:
         return cls(parsed.url, model=model, name=parsed.name, state_dir=state_dir, **options)
 
     def __enter__(self) -> "EdgeClient":
-        """Join the run; the device's part of the model is ready, and waits for the others in `start`."""
+        """Connect, learn the run's settings and make the device's part of the model ready. `start` then joins the run."""
         self._patience = Patience(lambda: reason_to_wait(self._access.connect, self.name))
         self._membership = Membership(
             self._access.connect,
@@ -203,7 +204,7 @@ class EdgeClient:
         return self._membership.welcome
 
     def start(self) -> Start:
-        """Wait until the run starts, with all of its clients. `train` and `perplexity` do it themselves."""
+        """Join the run and wait until it starts, with all of its clients. `train` and `perplexity` do so themselves."""
         if self._start is None:
             longest = max(data.longest for data in (self.data, self.eval_data) if data is not None)
             largest_message = largest_message_bytes(

@@ -1,4 +1,4 @@
-"""The only file of this package that knows WebSockets: one conversation, as long as its link lasts."""
+"""The only file of this package that knows WebSockets: one conversation with the server, as long as its connection lasts."""
 
 import logging
 import socket
@@ -41,31 +41,31 @@ Answer = TypeVar("Answer", bound=Message)
 Dial = Callable[[], "Connection"]
 
 QUIET = logging.getLogger("websockets.client.quiet")
-QUIET.setLevel(logging.INFO)  # below that it would tell the headers, and the secret in them
+QUIET.setLevel(logging.INFO)  # at DEBUG websockets logs the headers, and the secret is in one of them
 UNAUTHORISED = 401  # of HTTP, as the two below
 TOO_MANY_REQUESTS, SERVICE_UNAVAILABLE = 429, 503
 SERVICE_RESTART = 1012  # of WebSocket
-SECONDS_TO_TRY_AGAIN = 10.0  # where a server that is busy does not say when
+SECONDS_TO_TRY_AGAIN = 10.0  # after a server was busy and did not say when to come again
 LONGEST_WAIT = 3600.0  # seconds, as in `Failure`
-LARGEST_SEND_BUFFER = 2**23  # bytes; systems allow less
-SECONDS_TO_LEAVE = 5.0
+LARGEST_SEND_BUFFER = 2**23  # bytes; most systems allow less
+SECONDS_TO_LEAVE = 5.0  # for what is still being sent, before a device leaves without a Goodbye
 
 
 class ConnectionFailed(ConnectionError):
-    """There is no server at the address, it is gone, or has no time now: later it may be there."""
+    """No server answers at the address, or it is gone, or it has no time now. Trying again later may help."""
 
     def __init__(self, reason: str, retry_after: float = 0.0) -> None:
         super().__init__(reason)
         self.retry_after = retry_after
-        """Seconds after which the server wants to be asked again; 0: it has not said."""
+        """Seconds after which the server wants to be asked again; 0 if it did not say."""
 
 
 class Refused(ConnectionError):
-    """The server refuses this client, and would do so again; the message is its reason."""
+    """The server refuses this client for good. The message is the server's reason."""
 
 
 class AnsweredInHttp(InvalidHandshake):
-    """The address has answered, but not as a WebSocket."""
+    """The address answers with an HTTP response instead of opening a WebSocket."""
 
     def __init__(self, response: Response) -> None:
         super().__init__(f"HTTP {response.status_code}")
@@ -73,9 +73,7 @@ class AnsweredInHttp(InvalidHandshake):
 
 
 class Handshake(ClientConnection):
-    """
-    No redirect is followed: whoever answers at the user's address does not choose another one for the secret and the text.
-    """
+    """Follows no redirect: whoever answers at the user's address must not choose where the secret and the activations go."""
 
     def handshake(self, *arguments: Any, **options: Any) -> None:
         try:
@@ -86,26 +84,30 @@ class Handshake(ClientConnection):
 
 @dataclass(frozen=True)
 class Sent:
-    """A question that is not answered."""
+    """A question that has no answer yet."""
 
     at: float
+    """When it was encoded, in seconds of the stopwatch's clock."""
     num_bytes: int
     sending: "Future[None]"
+    """Done when the question has been handed to the system; holds the error if that failed."""
 
 
 class Connection:
     """
-    A conversation with the server at ``url``. Questions are sent by a thread of its own: on a slow link that takes a while,
-    in which the device can compute.
+    A conversation with the server at ``url``.
+
+    Questions are sent by a thread of their own, the sender: on a slow link sending takes a while, in which the device can
+    compute. Answers are read by whoever calls `answer`.
 
     Args:
         credentials: name and secret of this device.
-        encryption: for wss://; the default trusts the system's authorities.
+        encryption: for wss://; the default trusts the certificate authorities that the system trusts.
 
     Raises:
-        ConnectionFailed: nobody there speaks WebSocket.
+        ConnectionFailed: nobody answers there, or not as a WebSocket.
         Refused: the server does not accept the credentials.
-        CertificateChanged: it is not the one this device was enrolled with.
+        CertificateChanged: it is not the server that this device was enrolled with.
     """
 
     def __init__(
@@ -115,15 +117,16 @@ class Connection:
         self.session = Session(Side.CLIENT)
         self.stopwatch = Stopwatch()
         self._open = ExitStack()
-        self._courier = ThreadPoolExecutor(1, thread_name_prefix="courier")
+        self._sender = ThreadPoolExecutor(1, thread_name_prefix="sender")
         self._sent: deque[Sent] = deque()
-        self._sending: Future[None] = Future()
-        """Of the last question."""
-        self._sending.set_result(None)
+        """In the order in which they were asked, which is that of the answers."""
+        self._last_sending: Future[None] = Future()
+        """See `Sent.sending`, of the last question."""
+        self._last_sending.set_result(None)
         self.num_bytes = 0
         """Bytes of all messages so far, both ways."""
         try:
-            # No proxy: an address of the local network is meant. No deflate: messages are compressed already.
+            # No proxy, since servers are mostly in the local network. No deflate, since messages are compressed already.
             opened = connect(
                 url,
                 ssl=encryption,
@@ -143,12 +146,12 @@ class Connection:
             raise
         except AnsweredInHttp as error:
             raise _not_opened(url, credentials, error.response) from None
-        except ssl.SSLCertVerificationError as error:  # before ValueError, which it is, too
+        except ssl.SSLCertVerificationError as error:  # caught before ValueError, of which it is a kind
             raise ConnectionFailed(
                 f"this device is not enrolled at {url}, and the server's certificate is not an authority's "
                 f"({error.verify_message}): enrol it with splitlora-edge join and what splitlora-server enrol NAME prints"
             ) from None
-        except (InvalidURI, ValueError):  # a port or host that cannot be is a ValueError
+        except (InvalidURI, ValueError):  # the latter where the port or the host is none
             raise ConnectionFailed(f"{url} is not the address of a server; one looks like ws://192.168.1.20:8765") from None
         except ssl.SSLError as error:
             raise ConnectionFailed(f"{url} does not speak TLS as this side does: {error.reason or error}") from None
@@ -157,45 +160,45 @@ class Connection:
             raise ConnectionFailed(f"no server at {url}: {reason}; is splitlora-server running there?") from None
 
     def expect(self, size: int) -> None:
-        """Take messages of up to ``size`` bytes from now on; a frame that claims more is refused before it is read."""
+        """Take answers that inflate to at most ``size`` bytes. A larger frame is refused before it is read."""
         self.session.max_bytes = size
         self._socket.protocol.max_message_size = compressed_bound(size)
-        # While a question is written to the socket, websockets does not read: let the system take it whole, if it does.
-        with suppress(OSError):  # the link is lost, and `answer` says so
+        # websockets does not read while it writes a question to the socket, so the system's buffer should take the whole of it.
+        with suppress(OSError):  # the connection is lost, and `answer` will say so
             self._socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, min(size, LARGEST_SEND_BUFFER))
 
     def exchange(self, message: Message, *answer_kinds: type[Answer], within: float | None = None) -> Answer:
-        """Send a question, wait for its answer; raises what `answer` does."""
+        """Send a question and wait for its answer; raises what `answer` does."""
         self.ask(message)
         return self.answer(*answer_kinds, within=within)
 
     def ask(self, message: Message) -> None:
-        """Have a question sent. Where the link is lost, `answer` says so."""
+        """Have a question sent. If the connection is lost, `answer` will say so."""
         began = self.stopwatch.now()
         data = self.session.send(message)
         encoded = self.stopwatch.now()
         self.stopwatch.add(encode=encoded - began)
         self.num_bytes += len(data)
-        self._sending = self._courier.submit(self._send, data)
-        self._sent.append(Sent(encoded, len(data), self._sending))
+        self._last_sending = self._sender.submit(self._send, data)
+        self._sent.append(Sent(encoded, len(data), self._last_sending))
 
     def _send(self, data: bytes) -> None:
         try:
             self._socket.send(data)
         except ConnectionClosed:
-            pass  # a refusal that says why may have arrived before
+            pass  # `answer` says it, and perhaps with a reason: the server may have sent a refusal before it hung up
 
     def answer(self, *kinds: type[Answer], within: float | None = None) -> Answer:
         """
-        Wait for the answer to the first question that has none.
+        Wait for the answer to the earliest question that has none.
 
         Args:
-            within: so many seconds at most for each message; None waits as long as it takes.
+            within: seconds to wait for each message; None waits as long as it takes.
 
         Raises:
-            Refused: the server answers with a refusal.
-            RemoteProtocolError: it answers with something else than the protocol allows.
-            ConnectionFailed: it is gone, does not answer in time, or refuses for a while only.
+            Refused: the server refuses this client for good.
+            RemoteProtocolError: the server says something that the protocol does not allow.
+            ConnectionFailed: the server is gone, does not answer in time, or refuses for now only.
         """
         try:
             reply = self._receive(within)
@@ -215,7 +218,7 @@ class Connection:
 
     def _receive(self, within: float | None) -> Message:
         reply, began = None, self.stopwatch.now()
-        while reply is None:  # what is delivered twice, counts once
+        while reply is None:  # None stands for a message that was delivered twice
             data = self._socket.recv(within)
             arrived = self.stopwatch.now()
             self.num_bytes += len(data)
@@ -224,11 +227,11 @@ class Connection:
             except RemoteProtocolError as error:
                 raise RemoteProtocolError(f"{self.url} does not keep to the protocol: {error}") from None
         decoded = self.stopwatch.now()
-        if self._sent:  # else nobody has asked, and somebody is refused
+        if self._sent:  # else the server refuses a client that has asked nothing
             question = self._sent.popleft()
             question.sending.result()
             if isinstance(reply, Start):
-                self._sent.clear()  # it answers all of them
+                self._sent.clear()  # one Start answers all open questions
             self.stopwatch.answered(
                 reply,
                 waited=arrived - began,
@@ -239,22 +242,22 @@ class Connection:
         return reply
 
     def close(self) -> None:
-        """Leave the run, politely where the server still listens."""
+        """Leave the run: say Goodbye if the server still listens, then close."""
         try:
-            if not wait([self._sending], SECONDS_TO_LEAVE).not_done:
+            if not wait([self._last_sending], SECONDS_TO_LEAVE).not_done:
                 self._socket.send(self.session.send(Goodbye()))
         except (ConnectionClosed, LocalProtocolError):
-            pass  # it is gone, or has refused us: there is nobody to say goodbye to
+            pass  # the server is gone, or has refused us: there is nobody to say Goodbye to
         finally:
             self.abandon()
 
     def abandon(self) -> None:
-        """Close a connection that is lost. The place in the run stays."""
-        if not self._sending.done():
-            with suppress(OSError):  # it is closed already
-                self._socket.socket.shutdown(socket.SHUT_RDWR)  # else closing waits for what is being sent
+        """Close without a word, as for a connection that is lost: for the server this client remains a member."""
+        if not self._last_sending.done():
+            with suppress(OSError):  # the socket is closed already
+                self._socket.socket.shutdown(socket.SHUT_RDWR)  # without this, closing would wait until the question is sent
         self._open.close()
-        self._courier.shutdown()
+        self._sender.shutdown()
 
     def __enter__(self) -> "Connection":
         return self
@@ -264,7 +267,7 @@ class Connection:
 
 
 def _not_opened(url: str, credentials: tuple[str, str] | None, response: Response) -> ConnectionError:
-    """What an answer means that is HTTP's and no WebSocket's. Only a wrong secret is final."""
+    """What an HTTP response means that opens no WebSocket. Only a wrong secret is final; the rest may change with time."""
     status = response.status_code
     if status == UNAUTHORISED:
         return Refused(_why_unauthorised(url, credentials))
@@ -278,7 +281,7 @@ def _not_opened(url: str, credentials: tuple[str, str] | None, response: Respons
 
 
 def _seconds_to_wait(response: Response) -> float:
-    """Of HTTP's Retry-After, in seconds; as a date it is not understood."""
+    """What the header Retry-After says. Only a number of seconds is understood, not a date."""
     text = response.headers.get("Retry-After", "")
     seconds = float(text) if text.isascii() and text.isdigit() and len(text) < 10 else SECONDS_TO_TRY_AGAIN
     return min(max(seconds, 1.0), LONGEST_WAIT)

@@ -50,11 +50,11 @@ class Batch:
     tokens: Array
     """(N,) ids that go into the model: every sample without its last token, which nothing is predicted from."""
     lengths: Array
-    """(B,)"""
+    """(B,) rows of each sequence; N is their sum."""
     label_counts: Array
-    """(B,) how many of each sequence's last rows have a label."""
+    """(B,) how many of each sequence's last rows have a label; M is their sum."""
     labels: Array
-    """(M,)"""
+    """(M,) ids of the tokens that follow."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Dataset:
 
     samples: list[Sample]
     num_cut: int
-    """Samples that were longer than the greatest length."""
+    """How many samples were longer than the greatest length."""
 
     @classmethod
     def load(cls, path: Path, tokenizer: Tokenizer, end_token: int, max_length: int) -> "Dataset":
@@ -85,7 +85,7 @@ class Dataset:
 
     @property
     def num_unlabelled(self) -> int:
-        """Samples of which the greatest length leaves nothing to predict."""
+        """How many samples have nothing left to predict within the greatest length."""
         return sum(not sample.num_labels for sample in self.samples)
 
     @property
@@ -107,14 +107,19 @@ class Dataset:
         """
         The batch of step 1, 2, ..., or a part of it, 0 to ``of`` - 1; a function of its arguments alone. See `order`.
 
-        Parts have equally many samples, the first ones one more where it does not come out even.
+        Parts have equally many samples; if that is not possible, the first ones have one more.
         """
         return pack([self.samples[index] for index in self._part(step, batch_size, order_seed, part, of).tolist()])
 
     def numbers(
         self, step: int, batch_size: int, order_seed: tuple[int | str, ...] | None, *, part: int = 0, of: int = 1, below: int
     ) -> Array | None:
-        """Of the samples in a part of a batch, (B,) int32; -1 for those not ``below`` a number. None if that is 0."""
+        """
+        The numbers of the samples in a part of a batch, (B,) int32, counted from 0 in the file's order.
+
+        Args:
+            below: samples from this number on are given as -1; None is returned if it is 0.
+        """
         if not below:
             return None
         numbers = self._part(step, batch_size, order_seed, part, of)
@@ -141,7 +146,7 @@ class Dataset:
         Which samples the batch of step 1, 2, ... has.
 
         Args:
-            order_seed: of the shuffle, made anew for each epoch; None keeps the file's order.
+            order_seed: of the shuffle, which is another one in every epoch; None keeps the file's order.
         """
         epoch, index = divmod(step - 1, self.num_batches(batch_size))
         order = _epoch_order(len(self.samples), order_seed, epoch)
@@ -196,7 +201,7 @@ def _epoch_order(num_samples: int, order_seed: tuple[int | str, ...] | None, epo
 
 
 def pack(samples: list[Sample]) -> Batch:
-    """Samples one under the other."""
+    """Samples as one batch, their rows one under the other."""
     nothing = np.empty(0, np.int32)
     return Batch(
         tokens=np.concatenate([nothing, *(sample.tokens[:-1] for sample in samples)]),
@@ -315,7 +320,7 @@ def _read_txt(path: Path, content: str) -> Iterator[Text]:
 
 
 def _text_of_fields(entry: object, where: str) -> Text:
-    """What the fields "prompt" and "completion", or "text", say; their names may be in capitals."""
+    """The text in the fields "prompt" and "completion", or in "text"; their names may be in capitals."""
     fields: dict[str, object] = {}
     for key, value in entry.items() if isinstance(entry, dict) else ():
         name = key.strip().lower()

@@ -1,4 +1,4 @@
-"""How a server is. Loads no torch: the answer comes at once."""
+"""Asks a server how its run is doing. Loads no torch, so that the answer comes at once."""
 
 import os
 import time
@@ -21,10 +21,10 @@ SECONDS_TO_ANSWER = 10.0
 
 @dataclass(frozen=True)
 class ServerStatus:
-    """What `ping` finds."""
+    """What `ping` returns."""
 
     seconds: float
-    """One question and its answer."""
+    """Between the question and its answer."""
     pong: Pong
 
 
@@ -32,17 +32,17 @@ def ping(
     server: str, *, name: str | None = None, state_dir: str | os.PathLike[str] | None = None, within: float = SECONDS_TO_ANSWER
 ) -> ServerStatus:
     """
-    Ask the server at an address how it is.
+    Ask the server at an address how its run is doing.
 
     Args:
-        name: of this device there, where it is enrolled under several.
-        state_dir: where its enrolments are.
+        name: of this device there, if it is enrolled under several names.
+        state_dir: where its enrolments are; None is the user's folder for state.
         within: seconds to wait for the answer.
 
     Raises:
         ConnectionFailed: nobody answers, or not in time.
-        RemoteProtocolError: somebody else answers.
-        Refused, CertificateChanged, EnrolmentError: this device is not enrolled there, or not as it should be.
+        RemoteProtocolError: what answers is no such server.
+        Refused, CertificateChanged, EnrolmentError: this device is not enrolled there, or the server is not the one it knows.
     """
     with Access.to(server, state_folder(state_dir), name).connect() as connection:
         asked = time.perf_counter()

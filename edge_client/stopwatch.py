@@ -1,4 +1,4 @@
-"""Where a device's time goes."""
+"""Where a device's time goes: into computing, waiting for the server, and the link."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ __all__ = ["Stopwatch", "difference"]
 
 class Stopwatch:
     """
-    Divides all time since it was made; what is nothing else, is the device's own computing.
+    Divides the time since it was made into the parts of `Seconds`. What no other part claims is the device's own computing.
 
     Args:
         now: seconds of a monotonic clock.
@@ -24,7 +24,7 @@ class Stopwatch:
         self._lap_began = Seconds()
 
     def read(self) -> Seconds:
-        """All until now."""
+        """The parts until now."""
         others = sum(vars(self._spent).values())
         return replace(self._spent, edge_compute=max(0.0, self.now() - self._began - others))
 
@@ -35,20 +35,23 @@ class Stopwatch:
         return difference(now, before)
 
     def add(self, **seconds: float) -> None:
-        """So much for parts of `Seconds`."""
+        """Add seconds to the parts that are named."""
         self._spent = replace(self._spent, **{part: getattr(self._spent, part) + more for part, more in seconds.items()})
 
     def leave_out(self, seconds: float) -> None:
-        """A while that belongs to no part, such as one without a connection."""
+        """Count so many seconds for no part, such as those without a connection."""
         self._began += seconds
 
     def answered(self, answer: Message, *, waited: float, under_way: float, share_up: float) -> None:
         """
-        Divide the time in which this side did nothing but wait for an answer: the last part of the way that question and
-        answer went.
+        Divide the time in which this side only waited for an answer.
+
+        A question's whole way is uplink, queue, the server's computing, downlink. This side computes during the first part of
+        it and waits during the last, so the wait is filled from the way's end.
 
         Args:
-            waited, under_way: seconds, since waiting began and since the question was handed over to be sent.
+            waited: seconds since waiting began.
+            under_way: seconds since the question was handed over to be sent.
             share_up: the question's share of the bytes of both; links are taken to be as fast in both directions.
         """
         queue, server_compute = 0.0, 0.0
@@ -64,4 +67,5 @@ class Stopwatch:
 
 
 def difference(later: Seconds, earlier: Seconds) -> Seconds:
+    """By part; never below zero, whatever rounding does."""
     return Seconds(**{part: max(0.0, seconds - getattr(earlier, part)) for part, seconds in vars(later).items()})
