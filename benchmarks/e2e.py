@@ -30,7 +30,7 @@ from storage import load_tokenizer
 
 BATCH_SIZE, CUT_LAYER, LEARNING_RATE, SEED = 8, 3, 2e-3, 0
 THIRD = 14_020
-LORA = LoraConfig(rank=8, alpha=32.0)
+LORA = LoraConfig(rank=8, alpha=32.0, targets=("c_attn",))
 
 
 def main() -> None:
@@ -45,7 +45,8 @@ def main() -> None:
         files = [contestants.write_rows(scratch / f"third-{i}.txt", rows) for i, rows in enumerate(thirds)]
         valid = contestants.e2e_rows("valid", slice(None, None, options.valid_every))
         start = scratch / "start"
-        save_adapter(start, initial_adapter(PretrainedModel(base).config, LORA, SEED), LORA, str(base))
+        config = PretrainedModel(base).config
+        save_adapter(start, initial_adapter(config, LORA, SEED), config, LORA, str(base))
 
         began = time.perf_counter()
         before, split_after = run_split(

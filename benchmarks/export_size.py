@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from edge_client.generation import process_memory
 from export.checkpoint import write_checkpoint
 from split_model import ModelConfig
+from split_model.families import read_config
 
 SHAPES = {
     "small": {"n_layer": 12, "n_embd": 768, "n_head": 12},
@@ -63,7 +64,7 @@ def make_model(folder: Path, shape: dict[str, int]) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("vocab.json", "merges.txt"):
         (folder / name).write_bytes(contestants.shared(f"tokenizers/gpt2/{name}").read_bytes())
-    described = ModelConfig.from_file(folder / "config.json")
+    described = read_config(folder / "config.json")
     write_checkpoint(folder / "model.safetensors", described, RandomWeights(described))
     return folder
 

@@ -78,7 +78,8 @@ def run(
 ) -> Iterator[float]:
     """Perplexity of the held-out rows before, and after each of these numbers of epochs."""
     defaults = {item.name: item.default for item in fields(ServerConfig)}
-    whole = WholeModel(model, LoraConfig(rank=defaults["lora_rank"], alpha=defaults["lora_alpha"]), rate, seed)
+    lora = LoraConfig(rank=defaults["lora_rank"], alpha=defaults["lora_alpha"], targets=defaults["lora_targets"])
+    whole = WholeModel(model, lora, rate, seed)
     data, held_out = whole.read(train), whole.read(valid)
     yield whole.perplexity(held_out)
     trained = 0

@@ -58,7 +58,7 @@ from terminal import Progress
 
 CLIENTS, BATCH_SIZE, CUT_LAYER, LEARNING_RATE, SEED = 3, 8, 3, 2e-3, 0
 THIRD, VALIDATION_ROWS = 14_020, 400
-LORA = LoraConfig(rank=8, alpha=32.0)
+LORA = LoraConfig(rank=8, alpha=32.0, targets=("c_attn",))
 ROUND = 12  # steps between two exchanges of federated adapters, and between two looks at the perplexity
 SERVER_THREADS, DEVICE_THREADS = 2, 1
 GOALS = {"4g": "naive split takes 3 x", "wifi": "within 10 % of the slower part", "lan": "within 10 % of the slower part"}

@@ -25,8 +25,7 @@ def write_checkpoint(path: Path, config: "ModelConfig", weights: Weights) -> Non
     end = 0
     for name, shape in config.tensor_shapes.items():
         begin, end = end, end + 4 * int(np.prod(shape))
-        stored = name if name == "lm_head.weight" else f"transformer.{name}"
-        header[stored] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+        header[config.stored_name(name)] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

@@ -74,10 +74,7 @@ def load_with_transformers(base: PretrainedModel) -> Any:
         bos_token_id=described.end_token,
         eos_token_id=described.end_token,
     )
-    tensors = {
-        name if name == "lm_head.weight" else f"transformer.{name}": base.tensor(name, shape).to(torch.float32)
-        for name, shape in described.tensor_shapes.items()
-    }
+    tensors = {described.stored_name(name): tensor.view().to(torch.float32) for name, tensor in base.tensors.items()}
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the ways in which transformers calls itself

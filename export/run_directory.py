@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from split_model import DamagedFile, LoraConfig, read_sealed, save_adapter
+from split_model import DamagedFile, LoraConfig, ModelConfig, PretrainedModel, read_sealed, save_adapter
 from storage import AdapterError, part_that_differs
 
 from .errors import ExportError
@@ -61,30 +61,30 @@ class RunDirectory:
         except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError, AdapterError) as error:
             raise ExportError(f"{path} cannot be read: {error}") from None
 
-    def adapter(self, fingerprint: str, scratch: Path) -> tuple[Run, Path]:
+    def adapter(self, model: PretrainedModel, scratch: Path) -> tuple[Run, Path]:
         """
         The newest adapter, as a PEFT folder; that the run has not finished is said.
 
         Args:
-            fingerprint: of the base model that it is to be merged into.
+            model: the base model that it is to be merged into.
             scratch: an empty folder, for an adapter that only a checkpoint holds.
 
         Raises:
             ExportError: the run is of another model, or nothing was kept of it yet.
         """
-        if self._fingerprint != fingerprint:
+        if self._fingerprint != (fingerprint := model.fingerprint()):
             raise ExportError(
                 f"{self.folder} is a run of the model {self.model!r} ({self._fingerprint}); "
                 f"--model gives another {part_that_differs(self._fingerprint, fingerprint)} ({fingerprint})"
             )
         if self._reached is None:
-            return self._last_checkpoint(scratch)
+            return self._last_checkpoint(model.config, scratch)
         step, last = self._reached
         if step != last:
             logger.warning("the run ended early: this is its adapter after step %d of %d", step, last)
         return Run(id=self._id, step=step, finished=step == last), self.folder / "adapter"
 
-    def _last_checkpoint(self, scratch: Path) -> tuple[Run, Path]:
+    def _last_checkpoint(self, config: ModelConfig, scratch: Path) -> tuple[Run, Path]:
         for path in sorted((self.folder / "checkpoints").glob("*.safetensors"), reverse=True):
             try:
                 text, tensors = read_sealed(path)
@@ -96,6 +96,6 @@ class RunDirectory:
                 raise ExportError(f"{path} is of run {saved['run']}, not of {self._id}")
             logger.warning("the run has not finished: this is its last checkpoint, after step %d", saved["step"])
             matrices = {name.removeprefix(ADAPTER): tensor for name, tensor in tensors.items() if name.startswith(ADAPTER)}
-            save_adapter(scratch, matrices, self._lora, self.model)
+            save_adapter(scratch, matrices, config, self._lora, self.model)
             return Run(id=self._id, step=saved["step"], finished=False), scratch
         raise ExportError(f"{self.folder} has no checkpoint yet and no adapter; wait for the run's first checkpoint")

@@ -73,7 +73,7 @@ def open_source(
     fingerprint, run, lora = base.fingerprint(), None, None
     with tempfile.TemporaryDirectory(prefix="splitlora-") as scratch:
         if directory is not None:
-            run, adapter = directory.adapter(fingerprint, Path(scratch, "adapter"))
+            run, adapter = directory.adapter(base, Path(scratch, "adapter"))
         if adapter is not None:
             try:
                 lora = read_adapter(adapter, base.config)

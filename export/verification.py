@@ -190,7 +190,7 @@ def _reference(
     with tempfile.TemporaryDirectory(prefix="splitlora-") as scratch:
         base = manifest.folder if name is None else find_model(name)
         if directory is not None:
-            _, adapter = directory.adapter(PretrainedModel(base).fingerprint(), Path(scratch))
+            _, adapter = directory.adapter(PretrainedModel(base), Path(scratch))
         if adapter is not None and name is None and manifest.adapter is None:
             raise ExportError(
                 f"{manifest.folder} has its adapter merged: --adapter needs --model, the base model that it is of"

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from protocol import Seconds
-from split_model import Adapter, LoraConfig, save_adapter
+from split_model import Adapter, LoraConfig, ModelConfig, save_adapter
 from storage import CacheFolder, remove_unfinished, replace_file
 
 from .checkpoints import Checkpoints
@@ -145,10 +145,10 @@ class RunDirectory:
         with self._writing():
             replace_file(self._metrics, b"".join(kept))
 
-    def save_adapter(self, adapter: Adapter, lora: LoraConfig, base_model: str) -> Path:
+    def save_adapter(self, adapter: Adapter, config: ModelConfig, lora: LoraConfig, base_model: str) -> Path:
         """Write the adapter of both parts as one PEFT folder; give its path."""
         with self._writing():
-            save_adapter(self.adapter_folder, adapter, lora, base_model)
+            save_adapter(self.adapter_folder, adapter, config, lora, base_model)
         return self.adapter_folder
 
     @property

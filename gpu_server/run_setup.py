@@ -93,7 +93,7 @@ def set_up(options: Mapping[str, Any]) -> Run:
         "dtype": config.dtype,
         "versions": {"splitlora": version(), "torch": str(torch.__version__), "numpy": numpy.__version__},
     }
-    journal = Journal(directory, description, lora, config.model)
+    journal = Journal(directory, description, model.config, lora, config.model)
     federation = Federation(
         run,
         settings,

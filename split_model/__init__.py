@@ -1,12 +1,13 @@
-"""GPT-2 cut in two, with LoRA on both parts. Knows nothing of networks."""
+"""A model cut in two, with LoRA on both parts. Knows nothing of networks."""
 
 from .adapter_folder import load_adapter, save_adapter
 from .generation import continue_greedily
 from .lora import Adapter, LoraConfig, adapter_shapes, initial_adapter
+from .model_config import ModelConfig
 from .optimisation import OptimiserConfig, adamw, optimiser_state, restore_optimiser, take_step
 from .parts import EdgePart, ServerPart, check_cut_layer
-from .precision import DTYPES, choose_device, choose_dtype, working_dtype
-from .pretrained_model import ModelConfig, PretrainedModel, StoredTensor
+from .precision import DTYPES, choose_device, choose_dtype
+from .pretrained_model import PretrainedModel
 from .sealed_tensors import DamagedFile, read_sealed, seal
 
 __all__ = [
@@ -19,7 +20,6 @@ __all__ = [
     "OptimiserConfig",
     "PretrainedModel",
     "ServerPart",
-    "StoredTensor",
     "adamw",
     "adapter_shapes",
     "check_cut_layer",
@@ -34,5 +34,4 @@ __all__ = [
     "save_adapter",
     "seal",
     "take_step",
-    "working_dtype",
 ]

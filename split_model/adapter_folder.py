@@ -11,18 +11,24 @@ from storage import AdapterError, AdapterSettings, Folder
 from storage.adapter_settings import CONFIG_FILE, WEIGHTS_FILE
 
 from .lora import Adapter, LoraConfig, adapter_shapes
-from .pretrained_model import ModelConfig
+from .model_config import ModelConfig
 
 __all__ = ["load_adapter", "save_adapter"]
 
 CHOOSING = ("use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules")
-"""Settings of plain LoRA that make layers differ in rank or scale, or leave some out: a run has one of each for all."""
+"""Settings of plain LoRA that scale in another way, or not all layers alike; a run has one rank and one scale, alpha / rank."""
 
 
-def save_adapter(folder: Path, adapter: Adapter, lora: LoraConfig, base_model: str) -> None:
-    """Write a folder that ``PeftModel.from_pretrained`` loads. Matrices are stored in float32 unless they are float64."""
+def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, lora: LoraConfig, base_model: str) -> None:
+    """
+    Write a folder that ``PeftModel.from_pretrained`` loads.
+
+    Args:
+        adapter: of the whole model; stored in the dtype it has, float32 unless the run is one of float64.
+        base_model: the name or the folder under which PEFT finds the model that is adapted.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    config = {
+    settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -30,11 +36,11 @@ def save_adapter(folder: Path, adapter: Adapter, lora: LoraConfig, base_model: s
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         "target_modules": list(lora.targets),
-        "fan_in_fan_out": True,
+        "fan_in_fan_out": config.stores_in_out,
         "bias": "none",
         "inference_mode": True,
     }
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     save_file({name: matrix.contiguous() for name, matrix in adapter.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
 
 

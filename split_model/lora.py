@@ -8,14 +8,12 @@ from torch import Tensor, nn
 
 from storage import AdapterError
 
-from .pretrained_model import ModelConfig
+from .model_config import ModelConfig
 
 __all__ = ["Adapter", "LoraConfig", "adapter_shapes", "initial_adapter"]
 
 Adapter = dict[str, Tensor]
 """LoRA matrices under the names PEFT gives them in the whole model; A is (r, in), B is (out, r)."""
-
-LAYERS_OF_TARGET = {"c_attn": ("attn.c_attn",), "c_proj": ("attn.c_proj", "mlp.c_proj"), "c_fc": ("mlp.c_fc",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +24,8 @@ class LoraConfig:
     alpha: float = 32.0
     dropout: float = 0.0
     """Probability of zeroing an input element of A during training."""
-    targets: tuple[str, ...] = ("c_attn",)
-    """Any of c_attn, c_proj (both of attention and of the MLP, as in PEFT) and c_fc."""
+    targets: tuple[str, ...]
+    """The last components of layers' names, as PEFT matches target_modules; `ModelConfig.lora_targets` lists a family's."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -36,32 +34,45 @@ class LoraConfig:
             raise AdapterError(f"LoRA alpha must be positive, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise AdapterError(f"LoRA dropout must be in [0, 1), got {self.dropout}")
-        unknown = [target for target in self.targets if target not in LAYERS_OF_TARGET]
-        if unknown or not self.targets:
-            raise AdapterError(f"LoRA targets must be among {', '.join(LAYERS_OF_TARGET)}; got {', '.join(unknown) or 'none'}")
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
 
-    def adapts(self, layer: str) -> bool:
-        """Whether the layer, such as "attn.c_attn", has an adapter."""
-        return any(layer in LAYERS_OF_TARGET[target] for target in self.targets)
+
+def adapted_layers(config: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int, int]]:
+    """
+    Of a block's linear layers, those with an adapter: name in the block -> (in, out), in the order of the forward pass.
+
+    Raises:
+        AdapterError: a target is no layer of this family, or there is no target.
+    """
+    # This is where settings first meet a model. What may be named at all, the protocol checks when settings arrive
+    # (`protocol.settings.TARGETS`), long before either side knows which family it is about.
+    known = config.lora_targets
+    unknown = [target for target in lora.targets if target not in known]
+    if unknown or not lora.targets:
+        raise AdapterError(f"LoRA targets must be among {', '.join(known)}; got {', '.join(unknown) or 'none'}")
+    return {layer: shape for layer, shape in config.layer_shapes.items() if layer.rpartition(".")[2] in lora.targets}
 
 
-def adapter_name(block: int, layer: str, matrix: str) -> str:
-    """PEFT's name of ``matrix`` ("A" or "B") of a layer in the whole model."""
-    return f"base_model.model.transformer.h.{block}.{layer}.lora_{matrix}.weight"
+def adapter_name(config: ModelConfig, block: int, layer: str, matrix: str) -> str:
+    """PEFT's name of ``matrix`` ("A" or "B") of a block's layer in the whole model."""
+    return f"base_model.model.{config.stored_name(config.block_name(block))}.{layer}.lora_{matrix}.weight"
 
 
 def adapter_shapes(config: ModelConfig, lora: LoraConfig, blocks: range) -> dict[str, tuple[int, int]]:
-    """Name and shape of every adapter matrix of the given blocks, in the order of the forward pass."""
-    shapes = {}
+    """
+    Name and shape of every adapter matrix of the given blocks, in the order of the forward pass: A is (r, in), B is (out, r).
+
+    Raises:
+        AdapterError: as `adapted_layers`.
+    """
+    layers, shapes = adapted_layers(config, lora), {}
     for block in blocks:
-        for layer, (inputs, outputs) in config.layer_shapes.items():
-            if lora.adapts(layer):
-                shapes[adapter_name(block, layer, "A")] = (lora.rank, inputs)
-                shapes[adapter_name(block, layer, "B")] = (outputs, lora.rank)
+        for layer, (inputs, outputs) in layers.items():
+            shapes[adapter_name(config, block, layer, "A")] = (lora.rank, inputs)
+            shapes[adapter_name(config, block, layer, "B")] = (outputs, lora.rank)
     return shapes
 
 
@@ -77,14 +88,17 @@ def initial_adapter(config: ModelConfig, lora: LoraConfig, seed: int) -> Adapter
 
 
 class SeededDropout(nn.Module):
-    """Dropout whose masks are a function of a seed alone, so that a repeated step draws the same ones."""
+    """
+    Dropout whose masks are a function of a seed alone, so that a repeated step draws the same ones. All layers of a part share
+    one, and draw from its generator in the order of the forward pass.
+    """
 
     def __init__(self, probability: float, device: torch.device) -> None:
         super().__init__()
         self.probability = probability
         self.generator = torch.Generator(device)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # (N, in) -> (N, in)
         if not self.training or not self.probability:
             return x
         keep = 1 - self.probability
@@ -92,7 +106,10 @@ class SeededDropout(nn.Module):
 
 
 class LoraLinear(nn.Module):
-    """y = x W + b + scale * dropout(x) A^T B^T. W (in, out) and b are frozen; A and B, where there are any, learn."""
+    """
+    y = x W + b + scale * dropout(x) A^T B^T. W (in, out) and b (out,) are frozen and in `Placement.weight_dtype`; A (r, in) and
+    B (out, r), where there are any, learn. x (N, in), y (N, out), A and B are in `Placement.dtype`.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -107,7 +124,7 @@ class LoraLinear(nn.Module):
         """Whether the matrices, where there are any, take part."""
 
     def adapt(self, lora: LoraConfig, dropout: SeededDropout, dtype: torch.dtype) -> dict[str, nn.Parameter]:
-        """Add the matrices, empty: their values come with an adapter. Gives A and B."""
+        """Add the matrices, zero until an adapter's values are loaded, and return A (r, in) and B (out, r)."""
         inputs, outputs = self.weight.shape
         self.scale, self.dropout = lora.scale, dropout
         self.lora_A = nn.Parameter(torch.zeros(lora.rank, inputs, dtype=dtype, device=self.weight.device))
@@ -115,8 +132,11 @@ class LoraLinear(nn.Module):
         return {"A": self.lora_A, "B": self.lora_B}
 
     def forward(self, x: Tensor) -> Tensor:  # (N, in) -> (N, out)
+        # With bfloat16 weights, this product is computed in bfloat16, for which the processor has instructions. A and B stay in
+        # float32: what a step changes of them is smaller than what bfloat16 can tell apart.
         y = torch.addmm(self.bias, x.to(self.weight.dtype), self.weight).to(x.dtype)
         if self.lora_A is None or self.lora_B is None or not self.is_adapted:
             return y
         low_rank = self.dropout(x) @ self.lora_A.T  # (N, r)
+        # In place: the gradient of neither product needs y, and a second (N, out) would be the largest tensor of the block.
         return y.addmm_(low_rank, self.lora_B.T, alpha=self.scale)

@@ -1,19 +1,22 @@
-"""GPT-2 cut in two at a block boundary: what a device holds, and what the server holds."""
+"""
+A model cut in two at a block boundary: what a device holds, and what the server holds.
+
+B sequences, N rows of their tokens one under the other, d elements in a row, V tokens in the vocabulary, L blocks.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from storage import AdapterError, ModelError
 
-from .blocks import Block, LayerNorm
-from .lora import Adapter, LoraConfig, LoraLinear, SeededDropout, adapter_name
+from .families import family_of
+from .lora import Adapter, LoraConfig, LoraLinear, SeededDropout, adapted_layers, adapter_name
 from .loss import summed_cross_entropy
 from .packing import Packing, labelled_positions
-from .precision import working_dtype
+from .precision import Placement
 from .pretrained_model import PretrainedModel
 
 __all__ = ["EdgePart", "ServerPart", "check_cut_layer"]
@@ -32,28 +35,30 @@ def check_cut_layer(cut_layer: int, num_layers: int) -> None:
 
 class Part(nn.Module):
     """
-    Consecutive blocks of a GPT-2 with LoRA.
+    Consecutive blocks of a model with LoRA.
 
     Args:
-        weight_dtype: dtype of the frozen matrices; everything else is in `working_dtype`.
+        weight_dtype: of the frozen matrices; for everything else see `Placement.dtype`.
     """
 
     def __init__(
         self, model: PretrainedModel, blocks: range, lora: LoraConfig, *, weight_dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
-        self.dtype, self.device = working_dtype(weight_dtype), device
+        config, self.family = model.config, family_of(model.config)
+        self.placement = Placement(weight_dtype, device)
+        self.dtype, self.device = self.placement.dtype, device
         self.dropout = SeededDropout(lora.dropout, device)
-        parts = [Block(model, index, weight_dtype, self.dtype, device) for index in blocks]
-        self.blocks = nn.ModuleList(parts)
+        self.blocks = nn.ModuleList(self.family.block(config, model.tensors, index, self.placement) for index in blocks)
         self._matrices: dict[str, nn.Parameter] = {}
         self._adapted: list[LoraLinear] = []
-        for block in parts:
-            for layer, linear in block.linear_layers().items():
-                if lora.adapts(layer):
-                    self._adapted.append(linear)
-                    for matrix, parameter in linear.adapt(lora, self.dropout, self.dtype).items():
-                        self._matrices[adapter_name(block.index, layer, matrix)] = parameter
+        for index, block in zip(blocks, self.blocks, strict=True):
+            for layer in adapted_layers(config, lora):
+                linear = block.get_submodule(layer)
+                assert isinstance(linear, LoraLinear)
+                self._adapted.append(linear)
+                for matrix, parameter in linear.adapt(lora, self.dropout, self.dtype).items():
+                    self._matrices[adapter_name(config, index, layer, matrix)] = parameter
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
@@ -111,30 +116,26 @@ class Part(nn.Module):
                     raise AdapterError(f"{name} has shape {list(adapter[name].shape)}, expected {list(matrix.shape)}")
                 matrix.copy_(adapter[name])
 
-    def _run(self, hidden: Tensor, packing: Packing) -> Tensor:
+    def _run(self, hidden: Tensor, packing: Packing) -> Tensor:  # (N, d) -> (N, d)
         for block in self.blocks:
             hidden = block(hidden, packing)
         return hidden
 
 
 class EdgePart(Part):
-    """Embeddings and blocks [0, cut). Of the token embedding, only the rows a batch uses are read."""
+    """The embedding and blocks [0, cut). Of the token embedding, only the rows that a batch uses are read."""
 
     def __init__(
         self, model: PretrainedModel, cut_layer: int, lora: LoraConfig, *, weight_dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(model, range(cut_layer), lora, weight_dtype=weight_dtype, device=device)
-        config = model.config
-        self.width = config.width
-        model.tensor("wte.weight", (config.vocabulary_size, config.width))  # is there, and has its shape
-        self.tokens = model.rows("wte.weight")
-        self.positions = model.tensor("wpe.weight", (config.num_positions, config.width))
+        self.width = model.config.width
+        self.embedding = self.family.embedding(model.config, model.tensors, self.placement)
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Packed ids (N,) and lengths (B,), both on the CPU -> activations (N, d)."""
         packing = Packing(lengths)
-        tokens_embedded = self.tokens.gather(tokens).to(self.device, self.dtype)
-        hidden = tokens_embedded + F.embedding(packing.positions, self.positions).to(self.device, self.dtype)
+        hidden = self.embedding(tokens, packing)
         return self._run(hidden, packing if self.device.type == "cpu" else Packing(lengths.to(self.device)))
 
 
@@ -145,10 +146,8 @@ class ServerPart(Part):
         self, model: PretrainedModel, cut_layer: int, lora: LoraConfig, *, weight_dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(model, range(cut_layer, model.config.num_layers), lora, weight_dtype=weight_dtype, device=device)
-        config = model.config
-        self.final_norm = LayerNorm(model, "ln_f", self.dtype, device)
-        head = "wte.weight" if config.tied_head else "lm_head.weight"
-        self.head = model.tensor(head, (config.vocabulary_size, config.width)).to(device, weight_dtype)
+        self.final_norm = self.family.final_norm(model.config, model.tensors, self.placement)
+        self.head = model.tensors[model.config.head_name].view().to(device, weight_dtype)  # (V, d)
 
     def summed_loss(self, activations: Tensor, lengths: Tensor, label_counts: Tensor, labels: Tensor) -> Tensor:
         """

@@ -1,12 +1,13 @@
 """Which device computes, and in which precision."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
 from storage import ModelError
 
-__all__ = ["DTYPES", "choose_device", "choose_dtype", "working_dtype"]
+__all__ = ["DTYPES", "Placement", "choose_device", "choose_dtype"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -59,6 +60,15 @@ def choose_dtype(name: str, device: torch.device) -> tuple[str, str]:
     return "bfloat16", "this processor has instructions for it"
 
 
-def working_dtype(weight_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of everything that is not a frozen matrix: norms, residual stream, adapters, what is sent."""
-    return torch.float64 if weight_dtype == torch.float64 else torch.float32
+@dataclass(frozen=True)
+class Placement:
+    """Where a part of a model computes, and in which numbers."""
+
+    weight_dtype: torch.dtype
+    """Of the frozen matrices, and of the products with them."""
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of everything that is not a frozen matrix: norms, residual stream, adapters, what is sent."""
+        return torch.float64 if self.weight_dtype == torch.float64 else torch.float32

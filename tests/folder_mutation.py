@@ -279,7 +279,9 @@ class Judge:
         elif what == 1:
             base = PretrainedModel(self._model)
             base.fingerprint()
-            part = EdgePart(base, 1, LoraConfig(rank=2), weight_dtype=torch.float32, device=torch.device("cpu"))
+            part = EdgePart(
+                base, 1, LoraConfig(rank=2, targets=("c_attn",)), weight_dtype=torch.float32, device=torch.device("cpu")
+            )
             part(torch.tensor([1, 2, 3]), torch.tensor([3]))
         else:
             merge(str(self._model), self._out, overwrite=True)

@@ -98,7 +98,7 @@ def test_adapter_whose_initialisation_changed_the_base_is_neither_continued_nor_
 ) -> None:
     adapter = change(save_peft(model, tmp_path / "adapter"), init_lora_weights=way)
     with pytest.raises(AdapterError, match=f"only plain LoRA can be continued; this adapter uses init_lora_weights='{way}'"):
-        load_adapter(adapter, PretrainedModel(model).config, OurLora(rank=4, alpha=8))
+        load_adapter(adapter, PretrainedModel(model).config, OurLora(rank=4, alpha=8, targets=("c_attn",)))
     with pytest.raises(ExportError, match=f"init_lora_weights='{way}'; only merging can export it"):
         export_onnx(str(model), tmp_path / "out", adapter=adapter, keep_adapter=True)
 
@@ -106,7 +106,7 @@ def test_adapter_whose_initialisation_changed_the_base_is_neither_continued_nor_
 @pytest.mark.parametrize("way", [True, False, "gaussian", "eva", "orthogonal"])
 def test_other_initialisations_are_plain_lora(model: Path, tmp_path: Path, way: Any) -> None:
     adapter = change(save_peft(model, tmp_path / "adapter"), init_lora_weights=way)
-    assert load_adapter(adapter, PretrainedModel(model).config, OurLora(rank=4, alpha=8))
+    assert load_adapter(adapter, PretrainedModel(model).config, OurLora(rank=4, alpha=8, targets=("c_attn",)))
 
 
 PATTERNS = [
@@ -222,7 +222,7 @@ def test_matrices_that_are_no_numbers_are_refused(model: Path, tmp_path: Path, v
     with pytest.raises(ExportError, match=message):
         merge(str(model), tmp_path / "out", adapter=adapter)
     with pytest.raises(AdapterError, match=message):
-        load_adapter(adapter, PretrainedModel(model).config, OurLora(rank=4, alpha=8))
+        load_adapter(adapter, PretrainedModel(model).config, OurLora(rank=4, alpha=8, targets=("c_attn",)))
 
 
 def test_product_beyond_float32_is_refused(model: Path, tmp_path: Path) -> None:

@@ -400,10 +400,11 @@ def test_server_names_an_unknown_key_of_the_file_and_the_nearest_known_one(serve
 def test_server_refuses_an_adapter_of_another_kind(
     server_says: Say, tiny_model: Path, tmp_path: Path, rank: int, changes: dict[str, Any], reason: str
 ) -> None:
-    folder, lora = tmp_path / "adapter", LoraConfig(rank=rank)
-    save_adapter(folder, initial_adapter(PretrainedModel(tiny_model).config, lora, 0), lora, "tiny")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    folder, lora = tmp_path / "adapter", LoraConfig(rank=rank, targets=("c_attn",))
+    config = PretrainedModel(tiny_model).config
+    save_adapter(folder, initial_adapter(config, lora, 0), config, lora, "tiny")
+    values = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**values, **changes}))
     text = server_says(init_adapter=folder)
     assert str(folder) in text
     assert reason in text
@@ -413,8 +414,9 @@ def test_server_refuses_an_adapter_of_another_kind(
 def test_server_refuses_an_adapter_without_matrices(
     server_says: Say, tiny_model: Path, tmp_path: Path, content: bytes | None
 ) -> None:
-    folder, lora = tmp_path / "adapter", LoraConfig(rank=2)
-    save_adapter(folder, initial_adapter(PretrainedModel(tiny_model).config, lora, 0), lora, "tiny")
+    folder, lora = tmp_path / "adapter", LoraConfig(rank=2, targets=("c_attn",))
+    config = PretrainedModel(tiny_model).config
+    save_adapter(folder, initial_adapter(config, lora, 0), config, lora, "tiny")
     weights = folder / "adapter_model.safetensors"
     weights.unlink()
     if content is not None:
@@ -424,9 +426,10 @@ def test_server_refuses_an_adapter_without_matrices(
 
 
 def test_server_refuses_an_adapter_of_another_model(server_says: Say, tiny_model: Path, tmp_path: Path) -> None:
-    folder, lora = tmp_path / "adapter", LoraConfig(rank=2)
-    adapter = initial_adapter(PretrainedModel(tiny_model).config, lora, 0)
-    save_adapter(folder, dict(list(adapter.items())[2:]), lora, "tiny")
+    folder, lora = tmp_path / "adapter", LoraConfig(rank=2, targets=("c_attn",))
+    config = PretrainedModel(tiny_model).config
+    adapter = initial_adapter(config, lora, 0)
+    save_adapter(folder, dict(list(adapter.items())[2:]), config, lora, "tiny")
     assert "h.0.attn.c_attn.lora_A.weight is missing, unknown or of another shape" in server_says(init_adapter=folder)
 
 

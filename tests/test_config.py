@@ -474,7 +474,7 @@ NAMES = {
     ],
     "split_model": [
         *("Adapter", "DTYPES", "DamagedFile", "EdgePart", "LoraConfig", "ModelConfig", "OptimiserConfig", "PretrainedModel"),
-        *("ServerPart", "StoredTensor", "adamw", "adapter_shapes", "check_cut_layer", "choose_device", "choose_dtype"),
+        *("ServerPart", "adamw", "adapter_shapes", "check_cut_layer", "choose_device", "choose_dtype"),
         *(
             "continue_greedily",
             "initial_adapter",
@@ -484,7 +484,7 @@ NAMES = {
             "restore_optimiser",
             "seal",
         ),
-        *("save_adapter", "take_step", "working_dtype"),
+        *("save_adapter", "take_step"),
     ],
     "storage": [
         *(

@@ -21,6 +21,7 @@ from export.precision import PRECISIONS, Precision
 from export.quantisation import BlockFormat, quantise
 from export.weights import StoredWeights, Weights
 from split_model import ModelConfig, PretrainedModel
+from split_model.families.gpt2 import GPT2Config
 from storage import load_tokenizer
 
 TARGETS = ("c_attn", "c_proj", "c_fc")
@@ -336,7 +337,7 @@ def test_gpt2_small_is_as_small_as_it_should_be(tmp_path: Path, precision: str, 
     rest = {"norm_epsilon": 1e-5, "activation": "gelu_new", "tied_head": True, "end_token": 50256}
     sizes = []
     for num_layers in (1, 2):
-        config = ModelConfig(num_layers=num_layers, **shape, **rest)  # type: ignore[arg-type]
+        config = GPT2Config(num_layers=num_layers, **shape, **rest)  # type: ignore[arg-type]
         sizes.append(write(tmp_path / f"{num_layers}.onnx", config, Shaped(config), PRECISIONS[precision]))
     assert sizes[0] + 11 * (sizes[1] - sizes[0]) <= largest
 

@@ -342,13 +342,14 @@ def test_float_weights_need_no_preparation(copied: Path, capsys: pytest.CaptureF
 
 def make_adapter(folder: Path, model: Path, *, seed: int, **settings: Any) -> Path:
     """A PEFT folder whose adapter changes what is said."""
-    lora = LoraConfig(**{"rank": 4, "alpha": 32.0, **settings})
-    adapter = initial_adapter(PretrainedModel(model).config, lora, seed)
+    lora = LoraConfig(**{"rank": 4, "alpha": 32.0, "targets": ("c_attn",), **settings})
+    config = PretrainedModel(model).config
+    adapter = initial_adapter(config, lora, seed)
     generator = torch.Generator().manual_seed(seed)
     for name in adapter:
         if ".lora_B." in name:
             adapter[name].normal_(generator=generator)
-    save_adapter(folder, adapter, lora, str(model))
+    save_adapter(folder, adapter, config, lora, str(model))
     return folder
 
 

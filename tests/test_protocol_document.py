@@ -45,8 +45,8 @@ from protocol.invitation import FORM
 from protocol.rounding import Dither, to_bfloat16
 from protocol.settings import BOUNDS
 from split_model import PretrainedModel
+from split_model.families.gpt2 import GPT2Config
 from split_model.optimisation import OptimiserConfig, adamw, take_step
-from split_model.pretrained_model import ModelConfig
 from storage.tokenizer import tokenizer_digest
 
 DOCUMENT = (Path(__file__).parent.parent / "PROTOCOL.md").read_text(encoding="utf-8")
@@ -290,7 +290,7 @@ def test_its_vector_of_a_fingerprint_is_that_of_such_a_model(tmp_path: Path) -> 
     _, _, text = DOCUMENT.partition("\n**A fingerprint**")
     first, second = re.findall(r"^    (.*)$", text, re.MULTILINE)
     (digits,) = re.findall(r"over the model begins with `([0-9a-f]{32})`", text)
-    config = ModelConfig(**json.loads(f"{first} {second}"))
+    config = GPT2Config(**json.loads(f"{first} {second}"))
     assert f"{first} {second}" == json.dumps(dataclasses.asdict(config), sort_keys=True)
     names = {"num_layers": "n_layer", "width": "n_embd", "num_heads": "n_head", "num_positions": "n_positions"}
     stored = {names[name]: value for name, value in dataclasses.asdict(config).items() if name in names}

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from split_model import Adapter, LoraConfig
+from split_model import Adapter, LoraConfig, ModelConfig
 
 from ..checkpoints import SavedRound
 from ..federation import StepRecord
@@ -21,12 +21,15 @@ class Journal:
 
     Args:
         description: what run.json says of the run.
+        config: the base model's.
         base_model: its name or folder, as the adapter's folder has it.
     """
 
-    def __init__(self, directory: RunDirectory, description: dict[str, Any], lora: LoraConfig, base_model: str) -> None:
+    def __init__(
+        self, directory: RunDirectory, description: dict[str, Any], config: ModelConfig, lora: LoraConfig, base_model: str
+    ) -> None:
         self._directory, self._description = directory, description
-        self._lora, self._base_model = lora, base_model
+        self._config, self._lora, self._base_model = config, lora, base_model
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._last: Future[None] = Future()
         self._last.set_result(None)
@@ -54,7 +57,7 @@ class Journal:
         """And say in run.json which step it has reached."""
 
         def write() -> None:
-            self._directory.save_adapter(adapter, self._lora, self._base_model)
+            self._directory.save_adapter(adapter, self._config, self._lora, self._base_model)
             self._directory.describe({**self._description, "adapter": {"step": step, "of": total_steps}})
 
         return self._ask(write)
