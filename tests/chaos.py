@@ -15,7 +15,7 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from typing import Any
 import torch
 from disturbance import Link, Plan
 from ports import free_port
+from protocol_samples import plain_settings
 from websockets.asyncio.server import ServerConnection
 from websockets.sync.client import ClientConnection
 
 from edge_client import ConnectionFailed, EdgeClient, membership
 from gpu_server import GpuServer
+from protocol import Activations, Done, Itinerary, QuestionId
 
 torch.set_num_threads(1)
 
@@ -48,15 +50,34 @@ MODES_WITH_CODECS: dict[str, dict[str, Any]] = {
     "delta, rounds of one step": {**DELTA, "aggregate_every": 1},
     "delta, rounds of two steps": {**DELTA, "aggregate_every": 2},
 }
-# How many answers each client gets there. A step has two micro-batches, a round an adapter; beside these there are those to
-# Hello, Join, Done, and two evaluations of a's.
-ANSWERS = {
-    "rounds of one step": {"a": 5 + 2 * 3, "b": 3 + 2 * 3},
-    "rounds of two steps": {"a": 5 + 2 * 2 + 1, "b": 3 + 4 * 2 + 2},
-    "delta, rounds of one step": {"a": 5 + 4 * 3, "b": 3 + 8 * 3},
-    "delta, rounds of two steps": {"a": 5 + 4 * 2 + 2, "b": 3 + 8 * 2 + 4},
-}
-ANSWERS_OF_BOTH = {mode: sum(of_client.values()) for mode, of_client in ANSWERS.items()}
+MICRO_BATCHES = 2
+NUM_SAMPLES = {"a": 5, "b": 7}
+BATCH_SIZE = {"a": 3, "b": 2}
+NUM_EVALUATIONS = {"a": 2, "b": 0}  # one before the training and one after it, of a single batch
+
+
+def num_answers(mode: str) -> dict[str, int]:
+    """How many messages the server sends to each client in a run that nobody disturbs."""
+    of_run = {name: value for name, value in MODES_WITH_CODECS[mode].items() if name in ("steps", "epochs", "aggregate_every")}
+    settings = plain_settings(clients=len(NUM_SAMPLES), micro_batches=MICRO_BATCHES, **of_run)
+    counts = {}
+    for name, num_samples in NUM_SAMPLES.items():
+        itinerary = Itinerary(settings, settings.steps_of_client(num_samples, BATCH_SIZE[name]))
+        of_handshake = 2  # to Hello and Join
+        counts[name] = of_handshake + NUM_EVALUATIONS[name] + len(list(questions(itinerary)))
+    return counts
+
+
+def questions(itinerary: Itinerary) -> Iterator[QuestionId]:
+    """All that a client asks from the beginning of a run to its end."""
+    question = itinerary.after_round(0)
+    while question.kind is not Done:
+        yield question
+        if question.kind is Activations:
+            question = itinerary.after_activations(question.step, question.micro_batch)
+        else:
+            question = itinerary.after_round(question.step)
+    yield question
 
 
 @dataclass(frozen=True)
@@ -88,6 +109,23 @@ class Outcome:
     struck: list[str]
     """Which faults did."""
 
+    def differences(self, other: "Outcome") -> list[str]:
+        """In what this run did not end as the other did. A perplexity that came too late is none."""
+        found = [name for name in ("adapter", "losses") if getattr(self, name) != getattr(other, name)]
+        perplexities = {self.perplexity, other.perplexity}
+        return found + ["perplexity"] * (len(perplexities) > 1 and not any(map(math.isnan, perplexities)))
+
+
+def every_fault(mode: str) -> list[Fault]:
+    """At every message that the server or client a sends or receives. Both clients' messages pass the server."""
+    answers = num_answers(mode)
+    of_a, of_both = answers["a"], sum(answers.values())
+    # The client's last message is its Goodbye, which has no answer.
+    counts = [("a", "send", of_a + 1), ("a", "receive", of_a), ("server", "receive", of_both + 1), ("server", "send", of_both)]
+    points = [(process, event, number) for process, event, count in counts for number in range(1, count + 1)]
+    faults = [Fault(*point, what) for point in points for what in ("kill", "cut")]
+    return faults + [Fault(*point, "twice") for point in points if point[1] == "send"]
+
 
 class Scene:
     """
@@ -98,11 +136,11 @@ class Scene:
     """
 
     def __init__(self, folder: Path, model: Path) -> None:
-        held_out = self._write(folder / "held-out.jsonl", 200, 3)
-        self.clients = {
-            "a": {"data": self._write(folder / "a.jsonl", 0, 5), "eval_data": held_out, "batch_size": 3},  # 2 steps an epoch
-            "b": {"data": self._write(folder / "b.jsonl", 100, 7), "batch_size": 2},  # 4 of them
+        self.clients: dict[str, dict[str, Any]] = {
+            name: {"data": self._write(folder / f"{name}.jsonl", 100 * i, num_samples), "batch_size": BATCH_SIZE[name]}
+            for i, (name, num_samples) in enumerate(NUM_SAMPLES.items())
         }
+        self.clients["a"]["eval_data"] = self._write(folder / "held-out.jsonl", 200, BATCH_SIZE["a"])
         self.options = {"model": str(model), "cut_layer": 1, "lora_rank": 2, "lr": 1e-2, "lora_dropout": 0.1}
 
     @staticmethod
@@ -119,7 +157,8 @@ class Scene:
         """A run with faults of all kinds, the same for the same seed; its mode, and what is left of it."""
         draw = random.Random(seed)
         mode = draw.choice(list(MODES_WITH_CODECS))
-        numbers = {**ANSWERS[mode], "server": ANSWERS_OF_BOTH[mode]}
+        answers = num_answers(mode)
+        numbers = {**answers, "server": sum(answers.values())}
         kills = [
             Fault(process, draw.choice(["send", "receive"]), draw.randint(1, number), "kill", life)
             for process, number in numbers.items()
@@ -153,7 +192,7 @@ class Run:
         through: int | None,
     ) -> None:
         self.folder, self.run_dir = folder, folder / "run"
-        usual = {"dtype": "float32", "micro_batches": 2, "linger": 3.0}
+        usual = {"dtype": "float32", "micro_batches": MICRO_BATCHES, "linger": 3.0}
         usual |= {"port": free_port(), "run_dir": str(self.run_dir)}
         self.options = {**usual, "clients": len(clients), **options}
         self.url = f"ws://127.0.0.1:{through or self.options['port']}"

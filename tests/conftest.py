@@ -1,6 +1,8 @@
 """A tiny GPT-2 of our own, the evaluation data where it is, and whole runs over real sockets in one process."""
 
+import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from chaos import Outcome, Scene
     from tokenizers import Tokenizer
 
     from edge_client import Step
@@ -106,6 +109,29 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(tiny_model: Path, tmp_path: Path) -> Path:
     """A copy of the tiny model that a test may spoil."""
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> "Scene":
+    """Two clients and a model of 2 blocks, d = 16, for runs in processes of their own; see chaos.py."""
+    from chaos import Scene
+
+    folder = tmp_path_factory.mktemp("scene")
+    return Scene(folder, make_model(folder, n_layer=2, n_embd=16, n_head=2))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(scene: "Scene", tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Outcome]":
+    """What comes of a run in one of chaos.py's modes in which nothing goes wrong."""
+
+    @functools.cache
+    def run(mode: str) -> "Outcome":
+        outcome = scene.run(tmp_path_factory.mktemp("undisturbed"), mode, []).to_its_end()
+        assert not outcome.struck
+        assert not math.isnan(outcome.perplexity)
+        return outcome
+
+    return run
 
 
 @pytest.fixture

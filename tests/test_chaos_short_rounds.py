@@ -1,0 +1,22 @@
+"""
+A run with rounds of one step gives the adapter of an undisturbed one, to the bit, whatever is killed, cut off or said twice.
+
+It happens at every single message in turn; test_chaos.py has several faults in a run.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from chaos import Fault, Outcome, Scene, every_fault
+
+MODE = "rounds of one step"
+
+
+@pytest.mark.parametrize("fault", every_fault(MODE), ids=str)
+def test_disturbed_run_gives_the_adapter_and_the_losses_of_an_undisturbed_one(
+    scene: Scene, undisturbed: Callable[[str], Outcome], tmp_path: Path, fault: Fault
+) -> None:
+    outcome = scene.run(tmp_path, MODE, [fault]).to_its_end()
+    assert outcome.struck == [fault.what]
+    assert outcome.differences(undisturbed(MODE)) == []
