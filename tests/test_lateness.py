@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 from attacks import SECONDS, RawClient
+from conftest import run_in_thread
 
 from edge_client import ConnectionFailed, EdgeClient, Refused
 from edge_client.connection import Connection
 from gpu_server import GpuServer
+from gpu_server.federation.deadline import Deadline
 from gpu_server.serving.conversation import Conversations
 from protocol import Failure, Hello, Welcome
 from split_model import PretrainedModel
@@ -84,6 +86,44 @@ def test_device_whose_link_stalls_when_it_comes_back_is_heard_the_next_time(
             assert [step.number for step in steps] == [2, 3, 4]
         assert len(list(server.train())) == 4
     assert refused.is_set()
+
+
+def test_run_goes_on_without_a_device_that_is_late_and_takes_it_in_again_when_it_asks(
+    tiny_model: Path,
+    tmp_path: Path,
+    pairs_file: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "gpu_server")
+    device = {"model": str(tiny_model), "device": "cpu", "dtype": "float32", "batch_size": 1, "state_dir": tmp_path / "state"}
+    files = {name: pairs_file(name, 9, 100 * i) for i, name in enumerate("ab")}
+    step_1_is_done, a_is_ahead = threading.Event(), threading.Event()
+    monkeypatch.setattr(Deadline, "seconds", lambda *_: 0.05 if step_1_is_done.is_set() else 1000.0)
+
+    def take_part_late() -> list[int]:
+        with EdgeClient(server.url, data=files["b"], name="b", **device) as client:
+            steps = client.train()
+            first = next(steps).number
+            assert a_is_ahead.wait(SECONDS)
+            return [first, *(step.number for step in steps)]
+
+    settings = {"clients": 2, "quorum": 1, "steps": 6}
+    with GpuServer(**options(tiny_model, tmp_path, **settings)) as server:
+        late = run_in_thread(take_part_late)
+        with EdgeClient(server.url, data=files["a"], name="a", **device) as client:
+            steps = client.train()
+            assert next(steps).number == 1
+            step_1_is_done.set()
+            assert [next(steps).number for _ in range(3)] == [2, 3, 4]
+            a_is_ahead.set()
+            assert late.result(SECONDS) == [1, 5, 6]
+            assert list(steps) == []  # now it was late itself
+        rows = list(server.train())
+    assert [row.number for row in rows] == [1, 2, 3, 4, 5, 6]
+    said = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith("step 2 goes on without b, silent for ") for line in said)
+    assert "b takes part again; steps 2 to 4 went on without it" in said
 
 
 # Answers in HTTP
