@@ -124,9 +124,9 @@ class DeviceCache(CacheFolder):
     def is_full(self) -> bool:
         return self.num_bytes >= self._plan
 
-    def keep(self, step: int, micro_batch: int, versions: dict[int, tuple[int, Array]]) -> None:
+    def store(self, step: int, micro_batch: int, versions: dict[int, tuple[int, Array]]) -> None:
         with readable_errors(self._folder):
-            super().keep(step, micro_batch, versions)
+            super().store(step, micro_batch, versions)
 
     def confirm(self, step: int, micro_batch: int) -> None:
         with readable_errors(self._folder):

@@ -10,12 +10,12 @@ from typing import TypeVar, cast
 
 from protocol import (
     HANDSHAKE_BYTES,
+    ActivationCache,
     EdgeAdapter,
     Evaluation,
     Hello,
     Itinerary,
     Join,
-    KeptSamples,
     Message,
     RemoteProtocolError,
     Start,
@@ -139,7 +139,7 @@ class Membership:
     # What a client says
 
     def start(
-        self, join: Join, *, largest_message: int = HANDSHAKE_BYTES, activation_cache: KeptSamples | None = None
+        self, join: Join, *, largest_message: int = HANDSHAKE_BYTES, activation_cache: ActivationCache | None = None
     ) -> Start:
         """
         Join the run. Returns when it starts, with all of its clients; if it has started already, at once.

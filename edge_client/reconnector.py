@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from protocol import KeptSamples
+from protocol import ActivationCache
 from terminal import Reminders
 
 from .connection import Connection, ConnectionFailed, Dial
@@ -82,7 +82,7 @@ class Reconnector:
         """... up to this time."""
         self._earlier_bytes = 0
         """Of the connections before this one."""
-        self.activation_cache: KeptSamples | None = None
+        self.activation_cache: ActivationCache | None = None
         """Set by `use_cache`."""
 
     @property
@@ -104,11 +104,11 @@ class Reconnector:
         """Bytes of all messages on all connections so far, both ways."""
         return self._earlier_bytes + (self._connection.num_bytes if self._connection else 0)
 
-    def use_cache(self, cache: KeptSamples | None) -> None:
+    def use_cache(self, cache: ActivationCache | None) -> None:
         """Let the conversations on this connection and on all later ones keep the samples' activations there."""
         self.activation_cache = cache
         if self._connection is not None:
-            self._connection.session.kept = cache
+            self._connection.session.activation_cache = cache
 
     def connect(self) -> Connection:
         """
@@ -118,7 +118,7 @@ class Reconnector:
             ConnectionFailed, Refused, CertificateChanged: as `Connection`.
         """
         self._connection = self._dial()
-        self._connection.stopwatch, self._connection.session.kept = self._stopwatch, self.activation_cache
+        self._connection.stopwatch, self._connection.session.activation_cache = self._stopwatch, self.activation_cache
         return self._connection
 
     def reconnect(self, error: ConnectionFailed, talk: Callable[[Connection], Result]) -> Result:

@@ -1,6 +1,6 @@
 """What the two sides say to each other. Does no I/O, knows no clock and no torch. PROTOCOL.md is its specification."""
 
-from .changes import KeptSamples
+from .changes import ActivationCache
 from .encoding import decode, encode
 from .errors import InvalidName, LocalProtocolError, ProtocolError, RemoteProtocolError, TrainingDiverged
 from .itinerary import LEGS, Itinerary, Leg, QuestionId, Remembered
@@ -55,6 +55,7 @@ __all__ = [
     "SECONDS_BETWEEN_PINGS",
     "SECONDS_TO_PONG",
     "TRANSITIONS",
+    "ActivationCache",
     "ActivationGradient",
     "Activations",
     "AdapterGradient",
@@ -71,7 +72,6 @@ __all__ = [
     "InvalidName",
     "Itinerary",
     "Join",
-    "KeptSamples",
     "LabelledBatch",
     "Leg",
     "LocalProtocolError",

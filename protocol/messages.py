@@ -234,7 +234,7 @@ class Activations(LabelledBatch):
     """0, 1, ... within the step; a client may ask the next ones before the first is answered."""
     seconds: Seconds
     samples: Integers | None = None
-    """(B,) numbers of the sequences in the client's data, where both sides keep them; -1: it is not kept."""
+    """(B,) in `DELTA`, for each sequence its number in the client's data; -1: neither side caches it."""
     exact: CodedFloats | None = None
     """(N, d) the values as held-out ones travel, in steps that check the codec."""
 

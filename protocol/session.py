@@ -127,8 +127,8 @@ class Session:
         self.codecs = dict.fromkeys(Side, EXACT)
         """By sender, of what may be coded; the server decides, for the next step."""
         self._codecs_before = self.codecs
-        self.kept: changes.KeptSamples | None = None
-        """The client's samples, for runs in `DELTA`."""
+        self.activation_cache: changes.ActivationCache | None = None
+        """The client's samples, for runs in `DELTA`; both sides give the session theirs when the client has joined."""
         self._agreed = Agreement()
         self._received: tuple[type, int, int, int] | None = None
         self._resumed_at: int | None = None
@@ -178,7 +178,7 @@ class Session:
             if isinstance(data, str):
                 raise RemoteProtocolError("got a text frame; messages are binary")
             message = decode(data, self.max_bytes, self._codecs_of_peer())
-            with self._lock:  # what is not to be taken, or was, must not change what is kept
+            with self._lock:  # what is not to be taken, or was, must not change the cache
                 if self._is_repeated(message):
                     self._ignore(message, "it was delivered twice")
                     return None
@@ -284,22 +284,22 @@ class Session:
             if message.codec != self.codecs[Side.CLIENT]:
                 self._codecs_before = self.codecs
             self.codecs = {Side.CLIENT: message.codec, Side.SERVER: gradient_codec(message.codec)}
-        self._care_for_kept(message)
+        self._update_cache(message)
 
     def _see_that_start_arrived(self) -> None:
         """Both sides drop what it takes back; the server not before it knows that the client has."""
-        if self._start_may_be_lost and self.kept is not None and self._resumed_at is not None:
-            self.kept.forget_after(self._resumed_at)
+        if self._start_may_be_lost and self.activation_cache is not None and self._resumed_at is not None:
+            self.activation_cache.forget_after(self._resumed_at)
         self._start_may_be_lost = False
 
-    def _care_for_kept(self, message: Message) -> None:
-        """Both sides keep the same, since both do so with the same messages."""
-        if self.kept is None:
+    def _update_cache(self, message: Message) -> None:
+        """Both sides' caches hold the same, since the same messages change them."""
+        if self.activation_cache is None:
             return
         if isinstance(message, ActivationGradient):
-            self.kept.confirm(message.step, message.micro_batch)
+            self.activation_cache.confirm(message.step, message.micro_batch)
         elif isinstance(message, EdgeAdapter):
-            self.kept.forget_before(message.checkpoint)
+            self.activation_cache.forget_before(message.checkpoint)
 
     # Codecs
 
@@ -323,9 +323,9 @@ class Session:
             message = replace(message, exact=exact)  # type: ignore[arg-type]  # as it is on the wire
         if self.codecs[self.side] != DELTA:
             return message
-        if self.kept is None:
-            raise LocalProtocolError(f"{DELTA} needs a place for samples")
-        return changes.coded(message, self.kept)
+        if self.activation_cache is None:
+            raise LocalProtocolError(f"{DELTA} needs an activation cache")
+        return changes.coded(message, self.activation_cache)
 
     def _nearly_exact(self, values: Array) -> Array | Coded:
         """What a codec is compared with: richer than it is, and little beside what it saves."""
@@ -335,9 +335,9 @@ class Session:
         in_delta = {name for name in ("values", "exact") if isinstance(getattr(message, name, None), Coded)}
         if not in_delta:
             return message
-        if in_delta != {"values"} or not isinstance(message, Activations) or self.kept is None:
+        if in_delta != {"values"} or not isinstance(message, Activations) or self.activation_cache is None:
             raise RemoteProtocolError(f"{type(message).__name__} in {DELTA}, which this run does not use")
-        return changes.arrived(message, self.kept)
+        return changes.arrived(message, self.activation_cache)
 
     def _dither(self, message: Message) -> Dither | None:
         """For gradients, the same for the same run, client, direction and step: a repeated message has the same bytes."""

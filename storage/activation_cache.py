@@ -1,4 +1,4 @@
-"""Samples' activations as they arrived, on the disk: what both sides of a run keep for `protocol.changes`."""
+"""The activation cache of one client on the disk, as both sides of a run keep it for `protocol.changes`."""
 
 import io
 import threading
@@ -15,46 +15,49 @@ __all__ = ["CacheFolder"]
 
 Rows = NDArray[np.uint16]
 """Of one sample: (n, d) bfloat16."""
-Question = tuple[int, int]
-"""Step and micro-batch."""
-
-Place = tuple[Question, int]
-"""Of a version: its file, and the step whose version it is a change of; 0: of none."""
+Key = tuple[int, int]
+"""Of a file: step and micro-batch of the message whose rows it holds."""
+Version = tuple[Key, int]
+"""Its file, and the step of the version that it is a change of; 0: of none."""
 
 COUNTS, PENDING = ".npz", ".pending"
+"""How a file's name ends, as long as its versions do not count yet and from then on: to confirm them is to rename it."""
 SINCE = "since"
-"""Beside a file's samples, in their order: the steps whose versions they are changes of."""
+"""In a file beside the samples, in their order: the steps of the versions that they are changes of."""
 DAMAGE = (OSError, EOFError, ValueError, zipfile.BadZipFile)
 
 
 class CacheFolder:
     """
-    One client's samples, a file for each micro-batch; see `protocol.KeptSamples`. The system's page cache keeps in memory
-    what there is room for. Threads may share it.
+    A `protocol.ActivationCache` with a file for each micro-batch. Only the index is in memory; what is read often, the
+    system's page cache keeps there. Threads may share it.
 
     Args:
+        folder: made when the first file is written. What is in it from before a crash is taken up.
         max_bytes: the most that all files together may take.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder, self._max_bytes = folder, max_bytes
         self._lock = threading.Lock()
-        self._steps: defaultdict[int, dict[int, Place]] = defaultdict(dict)
-        """Of each sample, the steps with a version that counts."""
-        self._pending: dict[Question, dict[int, int]] = {}
-        """Samples, and since when."""
-        self._needed: Counter[Question] = Counter()
-        """How many samples of a file are."""
-        self._sizes: dict[Question, int] = {}
+        self._versions: defaultdict[int, dict[int, Version]] = defaultdict(dict)
+        """By sample and step, the versions that count."""
+        self._pending: dict[Key, dict[int, int]] = {}
+        """Of the files that do not count yet: by sample, the step of the version that it is a change of."""
+        self._needed: Counter[Key] = Counter()
+        """How many versions of a file are needed still. A file goes with the last of them: rows are not rewritten."""
+        self._sizes: dict[Key, int] = {}
+        """Bytes of every file, pending or not."""
         self._earliest = 0
+        """The last step that `forget_before` was told: a round's end is told by every answer, and has nothing new to say."""
         for path in folder.glob(f"*{PENDING}*"):
-            path.unlink()
+            path.unlink()  # no answer to it was seen before the crash: the message is coded and sent again
         for path in sorted(folder.glob(f"*{COUNTS}")):
-            self._find(path)
+            self._take_up(path)
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing more should be kept for now."""
+        """Whether no more versions should be added for now."""
         return self.num_bytes >= self._max_bytes
 
     @property
@@ -69,31 +72,35 @@ class CacheFolder:
         return sum(self._sizes.values())
 
     def latest(self, sample: int, before: int) -> tuple[int, Rows] | None:
-        """Step and rows of the newest version of an earlier step; None also where its file is damaged."""
+        """Step and rows of the newest version of a step earlier than ``before``; None also where its file is damaged."""
         with self._lock:
-            step = max((step for step in self._steps.get(sample, {}) if step < before), default=None)
+            step = max((step for step in self._versions.get(sample, {}) if step < before), default=None)
         rows = None if step is None else self.version(sample, step)
         return None if step is None or rows is None else (step, rows)
 
     def version(self, sample: int, step: int) -> Rows | None:
+        """The rows of a step; None if they do not count, or their file is damaged."""
         with self._lock:
-            place = self._steps.get(sample, {}).get(step)
-        if place is None:
+            found = self._versions.get(sample, {}).get(step)
+        if found is None:
             return None
         try:
-            with self._path(place[0], COUNTS).open("rb") as stream, np.load(stream) as file:
+            with self._path(found[0], COUNTS).open("rb") as stream, np.load(stream) as file:
                 rows: Rows = file[str(sample)]
                 return rows
         except (*DAMAGE, KeyError):
             return None
 
-    def keep(self, step: int, micro_batch: int, versions: dict[int, tuple[int, Rows]]) -> None:
+    def store(self, step: int, micro_batch: int, versions: dict[int, tuple[int, Rows]]) -> None:
         """
+        Write the file of a micro-batch; its versions do not count yet.
+
         Args:
-            versions: by sample, with the steps whose versions they are changes of; 0: of none.
+            versions: by sample its rows, each with the step of the version that they were sent as a change of; 0: of none.
 
         Raises:
-            ValueError: it is more than may be kept.
+            ValueError: with it the files would be larger than they may be.
+            OSError: it cannot be written.
         """
         if not versions:
             return
@@ -101,80 +108,80 @@ class CacheFolder:
         arrays = {str(sample): rows for sample, (_, rows) in versions.items()}
         buffer = io.BytesIO()
         np.savez(buffer, **arrays, **{SINCE: np.array(list(since.values()), np.int32)})  # type: ignore[arg-type]
-        data, question = buffer.getvalue(), (step, micro_batch)
+        data, key = buffer.getvalue(), (step, micro_batch)
         with self._lock:
-            if self._needed.get(question) and self._path(question, COUNTS).read_bytes() == data:
-                return  # it was sent before, and counts
-            self._drop(question)
+            if self._needed.get(key) and self._path(key, COUNTS).read_bytes() == data:
+                return  # the message was delivered twice, and its versions count already
+            self._drop(key)
             if self.num_bytes + len(data) > self._max_bytes:
                 raise ValueError(f"samples of {self.num_bytes + len(data)} bytes, at most {self._max_bytes} are kept")
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            replace_file(self._path(question, PENDING), data)
-            self._pending[question], self._sizes[question] = since, len(data)
+            replace_file(self._path(key, PENDING), data)
+            self._pending[key], self._sizes[key] = since, len(data)
 
     def confirm(self, step: int, micro_batch: int) -> None:
-        question = step, micro_batch
+        key = step, micro_batch
         with self._lock:
-            since = self._pending.pop(question, None)
+            since = self._pending.pop(key, None)
             if since is not None:
-                self._path(question, PENDING).replace(self._path(question, COUNTS))
-                self._enter(question, since)
+                self._path(key, PENDING).replace(self._path(key, COUNTS))
+                self._enter(key, since)
 
     def forget_after(self, step: int) -> None:
         with self._lock:
-            for question in list(self._sizes):
-                if question[0] > step + 1 or question in self._pending:
-                    self._drop(question)
+            for key in list(self._sizes):
+                if key[0] > step + 1 or key in self._pending:
+                    self._drop(key)
 
     def forget_before(self, step: int) -> None:
         with self._lock:
             if step == self._earliest:
                 return
             self._earliest = step
-            for steps in self._steps.values():
+            for steps in self._versions.values():
                 older = [other for other in steps if other <= step]
                 if not older:
                     continue
                 newest = max(older)
                 _, before = steps[newest]
                 for unneeded in set(older) - {newest, before}:
-                    question, _ = steps.pop(unneeded)
-                    self._needed[question] -= 1
-                    if not self._needed[question]:
-                        self._remove(question)
+                    key, _ = steps.pop(unneeded)
+                    self._needed[key] -= 1
+                    if not self._needed[key]:
+                        self._remove(key)
 
-    def _find(self, path: Path) -> None:
+    def _take_up(self, path: Path) -> None:
         step, _, micro_batch = path.stem.partition("-")
         try:
             with path.open("rb") as stream, np.load(stream) as file:
                 samples = [int(name) for name in file.files if name != SINCE]
                 since = dict(zip(samples, file[SINCE].tolist(), strict=True))
         except (*DAMAGE, KeyError):
-            path.unlink()  # torn by a crash of the system
+            path.unlink()  # torn by a crash of the system; its samples come as they are when they come again
             return
-        question = int(step), int(micro_batch)
-        self._sizes[question] = path.stat().st_size
-        self._enter(question, since)
+        key = int(step), int(micro_batch)
+        self._sizes[key] = path.stat().st_size
+        self._enter(key, since)
 
-    def _enter(self, question: Question, since: dict[int, int]) -> None:
+    def _enter(self, key: Key, since: dict[int, int]) -> None:
         for sample, earlier in since.items():
-            self._steps[sample][question[0]] = question, earlier
-        self._needed[question] = len(since)
+            self._versions[sample][key[0]] = key, earlier
+        self._needed[key] = len(since)
 
-    def _drop(self, question: Question) -> None:
-        """A file, whatever still needs it."""
-        self._pending.pop(question, None)
-        if self._needed.get(question):
-            for steps in self._steps.values():
-                if question[0] in steps and steps[question[0]][0] == question:
-                    del steps[question[0]]
-        self._remove(question)
+    def _drop(self, key: Key) -> None:
+        """Remove a file and all its versions, needed or not."""
+        self._pending.pop(key, None)
+        if self._needed.get(key):
+            for steps in self._versions.values():
+                if key[0] in steps and steps[key[0]][0] == key:
+                    del steps[key[0]]
+        self._remove(key)
 
-    def _remove(self, question: Question) -> None:
-        self._needed.pop(question, None)
-        if self._sizes.pop(question, None) is not None:
+    def _remove(self, key: Key) -> None:
+        self._needed.pop(key, None)
+        if self._sizes.pop(key, None) is not None:
             for suffix in (COUNTS, PENDING):
-                self._path(question, suffix).unlink(missing_ok=True)
+                self._path(key, suffix).unlink(missing_ok=True)
 
-    def _path(self, question: Question, suffix: str) -> Path:
-        return self._folder / f"{question[0]:010}-{question[1]}{suffix}"
+    def _path(self, key: Key, suffix: str) -> Path:
+        return self._folder / f"{key[0]:010}-{key[1]}{suffix}"

@@ -961,7 +961,7 @@ def test_client_that_builds_on_what_is_not_kept_is_dropped_and_the_other_goes_on
         joined(run, fingerprint) as hostile,
     ):
         hostile.say(encode(words))
-        assert "a change of sample 0 since step 7, which is not kept" in hostile.hear().reason
+        assert "a change of sample 0 since step 7, which is not in the cache" in hostile.hear().reason
 
 
 @pytest.mark.parametrize("case", MISFITS)

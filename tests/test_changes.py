@@ -73,8 +73,8 @@ class Ends:
         """As it is sent, and as it arrives; it is answered, too."""
         sent = coded(message, self.device)
         came = arrived(decode(encode(sent), MAX_BYTES, [DELTA]), self.server)  # type: ignore[arg-type]
-        for kept in (self.device, self.server):
-            kept.confirm(message.step, message.micro_batch)
+        for cache in (self.device, self.server):
+            cache.confirm(message.step, message.micro_batch)
         return sent, came
 
 
@@ -107,7 +107,7 @@ def test_later_visit_is_a_change_and_both_sides_keep_the_same(ends: Ends) -> Non
     assert since(sent) == [1, 2]
     assert error(came, message) < 0.05
     for number in (1, 2):
-        versions = [kept.version(number, 3) for kept in (ends.device, ends.server)]
+        versions = [cache.version(number, 3) for cache in (ends.device, ends.server)]
         assert versions[0].tobytes() == versions[1].tobytes()  # type: ignore[union-attr]
     kept_rows = from_bfloat16(np.concatenate([ends.device.version(1, 3), ends.device.version(2, 3)]))  # type: ignore[list-item]
     assert np.array_equal(kept_rows, from_bfloat16(to_bfloat16(came.values)))
@@ -249,7 +249,7 @@ def test_both_sides_stay_the_same_whatever_happens_to_the_run(data: st.DataObjec
             else:
                 ends.device = CacheFolder(Path(folder) / "device", 10**7)
             for number in LENGTHS:
-                newest, at_the_server = (kept.latest(number, step + 1) for kept in (ends.device, ends.server))
+                newest, at_the_server = (cache.latest(number, step + 1) for cache in (ends.device, ends.server))
                 if newest is not None:
                     version = ends.server.version(number, newest[0])
                     assert version is not None
@@ -263,8 +263,8 @@ def test_device_that_heard_where_the_run_is_and_was_not_heard_itself_builds_on_w
         ends.send(batch(step, [0]))
     ends.device.forget_after(2)  # the server does not know whether its Start arrived, and keeps all
     ends.server.forget_after(ends.device.newest - 1)  # the next Join
-    for kept in (ends.device, ends.server):
-        kept.forget_after(8)  # the next Start
+    for cache in (ends.device, ends.server):
+        cache.forget_after(8)  # the next Start
     ends.send(batch(9, [1]))
     ends.server.forget_before(7)
     sent, _ = ends.send(batch(10, [0]))
@@ -274,9 +274,9 @@ def test_device_that_heard_where_the_run_is_and_was_not_heard_itself_builds_on_w
 # What arrives is not believed
 
 
-def refusal(message: Activations, kept: CacheFolder) -> str:
+def refusal(message: Activations, cache: CacheFolder) -> str:
     with pytest.raises(RemoteProtocolError) as caught:
-        arrived(message, kept)
+        arrived(message, cache)
     return str(caught.value)
 
 
@@ -303,19 +303,22 @@ def second_visit(ends: Ends) -> Activations:
 
 def test_change_since_a_step_that_is_not_kept_is_refused(ends: Ends, second_visit: Activations) -> None:
     assert refusal(with_parts(second_visit, since=steps(7, 1)), ends.server) == (
-        "a change of sample 0 since step 7, which is not kept"
+        "a change of sample 0 since step 7, which is not in the cache"
     )
     stranger = dataclasses.replace(second_visit, samples=np.array([0, 3], np.int32))
-    assert refusal(stranger, ends.server) == "a change of sample 3 since step 1, which is not kept"
+    assert refusal(stranger, ends.server) == "a change of sample 3 since step 1, which is not in the cache"
     nowhere = dataclasses.replace(second_visit, samples=None)
-    assert refusal(nowhere, ends.server) == "a change of sample -1 since step 1, which is not kept"
+    assert refusal(nowhere, ends.server) == "a change of sample -1 since step 1, which is not in the cache"
 
 
 def test_change_of_a_sample_of_another_length_is_refused(ends: Ends) -> None:
     ends.send(batch(1, [0, 1]))
     sent = coded(batch(2, [0, 1]), ends.device)
     swapped = dataclasses.replace(sent, samples=np.array([1, 0], np.int32))
-    assert refusal(swapped, ends.server) == f"a change of {LENGTHS[0]} rows of {WIDTH}, kept are [{LENGTHS[1]}, {WIDTH}]"
+    assert (
+        refusal(swapped, ends.server)
+        == f"a change of {LENGTHS[0]} rows of {WIDTH}; in the cache it has [{LENGTHS[1]}, {WIDTH}]"
+    )
 
 
 @pytest.mark.parametrize("unit", [0.0, -1.0, float("nan"), float("inf"), 2.0**31, 2.0**-61])
@@ -363,7 +366,7 @@ def test_more_than_may_be_kept_is_refused(tmp_path: Path) -> None:
 def talk(ends: Ends) -> Callable[[Side, Message], Message | None]:
     """What one side says, as the other hears it."""
     sessions = {side: Session(side, MAX_BYTES) for side in Side}
-    sessions[Side.CLIENT].kept, sessions[Side.SERVER].kept = ends.device, ends.server
+    sessions[Side.CLIENT].activation_cache, sessions[Side.SERVER].activation_cache = ends.device, ends.server
 
     def say(side: Side, message: Message) -> Message | None:
         return sessions[side.peer].receive(sessions[side].send(message))
@@ -396,7 +399,7 @@ def test_both_sides_confirm_with_the_answer_collect_with_the_adapter_and_go_back
     talk(Side.CLIENT, batch(4, [0, 1]))
     talk(Side.SERVER, Start(step=2, total_steps=100, adapter={}))
     # Of step 3 the device may still ask the micro-batches that are not answered: what counts of it stays.
-    assert [kept.latest(0, 99)[0] for kept in (ends.device, ends.server)] == [3, 3]  # type: ignore[index]
+    assert [cache.latest(0, 99)[0] for cache in (ends.device, ends.server)] == [3, 3]  # type: ignore[index]
     talk(Side.CLIENT, batch(3, [0, 1]))
     talk(Side.SERVER, gradient(3, message))
     talk(Side.CLIENT, protocol_samples.SAMPLES["AdapterGradient"])
@@ -457,7 +460,7 @@ def test_only_values_come_in_delta(ends: Ends) -> None:
     fields = {name: getattr(message, name) for name in ("lengths", "label_counts", "labels")}
     for words in (dataclasses.replace(message, exact=made), Evaluation(index=1, values=made, **fields)):
         server = Session(Side.SERVER, MAX_BYTES)
-        server.codecs, server.state, server.kept = dict.fromkeys(Side, DELTA), State.READY, ends.server
+        server.codecs, server.state, server.activation_cache = dict.fromkeys(Side, DELTA), State.READY, ends.server
         with pytest.raises(RemoteProtocolError, match=f"{type(words).__name__} in delta, which this run does not use"):
             server.receive(encode(words))
 
@@ -466,5 +469,5 @@ def test_device_without_a_place_for_samples_says_so() -> None:
     client = Session(Side.CLIENT)
     client.codecs[Side.CLIENT] = DELTA
     client.state = State.READY
-    with pytest.raises(LocalProtocolError, match="delta needs a place for samples"):
+    with pytest.raises(LocalProtocolError, match="delta needs an activation cache"):
         client.send(batch(1, [0]))

@@ -430,7 +430,8 @@ NAMES = {
             "SECONDS_TO_PONG",
             "TRANSITIONS",
         ),
-        *("ActivationGradient", "Activations", "AdapterGradient", "AdapterWeights", "Array", "Contribution", "Done"),
+        *("ActivationCache", "ActivationGradient", "Activations", "AdapterGradient", "AdapterWeights", "Array", "Contribution"),
+        "Done",
         *(
             "EdgeAdapter",
             "Evaluation",
@@ -441,7 +442,6 @@ NAMES = {
             "InvalidName",
             "Itinerary",
             "Join",
-            "KeptSamples",
         ),
         *(
             "LEGS",

@@ -202,7 +202,7 @@ def test_it_says_which_versions_of_samples_it_has(world: MakeWorld, tmp_path: Pa
     member = here.member()
     cache = CacheFolder(tmp_path / "samples", 10**6)
     member.start(JOIN, activation_cache=cache)
-    cache.keep(4, 0, {0: (0, np.zeros((2, 3), np.uint16))})
+    cache.store(4, 0, {0: (0, np.zeros((2, 3), np.uint16))})
     cache.confirm(4, 0)
     member.exchange(activations(1), ActivationGradient)
     joined = [message.kept for connection in here.made for message in connection.asked if isinstance(message, Join)]

@@ -271,7 +271,7 @@ class OneVersion:
         kept = floats((1, 0, 2), (0, 1, -1), (2, 2, 0), (0, 0, 1))
         return to_bfloat16(kept) if (sample, step) == (4, 2) else None
 
-    def keep(self, step: int, micro_batch: int, versions: dict[int, Any]) -> None:
+    def store(self, step: int, micro_batch: int, versions: dict[int, Any]) -> None:
         self.kept = {sample: since for sample, (since, _) in versions.items()}
 
 

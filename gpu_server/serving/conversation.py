@@ -143,7 +143,7 @@ class Conversations:
         assert peer.name is not None
         federation, now = self._federation, time.monotonic()
         if self._caches is not None:
-            peer.session.kept = await asyncio.to_thread(_cache_with, self._caches, peer.name, join)
+            peer.session.activation_cache = await asyncio.to_thread(_cache_with, self._caches, peer.name, join)
         before = federation.members.get(peer.name)
         actions = federation.join(peer.name, join, now)
         peer.has_joined = True
