@@ -91,7 +91,7 @@ from .events import (
 from .gathering import Gathering
 from .member import Member, Presence
 from .roster import Roster
-from .rules import ModelLimits, OfAStep, check_hello, check_join, check_question, check_same_data
+from .rules import ModelLimits, OfAStep, check_hello, check_newcomer, check_question, check_same_data
 from .status import RunStatus
 from .step import StepInProgress
 from .timing import StepTiming
@@ -153,7 +153,7 @@ class Federation:
         """The last step for which any member had data when the run started; 0 until then."""
         self.phase = Phase.GATHERING
         self.timing = StepTiming()
-        self._roster = Roster(self.settings)
+        self._roster = Roster(self.settings, self.limits.edge_shapes)
         self._present_step = StepInProgress()
         self._recorded = 0
         """The last step whose record was given out."""
@@ -209,12 +209,11 @@ class Federation:
         member = self.members.get(name)
         if member is not None:
             return self._join_again(name, member, join, now)
-        itinerary = self._roster.itinerary_of(join)
-        check_join(join, itinerary, self.limits)
+        newcomer = self._roster.newcomer(join)
+        check_newcomer(newcomer, self.limits)
         if not self.members:
             self._enter(Phase.GATHERING, now)  # from now on somebody waits
-        self.members[name] = Member(join, itinerary)
-        self._roster.greeted.discard(name)
+        self._roster.add(name, newcomer)
         return self._advance(now)
 
     def _join_again(self, name: str, member: Member, join: Join, now: float) -> list[Action]:
@@ -233,7 +232,7 @@ class Federation:
         """
         member = self.members[name]
         if isinstance(message, Evaluation):
-            check_question(name, message, member.join, self.settings, self.limits)
+            check_question(name, message, member, self.limits)
             member.evaluation = message
             return [Evaluate(client=name, batch=message)]
         if not isinstance(message, OfAStep):
@@ -257,7 +256,7 @@ class Federation:
         member, question = self.members[name], QuestionId.of(message)
         is_current = not member.presence.is_overtaken
         if is_current and member.may_ask(question):
-            check_question(name, message, member.join, self.settings, self.limits)
+            check_question(name, message, member, self.limits)
             if question.micro_batch not in member.questions and not isinstance(message, Done):
                 self.timing.question((name, question.micro_batch), message.seconds, now)
             member.questions[question.micro_batch] = message

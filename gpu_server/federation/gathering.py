@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass, field
 
-from terminal import duration
+from terminal import Reminders, duration
 
 from .deadline import Deadline
 
 __all__ = ["Gathering", "Verdict"]
 
-LONGEST_BETWEEN_REPORTS = 3600.0
-"""Seconds. A wait is told of at growing distances: again when it is twice as long as when it was told before."""
+TIMES_LATER, LONGEST_BETWEEN_REPORTS = 2.0, 3600.0
+"""A wait is told of again when it has become twice as long as when it was told before, and every hour (seconds)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,5 +84,6 @@ class Gathering:
 
     def _next_report(self) -> float:
         """Seconds from the beginning."""
-        told = self._told_after
-        return told + min(told, LONGEST_BETWEEN_REPORTS) if told else self.deadline.patience(self.kind)
+        first = self.deadline.patience(self.kind)
+        reminders = Reminders(first=first, times_later=TIMES_LATER, longest_between=LONGEST_BETWEEN_REPORTS)
+        return reminders.next_after(self._told_after)

@@ -77,6 +77,10 @@ class Member:
     """What it announced when it came last: how much data, in how large batches, and up to which step it remembers."""
     itinerary: Itinerary
     """Its own way through the run, which ends where its data does."""
+    matrices: dict[str, tuple[int, int]]
+    """
+    Shapes of the LoRA matrices that it trains, by name. Its messages are held to them, though all members have the same today.
+    """
     presence: Presence = Presence.HERE
     next_question: QuestionId = field(default_factory=lambda: QuestionId(Activations, 1))
     """The first that is not answered, evaluations aside. It may have asked the next ones, too."""

@@ -21,10 +21,13 @@ class Roster:
     The members by name, in the order in which they joined. A name is one member's as long as the run lasts.
 
     Before the run starts a member whose connection is lost has never been one; afterwards nobody new is let in.
+
+    Args:
+        matrices: shapes of the edge part's LoRA matrices, by name.
     """
 
-    def __init__(self, settings: RunSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: RunSettings, matrices: dict[str, tuple[int, int]]) -> None:
+        self._settings, self._matrices = settings, matrices
         self.members: dict[str, Member] = {}
         self.greeted: set[str] = set()
         """Names that a connection has said, and not yet joined with: they are taken, too."""
@@ -66,9 +69,14 @@ class Roster:
         if ending and self.members[name].presence.has_left:
             raise RemoteProtocolError(f"{name} has left the run, and the run is over")
 
-    def itinerary_of(self, join: Join) -> Itinerary:
-        """Its way through the run follows from its data alone."""
-        return Itinerary(self._settings, self._settings.steps_of_client(join.num_samples, join.batch_size))
+    def newcomer(self, join: Join) -> Member:
+        """The member that a client becomes if it is taken. Its way through the run follows from its data alone."""
+        itinerary = Itinerary(self._settings, self._settings.steps_of_client(join.num_samples, join.batch_size))
+        return Member(join, itinerary, self._matrices)
+
+    def add(self, name: str, member: Member) -> None:
+        self.members[name] = member
+        self.greeted.discard(name)
 
     # Across a restart of the server
 
@@ -84,10 +92,10 @@ class Roster:
             membership: as `saved` gave it.
         """
         for name, fields in membership.items():
-            join = Join(**{key: value for key, value in fields.items() if key != "left"})
-            presence = Presence.LEFT if fields["left"] else Presence.AWAY
-            itinerary = self.itinerary_of(join)
-            self.members[name] = Member(join, itinerary, presence, itinerary.after_round(step))
+            member = self.newcomer(Join(**{key: value for key, value in fields.items() if key != "left"}))
+            member.presence = Presence.LEFT if fields["left"] else Presence.AWAY
+            member.next_question = member.itinerary.after_round(step)
+            self.members[name] = member
 
     # Whom a step or a round waits for
 

@@ -17,7 +17,6 @@ from protocol import (
     Done,
     Evaluation,
     Hello,
-    Itinerary,
     Join,
     RemoteProtocolError,
     RunSettings,
@@ -28,7 +27,9 @@ from protocol.shuffling import NOT_SHUFFLED, looks_plain
 from storage import part_that_differs
 from terminal import count
 
-__all__ = ["ModelLimits", "check_hello", "check_join", "check_question", "check_same_data"]
+from .member import Member
+
+__all__ = ["ModelLimits", "check_hello", "check_newcomer", "check_question", "check_same_data"]
 
 OfAStep = Activations | AdapterGradient | AdapterWeights | Done
 
@@ -71,11 +72,12 @@ def check_hello(hello: Hello, limits: ModelLimits, codecs: set[str]) -> None:
         )
 
 
-def check_join(join: Join, itinerary: Itinerary, limits: ModelLimits) -> None:
+def check_newcomer(member: Member, limits: ModelLimits) -> None:
     """
     Raises:
         RemoteProtocolError: the client's batches are too large for the model or the server, or its data for the wire.
     """
+    join = member.join
     if join.longest > limits.num_positions:
         raise RemoteProtocolError(
             f"sequences are up to {join.longest} tokens long, and the model has {limits.num_positions} positions; "
@@ -86,10 +88,8 @@ def check_join(join: Join, itinerary: Itinerary, limits: ModelLimits) -> None:
             f"batches are up to {join.batch_size} x {join.longest} tokens, and the server takes at most "
             f"{limits.max_batch_tokens} (--max-batch-tokens); choose a smaller --batch-size or --max-length"
         )
-    if itinerary.last_step > LARGEST_COUNT:
-        raise RemoteProtocolError(
-            f"{join.num_samples} samples take {itinerary.last_step} steps; at most {LARGEST_COUNT} can be"
-        )
+    if member.last_step > LARGEST_COUNT:
+        raise RemoteProtocolError(f"{join.num_samples} samples take {member.last_step} steps; at most {LARGEST_COUNT} can be")
 
 
 def check_same_data(name: str, before: Join, now: Join) -> None:
@@ -105,21 +105,18 @@ def check_same_data(name: str, before: Join, now: Join) -> None:
         raise RemoteProtocolError(f"{name} joined this run with {was}, and comes back with {now_is}; start it as before")
 
 
-def check_question(name: str, question: OfAStep | Evaluation, join: Join, settings: RunSettings, limits: ModelLimits) -> None:
+def check_question(name: str, question: OfAStep | Evaluation, member: Member, limits: ModelLimits) -> None:
     """
-    Args:
-        join: what the client announced.
-
     Raises:
-        RemoteProtocolError: sizes are not what was announced, a label is no token, or a number is too large.
+        RemoteProtocolError: sizes are not what the client announced, a label is no token, or a number is too large.
     """
     if isinstance(question, Activations):
-        _check_batch(name, question, join, limits)
-        _check_micro_batch(name, question, join, settings)
+        _check_batch(name, question, member.join, limits)
+        _check_micro_batch(name, question, member.join, member.itinerary.settings)
     elif isinstance(question, Evaluation):
-        _check_batch(name, question, join, limits)
+        _check_batch(name, question, member.join, limits)
     elif not isinstance(question, Done):
-        _check_adapter(name, question, limits)
+        _check_adapter(name, question, member.matrices)
 
 
 def _check_batch(name: str, batch: Activations | Evaluation, join: Join, limits: ModelLimits) -> None:
@@ -151,8 +148,8 @@ def _check_micro_batch(name: str, batch: Activations, join: Join, settings: RunS
         raise RemoteProtocolError(f"a micro-batch has {count(len(batch.lengths), 'sequence')}; at most {most} can be")
 
 
-def _check_adapter(name: str, contribution: AdapterGradient | AdapterWeights, limits: ModelLimits) -> None:
-    expected, found = limits.edge_shapes, {key: tensor.shape for key, tensor in contribution.tensors.items()}
+def _check_adapter(name: str, contribution: AdapterGradient | AdapterWeights, expected: dict[str, tuple[int, int]]) -> None:
+    found = {key: tensor.shape for key, tensor in contribution.tensors.items()}
     for key in [*expected, *found]:
         if expected.get(key) != found.get(key):
             which = [f"{list(shapes[key])}" if key in shapes else "none" for shapes in (found, expected)]
