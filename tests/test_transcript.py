@@ -1,9 +1,9 @@
 """
-What the federation says to small stories, as text: each file of transcripts/ is one, with what came of every line below it.
+What the federation says to small stories, as text: each file of transcripts/ is one, with what came of every command in it.
 
-    two devices   commands, one a line: `NAME joins SAMPLES`, `NAME asks KIND STEP [MICRO-BATCH]`, `NAME is lost`, `NAME leaves`,
-    ----          `NAME is back [STEP]` (the last step it remembers), `computed`, `SECONDS pass`, `restart`
-    actions       in their order, and last where everybody stands, if that has changed
+Above ---- stand commands: `NAME joins SAMPLES`, `NAME asks KIND STEP [MICRO-BATCH]`, `NAME is lost`, `NAME leaves`, `NAME is
+back [LAST STEP IT REMEMBERS]`, `SECONDS pass`, `the server computes`, `the server restarts`. Below it stand the actions, in
+their order, and where everybody stands, if that has changed.
 
 Whoever changes the federation on purpose rewrites the files with ``REWRITE_TRANSCRIPTS=1 pytest tests/test_transcript.py``, and
 reads the difference.
@@ -207,8 +207,9 @@ class Story:
         if isinstance(action, FinishStep):
             record = action.record
             spent = {name: seconds.edge_compute for name, seconds in record.seconds.items()}
+            tokens = f"{record.labelled_tokens} of {record.tokens} tokens"
             return (
-                f"finish step {record.number}: loss {record.loss}, {record.labelled_tokens} of {record.tokens} tokens, {record.codec}, "
+                f"finish step {record.number}: loss {record.loss}, {tokens}, {record.codec}, "
                 f"clients' seconds {spent}, server's {record.server_compute}, deadline {record.deadline:g}"
             )
         if isinstance(action, Report):
