@@ -257,7 +257,7 @@ def _train(device: "EdgeClient") -> None:
         spent = Seconds()
         with Progress(client.num_steps, start.step) as progress:
             for step in client.train():
-                progress.update(step.number, step.loss, step.tokens, step.num_bytes)
+                progress.update(step=step.number, loss=step.loss, tokens=step.tokens, num_bytes=step.num_bytes)
                 spent += step.seconds
         if where := where_time_went(vars(spent)):
             _say(where)

@@ -128,9 +128,8 @@ def run_serve(options: argparse.Namespace) -> None:
             for step in server.train():
                 if progress is None:
                     progress = shown.enter_context(Progress(server.total_steps, step.number - 1))
-                progress.update(
-                    step.number, step.loss, step.tokens, sum(step.bytes_up.values()) + sum(step.bytes_down.values())
-                )
+                num_bytes = sum(step.bytes_up.values()) + sum(step.bytes_down.values())
+                progress.update(step=step.number, loss=step.loss, tokens=step.tokens, num_bytes=num_bytes)
                 spent = sum(step.seconds.values(), spent)
         if where := where_time_went(vars(spent)):
             _say(f"all devices' {where}")

@@ -47,11 +47,18 @@ class Progress:
         self._tokens = self._bytes = 0
         self._stop_following = _follow_width(self._bar)
 
-    def update(self, number: int, loss: float, tokens: int, num_bytes: int) -> None:
-        """A step is done: its number, its loss in nats per labelled token, its tokens, its bytes both ways."""
+    def update(self, *, step: int, loss: float, tokens: int, num_bytes: int) -> None:
+        """
+        A step is done.
+
+        Args:
+            step: its number.
+            loss: in nats per labelled token.
+            num_bytes: both ways.
+        """
         # Not always the next: a server that went back to a checkpoint repeats some.
-        self._done = number - 1
-        self._bar.n = number - 1
+        self._done = step - 1
+        self._bar.n = step - 1
         figures = f"loss {loss:.3f}"
         if self._first is not None:
             self._tokens += tokens

@@ -81,7 +81,7 @@ def on_screen(monkeypatch: pytest.MonkeyPatch, columns: int = 80) -> Screen:
 
 def steps(progress: Progress, *numbers: int) -> None:
     for number in numbers:
-        progress.update(number, 2.5, tokens=100, num_bytes=5_000)
+        progress.update(step=number, loss=2.5, tokens=100, num_bytes=5_000)
         progress._bar.refresh()
 
 
@@ -129,14 +129,14 @@ def test_terminal_that_becomes_narrower_keeps_no_stale_line(monkeypatch: pytest.
 
 def test_speed_is_not_measured_over_a_step_that_nobody_saw_begin(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(1) as progress:
-        progress.update(1, 3.0, tokens=10**9, num_bytes=10**9)
+        progress.update(step=1, loss=3.0, tokens=10**9, num_bytes=10**9)
     assert capsys.readouterr().err == "step 1/1: loss 3.000\n"
 
 
 def test_file_gets_plain_lines_and_always_the_last_one(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(3, done=1) as progress:
-        progress.update(2, 3.0, tokens=100, num_bytes=5_000)
-        progress.update(3, 2.0, tokens=100, num_bytes=5_000)
+        progress.update(step=2, loss=3.0, tokens=100, num_bytes=5_000)
+        progress.update(step=3, loss=2.0, tokens=100, num_bytes=5_000)
     said = capsys.readouterr().err
     assert "\r" not in said
     assert said.splitlines()[-1].startswith("step 3/3: loss 2.000, ")
