@@ -110,16 +110,16 @@ class EdgeClient:
         self._device, self._dtype = device, dtype
         self._in_flight, self._cache_bytes = in_flight, cache_bytes
         model = user_text_path(model)
-        self._hub_name = "" if Path(model).is_dir() else model
+        self._hub_name = "" if Path(model).is_dir() else model  # noted on the disk; a folder's path may be another tomorrow
         self._model = PretrainedModel(find_model(model))
-        self._max_length = min(max_length, self._model.config.num_positions)
         tokenizer = self._model.tokenizer()
-        self.data = self._load(data, tokenizer)
-        self.eval_data = None if eval_data is None else self._load(user_path(eval_data), tokenizer)
+        self.data = self._load(data, tokenizer, max_length)
+        self.eval_data = None if eval_data is None else self._load(user_path(eval_data), tokenizer, max_length)
 
-    def _load(self, path: Path, tokenizer: Tokenizer) -> Dataset:
+    def _load(self, path: Path, tokenizer: Tokenizer, max_length: int) -> Dataset:
         config = self._model.config
-        data = Dataset.load(path, tokenizer, config.end_token, self._max_length)
+        data = Dataset.load(path, tokenizer, config.end_token, min(max_length, config.num_positions))
+        # Tokens may have been added to the tokenizer and not to the model. The server would blame the device for its labels.
         if data.highest_token >= config.vocabulary_size:
             raise ModelError(
                 f"{self._model.folder}: the tokenizer gives token {data.highest_token} "
@@ -163,6 +163,7 @@ class EdgeClient:
             self._access.connect,
             Hello(name=self.name, fingerprint=self._model.fingerprint(), codecs=(*CODECS, DELTA)),
             give_up_after=self._give_up_after,
+            # The address of a run in which this device was is right, and who says how long to try means to wait.
             patient=self._state.is_in_a_run or self._give_up_after is not None,
             before=self._state.welcome(),
             patience=self._patience,
@@ -172,6 +173,7 @@ class EdgeClient:
         try:
             settings, before = self.welcome.settings, self._state.dtype(self.welcome.run)
             self.dtype, self.choice = choose_weight_dtype(self._dtype, self._device, settings, before=before)
+            # A device that is killed from here on comes back as this client and in this dtype: another one changes the result.
             self._state.enter(self.welcome, dtype=self.dtype, model=self._hub_name)
             self._batches, self._activation_cache = self._divide(settings)
             self._engine: Engine = TorchEngine(self._model, settings, self._device, self.dtype)
@@ -214,6 +216,7 @@ class EdgeClient:
                 adapter_elements=self._engine.num_adapter_elements,
             )
             join = Join(num_samples=len(self.data.samples), batch_size=self.batch_size, longest=longest)
+            # What is on the disk decides where the server lets this client go on.
             self._membership.position.step = self._state.saved_steps.last_step()
             cache = self._activation_cache
             self._go_to(self._membership.start(join, largest_message=largest_message, activation_cache=cache))
@@ -246,7 +249,7 @@ class EdgeClient:
         self.start()
         while True:
             try:
-                found = math.nan
+                found = math.nan  # of no batches, which no data set has
                 for found in perplexity(self._membership, self._engine, self.eval_data, self.batch_size):
                     if on_batch is not None:
                         on_batch(found)
@@ -280,7 +283,7 @@ class EdgeClient:
             return
         self._membership.hang_up()
         if self._start is None:
-            return
+            return  # this client was in no run yet, so there is nothing to go on with, and nothing to say
         if issubclass(kind, Refused):
             self._state.delete()  # the server will not take this device back
         else:

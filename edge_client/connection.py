@@ -132,9 +132,9 @@ class Connection:
                 ssl=encryption,
                 additional_headers={"Authorization": build_authorization_basic(*credentials)} if credentials else None,
                 compression=None,
-                max_size=compressed_bound(HANDSHAKE_BYTES),
+                max_size=compressed_bound(HANDSHAKE_BYTES),  # until `expect`
                 proxy=None,
-                ping_interval=SECONDS_BETWEEN_PINGS,
+                ping_interval=SECONDS_BETWEEN_PINGS,  # by a thread of websockets, so also while this device computes
                 ping_timeout=SECONDS_TO_PONG,
                 create_connection=Handshake,
                 logger=QUIET,

@@ -3,11 +3,11 @@
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 from protocol.invitation import InvalidInvitation, Invitation, normal_host
+from storage import replace_file
 from terminal import PathError, user_path
 
 __all__ = ["EnrolmentError", "find", "state_folder", "store"]
@@ -46,18 +46,8 @@ def store(folder: Path, invitation: Invitation) -> None:
     path = enrolments / _file_name(invitation.host, invitation.port, invitation.name)
     try:
         enrolments.mkdir(parents=True, exist_ok=True)
-        enrolments.chmod(0o700)  # also where it was there before
-        # mkstemp: readable for its owner only from its creation on, and under a name that no other command uses.
-        descriptor, unfinished = tempfile.mkstemp(dir=enrolments, suffix=".part")
-        try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                json.dump(asdict(invitation), file, indent=2)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        except BaseException:
-            os.unlink(unfinished)
-            raise
+        enrolments.chmod(0o700)  # also if it existed before
+        replace_file(path, json.dumps(asdict(invitation), indent=2).encode())
     except OSError as error:
         raise EnrolmentError(f"the enrolment cannot be kept in {enrolments}: {error.strerror}") from None
 

@@ -125,12 +125,13 @@ class Membership:
         """What this client has joined with; None before `start`."""
         self._largest_message = HANDSHAKE_BYTES
         self._num_evaluations = 0
+        """Of this process; see `next_index`."""
         try:
             self.welcome = self._greet(patient)
             if before is not None and before.run == self.welcome.run:
                 _check_same_run(before, self.welcome)
         except KeyboardInterrupt:
-            self.close()
+            self.close()  # the user wants to leave
             raise
         except BaseException:
             self.hang_up()
@@ -189,7 +190,10 @@ class Membership:
             yield waiting[0], self._answer(waiting, answer_kind)
 
     def next_index(self) -> int:
-        """A number for the next `Evaluation` that no other has had."""
+        """
+        A number for the next `Evaluation` that no other has had: by it an answer is told from one to a question before, and a
+        question that is asked again from a new one.
+        """
         self._num_evaluations += 1
         return self._num_evaluations
 
@@ -222,7 +226,7 @@ class Membership:
                 self._ask_again(waiting, error)
                 continue
             question = waiting.popleft()
-            if isinstance(answer, Start):
+            if isinstance(answer, Start):  # the run has gone on without this client, and none of its questions will be answered
                 _log_missed_steps(question, answer)
                 self._redirect(answer, question)
             self._server.made_progress()  # a Welcome and a Start alone would be none
@@ -235,6 +239,8 @@ class Membership:
 
     def _ask_again(self, waiting: deque[Question], error: ConnectionFailed) -> None:
         """Ask the waiting questions on a new connection, unless the run has left them behind."""
+        # A server that was started again, and a round that ended meanwhile, have made the adapter another one: what the waiting
+        # questions were computed with is gone.
         before = (self.welcome.restarts, self.position.round)
         start = self._server.reconnect(error, self._rejoin)
         has_moved = (self.welcome.restarts, start.round) != before
@@ -279,6 +285,7 @@ class Membership:
         try:
             return self._hear_welcome(self._server.connect())
         except ConnectionFailed as error:
+            # Nobody has ever answered at this address. An error at once shows a typing mistake; trying on would hide it.
             may_be_wrong = not self._server.is_connected and not error.retry_after
             if may_be_wrong and not patient:
                 raise
@@ -286,6 +293,7 @@ class Membership:
 
     def _hear_welcome(self, connection: Connection) -> Welcome:
         welcome = connection.exchange(self._hello, Welcome)
+        # The server compares them, too, and refuses; one that does not would train another model with these activations.
         if welcome.fingerprint != self._hello.fingerprint:
             raise RemoteProtocolError(f"{connection.url} does not keep to the protocol: its run has another base model")
         return welcome
@@ -301,6 +309,7 @@ class Membership:
     def _rejoin(self, connection: Connection) -> Start:
         welcome = self._hear_welcome(connection)
         if welcome.run != self.welcome.run:
+            # Not a run to enter by itself: what this device has learnt belongs to the one that is gone.
             raise Refused(f"{connection.url} has another run now: {welcome.run} instead of {self.welcome.run}")
         _check_same_run(self.welcome, welcome)
         self.welcome = welcome

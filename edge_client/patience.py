@@ -58,7 +58,7 @@ class Patience:
         since = self._since
         if since is None or self._clock() - since < REMINDERS.next_after(self._told_after):
             return
-        reason = self._reason()
+        reason = self._reason()  # takes a while, and the thread that waits does not stop for it
         if self._since != since:
             return  # the answer came while the server was asked for the reason
         self._told_after = self._clock() - since
@@ -73,7 +73,7 @@ def reason_to_wait(dial: Dial, own_name: str) -> str:
     """What the run waits for, as the server says when it is asked on a second connection."""
     try:
         with dial() as connection:
-            pong = connection.exchange(Ping(), Pong, within=SECONDS_TO_ANSWER)
+            pong = connection.exchange(Ping(), Pong, within=SECONDS_TO_ANSWER)  # the first connection waits for its answer
     except (ConnectionFailed, Refused, RemoteProtocolError, CertificateChanged) as error:
         return f"the server cannot be asked why, a second connection to it fails: {error}"
     others = [name for name in pong.waiting_for if name != own_name]

@@ -166,7 +166,7 @@ class Reconnector:
         """Close the connection without a word, as if this device had been killed."""
         if self._connection is not None:
             self._earlier_bytes += self._connection.num_bytes
-            self._connection.abandon()
+            self._connection.abandon()  # not closed politely: a Goodbye would leave the run
             self._connection = None
             self._counted_until = self._clock()  # there was a connection until now, if only for a moment
 

@@ -83,6 +83,7 @@ class SavedSteps:
             text = {name: str(value) for name, value in metadata.items()}
             replace_file(self._path(saved.step), save(saved.state, text))
             self._ends_round[saved.step] = is_round_end
+            # Only after the new file is on the disk: whenever this device is killed, a step is there to go on from.
             others = [path for path in self._paths() if _step(path) != saved.step]
             needed = [path for path in others if _step(path) >= keep_from and self._is_round_end(path)]
             for path in set(others) - set(self._newest_that_fit(needed)):
