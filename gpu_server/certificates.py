@@ -1,6 +1,5 @@
 """The server's TLS identity: a key and a certificate, its own or somebody's. Devices know it by the key's SHA-256."""
 
-import os
 import ssl
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -9,10 +8,11 @@ from pathlib import Path
 from filelock import FileLock
 
 from protocol.public_key import public_key_sha256
+from storage import remove_unfinished, replace_file
 
 from .errors import ConfigError, ServerError
 
-__all__ = ["Certificate", "given_certificate", "own_certificate", "write_private"]
+__all__ = ["Certificate", "given_certificate", "own_certificate"]
 
 DAYS_VALID = 3653  # devices compare the key and look at no date; other software may
 
@@ -84,6 +84,8 @@ def own_certificate(folder: Path) -> Certificate:
         with FileLock(folder / "server-key.lock", mode=0o600):
             missing = [file for file in (own.key_file, own.certificate_file) if not file.exists()]
             if len(missing) == 2:
+                for file in missing:
+                    remove_unfinished(folder, file.name)
                 _make(own)
     except OSError as error:
         raise ServerError(f"the server's certificate cannot be kept in {folder}: {error.strerror}") from None
@@ -118,27 +120,6 @@ def given_certificate(certificate: str | None, key: str | None) -> Certificate |
     return given
 
 
-def write_private(path: Path, data: bytes) -> None:
-    """
-    Write a file that only its owner may read, whole or not at all. The caller holds a lock: one writer at a time.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    unfinished = path.with_name(f"{path.name}.part")
-    unfinished.unlink(missing_ok=True)  # of a writer that was killed
-    # Private from its creation on: who opened it before a later chmod would still read what is written after.
-    try:
-        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-
-
 def _start_anew(*files: Path) -> str:
     return f"delete {' and '.join(map(str, files))}: a new certificate is made, and every device must be enrolled again"
 
@@ -166,10 +147,11 @@ def _make(own: Certificate) -> None:
     )
     pem = serialization.Encoding.PEM
     pkcs8, unencrypted = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    # The key first: a certificate without a key would look like an identity and be none.
-    write_private(own.key_file, key.private_bytes(pem, pkcs8, unencrypted))
     try:
-        write_private(own.certificate_file, certificate.public_bytes(pem))
+        # The key first: a certificate without a key would look like an identity and be none.
+        replace_file(own.key_file, key.private_bytes(pem, pkcs8, unencrypted))
+        replace_file(own.certificate_file, certificate.public_bytes(pem))
     except BaseException:
-        own.key_file.unlink()  # nobody knows it yet, and half a pair would be an obstacle
+        for file in (own.certificate_file, own.key_file):
+            file.unlink(missing_ok=True)  # nobody knows it yet, and half a pair would be an obstacle
         raise

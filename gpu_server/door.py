@@ -1,6 +1,5 @@
 """Where and how the server listens, and whom it lets in."""
 
-import json
 import os
 import socket
 import ssl
@@ -8,10 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
-
-from filelock import FileLock, Timeout
 
 from protocol.invitation import Invitation, normal_host
 from terminal import user_path
@@ -21,6 +17,7 @@ from .config import ServerConfig, is_loopback
 from .enrolment import Enrolments
 from .errors import ConfigError, ServerError
 from .listener import Limits
+from .run_description import RunDescription, is_served
 
 __all__ = ["Door", "enrolments_of", "invite", "open_door"]
 
@@ -91,30 +88,11 @@ def enrolments_of(run_dir: str | None, clients_file: str | None) -> Enrolments:
     """
     if clients_file is None and run_dir is not None:
         folder = user_path(run_dir)
-        recorded = _recorded_in(folder)
-        clients_file = (recorded and recorded["config"].get("clients_file")) or os.fspath(folder / "clients.json")
+        description = RunDescription.read(folder)
+        clients_file = (description and description.config.get("clients_file")) or os.fspath(folder / "clients.json")
     if clients_file is None:
         raise ConfigError("give --run-dir or --clients-file, to say whose enrolled devices are meant")
     return Enrolments(user_path(clients_file))
-
-
-def _recorded_in(run_dir: Path) -> dict[str, Any] | None:
-    """
-    What the server of the folder has written to run.json when it was last started; None where none has been yet.
-
-    Raises:
-        ServerError: the file cannot be read.
-    """
-    path = run_dir / "run.json"
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        return {"url": "", **description, "config": dict(description["config"])}
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ServerError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise ServerError(f"{path} does not describe a run") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,17 +107,17 @@ class Served:
     insecure: bool
 
     @classmethod
-    def recorded_in(cls, run_dir: Path) -> "Served | None":
+    def described_in(cls, run_dir: Path) -> "Served | None":
         """
         None where no server has been started yet.
 
         Raises:
             ServerError: run.json cannot be read.
         """
-        recorded = _recorded_in(run_dir)
-        if recorded is None:
+        description = RunDescription.read(run_dir)
+        if description is None:
             return None
-        config, url = recorded["config"], urlsplit(str(recorded["url"]))
+        config, url = description.config, urlsplit(str(description.url))
         try:
             return cls(
                 run_dir=run_dir,
@@ -151,14 +129,6 @@ class Served:
             )
         except (KeyError, ValueError):
             raise ServerError(f"{run_dir / 'run.json'} does not say how the run's server listens; start it again") from None
-
-    def runs(self) -> bool:
-        """Whether a server holds the folder at this moment."""
-        try:
-            with FileLock(self.run_dir / ".lock", timeout=0):
-                return False
-        except (Timeout, OSError):
-            return True
 
 
 def invite(
@@ -181,7 +151,7 @@ def invite(
         ServerError, InvalidName, InvalidInvitation: the name, the address or a file cannot be used, or the run's server listens
             in another way.
     """
-    served = None if run_dir is None else Served.recorded_in(user_path(run_dir))
+    served = None if run_dir is None else Served.described_in(user_path(run_dir))
     pin = _pin_of(served, enrolments.path.parent, tls_cert, insecure)
     if address is not None:
         host, port = _split(address)
@@ -198,7 +168,7 @@ def _pin_of(served: Served | None, folder: Path, tls_cert: str | None, insecure:
     asked = None if tls_cert is None else _certificate(tls_cert).pin()
     if served is None:
         return None if insecure else asked or own_certificate(folder).pin()
-    if not served.encrypted and not served.insecure and served.runs():
+    if not served.encrypted and not served.insecure and is_served(served.run_dir):
         raise ServerError(
             f"the server of {served.run_dir} was started before anybody was enrolled, and listens without encryption: stop it, "
             "enrol the device, and start it again with --resume"

@@ -17,9 +17,9 @@ from typing import Any
 from filelock import FileLock
 
 from protocol import check_name
+from storage import remove_unfinished, replace_file
 from terminal import listed
 
-from .certificates import write_private
 from .errors import ConfigError, ServerError
 
 __all__ = ["Enrolments"]
@@ -156,9 +156,10 @@ class Enrolments:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self.path.with_name(f"{self.path.name}.lock"), mode=0o600):
+                remove_unfinished(self.path.parent, self.path.name)
                 clients = self._read()
                 yield clients
-                write_private(self.path, _json(clients))
+                replace_file(self.path, _json(clients))
         except OSError as error:
             raise ServerError(f"{self.path} cannot be written: {error.strerror}") from None
         self._seen = None  # two changes within one tick of the file system's clock may look alike

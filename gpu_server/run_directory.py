@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from safetensors import SafetensorError
 
 from protocol import Seconds
@@ -18,8 +18,11 @@ from storage import CacheFolder, remove_unfinished, replace_file
 from .checkpoints import Checkpoints
 from .errors import ConfigError, ServerError
 from .federation import StepRecord
+from .run_description import RunDescription, lock_of
 
 __all__ = ["RunDirectory"]
+
+SECONDS_TO_ASK = 1.0
 
 
 class RunDirectory:
@@ -37,7 +40,7 @@ class RunDirectory:
     def __init__(self, path: Path, *, resume: bool = False) -> None:
         self.path = path
         self.checkpoints = Checkpoints(path / "checkpoints")
-        self._lock = FileLock(path / ".lock", timeout=0)
+        self._lock = lock_of(path)
         self.resumes = resume
         exists = self.holds_run(path)
         if resume and not exists:
@@ -63,7 +66,8 @@ class RunDirectory:
         """
         with self._writing():
             try:
-                self._lock.acquire()
+                # Commands that ask whether a server runs hold the lock for a moment: see `is_served`.
+                self._lock.acquire(timeout=SECONDS_TO_ASK, poll_interval=0.01)
             except Timeout:
                 raise ServerError(f"{self.path} is in use by another server") from None
             for folder in (self.path, self.checkpoints.folder):
@@ -72,24 +76,13 @@ class RunDirectory:
     def release(self) -> None:
         self._lock.release()
 
-    def describe(self, description: dict[str, Any]) -> None:
+    def describe(self, description: RunDescription) -> None:
         """Write run.json."""
         with self._writing():
-            replace_file(self.path / "run.json", (json.dumps(description, indent=2) + "\n").encode())
-
-    def description(self) -> dict[str, Any]:
-        """What `describe` wrote."""
-        path = self.path / "run.json"
-        try:
-            description = json.loads(path.read_text(encoding="utf-8"))
-            if not {"run", "fingerprint", "config", "dtype"} <= description.keys():
-                raise ValueError("it does not describe a run")
-        except (OSError, ValueError, AttributeError) as error:
-            raise ServerError(f"{path} cannot be read: {error}") from None
-        return dict(description)
+            description.write(self.path)
 
     def write_codec_state(self, state: dict[str, Any]) -> None:
-        """What the gate has seen and decided; it holds, whatever checkpoint the run goes back to."""
+        """What the codec policy has seen and decided; it holds, whatever checkpoint the run goes back to."""
         with self._writing():
             replace_file(self.path / "codecs.json", (json.dumps(state, indent=2) + "\n").encode())
 

@@ -29,6 +29,7 @@ from .config import ServerConfig, is_loopback, resumed, with_whole_paths
 from .door import Door, open_door
 from .errors import ConfigError
 from .federation import CodecPolicy, Deadline, Federation, ModelLimits
+from .run_description import RunDescription
 from .run_directory import RunDirectory
 from .serving import Journal
 from .torch_engine import TorchEngine
@@ -62,7 +63,7 @@ def set_up(options: Mapping[str, Any]) -> Run:
     """
     options = with_whole_paths(options)
     directory = _directory(options)
-    previous = directory.description() if directory.resumes else None
+    previous = RunDescription.read(directory.path) if directory.resumes else None
     config, choices, device = _settled(options, previous)
     door = open_door(config)
     model = PretrainedModel(find_model(config.model))
@@ -81,21 +82,19 @@ def set_up(options: Mapping[str, Any]) -> Run:
         edge_shapes=adapter_shapes(model.config, lora, range(config.cut_layer)),
     )
     if previous:
-        _check_same_model(config, previous["fingerprint"], limits.fingerprint)
-    run = previous["run"] if previous else uuid.uuid4().hex[:12]
-    restarts = previous.get("restarts", 0) + 1 if previous else 0
-    description = {
-        "run": run,
-        "restarts": restarts,
-        "fingerprint": limits.fingerprint,
-        "config": asdict(config),
-        "device": str(device),
-        "dtype": config.dtype,
-        "versions": {"splitlora": version(), "torch": str(torch.__version__), "numpy": numpy.__version__},
-    }
+        _check_same_model(config, previous.fingerprint, limits.fingerprint)
+    description = RunDescription(
+        run=previous.run if previous else uuid.uuid4().hex[:12],
+        restarts=previous.restarts + 1 if previous else 0,
+        fingerprint=limits.fingerprint,
+        config=asdict(config),
+        device=str(device),
+        dtype=config.dtype,
+        versions={"splitlora": version(), "torch": str(torch.__version__), "numpy": numpy.__version__},
+    )
     journal = Journal(directory, description, model.config, lora, config.model)
     federation = Federation(
-        run,
+        description.run,
         settings,
         limits,
         engine.edge_adapter(),
@@ -103,7 +102,7 @@ def set_up(options: Mapping[str, Any]) -> Run:
         checkpoint_every=config.checkpoint_every,
         deadline=Deadline(config.step_deadline),
         codec_policy=_codec_policy(config, settings, directory, journal),
-        restarts=restarts,
+        restarts=description.restarts,
     )
     return Run(
         config=config,
@@ -113,7 +112,7 @@ def set_up(options: Mapping[str, Any]) -> Run:
         engine=engine,
         federation=federation,
         journal=journal,
-        steps_before=previous["config"].get("steps") if previous else None,
+        steps_before=previous.config.get("steps") if previous else None,
     )
 
 
@@ -130,11 +129,11 @@ def _directory(options: Mapping[str, Any]) -> RunDirectory:
     return RunDirectory(path, resume=resume or (or_start and RunDirectory.holds_run(path)))
 
 
-def _settled(options: Mapping[str, Any], previous: Mapping[str, Any] | None) -> tuple[ServerConfig, list[str], torch.device]:
+def _settled(options: Mapping[str, Any], previous: RunDescription | None) -> tuple[ServerConfig, list[str], torch.device]:
     """All settings, what was chosen of them, and where the server computes."""
-    given = ServerConfig.from_options(resumed(options, previous["config"]) if previous else options)
+    given = ServerConfig.from_options(resumed(options, previous.config) if previous else options)
     device = choose_device(given.device)
-    dtype, why = choose_dtype(str(previous["dtype"]) if previous else given.dtype, device)
+    dtype, why = choose_dtype(previous.dtype if previous else given.dtype, device)
     config = given.settled(dtype)
     choices = [f"dtype {dtype}: {'as the run began' if previous else why}"]
     if given.micro_batches is None:

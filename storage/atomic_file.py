@@ -37,11 +37,14 @@ def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
             os.close(folder)
 
 
-def remove_unfinished(folder: Path) -> None:
+def remove_unfinished(folder: Path, name: str = "") -> None:
     """
     Remove what a program that was killed while it wrote has left in a folder. For the one program that writes there, before it
     does.
+
+    Args:
+        name: of the one file in question, where others write other files there.
     """
     for path in folder.glob(f"*{UNFINISHED}"):
-        if path.is_file() or path.is_symlink():
+        if path.name.startswith(name and f"{name}.") and (path.is_file() or path.is_symlink()):
             path.unlink(missing_ok=True)

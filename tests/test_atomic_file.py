@@ -75,3 +75,10 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -
     remove_unfinished(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.part"]
     remove_unfinished(tmp_path / "absent")
+
+
+def test_what_a_killed_writer_of_one_file_left_is_removed_without_touching_those_of_others(tmp_path: Path) -> None:
+    for name in ("[a].json.01.part", "b.json.02.part"):
+        (tmp_path / name).write_bytes(b"cont")
+    remove_unfinished(tmp_path, "[a].json")
+    assert [path.name for path in tmp_path.iterdir()] == ["b.json.02.part"]

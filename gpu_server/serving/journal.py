@@ -8,6 +8,7 @@ from split_model import Adapter, LoraConfig, ModelConfig
 
 from ..checkpoints import SavedRound
 from ..federation import StepRecord
+from ..run_description import RunDescription
 from ..run_directory import RunDirectory
 
 __all__ = ["Journal"]
@@ -26,7 +27,7 @@ class Journal:
     """
 
     def __init__(
-        self, directory: RunDirectory, description: dict[str, Any], config: ModelConfig, lora: LoraConfig, base_model: str
+        self, directory: RunDirectory, description: RunDescription, config: ModelConfig, lora: LoraConfig, base_model: str
     ) -> None:
         self._directory, self._description = directory, description
         self._config, self._lora, self._base_model = config, lora, base_model
@@ -36,7 +37,7 @@ class Journal:
 
     def begin(self, url: str) -> None:
         """Say in run.json where the run is served. Returns when that is written."""
-        self._description["url"] = url
+        self._description = self._description.served_at(url)
         self._directory.describe(self._description)
 
     def write_step(self, record: StepRecord) -> "Future[None]":
@@ -58,7 +59,7 @@ class Journal:
 
         def write() -> None:
             self._directory.save_adapter(adapter, self._config, self._lora, self._base_model)
-            self._directory.describe({**self._description, "adapter": {"step": step, "of": total_steps}})
+            self._directory.describe(self._description.with_adapter(step=step, of=total_steps))
 
         return self._ask(write)
 
