@@ -2,7 +2,7 @@
 The device's side of the algorithm (SplitLoRA, arXiv 2407.00952, section III): `train` is a run, read from top to bottom.
 
 It knows neither torch nor sockets: an `Engine` computes, and a `Membership` gets every question its answer, over however many
-connections that takes. What is left to happen is in ``Redirected``: the run may stand elsewhere than this device.
+connections that takes. Only one thing may come instead of an answer: `Redirected` says where in the run this device goes on.
 """
 
 import math

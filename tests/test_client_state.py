@@ -1,9 +1,11 @@
 """What a device keeps of a run, and what it does not trust."""
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,14 @@ import numpy as np
 import pytest
 from conftest import run_in_thread
 from protocol_samples import SETTINGS
+from safetensors.numpy import save_file
 
 from edge_client import ConnectionFailed, EdgeClient
 from edge_client.client_state import ClientState
 from edge_client.saved_steps import SavedStep, StateError
 from gpu_server import GpuServer
 from protocol import Welcome
+from storage import CacheFolder
 
 
 def welcome(run: str, **fields: Any) -> Welcome:
@@ -177,6 +181,29 @@ def test_folder_is_the_users_alone_and_no_name_reaches_its_path(tmp_path: Path) 
     assert note.parent.name.isalnum()
     assert note.parent.stat().st_mode & 0o777 == 0o700
     assert json.loads(note.read_text())["server"] == "ws://../../etc"
+
+
+def test_state_that_an_earlier_version_has_left_is_found(tmp_path: Path) -> None:
+    """A device may be killed, updated, and started again."""
+    folder = tmp_path / "places" / hashlib.sha256(b"ws://here a").hexdigest()[:32]
+    folder.mkdir(parents=True)
+    note = {"run": "r", "settings": asdict(SETTINGS), "fingerprint": "f", "restarts": 2, "dtype": "bfloat16", "model": "gpt2"}
+    (folder / "place.json").write_text(json.dumps({**note, "server": "ws://here", "name": "a"}))
+    metadata = {"step": "4", "round": "2", "restarts": "2", "is_round_end": "1"}
+    save_file({"adapter/m": np.ones((2, 2), np.float32)}, folder / "0000000004.safetensors", metadata)
+    earlier = CacheFolder(folder / "samples", 10**6)
+    earlier.store(3, 0, {0: (0, np.ones((2, 3), np.uint16))})
+    earlier.confirm(3, 0)
+
+    state = ClientState(tmp_path, "ws://here", "a")
+    noted = state.welcome()
+    assert noted is not None
+    assert vars(noted) == vars(welcome("r", restarts=2))
+    assert (state.dtype("r"), state.model()) == ("bfloat16", "gpt2")
+    found = state.saved_steps.load(4)
+    assert found is not None
+    assert (found.step, found.round, found.restarts, list(found.state)) == (4, 2, 2, ["adapter/m"])
+    assert state.activation_cache(10**6).newest == 3
 
 
 @pytest.mark.parametrize("what", ["enter", "save"])
