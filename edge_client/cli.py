@@ -33,6 +33,17 @@ PROGRAM = "splitlora-edge"
 INVITATION_VARIABLE = "SPLITLORA_INVITATION"
 LONGEST_INVITATION = 4096  # characters; no more is read of a file, which may be another than the user meant
 
+ADVICE = {
+    "edge_compute": "a smaller --cut-layer on the server leaves devices less to compute",
+    "encode": "making bytes takes longer than sending them: --codec bfloat16 or float32 on the server takes less",
+    "decode": "reading bytes takes longer than receiving them: --codec bfloat16 or float32 on the server takes less",
+    "uplink": "a leaner --codec on the server (int8, int4, delta), or a higher --aggregate-every, sends less",
+    "downlink": "a leaner --codec on the server (int8, int4, delta), or a higher --aggregate-every, sends less",
+    "queue": "it waits for slower devices: give those a smaller --batch-size, or the server a --quorum",
+    "server_compute": "a higher --cut-layer on the server moves work to the devices; or give the server a faster processor",
+}
+"""What to change about each part of the time; most of it is set where the server is started."""
+
 
 def build_parser() -> Parser:
     parser = Parser(
@@ -259,7 +270,7 @@ def _train(device: "EdgeClient") -> None:
             for step in client.train():
                 progress.update(step=step.number, loss=step.loss, tokens=step.tokens, num_bytes=step.num_bytes)
                 spent += step.seconds
-        if where := where_time_went(vars(spent)):
+        if where := where_time_went(vars(spent), ADVICE):
             _say(where)
         _show_perplexity(client, "after")
         _say(f"done: {client.num_bytes / 1e6:.2f} MB exchanged")

@@ -19,6 +19,17 @@ __all__ = ["build_parser", "main"]
 
 PROGRAM = "splitlora-server"
 
+ADVICE = {
+    "edge_compute": "a smaller --cut-layer leaves devices less to compute",
+    "encode": "making bytes takes longer than sending them: --codec bfloat16 or float32 takes less",
+    "decode": "reading bytes takes longer than receiving them: --codec bfloat16 or float32 takes less",
+    "uplink": "a leaner --codec (int8, int4, delta), or a higher --aggregate-every, sends less",
+    "downlink": "a leaner --codec (int8, int4, delta), or a higher --aggregate-every, sends less",
+    "queue": "devices wait for slower ones: give those a smaller --batch-size, or the run a --quorum",
+    "server_compute": "a higher --cut-layer moves work to the devices; or give the server a faster processor",
+}
+"""What to change about each part of the time."""
+
 
 def build_parser() -> Parser:
     parser = Parser(prog=PROGRAM, description="Train the server part of a split model for all devices of a run.")
@@ -131,7 +142,7 @@ def run_serve(options: argparse.Namespace) -> None:
                 num_bytes = sum(step.bytes_up.values()) + sum(step.bytes_down.values())
                 progress.update(step=step.number, loss=step.loss, tokens=step.tokens, num_bytes=num_bytes)
                 spent = sum(step.seconds.values(), spent)
-        if where := where_time_went(vars(spent)):
+        if where := where_time_went(vars(spent), ADVICE):
             _say(f"all devices' {where}")
         _say(f"done: the adapter is in {server.adapter_folder}")
 

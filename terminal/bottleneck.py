@@ -4,21 +4,12 @@ from collections.abc import Mapping
 
 __all__ = ["where_time_went"]
 
-ADVICE = {
-    "edge_compute": "a smaller --cut-layer on the server leaves devices less to compute",
-    "encode": "making bytes takes longer than sending them: --codec bfloat16 or float32 on the server takes less",
-    "decode": "reading bytes takes longer than receiving them: --codec bfloat16 or float32 on the server takes less",
-    "uplink": "a leaner --codec on the server (int8, int4, delta), or a higher --aggregate-every, sends less",
-    "downlink": "a leaner --codec on the server (int8, int4, delta), or a higher --aggregate-every, sends less",
-    "queue": "it waits for slower devices: give those a smaller --batch-size, or the server a --quorum",
-    "server_compute": "a higher --cut-layer on the server moves work to the devices; or give the server a faster processor",
-}
 
-
-def where_time_went(seconds: Mapping[str, float]) -> str:
+def where_time_went(seconds: Mapping[str, float], advice: Mapping[str, str]) -> str:
     """
     Args:
-        seconds: by part: edge_compute, encode, uplink, queue, server_compute, downlink, decode.
+        seconds: by part, such as edge_compute or uplink.
+        advice: by part, what its reader can change about it.
 
     Returns:
         The parts' shares, and what to change about the largest. Empty where no time went.
@@ -28,7 +19,7 @@ def where_time_went(seconds: Mapping[str, float]) -> str:
         return ""
     shares = ", ".join(f"{_name(part)} {100 * spent / total:.0f} %" for part, spent in seconds.items())
     largest = max(seconds, key=lambda part: seconds[part])
-    return f"time: {shares}\nmost of it goes to {_name(largest)}: {ADVICE[largest]}"
+    return f"time: {shares}\nmost of it goes to {_name(largest)}: {advice[largest]}"
 
 
 def _name(part: str) -> str:
