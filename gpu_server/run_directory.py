@@ -22,6 +22,7 @@ from .run_description import RunDescription, lock_of
 
 __all__ = ["RunDirectory"]
 
+DESCRIPTION, CODECS, METRICS = "run.json", "codecs.json", "metrics.jsonl"
 SECONDS_TO_ASK = 1.0
 
 
@@ -55,7 +56,7 @@ class RunDirectory:
     @staticmethod
     def holds_run(path: Path) -> bool:
         """Whether a run was begun there."""
-        return (path / "run.json").exists()
+        return (path / DESCRIPTION).exists()
 
     def hold(self) -> None:
         """
@@ -70,8 +71,9 @@ class RunDirectory:
                 self._lock.acquire(timeout=SECONDS_TO_ASK, poll_interval=0.01)
             except Timeout:
                 raise ServerError(f"{self.path} is in use by another server") from None
-            for folder in (self.path, self.checkpoints.folder):
-                remove_unfinished(folder)
+            remove_unfinished(self.checkpoints.folder)
+            for name in (DESCRIPTION, CODECS, METRICS):  # not clients.json: `splitlora-server enrol` may be writing it just now
+                remove_unfinished(self.path, name)
 
     def release(self) -> None:
         self._lock.release()
@@ -84,7 +86,7 @@ class RunDirectory:
     def write_codec_state(self, state: dict[str, Any]) -> None:
         """What the codec policy has seen and decided; it holds, whatever checkpoint the run goes back to."""
         with self._writing():
-            replace_file(self.path / "codecs.json", (json.dumps(state, indent=2) + "\n").encode())
+            replace_file(self.path / CODECS, (json.dumps(state, indent=2) + "\n").encode())
 
     def codec_state(self) -> dict[str, Any] | None:
         """
@@ -93,7 +95,7 @@ class RunDirectory:
         Raises:
             ServerError: the file cannot be read.
         """
-        path = self.path / "codecs.json"
+        path = self.path / CODECS
         if not path.exists():
             return None
         try:
@@ -150,7 +152,7 @@ class RunDirectory:
 
     @property
     def _metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

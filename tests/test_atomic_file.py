@@ -68,6 +68,18 @@ def test_full_disk_leaves_the_file_before_and_nothing_beside_it(tmp_path: Path, 
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"before")]
 
 
+def test_interrupted_writer_leaves_nothing_beside_the_file(tmp_path: Path, monkeypatch: Any) -> None:
+    """Ctrl-C, while a secret is half written."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replace_file(tmp_path / "file", b"secret")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     replace_file(tmp_path / "file", b"content")
     (tmp_path / "file.0123.part").write_bytes(b"cont")

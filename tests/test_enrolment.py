@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from edge_client.enrolment import EnrolmentError, find, state_folder, store
 from gpu_server import ConfigError, ServerError
 from gpu_server.enrolment import Enrolments
+from gpu_server.run_directory import RunDirectory
 from protocol import InvalidName
 from protocol.invitation import Invitation
 
@@ -100,6 +101,17 @@ def test_file_is_private_whatever_the_umask(enrolments: Enrolments, path: Path) 
     finally:
         os.umask(before)
     assert mode(path) == 0o600
+
+
+def test_server_that_starts_takes_nothing_from_a_command_that_is_just_writing(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    for name in ("clients.json", "run.json"):
+        (tmp_path / f"{name}.0123.part").touch()
+    directory.hold()
+    directory.release()
+    assert [path.name for path in tmp_path.glob("*.part")] == ["clients.json.0123.part"]
+    Enrolments(tmp_path / "clients.json").enrol("phone-1")  # by now, whoever was writing has been killed: the lock is free
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_clients_are_listed_by_name_with_their_time(enrolments: Enrolments) -> None:
