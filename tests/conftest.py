@@ -150,6 +150,25 @@ def pairs_file(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def returned(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, str], threading.Event]:
+    """``returned(owner, method)``: an event that is set when the method of any object of that class has returned."""
+
+    def watch(owner: type, name: str) -> threading.Event:
+        event, method = threading.Event(), getattr(owner, name)
+
+        def watched(*arguments: Any, **more: Any) -> Any:
+            try:
+                return method(*arguments, **more)
+            finally:
+                event.set()
+
+        monkeypatch.setattr(owner, name, watched)
+        return event
+
+    return watch
+
+
+@pytest.fixture
 def disk_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Filled while the test runs: "fsync PATH" and "replace", in their order, without an unfinished file's digits."""
     calls: list[str] = []

@@ -466,15 +466,19 @@ def test_server_refuses_a_run_directory_it_cannot_write(server_says: Say, tmp_pa
 
 
 def test_server_that_cannot_write_the_adapter_does_not_end_well(
-    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    tiny_model: Path,
+    tmp_path: Path,
+    pairs_file: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    returned: Callable[[type, str], threading.Event],
 ) -> None:
-    run_dir, port = tmp_path / "run", free_port()
+    run_dir, port, listening = tmp_path / "run", free_port(), returned(GpuServer, "__enter__")
     run_dir.mkdir()
     (run_dir / "adapter").write_text("")  # stands for a disk that fills up during the run
     flags = {**server_options(tiny_model, run_dir), "port": port}
     with ThreadPoolExecutor(1) as background:
         status = background.submit(gpu_server.cli.main, ["serve", *arguments(flags)])
-        wait_for_server(port)
+        assert listening.wait(timeout=60)
         url = f"ws://127.0.0.1:{port}"
         with (
             pytest.raises(ConnectionError),
@@ -485,14 +489,6 @@ def test_server_that_cannot_write_the_adapter_does_not_end_well(
     last = capsys.readouterr().err.strip().splitlines()[-1]
     mended = "when that is mended, --resume goes on with its run"
     assert last == f"splitlora-server: run directory {run_dir} cannot be written: File exists; {mended}"
-
-
-def wait_for_server(port: int) -> None:
-    while True:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        threading.Event().wait(0.01)
 
 
 # Servers

@@ -85,12 +85,12 @@ def test_a_message_is_encoded_as_the_document_says(kind: str) -> None:
 
 
 @every_kind
-def test_the_bytes_of_version_2_are_still_understood(kind: str) -> None:
+def test_the_bytes_of_version_3_are_still_understood(kind: str) -> None:
     assert_same(decode(compress(bytes.fromhex(GOLDEN[kind])), HANDSHAKE_BYTES), SAMPLES[kind])
 
 
 @every_kind
-def test_the_bytes_of_version_2_are_still_written(kind: str) -> None:
+def test_the_bytes_of_version_3_are_still_written(kind: str) -> None:
     assert inflate(encode(SAMPLES[kind])).hex() == GOLDEN[kind]
 
 

@@ -1,6 +1,7 @@
 """A device that waits says for whom, and how long, and no more often than somebody wants to read it."""
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from conftest import run_in_thread
 from edge_client import ConnectionFailed, EdgeClient
 from edge_client.patience import Patience, reason_to_wait
 from gpu_server import GpuServer
+from gpu_server.federation import Federation
 from protocol import Pong
 
 
@@ -83,22 +85,23 @@ def test_device_whose_data_has_ended_is_told_how_far_the_others_are() -> None:
     assert reason_to_wait(dial, "a") == "the server is at work, 49 steps finished"  # type: ignore[arg-type]
 
 
-def test_reasons_come_from_the_server(tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path]) -> None:
+def test_reasons_come_from_the_server(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], returned: Callable[[type, str], threading.Event]
+) -> None:
+    joined, received = returned(Federation, "join"), returned(Federation, "receive")
     options = {"model": str(tiny_model), "run_dir": str(tmp_path / "run"), "cut_layer": 1, "steps": 2, "dtype": "float32"}
     device = {"model": options["model"], "data": pairs_file("a", 4), "dtype": "float32", "state_dir": tmp_path / "state"}
     with GpuServer(**options, port=0, clients=2) as server:
         ended = run_in_thread(lambda: list(server.train()))
         with EdgeClient(server.url, name="a", **device) as one, EdgeClient(server.url, name="b", **device) as two:
             first = run_in_thread(one.start)
-            while (reason := reason_to_wait(one._access.connect, "a")) == "0 of 2 devices are connected":
-                pass
-            assert reason == "1 of 2 devices are connected"
+            assert joined.wait(timeout=60)
+            assert reason_to_wait(one._access.connect, "a") == "1 of 2 devices are connected"
             two.start()
             first.result(timeout=60)
             steps = run_in_thread(lambda: list(one.train()))
-            while "waits for a and b" in (reason := reason_to_wait(two._access.connect, "c")):
-                pass
-            assert reason.startswith("the run waits for b (silent for ")
+            assert received.wait(timeout=60)
+            assert reason_to_wait(two._access.connect, "c").startswith("the run waits for b (silent for ")
             assert reason_to_wait(two._access.connect, "b") == "its own message is still on the way to the server"
             assert len(list(two.train())) == len(steps.result(timeout=60)) == 2
         ended.result(timeout=60)

@@ -204,8 +204,8 @@ def test_server_that_is_stopped_while_a_round_ends_writes_its_checkpoint_once_at
 ) -> None:
     options = {**settings, "checkpoint_every": 3, "run_dir": str(tmp_path / "run")}
     device = {"model": options["model"], "data": pairs_file("a", 9), "state_dir": tmp_path / "state", "dtype": "float32"}
-    aggregate, write, together = TorchEngine.aggregate, Checkpoints.write, threading.Barrier(2)
-    first_is_written, met = threading.Event(), []
+    aggregate, write, finish_tasks = TorchEngine.aggregate, Checkpoints.write, Lifetime.finish_tasks
+    first_is_written, is_ending, nobody_writes = threading.Event(), threading.Event(), threading.Lock()
 
     def aggregate_and_stop(self: TorchEngine, step: int, *rest: Any) -> Any:
         if step == 3:
@@ -214,22 +214,25 @@ def test_server_that_is_stopped_while_a_round_ends_writes_its_checkpoint_once_at
         return aggregate(self, step, *rest)
 
     def watched_write(self: Checkpoints, saved: SavedRound) -> None:
+        assert nobody_writes.acquire(blocking=False)
         if saved.step == 3:
-            try:
-                met.append(together.wait(timeout=0.5))
-            except threading.BrokenBarrierError:
-                pass  # as it should be: no other write is on its way
+            assert is_ending.wait(timeout=60)
         write(self, saved)
+        nobody_writes.release()
         first_is_written.set()
+
+    async def watched_finish(self: Lifetime, seconds: float) -> None:
+        is_ending.set()
+        await finish_tasks(self, seconds)
 
     monkeypatch.setattr(TorchEngine, "aggregate", aggregate_and_stop)
     monkeypatch.setattr(Checkpoints, "write", watched_write)
+    monkeypatch.setattr(Lifetime, "finish_tasks", watched_finish)
     with GpuServer(**options, port=0) as server:
         with EdgeClient(server.url, name="a", give_up_after=0.0, **device) as client, pytest.raises(ConnectionFailed):
             list(client.train())
         with pytest.raises(RunEndedEarly, match="the server was stopped"):
             list(server.train())
-    assert met == []
     assert Checkpoints(tmp_path / "run/checkpoints").steps() == [0, 3]
     assert len(losses(tmp_path / "run")) >= 3
 

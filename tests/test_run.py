@@ -3,7 +3,6 @@
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import pytest
 import reference
 from conftest import run_in_thread, run_split
+from websockets.frames import Frame, Opcode
+from websockets.protocol import Protocol, Side
 
 from edge_client import EdgeClient
 from edge_client.data import Dataset
@@ -213,15 +214,25 @@ def test_computing_for_long_does_not_lose_a_connection(
     for side in ("gpu_server.serving.admission", "edge_client.connection"):
         monkeypatch.setattr(f"{side}.SECONDS_BETWEEN_PINGS", 0.05)
         monkeypatch.setattr(f"{side}.SECONDS_TO_PONG", 0.3)
-    owner, name = (ServerEngine, "train") if busy == "server" else (TorchEngine, "backward")
-    compute = getattr(owner, name)
+    owner, name, peer = (ServerEngine, "train", Side.CLIENT) if busy == "server" else (TorchEngine, "backward", Side.SERVER)
+    compute, receive = getattr(owner, name), Protocol.recv_frame
+    pongs = threading.Semaphore(0)
+
+    def watched_receive(self: Protocol, frame: Frame) -> None:
+        receive(self, frame)
+        if frame.opcode is Opcode.PONG and self.side is peer:
+            pongs.release()
 
     def compute_for_long(*arguments: Any) -> Any:
-        time.sleep(1.0)  # many times what the peer may be silent for
+        while pongs.acquire(blocking=False):
+            pass  # those of before
+        for _ in range(10):  # longer than the peer bears silence
+            assert pongs.acquire(timeout=60)
         return compute(*arguments)
 
     monkeypatch.setattr(owner, name, compute_for_long)
+    monkeypatch.setattr(Protocol, "recv_frame", watched_receive)
     client = {"data": pairs_file("a", 9), "state_dir": tmp_path / "state"}
-    result = run_split(options(tiny_model, tmp_path / "run", steps=2), {"a": client})
-    assert len(result.losses) == 2
+    result = run_split(options(tiny_model, tmp_path / "run", steps=1), {"a": client})
+    assert len(result.losses) == 1
     assert "lost" not in caplog.text
