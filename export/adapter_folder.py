@@ -14,13 +14,13 @@ from storage import AdapterSettings, Folder
 from storage.adapter_settings import CONFIG_FILE, WEIGHTS_FILE
 
 from .errors import ExportError
+from .families import family_of
 from .lora import LoraAdapter, LoraUpdate
 from .patterns import AT_END, BEFORE_NUMBER, INSIDE, WHOLE, match_all
 from .weights import Floats
 
 __all__ = ["BeyondLora", "copy_adapter", "read_adapter"]
 
-MATRIX = re.compile(r"base_model\.model\.(transformer\.h\.\d+\.\w+\.\w+)\.lora_([AB])\.weight")
 SHOWN = 3
 
 
@@ -43,10 +43,12 @@ def read_adapter(folder: Path, config: ModelConfig) -> LoraAdapter:
     for layer in targets.layers:
         if targets.rank(layer) > longest:
             raise ExportError(f"{settings.path}: {layer} has rank {targets.rank(layer)}, and no matrix is that large")
+    blocks = re.escape(config.stored_name(config.blocks))
+    of_a_layer = re.compile(rf"base_model\.model\.({blocks}\.\d+\.\w+\.\w+)\.lora_([AB])\.weight")
     pairs: dict[str, dict[str, Floats]] = {}
     beyond = settings.beyond
     for name, matrix in matrices.items():
-        if found := MATRIX.fullmatch(name):
+        if found := of_a_layer.fullmatch(name):
             pairs.setdefault(found[1], {})[found[2]] = matrix
         else:
             beyond.append(name.removeprefix("base_model.model."))
@@ -55,7 +57,7 @@ def read_adapter(folder: Path, config: ModelConfig) -> LoraAdapter:
     if beyond:
         more = f" and {len(beyond) - SHOWN} more" if len(beyond) > SHOWN else ""
         raise BeyondLora(f"{folder}: the adapter is more than plain LoRA: {', '.join(beyond[:SHOWN])}{more}")
-    return {layer.removeprefix("transformer."): _update(folder, layer, pair, targets, config) for layer, pair in pairs.items()}
+    return {layer.removeprefix(config.prefix): _update(folder, layer, pair, targets) for layer, pair in pairs.items()}
 
 
 def copy_adapter(folder: Path, copy: Path) -> None:
@@ -77,11 +79,16 @@ class Targets:
     def __init__(self, settings: AdapterSettings, config: ModelConfig) -> None:
         self._settings = settings
         self._values = values = settings.values
-        blocks = {f"transformer.h.{block}": block for block in range(config.num_layers)}
-        layers = {f"{name}.{layer}": block for name, block in blocks.items() for layer in config.layer_shapes}
+        layers: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, int]] = {}
+        """Of all linear layers, (in, out)."""
+        for block in range(config.num_layers):
+            for layer, shape in config.layer_shapes.items():
+                name = f"{config.stored_name(config.block_name(block))}.{layer}"
+                layers[name], self.shapes[name] = block, shape
         try:
             # All of them, against whatever PEFT may match them with: what is fast here is fast there.
-            self._matched = match_all(_expressions(settings), [*layers, *_other_modules(blocks)])
+            self._matched = match_all(_expressions(settings), [*layers, *family_of(config).other_modules(config)])
         except ExportError as error:
             raise ExportError(f"{settings.path}: {error}") from None
         chosen = values.get("layers_to_transform")
@@ -125,12 +132,6 @@ def _expressions(settings: AdapterSettings) -> list[tuple[str, str]]:
     return found
 
 
-def _other_modules(blocks: dict[str, int]) -> list[str]:
-    inner = ("", ".ln_1", ".attn", ".attn.attn_dropout", ".attn.resid_dropout", ".ln_2", ".mlp", ".mlp.act", ".mlp.dropout")
-    outer = ("transformer", *(f"transformer.{name}" for name in ("wte", "wpe", "drop", "h", "ln_f")), "lm_head")
-    return [*outer, *(f"{block}{name}" for block in blocks for name in inner)]
-
-
 def _read_matrices(path: Path) -> dict[str, Floats]:
     try:
         matrices = {name: matrix.astype(np.float32) for name, matrix in load_file(path).items()}
@@ -144,11 +145,11 @@ def _read_matrices(path: Path) -> dict[str, Floats]:
     return matrices
 
 
-def _update(folder: Path, layer: str, pair: dict[str, Floats], targets: Targets, config: ModelConfig) -> LoraUpdate:
+def _update(folder: Path, layer: str, pair: dict[str, Floats], targets: Targets) -> LoraUpdate:
     if pair.keys() != {"A", "B"}:
         raise ExportError(f"{folder}: {layer} has only one of its two matrices")
     a, b = pair["A"], pair["B"]
-    inputs, outputs = config.layer_shapes[layer.split(".", 3)[3]]
+    inputs, outputs = targets.shapes[layer]
     rank = targets.rank(layer)
     if a.shape != (rank, inputs) or b.shape != (outputs, rank):
         raise ExportError(

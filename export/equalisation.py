@@ -2,90 +2,39 @@
 Channels of equal size before quantisation, by the weights alone: what SmoothQuant (arXiv 2211.10438) does with activations
 that it has seen, and cross-layer equalisation (arXiv 1906.04721) without any.
 
-A linear layer's input channel may be divided by a number and its row of the matrix multiplied by it. GPT-2 divides at no cost:
-c_attn and c_fc follow a norm, whose gain and offset take it, and what c_proj of attention gets is linear in the values. All
-numbers are powers of two, which change no digit of a float: the function is the same to the bit.
+A linear layer's input channel may be divided by a number if its row of the matrix is multiplied by it. The model's family says
+which layers' inputs can be divided at no cost. All numbers are powers of two, which change no digit of a float: the function
+stays the same to the bit.
 """
 
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from .weights import Floats, Weights
 
-if TYPE_CHECKING:  # a graph is built without torch, which split_model imports
-    from split_model import ModelConfig
+__all__ = ["EqualisedWeights", "balance"]
 
-__all__ = ["Equalised"]
-
-NORM_OF_LAYER = {"attn.c_attn": "ln_1", "mlp.c_fc": "ln_2"}
-LAYER_OF_NORM = {norm: layer for layer, norm in NORM_OF_LAYER.items()}
 SMALLEST = np.float32(1e-8)
 STRENGTHS = (0.0, 0.25, 0.5)
-"""Of what lies between leaving a layer as it is, and making inputs and rows equally large."""
+"""How far to go from leaving a layer as it is, 0, to making its inputs and its rows equally large, 0.5."""
 BLOCK = 64
 LARGEST_INPUT = 3.0
 """Of a block, in root mean squares."""
 
 
-class Equalised:
+class EqualisedWeights(Weights, Protocol):
     """The same model with other weights."""
 
-    def __init__(self, weights: Weights, config: "ModelConfig") -> None:
-        self._weights, self._config = weights, config
-        self._of_norm = lru_cache(maxsize=None)(self._factors_of_norm)
-        self._of_values = lru_cache(maxsize=None)(self._factors_of_values)
-
-    def read(self, name: str) -> Floats:
-        tensor = self._weights.read(name)
-        if not name.startswith("h."):
-            return tensor
-        _, index, part = name.split(".", 2)
-        layer, parameter = part.rsplit(".", 1)
-        if layer in LAYER_OF_NORM:
-            return tensor / self.rows(f"h.{index}.{LAYER_OF_NORM[layer]}")
-        if parameter == "bias":
-            return tensor * self.columns(f"h.{index}.{layer}")
-        return self.rows(f"h.{index}.{layer}")[:, None] * tensor * self.columns(f"h.{index}.{layer}")
-
     def rows(self, layer: str) -> Floats:
-        """(in,): what the rows of a layer's matrix, such as "h.0.attn.c_attn", are multiplied by."""
-        _, index, part = layer.split(".", 2)
-        if part in NORM_OF_LAYER:
-            return self._of_norm(layer, f"h.{index}.{NORM_OF_LAYER[part]}")
-        if part == "attn.c_proj":
-            return self._of_values(f"h.{index}.attn")
-        return np.ones(self._config.layer_shapes[part][0], np.float32)
+        """(in,): what the rows of the matrix of a linear layer of the model have been multiplied by."""
 
     def columns(self, layer: str) -> Floats:
-        """(out,): the same for its columns and its bias."""
-        _, index, part = layer.split(".", 2)
-        factors = np.ones(self._config.layer_shapes[part][1], np.float32)
-        if part == "attn.c_attn":
-            factors[2 * self._config.width :] /= self._of_values(f"h.{index}.attn")
-        return factors
-
-    def _factors_of_norm(self, layer: str, norm: str) -> Floats:
-        return _balance(self._size_of_normed(norm), self._weights.read(f"{layer}.weight"))
-
-    def _factors_of_values(self, attention: str) -> Floats:
-        norm = self._size_of_normed(attention.replace(".attn", ".ln_1"))
-        values = self._weights.read(f"{attention}.c_attn.weight")[:, 2 * self._config.width :]
-        bias = self._weights.read(f"{attention}.c_attn.bias")[2 * self._config.width :]
-        with np.errstate(over="ignore"):
-            size = np.sqrt(norm**2 @ values**2 + bias**2)
-        return _balance(size, self._weights.read(f"{attention}.c_proj.weight"))
-
-    def _size_of_normed(self, norm: str) -> Floats:
-        # A normed element has mean 0 and variance 1: times the gain, and around the offset, this is its root mean square.
-        gain, offset = (self._weights.read(f"{norm}.{parameter}") for parameter in ("weight", "bias"))
-        size: Floats = np.sqrt(gain**2 + offset**2)
-        return size
+        """(out,): what the columns of its matrix, and its bias, have been multiplied by."""
 
 
 @np.errstate(over="ignore", invalid="ignore")  # near the largest float, any choice is as good as another
-def _balance(inputs: Floats, matrix: Floats) -> Floats:
+def balance(inputs: Floats, matrix: Floats) -> Floats:
     """
     The factors of a matrix's rows under which the product is expected to suffer least.
 

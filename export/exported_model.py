@@ -106,7 +106,7 @@ class ExportedModel:
         return logits.astype(np.float32, copy=False), present
 
     def empty_cache(self, batch: int) -> Cache:
-        with _readable_errors(f"{self._graphs[0]} has no cache of a GPT-2"):
+        with _readable_errors(f"{self._graphs[0]} has no keys and values of earlier tokens"):
             return {
                 item.name: np.zeros((batch, item.shape[1], 0, item.shape[3]), np.float16 if "16" in item.type else np.float32)
                 for session in self._sessions

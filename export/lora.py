@@ -26,7 +26,7 @@ class LoraUpdate:
 
 
 LoraAdapter = dict[str, LoraUpdate]
-"""By layer, such as "h.0.attn.c_attn"."""
+"""By a linear layer's name in the model, without `ModelConfig.prefix`."""
 
 
 class Merged:

@@ -8,10 +8,12 @@ from tokenizers import Tokenizer
 
 from split_model import ModelConfig
 from storage import Folder, load_tokenizer
+from storage.tokenizer import DEFAULT_CLASS
 
 from .beside_weights import copy_files_beside_weights
 from .checkpoint import write_checkpoint
 from .errors import ExportError
+from .families import family_of
 from .source import Source
 from .weights import Weights
 
@@ -48,7 +50,7 @@ def write_genai_config(folder: Path, config: ModelConfig, *, filename: str, shar
     decoder = {
         "session_options": {"provider_options": []},
         "filename": filename,
-        "head_size": config.width // config.num_heads,
+        "head_size": config.head_width,
         "hidden_size": config.width,
         "num_attention_heads": config.num_heads,
         "num_hidden_layers": config.num_layers,
@@ -60,7 +62,7 @@ def write_genai_config(folder: Path, config: ModelConfig, *, filename: str, shar
         "outputs": {"logits": "logits", **{name: pattern for name, pattern in cache.items() if name.startswith("present")}},
     }
     model = {
-        "type": "decoder",  # "gpt2" would mean the names and the combined cache of older exports
+        "type": "decoder",  # a family's own name would mean the names and the combined cache of older exports
         **dict.fromkeys(("bos_token_id", "eos_token_id"), config.end_token),
         # Every token that equals it is masked, and the end token stands between prompt and completion. -1 is in no text; as an
         # index it means the table's last row.
@@ -88,15 +90,14 @@ def _write_missing(path: Path, value: dict[str, Any]) -> None:
 
 def _config(source: Source) -> dict[str, Any]:
     """config.json of what is written: float32, with what other programs look for and transformers no longer writes."""
-    config = Folder(source.folder, ExportError).read_json("config.json")
+    family, config = family_of(source.config), Folder(source.folder, ExportError).read_json("config.json")
     config.pop("torch_dtype", None)
-    config.setdefault("architectures", ["GPT2LMHeadModel"])
+    config.setdefault("architectures", [family.architecture])
     config.setdefault("bos_token_id", source.config.end_token)
     return config | {
         "dtype": "float32",
         "eos_token_id": source.config.end_token,
-        "n_positions": source.config.num_positions,
-        "n_ctx": source.config.num_positions,
+        **dict.fromkeys(family.position_keys, source.config.num_positions),
         "tie_word_embeddings": source.config.tied_head,
     }
 
@@ -104,7 +105,7 @@ def _config(source: Source) -> dict[str, Any]:
 def _tokenizer_config(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
     end = tokenizer.id_to_token(config.end_token)
     return {
-        "tokenizer_class": "GPT2Tokenizer",
+        "tokenizer_class": DEFAULT_CLASS,
         "model_max_length": config.num_positions,
         "add_prefix_space": False,
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), end),

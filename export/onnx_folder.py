@@ -14,9 +14,9 @@ from terminal import Progress, version
 
 from .adapter_folder import copy_adapter
 from .attention import ATTENTIONS
-from .equalisation import Equalised
+from .equalisation import EqualisedWeights
 from .errors import ExportError
-from .gpt2 import GPT2
+from .families import family_of
 from .graph import Graph
 from .lora import LoraAdapter
 from .model_files import write_genai_config, write_json, write_model_files
@@ -94,8 +94,9 @@ class OnnxFolder:
             if source.adapter is None or source.adapter_folder is None:
                 raise ExportError("--keep-adapter needs an adapter: give --run-dir or --adapter")
             self.adapter, self.weights = source.adapter, source.base()
-        self.equalised = Equalised(self.weights, self.config)
-        head_width = self.config.width // self.config.num_heads
+        self.family = family_of(self.config)
+        self.equalised = self.family.equalised(self.weights, self.config)
+        head_width = self.config.head_width
         if attention == "gqa" and head_width % 8:
             raise ExportError(
                 f"--attention gqa needs heads of a multiple of 8 elements, this model's have {head_width}; use attn23 or ops"
@@ -138,8 +139,9 @@ class OnnxFolder:
         for part in self.parts:
             path = self.folder / "onnx" / f"{part.file}{precision.suffix}.onnx"
             with Graph(path) as graph:
-                GPT2(graph, self.config, weights, precision, self.attention, part.blocks, self.adapter.keys()).build()
-                graph.save("gpt2", form.opset, form.ir_version)
+                build = self.family.graph
+                build(graph, self.config, weights, precision, self.attention, part.blocks, self.adapter.keys()).build()
+                graph.save(self.config.model_type, form.opset, form.ir_version)
             entry[part.key] = f"onnx/{path.name}"
             sizes |= {f"onnx/{file.name}": file.stat().st_size for file in (path, graph.data_path)}
         return {**entry, "bytes": sizes}
@@ -178,7 +180,7 @@ class Watched:
         return tensor
 
 
-def write_adapter(path: Path, adapter: LoraAdapter, base: Equalised) -> None:
+def write_adapter(path: Path, adapter: LoraAdapter, base: EqualisedWeights) -> None:
     """The matrices of an adapter as ONNX Runtime takes them, for the slots of a graph with these weights."""
     parameters = {}
     for layer, update in adapter.items():

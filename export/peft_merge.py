@@ -15,6 +15,7 @@ from storage import AdapterSettings
 from .adapter_folder import BeyondLora, read_adapter
 from .beside_weights import copy_files_beside_weights
 from .errors import ExportError
+from .families import family_of
 
 __all__ = ["load_with_peft", "load_with_transformers", "merge_with_peft"]
 
@@ -37,11 +38,11 @@ def merge_with_peft(base: PretrainedModel, adapter: Path, folder: Path) -> None:
             merged = model.merge_and_unload(safe_merge=True)
         except Exception as error:
             raise _refusal(adapter, error) from None
-        head, table = merged.lm_head.weight, merged.transformer.wte.weight
+        head, table = merged.get_output_embeddings(), merged.get_input_embeddings()
         # Training one of two tied matrices, or giving it an adapter, unties them.
-        merged.config.tie_word_embeddings = bool(torch.equal(head, table))
+        merged.config.tie_word_embeddings = bool(torch.equal(head.weight, table.weight))
         if not merged.config.tie_word_embeddings:
-            merged.lm_head.weight = torch.nn.Parameter(head.detach().clone())
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())
         try:
             merged.save_pretrained(folder)
             copy_files_beside_weights(base.folder, folder)
@@ -51,34 +52,23 @@ def merge_with_peft(base: PretrainedModel, adapter: Path, folder: Path) -> None:
 
 def load_with_transformers(base: PretrainedModel) -> Any:
     """
-    A GPT2LMHeadModel in float32, ready to be asked.
+    transformers' model of this family in float32, ready to be asked.
 
     It is made of what this package has read and checked, and not from the folder: there transformers would load an adapter that
     lies beside the weights as well, and fetch code that a configuration names.
     """
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
+    import transformers
     from transformers.utils import logging
 
-    described = base.config
-    config = GPT2Config(
-        n_layer=described.num_layers,
-        n_embd=described.width,
-        n_head=described.num_heads,
-        n_inner=described.inner_width,
-        n_positions=described.num_positions,
-        vocab_size=described.vocabulary_size,
-        layer_norm_epsilon=described.norm_epsilon,
-        activation_function=described.activation,
-        tie_word_embeddings=described.tied_head,
-        bos_token_id=described.end_token,
-        eos_token_id=described.end_token,
-    )
-    tensors = {described.stored_name(name): tensor.view().to(torch.float32) for name, tensor in base.tensors.items()}
+    family = family_of(base.config)
+    architecture: Any = getattr(transformers, family.architecture)
+    config = architecture.config_class(**family.settings(base.config))
+    tensors = {base.config.stored_name(name): tensor.view().to(torch.float32) for name, tensor in base.tensors.items()}
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the ways in which transformers calls itself
-        return GPT2LMHeadModel.from_pretrained(
+        return architecture.from_pretrained(
             None, config=config, state_dict=tensors, dtype=torch.float32, attn_implementation="eager"
         )
 

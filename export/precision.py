@@ -22,9 +22,9 @@ class Precision:
     matrices: BlockFormat | None = None
     """How the blocks' matrices are stored; None: as ``dtype``."""
     projection: BlockFormat | None = None
-    """The same of attention's c_proj."""
+    """How the matrix at the end of attention, its output projection, is stored."""
     table: BlockFormat | None = None
-    """The same of the token embedding, which is the LM head, too."""
+    """How the token embedding and the LM head are stored, which may be one matrix."""
 
 
 # Blocks of 64 elements keep GPT-2 small below 140 MB and let prefill run in larger products; the table, of which every logit is

@@ -17,7 +17,7 @@ Floats = NDArray[np.float32]
 
 
 class Weights(Protocol):
-    """The tensors of a GPT-2 under transformers' names without "transformer."; matrices of layers are (in, out)."""
+    """A model's tensors under the names of `ModelConfig.tensor_shapes`; matrices of linear layers are (in, out)."""
 
     def read(self, name: str) -> Floats: ...
 

@@ -33,7 +33,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), CHUNK_ROWS):
             chunk, targets = slice(start, start + CHUNK_ROWS), labels[start : start + CHUNK_ROWS]
             rows = torch.arange(len(targets), device=targets.device)
-            # Every row begins with a cache line, where GPT-2's odd vocabulary would have none begin with one.
+            # Rows are padded to whole cache lines. Without that, an odd vocabulary such as GPT-2's lets nearly every row begin
+            # within a line, and each pass over the logits, the product's writing first of all, is slower.
             aligned = head.new_empty(len(targets), -(-len(head) // ALIGNMENT) * ALIGNMENT)[:, : len(head)]
             logits = torch.mm(hidden[chunk].to(head.dtype), head.T, out=aligned).to(hidden.dtype)  # (rows, V)
             logits -= logits.amax(1, keepdim=True)

@@ -85,6 +85,11 @@ class ModelConfig(ABC):
         """What PEFT's target_modules, and the flag --lora-targets, may name: the last components of the layers' names."""
         return tuple(dict.fromkeys(layer.rpartition(".")[2] for layer in self.layer_shapes))
 
+    @property
+    def head_width(self) -> int:
+        """Elements of one head of attention, D."""
+        return self.width // self.num_heads
+
     def block_name(self, block: int) -> str:
         """What the names of a block's tensors begin with, without `prefix` and without a dot at the end."""
         return f"{self.blocks}.{block}"

@@ -19,6 +19,8 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", SETTINGS, "spec
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
+DEFAULT_CLASS = "GPT2Tokenizer"
+"""Of a folder that names none."""
 CLASSES_OF_A_FILE = ("PreTrainedTokenizerFast", "TokenizersBackend")
 LARGEST_ID = 10_000_000
 """The library walks through all numbers up to the largest id."""
@@ -140,7 +142,7 @@ class _Settings:
 
     @property
     def tokenizer_class(self) -> str:
-        name = self._raw.get("tokenizer_class") or GPT2_CLASSES[0]
+        name = self._raw.get("tokenizer_class") or DEFAULT_CLASS
         if name in GPT2_CLASSES or name in CLASSES_OF_A_FILE:
             return str(name)
         raise ModelError(

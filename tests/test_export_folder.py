@@ -660,7 +660,7 @@ def test_trained_model_loses_no_more_than_verify_allows(tmp_path: Path) -> None:
     ("module", "unwanted"),
     [
         ("export.cli", {"torch", "onnx", "onnxruntime", "numpy"}),
-        ("export.gpt2, export.lora, export.equalisation, export.checkpoint", {"torch", "transformers", "peft", "onnxruntime"}),
+        ("export.families, export.lora, export.checkpoint", {"torch", "transformers", "peft", "onnxruntime"}),
         ("export.onnx_folder", {"transformers", "peft"}),
     ],
 )

@@ -14,8 +14,8 @@ from onnx_reference import decode, exported, largest_difference, left_padded, lo
 
 from export import export_onnx
 from export.attention import ATTENTIONS
-from export.equalisation import Equalised
 from export.exported_model import ExportedModel, read_manifest
+from export.families import family_of
 from export.graph import Graph
 from export.precision import PRECISIONS, Precision
 from export.quantisation import BlockFormat, quantise
@@ -133,12 +133,12 @@ def test_quantised_graph_is_the_model_with_rounded_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, width: int
 ) -> None:
     """With activations in full precision: what rounding them costs is measured on a trained model."""
-    monkeypatch.setattr("export.gpt2.INTEGER_PRODUCTS", 1)
+    monkeypatch.setattr("export.decoder_graph.INTEGER_PRODUCTS", 1)
     folder = make_model(tmp_path, n_layer=2, n_embd=width, n_head=1)
     export_onnx(str(folder), tmp_path / "out", precisions=[precision])
     model, form = reference.load_base(folder), PRECISIONS[precision]
     config = PretrainedModel(folder).config
-    weights = Equalised(StoredWeights(PretrainedModel(folder)), config)
+    weights = family_of(config).equalised(StoredWeights(PretrainedModel(folder)), config)
     assert form.matrices
     assert form.projection
     assert form.table
@@ -322,10 +322,8 @@ class Shaped:
 
 def write(path: Path, config: ModelConfig, weights: Weights, precision: Precision) -> int:
     """Bytes of both files."""
-    from export.gpt2 import GPT2
-
     with Graph(path) as graph:
-        GPT2(graph, config, weights, precision, "gqa", range(config.num_layers)).build()
+        family_of(config).graph(graph, config, weights, precision, "gqa", range(config.num_layers)).build()
         graph.save("gpt2", 20, 9)
     return path.stat().st_size + graph.data_path.stat().st_size
 
@@ -360,7 +358,7 @@ class Outlying:
 def test_equalisation_changes_no_digit_in_full_precision(wide_model: Path, tmp_path: Path) -> None:
     model = PretrainedModel(wide_model)
     weights = Outlying(StoredWeights(model))
-    equalised = Equalised(weights, model.config)
+    equalised = family_of(model.config).equalised(weights, model.config)
     assert np.unique(equalised.rows("h.1.attn.c_attn")).size > 1
     ids, found = random_ids(600, 2, 20), []
     for number, source in enumerate((weights, equalised)):
@@ -377,7 +375,7 @@ def test_equalisation_takes_most_of_what_outliers_cost(wide_model: Path, tmp_pat
     ids = random_ids(600, 2, 40)
     expected = logits_of(reference.load_base(wide_model), ids)
     errors = []
-    for number, source in enumerate((weights, Equalised(weights, model.config))):
+    for number, source in enumerate((weights, family_of(model.config).equalised(weights, model.config))):
         path = tmp_path / f"{number}.onnx"
         write(path, model.config, source, PRECISIONS[precision])
         errors.append(float(np.square(ExportedModel([path]).logits(ids) - expected).mean()))

@@ -1,9 +1,10 @@
 """
-GPT-2 as an ONNX graph, from its embeddings to its logits, or a stretch of its blocks.
+A language model as an ONNX graph, from its token ids to its logits, or a stretch of its blocks.
 
-B sequences, S new tokens of each, d width, V tokens in the vocabulary.
+B sequences, S new tokens of each, d width, H heads of D elements, V tokens in the vocabulary.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
@@ -20,25 +21,20 @@ from .weights import Weights
 if TYPE_CHECKING:  # a graph is built without torch, which split_model imports
     from split_model import ModelConfig
 
-__all__ = ["GPT2"]
+__all__ = ["DecoderGraph"]
 
-ACTIVATIONS = {
-    "gelu_new": ("Gelu", {"approximate": "tanh"}),
-    "gelu_pytorch_tanh": ("Gelu", {"approximate": "tanh"}),
-    "gelu": ("Gelu", {}),
-    "relu": ("Relu", {}),
-}
 INTEGER_PRODUCTS = 4
 """MatMulNBits' accuracy_level at which activations are rounded to 8 bits, too. Without it 8-bit weights are 30 times slower."""
 
 
-class GPT2:
+class DecoderGraph(ABC):
     """
-    What is added to a graph for a stretch of the model's blocks.
+    Adds a stretch of a model's blocks to a graph. A family derives its class from this one: what its embedding, its blocks and
+    its norms are. Linear layers, token embedding, LM head, keys and values are here.
 
     Args:
         attention: a key of `ATTENTIONS`.
-        adapted: layers, such as "h.0.attn.c_attn", with empty slots for LoRA matrices.
+        adapted: names of linear layers with empty slots for LoRA matrices.
     """
 
     def __init__(
@@ -54,7 +50,11 @@ class GPT2:
         self.graph, self.config, self.weights, self.precision = graph, config, weights, precision
         self.form, self.blocks, self.adapted = ATTENTIONS[attention], blocks, adapted
         self.node = graph.node
-        self.heads = Heads(count=config.num_heads, width=config.width // config.num_heads, dtype=precision.dtype)
+        self.heads = Heads(count=config.num_heads, width=config.head_width, dtype=precision.dtype)
+        self.shapes = {
+            f"{config.block_name(block)}.{layer}": shape for block in blocks for layer, shape in config.layer_shapes.items()
+        }
+        """Of every linear layer, (in, out)."""
 
     def build(self) -> None:
         """Add the blocks; the embeddings before the model's first, the final norm and head after its last."""
@@ -63,22 +63,31 @@ class GPT2:
             self.attention = self.form.build(self.graph, self.heads, self.tokens)
         caches = [self.cache(index) for index in self.blocks]
         for index, cache in zip(self.blocks, caches, strict=True):
-            hidden = self.block(f"h.{index}", hidden, cache)
+            hidden = self.block(self.config.block_name(index), hidden, cache)
         if self.blocks.stop == self.config.num_layers:
-            self.head(self.norm("ln_f", hidden))
+            self.head(self.final_norm(hidden))
         else:
             self.name_output("hidden_states", hidden, self.config.width)
         for cache in caches:
             for name in (cache.present_key, cache.present_value):
                 self.graph.output(name, self.precision.dtype, self.cache_shape("total_sequence_length"))
 
+    @abstractmethod
     def embeddings(self) -> str:
-        """Ids and positions (B, S) -> (B, S, d)."""
+        """The inputs that the model's first blocks take, from `token_inputs` on -> (B, S, d)."""
+
+    @abstractmethod
+    def block(self, name: str, x: str, cache: Cache) -> str:
+        """The block of a `ModelConfig.block_name`: (B, S, d) -> (B, S, d)."""
+
+    @abstractmethod
+    def final_norm(self, x: str) -> str:
+        """(B, S, d) -> (B, S, d)."""
+
+    def token_inputs(self) -> None:
+        """Ids of the new tokens, (B, S), and what of the T old and new ones is padding, (B, T)."""
         self.tokens = self.graph.input("input_ids", np.int64, ["batch_size", "sequence_length"])
         self.graph.input("attention_mask", np.int64, ["batch_size", "total_sequence_length"])
-        positions = self.graph.input("position_ids", np.int64, ["batch_size", "sequence_length"])
-        with self.graph.scope("embeddings"):
-            return self.node("Add", self.embedded(self.tokens), self.node("Gather", self.plain("wpe.weight"), positions))
 
     def hidden_states(self) -> str:
         """What an earlier stretch of the model gave, (B, S, d)."""
@@ -87,31 +96,16 @@ class GPT2:
         self.graph.input("attention_mask", np.int64, ["batch_size", "total_sequence_length"])
         return self.tokens
 
-    def block(self, name: str, x: str, cache: Cache) -> str:  # (B, S, d) -> (B, S, d)
-        x = self.node("Add", x, self.self_attention(f"{name}.attn", self.norm(f"{name}.ln_1", x), cache))
-        return self.node("Add", x, self.mlp(f"{name}.mlp", self.norm(f"{name}.ln_2", x)))
+    def linear(self, name: str, x: str, form: BlockFormat | None) -> str:
+        """
+        x W + b, and what an adapter adds to it: (B, S, in) -> (B, S, out).
 
-    def self_attention(self, name: str, x: str, cache: Cache) -> str:
-        qkv = self.linear(f"{name}.c_attn", x)
-        with self.graph.scope(name):
-            mixed = self.attention.attend(qkv, cache)
-        return self.linear(f"{name}.c_proj", mixed)
-
-    def mlp(self, name: str, x: str) -> str:
-        operator, attributes = ACTIVATIONS[self.config.activation]
-        return self.linear(f"{name}.c_proj", self.node(operator, self.linear(f"{name}.c_fc", x), **attributes))
-
-    def norm(self, name: str, x: str) -> str:
-        with self.graph.scope(name):
-            parameters = self.plain(f"{name}.weight"), self.plain(f"{name}.bias")
-            return self.node("LayerNormalization", x, *parameters, axis=-1, epsilon=self.config.norm_epsilon)
-
-    def linear(self, name: str, x: str) -> str:
-        """x W + b, and what an adapter adds to it: (B, S, in) -> (B, S, out)."""
-        inputs, outputs = self.config.layer_shapes[name.split(".", 2)[2]]
+        Args:
+            form: how W is stored, one of the precision's; None: as the precision's dtype.
+        """
+        inputs, outputs = self.shapes[name]
         matrix, bias = f"{name}.weight", self.plain(f"{name}.bias")
         with self.graph.scope(name):
-            form = self.precision.projection if name.endswith("attn.c_proj") else self.precision.matrices
             if form:
                 y = self.quantised_product(x, matrix, (outputs, inputs), form, bias, transposed=True)
             else:
@@ -128,11 +122,8 @@ class GPT2:
 
     def head(self, x: str) -> None:
         """(B, S, d) -> logits (B, S, V)."""
-        table, shape = (
-            "wte.weight" if self.config.tied_head else "lm_head.weight",
-            (self.config.vocabulary_size, self.config.width),
-        )
-        with self.graph.scope("lm_head"):
+        table, shape = self.config.head_name, (self.config.vocabulary_size, self.config.width)
+        with self.graph.scope(self.config.separate_head_name.removesuffix(".weight")):
             # A third of a small model's work is here, and whoever continues a text needs only the last row.
             start = self.graph.optional_input("logits_start", np.array([0]))
             end, axis = self.graph.constant([np.iinfo(np.int64).max]), self.graph.constant([1])
@@ -151,8 +142,8 @@ class GPT2:
         """Ids (B, S) -> their rows of the token embedding, (B, S, d)."""
         form = self.precision.table
         if form is None:
-            return self.node("Gather", self.plain("wte.weight"), tokens)
-        integers, *grid = self.quantised("wte.weight", form)
+            return self.node("Gather", self.plain(self.config.table_name), tokens)
+        integers, *grid = self.quantised(self.config.table_name, form)
         # The LM head wants its blocks as a dimension of their own; reshaped when it is loaded, the table is one in memory.
         table = self.node("Reshape", integers, self.graph.constant([self.config.vocabulary_size, -1]))
         layout = {"bits": form.bits, "block_size": form.size, "gather_axis": 0, "quantize_axis": 1}
