@@ -1,4 +1,4 @@
-"""The command splitlora-edge. Nothing heavy is imported before it is known what is asked."""
+"""The command splitlora-edge. Each subcommand imports what it needs by itself, so that --help and ping answer at once."""
 
 import argparse
 import os
@@ -351,7 +351,7 @@ def _introduction(client: "EdgeClient") -> str:
 
 
 def _described(data: "Dataset") -> str:
-    """How many samples there are, and what the user may not have expected of them."""
+    """How many samples there are, and how many of them were cut, which the user may not expect."""
     described = count(len(data.samples), "sample")
     if data.num_cut:
         described += f" ({data.num_cut} cut at --max-length"

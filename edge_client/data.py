@@ -1,4 +1,4 @@
-"""From a user's file to batches of token ids: reading, encoding, order. The text stays here."""
+"""From a user's file to batches of token ids: reading, encoding, order. The text does not leave the device."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ __all__ = ["Batch", "Batches", "DataError", "Dataset", "Sample", "Text", "read_t
 
 FIELDS = ("prompt", "completion", "text")
 SHOWN = 8
-"""Names of fields, in a message."""
+"""How many names of fields an error message gives."""
 BYTES_MORE_A_ROW = 16  # what a file of an activation cache has besides them, generously
 
 
@@ -162,13 +162,13 @@ class Batches:
     """The client's: each shuffles its data differently."""
     batch_size: int
     shuffle: bool
-    """A new order in every epoch; if not, the file's."""
+    """Whether every epoch has a new order; if not, all have the file's."""
     seed: int
     """The run's."""
     num_parts: int
     """Micro-batches in a step."""
     num_cached: int = 0
-    """Of so many samples, the first ones, both sides keep the activations."""
+    """Both sides keep the activations of the first ``num_cached`` samples of the data."""
 
     def last_step(self, settings: RunSettings) -> int:
         """In how many steps of a run this client takes part."""
@@ -179,12 +179,12 @@ class Batches:
         return self.data.batch(step, self.batch_size, self._order_seed, part=part, of=self.num_parts)
 
     def cached_samples(self, step: int, part: int) -> Array | None:
-        """The numbers of its samples, (B,) int32; -1 for one that is not cached. None where none is."""
+        """The numbers of the micro-batch's samples, (B,) int32; -1 for one that is not cached. None in runs without a cache."""
         seed, parts = self._order_seed, self.num_parts
         return self.data.numbers(step, self.batch_size, seed, part=part, of=parts, below=self.num_cached)
 
     def num_tokens(self, step: int) -> int:
-        """In the whole batch."""
+        """Of the step's whole batch."""
         return len(self.data.batch(step, self.batch_size, self._order_seed).tokens)
 
     @property
@@ -227,7 +227,7 @@ def read_texts(path: Path) -> Iterator[Text]:
         raise DataError(f"{path} is empty")
     for prompt, completion in texts:
         prompt, completion = prompt and prompt.strip(), completion.strip()
-        yield Text(prompt if completion else prompt or None, completion)  # a pair of nothing is an empty text
+        yield Text(prompt if completion else prompt or None, completion)  # a pair of two empty strings counts as an empty text
 
 
 def _encode(texts: list[Text], tokenizer: Tokenizer, end_token: int) -> list[Sample]:
@@ -332,7 +332,7 @@ def _text_of_fields(entry: object, where: str) -> Text:
     whole = Text(None, text) if isinstance(text, str) else None
     if pair is None and whole is None:
         raise DataError(f'{where}: expected "prompt" and "completion", or "text", each a string; {_found(entry, fields)}')
-    # Of a table with all three columns, each row says one thing.
+    # A table may have all three columns if each of its rows fills either the pair or the text.
     says = [one for one in (pair, whole) if one is not None and f"{one.prompt or ''}{one.completion}".strip()]
     if len(says) > 1:
         raise DataError(f'{where}: both a "prompt" with its "completion" and a "text"; leave one of them empty')

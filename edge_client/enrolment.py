@@ -74,9 +74,11 @@ def find(folder: Path, host: str, port: int, name: str | None) -> Invitation | N
 
 def _file_name(host: str, port: int, name: str) -> str:
     """
-    16 digits for the server, 16 for the name: safe characters only, and one server's files are found without reading others.
+    16 digits for the server and 16 for the name: nothing but safe characters, and the files of one server are found without
+    reading those of others.
 
-    "*" instead of a name, which it cannot be, gives the pattern of the server's files.
+    Args:
+        name: "*", which is no name, gives a pattern for all files of the server.
     """
     digits = "*" if name == "*" else _digits(name)
     return f"{_digits(f'{host} {port}')}{digits}.json"

@@ -83,5 +83,5 @@ def reason_to_wait(dial: Dial, own_name: str) -> str:
         return "its own message is still on the way to the server"
     if pong.joined < pong.clients:
         return f"{pong.joined} of {count(pong.clients, 'device')} are connected"
-    # It may compute for this device, or for others that still have data when this one's has ended.
+    # The server may compute for this device, or for others that still have data when this one has none left.
     return f"the server is at work, {count(pong.step, 'step')} finished"

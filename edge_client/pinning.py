@@ -1,4 +1,4 @@
-"""TLS to one key: the server's that the invitation named, whoever signed its certificate and whatever host it is for."""
+"""TLS to the server whose key the invitation names. Who signed its certificate, and for which host, does not matter."""
 
 import hashlib
 import ssl
@@ -10,16 +10,16 @@ __all__ = ["CertificateChanged", "PinnedContext"]
 
 
 class CertificateChanged(ConnectionError):
-    """Who answers is not the server this device was enrolled with."""
+    """The server that answers is not the one with which this device was enrolled."""
 
 
 class PinnedContext(ssl.SSLContext):
     """
     A client's context that accepts one key only: the certificate's SubjectPublicKeyInfo has the SHA-256 ``pin`` (64 lowercase
-    hexadecimal digits). Of the invitations that earlier versions made, it is the whole certificate's.
+    hexadecimal digits). In invitations that earlier versions made, ``pin`` is the SHA-256 of the whole certificate.
 
-    No authority, host name or date is asked: the pin says more. That the server has the key, and did not only copy the
-    certificate, is proved to OpenSSL in every TLS 1.3 handshake.
+    Authority, host name and date are not checked: the pin says more. In every TLS 1.3 handshake the server proves to OpenSSL
+    that it has the key, and has not only copied the certificate.
     """
 
     def __new__(cls, pin: str) -> "PinnedContext":
@@ -47,11 +47,11 @@ class PinnedContext(ssl.SSLContext):
         return wrapped
 
     def wrap_bio(self, *arguments: Any, **options: Any) -> NoReturn:
-        """Not offered: the handshake would be the caller's, and so would be the check."""
+        """Not offered: the caller would do the handshake, and could forget the check."""
         raise NotImplementedError("PinnedContext checks sockets; use wrap_socket")
 
     def _check(self, wrapped: ssl.SSLSocket) -> None:
-        # ValueError where the handshake is put off: unchecked, a socket is not handed out.
+        # If the handshake was put off, this raises ValueError: a socket is never handed out unchecked.
         certificate = wrapped.getpeercert(binary_form=True) or b""
         try:
             found = public_key_sha256(certificate)

@@ -45,7 +45,7 @@ class TorchEngine:
             raise ModelError(f"the run's LoRA rank is {settings.lora_rank}, more than the model's width {model.config.width}")
         lora = LoraConfig(**settings.lora())
         self._part = EdgePart(model, settings.cut_layer, lora, weight_dtype=DTYPES[dtype], device=choose_device(device))
-        # With rounds of one step the server steps for everybody; torch's optimisers would be 70 MB for nothing.
+        # In rounds of one step the server has the optimiser, for everybody; importing torch's would cost 70 MB for nothing.
         self._optimiser = (
             adamw(self._part.matrices().values(), OptimiserConfig(**settings.optimiser()))
             if settings.aggregate_every > 1
@@ -74,7 +74,7 @@ class TorchEngine:
         activations = self._awaiting_gradient.popleft()
         if not len(activations):
             return
-        # A scalar with the wanted gradient: handing the gradient to autograd makes it import sympy, 25 MB and a second.
+        # A scalar whose gradient is the wanted one. Given the gradient itself, autograd imports sympy: 25 MB and a second.
         product = (activations * _to_tensor(gradient).to(activations.device)).sum()
         torch.autograd.backward(product)
 
