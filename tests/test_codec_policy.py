@@ -1,4 +1,4 @@
-"""The gate: which codec a run uses is decided by what it does to the loss, once, and for good."""
+"""Which codec a run uses is decided by what it does to the loss, once, and for good."""
 
 import json
 from typing import Any
@@ -8,29 +8,29 @@ import pytest
 from gpu_server.federation import CodecPolicy
 
 
-def gate(codec: str = "int8", tolerance: float = 0.01, **more: Any) -> CodecPolicy:
+def policy(codec: str = "int8", tolerance: float = 0.01, **more: Any) -> CodecPolicy:
     return CodecPolicy(codec, tolerance, **more)
 
 
-def observe(gate: CodecPolicy, *changes: float, every: int = 10, link_share: float = 0.0, others: Any = None) -> list[str]:
+def observe(policy: CodecPolicy, *changes: float, every: int = 10, link_share: float = 0.0, others: Any = None) -> list[str]:
     """Checks in steps 1, 11, 21, ... after the last one; the notes to the operator."""
     notes = []
     for change in changes:
-        step = 1 if not gate.checked else gate.checked + every
-        seen = {gate.codec_of(step): change, **dict.fromkeys(gate.alternatives(step), others)}
-        notes.append(gate.check(step, seen, link_share))
+        step = 1 if not policy.checked else policy.checked + every
+        seen = {policy.codec_of(step): change, **dict.fromkeys(policy.alternatives(step), others)}
+        notes.append(policy.check(step, seen, link_share))
     return [note for note in notes if note is not None]
 
 
 def test_codec_that_changes_the_loss_within_the_tolerance_stays() -> None:
-    quiet = gate()
+    quiet = policy()
     assert observe(quiet, 0.009, -0.009, 0.0099) == []
     assert quiet.codec_of(10**6) == "int8"
 
 
 @pytest.mark.parametrize("change", [0.02, -0.02])
 def test_codec_that_changes_the_loss_too_much_gives_way_to_the_next_richer(change: float) -> None:
-    loud = gate("int4")
+    loud = policy("int4")
     (note,) = observe(loud, change)
     assert note == f"codec int4 changes the loss by {change:+.4f} nats/token, more than 0.01: int8 from step 2 on"
     assert [loud.codec_of(step) for step in (1, 2, 100)] == ["int4", "int8", "int8"]
@@ -41,24 +41,24 @@ def test_codec_that_changes_the_loss_too_much_gives_way_to_the_next_richer(chang
     [("delta", ["int8", "bfloat16", "exact"]), ("int4", ["int8", "bfloat16", "exact"]), ("bfloat16", ["exact"])],
 )
 def test_ladder_ends_with_what_is_exact(codec: str, ladder: list[str]) -> None:
-    loud = gate(codec)
+    loud = policy(codec)
     assert len(observe(loud, *[1.0] * (len(ladder) + 3))) == len(ladder)
     assert [name for _, name in loud.decisions] == ladder
     assert loud.may_use() == {codec, *ladder}
 
 
 def test_one_odd_batch_among_many_decides_nothing() -> None:
-    smooth = gate()
+    smooth = policy()
     assert observe(smooth, 0.0, 0.0, 0.0, 0.015, 0.0) == []
 
 
 def test_lasting_change_is_seen_however_quiet_it_was_before() -> None:
-    late = gate()
+    late = policy()
     assert len(observe(late, 0.0, 0.0, 0.0, *[0.015] * 2)) == 1
 
 
 def test_int8_becomes_int4_where_the_link_is_the_bottleneck_and_quality_allows() -> None:
-    auto = gate(allow_int4=True)
+    auto = policy(allow_int4=True)
     assert observe(auto, 0.0, 0.0, link_share=0.7, others=0.001) == []
     (note,) = observe(auto, 0.0, link_share=0.7, others=0.001)
     assert note == "links take 70 % of the time, and codec int4 changes the loss by +0.0010 nats/token: int4 from step 22 on"
@@ -70,12 +70,12 @@ def test_int8_becomes_int4_where_the_link_is_the_bottleneck_and_quality_allows()
     [("int8", 0.4, 0.001, True), ("int8", 0.7, 0.02, True), ("int8", 0.7, 0.001, False), ("bfloat16", 0.7, 0.001, True)],
 )
 def test_it_does_not_go_down_otherwise(codec: str, link_share: float, others: float, allow_int4: bool) -> None:
-    steady = gate(codec, allow_int4=allow_int4)
+    steady = policy(codec, allow_int4=allow_int4)
     assert observe(steady, *[0.0] * 9, link_share=link_share, others=others) == []
 
 
 def test_codec_that_was_tried_and_left_is_not_tried_again() -> None:
-    auto = gate(allow_int4=True)
+    auto = policy(allow_int4=True)
     observe(auto, *[0.0] * 3, link_share=0.9, others=0.0)
     observe(auto, *[0.5] * 2, link_share=0.9)
     assert [codec for _, codec in auto.decisions] == ["int4", "int8", "bfloat16"]
@@ -84,11 +84,25 @@ def test_codec_that_was_tried_and_left_is_not_tried_again() -> None:
 
 def test_what_is_decided_is_recorded_first_and_not_decided_again_after_going_back() -> None:
     records: list[str] = []
-    first = gate("int4", save_state=lambda state: records.append(json.dumps(state)))
+    first = policy("int4", save_state=lambda state: records.append(json.dumps(state)))
     observe(first, 0.004, 0.004, 0.1)
-    again = gate("int4")
+    again = policy("int4")
     again.restore(json.loads(records[-1]))
-    assert again == gate("int4", decisions=first.decisions, checked=21, seen=first.seen)
+    assert again == policy("int4", decisions=first.decisions, checked=21, seen=first.seen)
     assert again.check(11, {"int4": 5.0}, 0.0) is None  # the step is done again, and its check has counted
     assert again.decisions == first.decisions == [(22, "int8")]
     assert len(records) == 3
+
+
+def test_change_that_is_just_tolerated_decides_nothing() -> None:
+    assert observe(policy(tolerance=0.25), 0.25) == []
+    auto = policy(tolerance=0.25, allow_int4=True)
+    assert len(observe(auto, *[0.0] * 3, link_share=0.5, others=0.25)) == 1  # as is the link at half of the time
+    assert auto.decisions == [(22, "int4")]
+
+
+def test_check_of_a_step_counts_once() -> None:
+    once = policy(tolerance=1.0)
+    observe(once, 0.5)
+    assert once.check(1, {"int8": 9.0}, 0.0) is None
+    assert once.seen["int8"].count == 1

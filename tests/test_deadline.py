@@ -44,6 +44,10 @@ def test_it_follows_what_was_observed_last() -> None:
     assert after(*[2.0] * 500, *[5.0] * 100).seconds(Activations) == 5.0
 
 
+def test_it_remembers_a_hundred() -> None:
+    assert after(*[1.0] * 51, *[3.0] * 50).seconds(Activations) == 2.0 + 6 * 1.0
+
+
 @pytest.mark.parametrize("other", [AdapterGradient])
 def test_every_kind_of_question_has_its_own(other: type) -> None:
     assert after(*[2.0] * 20).seconds(other) == UNTIL_KNOWN

@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from usual_settings import settings
 
 from gpu_server.federation import (
     Action,
     Aggregate,
     Checkpoint,
+    CodecPolicy,
     Federation,
     FinishRun,
     FinishStep,
@@ -34,7 +36,6 @@ from protocol import (
     Message,
     RemoteProtocolError,
     RunEnd,
-    RunSettings,
     Seconds,
     Start,
 )
@@ -49,12 +50,6 @@ LIMITS = ModelLimits(
 
 def tensors(value: float = 0.0) -> dict[str, Any]:
     return {name: np.full(shape, value, np.float32) for name, shape in SHAPES.items()}
-
-
-def settings(**changes: Any) -> RunSettings:
-    usual = {"cut_layer": 1, "lora_rank": 2, "lora_alpha": 4.0, "lora_dropout": 0.0, "lora_targets": ("c_attn",)}
-    training = {"lr": 1e-3, "lr_schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0, "seed": 0}
-    return RunSettings(**{**usual, **training, "precision": "float32", "clients": 2, "epochs": 1, **changes})
 
 
 class Table:
@@ -780,3 +775,154 @@ def test_exact_values_come_only_where_the_codec_is_checked() -> None:
     table.aggregated()
     with pytest.raises(RemoteProtocolError, match="exact values in micro-batch 0 of step 2, which checks no codec"):
         table.federation.receive("a", Activations(step=2, seconds=NO_TIME, **batch), 0.0)
+
+
+# What is refused, and what others may ask of a federation
+
+
+def test_client_whose_batches_are_too_large_is_refused_and_its_name_is_free_again() -> None:
+    federation = Federation("run", settings(clients=1), LIMITS, tensors())
+    federation.welcome(Hello(name="a", fingerprint="f"))
+    with pytest.raises(RemoteProtocolError, match="the model has 16 positions"):
+        federation.join("a", Join(num_samples=1, batch_size=1, longest=17), 0.0)
+    federation.disconnected("a", 0.0)
+    federation.welcome(Hello(name="a", fingerprint="f"))
+
+
+def test_held_out_batch_is_held_to_what_was_announced() -> None:
+    table = Table({"a": 2})
+    ints = {"lengths": [ROWS + 1], "label_counts": [0], "labels": []}
+    arrays = {field: np.array(values, np.int32) for field, values in ints.items()}
+    with pytest.raises(RemoteProtocolError, match=f"the batch has {ROWS + 1} rows; at most {ROWS} were announced"):
+        table.federation.receive("a", Evaluation(index=1, values=np.zeros((ROWS + 1, WIDTH), np.float32), **arrays), 0.0)
+
+
+def test_message_that_is_no_question_is_refused() -> None:
+    table = Table({"a": 2})
+    with pytest.raises(RemoteProtocolError, match="Hello out of turn"):
+        table.federation.receive("a", Hello(name="a", fingerprint="f"), 0.0)
+
+
+def test_stranger_that_hangs_up_or_leaves_changes_nothing() -> None:
+    table = Table({"a": 2})
+    assert table.federation.disconnected("x", 0.0) == []
+    assert table.federation.leave("x", 0.0) == []
+
+
+def test_round_is_checkpointed_every_so_often_and_at_the_end() -> None:
+    table = Table({"a": 5})
+    table.federation.checkpoint_every = 2
+    written = []
+    for step in range(1, 6):
+        table.activations("a", step)
+        table.trained("a")
+        table.contribute("a", step)
+        actions = table.aggregated()
+        written += [action.step for action in actions if isinstance(action, Checkpoint)]
+        for action in actions:
+            if isinstance(action, Checkpoint):
+                table.federation.checkpointed(action.step)
+    assert written == [2, 4, 5]
+
+
+def test_every_round_is_checkpointed_by_default_however_long() -> None:
+    table = Table({"a": 5}, aggregate_every=2)
+    assert table.federation.checkpoints == (0, 0)
+    written = []
+    for step in range(1, 6):
+        table.activations("a", step)
+        actions = table.trained("a")
+        if step in (2, 4, 5):
+            table.contribute("a", step, AdapterWeights)
+            actions = table.aggregated()
+        written += [action.step for action in actions if isinstance(action, Checkpoint)]
+    assert written == [2, 4, 5]
+
+
+def test_answers_of_an_aggregation_leave_in_the_order_of_names_and_hold_the_adapter_that_returning_members_get() -> None:
+    table = Table({"b": 2, "a": 2})
+    for name in ("b", "a"):
+        table.activations(name, 1)
+    table.trained("a", "b")
+    for name in ("b", "a"):
+        table.contribute(name, 1)
+    assert told(table.aggregated(), EdgeAdapter) == ["a", "b"]
+    table.federation.disconnected("b", 0.0)
+    start = replies(table.come_back("b", step=1))["b"]
+    assert start.adapter["A"][0, 0] == 1.0  # type: ignore[union-attr]
+
+
+def test_loss_of_a_held_out_batch_is_told_once() -> None:
+    table = Table({"a": 2})
+    (evaluate,) = table.evaluation("a", 1)
+    assert len(table.federation.evaluated("a", evaluate.batch, 3.0, now=0.0)) == 1  # type: ignore[union-attr]
+    assert table.federation.evaluated("a", evaluate.batch, 3.0, now=0.0) == []  # type: ignore[union-attr]
+
+
+def test_time_of_a_client_counts_from_its_last_answer_whichever_it_was() -> None:
+    table = Table({"a": 3, "b": 3})
+
+    def away() -> float:
+        return table.federation.timing.away("a", table.now)
+
+    table.now = 10.0
+    for name in ("a", "b"):
+        table.activations(name, 1)
+    table.now = 20.0
+    table.trained("a", "b")
+    table.now = 25.0
+    assert away() == 5.0
+    table.activations("a", 1)  # again, and answered again
+    assert away() == 0.0
+    table.federation.disconnected("a", table.now)
+    table.now = 30.0
+    table.come_back("a")
+    assert away() == 0.0
+
+
+def test_status_is_that_of_now() -> None:
+    table = Table({"a": 1, "b": 1})
+    before = table.federation.status()
+    assert (before.run, before.clients, before.connected, before.is_complete) == ("run", 2, 2, False)
+    assert (before.members, before.unfinished) == ({"a": "here", "b": "here"}, ("a", "b"))
+    assert (before.phase, before.step, before.round, before.total_steps) == ("waiting for activations", 0, 0, 1)
+    table.federation.leave("b", 0.0)
+    table.activations("a", 1)
+    table.trained("a")
+    table.contribute("a", 1)
+    table.aggregated()
+    table.federation.saved(0.0)
+    after = table.federation.status()
+    assert (after.members, after.unfinished, after.connected) == ({"a": "here", "b": "gone"}, ("a",), 1)
+    assert (after.phase, after.step, after.round, after.is_complete) == ("finished", 1, 1, True)
+    assert before.step == 0
+
+
+def test_run_is_the_first_of_its_server_unless_it_is_said() -> None:
+    federation = Federation("run", settings(clients=1), LIMITS, tensors())
+    assert federation.welcome(Hello(name="a", fingerprint="f")).restarts == 0
+
+
+def test_who_is_told_where_to_go_on_is_told_the_codec_of_the_next_step() -> None:
+    """What was decided holds for steps that are done again, which may be before it."""
+    codecs = {"activation_codec": "int8", "gradient_codec": "int8", "check_codec_every": 9}
+    policy = CodecPolicy("int8", 0.01, decisions=[(3, "bfloat16")])
+    federation = Federation("run", settings(clients=1, **codecs), LIMITS, tensors(), codec_policy=policy)
+    table = Table.__new__(Table)
+    table.federation, table.now = federation, 0.0
+    federation.welcome(Hello(name="a", fingerprint="f", codecs=("int8", "bfloat16")))
+    table.join("a", 5)
+    table.activations("a", 1)
+    assert federation.checked({}) == []
+    assert replies(table.trained("a"))["a"].codec == "int8"  # type: ignore[union-attr]
+    table.contribute("a", 1)
+    table.aggregated()
+    federation.disconnected("a", 0.0)
+    federation.welcome(Hello(name="a", fingerprint="f", codecs=("int8", "bfloat16")))
+    assert replies(table.join("a", 5, step=1))["a"].codec == "int8"  # type: ignore[union-attr]
+    table.activations("a", 2)
+    assert replies(table.trained("a"))["a"].codec == "bfloat16"  # type: ignore[union-attr]
+
+
+def test_without_a_policy_a_check_says_nothing() -> None:
+    assert Table({"a": 2}).federation.checked({"int8": 9.0}) == []

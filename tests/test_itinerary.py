@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from usual_settings import settings
 
 from gpu_server.federation import (
     Action,
@@ -66,12 +67,6 @@ ANSWERS: dict[type, type] = {
     Evaluation: EvaluationLoss,
     Done: RunEnd,
 }
-
-
-def settings(**changes: Any) -> RunSettings:
-    usual = {"cut_layer": 1, "lora_rank": 2, "lora_alpha": 4.0, "lora_dropout": 0.0, "lora_targets": ("c_attn",)}
-    training = {"lr": 1e-3, "lr_schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0, "seed": 0}
-    return RunSettings(**{**usual, **training, "precision": "float32", "clients": 3, "epochs": 1, **changes})
 
 
 class Device:
@@ -228,7 +223,7 @@ class History:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         choose = self.random.choice
-        self.settings = settings(aggregate_every=choose([1, 1, 2, 3, 5]), micro_batches=choose([1, 1, 2, 3]))
+        self.settings = settings(clients=3, aggregate_every=choose([1, 1, 2, 3, 5]), micro_batches=choose([1, 1, 2, 3]))
         self.quorum = choose([None, 1, 2])
         self.checkpoint_every = choose([1, 2])
         self.now = 0.0

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from usual_settings import settings
 
 from gpu_server.federation import (
     Action,
@@ -48,7 +49,6 @@ from protocol import (
     Message,
     RemoteProtocolError,
     RunEnd,
-    RunSettings,
     Seconds,
     Start,
 )
@@ -59,30 +59,15 @@ LIMITS = ModelLimits(
 )
 ONE = np.ones(1, np.int32)
 KINDS = {kind.__name__: kind for kind in (Activations, AdapterGradient, AdapterWeights, Done, Evaluation)}
-USUAL: dict[str, Any] = {
-    "cut_layer": 1,
-    "lora_rank": 2,
-    "lora_alpha": 4.0,
-    "lora_dropout": 0.0,
-    "lora_targets": ("c_attn",),
-    "lr": 1e-3,
-    "lr_schedule": "constant",
-    "warmup_steps": 0,
-    "weight_decay": 0.0,
-    "seed": 0,
-    "precision": "float32",
-    "clients": 2,
-    "epochs": 1,
-}
 
 
 class Story:
     """One federation, told line by line what happens."""
 
-    def __init__(self, **settings: Any) -> None:
-        self.quorum, self.checkpoint_every = settings.pop("quorum", None), settings.pop("checkpoint_every", 1)
-        self.deadline = settings.pop("deadline", None)
-        self.settings = RunSettings(**{**USUAL, **settings})
+    def __init__(self, **changes: Any) -> None:
+        self.quorum, self.checkpoint_every = changes.pop("quorum", None), changes.pop("checkpoint_every", 1)
+        self.deadline = changes.pop("deadline", None)
+        self.settings = settings(**changes)
         self.restarts = 0
         self.federation = self.new_federation()
         self.now = 0.0
@@ -168,7 +153,8 @@ class Story:
     def computes(self) -> list[Action]:
         action, federation = self.computing.popleft(), self.federation
         if isinstance(action, Train):
-            actions = federation.checked({"int8": 0.5}) if action.check is not None else []
+            came = federation.codec_of(action.step)
+            actions = federation.checked({came: 0.5}) if action.check is not None else []
             gradients = {name: batch.values for name, batch in action.batches.items()}
             return actions + federation.trained(Trained(loss=1.0, labelled_tokens=1, gradients=gradients), 0.5, self.now)
         if isinstance(action, Aggregate):
@@ -252,10 +238,10 @@ def parsed(value: str) -> Any:
 def retold(text: str) -> str:
     """The same story, with what comes of it now."""
     blocks = text.strip().split("\n\n")
-    title, settings = blocks[0], blocks[1]
-    assert settings.startswith("run"), settings
-    story = Story(**{key: parsed(value) for key, value in (pair.split("=") for pair in settings.split()[1:])})
-    told = [title, settings]
+    title, run = blocks[0], blocks[1]
+    assert run.startswith("run"), run
+    story = Story(**{key: parsed(value) for key, value in (pair.split("=") for pair in run.split()[1:])})
+    told = [title, run]
     for block in blocks[2:]:
         if block.startswith("#"):
             told.append(block)

@@ -587,8 +587,6 @@ class Federation:
     def _tell_where_to_go_on(self, name: str, now: float) -> list[Action]:
         """At once; but between two steps, if one has gone on without it."""
         member = self.members[name]
-        if self.phase is Phase.GATHERING:
-            return []
         if member.presence is Presence.RETURNING:
             return self._advance(now)
         self.timing.replied(name, now)
