@@ -76,22 +76,12 @@ class GpuServer:
     def __init__(self, **options: Any) -> None:
         self._run = run = set_up(options)
         self.config, self.choices = run.config, run.choices
-        self._steps = _StepQueue()
-        self._observers: list[Observer] = [self._steps]
-        caches = functools.cache(self._cache_of) if run.federation.settings.activation_codec == DELTA else None
-        self._server = RunServer(
-            run.federation,
-            run.engine,
-            door=run.door,
-            journal=run.journal,
-            observers=self._observers,
-            model_name="" if Path(self.config.model).is_dir() else self.config.model,
-            grace_period=self.config.linger,
-            caches=caches,
-        )
+        self._observers: list[Observer] = []
 
     def observe(self, observer: Observer) -> None:
-        """Tell ``observer`` how the run goes, from now on; do so before the ``with`` block and it is told everything."""
+        """Tell ``observer``, beside others, how the run goes. Call it before the ``with`` block."""
+        if hasattr(self, "_thread"):
+            raise RuntimeError("the run is served already: call observe before the with block")
         self._observers.append(observer)
 
     @property
@@ -114,7 +104,18 @@ class GpuServer:
             raise
 
     def _begin(self) -> "GpuServer":
-        actions = go_back(self._run) if self._run.federation.restarts else []
+        run, self._steps = self._run, _StepQueue()
+        self._server = RunServer(
+            run.federation,
+            run.engine,
+            door=run.door,
+            journal=run.journal,
+            observers=[self._steps, *self._observers],
+            model_name="" if Path(self.config.model).is_dir() else self.config.model,
+            grace_period=self.config.linger,
+            caches=functools.cache(self._cache_of) if run.federation.settings.activation_codec == DELTA else None,
+        )
+        actions = go_back(run) if run.federation.restarts else []
         listening: Future[str] = Future()
         self._thread = threading.Thread(target=self._serve, args=(listening, actions), name="server")
         self._thread.start()
@@ -137,11 +138,10 @@ class GpuServer:
         except Exception as error:
             if not listening.done():
                 listening.set_exception(error)
-            self._steps.end(error)
-        else:
-            self._steps.end(None)
+            self._steps.fail(error)
         finally:
             self._run.journal.close()
+            self._steps.end()
 
     def train(self) -> Iterator[StepRecord]:
         """
@@ -201,10 +201,10 @@ class _StepQueue(Observer):
     def step_finished(self, record: StepRecord) -> None:
         self._queue.put(record)
 
-    def end(self, error: BaseException | None) -> None:
-        """There is no step after this."""
-        if error is not None:
-            self._queue.put(error)
+    def fail(self, error: BaseException) -> None:
+        self._queue.put(error)
+
+    def end(self) -> None:
         self._queue.put(None)
 
     def follow(self) -> Iterator[StepRecord]:

@@ -31,12 +31,14 @@ class Journal:
     ) -> None:
         self._directory, self._description = directory, description
         self._config, self._lora, self._base_model = config, lora, base_model
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._writer: ThreadPoolExecutor
         self._last: Future[None] = Future()
+        """What was asked last."""
         self._last.set_result(None)
 
     def begin(self, url: str) -> None:
-        """Say in run.json where the run is served. Returns when that is written."""
+        """Say in run.json where the run is served; that is written on return. Until `close` the rest may be asked."""
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._description = self._description.served_at(url)
         self._directory.describe(self._description)
 
@@ -68,8 +70,9 @@ class Journal:
         return self._last
 
     def close(self) -> None:
-        """Returns when everything is written."""
-        self._writer.shutdown()
+        """Everything that was asked is written on return. Nothing was where the run was never served."""
+        if hasattr(self, "_writer"):
+            self._writer.shutdown()
 
     def _ask(self, write: Callable[..., None], *arguments: Any) -> "Future[None]":
         self._last = self._writer.submit(write, *arguments)

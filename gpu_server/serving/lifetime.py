@@ -82,10 +82,15 @@ class Lifetime:
         task.add_done_callback(self._reap)
         return task
 
-    async def finish_tasks(self, seconds: float) -> None:
-        """What is being computed is finished; a reply that nobody reads is not waited for."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=seconds)
+    async def finish_tasks(self, seconds: float) -> BaseException | None:
+        """
+        What is being computed and written is finished; a reply that nobody reads is not waited for. Give what failed, if
+        anything did: after the end nobody else hears of it.
+        """
+        if not self._tasks:
+            return None
+        finished, _ = await asyncio.wait(self._tasks, timeout=seconds)
+        return next((error for task in finished if (error := task.exception()) is not None), None)
 
     def _reap(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

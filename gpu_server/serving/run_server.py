@@ -133,20 +133,17 @@ class RunServer:
         return limits
 
     async def _until_end(self, lifetime: Lifetime, performer: Performer, conversations: Conversations) -> None:
-        async def dismiss(reason: str, *, to_be_continued: bool = False) -> None:
-            await lifetime.finish_tasks(SECONDS_TO_FINISH)
-            await conversations.dismiss(reason, to_be_continued=to_be_continued)
-
         try:
             to_be_continued = await lifetime.until_end()
-            await dismiss("the server was stopped", to_be_continued=to_be_continued)
+            if (error := await lifetime.finish_tasks(SECONDS_TO_FINISH)) is not None:
+                raise error
+            await conversations.dismiss("the server was stopped", to_be_continued=to_be_continued)
             await self._save_unfinished(lifetime, performer, to_be_continued=to_be_continued)
-        except (TrainingDiverged, ModelError) as error:
-            await dismiss(str(error))
-            raise
-        except Exception:
-            # Whatever it was, a disk that is full or a defect: when it is mended, the run can go on.
-            await dismiss("the server failed", to_be_continued=True)
+        except Exception as error:
+            await lifetime.finish_tasks(SECONDS_TO_FINISH)
+            # Numbers that are none come again. A disk that is full, or a defect, may be mended: then the run can go on.
+            is_lasting = isinstance(error, TrainingDiverged | ModelError)
+            await conversations.dismiss(str(error) if is_lasting else "the server failed", to_be_continued=not is_lasting)
             raise
 
     async def _save_unfinished(self, lifetime: Lifetime, performer: Performer, *, to_be_continued: bool) -> None:

@@ -1,0 +1,283 @@
+"""What serves a run, in its parts: who watches, what is written when, what is sent to whom."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from conftest import run_in_thread
+
+from edge_client import ConnectionFailed, EdgeClient
+from gpu_server import GpuServer, Observer, RunStatus, StepRecord
+from gpu_server.federation import Phase, Train, Trained
+from gpu_server.run_directory import RunDirectory
+from gpu_server.serving.journal import Journal
+from gpu_server.serving.lifetime import Lifetime
+from gpu_server.serving.peer import Peer
+from gpu_server.serving.performer import Performer
+from protocol import Failure, Hello, LocalProtocolError, Session, Side, Welcome
+
+SECONDS = 60.0
+STEPS = 3
+
+
+class Watching(Observer):
+    def __init__(self) -> None:
+        self.steps: list[StepRecord] = []
+        self.statuses: list[RunStatus] = []
+
+    def step_finished(self, record: StepRecord) -> None:
+        self.steps.append(record)
+
+    def status_changed(self, status: RunStatus) -> None:
+        self.statuses.append(status)
+
+
+@pytest.fixture
+def run(tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path]) -> Callable[..., list[StepRecord]]:
+    """A run of one device, to its end: what whoever follows it sees."""
+
+    def run(*observers: Observer) -> list[StepRecord]:
+        options: dict[str, Any] = {"model": str(tiny_model), "run_dir": str(tmp_path / "run"), "steps": STEPS}
+        server = GpuServer(port=0, cut_layer=1, dtype="float32", **options)
+        for observer in observers:
+            server.observe(observer)
+
+        def take_part() -> None:
+            data = pairs_file("a", 9)
+            device = {"name": "a", "model": str(tiny_model), "data": data, "dtype": "float32"}
+            with EdgeClient(server.url, give_up_after=0.0, **device) as client:
+                list(client.train())
+
+        with server:
+            device = run_in_thread(take_part)
+            try:
+                return list(server.train())
+            finally:
+                assert isinstance(device.exception(SECONDS), ConnectionFailed | None)
+
+    return run
+
+
+# Observers
+
+
+def test_everybody_who_watches_a_run_is_told_the_same(run: Callable[..., list[StepRecord]]) -> None:
+    first, second = Watching(), Watching()
+    followed = run(first, second)
+    assert [step.number for step in followed] == list(range(1, STEPS + 1))
+    assert first.steps == second.steps == followed
+    assert first.statuses == second.statuses
+    told = [(status.step, status.connected, status.is_complete) for status in first.statuses]
+    assert told[0] == (0, 1, False)  # the device has joined
+    assert told[-1] == (STEPS, 0, True)  # and left, with the adapter
+    assert told == sorted(told, key=lambda status: (status[2], status[0]))
+    assert first.statuses[-1].unfinished == ()
+    assert len(told) == 1 + STEPS + 2  # it joined; every step; the run is complete; it left
+
+
+@pytest.mark.parametrize("method", ["step_finished", "status_changed"])
+def test_what_an_observer_raises_ends_the_run_and_is_told(run: Callable[..., list[StepRecord]], method: str) -> None:
+    class Failing(Watching):
+        def fail(self, _: object) -> None:
+            raise ZeroDivisionError("of an observer")
+
+    setattr(Failing, method, Failing.fail)
+    with pytest.raises(ZeroDivisionError, match="of an observer"):
+        run(Failing())
+
+
+def test_whoever_comes_too_late_to_watch_is_told_so(tiny_model: Path, tmp_path: Path) -> None:
+    with (
+        GpuServer(model=str(tiny_model), run_dir=str(tmp_path / "run"), steps=1, port=0) as server,
+        pytest.raises(RuntimeError, match="call observe before the with block"),
+    ):
+        server.observe(Watching())
+
+
+# What is written
+
+
+class Written(RunDirectory):
+    """Instead of a disk: what is written, and on which thread. A disk that is slow, until ``go`` is set."""
+
+    def __init__(self, go: threading.Event) -> None:
+        self.done: list[Any] = []
+        self.threads: set[str] = set()
+        self.checkpoints: Any = SimpleNamespace(write=self._write)
+        self._go = go
+
+    def _write(self, what: Any) -> None:
+        assert self._go.wait(SECONDS)
+        self.done.append(what)
+        self.threads.add(threading.current_thread().name)
+
+    def describe(self, description: Any) -> None:
+        self.done.append(description.url)
+
+    def sync_metrics(self) -> None:
+        self._write("metrics on the disk")
+
+    append_metrics = write_codec_state = _write
+
+
+@pytest.fixture
+def disk() -> Written:
+    return Written(threading.Event())
+
+
+@pytest.fixture
+def journal(disk: Written) -> Any:
+    description: Any = SimpleNamespace(served_at=lambda url: SimpleNamespace(url=url))
+    model: Any = None
+    journal = Journal(disk, description, model, model, base_model="")
+    journal.begin("ws://here")
+    yield journal
+    disk._go.set()
+    journal.close()
+
+
+def test_what_a_run_writes_is_written_in_the_order_asked_by_one_thread_of_its_own(journal: Journal, disk: Written) -> None:
+    asked: list[Future[None]] = [journal.write_step("row 1"), journal.write_step("row 2")]  # type: ignore[arg-type]
+    journal.write_codec_state({"decided": 2})
+    asked += [journal.written(), journal.write_checkpoint("checkpoint 2")]  # type: ignore[arg-type]
+    assert disk.done == ["ws://here"]
+    assert not any(future.done() for future in asked)
+    disk._go.set()
+    for future in asked:
+        future.result(SECONDS)
+    assert disk.done == ["ws://here", "row 1", "row 2", {"decided": 2}, "metrics on the disk", "checkpoint 2"]
+    assert len(disk.threads) == 1
+    assert threading.current_thread().name not in disk.threads
+
+
+def test_what_is_decided_about_a_codec_is_on_the_disk_before_the_step_is_computed(journal: Journal, disk: Written) -> None:
+    class Engine:
+        round_end: Any = None
+
+        def check(self, *_: Any) -> dict[str, float]:
+            return {"": 0.5}
+
+        def train(self, *_: Any) -> Trained:
+            return Trained(loss=float(len(disk.done)), labelled_tokens=1, gradients={})
+
+    class Federation:
+        phase, round = Phase.TRAINING, 0
+        result: Trained
+
+        def codec_of(self, step: int) -> str:
+            return "int8"
+
+        def expires(self) -> None:
+            return None
+
+        def checked(self, changes: dict[str, float]) -> list[Any]:
+            assert changes == {"int8": 0.5}
+            journal.write_codec_state(changes)
+            asyncio.get_running_loop().call_later(0, disk._go.set)
+            return []
+
+        def trained(self, trained: Trained, *_: float) -> list[Any]:
+            self.result = trained
+            return []
+
+    federation: Any = Federation()
+
+    async def perform() -> None:
+        lifetime = Lifetime(asyncio.get_running_loop(), federation, {}, grace_period=0.0)
+        engine: Any = Engine()
+        performer = Performer(federation, engine, journal=journal, observers=[], peers={}, lifetime=lifetime)
+        performer.perform([Train(step=1, total_steps=1, micro_batch=0, check=["int4"], batches={})])
+        assert await lifetime.finish_tasks(SECONDS) is None
+        performer.close()
+
+    asyncio.run(perform())
+    assert disk.done == ["ws://here", {"int8": 0.5}]
+    assert federation.result.loss == 2.0
+
+
+# What is sent
+
+
+class Socket:
+    """A connection, as far as a peer sends."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+
+    async def send(self, data: bytes) -> None:
+        self.sent.append(data)
+
+    async def close(self, code: int) -> None:
+        """Nobody is there."""
+
+
+WELCOME = Welcome(run="r", settings=None, fingerprint="f", restarts=0)  # type: ignore[arg-type]
+
+
+def greeted(socket: Socket) -> Peer:
+    connection: Any = socket
+    peer = Peer(connection, max_messages_per_second=1.0)
+    peer.session.receive(Session(Side.CLIENT).send(Hello(name="a", fingerprint="f")))
+    return peer
+
+
+def test_an_answer_that_nobody_waits_for_is_not_sent_and_its_sender_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "send", lambda self, message: b"bytes")
+
+    async def tell() -> None:
+        socket = Socket()
+        stranger: Any = socket
+        assert not await Peer(stranger, max_messages_per_second=1.0).send(WELCOME)  # it has not asked
+        assert socket.sent == []
+
+    asyncio.run(tell())
+
+
+def test_an_answer_is_sent_to_who_waits_and_not_to_who_was_refused_meanwhile() -> None:
+    async def tell() -> None:
+        socket = Socket()
+        peer = greeted(socket)
+        assert peer.session.awaits(WELCOME)
+        await peer.refuse("it is over")
+        assert len(socket.sent) == 1
+        assert not await peer.send(WELCOME)
+        await peer.refuse("twice")
+        assert len(socket.sent) == 1
+
+    asyncio.run(tell())
+
+
+def test_an_answer_that_cannot_be_sent_though_it_is_awaited_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def tell() -> None:
+        peer = greeted(Socket())
+
+        def fail(_: object) -> bytes:
+            raise LocalProtocolError("a defect")
+
+        monkeypatch.setattr(peer.session, "send", fail)
+        with pytest.raises(LocalProtocolError, match="a defect"):
+            await peer.send(WELCOME)
+
+    asyncio.run(tell())
+
+
+def test_who_is_refused_is_told_a_reason_that_fits_a_message() -> None:
+    client = Session(Side.CLIENT)
+
+    async def tell() -> Any:
+        socket = Socket()
+        connection: Any = socket
+        peer = Peer(connection, max_messages_per_second=1.0)
+        peer.session.receive(client.send(Hello(name="a", fingerprint="f")))
+        await peer.refuse("x" * 5000, retry_after=3.0)
+        return client.receive(socket.sent[0])
+
+    assert vars(asyncio.run(tell())) == vars(Failure(reason="x" * 1000, retry_after=3.0))
