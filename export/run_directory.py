@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from split_model import DamagedFile, LoraConfig, ModelConfig, PretrainedModel, read_sealed, save_adapter
-from storage import AdapterError, part_that_differs
+from storage import RunDescription, part_that_differs
+from storage.run_description import RUN_FILE
 
 from .errors import ExportError
 
@@ -39,27 +40,21 @@ class RunDirectory:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        path = folder / "run.json"
+        description = RunDescription.read(folder, ExportError)
+        if description is None:
+            raise ExportError(f"{folder / RUN_FILE} is missing; --run-dir is the folder that splitlora-server was given")
+        self._id, self._fingerprint, config = description.run, description.fingerprint, description.config
+        self._reached = description.adapter
         try:
-            description = json.loads(path.read_bytes())
-            config = description["config"]
-            self._id, self._fingerprint = str(description["run"]), str(description["fingerprint"])
             self.model = str(config["model"])
             """The base model, as the server was given it."""
             self._lora = LoraConfig(
                 rank=int(config["lora_rank"]), alpha=float(config["lora_alpha"]), targets=tuple(config["lora_targets"])
             )
-            reached = description.get("adapter")
-            # Without it the server is at it, or was killed: adapter/ may be of an earlier stop, or half written.
-            self._reached = None if reached is None else (int(reached["step"]), int(reached["of"]))
-            if self._reached is not None and not 0 <= self._reached[0] <= self._reached[1]:
-                raise ValueError(f"step {self._reached[0]} of {self._reached[1]} cannot be")
-        except FileNotFoundError:
-            raise ExportError(f"{path} is missing; --run-dir is the folder that splitlora-server was given") from None
         except KeyError as error:
-            raise ExportError(f"{path} does not describe a run: {error} is missing") from None
-        except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError, AdapterError) as error:
-            raise ExportError(f"{path} cannot be read: {error}") from None
+            raise ExportError(f"{folder / RUN_FILE} does not describe a run: {error} is missing") from None
+        except (ValueError, TypeError, OverflowError) as error:  # of the run's LoRA settings, AdapterError too
+            raise ExportError(f"{folder / RUN_FILE} does not describe a run: {error}") from None
 
     def adapter(self, model: PretrainedModel, scratch: Path) -> tuple[Run, Path]:
         """
@@ -79,7 +74,7 @@ class RunDirectory:
             )
         if self._reached is None:
             return self._last_checkpoint(model.config, scratch)
-        step, last = self._reached
+        step, last = self._reached["step"], self._reached["of"]
         if step != last:
             logger.warning("the run ended early: this is its adapter after step %d of %d", step, last)
         return Run(id=self._id, step=step, finished=step == last), self.folder / "adapter"

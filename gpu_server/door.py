@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from protocol.invitation import Invitation, normal_host
+from storage import RunDescription
 from terminal import user_path
 
 from .certificates import Certificate, given_certificate, own_certificate
@@ -17,7 +18,7 @@ from .config import ServerConfig, is_loopback
 from .enrolment import Enrolments
 from .errors import ConfigError, ServerError
 from .listener import Limits
-from .run_description import RunDescription, is_served
+from .run_lock import is_served
 
 __all__ = ["Door", "enrolments_of", "invite", "open_door"]
 
@@ -88,7 +89,7 @@ def enrolments_of(run_dir: str | None, clients_file: str | None) -> Enrolments:
     """
     if clients_file is None and run_dir is not None:
         folder = user_path(run_dir)
-        description = RunDescription.read(folder)
+        description = RunDescription.read(folder, ServerError)
         clients_file = (description and description.config.get("clients_file")) or os.fspath(folder / "clients.json")
     if clients_file is None:
         raise ConfigError("give --run-dir or --clients-file, to say whose enrolled devices are meant")
@@ -114,10 +115,10 @@ class Served:
         Raises:
             ServerError: run.json cannot be read.
         """
-        description = RunDescription.read(run_dir)
+        description = RunDescription.read(run_dir, ServerError)
         if description is None:
             return None
-        config, url = description.config, urlsplit(str(description.url))
+        config, url = description.config, urlsplit(description.url)
         try:
             return cls(
                 run_dir=run_dir,

@@ -13,16 +13,17 @@ from safetensors import SafetensorError
 
 from protocol import Seconds
 from split_model import Adapter, LoraConfig, ModelConfig, save_adapter
-from storage import CacheFolder, remove_unfinished, replace_file
+from storage import CacheFolder, RunDescription, remove_unfinished, replace_file
+from storage.run_description import RUN_FILE
 
 from .checkpoints import Checkpoints
 from .errors import ConfigError, ServerError
 from .federation import StepRecord
-from .run_description import RunDescription, lock_of
+from .run_lock import lock_of
 
 __all__ = ["RunDirectory"]
 
-DESCRIPTION, CODECS, METRICS = "run.json", "codecs.json", "metrics.jsonl"
+CODECS, METRICS = "codecs.json", "metrics.jsonl"
 SECONDS_TO_ASK = 1.0
 
 
@@ -56,7 +57,7 @@ class RunDirectory:
     @staticmethod
     def holds_run(path: Path) -> bool:
         """Whether a run was begun there."""
-        return (path / DESCRIPTION).exists()
+        return (path / RUN_FILE).exists()
 
     def hold(self) -> None:
         """
@@ -72,7 +73,7 @@ class RunDirectory:
             except Timeout:
                 raise ServerError(f"{self.path} is in use by another server") from None
             remove_unfinished(self.checkpoints.folder)
-            for name in (DESCRIPTION, CODECS, METRICS):  # not clients.json: `splitlora-server enrol` may be writing it just now
+            for name in (RUN_FILE, CODECS, METRICS):  # not clients.json: `splitlora-server enrol` may be writing it just now
                 remove_unfinished(self.path, name)
 
     def release(self) -> None:

@@ -22,14 +22,13 @@ from split_model import (
     initial_adapter,
     load_adapter,
 )
-from storage import find_model, part_that_differs
+from storage import RunDescription, find_model, part_that_differs
 from terminal import version
 
 from .config import ServerConfig, is_loopback, resumed, with_whole_paths
 from .door import Door, open_door
-from .errors import ConfigError
+from .errors import ConfigError, ServerError
 from .federation import CodecPolicy, Deadline, Federation, ModelLimits
-from .run_description import RunDescription
 from .run_directory import RunDirectory
 from .serving import Journal
 from .torch_engine import TorchEngine
@@ -63,7 +62,7 @@ def set_up(options: Mapping[str, Any]) -> Run:
     """
     options = with_whole_paths(options)
     directory = _directory(options)
-    previous = RunDescription.read(directory.path) if directory.resumes else None
+    previous = RunDescription.read(directory.path, ServerError) if directory.resumes else None
     config, choices, device = _settled(options, previous)
     door = open_door(config)
     model = PretrainedModel(find_model(config.model))

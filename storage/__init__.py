@@ -8,6 +8,7 @@ from .exported_manifest import ExportedManifest
 from .fingerprint import fingerprint, part_that_differs
 from .folder import Folder, shown
 from .model_folder import FILES_BESIDE_WEIGHTS, find_model, is_hub_name
+from .run_description import RunDescription
 from .tokenizer import encode, load_tokenizer
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "ExportedManifest",
     "Folder",
     "ModelError",
+    "RunDescription",
     "encode",
     "find_model",
     "fingerprint",

@@ -7,9 +7,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from .folder import Folder, shown
+from .folder import Folder, Member, shown
 
 __all__ = ["FORMAT", "KIND", "MANIFEST", "SPLIT_KIND", "ExportedManifest", "ExportedPrecision"]
 
@@ -18,9 +18,6 @@ KIND, SPLIT_KIND = "language model", "split language model"
 GRAPHS_OF = {KIND: ("graph",), SPLIT_KIND: ("edge_graph", "server_graph")}
 """By the kind of the folder: under which names a precision's graphs stand, in the order in which they are computed."""
 LARGEST = 1 << 31
-EXPECTED = {int: "a whole number", str: "a text", dict: "an object"}
-
-Member = TypeVar("Member", int, str, dict[str, Any])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,14 +115,7 @@ class ExportedManifest:
 
 
 def _member(files: Folder, value: dict[str, Any], key: str, kind: type[Member]) -> Member:
-    """What an object of the manifest has under a key, of the type that is right there."""
-    path = files.path / MANIFEST
-    if key not in value:
-        raise files.error(f"{path}: {shown(key)} is missing; export the model again")
-    found = value[key]
-    if type(found) is not kind:  # not isinstance: true and false are no whole numbers
-        raise files.error(f"{path}: {key[:40]} is {shown(found)}; {EXPECTED[kind]} is expected; export the model again")
-    return found
+    return files.member(MANIFEST, value, key, kind, "; export the model again")
 
 
 def _file_or_none(files: Folder, value: dict[str, Any], key: str) -> Path | None:

@@ -2,9 +2,13 @@
 
 import json
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = ["Folder", "shown"]
+
+Member = TypeVar("Member", int, str, dict[str, Any])
+
+EXPECTED = {int: "a whole number", str: "a text", dict: "an object"}
 
 
 class Folder:
@@ -97,6 +101,23 @@ class Folder:
         if not isinstance(value, dict):
             raise self.error(f"{path} is not a JSON object but {shown(value)}")
         return value
+
+    def member(self, name: str, value: dict[str, Any], key: str, kind: type[Member], remedy: str = "") -> Member:
+        """
+        What an object in the JSON file ``name`` has under a key, if it is of the type that belongs there.
+
+        Args:
+            remedy: what to do about the file, as the message ends.
+
+        Raises:
+            error: the key is missing, or something else is there.
+        """
+        if key not in value:
+            raise self.error(f"{self.path / name}: {shown(key)} is missing{remedy}")
+        found = value[key]
+        if type(found) is not kind:  # not isinstance: true and false are no whole numbers
+            raise self.error(f"{self.path / name}: {key[:40]} is {shown(found)}; {EXPECTED[kind]} is expected{remedy}")
+        return found
 
 
 def shown(value: object) -> str:

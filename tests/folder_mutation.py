@@ -85,7 +85,12 @@ TEXTS = {
     "data.csv": 'prompt,completion\n"name, quoted","It is ""good""."\nplain,yes\n' * 3,
     "data.txt": "name : The Blue Heron||It is a restaurant.\nanother||one\n" * 3,
 }
-RUN = {"run": "r", "fingerprint": "", "config": {"model": "", "lora_rank": 2, "lora_alpha": 8, "lora_targets": ["c_attn"]}}
+RUN = {
+    "run": "r",
+    "fingerprint": "",
+    "dtype": "float32",
+    "config": {"model": "", "lora_rank": 2, "lora_alpha": 8, "lora_targets": ["c_attn"]},
+}
 PREFIX = 8  # bytes of a safetensors file that say how long its header is
 
 

@@ -495,6 +495,7 @@ NAMES = {
             "FILES_BESIDE_WEIGHTS",
             "Folder",
             "ModelError",
+            "RunDescription",
             "encode",
         ),
         *("find_model", "fingerprint", "is_hub_name", "load_tokenizer", "part_that_differs", "remove_unfinished"),

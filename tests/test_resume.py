@@ -544,7 +544,7 @@ def no_room(monkeypatch: Any, function: str, name: str, allowed: int) -> None:
     [
         ("gpu_server.run_directory._private", "metrics.jsonl", 5),
         ("gpu_server.run_directory.replace_file", "codecs.json", 2),
-        ("gpu_server.run_description.replace_file", "run.json", 1),
+        ("storage.run_description.replace_file", "run.json", 1),
         ("gpu_server.run_directory.save_adapter", "adapter", 0),
         ("gpu_server.checkpoints.replace_file", "*.safetensors", 0),
         ("gpu_server.checkpoints.replace_file", "*.safetensors", 2),

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gpu_server import ServerError
-from gpu_server.run_description import RunDescription, is_served, lock_of
+from gpu_server.run_lock import is_served, lock_of
+from storage import RunDescription
 
 pytest.importorskip("torch")
 
@@ -18,25 +20,55 @@ DESCRIPTION = RunDescription(
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
-    assert RunDescription.read(tmp_path) is None
+    assert RunDescription.read(tmp_path, ServerError) is None
     for description in (DESCRIPTION, DESCRIPTION.served_at("ws://a:1"), DESCRIPTION.with_adapter(step=3, of=5)):
         description.write(tmp_path)
-        assert RunDescription.read(tmp_path) == description
+        assert RunDescription.read(tmp_path, ServerError) == description
 
 
 def test_a_run_of_an_earlier_version_is_read_and_what_a_later_one_adds_is_left_alone(tmp_path: Path) -> None:
     content = {"run": "f00", "fingerprint": "ab", "config": {"model": "gpt2"}, "dtype": "float32", "weather": "fine"}
     (tmp_path / "run.json").write_text(json.dumps(content))
-    description = RunDescription.read(tmp_path)
+    description = RunDescription.read(tmp_path, ServerError)
     assert description is not None
     assert (description.run, description.restarts, description.url) == ("f00", 0, "")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"config": 5}', '{"config": {}}', "[" * 200_000, "9" * 5000, "\xff"])
-def test_what_describes_no_run_is_one_sentence(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize("content", ["", "[]", "[" * 200_000, "9" * 5000, "\xff"])
+def test_what_is_no_object_is_one_sentence(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content, encoding="latin-1")
-    with pytest.raises(ServerError, match=r"run.json does not describe a run; restore it, or choose another --run-dir$"):
-        RunDescription.read(tmp_path)
+    with pytest.raises(ServerError, match=r"run.json (cannot be read|is not)[^\n]*$"):
+        RunDescription.read(tmp_path, ServerError)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(({name: None}, f"{name} is null; a text is expected") for name in ("run", "fingerprint", "dtype", "device", "url")),
+        *(({name: [1]}, rf"{name} is \[1\]; an object is expected") for name in ("config", "versions", "adapter")),
+        ({"restarts": 1.5}, r"restarts is 1\.5; a whole number is expected"),
+        ({"adapter": {"step": 3}}, '"of" is missing'),
+        ({"adapter": {"step": 3, "of": True}}, "of is true; a whole number is expected"),
+        ({"adapter": {"step": 3, "of": 2}}, "the adapter cannot be that of step 3 of 2"),
+        ({"adapter": {"step": -1, "of": 2}}, "the adapter cannot be that of step -1 of 2"),
+    ],
+)
+def test_member_that_cannot_be_right_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    DESCRIPTION.write(tmp_path)
+    content = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(content | changes))
+    with pytest.raises(ServerError, match=f"run.json: {message}; restore the file, or choose another run directory$"):
+        RunDescription.read(tmp_path, ServerError)
+
+
+@pytest.mark.parametrize("name", ["run", "fingerprint", "dtype", "config"])
+def test_member_that_every_version_has_written_is_required(tmp_path: Path, name: str) -> None:
+    DESCRIPTION.write(tmp_path)
+    content = json.loads((tmp_path / "run.json").read_text())
+    del content[name]
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    with pytest.raises(ServerError, match=f'run.json: "{name}" is missing; restore the file'):
+        RunDescription.read(tmp_path, ServerError)
 
 
 def test_a_folder_is_served_as_long_as_a_server_holds_it(tmp_path: Path) -> None:

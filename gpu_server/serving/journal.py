@@ -5,10 +5,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from split_model import Adapter, LoraConfig, ModelConfig
+from storage import RunDescription
 
 from ..checkpoints import SavedRound
 from ..federation import StepRecord
-from ..run_description import RunDescription
 from ..run_directory import RunDirectory
 
 __all__ = ["Journal"]

@@ -1,0 +1,24 @@
+"""The lock by which one server at a time has a run directory. It needs no torch, so commands ask in no time."""
+
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+__all__ = ["is_served", "lock_of"]
+
+
+def lock_of(run_dir: Path) -> FileLock:
+    """The lock that a server holds as long as it serves the folder's run."""
+    return FileLock(run_dir / ".lock", timeout=0)
+
+
+def is_served(run_dir: Path) -> bool:
+    """
+    Whether a server holds the folder at this moment. Whoever asks holds it for a moment, too, which a server that starts just
+    then waits for: see `RunDirectory.hold`.
+    """
+    try:
+        with lock_of(run_dir):
+            return False
+    except (Timeout, OSError):
+        return True

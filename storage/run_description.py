@@ -1,0 +1,87 @@
+"""run.json: what a run is, how and where it is served. The server writes it; its commands and splitlora-export read it."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .atomic_file import replace_file
+from .folder import Folder, Member, shown
+
+__all__ = ["RUN_FILE", "RunDescription"]
+
+RUN_FILE = "run.json"
+REMEDY = "; restore the file, or choose another run directory"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDescription:
+    """As the server wrote it when it was last started, and once more when it saved an adapter."""
+
+    run: str
+    """The run's identifier, the same for as long as it is gone on with."""
+    restarts: int = 0
+    fingerprint: str
+    """Of the base model and its tokenizer."""
+    config: dict[str, Any]
+    """All fields of the server's configuration. Their values are not checked here: who uses one says what is wrong with it."""
+    device: str = ""
+    dtype: str
+    """Of the server's frozen weights."""
+    versions: dict[str, Any]
+    """Of splitlora and of the libraries that compute."""
+    url: str = ""
+    """Where the server listens, or did when it was last started."""
+    adapter: dict[str, Any] | None = None
+    """
+    Which ``step`` ``of`` how many the adapter in the folder has reached. None while the run is served, and after its server was
+    killed: the adapter may then be of an earlier stop, or half written.
+    """
+
+    @classmethod
+    def read(cls, run_dir: Path, error: type[ValueError]) -> "RunDescription | None":
+        """
+        None where no server has been started yet. Members that this version does not know are left out.
+
+        Raises:
+            error: the file cannot be read, or describes no run.
+        """
+        files = Folder(run_dir, error)
+        if files.find(RUN_FILE) is None:
+            return None
+        # What the first versions did not write, as they meant it.
+        raw = {"restarts": 0, "device": "", "versions": {}, "url": ""} | files.read_json(RUN_FILE)
+        adapter = None if raw.get("adapter") is None else _member(files, raw, "adapter", dict)
+        if adapter is not None:
+            step, last = (_member(files, adapter, key, int) for key in ("step", "of"))
+            if not 0 <= step <= last:
+                raise error(f"{run_dir / RUN_FILE}: the adapter cannot be that of step {shown(step)} of {shown(last)}{REMEDY}")
+        return cls(
+            run=_member(files, raw, "run", str),
+            restarts=_member(files, raw, "restarts", int),
+            fingerprint=_member(files, raw, "fingerprint", str),
+            config=_member(files, raw, "config", dict),
+            device=_member(files, raw, "device", str),
+            dtype=_member(files, raw, "dtype", str),
+            versions=_member(files, raw, "versions", dict),
+            url=_member(files, raw, "url", str),
+            adapter=adapter,
+        )
+
+    def write(self, run_dir: Path) -> None:
+        """
+        Raises:
+            OSError: it cannot be written.
+        """
+        content = {name: value for name, value in asdict(self).items() if name != "adapter" or value is not None}
+        replace_file(run_dir / RUN_FILE, (json.dumps(content, indent=2) + "\n").encode())
+
+    def served_at(self, url: str) -> "RunDescription":
+        return replace(self, url=url)
+
+    def with_adapter(self, *, step: int, of: int) -> "RunDescription":
+        return replace(self, adapter={"step": step, "of": of})
+
+
+def _member(files: Folder, value: dict[str, Any], key: str, kind: type[Member]) -> Member:
+    return files.member(RUN_FILE, value, key, kind, REMEDY)
