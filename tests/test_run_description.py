@@ -10,10 +10,6 @@ from gpu_server import ServerError
 from gpu_server.run_lock import is_served, lock_of
 from storage import RunDescription
 
-pytest.importorskip("torch")
-
-from gpu_server.run_directory import RunDirectory
-
 DESCRIPTION = RunDescription(
     run="f00", restarts=2, fingerprint="ab", config={"model": "gpt2"}, device="cpu", dtype="float32", versions={"torch": "2"}
 )
@@ -72,6 +68,8 @@ def test_member_that_every_version_has_written_is_required(tmp_path: Path, name:
 
 
 def test_a_folder_is_served_as_long_as_a_server_holds_it(tmp_path: Path) -> None:
+    from gpu_server.run_directory import RunDirectory
+
     assert not is_served(tmp_path)
     directory = RunDirectory(tmp_path)
     directory.hold()
@@ -83,6 +81,8 @@ def test_a_folder_is_served_as_long_as_a_server_holds_it(tmp_path: Path) -> None
 def test_who_asks_whether_a_server_runs_does_not_keep_one_from_starting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from gpu_server.run_directory import RunDirectory
+
     asked, waits = lock_of(tmp_path), []
 
     def answered(seconds: float) -> None:

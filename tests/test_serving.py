@@ -9,9 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
 from conftest import run_in_thread
 
 from edge_client import ConnectionFailed, EdgeClient
