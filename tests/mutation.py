@@ -292,19 +292,20 @@ class Judge:
         return session
 
     def _asked(self, message: Message) -> str:
-        run, actions = self._run, []
+        run, actions, outcome = self._run, [], "message"
         try:
             if isinstance(message, Hello):
                 run.welcome(message)
             elif isinstance(message, Join):
+                run.disconnected("member", 1.0)  # who is connected is refused a second Welcome
                 actions = run.join("member", message, 1.0)
             elif isinstance(message, Activations | Contribution | Evaluation | Done):
                 actions = run.receive("member", message, 1.0)
         except RemoteProtocolError:
-            return "message that does not fit the run"
-        if actions or run.greeted:
+            outcome = "message that does not fit the run"
+        if actions or isinstance(message, Hello | Join):
             self._run = _a_run()
-        return "message"
+        return outcome
 
 
 def _outcome(error: RemoteProtocolError) -> str:
