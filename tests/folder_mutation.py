@@ -221,11 +221,11 @@ class Judge:
         for _ in prepare(open_exported(self._exported)):
             pass
         export_onnx(str(self._model), self._kept, precisions=["fp32"], adapter=self._adapter, keep_adapter=True)
-        base = PretrainedModel(self._model)
-        self._tokenizer, self._config = load_tokenizer(self._model), base.config
+        self._base = PretrainedModel(self._model)
+        self._tokenizer, self._config = load_tokenizer(self._model), self._base.config
         self._run = scratch / "run"
         self._run.mkdir()
-        RUN["fingerprint"], RUN["config"]["model"] = base.fingerprint(), str(self._model)  # type: ignore[index]
+        RUN["fingerprint"], RUN["config"]["model"] = self._base.fingerprint(), str(self._model)  # type: ignore[index]
         (self._run / "run.json").write_text(json.dumps({**RUN, "adapter": {"step": 3, "of": 3}}))
         shutil.copytree(self._adapter, self._run / "adapter")
         vocabulary = json.loads((self._model / "tokenizer.json").read_text())["model"]
@@ -331,7 +331,7 @@ class Judge:
     def _run_json(self, mutator: FolderMutator) -> None:
         path = self._run / "run.json"
         with changed(path, mutator.json(path.read_bytes())):
-            RunDirectory(self._run).adapter(RUN["fingerprint"], self._out)  # type: ignore[arg-type]
+            RunDirectory(self._run).adapter(self._base, self._out)
 
     def _exported_folder(self, mutator: FolderMutator) -> None:
         folder = mutator.random.choice((self._exported, self._kept))
