@@ -75,3 +75,16 @@ def test_a_while_that_is_left_out_is_no_computing() -> None:
     clock.now = 10.0
     stopwatch.leave_out(8.0)
     assert difference(stopwatch.read(), before) == Seconds(edge_compute=2.0)
+
+
+def test_laps_add_up_to_all_that_was_spent() -> None:
+    clock = Clock()
+    stopwatch = Stopwatch(clock)
+    laps = []
+    for seconds_encoding in (1.0, 0.5):
+        clock.now += 4.0
+        stopwatch.add(encode=seconds_encoding)
+        laps.append(stopwatch.lap())
+    assert laps == [Seconds(edge_compute=3.0, encode=1.0), Seconds(edge_compute=3.5, encode=0.5)]
+    assert sum(laps, Seconds()) == stopwatch.read()
+    assert stopwatch.lap() == Seconds()
