@@ -203,6 +203,16 @@ class RunResult:
         return [record.loss for record in self.records]
 
 
+def adapter_bytes(run_dir: Path) -> bytes:
+    """The matrices that a run has left."""
+    return (run_dir / "adapter/adapter_model.safetensors").read_bytes()
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """A run's rows, one a step."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
 def run_in_thread(function: Callable[[], Any]) -> "Future[Any]":
     """Like a pool of one; the future holds the result or the error."""
     pool = ThreadPoolExecutor(1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_in_thread
+from conftest import metrics, run_in_thread
 from ports import free_port
 from programs import arguments, program
 
@@ -181,5 +181,5 @@ def test_metrics_call_a_codec_what_the_flag_calls_it(
         with EdgeClient(server.url, model=options["model"], data=pairs_file("a", 9), state_dir=tmp_path / "state") as client:
             list(client.train())
         (record,) = server.train()
-    (line,) = Path(options["run_dir"], "metrics.jsonl").read_text().splitlines()
-    assert record.codec == json.loads(line)["codec"] == "float32"
+    (row,) = metrics(Path(options["run_dir"]))
+    assert record.codec == row["codec"] == "float32"

@@ -11,7 +11,7 @@ import numpy as np
 import protocol_samples
 import pytest
 from chaos import Fault, Scene
-from conftest import run_split
+from conftest import adapter_bytes, run_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as np_st
@@ -553,7 +553,7 @@ def test_a_run_in_a_codec_learns_nearly_as_an_exact_one_and_repeats_to_the_bit(
     for number in range(2):
         run_dir = tmp_path / f"run-{number}"
         result = run_split(options(tiny_model, run_dir, codec=codec), clients)
-        outcomes.append((result.losses, (run_dir / "adapter/adapter_model.safetensors").read_bytes()))
+        outcomes.append((result.losses, adapter_bytes(run_dir)))
     assert outcomes[0] == outcomes[1]
     exact = exact_losses(clients)
     assert outcomes[0][0] == pytest.approx(exact, rel=CLOSE[codec])

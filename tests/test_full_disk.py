@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_in_thread, run_split
+from conftest import adapter_bytes, run_in_thread, run_split
 
 import edge_client.client_state
 import edge_client.saved_steps
@@ -35,10 +35,6 @@ def settings(request: pytest.FixtureRequest, tiny_model: Path) -> dict[str, Any]
 @pytest.fixture
 def device(tmp_path: Path, pairs_file: Callable[..., Path]) -> dict[str, Any]:
     return {"data": pairs_file("a", 4), "batch_size": 2, "dtype": "float32", "name": "a"}
-
-
-def adapter(run_dir: Path) -> bytes:
-    return (run_dir / "adapter/adapter_model.safetensors").read_bytes()
 
 
 def refuse_write(monkeypatch: pytest.MonkeyPatch, state_dir: Path, number: int, error: BaseException) -> list[Path]:
@@ -91,7 +87,7 @@ def test_device_whose_disk_is_full_comes_back_as_one_that_was_killed(
                 with EdgeClient(server.url, model=settings["model"], state_dir=state, **device) as again:
                     list(again.train())
                 ended.result(timeout=60)
-            assert adapter(run_dir) == adapter(tmp_path / "undisturbed"), name
+            assert adapter_bytes(run_dir) == adapter_bytes(tmp_path / "undisturbed"), name
 
 
 def first_step_and(error: type[BaseException], client: EdgeClient) -> None:

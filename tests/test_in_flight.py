@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import run_split
+from conftest import adapter_bytes, run_split
 
 from edge_client.data import Dataset
 from edge_client.torch_engine import TorchEngine
@@ -38,7 +38,7 @@ def test_run_is_the_same_to_the_bit_however_many_are_in_flight(
         settings = options(
             tiny_model, run_dir, aggregate_every=aggregate_every, codec=codec, check_codec_every=2, codec_tolerance=1e9
         )
-        outcomes.append((run_split(settings, clients).losses, (run_dir / "adapter/adapter_model.safetensors").read_bytes()))
+        outcomes.append((run_split(settings, clients).losses, adapter_bytes(run_dir)))
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
 

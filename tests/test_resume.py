@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import make_model, run_in_thread, run_split
+from conftest import adapter_bytes, make_model, metrics, run_in_thread, run_split
 from ports import free_port
 from programs import arguments, program, read_until
 
@@ -46,12 +46,8 @@ def settings(tiny_model: Path) -> dict[str, Any]:
     }
 
 
-def adapter(run_dir: Path) -> bytes:
-    return (run_dir / "adapter/adapter_model.safetensors").read_bytes()
-
-
 def losses(run_dir: Path) -> list[float]:
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(run_dir)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     return [row["loss"] for row in rows]
 
@@ -102,7 +98,7 @@ def test_terminated_server_keeps_its_last_round_and_goes_on_when_resumed(
         _, said = again.communicate(timeout=60)
         assert (again.returncode, "going on after step" in said) == (0, True)
     assert numbers.result(timeout=60) == list(range(1, STEPS + 1))  # no step was lost, and none was done twice
-    assert adapter(run_dir) == adapter(tmp_path / "undisturbed")
+    assert adapter_bytes(run_dir) == adapter_bytes(tmp_path / "undisturbed")
     assert losses(run_dir) == losses(tmp_path / "undisturbed")
 
 
@@ -257,7 +253,7 @@ def test_device_that_is_refused_for_other_data_is_started_again_as_before_and_lo
         with EdgeClient(server.url, **as_before) as client:
             assert [step.number for step in client.train()] == list(range(6, STEPS + 1))
         assert len(list(server.train())) == STEPS
-    assert adapter(tmp_path / "run") == adapter(tmp_path / "undisturbed")
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "undisturbed")
 
 
 class Clock:
@@ -336,7 +332,7 @@ def test_one_command_starts_a_run_and_goes_on_with_it(
         pass  # nobody has come yet
     run_split(command, device)
     run_split({**settings, "run_dir": str(tmp_path / "undisturbed")}, device)
-    assert adapter(tmp_path / "run") == adapter(tmp_path / "undisturbed")
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "undisturbed")
     assert json.loads((tmp_path / "run/run.json").read_text())["restarts"] == 1
 
 
@@ -370,7 +366,7 @@ def test_finished_run_that_is_made_longer_is_the_run_that_was_begun_so(
     run_split({**settings, "run_dir": str(tmp_path / "longer"), "steps": 5}, devices)
     run_split({"model": settings["model"], "run_dir": str(tmp_path / "longer"), "resume": True, "steps": STEPS}, devices)
     run_split({**settings, "run_dir": str(tmp_path / "undisturbed")}, devices)
-    assert adapter(tmp_path / "longer") == adapter(tmp_path / "undisturbed")
+    assert adapter_bytes(tmp_path / "longer") == adapter_bytes(tmp_path / "undisturbed")
     assert losses(tmp_path / "longer") == losses(tmp_path / "undisturbed")
     assert json.loads((tmp_path / "longer/run.json").read_text())["adapter"] == {"step": STEPS, "of": STEPS}
 
@@ -394,7 +390,7 @@ def test_run_is_made_longer_while_its_device_waits_for_the_server(
         list(again.train())
     assert numbers[-1] == STEPS
     run_split({**settings, "run_dir": str(tmp_path / "undisturbed")}, {"a": {**data, "state_dir": tmp_path / "other"}})
-    assert adapter(tmp_path / "run") == adapter(tmp_path / "undisturbed")
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "undisturbed")
     assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
 
 
@@ -420,7 +416,7 @@ def test_run_goes_on_where_the_adapter_it_began_with_is_not(
     run_split({**start, "run_dir": str(tmp_path / "undisturbed")}, device)
     shutil.rmtree(tmp_path / "first")
     run_split({"model": settings["model"], "run_dir": str(tmp_path / "second"), "resume": True, "steps": STEPS}, device)
-    assert adapter(tmp_path / "second") == adapter(tmp_path / "undisturbed")
+    assert adapter_bytes(tmp_path / "second") == adapter_bytes(tmp_path / "undisturbed")
 
 
 def test_run_directory_belongs_to_one_server(stopped: dict[str, Any]) -> None:
@@ -439,7 +435,7 @@ def test_torn_checkpoint_and_torn_metrics_send_the_run_back_to_the_one_before(
     client = {"data": pairs_file("a", 9), "state_dir": tmp_path / "state"}
     run_split({**stopped}, {"a": client})
     run_split({**settings, "run_dir": str(tmp_path / "undisturbed")}, {"a": client})
-    assert adapter(run_dir) == adapter(tmp_path / "undisturbed")
+    assert adapter_bytes(run_dir) == adapter_bytes(tmp_path / "undisturbed")
     assert losses(run_dir) == losses(tmp_path / "undisturbed")
 
 
@@ -468,7 +464,7 @@ def test_device_that_evaluates_between_steps_while_its_server_goes_back_goes_bac
         assert [step.number for step in steps][-1] == STEPS
         client.__exit__(None, None, None)
         assert list(again.train())[-1].number == STEPS
-    assert adapter(run_dir) == adapter(tmp_path / "undisturbed")
+    assert adapter_bytes(run_dir) == adapter_bytes(tmp_path / "undisturbed")
     assert losses(run_dir) == losses(tmp_path / "undisturbed")
 
 
@@ -485,10 +481,10 @@ def test_complete_run_can_be_resumed_and_gives_late_devices_its_adapter(
     client = {"data": pairs_file("a", 9), "state_dir": tmp_path / "state"}
     options = {**settings, "run_dir": str(tmp_path / "run")}
     run_split(options, {"a": client})
-    before = (adapter(tmp_path / "run"), losses(tmp_path / "run"))
+    before = (adapter_bytes(tmp_path / "run"), losses(tmp_path / "run"))
     with GpuServer(**options, port=0, resume=True, linger=0.0) as server:
         assert list(server.train()) == []
-    assert (adapter(tmp_path / "run"), losses(tmp_path / "run")) == before
+    assert (adapter_bytes(tmp_path / "run"), losses(tmp_path / "run")) == before
 
 
 def test_full_disk_ends_the_server_with_one_sentence_and_the_run_goes_on_later(
@@ -522,7 +518,7 @@ def test_full_disk_ends_the_server_with_one_sentence_and_the_run_goes_on_later(
         again.communicate(timeout=60)
         assert again.returncode == 0
     device.result(timeout=60)
-    assert adapter(run_dir) == adapter(tmp_path / "undisturbed")
+    assert adapter_bytes(run_dir) == adapter_bytes(tmp_path / "undisturbed")
     assert losses(run_dir) == losses(tmp_path / "undisturbed")
 
 
@@ -577,7 +573,7 @@ def test_wherever_the_disk_is_full_the_server_ends_with_one_sentence_and_goes_on
         list(again.train())
     device.result(timeout=60)
     run_split({**settings, "run_dir": str(tmp_path / "undisturbed")}, {"a": {**data, "state_dir": tmp_path / "other"}})
-    assert adapter(run_dir) == adapter(tmp_path / "undisturbed")
+    assert adapter_bytes(run_dir) == adapter_bytes(tmp_path / "undisturbed")
     assert losses(run_dir) == losses(tmp_path / "undisturbed")
 
 
@@ -639,7 +635,7 @@ def test_run_ends_with_what_is_left_when_a_device_leaves_for_good_and_says_so(
         assert len(list(server.train())) == STEPS
         assert (leaver.result(timeout=60), stayer.result(timeout=60)) == (3, STEPS)
     assert re.search(r"a \(127\.0\.0\.1:\d+\) has left the run after step 3: it said goodbye", caplog.text)
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    rows = metrics(tmp_path / "run")
     assert rows[2]["clients"].keys() == {"a", "b"}
     assert rows[-1]["clients"].keys() == {"b"}
 

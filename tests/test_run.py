@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import reference
-from conftest import run_in_thread, run_split
+from conftest import adapter_bytes, metrics, run_in_thread, run_split
 from websockets.frames import Frame, Opcode
 from websockets.protocol import Protocol, Side
 
@@ -25,10 +25,6 @@ from storage import load_tokenizer
 
 def options(model: Path, run_dir: Path, **more: Any) -> dict[str, Any]:
     return {"model": str(model), "run_dir": str(run_dir), "cut_layer": 2, "lora_rank": 4, "lr": 2e-3, **more}
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 PARTS = ["edge_compute", "encode", "uplink", "queue", "server_compute", "downlink", "decode"]
@@ -64,7 +60,7 @@ def test_run_is_the_same_to_the_bit_whoever_comes_first_with_dropout_and_shuffle
         run_dir = tmp_path / f"run-{number}"
         clients = {name: {"data": files[name], "batch_size": 3, "dtype": "float32"} for name in order}
         settings = options(tiny_model, run_dir, steps=12, lora_dropout=0.3, seed=5, lora_targets=("c_attn", "c_fc"))
-        outcomes.append((run_split(settings, clients).losses, (run_dir / "adapter/adapter_model.safetensors").read_bytes()))
+        outcomes.append((run_split(settings, clients).losses, adapter_bytes(run_dir)))
     assert outcomes[0] == outcomes[1]
 
 
