@@ -1,6 +1,7 @@
 """The import table of ARCHITECTURE.md, and what an import may load."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -120,3 +121,17 @@ def test_engine_with_torch_is_known_only_where_it_is_made() -> None:
     files = {file.name: file.read_text(encoding="utf-8") for file in (REPOSITORY / "edge_client").rglob("*.py")}
     assert {name for name, text in files.items() if "TorchEngine" in text} == {"client.py", "engine.py", "torch_engine.py"}
     assert {name for name, text in files.items() if "from .torch_engine import" in text} == {"client.py"}
+
+
+def test_every_file_that_the_architecture_names_is_there() -> None:
+    text = (REPOSITORY / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    there = {
+        path.relative_to(REPOSITORY).as_posix()
+        for package in (*MAY_IMPORT, "tests")
+        for path in (REPOSITORY / package).rglob("*")
+    }
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", text))
+    assert len(named) > 30
+    for name in named:
+        path = name.rstrip("/")
+        assert path in there or any(each.endswith(f"/{path}") for each in there), name
