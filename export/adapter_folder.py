@@ -1,4 +1,6 @@
-"""A PEFT folder, which may be a stranger's, read without PEFT: to which layers its matrices belong, and at which scale."""
+"""
+Reads a PEFT folder, which may be a stranger's, without PEFT: which layers its matrices adapt, and how they are scaled.
+"""
 
 import math
 import re
@@ -25,7 +27,7 @@ SHOWN = 3
 
 
 class BeyondLora(ExportError):
-    """An adapter that is more than plain LoRA on the blocks' linear layers: PEFT itself may be able to merge it."""
+    """An adapter that is more than plain LoRA on the blocks' linear layers. PEFT itself may still be able to merge it."""
 
 
 def read_adapter(folder: Path, config: ModelConfig) -> LoraAdapter:
@@ -61,7 +63,7 @@ def read_adapter(folder: Path, config: ModelConfig) -> LoraAdapter:
 
 
 def copy_adapter(folder: Path, copy: Path) -> None:
-    """Of an adapter that could be read, the two files that it is made of."""
+    """Copy the settings and the matrices, and nothing else, of an adapter that `read_adapter` has accepted."""
     copy.mkdir()
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         (copy / name).write_bytes((folder / name).read_bytes())
@@ -69,8 +71,8 @@ def copy_adapter(folder: Path, copy: Path) -> None:
 
 class Targets:
     """
-    Which layers of a model's blocks settings name, at which rank and scale: by PEFT's rules, which its modules'
-    `check_target_module_exists` and `get_pattern_key` are.
+    The layers that an adapter's settings name, and the rank and scale of each, by the rules of PEFT's functions
+    `check_target_module_exists` and `get_pattern_key`.
 
     Raises:
         ExportError: a pattern is not a regular expression, or cannot be matched in seconds.
@@ -87,7 +89,7 @@ class Targets:
                 name = f"{config.stored_name(config.block_name(block))}.{layer}"
                 layers[name], self.shapes[name] = block, shape
         try:
-            # All of them, against whatever PEFT may match them with: what is fast here is fast there.
+            # Every expression with every name that PEFT may match it with: if that is fast here, PEFT will not hang on it.
             self._matched = match_all(_expressions(settings), [*layers, *family_of(config).other_modules(config)])
         except ExportError as error:
             raise ExportError(f"{settings.path}: {error}") from None
@@ -135,7 +137,13 @@ def _expressions(settings: AdapterSettings) -> list[tuple[str, str]]:
 def _read_matrices(path: Path) -> dict[str, Floats]:
     try:
         matrices = {name: matrix.astype(np.float32) for name, matrix in load_file(path).items()}
-    except (OSError, SafetensorError, TypeError, AttributeError, KeyError) as error:  # the last three: types numpy has not
+    except (
+        OSError,
+        SafetensorError,
+        TypeError,
+        AttributeError,
+        KeyError,
+    ) as error:  # the last three: numpy lacks the type
         raise ExportError(f"{path} cannot be read as safetensors: {error}") from None
     if not matrices:
         raise ExportError(f"{path}: the adapter is empty")

@@ -1,5 +1,5 @@
 """
-Causal self-attention over what was said before and what is said now, in three forms.
+Causal self-attention of new tokens over earlier and new ones, in three forms: each asks a runtime for other operators.
 
 B sequences, S new tokens of each, P tokens before them, T = P + S, H heads of D elements, d = H D.
 """
@@ -17,7 +17,7 @@ __all__ = ["ATTENTIONS", "Attention", "AttentionForm", "Cache", "Heads"]
 
 @dataclass(frozen=True, kw_only=True)
 class Heads:
-    """The shape that all blocks' attention has."""
+    """The shape of attention, the same in all blocks."""
 
     count: int
     width: int
@@ -51,8 +51,8 @@ class Attention(Protocol):
 
 class GroupQuery:
     """
-    ONNX Runtime's GroupQueryAttention, from 1.22 on: past and present may be one buffer, so that what was said before is not
-    copied for every token. It cannot take several new tokens of several sequences where there is a past.
+    ONNX Runtime's GroupQueryAttention, from 1.22 on. Past and present may be one buffer, so that the keys and values of earlier
+    tokens are not copied for every new one. With a past, it cannot take several new tokens of several sequences.
     """
 
     def __init__(self, graph: Graph, heads: Heads, tokens: str) -> None:
@@ -60,7 +60,7 @@ class GroupQuery:
         batch, length = _dimension(graph, tokens, 0), _dimension(graph, tokens, 1)
         total = _dimension(graph, "attention_mask", 1)
         one = graph.constant([1])
-        # The operator would mask only what is to the right of a sequence's end: padding at the left takes a bias.
+        # The operator masks only what is to the right of a sequence's end. To mask padding at the left, it needs a bias.
         shape = graph.node("Concat", batch, one, length, total, axis=0)
         self.bias = graph.node("Expand", _bias(graph, _is_token(graph), heads.dtype), shape)
         last = graph.node("Expand", graph.node("Sub", total, one), batch)
@@ -127,7 +127,7 @@ class Elementary:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionForm:
-    """A form, and what a runtime has to know for it."""
+    """A form, and the versions that a runtime has to know for it."""
 
     build: type[Attention]
     opset: int
@@ -151,7 +151,7 @@ def _is_token(graph: Graph) -> str:
 
 
 def _bias(graph: Graph, visible: str, dtype: DTypeLike) -> str:
-    """0 where visible, and elsewhere the lowest number there is: infinities would make NaN of a row that sees nothing."""
+    """0 where visible, and elsewhere the lowest finite number: minus infinity would make NaN of a row that sees nothing."""
     lowest = np.finfo(np.dtype(dtype)).min
     return graph.node("Where", visible, graph.constant(0, dtype), graph.constant(lowest, dtype))
 

@@ -1,4 +1,4 @@
-"""The files of a model folder that go on beside its weights."""
+"""Copies the files of a model folder that are neither weights nor configuration."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ __all__ = ["copy_files_beside_weights"]
 
 def copy_files_beside_weights(source: Path, folder: Path) -> None:
     """
-    Whatever of a model folder other programs want: its tokenizer, and how it is talked to. All of it is text.
+    Copy the text files that other programs want besides weights and configuration: the tokenizer's, and the chat template.
 
     Raises:
         ExportError: one of the files cannot be read, or is a link that leaves the folder.

@@ -57,7 +57,7 @@ class DecoderGraph(ABC):
         """Of every linear layer, (in, out)."""
 
     def build(self) -> None:
-        """Add the blocks; the embeddings before the model's first, the final norm and head after its last."""
+        """Add the blocks, with the embeddings before the model's first block, and the final norm and head after its last."""
         hidden = self.embeddings() if self.blocks.start == 0 else self.hidden_states()
         with self.graph.scope("mask"):
             self.attention = self.form.build(self.graph, self.heads, self.tokens)
@@ -74,7 +74,7 @@ class DecoderGraph(ABC):
 
     @abstractmethod
     def embeddings(self) -> str:
-        """The inputs that the model's first blocks take, from `token_inputs` on -> (B, S, d)."""
+        """`token_inputs`, and whatever else the family takes -> (B, S, d)."""
 
     @abstractmethod
     def block(self, name: str, x: str, cache: Cache) -> str:
@@ -85,12 +85,12 @@ class DecoderGraph(ABC):
         """(B, S, d) -> (B, S, d)."""
 
     def token_inputs(self) -> None:
-        """Ids of the new tokens, (B, S), and what of the T old and new ones is padding, (B, T)."""
+        """Inputs: ids of the new tokens, (B, S), and 0 for padding among the T earlier and new ones, (B, T)."""
         self.tokens = self.graph.input("input_ids", np.int64, ["batch_size", "sequence_length"])
         self.graph.input("attention_mask", np.int64, ["batch_size", "total_sequence_length"])
 
     def hidden_states(self) -> str:
-        """What an earlier stretch of the model gave, (B, S, d)."""
+        """Inputs of a later stretch of the model: the hidden states (B, S, d) of the one before, and the mask."""
         shape: list[int | str] = ["batch_size", "sequence_length", self.config.width]
         self.tokens = self.graph.input("hidden_states", self.precision.dtype, shape)
         self.graph.input("attention_mask", np.int64, ["batch_size", "total_sequence_length"])
@@ -113,7 +113,7 @@ class DecoderGraph(ABC):
             return self.node("Add", y, self.low_rank(name, x, inputs, outputs)) if name in self.adapted else y
 
     def low_rank(self, name: str, x: str, inputs: int, outputs: int) -> str:
-        """x A B: matrices of any rank, in float32 whatever the graph computes in, so that one adapter serves all precisions."""
+        """x A B. The matrices have any rank, and are float32 in graphs of all precisions: one adapter file serves all."""
         a = self.graph.slot(f"{name}.lora_A.weight", np.float32, [inputs, f"{name}.rank"])
         b = self.graph.slot(f"{name}.lora_B.weight", np.float32, [f"{name}.rank", outputs])
         if self.precision.dtype != np.float32:
@@ -124,14 +124,14 @@ class DecoderGraph(ABC):
         """(B, S, d) -> logits (B, S, V)."""
         table, shape = self.config.head_name, (self.config.vocabulary_size, self.config.width)
         with self.graph.scope(self.config.separate_head_name.removesuffix(".weight")):
-            # A third of a small model's work is here, and whoever continues a text needs only the last row.
+            # The head is a third of a small model's work, and a program that continues a text needs only the last row's logits.
             start = self.graph.optional_input("logits_start", np.array([0]))
             end, axis = self.graph.constant([np.iinfo(np.int64).max]), self.graph.constant([1])
             x = self.node("Slice", x, start, end, axis)
             if self.precision.table:
                 logits = self.quantised_product(x, table, shape, self.precision.table)
             else:
-                # Gemm takes the table as it is. Before a MatMul it would be transposed, and lie in memory twice.
+                # Gemm takes the table as it is. For a MatMul, runtimes would transpose it and keep it in memory twice.
                 rows = self.node("Reshape", x, self.graph.constant([-1, self.config.width]))
                 leading = self.node("Shape", x, start=0, end=2)
                 whole = self.node("Concat", leading, self.graph.constant([self.config.vocabulary_size]), axis=0)
@@ -144,7 +144,8 @@ class DecoderGraph(ABC):
         if form is None:
             return self.node("Gather", self.plain(self.config.table_name), tokens)
         integers, *grid = self.quantised(self.config.table_name, form)
-        # The LM head wants its blocks as a dimension of their own; reshaped when it is loaded, the table is one in memory.
+        # MatMulNBits wants the blocks of the LM head as a dimension of their own, this operator does not. The Reshape is folded
+        # when the graph is loaded, and both use one table in memory.
         table = self.node("Reshape", integers, self.graph.constant([self.config.vocabulary_size, -1]))
         layout = {"bits": form.bits, "block_size": form.size, "gather_axis": 0, "quantize_axis": 1}
         rows = self.node("GatherBlockQuantized", table, tokens, *grid, domain=MICROSOFT, **layout)
@@ -175,7 +176,7 @@ class DecoderGraph(ABC):
         return names
 
     def plain(self, name: str) -> str:
-        """A tensor as it is."""
+        """A tensor that is not quantised, in the precision's dtype."""
         if not self.graph.has_weight(name):
             with np.errstate(over="ignore"):
                 stored = self.weights.read(name).astype(self.precision.dtype, copy=False)

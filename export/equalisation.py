@@ -20,11 +20,11 @@ STRENGTHS = (0.0, 0.25, 0.5)
 """How far to go from leaving a layer as it is, 0, to making its inputs and its rows equally large, 0.5."""
 BLOCK = 64
 LARGEST_INPUT = 3.0
-"""Of a block, in root mean squares."""
+"""The largest input of a block that is expected, in root mean squares of its channels."""
 
 
 class EqualisedWeights(Weights, Protocol):
-    """The same model with other weights."""
+    """Weights of the same function as those that they are made of."""
 
     def rows(self, layer: str) -> Floats:
         """(in,): what the rows of the matrix of a linear layer of the model have been multiplied by."""
@@ -36,10 +36,11 @@ class EqualisedWeights(Weights, Protocol):
 @np.errstate(over="ignore", invalid="ignore")  # near the largest float, any choice is as good as another
 def balance(inputs: Floats, matrix: Floats) -> Floats:
     """
-    The factors of a matrix's rows under which the product is expected to suffer least.
+    The factors of a matrix's rows with which quantisation is expected to change the product least, (in,).
 
     Args:
         inputs: (in,) root mean square of each input channel.
+        matrix: (in, out).
     """
     rows = np.maximum(np.abs(matrix).max(1), SMALLEST)
     difference = np.log2(np.maximum(inputs, SMALLEST)) - np.log2(rows)
@@ -48,7 +49,7 @@ def balance(inputs: Floats, matrix: Floats) -> Floats:
 
 
 def _expected_error(inputs: Floats, matrix: Floats) -> float:
-    """Mean square of what rounding does to a product, up to a factor: weights to 4 bits, inputs to 8, in blocks of channels."""
+    """The mean square error of a product, up to a factor, if blocks of channels are rounded: weights to 4 bits, inputs to 8."""
     whole = len(inputs) // BLOCK * BLOCK or len(inputs)
     blocks = matrix[:whole].reshape(-1, min(BLOCK, whole), matrix.shape[1])
     squares = (inputs[:whole] ** 2).reshape(blocks.shape[:2])

@@ -17,9 +17,9 @@ MICROSOFT = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
 PAGE_BYTES, CACHE_LINE_BYTES = 4096, 64
 SMALLEST_PAGED_BYTES = 1 << 16
-"""Below it the gap before a page would be a noticeable part of the tensor, and there are hundreds of them."""
+"""Smaller tensors do not begin a page: the gaps before them would be a noticeable part of the file."""
 SMALLEST_EXTERNAL_BYTES = 1024
-"""Below it a tensor stays in the graph, where shape inference can see it."""
+"""Smaller tensors stay in the graph, where shape inference can see them."""
 
 Array = NDArray[Any]
 Shape = Sequence[int | str]
@@ -51,7 +51,7 @@ class Graph:
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
-        """Nodes made inside are named after this part of the model."""
+        """Names of nodes that are added within this context begin with the part of the model that they belong to."""
         outer, self._scope = self._scope, f"{name}/"
         try:
             yield
@@ -59,7 +59,7 @@ class Graph:
             self._scope = outer
 
     def node(self, operator: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
-        """A node with one output, whose name is given back. An input that is left out is ""."""
+        """Add a node with one output and return that output's name. An optional input that is left out is ""."""
         output = f"{self._scope}{operator}_{len(self._nodes)}"
         self.node_with_outputs(operator, inputs, [output], domain=domain, **attributes)
         return output
@@ -67,7 +67,7 @@ class Graph:
     def node_with_outputs(
         self, operator: str, inputs: Sequence[str], outputs: Sequence[str], *, domain: str = "", **attributes: Any
     ) -> None:
-        """A node whose outputs have names given."""
+        """Add a node whose outputs get these names."""
         name = f"{self._scope}{operator}.{len(self._nodes)}"
         self._nodes.append(helper.make_node(operator, inputs, outputs, name=name, domain=domain, **attributes))
 
@@ -82,7 +82,7 @@ class Graph:
         self._outputs.append(_described(name, dtype, shape))
 
     def constant(self, value: Any, dtype: DTypeLike = np.int64) -> str:
-        """A small initializer; equal ones are the same."""
+        """A small initializer; equal constants share one."""
         array = np.array(value, dtype)
         return self.weight(f"constant/{array.dtype}/{array.tolist()}", array)
 
@@ -90,7 +90,7 @@ class Graph:
         return name in self._initializers
 
     def weight(self, name: str, array: Array) -> str:
-        """An initializer. A second one of the same name is the first: a tied matrix is stored once."""
+        """An initializer. If there is one of this name already, that one stays: a tied matrix is stored once."""
         if name not in self._initializers:
             large = array.nbytes >= SMALLEST_EXTERNAL_BYTES
             array = np.ascontiguousarray(array)
@@ -98,12 +98,12 @@ class Graph:
         return name
 
     def optional_input(self, name: str, default: Array) -> str:
-        """An input that callers may leave out, and that those who do not know of it never see."""
+        """An input with a default. Callers that do not know of it need not give it."""
         self.input(name, default.dtype, default.shape)
         return self.weight(name, default)
 
     def slot(self, name: str, dtype: DTypeLike, shape: Shape) -> str:
-        """An initializer that a caller, or an adapter, may replace; without them it is empty. Words in the shape are free."""
+        """An empty initializer that a caller, or an adapter, may replace. Dimensions given as words may have any size."""
         self.input(name, dtype, shape)
         empty = np.zeros([0 if isinstance(size, str) else size for size in shape], dtype)
         return self.weight(name, empty)

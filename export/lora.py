@@ -1,4 +1,4 @@
-"""What LoRA adds to weights, without PEFT and without torch."""
+"""Adds LoRA adapters to weights, without PEFT and without torch."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ __all__ = ["LoraAdapter", "LoraUpdate", "Merged"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoraUpdate:
-    """What is added to a layer's matrix (in, out): scale * (B A) transposed."""
+    """The update of a layer's matrix (in, out): scale * (B A) transposed is added to it."""
 
     a: Floats
     """(r, in)"""
@@ -34,7 +34,7 @@ class Merged:
     Weights with an adapter in them.
 
     Raises:
-        ExportError: a weight, or what the adapter makes of it, is no finite number. A graph would give nonsense without a word.
+        ExportError: a weight, or its sum with the adapter's update, is not finite; a graph would compute nonsense with it.
     """
 
     def __init__(self, weights: Weights, adapter: LoraAdapter) -> None:
@@ -46,7 +46,7 @@ class Merged:
             raise ExportError(f"the base model's tensor {name} has values that are not finite numbers")
         if update is None:
             return tensor
-        with np.errstate(over="ignore", invalid="ignore"):  # it is said in the sentence below
+        with np.errstate(over="ignore", invalid="ignore"):  # the error below says it
             tensor = tensor + update.matrix()
         if not np.isfinite(tensor).all():
             raise ExportError(

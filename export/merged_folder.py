@@ -18,7 +18,7 @@ def merge(
     """
     Write the merged model in float32; arguments and errors are those of `export_onnx`.
 
-    Plain LoRA is added tensor by tensor, in the memory of one, and equal to what PEFT makes of it; the rest PEFT does itself.
+    Plain LoRA is added tensor by tensor, in the memory of one tensor; the result equals PEFT's. PEFT merges all else itself.
     """
     check_output(output, overwrite=overwrite)
     with (

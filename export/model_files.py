@@ -1,4 +1,4 @@
-"""The files beside the graphs: by them every runtime knows what it has before it."""
+"""The files beside the graphs, by which each runtime recognises the model."""
 
 import json
 from pathlib import Path
@@ -22,10 +22,10 @@ __all__ = ["write_genai_config", "write_json", "write_model_files"]
 
 def write_model_files(folder: Path, source: Source, weights: Weights, more: dict[str, Any]) -> None:
     """
-    A Hugging Face checkpoint in float32 with its tokenizer.
+    Write a Hugging Face checkpoint in float32 with its tokenizer.
 
     Args:
-        more: what config.json says besides what the base model's says.
+        more: keys of config.json that the base model's does not have.
     """
     copy_files_beside_weights(source.folder, folder)
     tokenizer = load_tokenizer(source.folder)
@@ -40,7 +40,7 @@ def write_model_files(folder: Path, source: Source, weights: Weights, more: dict
 
 def write_genai_config(folder: Path, config: ModelConfig, *, filename: str, shared_cache: bool) -> None:
     """
-    What onnxruntime-genai wants to know.
+    Write genai_config.json, by which onnxruntime-genai loads the model.
 
     Args:
         filename: of the graph it loads.
@@ -64,8 +64,8 @@ def write_genai_config(folder: Path, config: ModelConfig, *, filename: str, shar
     model = {
         "type": "decoder",  # a family's own name would mean the names and the combined cache of older exports
         **dict.fromkeys(("bos_token_id", "eos_token_id"), config.end_token),
-        # Every token that equals it is masked, and the end token stands between prompt and completion. -1 is in no text; as an
-        # index it means the table's last row.
+        # genai masks every token that equals it, so it cannot be the end token, which stands between prompt and completion. No
+        # text has -1, and as an index into the table it is a row that exists, the last one.
         "pad_token_id": -1,
         "context_length": config.num_positions,
         "vocab_size": config.vocabulary_size,
@@ -79,7 +79,7 @@ CACHE_NAMES = {"past": "past_key_values", "present": "present"}
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    # In ASCII: JSON can hold half characters, a file of UTF-8 cannot.
+    # In ASCII, the default of json: an escape can be half a surrogate pair, which UTF-8 cannot hold.
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
@@ -89,7 +89,7 @@ def _write_missing(path: Path, value: dict[str, Any]) -> None:
 
 
 def _config(source: Source) -> dict[str, Any]:
-    """config.json of what is written: float32, with what other programs look for and transformers no longer writes."""
+    """The base model's config.json in float32, with keys that other programs look for and transformers no longer writes."""
     family, config = family_of(source.config), Folder(source.folder, ExportError).read_json("config.json")
     config.pop("torch_dtype", None)
     config.setdefault("architectures", [family.architecture])

@@ -29,7 +29,7 @@ __all__ = ["export_onnx"]
 
 ADAPTER_FILE, PEFT_FOLDER = "adapter.onnx_adapter", "adapter"
 BEST_FIRST = ("q8", "q4", "fp32", "fp16")
-"""Which precision a runtime loads that takes only one."""
+"""A runtime that loads only one precision gets the first of these that is exported."""
 
 
 def export_onnx(
@@ -49,11 +49,11 @@ def export_onnx(
 
     Args:
         model: a Hugging Face folder, or a name on the hub; None is the model of the run.
-        run_dir: whose adapter is merged.
+        run_dir: a run, whose adapter is merged.
         adapter: a PEFT folder that is merged instead.
         precisions: of fp32, fp16, q8 and q4.
         attention: gqa, attn23 or ops; see `attention`.
-        keep_adapter: whether the base is exported, and the adapter as a file of its own that can be exchanged.
+        keep_adapter: whether the adapter stays a file of its own that can be exchanged, and the graphs are the base model's.
         split: the number of blocks in the edge part, for two graphs instead of one.
 
     Raises:
@@ -79,7 +79,7 @@ class Part:
 
 
 class OnnxFolder:
-    """What of a source is written to one folder."""
+    """Writes one exported folder."""
 
     def __init__(self, folder: Path, source: Source, attention: str, *, keep_adapter: bool, split: int | None) -> None:
         self.folder, self.source, self.attention, self.split = folder, source, attention, split
@@ -115,7 +115,7 @@ class OnnxFolder:
 
     def write(self, precisions: Sequence[str]) -> None:
         (self.folder / "onnx").mkdir()
-        # Every tensor is read once for each precision and once for model.safetensors; a tied table once more for a second part.
+        # Each tensor is read once for each precision and once for model.safetensors; a tied table, once more for a second part.
         tables = len(self.parts) - 1 if self.config.tied_head else 0
         total = len(self.config.tensor_shapes) * (1 + len(precisions)) + tables * len(precisions)
         with Progress(total, unit="tensor") as progress:
@@ -169,7 +169,7 @@ class OnnxFolder:
 
 
 class Watched:
-    """Weights whose reading shows as progress."""
+    """Weights that advance a progress bar whenever a tensor is read."""
 
     def __init__(self, weights: Weights, progress: Progress, what: str) -> None:
         self._weights, self._progress, self._what = weights, progress, what
@@ -181,7 +181,7 @@ class Watched:
 
 
 def write_adapter(path: Path, adapter: LoraAdapter, base: EqualisedWeights) -> None:
-    """The matrices of an adapter as ONNX Runtime takes them, for the slots of a graph with these weights."""
+    """Write an adapter as ONNX Runtime takes it, for the slots of graphs with the weights ``base``."""
     parameters = {}
     for layer, update in adapter.items():
         a, b = update.a.T * base.rows(layer)[:, None], update.b.T * np.float32(update.scale) * base.columns(layer)

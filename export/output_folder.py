@@ -1,4 +1,4 @@
-"""A folder that is there whole, or not at all."""
+"""Writes an output folder wholly, or not at all."""
 
 import errno
 import os
@@ -17,10 +17,10 @@ __all__ = ["check_output", "output_folder"]
 
 def check_output(path: Path, *, overwrite: bool) -> None:
     """
-    For a word before the work begins.
+    Check, before long work begins, that `output_folder` can write to ``path``.
 
     Raises:
-        ExportError: ``path`` exists and may not be overwritten, or is no model and should not be.
+        ExportError: ``path`` exists and may not be overwritten, or is something other than a model folder.
     """
     path = user_path(path)
     if path.exists() and not overwrite:
@@ -34,7 +34,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 @contextmanager
 def output_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """
-    An empty folder beside ``path`` that takes its name when all has gone well, and is removed when not.
+    Within this context, an empty folder beside ``path``. It replaces ``path`` at the end, or is removed after an error.
 
     Raises:
         ExportError: ``path`` exists and may not be overwritten, or cannot be written; the disk is full.
@@ -53,7 +53,7 @@ def output_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _replace(path: Path, finished: Path) -> None:
-    """A folder with something in it cannot be renamed over: the old one steps aside, and comes back if that fails."""
+    """A folder can only be renamed over an empty one. So the old one is renamed first, and back if the second rename fails."""
     if not path.exists():
         finished.rename(path)
         return

@@ -1,4 +1,4 @@
-"""A stranger's regular expressions, matched against the names of a model's modules in a few seconds or not at all."""
+"""Matches a stranger's regular expressions with the names of a model's modules, and gives up after a few seconds."""
 
 import json
 import re
@@ -17,9 +17,9 @@ INSIDE = r"(^|.*\.){}($|\..*)"
 BEFORE_NUMBER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 
 Expression = tuple[str, str]
-"""One of these forms, and what the settings say."""
+"""One of these forms, and the pattern that the settings have for its {}."""
 PLAIN = re.compile(r"[\w.^$-]*")
-"""Without repetitions and alternatives there is one way to match, which takes no time."""
+"""Patterns without repetitions and alternatives can match in one way only, so matching takes no time."""
 LIMIT_SECONDS = 5
 MATCHER = """
 import json, re, sys
@@ -49,7 +49,7 @@ def match_all(expressions: Iterable[Expression], names: Sequence[str]) -> dict[E
 
 
 def _match_elsewhere(expressions: Sequence[Expression], names: Sequence[str]) -> dict[Expression, set[str]]:
-    """In a process that can be ended: nothing else stops Python's regular expressions, which may try ways without end."""
+    """In another process, which can be killed: nothing else stops Python's regular expressions, which may never end."""
     question = json.dumps([[form.replace("{}", pattern) for form, pattern in expressions], names])
     command = [sys.executable, "-I", "-S", "-c", MATCHER]
     try:
@@ -58,7 +58,7 @@ def _match_elsewhere(expressions: Sequence[Expression], names: Sequence[str]) ->
         patterns = ", ".join(repr(pattern[:60]) for _, pattern in expressions)
         raise ExportError(f"matching takes longer than {LIMIT_SECONDS} s; simplify the pattern {patterns}") from None
     answers = [json.loads(line) for line in answer.stdout.splitlines()]
-    if len(answers) != len(expressions):  # ended by the system, for want of memory
+    if len(answers) != len(expressions):  # the system has killed it, for want of memory
         raise ExportError(f"{expressions[len(answers)][1][:60]!r} cannot be matched as a regular expression")
     for (_, pattern), matched in zip(expressions, answers, strict=True):
         if isinstance(matched, str):

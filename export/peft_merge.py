@@ -67,7 +67,7 @@ def load_with_transformers(base: PretrainedModel) -> Any:
     tensors = {base.config.stored_name(name): tensor.view().to(torch.float32) for name, tensor in base.tensors.items()}
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the ways in which transformers calls itself
+        warnings.simplefilter("ignore")  # transformers calls functions of its own that it has deprecated
         return architecture.from_pretrained(
             None, config=config, state_dict=tensors, dtype=torch.float32, attn_implementation="eager"
         )
@@ -77,7 +77,7 @@ def load_with_peft(base: PretrainedModel, adapter: Path) -> Any:
     """
     The base model in transformers, float32, with the adapter put on by PEFT.
 
-    Of the settings, PEFT sees what they say of the adapter, and nothing of where to find code or another model.
+    PEFT is given the settings that describe the adapter, and none that say where to find code or another model.
 
     Raises:
         AdapterError, ExportError: `read_adapter` refuses the adapter, PEFT cannot load it, or would leave a part of it out.
@@ -85,7 +85,7 @@ def load_with_peft(base: PretrainedModel, adapter: Path) -> Any:
     import peft
 
     with suppress(BeyondLora):
-        # Whatever of it PEFT would not check: it takes pickled weights where there are no others, and patterns without end.
+        # This checks what PEFT would not: it loads pickled weights where there are no others, and matches patterns without end.
         read_adapter(adapter, base.config)
     settings = AdapterSettings.read(adapter)
     known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
@@ -103,14 +103,14 @@ def load_with_peft(base: PretrainedModel, adapter: Path) -> Any:
         kept.pop(name, None)
     kept |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base.folder), "inference_mode": True}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the ways in which PEFT and transformers call each other
+        warnings.simplefilter("ignore")  # PEFT and transformers call what the other has deprecated
         model = load_with_transformers(base)
         try:
             config = peft.LoraConfig(**kept)
             adapted = peft.PeftModel.from_pretrained(model, adapter, config=config, autocast_adapter_dtype=False)
             expected = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
             found = peft.load_peft_weights(str(adapter), device="cpu").keys()
-        except Exception as error:  # a stranger's settings reach every corner of PEFT, which has no exception of its own
+        except Exception as error:  # a stranger's settings reach all of PEFT, which raises exceptions of every type
             raise _refusal(adapter, error) from None
     if missing := sorted(expected - found):
         raise ExportError(f"{adapter}: the adapter's {missing[0]} is missing, which its settings ask for")

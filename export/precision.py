@@ -1,4 +1,4 @@
-"""In what numbers a graph keeps its weights and computes."""
+"""The precisions in which graphs keep their weights and compute."""
 
 from dataclasses import dataclass
 
@@ -16,9 +16,9 @@ class Precision:
 
     name: str
     suffix: str
-    """Of the file's name, as transformers.js looks for it."""
+    """What transformers.js expects at the end of the graph's file name."""
     dtype: DTypeLike = np.float32
-    """Of what flows from node to node, and of weights that are not quantised."""
+    """Of the values between nodes, and of weights that are not quantised."""
     matrices: BlockFormat | None = None
     """How the blocks' matrices are stored; None: as ``dtype``."""
     projection: BlockFormat | None = None

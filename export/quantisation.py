@@ -10,7 +10,7 @@ from .weights import Floats
 __all__ = ["BlockFormat", "QuantisedMatrix", "quantise"]
 
 ROWS_AT_ONCE = 4096
-"""A vocabulary's table is quantised piece by piece: a whole one would need several float copies of itself."""
+"""A vocabulary's table is quantised in pieces of so many rows: as a whole it would need several float copies of itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ def _quantise_piece(rows: Floats, form: BlockFormat) -> QuantisedMatrix:
     filled = np.zeros((count, form.padded(width)), np.float32)
     filled[:, :width] = rows
     blocks = filled.reshape(count, -1, form.size)
-    # Zero is always on the grid: it is what rows are filled up with.
+    # Zero is always on the grid, since the ends of rows are filled up with it.
     lowest, highest = np.minimum(blocks.min(-1, keepdims=True), 0), np.maximum(blocks.max(-1, keepdims=True), 0)
     largest = 2**form.bits - 1
     scales = (highest - lowest) / np.float32(largest)

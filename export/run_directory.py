@@ -1,4 +1,4 @@
-"""The adapter that a run has left: of its end, or of its last checkpoint."""
+"""Finds the newest adapter in a run directory: that of the run's end, or of its last checkpoint."""
 
 import json
 import logging
@@ -17,22 +17,22 @@ __all__ = ["Run", "RunDirectory"]
 logger = logging.getLogger("export")
 
 ADAPTER = "adapter/"
-"""Before the names of the adapter's matrices in a checkpoint."""
+"""The prefix of the names of the adapter's matrices in a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where an adapter comes from."""
+    """The run that an adapter is of."""
 
     id: str
     step: int
-    """The last one that is in it."""
+    """The last step that the adapter has taken."""
     finished: bool
 
 
 class RunDirectory:
     """
-    What splitlora-server has written.
+    A directory that splitlora-server has written.
 
     Raises:
         ExportError: the folder holds no run.
@@ -58,7 +58,7 @@ class RunDirectory:
 
     def adapter(self, model: PretrainedModel, scratch: Path) -> tuple[Run, Path]:
         """
-        The newest adapter, as a PEFT folder; that the run has not finished is said.
+        The newest adapter, as a PEFT folder. A warning says if the run has not finished.
 
         Args:
             model: the base model that it is to be merged into.

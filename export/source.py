@@ -28,7 +28,7 @@ class Source:
     """A model to be exported."""
 
     name: str
-    """Of the base model, as the user gave it."""
+    """The base model, as the user named it."""
     folder: Path
     """Where its tokenizer and configuration are."""
     config: ModelConfig
@@ -54,7 +54,7 @@ def open_source(
     """
     Args:
         model: a Hugging Face folder, or a name on the hub; None is the model of the run.
-        plain_only: whether an adapter that is more than LoRA is refused; else PEFT merges it, and that is the source.
+        plain_only: whether to refuse an adapter that is more than plain LoRA. Otherwise PEFT merges it first.
 
     Raises:
         ModelError, AdapterError, ExportError: the model, the run or the adapter cannot be read, or they do not belong together.

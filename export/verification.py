@@ -35,18 +35,18 @@ NUM_CONTINUED, CONTINUED_TOKENS = 8, 16
 
 @dataclass(kw_only=True)
 class Agreement:
-    """Of one precision, over all texts."""
+    """How one precision agrees with the reference, over all texts."""
 
     precision: str
     num_bytes: int
     tokens: int = 0
     logit_difference: float = 0.0
-    """The largest."""
+    """The largest difference of any logit."""
     summed_loss_change: float = 0.0
     same_first: int = 0
-    """Positions at which both find the same token the most likely."""
+    """Number of positions at which both find the same token the most likely."""
     continuations: list[bool] = field(default_factory=list)
-    """Whether the greedy continuation of a text is the same."""
+    """Of each text that was continued greedily, whether both continue it in the same way."""
 
     @property
     def loss_change(self) -> float:
@@ -60,11 +60,11 @@ class Agreement:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the exported model computes numbers at all."""
+        """Whether all that the exported model computes are finite numbers."""
         return bool(np.isfinite([self.logit_difference, self.summed_loss_change]).all())
 
     def add(self, found: "Prediction", expected: "Prediction") -> None:
-        """What both say of one text."""
+        """Add the predictions of both for one text."""
         difference = float((found.logits - expected.logits).abs().max())
         self.logit_difference = float(np.maximum(self.logit_difference, difference))  # NaN stays: Python's max would lose it
         self.summed_loss_change += found.loss - expected.loss
@@ -74,17 +74,17 @@ class Agreement:
 
 class Prediction:
     """
-    What a model says of a text's S tokens.
+    A model's predictions for a text of S tokens.
 
     Args:
-        logits: (S, V), of which the last, after the text's end, are compared but not judged.
+        logits: (S, V). No token of the text follows the last row, so it counts for differences, but for no loss.
     """
 
     def __init__(self, logits: Floats, tokens: Tokens) -> None:
         self.logits = torch.from_numpy(logits)
         self.first = self.logits[:-1].argmax(-1)
         self.loss = float(cross_entropy(self.logits[:-1], torch.from_numpy(tokens[1:]), reduction="sum"))
-        """Summed over all tokens but the first, in nats."""
+        """Of all tokens but the first, summed, in nats."""
 
 
 def verify(
@@ -150,7 +150,7 @@ HEADER = ("", "MB", "largest logit difference", "loss change (nats/token)", "top
 
 
 def table(agreements: Sequence[Agreement], columns: int | None = None) -> str:
-    """For a person to read; as a list where the terminal's columns are too few for a table."""
+    """The agreements as text: a table, or a list where it is too wide for the terminal's ``columns``."""
     rows = [HEADER, *(_row(found) for found in agreements)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -232,7 +232,7 @@ def _read_texts(path: Path) -> list[str]:
 
 
 def _encoded(texts: Sequence[str], folder: Path, manifest: ExportedManifest) -> list[Tokens]:
-    """Ids of each text and the end token, cut to the model's context; what is shorter than two tokens tells nothing."""
+    """Ids (S,) of each text and its end token, cut to the context. A text of one token predicts nothing, so it is left out."""
     ids_of_texts = encode(load_tokenizer(folder), texts)
     encoded = [[*ids, manifest.end_token][: manifest.context] for ids in ids_of_texts]
     encoded = [tokens for tokens in encoded if len(tokens) > 1]

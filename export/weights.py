@@ -1,4 +1,4 @@
-"""Where a graph's weights come from: readers that give one float32 array at a time, and wrap one another."""
+"""Where a graph's weights come from: readers of one float32 array at a time, which can wrap one another."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,7 +23,7 @@ class Weights(Protocol):
 
 
 class StoredWeights:
-    """A base model's tensors in float32, read when they are asked for."""
+    """A base model's tensors in float32, each read when it is asked for."""
 
     def __init__(self, base: "PretrainedModel") -> None:
         self._places = base.tensors
@@ -33,6 +33,6 @@ class StoredWeights:
 
     def read(self, name: str) -> Floats:
         stored = self._places[name]
-        with np.errstate(over="ignore"):  # of float64; what becomes infinite is said where weights are merged
+        with np.errstate(over="ignore"):  # a float64 that becomes infinite is refused by `Merged`
             tensor: Floats = self._files[stored.path].get_tensor(stored.name).astype(np.float32)
         return tensor

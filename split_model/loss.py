@@ -1,4 +1,9 @@
-"""Cross-entropy of a large vocabulary without ever holding all its logits."""
+"""
+Cross-entropy over a large vocabulary in chunks of rows.
+
+All logits of M rows, (M, V), would be by far the largest tensor of training: 2,048 rows of GPT-2's 50,257 tokens are 412 MB in
+float32, and as much again for their gradient. So only one chunk of them exists at a time.
+"""
 
 from typing import Any
 
@@ -24,7 +29,8 @@ def summed_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    # The gradient is softmax - onehot times the head: made chunk by chunk in the forward pass, while the logits are there.
+    # The gradient by a row of ``hidden`` is (softmax(logits) - onehot(label)) head. The forward pass computes it chunk by chunk
+    # from logits that are there anyhow; backward, which would have to compute these a second time, only scales it.
 
     @staticmethod
     def forward(context: Any, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
@@ -33,16 +39,16 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), CHUNK_ROWS):
             chunk, targets = slice(start, start + CHUNK_ROWS), labels[start : start + CHUNK_ROWS]
             rows = torch.arange(len(targets), device=targets.device)
-            # Rows are padded to whole cache lines. Without that, an odd vocabulary such as GPT-2's lets nearly every row begin
-            # within a line, and each pass over the logits, the product's writing first of all, is slower.
+            # Rows are padded to whole cache lines. Without that, an odd vocabulary such as GPT-2's makes nearly every row begin
+            # within a line, which slows the product and every pass over the logits.
             aligned = head.new_empty(len(targets), -(-len(head) // ALIGNMENT) * ALIGNMENT)[:, : len(head)]
             logits = torch.mm(hidden[chunk].to(head.dtype), head.T, out=aligned).to(hidden.dtype)  # (rows, V)
-            logits -= logits.amax(1, keepdim=True)
+            logits -= logits.amax(1, keepdim=True)  # exp of what is left cannot overflow; in place, as all that follows
             of_labels = logits[rows, targets]
             sums = logits.exp_().sum(1, keepdim=True)
             total += (sums.log().squeeze(1) - of_labels).sum()
             if gradient is not None:
-                difference = logits.div_(sums)
+                difference = logits.div_(sums)  # softmax, (rows, V)
                 difference[rows, targets] -= 1
                 gradient[chunk] = (difference.to(head.dtype) @ head).to(hidden.dtype)
         context.gradient = gradient

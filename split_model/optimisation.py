@@ -23,7 +23,7 @@ def adamw(parameters: Iterable[nn.Parameter], config: OptimiserConfig) -> torch.
 
 
 def take_step(optimiser: torch.optim.AdamW, learning_rate: float) -> None:
-    """One update at the given rate; the gradients are used up."""
+    """Update the parameters once, at the given rate, and clear their gradients."""
     for group in optimiser.param_groups:
         group["lr"] = learning_rate
     optimiser.step()
@@ -31,7 +31,10 @@ def take_step(optimiser: torch.optim.AdamW, learning_rate: float) -> None:
 
 
 def optimiser_state(optimiser: torch.optim.AdamW) -> dict[str, Tensor]:
-    """A copy of what the optimiser has learnt, on the CPU: "0/exp_avg", "0/exp_avg_sq", "0/step", "1/...", by parameter."""
+    """
+    A copy of what the optimiser has learnt, on the CPU; empty before its first step. Names begin with the parameter's number:
+    "0/exp_avg" and "0/exp_avg_sq" in the parameter's shape, "0/step" of shape (), "1/exp_avg" and so on.
+    """
     return {
         f"{index}/{key}": value.detach().cpu().clone()
         for index, state in optimiser.state_dict()["state"].items()
@@ -40,7 +43,7 @@ def optimiser_state(optimiser: torch.optim.AdamW) -> dict[str, Tensor]:
 
 
 def restore_optimiser(optimiser: torch.optim.AdamW, state: dict[str, Tensor]) -> None:
-    """Take over what `optimiser_state` gave."""
+    """Take over what `optimiser_state` returned; learning rate and weight decay stay the optimiser's own."""
     by_parameter: dict[int, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         index, _, key = name.partition("/")

@@ -1,9 +1,10 @@
 """
 Sequences of different lengths in one batch, almost without padding.
 
-A packed batch is the rows of all real tokens one under the other, (N, w), and the sequences' lengths, (B,), N = sum(lengths).
-Only attention needs (B, T) grids: sequences of about the same length share one, T long as the longest of them. `Packing` goes
-there and back.
+A packed batch is the rows of all tokens of B sequences one under the other, (N, w), and the sequences' lengths, (B,), with
+N = sum(lengths). All layers but attention treat each row by itself, so they never see padding, and rows on the wire have none.
+Attention needs grids (B', T): sequences of about the same length share one, whose T is the length of the longest of them.
+`Packing` goes from rows to grids and back.
 """
 
 import torch
@@ -12,20 +13,26 @@ from torch import Tensor
 __all__ = ["Packing", "labelled_positions"]
 
 MOST_PADDING = 1.25
-"""A grid's longest sequence to its shortest. More makes few, wasteful products of attention, less makes many small ones."""
+"""Of a grid's longest sequence to its shortest, at most. A larger ratio wastes work on padding, a smaller makes many grids."""
 
 
 class Packing:
-    """Where the rows of a packed batch stand in the grids, which lie one under the other."""
+    """
+    Which cell of the grids each row of a packed batch takes. Cells are numbered grid by grid, and in a grid sequence by
+    sequence.
+
+    Args:
+        lengths: (B,) whole numbers, on the device of the rows.
+    """
 
     def __init__(self, lengths: Tensor) -> None:
         self.positions = positions_in_sequence(lengths)  # (N,)
-        rows_of = lengths.tolist()
+        counts = lengths.tolist()
         self.grids: list[tuple[int, int]] = []
-        """B and T of each."""
-        first, num_cells = [0] * len(rows_of), 0
-        for group in _of_about_the_same_length(rows_of):
-            longest = rows_of[group[-1]]
+        """The shape (B', T) of each."""
+        first, num_cells = [0] * len(counts), 0  # the cell of each sequence's first row; how many cells there are so far
+        for group in _of_about_the_same_length(counts):
+            longest = counts[group[-1]]
             self.grids.append((len(group), longest))
             for sequence in group:
                 first[sequence] = num_cells
@@ -34,18 +41,18 @@ class Packing:
         self.cells = torch.tensor(first, device=lengths.device).repeat_interleave(lengths) + self.positions  # (N,)
 
     def pad(self, rows: Tensor) -> list[Tensor]:
-        """(N, w) -> (B, T, w) for each grid, zero where a sequence has ended."""
+        """Rows (N, w) -> each grid (B', T, w), zero where a sequence has ended."""
         cells = rows.new_zeros(self.num_cells, rows.shape[1]).index_copy_(0, self.cells, rows)
         parts = torch.split(cells, [sequences * longest for sequences, longest in self.grids])
         return [part.view(*grid, -1) for part, grid in zip(parts, self.grids, strict=True)]
 
     def pack(self, grids: list[Tensor]) -> Tensor:
-        """(B, T, w) of each grid -> (N, w)."""
+        """Each grid (B', T, w) -> rows (N, w), without the padding."""
         return torch.cat([grid.flatten(0, 1) for grid in grids]).index_select(0, self.cells)
 
 
 def _of_about_the_same_length(lengths: list[int]) -> list[list[int]]:
-    """Which sequences share a grid; the longest of each is the last."""
+    """Groups of sequences, by number, that share a grid. In a group they are ordered by length: the last one is the longest."""
     groups: list[list[int]] = []
     for sequence in sorted(range(len(lengths)), key=lengths.__getitem__):
         if groups and lengths[sequence] <= MOST_PADDING * lengths[groups[-1][0]]:
@@ -62,6 +69,9 @@ def positions_in_sequence(lengths: Tensor) -> Tensor:
 
 
 def labelled_positions(lengths: Tensor, label_counts: Tensor) -> Tensor:
-    """The rows of a packed batch that have a label: the last ``label_counts[b]`` of every sequence. (M,), ascending."""
+    """
+    Which rows of a packed batch have a label: of sequence b the last ``label_counts[b]``. Lengths and counts (B,) -> numbers of
+    rows (M,), ascending, with M = sum(label_counts).
+    """
     first = (lengths - label_counts).repeat_interleave(lengths)
     return (positions_in_sequence(lengths) >= first).nonzero().flatten()

@@ -62,7 +62,7 @@ class Part(nn.Module):
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """The base model alone, for as long as this lasts."""
+        """Within this context, compute with the base model alone."""
         for linear in self._adapted:
             linear.is_adapted = False
         try:
@@ -84,14 +84,14 @@ class Part(nn.Module):
         return {name: matrix.detach().cpu().clone() for name, matrix in self._matrices.items()}
 
     def gradients(self) -> Adapter:
-        """The matrices' gradients, on the CPU; zero where none came."""
+        """The matrices' gradients, on the CPU; zeros for a matrix that no backward pass has reached."""
         return {
             name: (torch.zeros_like(matrix) if matrix.grad is None else matrix.grad).cpu()
             for name, matrix in self._matrices.items()
         }
 
     def divide_gradients(self, divisor: int) -> None:
-        """Make the gradients of a sum those of a mean."""
+        """Turn gradients of a summed loss into those of its mean over ``divisor`` labels."""
         for matrix in self._matrices.values():
             if matrix.grad is not None:
                 matrix.grad /= divisor
@@ -133,9 +133,10 @@ class EdgePart(Part):
         self.embedding = self.family.embedding(model.config, model.tensors, self.placement)
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Packed ids (N,) and lengths (B,), both on the CPU -> activations (N, d)."""
+        """Packed ids (N,) and lengths (B,), both on the CPU -> activations (N, d) on the device."""
         packing = Packing(lengths)
         hidden = self.embedding(tokens, packing)
+        # Table rows are looked up on the CPU, where the table's file is; the blocks need the packing where the rows are now.
         return self._run(hidden, packing if self.device.type == "cpu" else Packing(lengths.to(self.device)))
 
 
@@ -160,6 +161,7 @@ class ServerPart(Part):
             labels: (M,) the next token at those rows; M = sum(label_counts).
         """
         hidden = self._run(activations, Packing(lengths))
+        # Rows without a label end here: neither the norm nor the head, a third of a small model's work, is computed for them.
         hidden = self.final_norm(hidden.index_select(0, labelled_positions(lengths, label_counts)))
         return summed_cross_entropy(hidden, self.head, labels)
 

@@ -35,8 +35,8 @@ def choose_dtype(name: str, device: torch.device) -> tuple[str, str]:
     """
     The dtype of the frozen weights, one of DTYPES, and why.
 
-    "auto" is bfloat16 where the hardware has instructions for it, else float32. That is asked and never measured: a choice that
-    a busy machine could change would change the run's result with it.
+    "auto" is bfloat16 where the hardware has instructions for it, else float32. torch is asked whether it has, and no speed is
+    measured: a measurement could come out otherwise on a busy machine, and the run's result with it.
 
     Raises:
         ModelError: there is no such dtype.

@@ -1,4 +1,4 @@
-"""Tensors and a text in one safetensors file that proves to be what was written."""
+"""Tensors and a text in one safetensors file with a digest of both, by which whoever reads it sees damage."""
 
 import hashlib
 from pathlib import Path
@@ -16,7 +16,7 @@ class DamagedFile(ValueError):
 
 
 def seal(text: str, tensors: dict[str, Tensor]) -> bytes:
-    """The content of a file for `read_sealed`."""
+    """The bytes of a file for `read_sealed`."""
     return save(tensors, {"checkpoint": text, "sha256": _digest(text, tensors)})
 
 
@@ -25,7 +25,7 @@ def read_sealed(path: Path) -> tuple[str, dict[str, Tensor]]:
     The text and the tensors.
 
     Raises:
-        DamagedFile: as it says.
+        DamagedFile: the file cannot be read, or its content is not what was written.
     """
     try:
         with safe_open(path, "pt") as file:
