@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from storage import AdapterError, AdapterSettings, Folder
+from storage import AdapterError, AdapterSettings, Folder, shown
 from storage.adapter_settings import CONFIG_FILE, WEIGHTS_FILE
 
 from .lora import Adapter, LoraConfig, adapter_shapes
@@ -55,12 +55,11 @@ def load_adapter(folder: Path, config: ModelConfig, lora: LoraConfig) -> Adapter
     beyond = settings.beyond + [name for name in CHOOSING if settings.has(name)]
     if beyond:
         raise AdapterError(f"{folder}: only plain LoRA can be continued; this adapter uses {', '.join(beyond)}")
-    for key, expected in {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": set(lora.targets)}.items():
+    for key, expected in {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": list(lora.targets)}.items():
         found = settings.values.get(key)
-        if isinstance(found, list):
-            found = set(found)
-        if found != expected:
-            raise AdapterError(f"{folder}: {key} is {settings.values.get(key)!r}, the run asks for {expected!r}")
+        same = set(found) == set(expected) if isinstance(found, list) and isinstance(expected, list) else found == expected
+        if not same:
+            raise AdapterError(f"{folder}: {key} is {shown(found)}, the run asks for {shown(expected)}")
     try:
         adapter = load_file(Folder(folder, AdapterError).require(WEIGHTS_FILE))
     except (OSError, SafetensorError) as error:

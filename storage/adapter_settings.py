@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import AdapterError
-from .folder import Folder
+from .folder import Folder, shown
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "AdapterSettings"]
 
@@ -52,7 +52,7 @@ CHECKS: dict[str, Check] = {
     "r": (_is_rank, "a positive integer"),
     "lora_alpha": (_is_number, "a finite number"),
     "use_rslora": (_is_switch, "true or false"),
-    "bias": (lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
+    "bias": (lambda value: value in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
     "init_lora_weights": (lambda value: value is None or isinstance(value, bool | str), "true, false or a name"),
     "target_modules": (_is_name_or_names, "a list of names or one regular expression"),
     "exclude_modules": (_is_name_or_names, "a list of names or one regular expression"),
@@ -92,11 +92,11 @@ class AdapterSettings:
         path, values = folder / CONFIG_FILE, Folder(folder, AdapterError).read_json(CONFIG_FILE)
         kind = values.get("peft_type")
         if kind != "LORA":
-            raise AdapterError(f"{path}: only LoRA adapters can be used; peft_type is {_shown(kind)}")
+            raise AdapterError(f"{path}: only LoRA adapters can be used; peft_type is {shown(kind)}")
         values = {"r": 8, "lora_alpha": 8, "bias": "none", "init_lora_weights": True} | values
         for name, (is_right, description) in CHECKS.items():
             if not is_right(values.get(name)):
-                raise AdapterError(f"{path}: {name} is {_shown(values.get(name))}; it must be {description}")
+                raise AdapterError(f"{path}: {name} is {shown(values.get(name))}; it must be {description}")
         if values.get("megatron_config") or values.get("megatron_core") not in (None, "megatron.core"):
             raise AdapterError(f"{path}: megatron_config and megatron_core name Python code to be imported; remove them")
         return cls(path=path, values=values)
@@ -114,7 +114,7 @@ class AdapterSettings:
         if self.values["bias"] != "none":
             beyond.append("bias")
         if self.changes_base:
-            beyond.append(f"init_lora_weights={_shown(self.values['init_lora_weights'])}")
+            beyond.append(f"init_lora_weights={shown(self.values['init_lora_weights'])}")
         return beyond
 
     @property
@@ -122,9 +122,3 @@ class AdapterSettings:
         """Whether the adapter was trained on another base model than the one it names: its initialisation changed that."""
         way = self.values["init_lora_weights"]
         return isinstance(way, str) and way.lower() not in BASE_UNCHANGED
-
-
-def _shown(value: Any) -> str:
-    """A stranger's value, for a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

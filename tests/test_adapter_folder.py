@@ -97,9 +97,9 @@ def test_adapter_whose_initialisation_changed_the_base_is_neither_continued_nor_
     model: Path, tmp_path: Path, way: str
 ) -> None:
     adapter = change(save_peft(model, tmp_path / "adapter"), init_lora_weights=way)
-    with pytest.raises(AdapterError, match=f"only plain LoRA can be continued; this adapter uses init_lora_weights='{way}'"):
+    with pytest.raises(AdapterError, match=f'only plain LoRA can be continued; this adapter uses init_lora_weights="{way}"'):
         load_adapter(adapter, PretrainedModel(model).config, OurLora(rank=4, alpha=8, targets=("c_attn",)))
-    with pytest.raises(ExportError, match=f"init_lora_weights='{way}'; only merging can export it"):
+    with pytest.raises(ExportError, match=f'init_lora_weights="{way}"; only merging can export it'):
         export_onnx(str(model), tmp_path / "out", adapter=adapter, keep_adapter=True)
 
 
@@ -146,15 +146,15 @@ def test_targets_are_the_layers_that_peft_chooses(tiny_model: Path, key: str, na
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora_alpha": float("inf")}, "lora_alpha is inf; it must be a finite number"),
+        ({"lora_alpha": float("inf")}, "lora_alpha is Infinity; it must be a finite number"),
         ({"lora_alpha": 10**400}, "lora_alpha is 1000.*; it must be a finite number"),
-        ({"lora_alpha": None}, "lora_alpha is None; it must be a finite number"),
-        ({"r": True}, "r is True; it must be a positive integer"),
+        ({"lora_alpha": None}, "lora_alpha is null; it must be a finite number"),
+        ({"r": True}, "r is true; it must be a positive integer"),
         ({"r": 0}, "r is 0; it must be a positive integer"),
         ({"r": 10**9}, "h.0.attn.c_attn has rank 1000000000, and no matrix is that large"),
         ({"r": 10**9, "use_dora": True}, "h.0.attn.c_attn has rank 1000000000, and no matrix is that large"),
-        ({"bias": []}, r"bias is \[\]; it must be 'none'"),
-        ({"rank_pattern": {"c_attn": "x"}}, "rank_pattern is {'c_attn': 'x'}; it must be a map from patterns"),
+        ({"bias": []}, r'bias is \[\]; it must be "none"'),
+        ({"rank_pattern": {"c_attn": "x"}}, 'rank_pattern is {"c_attn": "x"}; it must be a map from patterns'),
         ({"target_modules": [1]}, r"target_modules is \[1\]; it must be a list of names"),
         ({"alpha_pattern": {"(": 3}}, "'\\(' is not a regular expression: missing \\)"),
         ({"rank_pattern": {"(" * 5000 + ")" * 5000: 3}}, "is not a regular expression: maximum recursion depth"),

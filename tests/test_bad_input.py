@@ -386,14 +386,14 @@ def test_server_names_an_unknown_key_of_the_file_and_the_nearest_known_one(serve
     [
         (4, {}, "r is 4, the run asks for 2"),
         (2, {"lora_alpha": 7}, "lora_alpha is 7, the run asks for 32.0"),
-        (2, {"target_modules": ["c_fc"]}, "target_modules is ['c_fc'], the run asks for {'c_attn'}"),
+        (2, {"target_modules": ["c_fc"]}, 'target_modules is ["c_fc"], the run asks for ["c_attn"]'),
         (2, {"target_modules": 3}, "target_modules is 3; it must be a list of names or one regular expression"),
         (2, {"use_dora": True}, "only plain LoRA can be continued; this adapter uses use_dora"),
         (2, {"bias": "all"}, "only plain LoRA can be continued; this adapter uses bias"),
-        (2, {"peft_type": "IA3"}, "only LoRA adapters can be used; peft_type is 'IA3'"),
-        (2, {"init_lora_weights": "pissa"}, "only plain LoRA can be continued; this adapter uses init_lora_weights='pissa'"),
+        (2, {"peft_type": "IA3"}, 'only LoRA adapters can be used; peft_type is "IA3"'),
+        (2, {"init_lora_weights": "pissa"}, 'only plain LoRA can be continued; this adapter uses init_lora_weights="pissa"'),
         (2, {"layers_to_transform": 0}, "only plain LoRA can be continued; this adapter uses layers_to_transform"),
-        (2, {"lora_alpha": float("nan")}, "lora_alpha is nan; it must be a finite number"),
+        (2, {"lora_alpha": float("nan")}, "lora_alpha is NaN; it must be a finite number"),
         (2, {"megatron_core": "antigravity"}, "megatron_config and megatron_core name Python code to be imported"),
     ],
 )

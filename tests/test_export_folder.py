@@ -330,7 +330,7 @@ def test_adapter_of_another_shape_is_refused(tiny_model: Path, tmp_path: Path) -
 def test_other_kinds_of_adapters_are_refused_by_name(tiny_model: Path, tmp_path: Path) -> None:
     kind = IA3Config(target_modules=["c_attn"], feedforward_modules=[], fan_in_fan_out=True, task_type="CAUSAL_LM")
     folder = save_peft(tiny_model, tmp_path / "adapter", kind)
-    refuse(tiny_model, tmp_path, "only LoRA adapters can be used; peft_type is 'IA3'", adapter=folder)
+    refuse(tiny_model, tmp_path, 'only LoRA adapters can be used; peft_type is "IA3"', adapter=folder)
 
 
 def test_dora_cannot_be_kept_apart(tiny_model: Path, tmp_path: Path) -> None:
