@@ -1,8 +1,11 @@
 """When a step goes on, with whom, and when the operator hears that it waits."""
 
+from usual_settings import settings
+
 from gpu_server.federation.deadline import Deadline
 from gpu_server.federation.gathering import Gathering, Verdict
-from protocol import Activations
+from gpu_server.federation.member import Member, Presence
+from protocol import Activations, Itinerary, Join
 
 WAIT = Verdict()
 
@@ -11,50 +14,69 @@ def gathering(quorum: int | None = None, seconds: float | None = 60.0) -> Gather
     return Gathering(Activations, 100.0, Deadline(seconds), quorum)
 
 
+def verdict(one: Gathering, ready: str, missing: str, now: float, absent: str = "", away: str = "") -> Verdict:
+    """Of step 7, with a member for each letter."""
+    members = {}
+    for name in sorted(ready + missing):
+        member = Member(Join(num_samples=1, batch_size=1, longest=1), Itinerary(settings(), 9), {})
+        member.presence = Presence.ABSENT if name in absent else Presence.AWAY if name in away else Presence.HERE
+        members[name] = member
+    return one.verdict(7, members, set(ready), now)
+
+
 def test_all_that_are_wanted_are_enough() -> None:
-    assert gathering().verdict(["a", "b"], [], set(), 100.0) == Verdict(go=["a", "b"])
+    assert verdict(gathering(), "ba", "", 100.0) == Verdict(go=["a", "b"])
 
 
 def test_without_a_quorum_one_that_is_missing_is_waited_for_long_after_the_deadline() -> None:
     one = gathering()
-    assert one.verdict(["a"], ["b"], set(), 159.0) == WAIT
-    assert not one.verdict(["a"], ["b"], set(), 1e6).go
+    assert verdict(one, "a", "b", 159.0) == WAIT
+    assert verdict(one, "a", "b", 1000.0) == Verdict(say="step 7 waits for b, silent for 15 min; 1 of 2 devices ready")
 
 
 def test_without_a_quorum_even_an_absent_one_is_needed() -> None:
-    assert gathering().verdict(["a"], ["b"], {"b"}, 100.0) == WAIT
+    assert verdict(gathering(), "a", "b", 100.0, absent="b") == WAIT
 
 
 def test_quorum_is_not_enough_before_the_deadline_and_is_from_then_on() -> None:
     one = gathering(quorum=1)
-    assert one.verdict(["a"], ["b", "c"], set(), 159.9) == WAIT
-    assert one.verdict(["a"], ["b", "c"], {"c"}, 160.0) == Verdict(go=["a"], without=["b"])
+    assert verdict(one, "a", "bc", 159.9) == WAIT
+    goes_on = Verdict(go=["a"], say="step 7 goes on without b (not connected), silent for 60 s")
+    assert verdict(one, "a", "bc", 160.0, absent="c", away="b") == goes_on
 
 
 def test_who_is_absent_is_not_waited_for_if_the_quorum_is_there() -> None:
-    assert gathering(quorum=1).verdict(["a"], ["b"], {"b"}, 100.0) == Verdict(go=["a"])
+    assert verdict(gathering(quorum=1), "a", "b", 100.0, absent="b") == Verdict(go=["a"])
 
 
 def test_fewer_than_the_quorum_are_waited_for_after_the_deadline_too() -> None:
     one = gathering(quorum=2)
     assert one.expires() == 160.0
-    assert one.verdict(["a"], ["b", "c"], {"b", "c"}, 170.0) == Verdict(is_worth_telling=True)
+    waits = "step 7 waits for b and c (not connected), silent for 70 s; 1 of 3 devices ready, 2 needed"
+    assert verdict(one, "a", "bc", 170.0, absent="c") == Verdict(say=waits)
     assert one.expires() == 240.0  # only to tell so again: nothing else comes with time
-    assert one.verdict(["a", "b"], ["c"], set(), 171.0) == Verdict(go=["a", "b"], without=["c"])
+    assert verdict(one, "ab", "c", 171.0) == Verdict(go=["a", "b"], say="step 7 goes on without c, silent for 71 s")
 
 
 def test_of_fewer_than_the_quorum_all_are_enough() -> None:
-    assert gathering(quorum=3).verdict(["a", "b"], [], set(), 100.0) == Verdict(go=["a", "b"])
-    assert gathering(quorum=3).needed(2) == 2
-    assert gathering(quorum=1).needed(2) == 1
-    assert gathering().needed(2) == 2
+    assert verdict(gathering(quorum=3), "ab", "", 100.0) == Verdict(go=["a", "b"])
+    assert verdict(gathering(quorum=3), "a", "b", 165.0).say.endswith("; 1 of 2 devices ready, 2 needed")
 
 
 def test_wait_is_told_of_when_it_is_long_and_again_at_twice_the_time() -> None:
     one = gathering()
-    told = [now for now in range(100, 1000) if one.is_worth_telling(now) is True]
-    assert told == [160, 220, 340, 580]
-    assert one.waited(340.0) == "4 min"
+    assert [now for now in range(100, 1000) if verdict(one, "a", "b", now).say] == [160, 220, 340, 580]
+
+
+def test_run_that_has_not_started_goes_on_with_all_of_its_clients_and_says_how_many_are_missing() -> None:
+    one = gathering()
+    assert one.newcomers([], 3, 200.0) == WAIT  # nobody waits
+    assert one.newcomers(["b", "a"], 3, 159.0) == WAIT
+    assert one.newcomers(["b", "a"], 3, 160.0) == Verdict(
+        say="the run waits for 1 more device to join, for 60 s; b and a joined"
+    )
+    assert one.newcomers(["b", "a"], 3, 161.0) == WAIT
+    assert one.newcomers(["b", "a", "c"], 3, 161.0) == Verdict(go=["b", "a", "c"])
 
 
 def test_time_until_the_next_verdict_is_that_of_the_deadline_or_of_a_report() -> None:

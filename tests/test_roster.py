@@ -5,7 +5,7 @@ from usual_settings import settings
 
 from gpu_server.federation.member import Presence
 from gpu_server.federation.roster import NameInUse, Roster
-from protocol import Activations, Done, Join, QuestionId, RemoteProtocolError
+from protocol import Activations, Done, EdgeAdapter, Join, QuestionId, RemoteProtocolError
 
 LIVE = {"starting": False, "ending": False}
 STARTING = {"starting": True, "ending": False}
@@ -112,11 +112,10 @@ def test_returning_members_are_told_in_the_order_of_their_names() -> None:
     assert one.returning() == ["a", "c"]
 
 
-def test_whoever_has_not_left_is_unfinished_and_who_is_not_connected_is_marked() -> None:
+def test_whoever_has_not_left_is_unfinished() -> None:
     one = roster(a=1, b=1, c=1)
     one.members["a"].presence, one.members["b"].presence = Presence.LEFT, Presence.AWAY
     assert one.unfinished() == ["b", "c"]
-    assert one.listed(["b", "c"]) == "b (not connected) and c"
 
 
 def test_saved_members_are_away_or_have_left_and_go_on_after_the_round() -> None:
@@ -128,3 +127,14 @@ def test_saved_members_are_away_or_have_left_and_go_on_after_the_round() -> None
     assert after.members["a"].next_question == QuestionId(Done, 4)
     assert after.members["b"].next_question == QuestionId(Activations, 5)
     assert vars(after.members["b"].join) == vars(before.members["b"].join)
+
+
+def test_open_questions_are_those_of_one_kind_and_micro_batch() -> None:
+    one = roster(a=1, b=1)
+    done, first, second = Done(step=1), EdgeAdapter(step=1, tensors={}), EdgeAdapter(step=2, tensors={})
+    one.members["a"].questions = {0: first, 1: second}
+    one.members["b"].questions = {0: done}
+    assert one.asked(EdgeAdapter, 0) == {"a": first}
+    assert one.asked(EdgeAdapter, 1) == {"a": second}
+    assert one.asked(Done, 0) == {"b": done}
+    assert one.asked(Done, 1) == {}

@@ -49,7 +49,7 @@ import enum
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from protocol import (
     ActivationGradient,
@@ -71,7 +71,7 @@ from protocol import (
     Tensors,
     Welcome,
 )
-from terminal import count, duration, listed
+from terminal import duration
 
 from ..config import codec_name
 from .codec_policy import CodecPolicy
@@ -88,9 +88,9 @@ from .events import (
     Train,
     Trained,
 )
-from .gathering import Gathering
+from .gathering import Gathering, Verdict
 from .member import Member, Presence
-from .roster import Roster
+from .roster import Asked, Roster
 from .rules import ModelLimits, OfAStep, check_hello, check_newcomer, check_question, check_same_data
 from .status import RunStatus
 from .step import StepInProgress
@@ -99,8 +99,6 @@ from .timing import StepTiming
 __all__ = ["Federation", "Phase"]
 
 logger = logging.getLogger("gpu_server")
-
-Asked = TypeVar("Asked", bound="Message | Contribution")
 
 
 class Phase(enum.Enum):
@@ -429,7 +427,7 @@ class Federation:
     def _advance(self, now: float) -> list[Action]:
         """Go on as far as what has come in, and the time, allow."""
         if self.phase is Phase.GATHERING:
-            return self._start(now) if len(self.members) == self.settings.clients else self._wait_for_joins(now)
+            return self._await_newcomers(now)
         if self.phase is Phase.ACTIVATIONS:
             return self._advance_activations(now)
         if self.phase is Phase.CONTRIBUTIONS:
@@ -464,25 +462,15 @@ class Federation:
         """
         assert self._gathering is not None
         asked: dict[str, Message] = self._asked(self._gathering.kind)
-        ready, missing = [name for name in wanted if name in asked], [name for name in wanted if name not in asked]
-        overtaken = {name for name in missing if self.members[name].presence.is_overtaken}
-        verdict, waited = self._gathering.verdict(ready, missing, overtaken, now), self._gathering.waited(now)
-        notes: list[Action] = []
-        if verdict.without:
-            silent = f"{self._roster.listed(verdict.without)}, silent for {waited}"
-            notes = [Report(text=f"step {self._step_under_way} goes on without {silent}")]
-        elif verdict.is_worth_telling:
-            needed = "" if self.quorum is None else f", {self._gathering.needed(len(wanted))} needed"
-            silent = f"{self._roster.listed(missing)}, silent for {waited}"
-            here = f"{len(ready)} of {count(len(wanted), 'device')} ready{needed}"
-            notes = [Report(text=f"step {self._step_under_way} waits for {silent}; {here}")]
-        return verdict.go, notes
+        members = {name: self.members[name] for name in wanted}
+        verdict = self._gathering.verdict(self._step_under_way, members, asked, now)
+        return verdict.go, _reports(verdict)
 
-    def _wait_for_joins(self, now: float) -> list[Action]:
-        if self._gathering is None or not self.members or not self._gathering.is_worth_telling(now):
+    def _await_newcomers(self, now: float) -> list[Action]:
+        if self._gathering is None:
             return []
-        more, waited = count(self.settings.clients - len(self.members), "more device"), self._gathering.waited(now)
-        return [Report(text=f"the run waits for {more} to join, for {waited}; {listed(self.members)} joined")]
+        verdict = self._gathering.newcomers(self.members, self.settings.clients, now)
+        return self._start(now) if verdict.go else _reports(verdict)
 
     def _start(self, now: float) -> list[Action]:
         self._enter(Phase.ACTIVATIONS, now)
@@ -639,5 +627,8 @@ class Federation:
 
     def _asked(self, kind: type[Asked]) -> dict[str, Asked]:
         """The open questions of this kind, and of the present micro-batch, by client."""
-        questions = {name: member.questions.get(self._present_step.micro_batch) for name, member in self._roster}
-        return {name: question for name, question in questions.items() if isinstance(question, kind)}
+        return self._roster.asked(kind, self._present_step.micro_batch)
+
+
+def _reports(verdict: Verdict) -> list[Action]:
+    return [Report(text=verdict.say)] if verdict.say else []

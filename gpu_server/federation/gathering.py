@@ -1,10 +1,12 @@
 """What a step waits for, with whom it may go on, and when the operator hears that it waits."""
 
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass, field
 
-from terminal import Reminders, duration
+from terminal import Reminders, count, duration, listed
 
 from .deadline import Deadline
+from .member import Member
 
 __all__ = ["Gathering", "Verdict"]
 
@@ -18,10 +20,8 @@ class Verdict:
 
     go: list[str] = field(default_factory=list)
     """Clients with whom to go on; empty: wait."""
-    without: list[str] = field(default_factory=list)
-    """Clients that are waited for no longer, since the deadline has passed."""
-    is_worth_telling: bool = False
-    """Whether the wait has become long enough to be told of, once more."""
+    say: str = ""
+    """What the operator is told: that the wait has become long, or without whom the run goes on."""
 
 
 @dataclass
@@ -44,33 +44,40 @@ class Gathering:
     _told_after: float = 0.0
     """Seconds from the beginning until the wait was told of last; 0: it was not yet."""
 
-    def verdict(self, ready: list[str], missing: list[str], absent: set[str], now: float) -> Verdict:
+    def verdict(self, step: int, wanted: Mapping[str, Member], asked: Container[str], now: float) -> Verdict:
         """
         Args:
-            ready: clients that have asked.
-            missing: clients that have not, though they are wanted.
-            absent: of these, those that need not be waited for, if a quorum is there without them.
+            step: for which it is gathered.
+            wanted: the members whose questions the step is made of, in its order.
+            asked: names of those that have asked.
         """
-        wanted = len(ready) + len(missing)
-        awaited = [name for name in missing if name not in absent]
-        enough = len(ready) >= self.needed(wanted)
+        ready, missing = [name for name in wanted if name in asked], [name for name in wanted if name not in asked]
+        # If a quorum is there without them, members that the run has gone on without are not waited for.
+        awaited = [name for name in missing if not wanted[name].presence.is_overtaken]
+        needed = len(wanted) if self.quorum is None else min(self.quorum, len(wanted))
+        enough = len(ready) >= needed
         if enough and not awaited:
             return Verdict(go=ready)
         self._is_late = self.quorum is not None and now - self.since >= self.deadline.seconds(self.kind)
         if enough and self._is_late:
-            return Verdict(go=ready, without=awaited)
-        return Verdict(is_worth_telling=self.is_worth_telling(now))
+            silent = f"{_listed(awaited, wanted)}, silent for {duration(now - self.since)}"
+            return Verdict(go=ready, say=f"step {step} goes on without {silent}")
+        if not self._is_worth_telling(now):
+            return Verdict()
+        silent = f"{_listed(missing, wanted)}, silent for {duration(now - self.since)}"
+        least = "" if self.quorum is None else f", {needed} needed"
+        return Verdict(say=f"step {step} waits for {silent}; {len(ready)} of {count(len(wanted), 'device')} ready{least}")
 
-    def needed(self, wanted: int) -> int:
-        """Clients that have to ask before the step may go on."""
-        return wanted if self.quorum is None else min(self.quorum, wanted)
-
-    def is_worth_telling(self, now: float) -> bool:
-        waited = now - self.since
-        if waited < self._next_report():
-            return False
-        self._told_after = waited
-        return True
+    def newcomers(self, joined: Collection[str], clients: int, now: float) -> Verdict:
+        """
+        The same of a run that has not started: it goes on when so many ``clients`` have joined, and with no fewer.
+        """
+        if len(joined) == clients:
+            return Verdict(go=list(joined))
+        if not joined or not self._is_worth_telling(now):
+            return Verdict()
+        more, waited = count(clients - len(joined), "more device"), duration(now - self.since)
+        return Verdict(say=f"the run waits for {more} to join, for {waited}; {listed(joined)} joined")
 
     def expires(self) -> float:
         """When a verdict may be another one though nobody has asked anything."""
@@ -79,11 +86,19 @@ class Gathering:
             seconds = min(seconds, self.deadline.seconds(self.kind))
         return self.since + seconds
 
-    def waited(self, now: float) -> str:
-        return duration(now - self.since)
+    def _is_worth_telling(self, now: float) -> bool:
+        waited = now - self.since
+        if waited < self._next_report():
+            return False
+        self._told_after = waited
+        return True
 
     def _next_report(self) -> float:
         """Seconds from the beginning."""
         first = self.deadline.patience(self.kind)
         reminders = Reminders(first=first, times_later=TIMES_LATER, longest_between=LONGEST_BETWEEN_REPORTS)
         return reminders.next_after(self._told_after)
+
+
+def _listed(names: list[str], members: Mapping[str, Member]) -> str:
+    return listed(name if members[name].presence.is_connected else f"{name} (not connected)" for name in names)

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
-from protocol import Itinerary, Join, RemoteProtocolError, RunSettings
-from terminal import count, listed
+from protocol import Contribution, Itinerary, Join, Message, RemoteProtocolError, RunSettings
+from terminal import count
 
 from .member import Member, Presence
 
-__all__ = ["NameInUse", "Roster"]
+__all__ = ["Asked", "NameInUse", "Roster"]
+
+Asked = TypeVar("Asked", bound="Message | Contribution")
 
 
 class NameInUse(RemoteProtocolError):
@@ -99,6 +101,11 @@ class Roster:
 
     # Whom a step or a round waits for
 
+    def asked(self, kind: type[Asked], micro_batch: int) -> dict[str, Asked]:
+        """The open questions of this kind, by client; of this micro-batch, if the kind has several."""
+        questions = {name: member.questions.get(micro_batch) for name, member in self}
+        return {name: question for name, question in questions.items() if isinstance(question, kind)}
+
     @property
     def last_step(self) -> int:
         """The last step for which anybody has data."""
@@ -122,7 +129,3 @@ class Roster:
     def unfinished(self) -> list[str]:
         """Members that have not said goodbye: whether an adapter that was sent has arrived, only they know."""
         return [name for name, member in self if not member.presence.has_left]
-
-    def listed(self, names: list[str]) -> str:
-        """For people: who of them is not even connected is marked."""
-        return listed(name if self.members[name].presence.is_connected else f"{name} (not connected)" for name in names)
