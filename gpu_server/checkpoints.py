@@ -1,4 +1,4 @@
-"""What a run can go on from after its server was killed: whole, or not there."""
+"""From what a run goes on after its server was killed. A file is there whole, or not at all."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ __all__ = ["Checkpoints", "SavedRound"]
 logger = logging.getLogger("gpu_server")
 
 FORMAT = 1
-KEPT = 2
+FILES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +33,11 @@ class SavedRound:
     membership: dict[str, dict[str, Any]]
     """See `Federation.membership`."""
     state: dict[str, Tensor]
-    """See `TorchEngine.round_end`."""
+    """See `Engine.round_end`."""
 
 
 class Checkpoints:
-    """The folder ``checkpoints`` of a run: a safetensors file for each of the last two rounds that were kept."""
+    """The folder ``checkpoints`` of a run: a safetensors file for each of the last two rounds that were written."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -51,12 +51,12 @@ class Checkpoints:
         with _readable_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             replace_file(self._path(saved.step), seal(json.dumps(described), saved.state))
-            for step in self.steps()[:-KEPT]:
+            for step in self.steps()[:-FILES]:
                 self._path(step).unlink()
 
     def latest(self, run: str) -> SavedRound | None:
         """
-        The newest one that is intact; None where a run has written none.
+        The newest checkpoint that is intact; None where a run has written none. One that is damaged is put aside.
 
         Raises:
             ServerError: none is intact, or they are of another run.
@@ -67,7 +67,7 @@ class Checkpoints:
                 saved = _read(self._path(step))
             except DamagedFile as error:
                 logger.warning("checkpoint %s is damaged: %s; trying the one before", self._path(step), error)
-                # Under this name it is neither counted among those to keep nor written over.
+                # Under another name it does not count as one of the two, and nothing is written over it.
                 with _readable_errors(self.folder):
                     self._path(step).rename(self._path(step).with_suffix(".damaged"))
                 continue
@@ -79,7 +79,7 @@ class Checkpoints:
         return None
 
     def steps(self) -> list[int]:
-        """Of the files there are."""
+        """The last steps of those that there are."""
         return sorted(int(path.stem) for path in self.folder.glob("*.safetensors") if path.stem.isdigit())
 
     def _path(self, step: int) -> Path:

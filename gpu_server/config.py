@@ -91,7 +91,7 @@ class ServerConfig:
     checkpoint_every: int = option("rounds between two checkpoints", 10)
     quorum: int | None = option("devices with which a step goes on after its deadline; all, if not given")
     step_deadline: float | None = option("seconds until a step goes on with a quorum; measured, if not given")
-    linger: float = option("seconds a finished run waits for devices that have not fetched the adapter", 60.0)
+    linger: float = option("grace period: seconds a finished run waits for devices that have not fetched the adapter", 60.0)
     tls_cert: str | None = option("certificate of the server, PEM; it makes its own, if not given")
     tls_key: str | None = option("private key of --tls-cert, PEM")
     insecure: bool = option("listen without encryption on an address that other machines reach", False)
@@ -189,9 +189,9 @@ def described() -> str:
     return "\n".join(lines)
 
 
-def resumed(options: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+def resumed(options: Mapping[str, Any], previous: Mapping[str, Any]) -> dict[str, Any]:
     """
-    A run's recorded settings, and over them those that are given again.
+    The settings with which a run was served before, and over them those that are given again.
 
     ``steps`` may be more than before where the learning rate does not depend on the run's length.
 
@@ -202,8 +202,8 @@ def resumed(options: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str
     options = {name: value for name, value in options.items() if (name, value) != ("dtype", "auto")}
     where = options["run_dir"]
     another = f"or start another run from its adapter: --init-adapter {where}/adapter with another --run-dir"
-    for name in OF_THE_RUN & options.keys() & recorded.keys():
-        given, before = options[name], recorded[name]
+    for name in OF_THE_RUN & options.keys() & previous.keys():
+        given, before = options[name], previous[name]
         if isinstance(before, list):
             given = list(_typed(name, given, tuple[str, ...], {"choices": None}))
         if given == before:
@@ -211,7 +211,7 @@ def resumed(options: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str
         if name == "steps" and type(given) is type(before) is int:
             if given < before:
                 raise ConfigError(f"{where} holds a run of {before} steps, which cannot be made shorter; leave --steps out")
-            if recorded["lr_schedule"] == "constant":
+            if previous["lr_schedule"] == "constant":
                 continue
             raise ConfigError(
                 f"{where} holds a run of {before} steps whose learning rate falls to 0 at its end (lr-schedule linear), so it "
@@ -222,7 +222,7 @@ def resumed(options: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str
             f"{where} holds a run with {shown[0]}; it cannot go on with {shown[1]}. Leave --{_flag(name)} out, {another}"
         )
     known = {item.name for item in fields(ServerConfig)}
-    return {**{name: value for name, value in recorded.items() if name in known}, **options}
+    return {**{name: value for name, value in previous.items() if name in known}, **options}
 
 
 def codec_name(codec: str) -> str:

@@ -47,8 +47,15 @@ class Engine(Protocol):
 
     def check(self, batches: list[Activations], others: list[str]) -> dict[str, float]:
         """
-        By how much codecs change the loss, in nats per labelled token: under "" the one in which the batches came, and
-        ``others``. Only batches that came exactly as well count; empty if none of them has labels.
+        By how much codecs change the loss of a micro-batch, without dropout.
+
+        Args:
+            batches: one of every client. Only those that have their values ``exact`` as well, (N, d), are compared.
+            others: codecs to be tried besides the one in which the batches came.
+
+        Returns:
+            Nats per labelled token by codec; that in which the batches came is called "". Empty if nothing that is compared has
+            a label.
         """
 
     def aggregate(self, step: int, total_steps: int, contributions: dict[str, Tensors], weights: dict[str, int]) -> Tensors:

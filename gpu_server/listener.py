@@ -1,4 +1,4 @@
-"""Who may knock: a listening socket that keeps strangers few, and a pace for everybody."""
+"""A listening socket that limits unauthenticated connections, called strangers here, and a rate limiter for messages."""
 
 import errno
 import gc
@@ -27,7 +27,7 @@ class Limits:
 
     connections: int
     strangers: int
-    """Connections that have not said who they are."""
+    """Unauthenticated connections: those that have not said, or not proved, who they are."""
     handshake_seconds: float
     """For each of: TLS, HTTP, the first message."""
     messages_per_second: float
@@ -68,8 +68,8 @@ class Listener(socket.socket):
     """
     A listening socket that accepts a limited number of connections.
 
-    Beyond ``limits.connections`` a new one is closed at once. Beyond ``limits.strangers`` the stranger that has been one for
-    longest has to go: honest clients are strangers for a moment, those that say nothing wait longest.
+    Beyond ``limits.connections`` a new one is closed at once. Beyond ``limits.strangers`` the oldest of the unauthenticated
+    connections has to go: an honest client authenticates within a moment, so the oldest is one that says nothing.
     """
 
     def __init__(self, family: int, limits: Limits) -> None:
@@ -139,7 +139,7 @@ class Listener(socket.socket):
         return connection, address
 
     def admit(self, descriptor: int) -> None:
-        """The connection of this file descriptor is no stranger's."""
+        """The connection of this file descriptor is authenticated."""
         self._strangers.pop(descriptor, None)
 
     def _turn_away(self, descriptor: int) -> None:
@@ -149,7 +149,7 @@ class Listener(socket.socket):
             pass  # it was closed from the other side
 
     def _close_next(self) -> None:
-        """The connection that waits, and the oldest stranger's, whose file the next one may have."""
+        """Close the connection that waits to be accepted, and the oldest stranger's, so that the next one finds a file."""
         if self._strangers:
             self._turn_away(next(iter(self._strangers)))
         self._give_spare_up()
@@ -173,14 +173,17 @@ class Listener(socket.socket):
 
 
 class RateLimiter:
-    """A bucket of tokens: how long the next message has to wait so that there are at most so many a second."""
+    """
+    A token bucket: how long the next message has to wait so that there are at most so many a second. A second's worth may come
+    at once.
+    """
 
     def __init__(self, per_second: float) -> None:
         self._per_second = per_second
         self._free_at = -math.inf
 
     def delay(self, now: float) -> float:
-        """Seconds; a second's worth may come at once."""
+        """Seconds that a message which comes now has to wait."""
         self._free_at = max(self._free_at, now - 1.0) + 1.0 / self._per_second
         return max(0.0, self._free_at - now)
 

@@ -32,7 +32,7 @@ class RunDirectory:
     A folder for one run, held by one server at a time.
 
     Args:
-        resume: whether it holds a run to go on with, or is to hold a new one.
+        resume: whether the folder holds a run that is to go on; else it is to hold a new one.
 
     Raises:
         ConfigError: it holds a run and is to hold a new one, or holds none and is to be resumed.
@@ -104,13 +104,13 @@ class RunDirectory:
         except (OSError, ValueError) as error:
             raise ServerError(f"{path} cannot be read: {error}") from None
 
-    def samples_of(self, client: str, max_bytes: int) -> CacheFolder:
-        """Those of a client that are kept while the run lasts."""
+    def activation_cache(self, client: str, max_bytes: int) -> CacheFolder:
+        """A client's activations, which stay until `remove_activation_caches`."""
         with self._writing():
             return CacheFolder(self.path / "samples" / client, max_bytes)
 
-    def forget_samples(self) -> None:
-        """The run is complete: nothing of its devices' data stays."""
+    def remove_activation_caches(self) -> None:
+        """Nothing that was computed from the devices' data stays when the run is complete."""
         shutil.rmtree(self.path / "samples", ignore_errors=True)
 
     def append_metrics(self, record: StepRecord) -> None:
@@ -128,7 +128,7 @@ class RunDirectory:
         """Take back the lines of steps that will be done again, and one that a crash has torn."""
         if not self._metrics.exists():
             return
-        kept = []
+        valid = []
         with self._writing():
             lines = self._metrics.read_bytes().splitlines(keepends=True)
         for line in lines:
@@ -137,9 +137,9 @@ class RunDirectory:
                     break
             except ValueError:
                 break
-            kept.append(line)
+            valid.append(line)
         with self._writing():
-            replace_file(self._metrics, b"".join(kept))
+            replace_file(self._metrics, b"".join(valid))
 
     def save_adapter(self, adapter: Adapter, config: ModelConfig, lora: LoraConfig, base_model: str) -> Path:
         """Write the adapter of both parts as one PEFT folder; give its path."""
@@ -166,6 +166,7 @@ class RunDirectory:
 
 
 def _row(record: StepRecord) -> dict[str, Any]:
+    """A step as metrics.jsonl has it."""
     return {
         "step": record.number,
         "loss": record.loss,

@@ -1,4 +1,4 @@
-"""What a run is made of, from its settings, before anybody is served: its folder, its door, its model, its federation."""
+"""Makes of its settings what a run consists of, before anybody is served: its folder, its door, its model, its federation."""
 
 import uuid
 from collections.abc import Mapping
@@ -72,14 +72,7 @@ def set_up(options: Mapping[str, Any]) -> Run:
     lora = LoraConfig(**settings.lora())
     adapter = _starting_adapter(config, directory, model, lora)
     engine = TorchEngine(model, settings, adapter, weight_dtype=weight_dtype, device=device)
-    limits = ModelLimits(
-        fingerprint=model.fingerprint(),
-        width=model.config.width,
-        vocabulary_size=model.config.vocabulary_size,
-        num_positions=model.config.num_positions,
-        max_batch_tokens=config.max_batch_tokens,
-        edge_shapes=adapter_shapes(model.config, lora, range(config.cut_layer)),
-    )
+    limits = _limits(config, model, lora)
     if previous:
         _check_same_model(config, previous.fingerprint, limits.fingerprint)
     description = RunDescription(
@@ -128,6 +121,17 @@ def _directory(options: Mapping[str, Any]) -> RunDirectory:
     return RunDirectory(path, resume=resume or (or_start and RunDirectory.holds_run(path)))
 
 
+def _limits(config: ServerConfig, model: PretrainedModel, lora: LoraConfig) -> ModelLimits:
+    return ModelLimits(
+        fingerprint=model.fingerprint(),
+        width=model.config.width,
+        vocabulary_size=model.config.vocabulary_size,
+        num_positions=model.config.num_positions,
+        max_batch_tokens=config.max_batch_tokens,
+        edge_shapes=adapter_shapes(model.config, lora, range(config.cut_layer)),
+    )
+
+
 def _settled(options: Mapping[str, Any], previous: RunDescription | None) -> tuple[ServerConfig, list[str], torch.device]:
     """All settings, what was chosen of them, and where the server computes."""
     given = ServerConfig.from_options(resumed(options, previous.config) if previous else options)
@@ -143,7 +147,9 @@ def _settled(options: Mapping[str, Any], previous: RunDescription | None) -> tup
 
 
 def _starting_adapter(config: ServerConfig, directory: RunDirectory, model: PretrainedModel, lora: LoraConfig) -> Adapter:
-    """A resumed run goes on from its checkpoint, on a machine perhaps where the folder it began with is not."""
+    """
+    Before the first step. A run that has a checkpoint needs no folder to begin with: it may go on on a machine that has none.
+    """
     if config.init_adapter is not None and not directory.checkpoints.steps():
         return load_adapter(Path(config.init_adapter), model.config, lora)
     return initial_adapter(model.config, lora, config.seed)

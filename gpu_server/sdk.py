@@ -184,12 +184,12 @@ class GpuServer:
             self.stop()
         self._thread.join()
         if self._run.federation.phase is Phase.FINISHED:
-            self._run.directory.forget_samples()
+            self._run.directory.remove_activation_caches()
         self._run.directory.release()
 
     def _cache_of(self, client: str) -> CacheFolder:
         # Beside a sample's last versions there are those of all steps that the run may go back to; devices keep less.
-        return self._run.directory.samples_of(client, CACHES_ON_SERVER * self.config.cache_bytes)
+        return self._run.directory.activation_cache(client, CACHES_ON_SERVER * self.config.cache_bytes)
 
 
 class _StepQueue(Observer):

@@ -1,4 +1,4 @@
-"""The server's arithmetic: its part of the model, both adapters, both optimisers. Lives on one worker thread."""
+"""The server's arithmetic in PyTorch."""
 
 from dataclasses import replace
 
@@ -30,10 +30,13 @@ ADAPTER = "adapter/"
 
 class TorchEngine:
     """
-    One run's model and state.
+    An `Engine`: shapes, units and errors of its methods stand there.
+
+    The edge adapter lives here too, in float32 or float64 on the CPU: devices keep no optimiser state in rounds of one step.
 
     Args:
-        adapter: initial LoRA matrices of the whole model, both parts.
+        adapter: initial LoRA matrices of the whole model, both parts: A is (r, inputs), B is (outputs, r).
+        weight_dtype: of the frozen weights; adapters and their optimisers are never less exact than float32.
     """
 
     def __init__(
@@ -55,27 +58,14 @@ class TorchEngine:
         self._server_optimiser = adamw(self._part.matrices().values(), optimiser)
         self._edge_optimiser = adamw(self._edge.values(), optimiser)
         self._summed, self._labelled_tokens = 0.0, 0
-        """Loss in nats and labels, of the step so far."""
+        """Of the step so far: its loss in nats, and how many labels it has."""
         self.round_end: Adapter = self._state()
-        """Everything to go on from, as it was when the last round ended; never changed, only replaced."""
 
     def train(self, step: int, total_steps: int, micro_batch: int, batches: dict[str, Activations]) -> Trained:
-        """
-        One forward and backward over all clients' tokens of a micro-batch together; after the step's last also the server
-        part's update.
-
-        Returns:
-            The loss of the step so far, in nats per labelled token, the number of these tokens, and the gradient of the
-            micro-batch's summed loss at every client's activations.
-
-        Raises:
-            TrainingDiverged: the loss is not finite.
-            ModelError: nor is it without the adapter.
-        """
         if not micro_batch:
             self._summed, self._labelled_tokens = 0.0, 0
         gradients = self._gradients(step, micro_batch, list(batches.values()))
-        # A step without any label teaches nothing.
+        # A step without any label has gradients of 0: it teaches nothing, and divides by 1.
         labelled_tokens = max(1, self._labelled_tokens)
         if micro_batch + 1 == self._settings.micro_batches:
             self._part.divide_gradients(labelled_tokens)
@@ -87,13 +77,14 @@ class TorchEngine:
         )
 
     def _gradients(self, step: int, micro_batch: int, union: list[Activations]) -> list[Array]:
+        """Of the micro-batch's summed loss by each batch's values, (N, d). Adds its loss and its labels to the step's."""
         if not sum(len(batch.values) for batch in union):
             return [batch.values for batch in union]
         self._part.train()
         self._part.seed_dropout(derive_seed(self._settings.seed, "server", "dropout", step, micro_batch))
         activations = self._join([batch.values for batch in union]).requires_grad_()
         labels = self._join([batch.labels for batch in union]).long()
-        # Not the mean: how many labels the step has, is known with its last micro-batch.
+        # The sum, since how many labels the step has is known only with its last micro-batch.
         loss = self._summed_loss(activations, union, labels)
         if not torch.isfinite(loss):
             self._check_base(activations, union, labels)
@@ -108,10 +99,6 @@ class TorchEngine:
 
     @torch.no_grad()
     def check(self, batches: list[Activations], others: list[str]) -> dict[str, float]:
-        """
-        By how much codecs change the loss, in nats per labelled token: under "" the one in which the batches came, and
-        ``others``. Of those batches that came exactly as well, without dropout; empty if none has labels.
-        """
         exactly = [replace(batch, values=batch.exact) for batch in batches if batch.exact is not None and len(batch.values)]
         labelled_tokens = sum(len(batch.labels) for batch in exactly)
         if not labelled_tokens:
@@ -124,22 +111,18 @@ class TorchEngine:
         return {codec: (self._loss_of(union) - exact_loss) / labelled_tokens for codec, union in {**came, **tried}.items()}
 
     def _loss_of(self, union: list[Activations]) -> float:
-        """Summed, in nats, without dropout."""
+        """Of all batches together: the sum in nats, without dropout."""
         self._part.eval()
         labels = self._join([batch.labels for batch in union]).long()
         return self._summed_loss(self._join([batch.values for batch in union]), union, labels).item()
 
     def aggregate(self, step: int, total_steps: int, contributions: dict[str, Tensors], weights: dict[str, int]) -> Tensors:
-        """
-        The edge adapter after a round: AdamW on the sum of the clients' gradients where a round is one step, else the
-        mean of their matrices weighted by labelled tokens (FedAvg, arXiv 1602.05629).
-        """
         if self._settings.aggregate_every == 1:
             for name, matrix in self._edge.items():
                 matrix.grad = torch.stack([_tensor(tensors[name]) for tensors in contributions.values()]).sum(0)
             take_step(self._edge_optimiser, self._settings.learning_rate_at(step, total_steps))
         else:
-            # A round without any label has taught nobody anything: all count alike.
+            # FedAvg (arXiv 1602.05629). A round without any label has taught nobody anything: all count alike.
             weights = weights if any(weights.values()) else dict.fromkeys(weights, 1)
             total = sum(weights.values())
             with torch.no_grad():
@@ -152,12 +135,6 @@ class TorchEngine:
         return self.edge_adapter()
 
     def restore(self, state: Adapter) -> None:
-        """
-        Go back to a round's end.
-
-        Raises:
-            AdapterError: the state is of another model or other LoRA settings.
-        """
         adapter = {name.removeprefix(ADAPTER): tensor for name, tensor in state.items() if name.startswith(ADAPTER)}
         if adapter.keys() != self._edge.keys() | self._part.matrices().keys():
             raise AdapterError("the checkpoint's matrices are not those of the run's model and LoRA settings")
@@ -180,7 +157,6 @@ class TorchEngine:
 
     @torch.no_grad()
     def evaluate(self, batch: LabelledBatch) -> float:
-        """Summed loss of a held-out batch in nats, without dropout."""
         self._part.eval()
         if not len(batch.values):
             return 0.0
@@ -193,16 +169,21 @@ class TorchEngine:
         return loss.item()
 
     def edge_adapter(self) -> Tensors:
-        """A copy of the edge part's LoRA matrices."""
         return {name: matrix.detach().clone().numpy() for name, matrix in self._edge.items()}
 
     def adapter(self) -> Adapter:
-        """A copy of all LoRA matrices, edge and server."""
         return {**{name: matrix.detach().clone() for name, matrix in self._edge.items()}, **self._part.adapter()}
 
     def _summed_loss(
         self, activations: torch.Tensor, union: list[Activations] | list[LabelledBatch], labels: torch.Tensor
     ) -> torch.Tensor:
+        """
+        In nats, a scalar.
+
+        Args:
+            activations: (N, d), those of the batches one after the other.
+            labels: of all labelled tokens, in their order.
+        """
         lengths = self._join([batch.lengths for batch in union]).long()
         label_counts = self._join([batch.label_counts for batch in union]).long()
         return self._part.summed_loss(activations, lengths, label_counts, labels)
@@ -220,6 +201,7 @@ class TorchEngine:
                 raise self._model.not_finite("losses")
 
     def _join(self, arrays: list[Array]) -> torch.Tensor:
+        """One after the other along their first axis, where the model computes."""
         return torch.cat([_tensor(array) for array in arrays]).to(self._part.device)
 
 

@@ -28,8 +28,8 @@ ROOMS = {"edge_client/generation": {"numpy", "onnxruntime", "storage", "terminal
 ONLY_IN = {
     "websockets": {"edge_client/connection.py", "gpu_server/serving/admission.py", "gpu_server/serving/peer.py"},
     "asyncio": {
-        *("gpu_server/serving/conversation.py", "gpu_server/serving/lifetime.py", "gpu_server/serving/peer.py"),
-        *("gpu_server/serving/performer.py", "gpu_server/serving/run_server.py"),
+        *("gpu_server/serving/admission.py", "gpu_server/serving/conversation.py", "gpu_server/serving/lifetime.py"),
+        *("gpu_server/serving/peer.py", "gpu_server/serving/performer.py", "gpu_server/serving/run_server.py"),
     },
     "onnxruntime": {"edge_client/generation/decoder.py", "export/exported_model.py", "export/onnx_folder.py"},
     "peft": {"export/peft_merge.py"},

@@ -1,8 +1,9 @@
-"""The HTTP handshake, and who is let through it. Only this file and peer.py know WebSockets."""
+"""Who is let in: the HTTP handshake, and the watch over enrolments. Only this file and peer.py know WebSockets."""
 
+import asyncio
 import http
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
 
 from websockets.asyncio.server import Server, ServerConnection, basic_auth, serve
@@ -11,16 +12,18 @@ from websockets.http11 import Request, Response
 from protocol import HANDSHAKE_BYTES, SECONDS_BETWEEN_PINGS, SECONDS_TO_PONG, compressed_bound
 
 from ..door import Door
+from ..errors import ServerError
 from ..listener import Limits, Listener
 from .peer import SECONDS_TO_CLOSE, CountingConnection
 
-__all__ = ["SECONDS_TO_TRY_AGAIN", "accept_connections"]
+__all__ = ["SECONDS_TO_TRY_AGAIN", "accept_connections", "watch_enrolments"]
 
 logger = logging.getLogger("gpu_server")
 QUIET = logging.getLogger("websockets.server.quiet")
 QUIET.setLevel(logging.INFO)  # below that it would tell the headers, and the secrets in them
 
 SECONDS_TO_TRY_AGAIN = 10.0  # after which a device that was late, or has too many connections, is heard again
+SECONDS_BETWEEN_LOOKS = 1.0
 CONNECTIONS_A_DEVICE = 4  # the one it uses, one or two that it has lost without our knowing, and a ping
 
 WHY = {
@@ -64,6 +67,22 @@ async def accept_connections(
         server_header=None,
     )
     return server
+
+
+async def watch_enrolments(door: Door, expel_revoked: Callable[[Mapping[str, datetime]], None]) -> None:
+    """
+    Look every second who is enrolled, where devices are; without end.
+
+    Args:
+        expel_revoked: called with the enrolled devices' names, and since when they are.
+    """
+    while door.enrolled is not None:
+        await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+        try:
+            enrolled = await asyncio.to_thread(door.enrolled)
+        except ServerError:
+            continue  # who comes anew is not let in, and the operator told; who is in stays until the file can be read
+        expel_revoked(enrolled)
 
 
 class _Admission:

@@ -1,4 +1,4 @@
-"""What is said with every device: greeted, joined, asked and answered, refused, gone."""
+"""The conversation with every device: it is greeted, joins, asks and is answered, until it goes or is sent away."""
 
 import asyncio
 import logging
@@ -41,8 +41,8 @@ class Conversations:
     All conversations of a run, one for each connection.
 
     Args:
-        peers: those that have a client's name, by it: at most one connection is a client's. Whoever is not in it any more was
-            dismissed, and says nothing more to the federation.
+        peers: by the name of the client, the one connection that is its own. A connection that was taken out of it was
+            dismissed: the federation hears no more from it.
         model_name: of the base model on the Hugging Face hub, if it came from there.
         caches: the activation cache of a client, by its name, where the run has any.
     """
@@ -64,7 +64,7 @@ class Conversations:
         self._model_name, self._caches = model_name, caches
 
     async def converse(self, peer: Peer) -> None:
-        """Until the connection's end, which it says why it came."""
+        """Converse until the connection ends, and log why it did."""
         patience = None
         try:
             while True:
@@ -82,12 +82,12 @@ class Conversations:
                 if message is not None:
                     await self._answer(peer, message)
         except asyncio.TimeoutError:
-            # Its link stalled, or its disk: it may come again, and has its place as if the link had been lost.
+            # Its link stalled, or its disk. It may come again, and is still a member, as if the link had been lost.
             awaited = "Join" if peer.session.state is State.WELCOMED else "Hello"
             self._forget(peer)
             await self._refuse(peer, f"no {awaited} came within {duration(patience or 0.0)}", retry_after=SECONDS_TO_TRY_AGAIN)
         except RemoteProtocolError as error:
-            # First: the others do not wait for a peer that does not listen. One that had not joined has no place to lose.
+            # Before it is told: the others do not wait for a peer that does not listen. Who has not joined cannot leave.
             told = self._forget(peer, str(error) if peer.has_joined else None)
             retry_after = SECONDS_TO_TRY_AGAIN if isinstance(error, NameInUse) else 0.0
             await self._refuse(peer, str(error), retry_after=retry_after, told=told)
@@ -124,7 +124,8 @@ class Conversations:
         else:
             assert peer.name is not None
             replies = self._performer.perform(self._federation.receive(peer.name, message, time.monotonic()))
-            if peer.name in replies:  # at once: what it has asked before it knew must not be taken for what it asks then
+            if peer.name in replies:
+                # Before its next message is taken: of what it sent meanwhile the session knows only then that this answers it.
                 await asyncio.wait([replies[peer.name]])
 
     async def _greet(self, peer: Peer, hello: Hello) -> None:
@@ -263,7 +264,10 @@ class Conversations:
 
 
 def _cache_with(caches: Callable[[str], CacheFolder], name: str, join: Join) -> CacheFolder:
-    """A client's activations, without what only this side knows to count, or has not heard to be taken back."""
+    """
+    A client's cache without the versions that the client does not have: the answer that confirmed them was lost with its
+    connection, or the client has taken them back, of which the server has not heard.
+    """
     cache = caches(name)
     if join.kept is not None:
         cache.forget_after(join.kept - 1)

@@ -10,10 +10,9 @@ from storage import CacheFolder, ModelError
 
 from ..door import Door
 from ..engine import Engine
-from ..errors import ServerError
 from ..federation import Action, Federation
 from ..listener import Limits, Listener
-from .admission import accept_connections
+from .admission import accept_connections, watch_enrolments
 from .conversation import Conversations
 from .journal import Journal
 from .lifetime import Lifetime
@@ -26,7 +25,6 @@ __all__ = ["RunServer"]
 logger = logging.getLogger("gpu_server")
 
 SECONDS_TO_FINISH = 10.0
-SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class RunServer:
@@ -114,7 +112,7 @@ class RunServer:
             listening(self._url(listener))
             for notice in self._door.notices:
                 logger.warning("%s", notice)
-            watch = self._loop.create_task(self._watch_enrolments(conversations))
+            watch = self._loop.create_task(watch_enrolments(self._door, conversations.expel_revoked))
             try:
                 performer.perform(first)
                 await self._until_end(lifetime, performer, conversations)
@@ -161,15 +159,6 @@ class RunServer:
             federation.total_steps,
             "; --resume goes on from there" if to_be_continued else "",
         )
-
-    async def _watch_enrolments(self, conversations: Conversations) -> None:
-        while self._door.enrolled is not None:
-            await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
-            try:
-                enrolled = await asyncio.to_thread(self._door.enrolled)
-            except ServerError:
-                continue  # who comes anew is not let in, and the operator told; who is in stays until it can be read
-            conversations.expel_revoked(enrolled)
 
     def _url(self, listener: Listener) -> str:
         host, port = listener.getsockname()[:2]
