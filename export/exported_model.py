@@ -1,4 +1,4 @@
-"""An exported folder, opened with ONNX Runtime, for measuring what it agrees with."""
+"""An exported folder, read and run with ONNX Runtime, to measure how well it agrees with its model."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,10 +47,11 @@ def _readable_errors(what: str) -> Iterator[None]:
 
 class ExportedModel:
     """
-    Graphs that are run one after the other, each with its own keys and values.
+    Runs the graphs of a model one after the other, each with its own keys and values.
 
     Args:
-        adapter: an .onnx_adapter to run them with.
+        graphs: the whole model, or its edge part and its server part.
+        adapter: an .onnx_adapter file to run them with.
 
     Raises:
         ExportError: a graph or the adapter cannot be loaded; later, when a graph does not compute what a language model does.
@@ -58,7 +59,7 @@ class ExportedModel:
 
     def __init__(self, graphs: Sequence[Path], adapter: Path | None = None) -> None:
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what it has to say of errors, the exceptions say
+        options.log_severity_level = 4  # the exceptions say what the log would say about errors
         self._sessions = []
         for path in graphs:
             with _readable_errors(f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}"):
@@ -75,17 +76,17 @@ class ExportedModel:
             self._run_options.add_active_adapter(self._adapter)
 
     def logits(self, tokens: Integers, mask: Integers | None = None) -> Floats:
-        """(B, S) ids and a mask that is 0 at padding -> (B, S, V)."""
+        """Logits (B, S, V) of token ids (B, S), given a mask (B, S) that is 0 at padding."""
         return self.step(tokens, np.ones_like(tokens) if mask is None else mask, self.empty_cache(len(tokens)))[0]
 
     def step(self, tokens: Integers, mask: Integers, cache: Cache) -> tuple[Floats, Cache]:
         """
-        New tokens after those of the cache.
+        Compute new tokens that come after those of the cache.
 
         Args:
-            tokens: (B, S).
-            mask: (B, P + S), of old and new tokens.
-            cache: of P tokens, by the names of the graphs' inputs.
+            tokens: (B, S) ids.
+            mask: (B, P + S), for old and new tokens; 0 at padding.
+            cache: keys and values of P tokens, by the names of the graphs' inputs.
 
         Returns:
             Logits (B, S, V) and the cache of P + S tokens.
@@ -106,6 +107,7 @@ class ExportedModel:
         return logits.astype(np.float32, copy=False), present
 
     def empty_cache(self, batch: int) -> Cache:
+        """Keys and values of no tokens, for ``batch`` sequences."""
         with _readable_errors(f"{self._graphs[0]} has no keys and values of earlier tokens"):
             return {
                 item.name: np.zeros((batch, item.shape[1], 0, item.shape[3]), np.float16 if "16" in item.type else np.float32)
@@ -115,7 +117,7 @@ class ExportedModel:
             }
 
     def continue_greedily(self, prompt: Sequence[int], limit: int, end_token: int) -> list[int]:
-        """The most likely continuation, at most ``limit`` tokens and up to the end token."""
+        """The most likely continuation: at most ``limit`` tokens, and none after the end token."""
         tokens, cache, text = np.array([prompt], np.int64), self.empty_cache(1), list(prompt)
         while len(text) < len(prompt) + limit and text[len(prompt) :][-1:] != [end_token]:
             logits, cache = self.step(tokens, np.ones((1, len(text)), np.int64), cache)

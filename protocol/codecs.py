@@ -1,4 +1,4 @@
-"""How activations and their gradients become fewer bytes. Whatever the codec, what comes out is float32."""
+"""Codes activations and their gradients in fewer bytes, and decodes them. Decoded values are always float32."""
 
 import math
 from collections.abc import Sequence
@@ -22,24 +22,28 @@ UINT16, INT32 = np.dtype(np.uint16), np.dtype(np.int32)
 
 @dataclass(frozen=True)
 class Coded:
-    """A tensor of two dimensions as it travels. What is in the parts is known only once it is decoded."""
+    """A matrix (N, d) as it travels. The parts are bytes that nobody has checked: `decode` does."""
 
     codec: str
-    """One of CODECS, or DELTA, which only `changes` decodes: what it means depends on what was sent before."""
+    """One of CODECS, or DELTA, which `decode` cannot decode and `changes` does: it depends on what was sent before."""
     shape: tuple[int, int]
+    """Of the decoded matrix."""
     parts: Sequence[bytes]
+    """How many there are and what they hold, each codec says: see PROTOCOL.md."""
 
     def __len__(self) -> int:
-        """Rows."""
+        """The number of rows, as of the decoded matrix."""
         return self.shape[0]
 
     @classmethod
     def of(cls, values: Array, codec: str, dither: Dither | None = None) -> "Coded":
         """
+        Code a matrix.
+
         Args:
             values: (N, d) float32, finite.
             codec: one of CODECS.
-            dither: for gradients; see `quantise`.
+            dither: rounds gradients stochastically; None rounds to the nearest. See `quantise`.
         """
         num_rows, width = values.shape
         bfloat16 = codec == "bfloat16"
@@ -49,12 +53,14 @@ class Coded:
     @classmethod
     def received(cls, fields: Any, max_bytes: int) -> "Coded":
         """
+        A coded tensor out of a message. Its form is checked, its parts are not yet.
+
         Args:
-            fields: [codec, shape, part, part, ...] as msgpack gives them.
+            fields: [codec, shape, part, part, ...] as msgpack unpacks them.
             max_bytes: the most that the decoded tensor may take.
 
         Raises:
-            RemoteProtocolError: they are something else, or too large.
+            RemoteProtocolError: ``fields`` is something else, or the tensor too large.
         """
         if not isinstance(fields, list) or len(fields) < 2:
             raise RemoteProtocolError("a coded tensor is [codec, shape, parts...]")
@@ -71,10 +77,10 @@ class Coded:
 
     def decode(self) -> Array:
         """
-        (N, d) float32, in memory of its own.
+        The values (N, d), float32, in memory of their own.
 
         Raises:
-            RemoteProtocolError: the parts are not what the codec makes of such a tensor.
+            RemoteProtocolError: the codec makes no such parts of a tensor of this shape.
         """
         if self.codec != "bfloat16":
             return quantised_values(self.codec, self.shape, self.parts)
@@ -83,7 +89,7 @@ class Coded:
 
 
 def quantised_parts(values: Array, codec: str, dither: Dither | None) -> list[bytes]:
-    """Of values (N, d) float32 in int8 or int4: centre, outliers, outlier values, scales, codes."""
+    """The parts of values (N, d), float32, in int8 or int4: centre, outliers, outlier values, scales, codes."""
     quantised = quantise(values, LARGEST_CODES[codec], dither)
     codes = quantised.codes.tobytes() if codec == "int8" else _halves(quantised.codes)
     exact = (quantised.centre, quantised.outliers, quantised.outlier_values, quantised.scales)
@@ -91,7 +97,7 @@ def quantised_parts(values: Array, codec: str, dither: Dither | None) -> list[by
 
 
 def quantised_values(codec: str, shape: tuple[int, int], parts: Sequence[bytes]) -> Array:
-    """What `quantised_parts` were made of: (N, d) float32; raises what `Coded.decode` does."""
+    """The values (N, d), float32, of parts that `quantised_parts` made. Raises what `Coded.decode` does."""
     num_rows, width = shape
     num_outliers = len(parts[1]) // 4 if len(parts) == 5 else 0
     num_codes = num_rows * width
@@ -123,7 +129,7 @@ def _check_sizes(codec: str, shape: tuple[int, int], parts: Sequence[bytes], siz
 
 
 def _check(codec: str, quantised: Quantised) -> None:
-    """That the numbers in the parts can be, and give finite values."""
+    """Refuses numbers that no sender computes, and those whose values would not be finite."""
     scales = from_bfloat16(quantised.scales)
     if not ((scales > 0) & (scales <= LARGEST_MAGNITUDE)).all():
         raise RemoteProtocolError(f"a scale of {codec} is not a positive number up to 2^120")
@@ -136,7 +142,7 @@ def _check(codec: str, quantised: Quantised) -> None:
 
 
 def _halves(codes: Array) -> bytes:
-    """Two codes a byte, the first in its lower half."""
+    """The bytes of int4 codes: two in a byte, the first in its lower half."""
     flat = codes.reshape(-1).view(np.uint8)
     if flat.size % 2:
         flat = np.append(flat, np.uint8(0))
@@ -144,9 +150,9 @@ def _halves(codes: Array) -> bytes:
 
 
 def _whole(raw: bytes, num_codes: int) -> Array:
-    """The codes, (num_codes,) int8."""
+    """(num_codes,) int8: the int4 codes that `_halves` made bytes of."""
     pairs = np.frombuffer(raw, np.uint8)
     codes = np.empty(2 * len(pairs), np.int8)
-    codes[::2] = (pairs << 4).view(np.int8) >> 4  # the shift back repeats the sign
+    codes[::2] = (pairs << 4).view(np.int8) >> 4  # the shift back to the right repeats the sign bit
     codes[1::2] = pairs.view(np.int8) >> 4
     return codes[:num_codes]

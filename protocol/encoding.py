@@ -1,8 +1,9 @@
 """
-Message <-> bytes: zstd(msgpack([version, kind, fields])).
+Makes bytes of messages, and messages of bytes: zstd(msgpack([version, kind, fields])).
 
-Nothing that arrives is believed: a frame's size is checked before it is inflated, a tensor's before it is laid out, and every
-field's type and finiteness before a message is made. The only error that bytes can cause is RemoteProtocolError.
+Nothing that arrives is trusted. The size of a frame is checked before it is inflated, the size of a tensor before memory is
+taken for it, and the type of every field, and whether its numbers are finite, before a message is made. Whatever the bytes are,
+the only error is RemoteProtocolError.
 """
 
 import math
@@ -31,8 +32,8 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"  # RFC 8878, section 3.1.1
 LIST_OF_THREE = 0x93  # in msgpack
 ARRAY_EXTENSION, CODED_EXTENSION = 1, 2
 ARRAY_DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "int32")}
-MAX_ELEMENTS = 4096  # of all lists and maps of a message: an empty list is one byte of a frame, but 64 of memory
-MAX_TENSOR_ELEMENTS = 16  # the same, of one tensor's [dtype, shape, bytes]
+MAX_ELEMENTS = 4096  # in all lists and maps of a message together: an empty list takes one byte of a frame, and 64 of memory
+MAX_TENSOR_ELEMENTS = 16  # the same in one tensor's [dtype, shape, bytes]
 MAX_TEXT = 4096  # characters
 MAX_INTEGER = 2**53
 WANTED = {
@@ -48,11 +49,11 @@ KINDS: dict[str, type] = {kind.__name__: kind for kind in get_args(Message)}
 
 def encode(message: Message, codec: str = EXACT, dither: Dither | None = None) -> bytes:
     """
-    The bytes of one WebSocket binary message.
+    The bytes of a message: one binary message of a WebSocket.
 
     Args:
-        codec: of the fields that may be coded.
-        dither: if they are gradients, which are rounded with it.
+        codec: in which those tensors travel that may be coded.
+        dither: with which they are rounded, if they are gradients.
     """
 
     def coded(value: Any, kind: ArrayType) -> Any:
@@ -66,12 +67,14 @@ def encode(message: Message, codec: str = EXACT, dither: Dither | None = None) -
 
 def decode(data: bytes, max_bytes: int, codecs: Collection[str] = ()) -> Message:
     """
+    The message that the bytes say.
+
     Args:
-        max_bytes: the most a message may inflate to, and a coded tensor decode to.
-        codecs: in which tensors may come, besides exactly. One in DELTA is left as it is: a `Coded`.
+        max_bytes: the most that a message may inflate to, and a coded tensor decode to.
+        codecs: in which tensors may come, besides the exact form. A tensor in DELTA stays a `Coded`, for `changes.arrived`.
 
     Raises:
-        RemoteProtocolError: ``data`` is not a message of this version, or a larger one.
+        RemoteProtocolError: ``data`` is no message of this version, or too large.
     """
     count = _at_most(MAX_ELEMENTS)
     try:
@@ -81,13 +84,13 @@ def decode(data: bytes, max_bytes: int, codecs: Collection[str] = ()) -> Message
             list_hook=count,
             object_hook=count,
             strict_map_key=True,
-            max_array_len=MAX_ELEMENTS,  # msgpack allocates what a header claims
+            max_array_len=MAX_ELEMENTS,  # msgpack takes memory for as many elements as a header claims
             max_map_len=MAX_ELEMENTS,
         )
         return _build_message(unpacked)
     except RemoteProtocolError:
         raise
-    # RecursionError: nesting. UnicodeDecodeError is a ValueError, msgpack's StackError and FormatError are too.
+    # RecursionError comes of deep nesting. UnicodeDecodeError and msgpack's StackError and FormatError are ValueErrors.
     except (
         zstandard.ZstdError,
         msgpack.UnpackException,
@@ -100,7 +103,7 @@ def decode(data: bytes, max_bytes: int, codecs: Collection[str] = ()) -> Message
 
 
 def _at_most(limit: int) -> Callable[[Any], Any]:
-    """A hook for msgpack that counts the elements of all lists and maps together."""
+    """A hook for msgpack that refuses a message whose lists and maps have more than ``limit`` elements together."""
     total = 0
 
     def count(container: Any) -> Any:
@@ -131,7 +134,7 @@ def _inflate(data: bytes, max_bytes: int) -> bytes:
 def _build_message(unpacked: Any) -> Message:
     if not isinstance(unpacked, list) or not unpacked or type(unpacked[0]) is not int:
         raise RemoteProtocolError("not a message: expected [version, kind, fields]")
-    if unpacked[0] != PROTOCOL_VERSION:  # before anything else: what follows is that version's
+    if unpacked[0] != PROTOCOL_VERSION:  # checked first: another version may have another form from here on
         raise RemoteProtocolError(f"peer speaks protocol version {unpacked[0]}, this side speaks {PROTOCOL_VERSION}")
     if len(unpacked) != 3:
         raise RemoteProtocolError("not a message: expected [version, kind, fields]")
@@ -165,7 +168,10 @@ def _as_plain(value: Any, expected: Any, coded: Callable[[Any, ArrayType], Any])
 
 
 def _build(kind: type, values: Any, where: str) -> Any:
-    """An instance of the dataclass. Fields with defaults may be absent; fields we do not know are a later version's."""
+    """
+    An instance of the dataclass ``kind``. Fields that have defaults may be missing: earlier releases did not send them. Fields
+    that are unknown here are left out: later releases send them.
+    """
     if not isinstance(values, dict):
         raise RemoteProtocolError(f"{where}: expected a map")
     checked = {}
@@ -182,7 +188,7 @@ def _build(kind: type, values: Any, where: str) -> Any:
 
 
 def _would_do_plainly(kind: type, checked: dict[str, Any]) -> bool:
-    """Whether the numbers contradict each other only because their sender has not shuffled them."""
+    """Whether the fields would be right if their sender had forgotten to shuffle the tensors' bytes: worth a hint."""
     arrays = {name: plainly(value) for name, value in checked.items() if isinstance(value, np.ndarray)}
     try:
         kind(**{**checked, **arrays})
@@ -192,7 +198,7 @@ def _would_do_plainly(kind: type, checked: dict[str, Any]) -> bool:
 
 
 def _check(value: Any, expected: Any, where: str) -> Any:
-    """``value`` if it is what the annotation ``expected`` asks for."""
+    """``value``, if it is of the type that a field's annotation ``expected`` asks for; ``where`` names the field."""
     origin, arguments = get_origin(expected), get_args(expected)
     if origin is Annotated:
         return _check_array(value, arguments[1], where)
@@ -214,7 +220,7 @@ def _check(value: Any, expected: Any, where: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value for an error message; of lists, maps and tensors, which may be huge, only the type."""
+    """A value for an error message. Of a list, a map or a tensor, which may be huge, only the type is shown."""
     if isinstance(value, str | bytes):
         value = value[:40]
     elif not isinstance(value, int | float):

@@ -1,4 +1,4 @@
-"""adapter_config.json of a PEFT folder, which may be a stranger's: read without PEFT, and every value checked."""
+"""Reads adapter_config.json of a PEFT folder without PEFT. The folder may be a stranger's, so every value is checked."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "AdapterSettings"]
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 LARGEST = 3e38
-"""Of float32, in which adapters are merged."""
+"""About the largest float32: adapters are merged in it."""
 
 
 def _is_integer(value: Any) -> bool:
@@ -62,32 +62,35 @@ CHECKS: dict[str, Check] = {
     "rank_pattern": (_is_map_of(_is_rank), "a map from patterns to positive integers"),
     "alpha_pattern": (_is_map_of(_is_number), "a map from patterns to finite numbers"),
 }
-"""What the settings must be on which the value of a merged matrix depends."""
+"""The settings that decide the value of a merged matrix: what each must be, as a test and in words."""
 WITHOUT_EFFECT = {
     *("peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
     *("lora_dropout", "fan_in_fan_out", "megatron_core"),
-    # They act only together with a setting that is not plain LoRA itself.
+    # These act only together with another setting, which is refused itself since it is not plain LoRA.
     *("qalora_group_size", "ensure_weight_tying", "eva_config", "corda_config", "loftq_config", "lora_ga_config"),
 }
-"""Settings with which plain LoRA is merged as without them."""
+"""Settings that change nothing when plain LoRA is merged."""
 BASE_UNCHANGED = ("gaussian", "eva", "orthogonal", "mica")
-"""Initialisations of the matrices alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base model, too."""
+"""Initialisations that leave the base model as it is. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change it, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
-    """The settings of a LoRA adapter, of the right types, with PEFT's defaults where the file has none."""
+    """The settings of a LoRA adapter. Their types have been checked."""
 
     path: Path
     """Of the file, for messages."""
     values: dict[str, Any]
+    """By PEFT's names; those that the file leaves out have PEFT's defaults."""
 
     @classmethod
     def read(cls, folder: Path) -> "AdapterSettings":
         """
+        Read a PEFT folder's settings.
+
         Raises:
-            AdapterError: there is no adapter, or one that is not LoRA; a value is of the wrong type or names a module to be
-                imported.
+            AdapterError: there is no adapter, or one that is not LoRA; a value is of the wrong type, or names a Python module
+                that PEFT would import.
         """
         path, values = folder / CONFIG_FILE, Folder(folder, AdapterError).read_json(CONFIG_FILE)
         kind = values.get("peft_type")
@@ -102,13 +105,16 @@ class AdapterSettings:
         return cls(path=path, values=values)
 
     def has(self, name: str) -> bool:
-        """Whether a setting is there that is not left at nothing."""
+        """Whether a setting is there and says something: not null, false or empty."""
         value = self.values.get(name)
-        return value is not False and value not in (None, "", [], {})  # the block 0 is something
+        return value is not False and value not in (None, "", [], {})  # 0 says something: it may be a block's number
 
     @property
     def beyond(self) -> list[str]:
-        """What of the settings is more than adding the product of two matrices to a layer's; empty for plain LoRA."""
+        """
+        The settings that make the adapter more than plain LoRA, which adds the product of two matrices to a layer's matrix.
+        Empty for plain LoRA.
+        """
         plain = CHECKS.keys() - {"modules_to_save", "layers_pattern"} | WITHOUT_EFFECT
         beyond = [name for name in self.values if name not in plain and self.has(name)]
         if self.values["bias"] != "none":
@@ -119,6 +125,6 @@ class AdapterSettings:
 
     @property
     def changes_base(self) -> bool:
-        """Whether the adapter was trained on another base model than the one it names: its initialisation changed that."""
+        """Whether the adapter's initialisation changed the base model: it was trained on another one than it names."""
         way = self.values["init_lora_weights"]
         return isinstance(way, str) and way.lower() not in BASE_UNCHANGED

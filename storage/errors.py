@@ -4,8 +4,8 @@ __all__ = ["AdapterError", "ModelError"]
 
 
 class ModelError(ValueError):
-    """A model folder, hub name, cut layer or device that cannot be used; the message says why and what to do."""
+    """A model folder, hub name, cut layer or device cannot be used; the message says why and what to do."""
 
 
 class AdapterError(ValueError):
-    """An adapter folder or LoRA setting that does not fit; the message says why and what to do."""
+    """An adapter folder or a LoRA setting cannot be used, or does not fit; the message says why and what to do."""

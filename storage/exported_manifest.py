@@ -107,7 +107,7 @@ class ExportedManifest:
             exported = ", ".join(self.precisions) or "none"
             raise self.files.error(f"{self.folder} was exported without {precision}; there is {exported}")
         for path, expected in self.precisions[precision].sizes.items():
-            if not os.path.isfile(path):  # of a name that no file can have, Path.is_file would raise an OSError
+            if not os.path.isfile(path):  # Path.is_file would raise an OSError for a name that no file can have
                 raise self.files.error(f"{path} is missing: the folder is incomplete; copy or export it again")
             if (found := path.stat().st_size) != expected:
                 raise self.files.error(f"{path} has {found:,} bytes of {expected:,}: copy or export the folder again")

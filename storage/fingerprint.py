@@ -14,5 +14,5 @@ def fingerprint(model_digest: str, tokenizer_digest: str) -> str:
 
 
 def part_that_differs(fingerprint: str, other: str) -> str:
-    """Whether two fingerprints that are not equal are of different models, "model", or of one with another "tokenizer"."""
+    """Of two fingerprints that differ: "tokenizer" if they are of one model with two tokenizers, else "model"."""
     return "tokenizer" if fingerprint[:MODEL_DIGITS] == other[:MODEL_DIGITS] else "model"

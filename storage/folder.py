@@ -1,4 +1,4 @@
-"""The files of a folder that somebody else has made: a model, an adapter, an exported model."""
+"""Reads the files of a folder that somebody else has made: a model, an adapter, an exported model, a run."""
 
 import json
 from pathlib import Path, PurePosixPath
@@ -13,12 +13,12 @@ EXPECTED = {int: "a whole number", str: "a text", dict: "an object"}
 
 class Folder:
     """
-    Gives a folder's files, and no others: a stranger's link that leaves the folder is refused, since whoever reads or copies it
-    would give away a file of this machine. The cache of the Hugging Face hub goes on working, whose snapshots are folders of
-    links to ``blobs`` beside them.
+    Reads the files of a folder, and never one outside it. A stranger may have put a link into it that leads to a private file
+    of this machine; whoever reads or copies that would give it away. One kind of link may leave: a snapshot in the cache of
+    the Hugging Face hub is a folder of links to the ``blobs`` beside it.
 
     Args:
-        error: what is raised for whatever is wrong; its message names the file.
+        error: the class of whatever is raised. Its message names the file.
     """
 
     def __init__(self, path: Path, error: type[ValueError]) -> None:
@@ -26,10 +26,10 @@ class Folder:
 
     def place(self, name: str) -> Path:
         """
-        Where the file ``name`` is, or would be; it may lie in a folder of the folder.
+        The path of the file ``name``, whether it exists or not. The name may have folders in it.
 
         Raises:
-            error: it is outside, by its name or by a link.
+            error: the file is outside the folder, by its name or by a link.
         """
         inner = PurePosixPath(name)
         if inner.is_absolute() or ".." in inner.parts:
@@ -47,7 +47,7 @@ class Folder:
 
     def find(self, name: str) -> Path | None:
         """
-        The file ``name``; None if there is none.
+        The path of the file ``name``; None if there is no such file.
 
         Raises:
             error: as `place`.
@@ -57,8 +57,10 @@ class Folder:
 
     def require(self, name: str) -> Path:
         """
+        The path of the file ``name``.
+
         Raises:
-            error: as `find`, and if there is no such file.
+            error: as `place`, and if there is no such file.
         """
         path = self.find(name)
         if path is None:
@@ -67,10 +69,10 @@ class Folder:
 
     def read_text(self, name: str) -> str:
         """
-        What a file in UTF-8 holds, without the byte order mark that some editors write before it.
+        The text of a file in UTF-8, without the byte order mark that some editors write before it.
 
         Raises:
-            error: as `require`, and if it cannot be read.
+            error: as `require`, and if the file cannot be read or is not UTF-8.
         """
         path = self.require(name)
         try:
@@ -82,17 +84,17 @@ class Folder:
 
     def read_json(self, name: str) -> dict[str, Any]:
         """
-        A file's JSON object.
+        The JSON object that a file holds.
 
         Raises:
-            error: as `read_text`, and if it is something else.
+            error: as `read_text`, and if the file holds something else.
         """
         text, path = self.read_text(name), self.path / name
         try:
             value = json.loads(text)
-            if "\\ud" in text.lower():
+            if "\\ud" in text.lower():  # JSON may write half of a character, which no UTF-8 text can have
                 json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # it would come up wherever the text is used
+        except UnicodeEncodeError:  # refused here: else each user of the text would fail on it
             raise self.error(f"{path} has half a character: \\ud800 to \\udfff come in pairs") from None
         except RecursionError:
             raise self.error(f"{path} cannot be read: its JSON is nested too deeply") from None
@@ -121,7 +123,7 @@ class Folder:
 
 
 def shown(value: object) -> str:
-    """A value of a JSON file as it stands there, for a message; long ones are cut."""
+    """A value of a JSON file as it stands in the file, for a message; a long one is cut."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):

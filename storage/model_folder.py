@@ -1,4 +1,4 @@
-"""Where a model that a user names lies, and which of its files are wanted. No file of it is read here."""
+"""Finds the model that a user names, here or on the Hugging Face hub, and says which of its files are needed. Reads none."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ __all__ = ["CONFIG_FILE", "FILES_BESIDE_WEIGHTS", "INDEX_FILE", "WEIGHTS_FILE", 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 FILES_OF_WEIGHTS = (CONFIG_FILE, "model*.safetensors", INDEX_FILE)
 FILES_BESIDE_WEIGHTS = (*TOKENIZER_FILES, "generation_config.json", "chat_template.jinja")
-"""What of a model folder other programs want besides its weights and its configuration."""
+"""The files of a model folder, besides weights and configuration, that other programs need."""
 
 
 def is_hub_name(name: str) -> bool:
@@ -21,10 +21,11 @@ def is_hub_name(name: str) -> bool:
 
 def find_model(name: str) -> Path:
     """
-    The folder of a model: ``name`` itself if it is one, else fetched from the Hugging Face hub (only the files needed).
+    The folder of a model. If ``name`` is no folder, the model of that name is fetched from the Hugging Face hub, only the files
+    that are needed.
 
     Raises:
-        ModelError: neither a folder nor a model the hub gives us.
+        ModelError: there is no such folder, and the hub does not give such a model.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():

@@ -15,7 +15,7 @@ __all__ = ["TOKENIZER_FILES", "encode", "end_of_text", "guarded", "load_tokenize
 
 SETTINGS = "tokenizer_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", SETTINGS, "special_tokens_map.json", "added_tokens.json")
-"""Whatever of a folder may decide which ids a text has."""
+"""All files of a folder that may decide which ids a text has."""
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
@@ -23,9 +23,9 @@ DEFAULT_CLASS = "GPT2Tokenizer"
 """Of a folder that names none."""
 CLASSES_OF_A_FILE = ("PreTrainedTokenizerFast", "TokenizersBackend")
 LARGEST_ID = 10_000_000
-"""The library walks through all numbers up to the largest id."""
+"""The library walks through all numbers up to the largest id, so a huge one would keep it busy for ever."""
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""Special tokens that transformers knows by their part, in its order."""
+"""Under which keys transformers looks for special tokens, in its order."""
 OF_GPT2 = ("bos_token", "eos_token", "unk_token")
 
 UNREADABLE, UNUSABLE = "the tokenizer cannot be read", "the tokenizer cannot be used"
@@ -35,7 +35,8 @@ Result = TypeVar("Result")
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """
-    From a model's tokenizer.json, or its vocab.json and merges.txt, with the tokens that the files beside them add.
+    Read a model folder's tokenizer: its tokenizer.json, or else its vocab.json and merges.txt, and in both cases the tokens
+    that the smaller files beside them add. It neither pads nor truncates.
 
     Raises:
         ModelError: the folder has neither, they cannot be read, or it is not certain which ids they mean.
@@ -49,7 +50,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     else:
         raise ModelError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
     guarded(lambda: settings.add_tokens_to(tokenizer), f"{folder}: {UNREADABLE}")
-    # Some files keep the settings of their last batch.
+    # Whoever saved the file may have saved the padding and truncation of their last batch with it.
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -60,27 +61,27 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     The ids of each text, without tokens that mark its beginning or end.
 
     Raises:
-        ModelError: the tokenizer fails on them.
+        ModelError: the tokenizer fails on a text.
     """
     encoded = guarded(lambda: tokenizer.encode_batch(list(texts), add_special_tokens=False), UNUSABLE)
     return [encoding.ids for encoding in encoded]
 
 
 def end_of_text(folder: Path) -> str | None:
-    """The token that the tokenizer's files call the end of a text; None if they name none."""
+    """The token that ends a text by the tokenizer's own files; None if they name none."""
     return _Settings(Folder(folder, ModelError)).named("eos_token")
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """
-    SHA-256, in hex, over all that decides a text's ids, and over nothing else: folders of different files that mean the same
-    tokenizer have the same. PROTOCOL.md, "Hello", describes the form.
+    SHA-256, in hex, over everything that decides which ids a text has, and over nothing else: two folders whose files differ
+    but give every text the same ids have the same digest. PROTOCOL.md, "Hello", describes what is digested.
     """
     whole = json.loads(tokenizer.to_str())
     model, normalizer = whole["model"], whole["normalizer"]
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     if isinstance(model["vocab"], dict):
-        del model["vocab"]  # it is in ``vocabulary``; where tokens have scores, it is a list
+        del model["vocab"]  # ``vocabulary`` has it; a list, of tokens with scores, has more and stays
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.pop("merges", [])]
     if _has_every_byte(tokenizer):
         model.pop("unk_token", None)
@@ -98,12 +99,15 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
 
 
 def _has_every_byte(tokenizer: Tokenizer) -> bool:
-    """Whether nothing is unknown to a byte-level tokenizer."""
+    """Whether the vocabulary has a token for every byte: then nothing is unknown, and ``unk_token`` decides nothing."""
     return all(tokenizer.token_to_id(character) is not None for character in pre_tokenizers.ByteLevel.alphabet())
 
 
 def _without(value: Any, idle: set[str]) -> Any:
-    """Without members that say nothing: other versions of the library may leave them out."""
+    """
+    A JSON value without the members ``idle``, and without those that are false, null or empty: some versions of the library
+    write these, others leave them out.
+    """
     if isinstance(value, list):
         return [_without(item, idle) for item in value]
     if isinstance(value, dict):
@@ -113,13 +117,13 @@ def _without(value: Any, idle: set[str]) -> Any:
 
 
 class _Settings:
-    """What the small files beside a tokenizer say, merged as transformers merges them."""
+    """What tokenizer_config.json and the two older files beside it say, merged as transformers merges them."""
 
     def __init__(self, files: Folder) -> None:
         self.where = files.path / SETTINGS
         self._raw: dict[str, Any] = files.read_json(SETTINGS) if files.find(SETTINGS) else {}
         self.declared: dict[int, AddedToken] = {}
-        """Added tokens by the ids that they must have."""
+        """Added tokens, by the id that each must get."""
         for key in ("auto_map", "split_special_tokens"):
             if self._raw.get(key):
                 raise ModelError(f"{self.where}: {key} is {shown(self._raw[key])}, which is not supported; remove it")
@@ -162,14 +166,16 @@ class _Settings:
         return value
 
     def named(self, part: str) -> str | None:
-        """A special token by its part, such as "eos_token"."""
+        """The special token under a key such as "eos_token"; None if there is none."""
         value = self._raw.get(part, END_OF_TEXT if self.is_gpt2 and part in OF_GPT2 else None)
         return None if value is None else str(_added_token(self.where, part, value))
 
     def _special_tokens(self) -> Iterator[AddedToken]:
         for part in (*NAMED, *sorted(key for key in self._raw if key.endswith("_token") and key not in NAMED)):
             value = self._raw.get(part, END_OF_TEXT if self.is_gpt2 and part in OF_GPT2 else None)
-            if value is not None and not isinstance(value, bool):  # add_bos_token, add_eos_token
+            if value is not None and not isinstance(
+                value, bool
+            ):  # add_bos_token and add_eos_token end like tokens and are switches
                 yield _added_token(self.where, part, value)
         for key in ("extra_special_tokens", "additional_special_tokens"):
             more = self._raw.get(key) or []
@@ -180,8 +186,10 @@ class _Settings:
 
     def add_tokens_to(self, tokenizer: Tokenizer) -> None:
         """
+        Add the declared tokens and the special ones that are not in the tokenizer yet.
+
         Raises:
-            ModelError: a token cannot have the id that is declared.
+            ModelError: a token would not get the id that is declared.
         """
         for number, token in sorted(self.declared.items()):
             tokenizer.add_tokens([token])
@@ -205,7 +213,7 @@ def _from_one_file(files: Folder, settings: _Settings) -> Tokenizer:
     if whole["model"].get("dropout"):
         raise ModelError(f"{path}: model.dropout is {shown(whole['model']['dropout'])}, which makes ids random; remove it")
     if settings.is_gpt2:
-        # Of the file, transformers takes vocabulary and merges; the rest it builds itself.
+        # transformers takes only the vocabulary and the merges from the file, and builds the rest itself as it is for GPT-2.
         odd = next(_more_than_gpt2(tokenizer, whole), None)
         if odd is not None:
             raise ModelError(
@@ -218,7 +226,7 @@ def _from_one_file(files: Folder, settings: _Settings) -> Tokenizer:
 
 
 def _more_than_gpt2(tokenizer: Tokenizer, whole: dict[str, Any]) -> Iterator[str]:
-    """What of a tokenizer.json the class GPT2Tokenizer would do otherwise."""
+    """The parts of a tokenizer.json that the class GPT2Tokenizer would ignore, and whose effect would be lost."""
     model, before = whole["model"], whole["pre_tokenizer"] or {}
     if model["type"] != "BPE":
         yield "model"
@@ -237,7 +245,11 @@ def _more_than_gpt2(tokenizer: Tokenizer, whole: dict[str, Any]) -> Iterator[str
 
 
 def _check_agreement(path: Path, whole: dict[str, Any], settings: _Settings) -> None:
-    """Where tokenizer.json and tokenizer_config.json contradict each other, versions of transformers take different sides."""
+    """
+    Raises:
+        ModelError: tokenizer.json and tokenizer_config.json contradict each other; some versions of transformers believe the
+            one and some the other.
+    """
     prefix = (whole["pre_tokenizer"] or {}).get("add_prefix_space", False)
     if not settings.is_gpt2 and settings.add_prefix_space not in (None, prefix):
         raise ModelError(
@@ -288,7 +300,7 @@ def _items(where: Path, raw: dict[str, Any], key: str) -> Iterator[tuple[str, An
 
 
 def _added_token(where: Path, key: str, value: Any) -> AddedToken:
-    """A special token as it stands in a file: its text, or an object that has options as well."""
+    """A special token of a file, where it is either a text or an object with the text and options."""
     if isinstance(value, str) and value:
         return AddedToken(value, special=True, normalized=False)
     if isinstance(value, dict) and isinstance(value.get("content"), str) and value["content"]:
@@ -300,17 +312,19 @@ def _added_token(where: Path, key: str, value: Any) -> AddedToken:
 
 def guarded(work: Callable[[], Result], what: str, error: type[ValueError] = ModelError) -> Result:
     """
-    The result of work of the tokenizers library, which raises bare Exception for a wrong file, and for some its Rust panics.
+    Do something with the tokenizers library, and turn whatever it raises into one error. For a file that is wrong it raises
+    Exception itself, and for some its Rust code panics.
 
     Args:
-        what: says in the message what cannot be done.
-        error: is raised then.
+        work: calls the library.
+        what: what cannot be done if that fails, as the message begins.
+        error: the class of the error.
     """
     try:
         return work()
     except (error, KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as failure:  # PanicException is not an Exception
+    except BaseException as failure:  # a panic raises PanicException, which is a BaseException and not an Exception
         if type(failure).__name__ != "PanicException" and not isinstance(failure, Exception):
             raise
         reason = str(failure).strip().split("\n")[0][:200]

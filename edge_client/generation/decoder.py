@@ -1,4 +1,4 @@
-"""Exported graphs at work. Alone here is onnxruntime known."""
+"""Runs exported graphs, token after token. The only file of edge_client that imports onnxruntime."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,11 +23,12 @@ class RuntimeMissing(ImportError):
 
 class Decoder:
     """
-    The graphs of a model, one after the other, and the keys and values of the tokens they have seen, of one sequence.
+    Runs the graphs of a model one after the other, for one sequence at a time, and keeps the keys and values of its tokens.
 
     Args:
         graphs: the whole model, or its edge part and its server part.
-        shares_buffer: whether the graphs write new keys and values where the earlier ones lie. They then need no copying.
+        shares_buffer: whether the graphs write new keys and values into the buffer that holds the earlier ones, so that
+            nothing is copied. Those with --attention gqa do.
         configuration, num_threads: of each session, see `open_session`.
 
     Raises:
@@ -48,15 +49,15 @@ class Decoder:
 
     @property
     def has_slots(self) -> bool:
-        """Whether an adapter can be put in."""
+        """Whether the graphs have inputs for an adapter."""
         return any(part.slots for part in self._parts)
 
     def use_adapter(self, path: Path) -> None:
         """
-        Put an adapter in, in place of the one there is. Nothing is loaded again.
+        Use an adapter instead of the one before. The graphs stay loaded.
 
         Raises:
-            ExportedModelError: the file is no adapter, or one for another model.
+            ExportedModelError: the file is not an adapter, or is one for another model.
         """
         parameters = _read_adapter(path)
         slots = {name: shape for part in self._parts for name, shape in part.slots.items()}
@@ -91,7 +92,7 @@ class Decoder:
 
 
 class _Part:
-    """One graph, and its keys and values."""
+    """One graph, and the keys and values of its blocks."""
 
     def __init__(self, session: Any, shares_buffer: bool) -> None:
         self._runtime = _import_runtime()
@@ -106,19 +107,20 @@ class _Part:
         self.adapter: dict[str, Any] = {}
         self._settings = {}
         if self.slots.pop(LOGITS_START, None) is not None:
-            # The head is a third of a small model's work, and only the logits of the last position are asked for.
+            # The head is a third of a small model's work, so the graph is asked for the logits of the last position only.
             self._settings[LOGITS_START] = self._runtime.OrtValue.ortvalue_from_numpy(np.array([-1]))
 
     def clear(self, capacity: int) -> None:
         with _readable_errors(f"there is no cache of {capacity:,} tokens for this graph"):
-            self._cache = [self._empty(place, capacity) for place in self._cached]
+            self._cache = [self._empty(cached, capacity) for cached in self._cached]
 
-    def _empty(self, place: Any, capacity: int) -> Any:
-        dtype, (_, num_heads, _, width) = _dtype(place.type), place.shape
+    def _empty(self, cached: Any, capacity: int) -> Any:
+        """The keys or values of one block before the first token; ``cached`` is the input that takes them."""
+        dtype, (_, num_heads, _, width) = _dtype(cached.type), cached.shape
         if self._shares_buffer:
-            # Without zeros in it, it takes memory only as it is written to.
+            # It is not filled with zeros: the system then gives it memory only where it is written to.
             return self._runtime.OrtValue.ortvalue_from_shape_and_type((1, num_heads, capacity, width), dtype, "cpu")
-        # Of numpy: the Attention of onnxruntime 1.23 takes an empty array of onnxruntime's own for none.
+        # A numpy array: the Attention of onnxruntime 1.23 treats an empty array of onnxruntime's own as if there were none.
         return np.empty((1, num_heads, 0, width), dtype)
 
     def extend(self, values: NDArray[Any], start: int) -> NDArray[Any]:
@@ -132,10 +134,10 @@ class _Part:
         for name, value in (self._settings | self.adapter).items():
             binding.bind_ortvalue_input(name, value)
         binding.bind_output(self._output)
-        for place, value in zip(self._cached, self._cache, strict=True):
+        for cached, value in zip(self._cached, self._cache, strict=True):
             bind = binding.bind_cpu_input if isinstance(value, np.ndarray) else binding.bind_ortvalue_input
-            bind(place.name, value)
-            present = place.name.replace(PAST, PRESENT)
+            bind(cached.name, value)
+            present = cached.name.replace(PAST, PRESENT)
             if self._shares_buffer:
                 binding.bind_ortvalue_output(present, value)
             else:
@@ -167,17 +169,17 @@ def open_session(path: Path, configuration: Mapping[str, str], num_threads: int 
     """
     onnxruntime = _import_runtime()
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what it has to say of errors, the exceptions say
+    options.log_severity_level = 4  # the exceptions say what the log would say about errors
     options.intra_op_num_threads = num_threads
-    # Threads that wait for each other spin for this long, and then sleep. Spinning on, as is the default, halves the speed on
-    # a machine that does anything else beside; not spinning at all costs a sixth of it on one that does not.
+    # Threads that wait for each other spin for 50 microseconds and then sleep. The default, to spin on, halves the speed on a
+    # machine that does anything else at the same time; not to spin at all costs a sixth of the speed on one that does not.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
     for name, value in configuration.items():
         options.add_session_config_entry(name, value)
     if save_to is not None:
         options.optimized_model_filepath = str(save_to)
     with _readable_errors(f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}"):
-        # Without "fallback", which tries the same again and says so on standard output.
+        # Without "fallback": it would try the same again, and say so on standard output.
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
 
 
@@ -198,13 +200,13 @@ def _import_runtime() -> Any:
 
 
 def _read_adapter(path: Path) -> dict[str, Any]:
-    if not os.path.isfile(path):  # of a path that cannot be one, Path.is_file would not say no
+    if not os.path.isfile(path):  # Path.is_file would raise an OSError for a name that no file can have
         raise ExportedModelError(f"no adapter file at {path}")
     onnxruntime = _import_runtime()
     with _readable_errors(f"{path} is not an adapter that onnxruntime can read"):
         reader = onnxruntime.AdapterFormat.read_adapter(str(path))
         parameters = {name: np.array(value.numpy()) for name, value in reader.get_parameters().items()}
-        del reader  # and with it the mapped file, in which its values lie
+        del reader  # closes the mapped file; the values above are copies
         return {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in parameters.items()}
 
 
@@ -217,9 +219,9 @@ def _readable_errors(what: str) -> Iterator[None]:
 
 
 def _fits(shape: Sequence[int], slot: Sequence[int | str | None]) -> bool:
-    """Whether a value can take a place some of whose sizes, such as the rank, are free."""
+    """Whether a value of this shape fits an input; sizes that the graph leaves open, such as the rank, are no numbers there."""
     return len(shape) == len(slot) and all(
-        not isinstance(place, int) or size == place for size, place in zip(shape, slot, strict=True)
+        not isinstance(wanted, int) or size == wanted for size, wanted in zip(shape, slot, strict=True)
     )
 
 

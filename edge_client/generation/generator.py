@@ -1,4 +1,4 @@
-"""Text from an exported model, on a device that has onnxruntime, numpy and tokenizers, and needs nothing else."""
+"""Continues texts with an exported model. The device needs onnxruntime, numpy and tokenizers, and no torch."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,10 +26,11 @@ __all__ = ["GenerationError", "Generator", "Sampling", "Speed", "choose_precisio
 Result = TypeVar("Result")
 
 BY_PREFERENCE = ("q8", "q4", "fp32", "fp16")
+"""The precisions that are known here, the best choice for most devices first: see `choose_precision`."""
 
 
 class GenerationError(ValueError):
-    """A prompt or a setting that no text can be generated with; the message names it."""
+    """The prompt or a setting cannot be used to generate text; the message names it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class Sampling:
             raise GenerationError(f"seed must be 0 or more, got {self.seed}")
 
     def choose(self, logits: NDArray[np.float32], random: np.random.Generator) -> int:
-        """A token, given the (vocabulary,) logits."""
+        """The next token, given its (vocabulary,) logits."""
         if self.temperature == 0:
             return int(logits.argmax())
         scaled = (logits.astype(np.float64) - logits.max()) / self.temperature
@@ -65,18 +66,18 @@ class Sampling:
 
 @dataclass(kw_only=True)
 class Speed:
-    """Of one continuation."""
+    """How fast one continuation was computed."""
 
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
-    """Until the first token was there."""
+    """Until the first new token was computed."""
     new_tokens: int = 0
     seconds: float = 0.0
-    """From the first token to the last, without what was done with them."""
+    """From the first new token to the last, without the time that the caller took between them."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Of decoding; the first token is the prompt's."""
+        """Of decoding. The first new token is not counted: computing the prompt gives it."""
         return (self.new_tokens - 1) / self.seconds if self.seconds else 0.0
 
 
@@ -86,9 +87,9 @@ class Generator:
 
     Args:
         folder: what `splitlora-export onnx` made.
-        precision: one that was exported; "auto" chooses, see `choose_precision`.
+        precision: one that was exported, such as "q8"; "auto" lets `choose_precision` choose.
         adapter: a .onnx_adapter file; by default the one that came with the folder, if one did.
-        num_threads: 0 is one for every core.
+        num_threads: 0 means one for every core.
 
     Raises:
         ExportedModelError: the folder or the adapter cannot be used.
@@ -106,7 +107,7 @@ class Generator:
         self._decoder = Decoder(
             prepared.graphs or graphs,
             shares_buffer=self.model.attention == "gqa",
-            # Of float weights, a rearranged copy in memory is no faster than the mapped file.
+            # onnxruntime would rearrange float weights in memory, too, and be no faster than with the mapped file.
             configuration={} if self.precision in PACKED else {"session.disable_prepacking": "1"},
             num_threads=num_threads,
         )
@@ -121,25 +122,25 @@ class Generator:
         Continue with another adapter. The model stays loaded.
 
         Raises:
-            ExportedModelError: the folder was exported without room for one, or the file is none that fits.
+            ExportedModelError: the folder was exported without room for an adapter, or the file does not fit the model.
         """
         if not self._decoder.has_slots:
             raise ExportedModelError(f"{self.model.folder} has its adapter merged; --keep-adapter exports with room for others")
         self._decoder.use_adapter(user_path(path))
 
     def text(self, prompt: str, *, raw: bool = False, max_new_tokens: int = 64, sampling: Sampling | None = None) -> str:
-        """The completion. See `stream`."""
+        """The whole completion. See `stream`."""
         return "".join(self.stream(prompt, raw=raw, max_new_tokens=max_new_tokens, sampling=sampling))
 
     def stream(
         self, prompt: str, *, raw: bool = False, max_new_tokens: int = 64, sampling: Sampling | None = None
     ) -> Iterator[str]:
         """
-        The completion, piece by piece; a piece has whole characters, of however many tokens. ``"".join(...)`` is all of it.
+        The completion, piece by piece; joined they are the whole. A piece has only whole characters, so some tokens give none.
 
         Args:
-            raw: continue ``prompt`` as it stands, for a model that has learnt plain texts. Without it, a model that has learnt
-                pairs is given the prompt as training gave it: see `encode`.
+            raw: continue ``prompt`` as it stands, for a model that was trained on plain texts. Otherwise the model was trained
+                on pairs of prompt and completion, and is given the prompt in the form it had there: see `encode`.
 
         Raises:
             GenerationError: the prompt cannot be encoded or leaves no room, or ``max_new_tokens`` is less than 1.
@@ -155,13 +156,13 @@ class Generator:
             streamed += piece
             yield piece
         if rest := self._guarded(lambda: self.tokenizer.decode(tokens)).removeprefix(streamed):
-            yield rest  # a last character that was begun and not finished
+            yield rest  # the last token has begun a character that no token has finished
 
     def _guarded(self, work: Callable[[], Result]) -> Result:
         return guarded(work, f"{self.model.folder}: the tokenizer cannot be used", ExportedModelError)
 
     def tokens(self, prompt: Sequence[int], *, max_new_tokens: int = 64, sampling: Sampling | None = None) -> Iterator[int]:
-        """The continuation as token ids, up to the end of the text, ``max_new_tokens`` or the model's context. See `stream`."""
+        """The continuation as token ids: until the text ends, or ``max_new_tokens`` or the context is reached. See `stream`."""
         sampling = sampling or Sampling()
         capacity = self._capacity(prompt, max_new_tokens)
         random = np.random.default_rng(sampling.seed)
@@ -178,7 +179,12 @@ class Generator:
             pending = [token]
 
     def _logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Of the token after these. Where values overflow, the first of all tokens would look like the most likely."""
+        """
+        (vocabulary,) logits of the token after these.
+
+        Raises:
+            ExportedModelError: they have another shape, or are not finite: the first of all tokens would seem the most likely.
+        """
         logits = self._decoder.extend(tokens)
         if logits.shape != (self.model.vocabulary_size,):
             size = self.model.vocabulary_size
@@ -191,11 +197,13 @@ class Generator:
 
     def encode(self, prompt: str, *, raw: bool = False) -> list[int]:
         """
-        Token ids of a prompt as `data.Dataset` puts it before a completion: without white space at its ends, and with the token
-        that separates texts behind it. With ``raw``, of the text as it stands; of an empty one, that token.
+        The token ids of a prompt, in the form in which training puts it before a completion (see `data.Dataset`): white space
+        at both ends removed, and the token that separates texts appended. With ``raw``, the ids of the text as it stands; an
+        empty text is that token alone.
 
         Raises:
-            GenerationError: the prompt is not text.
+            GenerationError: the prompt is not valid Unicode.
+            ExportedModelError: the tokenizer fails, or is another model's.
         """
         try:
             prompt.encode("utf-8")
@@ -211,7 +219,7 @@ class Generator:
         return ids
 
     def _capacity(self, prompt: Sequence[int], max_new_tokens: int) -> int:
-        """Tokens of prompt and continuation."""
+        """How many tokens prompt and continuation may have together."""
         if max_new_tokens < 1:
             raise GenerationError(f"max-new-tokens must be at least 1, got {max_new_tokens}")
         if not 0 < len(prompt) < self.model.context:
@@ -229,7 +237,7 @@ class Generator:
 
 
 def _without_first_space(pieces: Iterator[str]) -> Iterator[str]:
-    """Training puts one between the token that separates texts and a completion."""
+    """Training puts a space between the token that separates texts and the completion; it is no part of the answer."""
     for piece in pieces:
         yield piece.removeprefix(" ")
         if piece:
@@ -258,7 +266,7 @@ def choose_precision(model: ExportedManifest) -> tuple[str, str]:
 
 
 def _memory_needed(model: ExportedManifest, precision: str) -> int:
-    """Roughly, in bytes: quantised weights are held twice while they are rearranged."""
+    """Bytes, roughly: while onnxruntime rearranges quantised weights, it holds them twice, beside the mapped file."""
     size = model.precisions[precision].num_bytes
     return 3 * size if precision in PACKED else size
 

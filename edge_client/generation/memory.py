@@ -1,4 +1,4 @@
-"""What a process has of the machine's memory, where the system tells."""
+"""How much memory a process has and the machine has left, on systems that have /proc (Linux). Elsewhere None."""
 
 import re
 from pathlib import Path
@@ -8,18 +8,19 @@ __all__ = ["available_memory", "process_memory"]
 
 def process_memory(field: str, process: int | str = "self") -> int | None:
     """
-    Bytes that Linux counts for a process: "VmRSS" is what is resident, "VmHWM" its peak, "RssAnon" what no file stands behind.
+    Bytes of memory of a process.
+
+    Not from `resource.getrusage`: a process inherits that peak from the program that started it.
 
     Args:
+        field: of /proc/PID/status: "VmRSS" is resident, "VmHWM" its peak, "RssAnon" the part of it that is backed by no file.
         process: its number; "self" is this one.
-
-    Not `resource.getrusage`: its peak is inherited from the program that started this one.
     """
     return _read(Path(f"/proc/{process}/status"), field)
 
 
 def available_memory() -> int | None:
-    """Bytes that programs can still have without swapping."""
+    """Bytes that programs can still take before the machine swaps."""
     return _read(Path("/proc/meminfo"), "MemAvailable")
 
 

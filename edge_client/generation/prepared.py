@@ -1,6 +1,6 @@
 """
-Weights as one processor wants them. onnxruntime rearranges quantised weights whenever it loads them, in memory of its own;
-saved once, they are mapped from the disk instead, which takes a tenth of the memory.
+Quantised weights, rearranged for the processor of this device. onnxruntime rearranges them in memory whenever it loads them; if
+they are saved once in that form, it maps the file instead, which takes a tenth of the memory.
 """
 
 import json
@@ -23,25 +23,27 @@ __all__ = ["PACKED", "Prepared", "find_prepared", "precisions_to_prepare", "prep
 
 FOLDER, NOTE = "prepared", "prepared.json"
 GRAPH = ".prepared"
-"""Not .onnx: programs that look for graphs in the whole folder would take it for one of the model's."""
+"""Not .onnx: programs that look for graphs in the whole folder would think that it is one of the model's."""
 PACKED = ("q8", "q4")
-"""The precisions whose weights are rearranged; of the others, the files are mapped as they are."""
+"""The precisions whose weights onnxruntime rearranges; it maps the files of the others as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What a folder has for a precision: graphs that can be used here, or why not."""
+    """The graphs prepared for one precision."""
 
     graphs: tuple[Path, ...] | None
+    """None where there are none that can be used here."""
     reason: str
+    """Why not, for a person."""
 
 
 def prepare(model: ExportedManifest) -> Iterator[str]:
     """
-    Save the weights of every quantised precision, rearranged for this processor and this onnxruntime.
+    Save the weights of every quantised precision, rearranged for this processor and this version of onnxruntime.
 
     Yields:
-        each precision, when it is done.
+        The name of each precision when it is done.
 
     Raises:
         ExportedModelError: nothing here is quantised, or the folder cannot be written or is incomplete.
@@ -76,7 +78,10 @@ def precisions_to_prepare(model: ExportedManifest) -> list[str]:
 
 
 def find_prepared(model: ExportedManifest, precision: str) -> Prepared:
-    """What was prepared of a precision, if it was on this processor, by this onnxruntime, from the files that are there now."""
+    """
+    What was prepared for a precision. It can be used if it was made on this processor, by this version of onnxruntime and from
+    the files that are there now. The note beside it says so; no weights are loaded to find out.
+    """
     if precision not in PACKED:
         return Prepared(graphs=None, reason="mapped as they are")
     folder = model.folder / FOLDER
@@ -101,7 +106,7 @@ def _graph(folder: Path, precision: str, number: int) -> Path:
 
 
 def _sizes(folder: Path, precision: str) -> dict[str, int]:
-    """Bytes of all files of a precision, by name."""
+    """Bytes of all prepared files of a precision, by name."""
     return {path.name: path.stat().st_size for path in sorted(folder.glob(f"{precision}-*"))}
 
 
@@ -114,9 +119,9 @@ def _save(model: ExportedManifest, precision: str, folder: Path) -> None:
         }
         try:
             open_session(path, configuration, save_to=graph)
-            open_session(graph, {})  # all of it has come to the disk
+            open_session(graph, {})  # raises if not all of it has come to the disk
         except ExportedModelError:
-            open_session(path, {})  # raises what is wrong with the graph; if nothing is, it was the writing
+            open_session(path, {})  # raises if the model's own graph is at fault; otherwise the disk was
             free, size = shutil.disk_usage(folder).free, model.require(precision).num_bytes
             raise ExportedModelError(
                 f"{model.folder / FOLDER} cannot be written: prepared weights of {precision} take more than {size:,} bytes, "
@@ -138,13 +143,13 @@ def _surroundings() -> dict[str, str]:
 
 
 def _state_of(model: ExportedManifest, precision: str) -> dict[str, Any]:
-    """Name, size and time of each file: another run's export has the same sizes."""
+    """Size and time of each file, by name. The time, since the export of another run has files of the same sizes."""
     states = {path.name: path.stat() for path in model.require(precision).sizes}
     return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
 
 
 def _processor() -> str:
-    """Its name, and a digest of the instructions it has."""
+    """The processor's name, and a digest of the instructions it has: virtual machines may hide some."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
