@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from disturbance import Link, Plan
 from ports import free_port
-from protocol_samples import plain_settings
+from usual_settings import settings
 from websockets.asyncio.server import ServerConnection
 from websockets.sync.client import ClientConnection
 
@@ -59,10 +59,10 @@ NUM_EVALUATIONS = {"a": 2, "b": 0}  # one before the training and one after it, 
 def num_answers(mode: str) -> dict[str, int]:
     """How many messages the server sends to each client in a run that nobody disturbs."""
     of_run = {name: value for name, value in MODES_WITH_CODECS[mode].items() if name in ("steps", "epochs", "aggregate_every")}
-    settings = plain_settings(clients=len(NUM_SAMPLES), micro_batches=MICRO_BATCHES, **of_run)
+    of_mode = settings(clients=len(NUM_SAMPLES), micro_batches=MICRO_BATCHES, **{"epochs": None, **of_run})
     counts = {}
     for name, num_samples in NUM_SAMPLES.items():
-        itinerary = Itinerary(settings, settings.steps_of_client(num_samples, BATCH_SIZE[name]))
+        itinerary = Itinerary(of_mode, of_mode.steps_of_client(num_samples, BATCH_SIZE[name]))
         of_handshake = 2  # to Hello and Join
         counts[name] = of_handshake + NUM_EVALUATIONS[name] + len(list(questions(itinerary)))
     return counts

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -149,6 +150,20 @@ def pairs_file(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+class Clock:
+    """Shows what it is set to."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
 @pytest.fixture
 def returned(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, str], threading.Event]:
     """``returned(owner, method)``: an event that is set when the method of any object of that class has returned."""
@@ -201,6 +216,10 @@ class RunResult:
     @property
     def losses(self) -> list[float]:
         return [record.loss for record in self.records]
+
+
+def permissions(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 def adapter_bytes(run_dir: Path) -> bytes:

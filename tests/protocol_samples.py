@@ -56,15 +56,6 @@ SETTINGS = RunSettings(
 )
 
 
-def plain_settings(**changes: Any) -> RunSettings:
-    """Those of the simplest run there is, of one epoch, but for some."""
-    adapter = {"lora_rank": 2, "lora_alpha": 4.0, "lora_dropout": 0.0, "lora_targets": ("c_attn",)}
-    training = {"lr": 1e-3, "lr_schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0, "seed": 0}
-    usual = {"cut_layer": 1, "clients": 2, "precision": "float32", **adapter, **training}
-    length = {} if "steps" in changes else {"epochs": 1}
-    return RunSettings(**{**usual, **length, **changes})
-
-
 _NAME = "base_model.model.transformer.h.0.attn.c_attn.lora_"
 _MATRICES = {
     f"{_NAME}A.weight": np.array([[0.5, -1.0, 2.0], [0.25, 0.0, -0.0]], np.float32),

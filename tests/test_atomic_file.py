@@ -2,17 +2,13 @@
 
 import errno
 import os
-import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import permissions
 
 from storage import remove_unfinished, replace_file
-
-
-def mode(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +21,10 @@ def _wide_open_umask() -> Any:
 def test_file_is_its_owners_alone_unless_another_mode_is_asked_for(tmp_path: Path) -> None:
     replace_file(tmp_path / "private", b"1")
     replace_file(tmp_path / "public", b"1", mode=0o666)
-    assert (mode(tmp_path / "private"), mode(tmp_path / "public")) == (0o600, 0o644)
+    assert (permissions(tmp_path / "private"), permissions(tmp_path / "public")) == (0o600, 0o644)
     (tmp_path / "was public").write_bytes(b"0")
     replace_file(tmp_path / "was public", b"1")
-    assert mode(tmp_path / "was public") == 0o600
+    assert permissions(tmp_path / "was public") == 0o600
 
 
 def test_no_link_is_written_through(tmp_path: Path, monkeypatch: Any) -> None:

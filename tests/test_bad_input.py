@@ -26,7 +26,7 @@ import torch
 import zstandard
 from ports import free_port
 from programs import arguments, program, read_until
-from safetensors.torch import load_file, save_file
+from spoiling import change_weights, swap_two_ids
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 from websockets.sync.server import serve
@@ -187,12 +187,6 @@ def test_edge_shows_its_usage_to_other_flags(words: list[str], capsys: pytest.Ca
 def change_config(model: Path, **changes: Any) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, **changes}))
-
-
-def change_weights(model: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    weights = load_file(model / "model.safetensors")
-    change(weights)
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
 
 
 def shorten(weights: dict[str, torch.Tensor], name: str) -> None:
@@ -784,22 +778,21 @@ def test_client_that_says_what_it_may_not_is_refused_and_the_other_goes_on(
         assert reason in hostile.hear().reason
 
 
+def change_ids(model: Path) -> None:
+    path = model / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    swap_two_ids(whole)
+    path.write_text(json.dumps(whole))
+
+
 @pytest.fixture
 def fingerprint(tiny_model: Path) -> str:
     return PretrainedModel(tiny_model).fingerprint()
 
 
-def swap_two_ids(model: Path) -> None:
-    whole = json.loads((model / "tokenizer.json").read_text())
-    vocabulary = whole["model"]["vocab"]
-    first, second = list(vocabulary)[300:302]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    (model / "tokenizer.json").write_text(json.dumps(whole))
-
-
 @pytest.mark.parametrize(
     ("what", "change"),
-    [("model", lambda model: change_config(model, layer_norm_epsilon=1e-4)), ("tokenizer", swap_two_ids)],
+    [("model", lambda model: change_config(model, layer_norm_epsilon=1e-4)), ("tokenizer", change_ids)],
 )
 def test_client_with_another_model_or_tokenizer_is_refused_with_both_fingerprints(
     tiny_model: Path,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import permissions
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -22,10 +23,6 @@ from hypothesis import strategies as st
 from gpu_server import ConfigError, ServerError
 from gpu_server.certificates import Certificate, given_certificate, own_certificate
 from protocol.public_key import InvalidCertificate, public_key_sha256
-
-
-def mode(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
 
 
 def refused(folder: Path) -> str:
@@ -155,7 +152,7 @@ def test_key_is_private_before_its_first_byte(tmp_path: Path, monkeypatch: pytes
     own = own_certificate(tmp_path)
     (key,) = (found for name, found in modes.items() if name.startswith("server-key.pem."))
     assert key == (0o600, True)
-    assert mode(own.key_file) == 0o600
+    assert permissions(own.key_file) == 0o600
 
 
 def test_files_appear_whole_and_the_key_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ import hmac
 import json
 import logging
 import os
-import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, permissions
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,10 +26,6 @@ from protocol.invitation import Invitation
 
 SECRET = base64.urlsafe_b64encode(bytes(range(32))).decode().rstrip("=")
 OTHER_SECRET = base64.urlsafe_b64encode(bytes(32)).decode().rstrip("=")
-
-
-def mode(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
 
 
 @pytest.fixture
@@ -100,7 +95,7 @@ def test_file_is_private_whatever_the_umask(enrolments: Enrolments, path: Path) 
         enrolments.enrol("phone-2")
     finally:
         os.umask(before)
-    assert mode(path) == 0o600
+    assert permissions(path) == 0o600
 
 
 def test_server_that_starts_takes_nothing_from_a_command_that_is_just_writing(tmp_path: Path) -> None:
@@ -377,8 +372,8 @@ def test_folder_and_files_are_private_whatever_the_umask_and_whatever_was_there(
         store(tmp_path, invitation())
     finally:
         os.umask(before)
-    assert mode(tmp_path / "enrolments") == 0o700
-    assert [mode(file) for file in stored_files(tmp_path)] == [0o600]
+    assert permissions(tmp_path / "enrolments") == 0o700
+    assert [permissions(file) for file in stored_files(tmp_path)] == [0o600]
 
 
 def test_file_names_are_plain_and_hold_nothing_of_the_content(tmp_path: Path) -> None:

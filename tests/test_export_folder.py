@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import reference
 import torch
 from conftest import make_model, run_split, shared_path
-from onnx import TensorProto, helper
 from onnx_reference import exported, largest_difference, logits_of, random_ids
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from spoiling import change_manifest, foreign_graph, move_out
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
@@ -582,30 +581,12 @@ def test_verify_chains_the_parts_of_a_split(tiny_model: Path, tmp_path: Path) ->
     assert found.continuations == [True] * 8
 
 
-def change(folder: Path, **values: Any) -> None:
-    path = folder / "splitlora.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 def rename_precision(folder: Path, name: str) -> None:
-    change(folder, precisions={name: json.loads((folder / "splitlora.json").read_text())["precisions"]["fp32"]})
+    change_manifest(folder, precisions={name: json.loads((folder / "splitlora.json").read_text())["precisions"]["fp32"]})
 
 
 def overwrite(path: Path) -> None:
     path.write_bytes(b"\xff" * path.stat().st_size)
-
-
-def foreign_graph(path: Path) -> None:
-    """One that doubles what it is given, in a folder whose manifest knows its size."""
-    given, doubled = (helper.make_tensor_value_info(name, TensorProto.INT64, ["B", "S"]) for name in ("input_ids", "doubled"))
-    node = helper.make_node("Add", ["input_ids", "input_ids"], ["doubled"])
-    onnx.save(helper.make_model(helper.make_graph([node], "foreign", [given], [doubled]), ir_version=10), path)
-    entry = {"graph": "onnx/model.onnx", "bytes": {"onnx/model.onnx": path.stat().st_size}}
-    change(path.parent.parent, precisions={"fp32": entry})
-
-
-def move_out(path: Path) -> None:
-    path.symlink_to(path.rename(path.parents[2] / "elsewhere"))
 
 
 @pytest.mark.parametrize(
@@ -617,15 +598,15 @@ def move_out(path: Path) -> None:
             lambda folder: (folder / "splitlora.json").write_text("[" * 99999),
             "splitlora.json cannot be read: its JSON is nested too deeply",
         ),
-        (lambda folder: change(folder, context=[]), "splitlora.json: context is \\[\\]; a whole number is expected"),
-        (lambda folder: change(folder, adapter="../x"), '"../x" is outside the folder'),
+        (lambda folder: change_manifest(folder, context=[]), "splitlora.json: context is \\[\\]; a whole number is expected"),
+        (lambda folder: change_manifest(folder, adapter="../x"), '"../x" is outside the folder'),
         (lambda folder: move_out(folder / "onnx/model.onnx"), "model.onnx leads out of its folder by a link"),
         (lambda folder: move_out(folder / "tokenizer.json"), "tokenizer.json leads out of its folder by a link"),
         (lambda folder: rename_precision(folder, "q9"), "the precision 'q9' is not one of fp32, fp16, q8, q4"),
-        (lambda folder: change(folder, vocabulary_size=9), "splitlora.json says vocabulary_size 9, config.json 600"),
-        (lambda folder: change(folder, context=10**6), "splitlora.json says context 1000000, config.json 256"),
+        (lambda folder: change_manifest(folder, vocabulary_size=9), "splitlora.json says vocabulary_size 9, config.json 600"),
+        (lambda folder: change_manifest(folder, context=10**6), "splitlora.json says context 1000000, config.json 256"),
         (lambda folder: overwrite(folder / "onnx/model.onnx"), "model.onnx cannot be loaded by onnxruntime"),
-        (lambda folder: foreign_graph(folder / "onnx/model.onnx"), "gives no logits for each token"),
+        (lambda folder: foreign_graph(folder, "fp32", "onnx/model.onnx"), "gives no logits for each token"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
         (lambda folder: (folder / "onnx/model.onnx_data").unlink(), "model.onnx_data is missing: the folder is incomplete"),
         (lambda folder: (folder / "onnx/model.onnx_data").write_bytes(b"cut"), "has 3 bytes of"),

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from conftest import make_model, shared_path
-from onnx import TensorProto, helper
+from spoiling import change_manifest, foreign_graph, move_out
 from tokenizers import Tokenizer, models
 from transformers import GPT2LMHeadModel
 from transformers.generation.logits_process import TopPLogitsWarper
@@ -44,11 +43,6 @@ def exported(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def copied(exported: Path, tmp_path: Path) -> Path:
     """The same, to be spoilt."""
     return Path(shutil.copytree(exported, tmp_path / "model"))
-
-
-def change_manifest(folder: Path, **values: Any) -> None:
-    path = folder / "splitlora.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def expected_tokens(model: Path, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
@@ -462,10 +456,6 @@ def path_outside(folder: Path) -> None:
     change_manifest(folder, precisions={"q8": {"graph": graph, "bytes": {graph: 1}}})
 
 
-def move_out(path: Path) -> None:
-    path.symlink_to(path.rename(path.parents[2] / "elsewhere"))
-
-
 def graph_elsewhere(folder: Path) -> None:
     move_out(folder / "onnx/model_quantized.onnx")
 
@@ -522,16 +512,6 @@ def names_that_are_no_text(folder: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"past_key_values.0.key", b"past_key_values.0.k\xff\xff"))
 
 
-def foreign_graph(folder: Path) -> None:
-    """One that doubles what it is given, in a folder whose manifest knows its size."""
-    given, doubled = (helper.make_tensor_value_info(name, TensorProto.INT64, ["B", "S"]) for name in ("input_ids", "doubled"))
-    node = helper.make_node("Add", ["input_ids", "input_ids"], ["doubled"])
-    path = folder / "onnx/model_quantized.onnx"
-    onnx.save(helper.make_model(helper.make_graph([node], "foreign", [given], [doubled]), ir_version=10), path)
-    entry = {"graph": "onnx/model_quantized.onnx", "bytes": {"onnx/model_quantized.onnx": path.stat().st_size}}
-    change_manifest(folder, precisions={"q8": entry})
-
-
 def no_precisions(folder: Path) -> None:
     change_manifest(folder, precisions={})
 
@@ -564,7 +544,7 @@ def no_precisions(folder: Path) -> None:
         (adapter_with_an_endless_name, "has its adapter merged"),
         (graph_with_an_endless_name, "xxx is missing: the folder is incomplete"),
         (names_that_are_no_text, "the graph is not one of a language model: 'utf-8' codec can't decode"),
-        (foreign_graph, "the model cannot be computed: "),
+        (lambda folder: foreign_graph(folder, "q8", "onnx/model_quantized.onnx"), "the model cannot be computed: "),
     ],
 )
 def test_unusable_folder_is_one_sentence(

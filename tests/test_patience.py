@@ -7,25 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import run_in_thread
+from conftest import Clock, run_in_thread
 
 from edge_client import ConnectionFailed, EdgeClient
 from edge_client.patience import Patience, reason_to_wait
 from gpu_server import GpuServer
 from gpu_server.federation import Federation
 from protocol import Pong
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch
 from conftest import make_model
 from protocol_samples import SETTINGS
 from safetensors.torch import load_file, save_file
+from spoiling import change_weights
 from torch.nn import functional as F
 from transformers import get_linear_schedule_with_warmup
 
@@ -116,12 +117,6 @@ def test_shards_and_names_without_prefix_are_the_same_model(tiny_model: Path, tm
     masks = {"h.0.attn.bias": torch.zeros(1, 1, 4, 4)}  # old checkpoints carry them
     save_file({**{name.removeprefix("transformer."): t for name, t in tensors.items()}, **masks}, bare / "model.safetensors")
     assert len({PretrainedModel(folder).fingerprint() for folder in (tiny_model, sharded, bare)}) == 1
-
-
-def change_weights(model: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    weights = load_file(model / "model.safetensors")
-    change(weights)
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
 
 
 TABLE, HEAD = "transformer.wte.weight", "lm_head.weight"

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import Clock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,14 +10,6 @@ from edge_client.stopwatch import Stopwatch, difference
 from protocol import ActivationGradient, Seconds
 
 seconds = st.floats(0, 1000)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def answer(queue: float, compute: float) -> ActivationGradient:

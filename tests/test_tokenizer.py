@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import make_tokenizer
+from spoiling import swap_two_ids
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import AutoTokenizer
 
@@ -104,12 +105,6 @@ def test_tokenizer_that_transformers_has_saved_has_the_same_digest(write: Write,
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved/tokenizer.json").exists()
     assert tokenizer_digest(load_tokenizer(tmp_path / "saved")) == tokenizer_digest(load_tokenizer(folder))
-
-
-def swap_two_ids(whole: dict[str, Any]) -> None:
-    vocabulary = whole["model"]["vocab"]
-    first, second = list(vocabulary)[300:302]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
 
 
 def drop_last_merge(whole: dict[str, Any]) -> None:
