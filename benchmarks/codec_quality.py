@@ -2,8 +2,9 @@
 What a codec does to a whole run: gpt2-mini on E2E NLG, three clients of batch 8, perplexity of held-out rows after it.
 
 A server and its clients over loopback, in one process, for every codec and seed; a seed decides initial adapter, order and
-noise. The table is printed after every seed, of all so far. The gate is told to let every codec be: what it would have done is
-the change of the loss that it saw. Held-out rows are every twelfth of valid.txt, and travel in bfloat16 at least.
+noise. The table is printed after every seed, of all so far. The codec policy is told to let every codec be: what it would have
+done follows from the change of the loss that it saw. Held-out rows are every twelfth of valid.txt, and travel in bfloat16 at
+least.
 """
 
 import argparse
@@ -77,10 +78,10 @@ def run(folder: Path, settings: dict[str, Any], rows: int, progress: Progress) -
         list(server.train())
         for thread in threads:
             thread.join()
-    return perplexity[0], seen_by_the_gate(folder / "run" / "codecs.json", settings["codec"])
+    return perplexity[0], seen_by_the_policy(folder / "run" / "codecs.json", settings["codec"])
 
 
-def seen_by_the_gate(path: Path, codec: str) -> float:
+def seen_by_the_policy(path: Path, codec: str) -> float:
     """Nats per labelled token, smoothed."""
     if not path.exists():
         return 0.0
@@ -96,7 +97,7 @@ def report(found: dict[str, list[float]], changes: dict[str, list[float]], what:
         each = ", ".join(f"{difference:+.2f}" for difference in against)
         shown = ", ".join(f"{perplexity:.3f}" for perplexity in perplexities)
         rows.append([codec, shown, f"{statistics.mean(against):+.2f} %", each, f"{statistics.mean(changes[codec]):+.4f}"])
-    header = [f"after {what}", "perplexity, by seed", "against the first", "each, %", "change of the loss that the gate saw"]
+    header = [f"after {what}", "perplexity, by seed", "against the first", "each, %", "change of the loss that was seen"]
     print(contestants.markdown(header, rows), flush=True)
 
 

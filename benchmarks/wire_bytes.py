@@ -2,9 +2,9 @@
 Bytes of a labelled sample both ways, as TCP carries them: with TLS, WebSocket framing, handshakes and the adapter's exchange.
 
 gpt2-mini on shuffled rows of E2E's train.txt, batches of 8, cut after block 3, epochs of 66 steps, each a round, each codec in
-a run of its own; delta goes through its samples twice. The gate is told to let int4 and delta be. The reference pads every
-sample to 512 tokens and sends float32; its bytes are computed, of activations and gradients alone, as are those of 16-bit
-floats without padding.
+a run of its own; delta goes through its samples twice. The codec policy is told to let int4 and delta be. The reference pads
+every sample to 512 tokens and sends float32; its bytes are computed, of activations and gradients alone, as are those of
+16-bit floats without padding.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> None:
         for codec in ("float32", *CODECS, DELTA):
             epochs = 2 if codec == DELTA else 1
             settings = {"model": str(model), "epochs": epochs, "aggregate_every": options.steps, "codec": codec}
-            # These two change the loss of this model by more than the gate's tolerance, and would be left.
+            # These two change the loss of this model by more than the codec policy's tolerance, and would be left.
             settings |= {"codec_tolerance": 1e9} if codec in ("int4", DELTA) else {}
             counts = bytes_of_run(folder / codec, settings, data, options.steps, progress)
             for epoch, (up, down) in enumerate(counts.epochs, 1):
