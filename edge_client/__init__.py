@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .enrolment import EnrolmentError
     from .generation import ExportedModelError, GenerationError, Generator, RuntimeMissing, Sampling
     from .pinning import CertificateChanged
-    from .status import ServerStatus, ping
+    from .server_status import ServerStatus, ping
     from .training import Step
 
 __all__ = [

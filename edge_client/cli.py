@@ -277,7 +277,7 @@ def _train(device: "EdgeClient") -> None:
 
 
 def run_ping(options: argparse.Namespace) -> None:
-    from .status import ping
+    from .server_status import ping
 
     status = ping(options.server, name=options.name, state_dir=options.state_dir)
     pong = status.pong

@@ -34,10 +34,10 @@ from .data import Batches, DataError, Dataset
 from .engine import Engine
 from .enrolment import state_folder, store
 from .membership import Membership, Redirected
-from .patience import Patience, reason_to_wait
-from .status import model_of_server
+from .server_status import model_of_server
 from .torch_engine import TorchEngine, choose_weight_dtype
 from .training import Step, perplexity, train
+from .waiting import Patience, reason_to_wait
 
 __all__ = ["EdgeClient"]
 

@@ -1,6 +1,6 @@
 """What the two sides say to each other. Does no I/O, knows no clock and no torch. PROTOCOL.md is its specification."""
 
-from .changes import ActivationCache
+from .delta import ActivationCache
 from .encoding import decode, encode
 from .errors import InvalidName, LocalProtocolError, ProtocolError, RemoteProtocolError, TrainingDiverged
 from .itinerary import LEGS, Itinerary, Leg, QuestionId, Remembered

@@ -25,7 +25,7 @@ class Coded:
     """A matrix (N, d) as it travels. The parts are bytes that nobody has checked: `decode` does."""
 
     codec: str
-    """One of CODECS, or DELTA, which `decode` cannot decode and `changes` does: it depends on what was sent before."""
+    """One of CODECS, or DELTA, which `decode` cannot decode and `delta.py` does: it depends on what was sent before."""
     shape: tuple[int, int]
     """Of the decoded matrix."""
     parts: Sequence[bytes]

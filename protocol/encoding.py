@@ -71,7 +71,7 @@ def decode(data: bytes, max_bytes: int, codecs: Collection[str] = ()) -> Message
 
     Args:
         max_bytes: the most that a message may inflate to, and a coded tensor decode to.
-        codecs: in which tensors may come, besides the exact form. A tensor in DELTA stays a `Coded`, for `changes.arrived`.
+        codecs: in which tensors may come, besides the exact form. A tensor in DELTA stays a `Coded`, for `delta.arrived`.
 
     Raises:
         RemoteProtocolError: ``data`` is no message of this version, or too large.

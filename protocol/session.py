@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 
-from . import changes
+from . import delta
 from .agreement import Agreement
 from .codecs import Coded
 from .encoding import decode, encode
@@ -127,7 +127,7 @@ class Session:
         self.codecs = dict.fromkeys(Side, EXACT)
         """By sender, of what may be coded; the server decides, for the next step."""
         self._codecs_before = self.codecs
-        self.activation_cache: changes.ActivationCache | None = None
+        self.activation_cache: delta.ActivationCache | None = None
         """The client's samples, for runs in `DELTA`; both sides give the session theirs when the client has joined."""
         self._agreed = Agreement()
         self._received: tuple[type, int, int, int] | None = None
@@ -325,7 +325,7 @@ class Session:
             return message
         if self.activation_cache is None:
             raise LocalProtocolError(f"{DELTA} needs an activation cache")
-        return changes.coded(message, self.activation_cache)
+        return delta.coded(message, self.activation_cache)
 
     def _nearly_exact(self, values: Array) -> Array | Coded:
         """What a codec is compared with: richer than it is, and little beside what it saves."""
@@ -337,7 +337,7 @@ class Session:
             return message
         if in_delta != {"values"} or not isinstance(message, Activations) or self.activation_cache is None:
             raise RemoteProtocolError(f"{type(message).__name__} in {DELTA}, which this run does not use")
-        return changes.arrived(message, self.activation_cache)
+        return delta.arrived(message, self.activation_cache)
 
     def _dither(self, message: Message) -> Dither | None:
         """For gradients, the same for the same run, client, direction and step: a repeated message has the same bytes."""

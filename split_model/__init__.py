@@ -6,7 +6,7 @@ from .lora import Adapter, LoraConfig, adapter_shapes, initial_adapter
 from .model_config import ModelConfig
 from .optimisation import OptimiserConfig, adamw, optimiser_state, restore_optimiser, take_step
 from .parts import EdgePart, ServerPart, check_cut_layer
-from .precision import DTYPES, choose_device, choose_dtype
+from .placement import DTYPES, choose_device, choose_dtype
 from .pretrained_model import PretrainedModel
 from .sealed_tensors import DamagedFile, read_sealed, seal
 

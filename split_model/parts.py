@@ -16,7 +16,7 @@ from .families import family_of
 from .lora import Adapter, LoraConfig, LoraLinear, SeededDropout, adapted_layers, adapter_name
 from .loss import summed_cross_entropy
 from .packing import Packing, labelled_positions
-from .precision import Placement
+from .placement import Placement
 from .pretrained_model import PretrainedModel
 
 __all__ = ["EdgePart", "ServerPart", "check_cut_layer"]

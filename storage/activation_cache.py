@@ -1,4 +1,4 @@
-"""The activation cache of one client on the disk, as both sides of a run keep it for `protocol.changes`."""
+"""The activation cache of one client on the disk, as both sides of a run keep it for `protocol.delta`."""
 
 import io
 import threading

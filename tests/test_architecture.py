@@ -26,9 +26,9 @@ MAY_IMPORT = {
 # Within a package: a room that may import its own modules and these of others, and nothing else of the package around it.
 ROOMS = {"edge_client/generation": {"numpy", "onnxruntime", "storage", "terminal", "tokenizers"}}
 ONLY_IN = {
-    "websockets": {"edge_client/connection.py", "gpu_server/serving/admission.py", "gpu_server/serving/peer.py"},
+    "websockets": {"edge_client/connection.py", "gpu_server/serving/http_handshake.py", "gpu_server/serving/peer.py"},
     "asyncio": {
-        *("gpu_server/serving/admission.py", "gpu_server/serving/conversation.py", "gpu_server/serving/lifetime.py"),
+        *("gpu_server/serving/http_handshake.py", "gpu_server/serving/conversation.py", "gpu_server/serving/lifetime.py"),
         *("gpu_server/serving/peer.py", "gpu_server/serving/performer.py", "gpu_server/serving/run_server.py"),
     },
     "onnxruntime": {"edge_client/generation/decoder.py", "export/exported_model.py", "export/onnx_folder.py"},
@@ -98,9 +98,9 @@ def test_neither_side_imports_transformers_or_peft(package: str) -> None:
 
 
 WITHOUT_TORCH = [
-    *("protocol", "storage", "terminal", "edge_client.enrolment", "edge_client.generation", "edge_client.status"),
+    *("protocol", "storage", "terminal", "edge_client.enrolment", "edge_client.generation", "edge_client.server_status"),
     # An engine without torch needs nothing else: whoever trains with it does not load torch, nor need it be installed.
-    *(f"edge_client.{name}" for name in ("training", "membership", "client_state", "engine", "data", "patience")),
+    *(f"edge_client.{name}" for name in ("training", "membership", "client_state", "engine", "data", "waiting")),
     *("gpu_server.door", "gpu_server.federation"),
 ]
 

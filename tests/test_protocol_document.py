@@ -34,8 +34,8 @@ from protocol import (
     Seconds,
     Side,
     State,
-    changes,
     decode,
+    delta,
     encode,
     gradient_codec,
 )
@@ -280,7 +280,7 @@ def test_its_vector_of_delta_decodes_to_what_it_says() -> None:
     coded: Any = Coded.received(msgpack.unpackb(payload), HANDSHAKE_BYTES)
     batch = {"lengths": integers(4, 1), "label_counts": integers(0, 0), "labels": integers(), "samples": integers(4, 6)}
     side: Any = OneVersion()
-    arrived = changes.arrived(Activations(step=9, seconds=Seconds(), values=coded, **batch), side)
+    arrived = delta.arrived(Activations(step=9, seconds=Seconds(), values=coded, **batch), side)
     changed = floats((1.5, -0.5, 2.25), (1, 0, -0.5), (1.5, 2.5, -0.25), (1.5, -1.5, 1.75))
     assert_same(arrived.values, np.concatenate([changed, floats((1, -2, 31.75))]))
     assert side.kept == {4: 2, 6: 0}

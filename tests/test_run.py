@@ -207,7 +207,7 @@ def test_computing_for_long_does_not_lose_a_connection(
     busy: str,
 ) -> None:
     caplog.set_level("INFO")
-    for side in ("gpu_server.serving.admission", "edge_client.connection"):
+    for side in ("gpu_server.serving.http_handshake", "edge_client.connection"):
         monkeypatch.setattr(f"{side}.SECONDS_BETWEEN_PINGS", 0.05)
         monkeypatch.setattr(f"{side}.SECONDS_TO_PONG", 0.3)
     owner, name, peer = (ServerEngine, "train", Side.CLIENT) if busy == "server" else (TorchEngine, "backward", Side.SERVER)

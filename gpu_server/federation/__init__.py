@@ -16,9 +16,9 @@ from .events import (
 )
 from .federation import Federation, Phase
 from .member import Member, Presence
+from .message_rules import ModelLimits
 from .roster import NameInUse
-from .rules import ModelLimits
-from .status import RunStatus
+from .run_status import RunStatus
 from .step import StepRecord
 
 __all__ = [

@@ -6,7 +6,7 @@ Theory of operation
 
 The run goes through phases, and only here:
 
-    GATHERING ── all have joined ──► ACTIVATIONS ◄──────────────────────────────────────────┐
+    JOINING ──── all have joined ──► ACTIVATIONS ◄──────────────────────────────────────────┐
                                       │   ▲   │                                             │
                         all have asked│   │   │nobody has data left                         │
                                       ▼   │   └──────────► SAVING ──► FINISHED              │
@@ -90,9 +90,9 @@ from .events import (
 )
 from .gathering import Gathering, Verdict
 from .member import Member, Presence
+from .message_rules import ModelLimits, OfAStep, check_hello, check_newcomer, check_question, check_same_data
 from .roster import Asked, Roster
-from .rules import ModelLimits, OfAStep, check_hello, check_newcomer, check_question, check_same_data
-from .status import RunStatus
+from .run_status import RunStatus
 from .step import StepInProgress
 from .timing import StepTiming
 
@@ -102,7 +102,7 @@ logger = logging.getLogger("gpu_server")
 
 
 class Phase(enum.Enum):
-    GATHERING = "waiting for clients"
+    JOINING = "waiting for clients"
     ACTIVATIONS = "waiting for activations"
     TRAINING = "computing the step"
     CONTRIBUTIONS = "waiting for the clients' adapters"
@@ -112,7 +112,7 @@ class Phase(enum.Enum):
 
 
 WAITED_FOR: dict[Phase, type] = {
-    Phase.GATHERING: Join,
+    Phase.JOINING: Join,
     Phase.ACTIVATIONS: Activations,
     Phase.CONTRIBUTIONS: Contribution,
 }
@@ -149,7 +149,7 @@ class Federation:
         """Steps of the last two checkpoints, the earlier first: the server may still go back to either."""
         self.total_steps = 0
         """The last step for which any member had data when the run started; 0 until then."""
-        self.phase = Phase.GATHERING
+        self.phase = Phase.JOINING
         self.timing = StepTiming()
         self._roster = Roster(self.settings, self.limits.edge_shapes)
         self._present_step = StepInProgress()
@@ -194,7 +194,7 @@ class Federation:
         """
         later = set() if self.codec_policy is None else self.codec_policy.may_use()
         check_hello(hello, self.limits, self.settings.codecs() | later)
-        self._roster.greet(hello.name, starting=self.phase is Phase.GATHERING, ending=self._is_ending)
+        self._roster.greet(hello.name, starting=self.phase is Phase.JOINING, ending=self._is_ending)
         return Welcome(run=self.run, settings=self.settings, fingerprint=self.limits.fingerprint, restarts=self.restarts)
 
     def join(self, name: str, join: Join, now: float) -> list[Action]:
@@ -210,7 +210,7 @@ class Federation:
         newcomer = self._roster.newcomer(join)
         check_newcomer(newcomer, self.limits)
         if not self.members:
-            self._enter(Phase.GATHERING, now)  # from now on somebody waits
+            self._enter(Phase.JOINING, now)  # from now on somebody waits
         self._roster.add(name, newcomer)
         return self._advance(now)
 
@@ -274,7 +274,7 @@ class Federation:
     def disconnected(self, name: str, now: float) -> list[Action]:
         """A client's connection is lost. Once the run has started it keeps its place."""
         self._roster.greeted.discard(name)
-        if self.phase is Phase.GATHERING:
+        if self.phase is Phase.JOINING:
             self.members.pop(name, None)
         elif name in self.members:
             self.members[name].was_lost(now)
@@ -426,7 +426,7 @@ class Federation:
 
     def _advance(self, now: float) -> list[Action]:
         """Go on as far as what has come in, and the time, allow."""
-        if self.phase is Phase.GATHERING:
+        if self.phase is Phase.JOINING:
             return self._await_newcomers(now)
         if self.phase is Phase.ACTIVATIONS:
             return self._advance_activations(now)
@@ -567,7 +567,7 @@ class Federation:
 
     def _enter(self, phase: Phase, now: float) -> None:
         self.phase, self._since, kind = phase, now, WAITED_FOR.get(phase)
-        quorum = None if phase is Phase.GATHERING else self.quorum  # a run starts with all of its clients
+        quorum = None if phase is Phase.JOINING else self.quorum  # a run starts with all of its clients
         self._gathering = None if kind is None else Gathering(kind, now, self.deadline, quorum)
 
     # Members that come back

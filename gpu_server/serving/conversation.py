@@ -23,7 +23,7 @@ from terminal import count, duration, version
 from ..door import Door
 from ..federation import Federation, NameInUse
 from ..listener import Listener
-from .admission import SECONDS_TO_TRY_AGAIN
+from .http_handshake import SECONDS_TO_TRY_AGAIN
 from .lifetime import Lifetime
 from .peer import CacheError, ConnectionLost, Peer
 from .performer import Performer

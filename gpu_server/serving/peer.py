@@ -1,4 +1,4 @@
-"""One connection, and the session that is spoken over it. Only this file and admission.py know WebSockets."""
+"""One connection, and the session that is spoken over it. Only this file and http_handshake.py know WebSockets."""
 
 import asyncio
 import time

@@ -12,8 +12,8 @@ from ..door import Door
 from ..engine import Engine
 from ..federation import Action, Federation
 from ..listener import Limits, Listener
-from .admission import accept_connections, watch_enrolments
 from .conversation import Conversations
+from .http_handshake import accept_connections, watch_enrolments
 from .journal import Journal
 from .lifetime import Lifetime
 from .observer import Observer

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..model_config import ModelConfig
-from ..precision import Placement
+from ..placement import Placement
 from ..stored_tensors import StoredTensors
 
 __all__ = ["Family"]

@@ -12,7 +12,7 @@ from storage import ModelError, shown
 from ..lora import LoraLinear
 from ..model_config import ConfigFile, ModelConfig
 from ..packing import Packing
-from ..precision import Placement
+from ..placement import Placement
 from ..stored_tensors import StoredTensors
 from .family import Family
 

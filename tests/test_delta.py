@@ -34,8 +34,8 @@ from protocol import (
     decode,
     encode,
 )
-from protocol.changes import arrived, coded
 from protocol.codecs import Coded, quantised_parts
+from protocol.delta import arrived, coded
 from protocol.rounding import from_bfloat16, to_bfloat16
 from storage import CacheFolder
 

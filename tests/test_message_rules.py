@@ -8,7 +8,7 @@ import pytest
 from usual_settings import settings
 
 from gpu_server.federation.member import Member
-from gpu_server.federation.rules import ModelLimits, check_hello, check_newcomer, check_question, check_same_data
+from gpu_server.federation.message_rules import ModelLimits, check_hello, check_newcomer, check_question, check_same_data
 from protocol import (
     Activations,
     AdapterGradient,

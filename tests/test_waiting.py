@@ -10,7 +10,7 @@ import pytest
 from conftest import Clock, run_in_thread
 
 from edge_client import ConnectionFailed, EdgeClient
-from edge_client.patience import Patience, reason_to_wait
+from edge_client.waiting import Patience, reason_to_wait
 from gpu_server import GpuServer
 from gpu_server.federation import Federation
 from protocol import Pong
