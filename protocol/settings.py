@@ -19,7 +19,7 @@ def gradient_codec(codec: str) -> str:
 
 
 TARGETS = ("c_attn", "c_proj", "c_fc")
-"""Layers that may be adapted."""
+"""Names of layers that may be adapted, of all model families. Whether a model has them, is checked where it is split."""
 LARGEST_COUNT = 2**31 - 1  # far below the largest integer that a message may hold
 
 BOUNDS: dict[str, tuple[float, float]] = {

@@ -20,8 +20,9 @@ LARGEST = (1 << 31) - 1
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(ABC):
     """
-    The shape of one model. A family derives its own class from this one, which adds the names of its tensors, and fields where
-    these do not say all. The fields, and no class variables, are a part of the model's fingerprint.
+    The shape of one model. A family derives its own class from this one. It adds the names of the model's tensors and, where
+    these fields do not describe such a model wholly, fields of its own. All fields are part of the fingerprint (class variables
+    are not), so a field that is renamed makes every model of the family another one.
     """
 
     model_type: ClassVar[str]
@@ -37,7 +38,7 @@ class ModelConfig(ABC):
     separate_head_name: ClassVar[str]
     """The LM head, (V, d), where it is a matrix of its own."""
     stores_in_out: ClassVar[bool]
-    """Whether matrices of linear layers are stored as (in, out), transformers' Conv1D, and not as (out, in), torch's Linear."""
+    """Linear layers' matrices are stored as (in, out), as by transformers' Conv1D; else as (out, in), as by torch's Linear."""
 
     num_layers: int
     width: int
