@@ -6,25 +6,21 @@ B sequences, S new tokens of each, d width, H heads of D elements, V tokens in t
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .attention import ATTENTIONS, Cache, Heads
-from .errors import ExportError
 from .graph import MICROSOFT, Graph
+from .graph_weights import GraphWeights
 from .precision import Precision
-from .quantisation import BlockFormat, quantise
+from .quantisation import BlockFormat
 from .weights import Weights
 
 if TYPE_CHECKING:  # a graph is built without torch, which split_model imports
     from split_model import ModelConfig
 
 __all__ = ["DecoderGraph"]
-
-INTEGER_PRODUCTS = 4
-"""MatMulNBits' accuracy_level at which activations are rounded to 8 bits, too. Without it 8-bit weights are 30 times slower."""
 
 
 class DecoderGraph(ABC):
@@ -47,7 +43,8 @@ class DecoderGraph(ABC):
         blocks: range,
         adapted: Collection[str] = (),
     ) -> None:
-        self.graph, self.config, self.weights, self.precision = graph, config, weights, precision
+        self.graph, self.config, self.precision = graph, config, precision
+        self.weights = GraphWeights(graph, weights, precision)
         self.form, self.blocks, self.adapted = ATTENTIONS[attention], blocks, adapted
         self.node = graph.node
         self.heads = Heads(count=config.num_heads, width=config.head_width, dtype=precision.dtype)
@@ -104,12 +101,12 @@ class DecoderGraph(ABC):
             form: how W is stored, one of the precision's; None: as the precision's dtype.
         """
         inputs, outputs = self.shapes[name]
-        matrix, bias = f"{name}.weight", self.plain(f"{name}.bias")
+        matrix, bias = f"{name}.weight", self.weights.plain(f"{name}.bias")
         with self.graph.scope(name):
             if form:
-                y = self.quantised_product(x, matrix, (outputs, inputs), form, bias, transposed=True)
+                y = self.weights.product(x, matrix, (outputs, inputs), form, bias, transposed=True)
             else:
-                y = self.node("Add", self.node("MatMul", x, self.plain(matrix)), bias)
+                y = self.node("Add", self.node("MatMul", x, self.weights.plain(matrix)), bias)
             return self.node("Add", y, self.low_rank(name, x, inputs, outputs)) if name in self.adapted else y
 
     def low_rank(self, name: str, x: str, inputs: int, outputs: int) -> str:
@@ -129,21 +126,21 @@ class DecoderGraph(ABC):
             end, axis = self.graph.constant([np.iinfo(np.int64).max]), self.graph.constant([1])
             x = self.node("Slice", x, start, end, axis)
             if self.precision.table:
-                logits = self.quantised_product(x, table, shape, self.precision.table)
+                logits = self.weights.product(x, table, shape, self.precision.table)
             else:
                 # Gemm takes the table as it is. For a MatMul, runtimes would transpose it and keep it in memory twice.
                 rows = self.node("Reshape", x, self.graph.constant([-1, self.config.width]))
                 leading = self.node("Shape", x, start=0, end=2)
                 whole = self.node("Concat", leading, self.graph.constant([self.config.vocabulary_size]), axis=0)
-                logits = self.node("Reshape", self.node("Gemm", rows, self.plain(table), transB=1), whole)
+                logits = self.node("Reshape", self.node("Gemm", rows, self.weights.plain(table), transB=1), whole)
         self.name_output("logits", logits, self.config.vocabulary_size)
 
     def embedded(self, tokens: str) -> str:
         """Ids (B, S) -> their rows of the token embedding, (B, S, d)."""
         form = self.precision.table
         if form is None:
-            return self.node("Gather", self.plain(self.config.table_name), tokens)
-        integers, *grid = self.quantised(self.config.table_name, form)
+            return self.node("Gather", self.weights.plain(self.config.table_name), tokens)
+        integers, *grid = self.weights.quantised(self.config.table_name, form)
         # MatMulNBits wants the blocks of the LM head as a dimension of their own, this operator does not. The Reshape is folded
         # when the graph is loaded, and both use one table in memory.
         table = self.node("Reshape", integers, self.graph.constant([self.config.vocabulary_size, -1]))
@@ -153,41 +150,6 @@ class DecoderGraph(ABC):
             return rows
         start, end, axis = (self.graph.constant([value]) for value in (0, self.config.width, 2))
         return self.node("Slice", rows, start, end, axis)
-
-    def quantised_product(
-        self, x: str, name: str, shape: tuple[int, int], form: BlockFormat, bias: str = "", *, transposed: bool = False
-    ) -> str:
-        """(B, S, K) times the transposed matrix of shape (N, K) -> (B, S, N)."""
-        inputs = [x, *self.quantised(name, form, transposed=transposed), "", bias]
-        layout = {"N": shape[0], "K": shape[1], "bits": form.bits, "block_size": form.size}
-        return self.node("MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=INTEGER_PRODUCTS, **layout)
-
-    def quantised(self, name: str, form: BlockFormat, *, transposed: bool = False) -> list[str]:
-        """Integers, scales and zero points of a matrix's rows, or of its columns if it is transposed."""
-        names = [f"{name}.{part}" for part in ("integers", "scales", "zero_points")]
-        if not self.graph.has_weight(names[0]):
-            matrix = self.weights.read(name)
-            with np.errstate(over="ignore", invalid="ignore"):
-                stored = quantise(matrix.T if transposed else matrix, form)
-            self._check_finite(name, stored.scales)
-            arrays: tuple[NDArray[Any], ...] = (stored.integers, stored.scales, stored.zero_points)
-            for part, array in zip(names, arrays, strict=True):
-                self.graph.weight(part, array)
-        return names
-
-    def plain(self, name: str) -> str:
-        """A tensor that is not quantised, in the precision's dtype."""
-        if not self.graph.has_weight(name):
-            with np.errstate(over="ignore"):
-                stored = self.weights.read(name).astype(self.precision.dtype, copy=False)
-            self._check_finite(name, stored)
-            self.graph.weight(name, stored)
-        return name
-
-    def _check_finite(self, name: str, stored: NDArray[Any]) -> None:
-        if not np.isfinite(stored).all():
-            precision = self.precision.name
-            raise ExportError(f"{name} has values too large for {precision}; leave {precision} out of --precision")
 
     def cache(self, index: int) -> Cache:
         names = {

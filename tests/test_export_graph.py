@@ -133,7 +133,7 @@ def test_quantised_graph_is_the_model_with_rounded_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, width: int
 ) -> None:
     """With activations in full precision: what rounding them costs is measured on a trained model."""
-    monkeypatch.setattr("export.decoder_graph.INTEGER_PRODUCTS", 1)
+    monkeypatch.setattr("export.graph_weights.INTEGER_PRODUCTS", 1)
     folder = make_model(tmp_path, n_layer=2, n_embd=width, n_head=1)
     export_onnx(str(folder), tmp_path / "out", precisions=[precision])
     model, form = reference.load_base(folder), PRECISIONS[precision]

@@ -35,7 +35,9 @@ class GPT2Graph(DecoderGraph):
         self.token_inputs()
         positions = self.graph.input("position_ids", np.int64, ["batch_size", "sequence_length"])
         with self.graph.scope("embeddings"):
-            return self.node("Add", self.embedded(self.tokens), self.node("Gather", self.plain("wpe.weight"), positions))
+            return self.node(
+                "Add", self.embedded(self.tokens), self.node("Gather", self.weights.plain("wpe.weight"), positions)
+            )
 
     def block(self, name: str, x: str, cache: Cache) -> str:
         x = self.node("Add", x, self.self_attention(f"{name}.attn", self.norm(f"{name}.ln_1", x), cache))
@@ -57,7 +59,7 @@ class GPT2Graph(DecoderGraph):
 
     def norm(self, name: str, x: str) -> str:
         with self.graph.scope(name):
-            parameters = self.plain(f"{name}.weight"), self.plain(f"{name}.bias")
+            parameters = self.weights.plain(f"{name}.weight"), self.weights.plain(f"{name}.bias")
             return self.node("LayerNormalization", x, *parameters, axis=-1, epsilon=self.config.norm_epsilon)
 
 
