@@ -120,14 +120,14 @@ def _member(files: Folder, value: dict[str, Any], key: str, kind: type[Member]) 
 
 def _file_or_none(files: Folder, value: dict[str, Any], key: str) -> Path | None:
     """The path of a file of the folder. The manifest says null where there is none, and always says something."""
-    return None if key in value and value[key] is None else files.place(_member(files, value, key, str))
+    return None if key in value and value[key] is None else files.locate(_member(files, value, key, str))
 
 
 def _precision(files: Folder, kind: str, entry: dict[str, Any]) -> ExportedPrecision:
     sizes = _member(files, entry, "bytes", dict)
     precision = ExportedPrecision(
-        graphs=tuple(files.place(_member(files, entry, key, str)) for key in GRAPHS_OF[kind]),
-        sizes={files.place(name): _member(files, sizes, name, int) for name in sizes},
+        graphs=tuple(files.locate(_member(files, entry, key, str)) for key in GRAPHS_OF[kind]),
+        sizes={files.locate(name): _member(files, sizes, name, int) for name in sizes},
     )
     for graph in precision.graphs:
         if graph not in precision.sizes:

@@ -24,7 +24,7 @@ class Folder:
     def __init__(self, path: Path, error: type[ValueError]) -> None:
         self.path, self.error = path, error
 
-    def place(self, name: str) -> Path:
+    def locate(self, name: str) -> Path:
         """
         The path of the file ``name``, whether it exists or not. The name may have folders in it.
 
@@ -50,9 +50,9 @@ class Folder:
         The path of the file ``name``; None if there is no such file.
 
         Raises:
-            error: as `place`.
+            error: as `locate`.
         """
-        path = self.place(name)
+        path = self.locate(name)
         return path if path.is_file() else None
 
     def require(self, name: str) -> Path:
@@ -60,7 +60,7 @@ class Folder:
         The path of the file ``name``.
 
         Raises:
-            error: as `place`, and if there is no such file.
+            error: as `locate`, and if there is no such file.
         """
         path = self.find(name)
         if path is None:

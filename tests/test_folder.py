@@ -58,7 +58,7 @@ def test_link_to_nothing_and_a_circle_of_links_are_no_files(folder: Path) -> Non
 @pytest.mark.parametrize("name", ["../private", "/etc/passwd", "a/../../private"])
 def test_name_that_leaves_the_folder_is_refused(folder: Path, name: str) -> None:
     with pytest.raises(WrongFolder, match="is outside the folder"):
-        Folder(folder, WrongFolder).place(name)
+        Folder(folder, WrongFolder).locate(name)
 
 
 def in_the_hubs_cache(tmp_path: Path, source: Path) -> Path:
