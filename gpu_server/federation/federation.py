@@ -6,14 +6,12 @@ Theory of operation
 
 The run goes through phases, and only here:
 
-    JOINING ──── all have joined ──► ACTIVATIONS ◄──────────────────────────────────────────┐
-                                      │   ▲   │                                             │
-                        all have asked│   │   │nobody has data left                         │
-                                      ▼   │   └──────────► SAVING ──► FINISHED              │
-                                    TRAINING                                                │
-                                      │ after the last micro-batch of a round's last step   │
-                                      ▼                                                     │
-                                    CONTRIBUTIONS ── all have asked ──► AGGREGATING ────────┘
+    JOINING ── all have joined ──► ACTIVATIONS ── nobody has data left ──► SAVING ──► FINISHED
+                                     │   ▲   ▲
+                      all have asked │   │   └─────────────────────────────────────────┐
+                                     ▼   │ step or round goes on                       │ the round has its adapter
+                                    TRAINING ── round ends ──► CONTRIBUTIONS ──► AGGREGATING
+                                                                        all have asked
 
 Who may ask what. A member asks along its `Itinerary`: its next question, or a later micro-batch of the same step. A question
 waits at the member until it is answered. One that was answered already, of the step and kind that were answered last, gets the
@@ -27,16 +25,15 @@ one that has not asked by the deadline is not waited for either: the run *overta
 What a presence may become. A lost connection changes nothing but who can be written to: the member keeps its place, and its
 questions stay asked. Being overtaken does change something: what it has asked is dropped, and it must be told where to go on.
 
-                  lost                                                  left
-       HERE ◄──────────────► AWAY          from any of the first row ────────► LEFT
-        │ ▲    comes back     │                                                 │
-        │ │                   │  overtaken: a step or round goes on without it  │
-        ▼ │                   ▼                                                 ▼
-    BEHIND │      lost      ABSENT         from any of the second row ───────► GONE
-        │ │ ────────────────► │
-        ▼ │                   │ comes back
-    RETURNING ◄───────────────┘            LEFT comes back as AWAY does, GONE as ABSENT does
-          └─ told by `Start` between two steps, it is HERE again
+                 connected             lost        connection lost           left       left
+    up to date   HERE    ────────────────────────► AWAY    ─────────────────────────►  LEFT
+                  │  ▲                               │                                   │
+        overtaken │  │ told by `Start`,              │ overtaken                         │ overtaken
+                  ▼  │ between two steps             ▼                                   ▼
+    overtaken    BEHIND, and RETURNING ──────────► ABSENT  ─────────────────────────►  GONE
+                 once it has asked
+
+A member that comes back is HERE if it was AWAY or LEFT, and RETURNING if it was ABSENT or GONE. A connected one may leave, too.
 
 What is kept for how long. A member's answers, until a question of a newer step or kind of its is answered. The counts of a
 round, until the round has its adapter. Of a step, its sums, until it is recorded. Nothing of a round survives the server:
