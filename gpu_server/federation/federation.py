@@ -13,6 +13,9 @@ The run goes through phases, and only here:
                                     TRAINING ── round ends ──► CONTRIBUTIONS ──► AGGREGATING
                                                                         all have asked
 
+If all that have steps of a round left have gone, it ends early: ACTIVATIONS is left for CONTRIBUTIONS, and that for nothing if
+nobody of the round is there any more.
+
 Who may ask what. A member asks along its `Itinerary`: its next question, or a later micro-batch of the same step. A question
 waits at the member until it is answered. One that was answered already, of the step and kind that were answered last, gets the
 same answer again. One that the run has left behind is answered by `Start`, which says where to go on. Any other breaks the
