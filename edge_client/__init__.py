@@ -44,9 +44,9 @@ _HOMES = {
     "Refused": "connection",
     "RuntimeMissing": "generation",
     "Sampling": "generation",
-    "ServerStatus": "status",
+    "ServerStatus": "server_status",
     "Step": "training",
-    "ping": "status",
+    "ping": "server_status",
 }
 
 
