@@ -1,4 +1,4 @@
-"""The server's TLS identity: a key and a certificate, its own or somebody's. Devices know it by the key's SHA-256."""
+"""The server's TLS identity: a key and its certificate, its own or brought by a user. Devices compare the key's SHA-256."""
 
 import ssl
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ DAYS_VALID = 3653  # devices compare the key and look at no date; other software
 
 @dataclass(frozen=True)
 class Certificate:
-    """Two PEM files that belong together."""
+    """A certificate and its private key, each a PEM file."""
 
     certificate_file: Path
     key_file: Path
@@ -32,10 +32,8 @@ class Certificate:
             ServerError: the file cannot be read or holds no certificate.
         """
         try:
-            text = self.certificate_file.read_text(
-                encoding="ascii", errors="replace"
-            )  # between the blocks stands what you like
-            # The first one is the server's; those of a chain, if there are any, come after it.
+            # Any text may stand between a PEM file's blocks. The first certificate is the server's; those of a chain follow.
+            text = self.certificate_file.read_text(encoding="ascii", errors="replace")
             begin = text.index(ssl.PEM_HEADER)
             end = text.index(ssl.PEM_FOOTER, begin) + len(ssl.PEM_FOOTER)
             return public_key_sha256(ssl.PEM_cert_to_DER_cert(text[begin:end]))
@@ -46,15 +44,15 @@ class Certificate:
 
     def server_context(self) -> ssl.SSLContext:
         """
-        What the server's sockets need.
+        For the server's sockets: TLS 1.3 with this certificate.
 
         Raises:
             ServerError: a file cannot be read, or the key is encrypted or another certificate's.
         """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
-        # Nobody resumes a session. Its tickets would come just when a device sends its first request: one of its threads reads
-        # them while another writes, OpenSSL takes that badly, and one connection in 200 never came about.
+        # Nobody resumes a session, and its tickets do harm: they come just when a device sends its first request, so one of its
+        # threads reads while another writes, which OpenSSL cannot stand. One connection in 200 was never established.
         context.num_tickets = 0
         try:
             context.load_cert_chain(self.certificate_file, self.key_file, password=self._refuse_passphrase)
@@ -72,10 +70,10 @@ class Certificate:
 
 def own_certificate(folder: Path) -> Certificate:
     """
-    The certificate that the server made for itself in ``folder``; makes it if there is none.
+    The certificate that the server has made for itself in ``folder``; it is made now if there is none.
 
     Raises:
-        ServerError: half of it is there, it is damaged, or it cannot be written.
+        ServerError: one of its two files is missing, it is damaged, or it cannot be written.
     """
     own = Certificate(folder / "server-certificate.pem", folder / "server-key.pem")
     try:
@@ -125,7 +123,9 @@ def _start_anew(*files: Path) -> str:
 
 
 def _make(own: Certificate) -> None:
-    """A new key and its certificate, signed by itself: devices are told the key's SHA-256, so nobody else need vouch for it."""
+    """
+    A new key and a certificate that it signs itself: devices are told the key's SHA-256, so no authority needs to vouch for it.
+    """
     try:
         from cryptography import x509
         from cryptography.hazmat.primitives import hashes, serialization

@@ -99,8 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @contextmanager
 def _ending_once() -> Iterator[None]:
     """
-    Ctrl-C and SIGTERM end the program, which keeps the run; while it does, more of them change nothing: what is written must
-    not be torn.
+    The first Ctrl-C or SIGTERM ends the program, which saves the run. More of them meanwhile change nothing: what is being
+    written must not be torn.
     """
 
     def end(number: int, frame: types.FrameType | None) -> None:

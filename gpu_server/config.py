@@ -1,4 +1,4 @@
-"""Everything a run can be told, in one table: the flags, the keys of --config and run.json are made of it."""
+"""All settings of a run in one table, from which the flags, the keys of --config and those of run.json are made."""
 
 import difflib
 import ipaddress
@@ -45,7 +45,7 @@ COUNTS = ("checkpoint_every", "quorum", "max_batch_tokens", "max_connections", "
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """
-    One run of a server.
+    The settings of one run.
 
     Raises:
         ConfigError: a value is out of range, or both or neither of ``steps`` and ``epochs`` are given.
@@ -127,11 +127,13 @@ class ServerConfig:
             raise ConfigError(f"{_flag(name)} must be {wanted}, got {value}")
 
     def settled(self, dtype: str) -> "ServerConfig":
-        """What was left open is chosen: the ``dtype``, as given, and how many micro-batches a step has."""
+        """
+        The same with what was left open: ``dtype``, as it was chosen, and the number of micro-batches, which is chosen here.
+        """
         return replace(self, dtype=dtype, micro_batches=self.micro_batches or (1 if is_loopback(self.host) else 2))
 
     def settings(self, precision: str) -> RunSettings:
-        """The part of it that every client is told, of settings that are `settled`."""
+        """What every client is told of these settings, which are `settled`."""
         shared = {item.name: getattr(self, item.name) for item in fields(RunSettings) if item.name not in DERIVED}
         codec = codec_named(self.codec)
         if codec == "auto" and precision == "float64":
@@ -150,7 +152,7 @@ class ServerConfig:
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "ServerConfig":
         """
-        Of values under the fields' names, each checked for its type.
+        The settings that these values make, by the fields' names. Each value is checked for its type.
 
         Raises:
             ConfigError: an unknown name (the nearest known one is named), a value of another type, a required one missing.
@@ -181,7 +183,7 @@ def with_whole_paths(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def described() -> str:
-    """Every setting by its name, with its default and what it is."""
+    """A line for every setting: its name, its default and its meaning."""
     lines = []
     for item in fields(ServerConfig):
         default = "" if item.default is None else f", {item.default!r}"
@@ -226,12 +228,12 @@ def resumed(options: Mapping[str, Any], previous: Mapping[str, Any]) -> dict[str
 
 
 def codec_name(codec: str) -> str:
-    """What flags, metrics and people call it: the protocol's EXACT is float32."""
+    """What flags, metrics and people call a codec of the protocol: EXACT is float32."""
     return FLOAT32 if codec == EXACT else codec
 
 
 def codec_named(name: str) -> str:
-    """What the protocol calls it."""
+    """What the protocol calls a codec that a person has named."""
     return EXACT if name == FLOAT32 else name
 
 
@@ -271,7 +273,7 @@ def options_from_toml(path: Path) -> dict[str, Any]:
 
 
 def _typed(name: str, value: Any, kind: Any, metadata: Mapping[str, Any]) -> Any:
-    """``value``, from a flag, TOML or a caller, as the field's type."""
+    """``value``, which came from a flag, TOML or a caller, in the type of its field."""
     if get_origin(kind) is types.UnionType:  # X | None
         if value is None:
             return None

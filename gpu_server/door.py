@@ -28,24 +28,27 @@ EVERY_ADDRESS = ("0.0.0.0", "::", "")
 
 @dataclass(frozen=True, kw_only=True)
 class Door:
-    """What `RunServer` has to know of it."""
+    """Where a run is served, what a connection may use, and who may come in."""
 
     host: str
     port: int
     limits: Limits
     encryption: ssl.SSLContext | None = None
     admits: Callable[[str, str], datetime | None] | None = None
-    """Since when a name and a secret belong together, None if they do not; without it everybody is let in."""
+    """
+    Called with a name and a secret: when that device was enrolled, or None if it was not, or not with this secret. Without it
+    everybody is let in.
+    """
     enrolled: Callable[[], Mapping[str, datetime]] | None = None
-    """Who may still be in the run, and since when."""
+    """By name, when each device was enrolled that may still be in the run."""
     notices: tuple[str, ...] = ()
-    """What the operator has to be told."""
+    """What the operator is told once the server listens."""
 
 
 def open_door(config: ServerConfig) -> Door:
     """
-    On loopback, where nobody is enrolled, everything is open. Elsewhere the connection is encrypted and devices have secrets,
-    unless the operator says ``insecure``.
+    Decide how a run is guarded. On loopback everybody is let in as long as nobody is enrolled. On other addresses the
+    connection is encrypted and devices need secrets, unless the operator says ``insecure``.
 
     Raises:
         ServerError: the certificate or the file of enrolments cannot be used.
@@ -84,6 +87,8 @@ def open_door(config: ServerConfig) -> Door:
 
 def enrolments_of(run_dir: str | None, clients_file: str | None) -> Enrolments:
     """
+    Those of a file, or of a run: in the file that its server was started with, else in clients.json in the run's folder.
+
     Raises:
         ConfigError: neither is given.
     """
@@ -98,7 +103,7 @@ def enrolments_of(run_dir: str | None, clients_file: str | None) -> Enrolments:
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """How the server of a run directory listens, or did when it was last started; see run.json."""
+    """How the server of a run directory listens, or listened when it was last started, as run.json says."""
 
     run_dir: Path
     host: str
@@ -145,7 +150,7 @@ def invite(
     Enrol a device; give the string it joins with.
 
     Args:
-        run_dir: what its server has recorded there is what devices are told.
+        run_dir: the run's folder, whose run.json says where its server listens and how.
         address: HOST:PORT where devices reach the server; the default is where it listens, at this machine's own address.
 
     Raises:
@@ -165,7 +170,7 @@ def invite(
 
 
 def _pin_of(served: Served | None, folder: Path, tls_cert: str | None, insecure: bool) -> str | None:
-    """Of the key that devices will meet; None where the server listens without encryption."""
+    """SHA-256 of the key that devices will meet; None where the server listens without encryption."""
     asked = None if tls_cert is None else _certificate(tls_cert).pin()
     if served is None:
         return None if insecure else asked or own_certificate(folder).pin()
@@ -204,7 +209,7 @@ def _split(address: str) -> tuple[str, int]:
 
 
 def _own_address() -> str:
-    """The one that other machines of the network see; nothing is sent to find it out."""
+    """This machine's address as others of the network see it; nothing is sent to find it out."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # an address for documentation, RFC 5737: only the route is looked up

@@ -1,4 +1,4 @@
-"""Who may come in: the devices' names and the hashes of their secrets, in a file that commands change while the server runs."""
+"""The enrolled devices' names and the hashes of their secrets, in a file that commands change while the server runs."""
 
 import difflib
 import hashlib
@@ -32,11 +32,11 @@ NOBODYS_HASH = bytes(32)  # compared with where a name is unknown
 
 @dataclass(frozen=True)
 class Client:
-    """What is kept of an enrolled device."""
+    """What the file says of an enrolled device."""
 
     secret_sha256: bytes = field(repr=False)
     enrolled: datetime
-    """To the microsecond: it tells a device from the one that had the name before it."""
+    """When, to the microsecond: so a device differs from one that had its name before."""
 
 
 class Enrolments:
@@ -54,8 +54,9 @@ class Enrolments:
         Let a device in; give its secret, which is stored nowhere.
 
         Raises:
-            InvalidName: the name cannot be one.
-            ServerError: it is taken, or the file cannot be read or written.
+            InvalidName: no device can have this name.
+            ConfigError: the name is taken.
+            ServerError: the file cannot be read or written.
         """
         check_name(name)
         secret = secrets.token_urlsafe(32)
@@ -70,9 +71,10 @@ class Enrolments:
         Let a device in no longer.
 
         Raises:
-            ServerError: it is not enrolled, or the file cannot be read or written.
+            ConfigError: it is not enrolled.
+            ServerError: the file cannot be read or written.
         """
-        # Looked at before the lock, which would make a folder of a mistyped name, and again under it.
+        # Before the lock is taken, since that would make a folder of a mistyped name, and again while it is held.
         self._require(name, self._read())
         with self._changing() as clients:
             self._require(name, clients)
@@ -98,8 +100,8 @@ class Enrolments:
 
     def admits(self, name: str, secret: str) -> datetime | None:
         """
-        When this device was enrolled, if it is with this secret, as the file stands now; None if not. The time it takes does
-        not tell what is wrong.
+        When this device was enrolled, according to the file as it is now; None if it is not, or has another secret. Which of
+        the two it is cannot be told from how long the answer takes.
         """
         client = self._current().get(name)
         same = hmac.compare_digest(NOBODYS_HASH if client is None else client.secret_sha256, _sha256(secret))
@@ -115,7 +117,10 @@ class Enrolments:
             raise ConfigError(f"{name[:80]!r} is not enrolled; {hint}")
 
     def _current(self) -> dict[str, Client]:
-        """As of the file, read again if it changed; nobody while it cannot be read, which is logged once."""
+        """
+        The clients of the file, which is read again if it has changed. While it cannot be read there are none, which is logged
+        once.
+        """
         try:
             stat = os.stat(self.path)
             seen = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
@@ -152,7 +157,7 @@ class Enrolments:
 
     @contextmanager
     def _changing(self) -> Iterator[dict[str, Client]]:
-        """What the file holds, to be changed; it is written when the block ends without an error."""
+        """The file's content for the block to change. It is written when the block ends without an error."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self.path.with_name(f"{self.path.name}.lock"), mode=0o600):

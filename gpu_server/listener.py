@@ -23,7 +23,7 @@ __all__ = ["Limits", "Listener", "RateLimiter"]
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one peer, and all together, may use of the server."""
+    """What one connection, and all together, may use of the server."""
 
     connections: int
     strangers: int
@@ -36,8 +36,8 @@ class Limits:
 
     def within_open_files(self, devices: int) -> "Limits":
         """
-        As many connections as this process has files for, beside those it has open and a reserve for those it will write. The
-        system's limit is raised where it may be.
+        The same, but with no more connections than this process may open files for, less those that are open and a reserve for
+        those it will write. The system's limit is raised as far as this process may.
 
         Raises:
             ServerError: the run's devices alone are too many.
@@ -80,7 +80,7 @@ class Listener(socket.socket):
         self._accepted = 0
         self._is_turn = False
         self._spare = -1
-        """A file that is given up for a moment to close a connection for which there is no other; -1 while there is none."""
+        """An open file that is closed for a moment where a connection finds none: to accept and close it. -1: there is none."""
         self._take_spare()
 
     def close(self) -> None:
@@ -189,7 +189,7 @@ class RateLimiter:
 
 
 def _allow_open_files(wanted: int) -> int:
-    """Raise this process's limit to so many, as far as that may be; give what it is."""
+    """Raise this process's limit on open files to so many, as far as it may; give what the limit is now."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return wanted

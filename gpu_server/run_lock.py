@@ -14,8 +14,8 @@ def lock_of(run_dir: Path) -> FileLock:
 
 def is_served(run_dir: Path) -> bool:
     """
-    Whether a server holds the folder at this moment. Whoever asks holds it for a moment, too, which a server that starts just
-    then waits for: see `RunDirectory.hold`.
+    Whether a server holds the folder. To find out, the lock is taken for a moment; a server that starts just then waits for it,
+    see `RunDirectory.hold`.
     """
     try:
         with lock_of(run_dir):

@@ -1,6 +1,7 @@
 """What serves a run, in its parts: who watches, what is written when, what is sent to whom."""
 
 import asyncio
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 from conftest import run_in_thread
+from ports import free_port
 
 from edge_client import ConnectionFailed, EdgeClient
-from gpu_server import GpuServer, Observer, RunStatus, StepRecord
+from gpu_server import GpuServer, Observer, RunStatus, ServerError, StepRecord
 from gpu_server.federation import Phase, Train, Trained
 from gpu_server.run_directory import RunDirectory
 from gpu_server.serving.journal import Journal
@@ -97,6 +99,60 @@ def test_whoever_comes_too_late_to_watch_is_told_so(tiny_model: Path, tmp_path: 
         pytest.raises(RuntimeError, match="call observe before the with block"),
     ):
         server.observe(Watching())
+
+
+# How it ends
+
+
+def test_a_server_that_could_not_listen_serves_its_run_once_the_port_is_free(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port)):
+        server = GpuServer(model=str(tiny_model), run_dir=str(tmp_path / "run"), steps=STEPS, port=port, dtype="float32")
+        with pytest.raises(ServerError, match=f"cannot listen on 127.0.0.1:{port}: "), server:
+            pass
+    data = pairs_file("a", 9)
+
+    def take_part() -> None:
+        with EdgeClient(server.url, name="a", model=str(tiny_model), data=data, dtype="float32") as client:
+            list(client.train())
+
+    with server:
+        device = run_in_thread(take_part)
+        assert len(list(server.train())) == STEPS
+        device.result(SECONDS)
+
+
+def test_what_fails_ends_a_run_and_is_not_lost_if_it_fails_after_the_end() -> None:
+    async def end() -> BaseException | None:
+        federation: Any = SimpleNamespace(phase=Phase.TRAINING)
+        lifetime = Lifetime(asyncio.get_running_loop(), federation, {}, grace_period=0.0)
+        go = asyncio.Event()
+
+        async def fail() -> None:
+            await go.wait()
+            raise ZeroDivisionError
+
+        lifetime.spawn(fail())
+        lifetime.end(to_be_continued=True)
+        assert await lifetime.until_end()
+        go.set()
+        return await lifetime.finish_tasks(SECONDS)
+
+    async def fail() -> None:
+        federation: Any = SimpleNamespace(phase=Phase.TRAINING)
+        lifetime = Lifetime(asyncio.get_running_loop(), federation, {}, grace_period=0.0)
+
+        async def divide() -> None:
+            raise ZeroDivisionError
+
+        lifetime.spawn(divide())
+        await lifetime.until_end()
+
+    assert isinstance(asyncio.run(end()), ZeroDivisionError)
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(fail())
 
 
 # What is written

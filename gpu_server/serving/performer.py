@@ -49,7 +49,7 @@ class Performer:
         self._federation, self._engine, self._journal = federation, engine, journal
         self._peers, self._lifetime = peers, lifetime
         self._observers = observers
-        self._steps = _StepWriter(journal, observers, peers)
+        self._steps = _StepWriter(journal, observers, peers, lifetime)
         self._checkpoints = _CheckpointWriter(federation, engine, journal, self._steps, lifetime)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._alarm: asyncio.TimerHandle | None = None
@@ -105,7 +105,7 @@ class Performer:
         logger.info("%s", action.text)
 
     def _finish_step(self, action: FinishStep, replies: Replies) -> None:
-        self._steps.last = self._lifetime.spawn(self._steps.write(action, list(replies.values()), self._steps.last))
+        self._steps.write(action, list(replies.values()))
         self.tell_status()
 
     def _checkpoint(self, _: Checkpoint, __: Replies) -> None:
@@ -170,12 +170,19 @@ class Performer:
 class _StepWriter:
     """Writes the line of every finished step, one after the other, and tells whoever observes the run."""
 
-    def __init__(self, journal: Journal, observers: Sequence[Observer], peers: Mapping[str, Peer]) -> None:
-        self._journal, self._observers, self._peers = journal, observers, peers
+    def __init__(self, journal: Journal, observers: Sequence[Observer], peers: Mapping[str, Peer], lifetime: Lifetime) -> None:
+        self._journal, self._observers, self._peers, self._lifetime = journal, observers, peers, lifetime
         self.last: asyncio.Task[None] | None = None
-        """Of the step that was finished last."""
+        """Done when the step that was finished last is written, and so are all before it."""
 
-    async def write(
+    def write(self, action: FinishStep, replies: Sequence["asyncio.Task[None]"]) -> None:
+        """
+        Args:
+            replies: those that have to be sent first: their bytes are the step's.
+        """
+        self.last = self._lifetime.spawn(self._write(action, replies, self.last))
+
+    async def _write(
         self, action: FinishStep, replies: Sequence["asyncio.Task[None]"], before: "asyncio.Task[None] | None"
     ) -> None:
         if replies:
