@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from conftest import run_in_thread
@@ -15,7 +15,7 @@ from ports import free_port
 
 from edge_client import ConnectionFailed, EdgeClient
 from gpu_server import GpuServer, Observer, RunStatus, ServerError, StepRecord
-from gpu_server.federation import Phase, Train, Trained
+from gpu_server.federation import Action, Phase, Train, Trained
 from gpu_server.run_directory import RunDirectory
 from gpu_server.serving.journal import Journal
 from gpu_server.serving.lifetime import Lifetime
@@ -254,6 +254,14 @@ def test_what_is_decided_about_a_codec_is_on_the_disk_before_the_step_is_compute
     asyncio.run(perform())
     assert disk.done == ["ws://here", {"int8": 0.5}]
     assert federation.result.loss == 2.0
+
+
+def test_whatever_the_federation_wants_done_somebody_does(journal: Journal) -> None:
+    federation: Any = SimpleNamespace(round=0)
+    engine: Any = SimpleNamespace(round_end={})
+    nobody: Any = None
+    performer = Performer(federation, engine, journal=journal, observers=[], peers={}, lifetime=nobody)
+    assert performer._methods.keys() == set(get_args(Action))
 
 
 # What is sent

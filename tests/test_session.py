@@ -126,6 +126,8 @@ def test_only_what_the_table_allows_can_be_sent(state: State, side: Side) -> Non
     for kind in KINDS:
         session, message = session_in(state, side), SAMPLES[kind.__name__]
         next_state = TRANSITIONS.get((state, side, kind))
+        if kind is not ActivationGradient:  # which also has to be the one that comes first
+            assert session.awaits(message) == (next_state is not None)
         if next_state is None:
             with pytest.raises(LocalProtocolError, match=f"{side.value} cannot send {kind.__name__} while {state.value}"):
                 session.send(message)
@@ -324,6 +326,20 @@ def test_no_more_micro_batches_are_under_way_than_the_run_has() -> None:
         pair.ends[Side.CLIENT].send(numbered(Activations, 99))
     with pytest.raises(RemoteProtocolError, match="client sent Activations while awaiting gradient"):
         pair.ends[Side.SERVER].receive(encode(numbered(Activations, 99)))
+
+
+def test_of_several_micro_batches_the_first_that_is_open_is_awaited() -> None:
+    pair = Pair(most_open=2).walk(*TO_READY)
+    client, server = pair.ends[Side.CLIENT], pair.ends[Side.SERVER]
+    parts: list[Any] = [replace(numbered(Activations, 7), micro_batch=part) for part in (0, 1)]
+    answers: list[Any] = [replace(in_float32(numbered(ActivationGradient, 7)), micro_batch=part) for part in (0, 1)]
+    assert not server.awaits(answers[0])
+    for part in parts:
+        server.receive(client.send(part))
+    for answer, later in ((answers[0], answers[1]), (answers[1], answers[0])):
+        assert (server.awaits(answer), server.awaits(later)) == (True, False)
+        client.receive(server.send(answer))
+    assert not any(server.awaits(answer) for answer in answers)
 
 
 def test_a_start_answers_all_that_are_under_way() -> None:

@@ -153,28 +153,25 @@ class Conversations:
             came = f"joined with {count(join.num_samples, 'sample')}"
         else:
             came = "is back" if before.lost_at is None else f"is back after {duration(now - before.lost_at)}"
-        of = count(federation.settings.clients, "device")
-        logger.info("%s %s; %d of %s connected", peer, came, self._num_connected(), of)
+        status = federation.status()
+        logger.info("%s %s; %d of %s connected", peer, came, status.connected, count(status.clients, "device"))
         self._performer.perform(actions)
         self._performer.tell_status()
 
     def _pong(self, ping: Ping) -> Pong:
-        federation = self._federation
-        waiting_for, waiting_seconds = federation.waits_for(time.monotonic())
+        status = self._federation.status()
+        waiting_for, waiting_seconds = self._federation.waits_for(time.monotonic())
         return Pong(
             index=ping.index,
             software=version(),
-            run=federation.run,
-            clients=federation.settings.clients,
-            joined=self._num_connected(),
-            step=federation.step,
+            run=status.run,
+            clients=status.clients,
+            joined=status.connected,
+            step=status.step,
             model=self._model_name,
             waiting_for=tuple(waiting_for[:NAMES_IN_A_PONG]),
             waiting_seconds=waiting_seconds,
         )
-
-    def _num_connected(self) -> int:
-        return self._federation.status().connected
 
     def _largest_message(self, rows: int) -> int:
         limits = self._federation.limits
