@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from edge_client import DataError, EdgeClient
-from edge_client.data import Dataset, Sample, Text, pack, read_texts
+import edge_client  # its EdgeClient needs torch, and most of these tests do not
+from edge_client.data import DataError, Dataset, Sample, Text, pack, read_texts
 from storage import ModelError, load_tokenizer
 
 END = 256
@@ -405,7 +405,7 @@ def test_max_length_below_two_is_refused(write: WriteFile, tokenizer: Tokenizer,
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_batch_size_below_one_is_refused(write: WriteFile, tiny_model: Path, batch_size: int) -> None:
     with pytest.raises(DataError, match=f"batch-size must be at least 1, got {batch_size}"):
-        EdgeClient("ws://127.0.0.1:1", model=str(tiny_model), data=write("a.txt", "text"), batch_size=batch_size)
+        edge_client.EdgeClient("ws://127.0.0.1:1", model=str(tiny_model), data=write("a.txt", "text"), batch_size=batch_size)
 
 
 def test_tokenizer_beyond_the_models_vocabulary_is_refused(write: WriteFile, tiny_model: Path, tmp_path: Path) -> None:
@@ -417,4 +417,4 @@ def test_tokenizer_beyond_the_models_vocabulary_is_refused(write: WriteFile, tin
     tokenizer.add_tokens(["<|more|>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     with pytest.raises(ModelError, match=r"the tokenizer gives token 600 \('<|more|>'\), the model's vocabulary has 600"):
-        EdgeClient("ws://127.0.0.1:1", model=str(folder), data=write("a.txt", "text<|more|>"))
+        edge_client.EdgeClient("ws://127.0.0.1:1", model=str(folder), data=write("a.txt", "text<|more|>"))

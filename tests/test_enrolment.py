@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from edge_client.enrolment import EnrolmentError, find, state_folder, store
 from gpu_server import ConfigError, ServerError
 from gpu_server.enrolment import Enrolments
-from gpu_server.run_directory import RunDirectory
 from protocol import InvalidName
 from protocol.invitation import Invitation
 
@@ -99,6 +98,8 @@ def test_file_is_private_whatever_the_umask(enrolments: Enrolments, path: Path) 
 
 
 def test_server_that_starts_takes_nothing_from_a_command_that_is_just_writing(tmp_path: Path) -> None:
+    from gpu_server.run_directory import RunDirectory  # which needs torch
+
     directory = RunDirectory(tmp_path)
     for name in ("clients.json", "run.json"):
         (tmp_path / f"{name}.0123.part").touch()

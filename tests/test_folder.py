@@ -2,12 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from export.cli import main as export_main
-from split_model import PretrainedModel
 from storage import Folder, ModelError, shown
+
+
+def opened(folder: Path) -> Any:
+    from split_model import PretrainedModel  # which needs torch, and most of these tests do not
+
+    return PretrainedModel(folder)
 
 
 class WrongFolder(ValueError):
@@ -75,9 +81,9 @@ def in_the_hubs_cache(tmp_path: Path, source: Path) -> Path:
 
 def test_cache_of_the_hub_goes_on_working(tiny_model: Path, tmp_path: Path) -> None:
     snapshot = in_the_hubs_cache(tmp_path, tiny_model)
-    assert PretrainedModel(snapshot).fingerprint() == PretrainedModel(tiny_model).fingerprint()
+    assert opened(snapshot).fingerprint() == opened(tiny_model).fingerprint()
     (tmp_path / "named").symlink_to(snapshot)  # the folder itself is the user's own choice
-    assert PretrainedModel(tmp_path / "named").fingerprint() == PretrainedModel(tiny_model).fingerprint()
+    assert opened(tmp_path / "named").fingerprint() == opened(tiny_model).fingerprint()
 
 
 def test_cache_of_the_hub_is_no_way_out(tiny_model: Path, tmp_path: Path) -> None:
@@ -132,16 +138,16 @@ def test_values_are_shown_as_they_stand_in_the_file() -> None:
     assert shown(object()) == "object"
 
 
-@pytest.mark.parametrize("read", [lambda folder: PretrainedModel(folder), lambda folder: PretrainedModel(folder).tokenizer()])
+@pytest.mark.parametrize("read", [opened, lambda folder: opened(folder).tokenizer()])
 def test_model_whose_files_begin_with_a_byte_order_mark_is_the_same(
     model: Path, tiny_model: Path, read: Callable[[Path], object]
 ) -> None:
     for name in ("config.json", "tokenizer.json"):
         (model / name).write_bytes(b"\xef\xbb\xbf" + (model / name).read_bytes())
     read(model)
-    assert PretrainedModel(model).fingerprint() == PretrainedModel(tiny_model).fingerprint()
+    assert opened(model).fingerprint() == opened(tiny_model).fingerprint()
 
 
 def test_folder_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no model folder at"):
-        PretrainedModel(tmp_path / "nothing")
+        opened(tmp_path / "nothing")
