@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from chaos import PROCESSES
 from disturbance import Link, Plan
 from ports import free_port
+from reconnecting import come_back_within
 
-from edge_client import EdgeClient, membership
+from edge_client import EdgeClient
 from edge_client.generation import process_memory
 from gpu_server import GpuServer
 from terminal import Progress
@@ -63,7 +64,7 @@ def _left_over() -> dict[str, int]:
 
 def take_part(url: str, options: dict[str, Any]) -> None:
     """A device's process."""
-    membership.LONGEST_WAIT = 1.0
+    come_back_within(1.0)
     with EdgeClient(url, give_up_after=30.0, **options) as client:
         for _ in client.train():
             pass

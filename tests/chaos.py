@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from disturbance import Link, Plan
 from ports import free_port
+from reconnecting import come_back_within
 from usual_settings import settings
 from websockets.asyncio.server import ServerConnection
 from websockets.sync.client import ClientConnection
 
-from edge_client import ConnectionFailed, EdgeClient, membership
+from edge_client import ConnectionFailed, EdgeClient
 from gpu_server import GpuServer
 from protocol import Activations, Done, Itinerary, QuestionId
 
@@ -273,7 +274,7 @@ def serve(options: dict[str, Any], watch: "Watch", told: Any) -> None:
 
 def take_part(url: str, options: dict[str, Any], watch: "Watch", perplexity: Path) -> None:
     """A client's process."""
-    membership.SHORTEST_WAIT, membership.LONGEST_WAIT = 0.02, 0.2
+    come_back_within(0.2)
     watch_client(watch)
     try:
         with EdgeClient(url, **options) as client:
