@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from protocol import CODECS, DELTA, EXACT, RunSettings, gradient_codec
-from protocol.settings import BOUNDS, LARGEST_COUNT, out_of_bounds
+from protocol.settings import BOUNDS, FLOAT32, LARGEST_COUNT, codec_named, out_of_bounds
 from terminal import user_path, user_text_path
 
 from .errors import ConfigError
 
 __all__ = [
     "ServerConfig",
-    "codec_name",
-    "codec_named",
     "described",
     "is_loopback",
     "options_from_toml",
@@ -35,8 +33,6 @@ def option(help: str, default: Any = None, *, choices: tuple[str, ...] | None = 
 # A run that goes on may do so elsewhere, and with other limits; what it computes stays what it was.
 DERIVED = {"precision", "activation_codec", "gradient_codec"}
 OF_THE_RUN = {item.name for item in fields(RunSettings)} - DERIVED | {"dtype", "codec"}
-
-FLOAT32 = "float32"
 
 PATHS = {"model", "run_dir", "init_adapter", "tls_cert", "tls_key", "clients_file"}
 COUNTS = ("checkpoint_every", "quorum", "max_batch_tokens", "max_connections", "max_strangers", "max_queue")
@@ -225,16 +221,6 @@ def resumed(options: Mapping[str, Any], previous: Mapping[str, Any]) -> dict[str
         )
     known = {item.name for item in fields(ServerConfig)}
     return {**{name: value for name, value in previous.items() if name in known}, **options}
-
-
-def codec_name(codec: str) -> str:
-    """What flags, metrics and people call a codec of the protocol: EXACT is float32."""
-    return FLOAT32 if codec == EXACT else codec
-
-
-def codec_named(name: str) -> str:
-    """What the protocol calls a codec that a person has named."""
-    return EXACT if name == FLOAT32 else name
 
 
 def is_loopback(host: str) -> bool:

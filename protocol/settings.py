@@ -3,14 +3,39 @@
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BOUNDS", "CODECS", "DELTA", "EXACT", "LARGEST_COUNT", "TARGETS", "RunSettings", "gradient_codec", "out_of_bounds"]
+__all__ = [
+    "BOUNDS",
+    "CODECS",
+    "DELTA",
+    "EXACT",
+    "FLOAT32",
+    "LARGEST_COUNT",
+    "TARGETS",
+    "RunSettings",
+    "codec_name",
+    "codec_named",
+    "gradient_codec",
+    "out_of_bounds",
+]
 
 EXACT = "exact"
 """Floats as they are, in the run's precision. Everybody has it."""
+FLOAT32 = "float32"
+"""What people call EXACT: almost every run is in float32."""
 CODECS = ("bfloat16", "int8", "int4")
 """What else there is, for runs in float32; from many bytes to few."""
 DELTA = "delta"
 """Of activations: what a sample's have changed since its last visit, for both sides keep these."""
+
+
+def codec_name(codec: str) -> str:
+    """What flags, metrics and people call a codec."""
+    return FLOAT32 if codec == EXACT else codec
+
+
+def codec_named(name: str) -> str:
+    """The codec that a person has named."""
+    return EXACT if name == FLOAT32 else name
 
 
 def gradient_codec(codec: str) -> str:

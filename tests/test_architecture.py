@@ -24,7 +24,10 @@ MAY_IMPORT = {
     "gpu_server": OURS | {"cryptography", "filelock", "numpy", "safetensors", "tomli", "torch", "websockets"},
 }
 # Within a package: a room that may import its own modules and these of others, and nothing else of the package around it.
-ROOMS = {"edge_client/generation": {"numpy", "onnxruntime", "storage", "terminal", "tokenizers"}}
+ROOMS = {
+    "edge_client/generation": {"numpy", "onnxruntime", "storage", "terminal", "tokenizers"},
+    "gpu_server/federation": {"numpy", "protocol", "storage", "terminal"},
+}
 ONLY_IN = {
     "websockets": {"edge_client/connection.py", "gpu_server/serving/http_handshake.py", "gpu_server/serving/peer.py"},
     "asyncio": {
@@ -69,8 +72,9 @@ def test_library_is_known_only_to_its_own_files(library: str) -> None:
     assert {file.relative_to(REPOSITORY).as_posix() for file in files} == ONLY_IN[library]
 
 
-def test_protocol_knows_no_clock_and_no_socket() -> None:
-    for file in (REPOSITORY / "protocol").rglob("*.py"):
+@pytest.mark.parametrize("pure", ["protocol", "gpu_server/federation"])
+def test_what_decides_knows_no_clock_and_no_socket(pure: str) -> None:
+    for file in (REPOSITORY / pure).rglob("*.py"):
         assert not imported_by(file) & {"time", "datetime", "socket", "ssl", "asyncio"}, file
 
 

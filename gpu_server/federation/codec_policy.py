@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from protocol import DELTA, EXACT
-
-from ..config import codec_name, codec_named
+from protocol.settings import codec_name, codec_named
 
 __all__ = ["CodecPolicy"]
 

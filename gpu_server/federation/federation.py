@@ -71,9 +71,9 @@ from protocol import (
     Tensors,
     Welcome,
 )
+from protocol.settings import codec_name
 from terminal import duration
 
-from ..config import codec_name
 from .codec_policy import CodecPolicy
 from .deadline import Deadline
 from .events import (
