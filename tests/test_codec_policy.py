@@ -106,3 +106,9 @@ def test_check_of_a_step_counts_once() -> None:
     observe(once, 0.5)
     assert once.check(1, {"int8": 9.0}, 0.0) is None
     assert once.seen["int8"].count == 1
+
+
+def test_codec_that_was_not_measured_stays() -> None:
+    auto = policy(allow_int4=True)
+    assert auto.check(1, {"int4": 0.0}, 0.9) is None
+    assert auto.decisions == []

@@ -926,3 +926,20 @@ def test_who_is_told_where_to_go_on_is_told_the_codec_of_the_next_step() -> None
 
 def test_without_a_policy_a_check_says_nothing() -> None:
     assert Table({"a": 2}).federation.checked({"int8": 9.0}) == []
+
+
+def test_rounds_between_checkpoints_are_counted_and_not_steps() -> None:
+    table = Table({"a": 7}, aggregate_every=2)
+    table.federation.checkpoint_every = 2
+    written = []
+    for step in range(1, 8):
+        table.activations("a", step)
+        actions = table.trained("a")
+        if step in (2, 4, 6, 7):
+            table.contribute("a", step, AdapterWeights)
+            actions = table.aggregated()
+        for action in actions:
+            if isinstance(action, Checkpoint):
+                written.append(action.step)
+                table.federation.checkpointed(action.step)
+    assert written == [4, 7]

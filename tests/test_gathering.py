@@ -85,3 +85,7 @@ def test_time_until_the_next_verdict_is_that_of_the_deadline_or_of_a_report() ->
         deadline.observe(Activations, 2.0)
     assert Gathering(Activations, 100.0, deadline, 1).expires() == 102.0
     assert Gathering(Activations, 100.0, deadline, None).expires() == 105.0
+
+
+def test_wait_for_a_short_deadline_of_the_operator_is_told_of_when_it_has_passed() -> None:
+    assert gathering(seconds=1.0).expires() == 101.0
