@@ -56,8 +56,8 @@ class Module:
                 self.comments += 1
             elif token.type not in LAYOUT:
                 lines.update(range(token.start[0], token.end[0] + 1))
-        docstrings = [node for node in ast.walk(self.tree) if _is_docstring(node)]
-        self.code = len(lines.difference(*(range(node.lineno, node.end_lineno + 1) for node in docstrings)))
+        docstrings = [node for node in ast.walk(self.tree) if isinstance(node, ast.Expr) and _is_docstring(node)]
+        self.code = len(lines.difference(*(range(node.lineno, node.lineno + _lines(node)) for node in docstrings)))
         self.functions = [_lines(node) for node in ast.walk(self.tree) if isinstance(node, Function)]
         self.classes = [
             Class(_lines(node), node.name, len(set(_fields(node))), sum(isinstance(item, Function) for item in node.body))
@@ -87,9 +87,9 @@ def _lines(node: ast.stmt) -> int:
     return (node.end_lineno or 0) - node.lineno + 1
 
 
-def _is_docstring(node: ast.AST) -> bool:
+def _is_docstring(node: ast.Expr) -> bool:
     """Of a module, class, function or field."""
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def _fields(node: ast.ClassDef) -> Iterator[str]:

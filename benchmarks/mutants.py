@@ -4,9 +4,10 @@ Small faults put into the code, one at a time: which of them do the tests not no
     python benchmarks/mutants.py gpu_server/federation --tests tests/test_federation.py tests/test_itinerary.py
     python benchmarks/mutants.py gpu_server/federation --tests tests/test_federation.py --sample 100 --seed 0
 
-No file is changed. Each mutant is compiled in a process of its own, which is forked from one that has loaded all libraries.
-There pytest runs the files of tests in the order given, and stops at the first failure. A mutant that computes three times
-as long as the code as it is counts as noticed, too. Annotations, decorators, texts and lines of the log are not changed.
+No file is changed, and none should be meanwhile. Each mutant is compiled in a process of its own, forked from one that has
+loaded all libraries. There pytest runs the files of tests in the order given, and stops at the first failure. A mutant that
+computes three times as long as the code as it is counts as noticed, too. Annotations, decorators, texts and lines of the log
+are not changed.
 
 ``--equivalent`` names a file of mutants that nobody can tell from the code as it is: a line for each, as it is printed here but
 without its line number, and behind " # " the reason. They do not count.
@@ -137,8 +138,10 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
                     change = f"{function or 'module'}: {before} -> {_shown(parent if in_parent else other)}"
                     _put(parent, field, index, child)
                     yield Mutant(path, here, change, tree, parent, field, index, other)
-                is_named = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-                yield from below(child, f"{function}.{child.name}".lstrip(".") if is_named else function, here)
+                name = function
+                if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                    name = f"{function}.{child.name}".lstrip(".")
+                yield from below(child, name, here)
 
     return below(tree, "", 0)
 
