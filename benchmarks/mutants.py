@@ -224,8 +224,10 @@ def main() -> int:
     equivalent = {line.partition(" # ")[0] for line in lines}
 
     began = time.monotonic()
-    with redirect_stdout(io.StringIO()):
-        pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *options.tests])  # loads what they import
+    with redirect_stdout(io.StringIO()) as said:
+        status = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *options.tests])  # loads what they import
+    if status != 0:
+        sys.exit(said.getvalue())
     _, status, used = os.wait4(run_tests(options.tests), 0)
     if status != 0:
         sys.exit("the tests fail as the code is, without any mutant")
