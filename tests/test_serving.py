@@ -15,13 +15,14 @@ from ports import free_port
 
 from edge_client import ConnectionFailed, EdgeClient
 from gpu_server import GpuServer, Observer, RunStatus, ServerError, StepRecord
-from gpu_server.federation import Action, Phase, Train, Trained
+from gpu_server.federation import Action, FinishStep, Phase, Train, Trained
 from gpu_server.run_directory import RunDirectory
 from gpu_server.serving.journal import Journal
 from gpu_server.serving.lifetime import Lifetime
 from gpu_server.serving.peer import Peer
 from gpu_server.serving.performer import Performer
-from protocol import Failure, Hello, LocalProtocolError, Session, Side, Welcome
+from gpu_server.torch_engine import TorchEngine
+from protocol import Failure, Goodbye, Hello, LocalProtocolError, Session, Side, TrainingDiverged, Welcome, encode
 
 SECONDS = 60.0
 STEPS = 3
@@ -125,7 +126,7 @@ def test_a_server_that_could_not_listen_serves_its_run_once_the_port_is_free(
 
 
 def test_what_fails_ends_a_run_and_is_not_lost_if_it_fails_after_the_end() -> None:
-    async def end() -> BaseException | None:
+    async def end() -> None:
         federation: Any = SimpleNamespace(phase=Phase.TRAINING)
         lifetime = Lifetime(asyncio.get_running_loop(), federation, {}, grace_period=0.0)
         go = asyncio.Event()
@@ -138,7 +139,17 @@ def test_what_fails_ends_a_run_and_is_not_lost_if_it_fails_after_the_end() -> No
         lifetime.end(to_be_continued=True)
         assert await lifetime.until_end()
         go.set()
-        return await lifetime.finish_tasks(SECONDS)
+        await lifetime.finish_tasks(SECONDS)
+        lifetime.raise_late()
+
+    async def end_in_the_same_turn() -> None:
+        federation: Any = SimpleNamespace(phase=Phase.TRAINING)
+        lifetime = Lifetime(asyncio.get_running_loop(), federation, {}, grace_period=0.0)
+        lifetime.end()
+        lifetime.fail(ZeroDivisionError())
+        lifetime.fail(KeyError())
+        await lifetime.finish_tasks(SECONDS)
+        lifetime.raise_late()
 
     async def fail() -> None:
         federation: Any = SimpleNamespace(phase=Phase.TRAINING)
@@ -150,9 +161,48 @@ def test_what_fails_ends_a_run_and_is_not_lost_if_it_fails_after_the_end() -> No
         lifetime.spawn(divide())
         await lifetime.until_end()
 
-    assert isinstance(asyncio.run(end()), ZeroDivisionError)
-    with pytest.raises(ZeroDivisionError):
-        asyncio.run(fail())
+    async def iterate_no_more() -> None:
+        federation: Any = SimpleNamespace(phase=Phase.TRAINING)
+        lifetime = Lifetime(asyncio.get_running_loop(), federation, {}, grace_period=0.0)
+        lifetime.fail(StopIteration())  # which no future takes
+        await lifetime.until_end()
+
+    for each in (end, end_in_the_same_turn, fail):
+        with pytest.raises(ZeroDivisionError):
+            asyncio.run(each())
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        asyncio.run(iterate_no_more())
+
+
+@pytest.mark.parametrize("end", ["stop", "suspend"])
+def test_what_was_learnt_before_the_step_that_fails_after_the_end_is_saved(
+    end: str, tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is ended while step 3 is computed, and that step then diverges."""
+    options: dict[str, Any] = {"model": str(tiny_model), "run_dir": str(tmp_path / "run"), "steps": 9}
+    server = GpuServer(port=0, cut_layer=1, dtype="float32", **options)
+    train = TorchEngine.train
+
+    def diverge(engine: TorchEngine, step: int, *rest: Any) -> Trained:
+        if step < 3:
+            return train(engine, step, *rest)
+        getattr(server, end)()
+        raise TrainingDiverged("the loss of step 3 is nan")
+
+    monkeypatch.setattr(TorchEngine, "train", diverge)
+
+    def take_part() -> None:
+        device = {"name": "a", "model": str(tiny_model), "data": pairs_file("a", 9), "dtype": "float32"}
+        with EdgeClient(server.url, give_up_after=0.0, **device) as client:
+            list(client.train())
+
+    with server:
+        device = run_in_thread(take_part)
+        with pytest.raises(TrainingDiverged, match="step 3"):
+            list(server.train())
+        device.exception(SECONDS)
+    assert (server.adapter_folder / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run" / "checkpoints" / f"{2:09}.safetensors").is_file()
 
 
 # What is written
@@ -197,18 +247,82 @@ def journal(disk: Written) -> Any:
     journal.close()
 
 
-def test_what_a_run_writes_is_written_in_the_order_asked_by_one_thread_of_its_own(journal: Journal, disk: Written) -> None:
+def test_steps_and_decisions_are_written_in_the_order_asked_by_a_thread_of_their_own(journal: Journal, disk: Written) -> None:
     asked: list[Future[None]] = [journal.write_step("row 1"), journal.write_step("row 2")]  # type: ignore[arg-type]
     journal.write_codec_state({"decided": 2})
-    asked += [journal.written(), journal.write_checkpoint("checkpoint 2")]  # type: ignore[arg-type]
+    asked += [journal.codec_state_written(), journal.write_step("row 3")]  # type: ignore[arg-type]
     assert disk.done == ["ws://here"]
     assert not any(future.done() for future in asked)
     disk._go.set()
     for future in asked:
         future.result(SECONDS)
-    assert disk.done == ["ws://here", "row 1", "row 2", {"decided": 2}, "metrics on the disk", "checkpoint 2"]
+    assert disk.done == ["ws://here", "row 1", "row 2", {"decided": 2}, "row 3"]
     assert len(disk.threads) == 1
     assert threading.current_thread().name not in disk.threads
+
+
+def test_neither_steps_nor_decisions_wait_for_a_checkpoint(journal: Journal, disk: Written) -> None:
+    writing, written = threading.Event(), threading.Event()
+
+    def write(_: object) -> None:
+        writing.set()
+        assert written.wait(SECONDS)
+
+    disk.checkpoints = SimpleNamespace(write=write)
+    disk._go.set()
+    checkpoint = journal.write_checkpoint("checkpoint 1")  # type: ignore[arg-type]
+    assert writing.wait(SECONDS)
+    journal.write_step("row 2").result(SECONDS)  # type: ignore[arg-type]
+    journal.write_codec_state({"decided": 2})
+    journal.codec_state_written().result(SECONDS)
+    assert not checkpoint.done()
+    written.set()
+    checkpoint.result(SECONDS)
+
+
+def test_nobody_waits_for_a_decision_that_was_not_made(journal: Journal) -> None:
+    journal.write_step("row 1")  # type: ignore[arg-type]
+    assert journal.codec_state_written().done()
+
+
+def test_bytes_are_counted_step_by_step_however_slow_the_disk_is(journal: Journal, disk: Written) -> None:
+    """A step's line has the bytes until it was finished; of three steps on a disk that is stuck, none gets all."""
+    num_bytes = iter([(10, 1), (20, 2), (30, 3)])
+    peer: Any = SimpleNamespace(take_counts=lambda: next(num_bytes))
+    federation: Any = SimpleNamespace(round=0, phase=Phase.TRAINING, status=lambda: None, expires=lambda: None)
+    engine: Any = SimpleNamespace(round_end={})
+    watching = Watching()
+
+    async def finish_steps() -> None:
+        lifetime = Lifetime(asyncio.get_running_loop(), federation, {}, grace_period=0.0)
+        peers = {"a": peer}
+        performer = Performer(federation, engine, journal=journal, observers=[watching], peers=peers, lifetime=lifetime)
+        for number in (1, 2, 3):
+            record = StepRecord(
+                number=number,
+                loss=0.0,
+                labelled_tokens=1,
+                tokens=1,
+                seconds={},
+                deadline=1.0,
+                codec="float32",
+                server_compute=0.0,
+            )
+            performer.perform([FinishStep(record=record)])
+            for _ in range(5):
+                await asyncio.sleep(0)  # every task does what it can without the disk
+        assert next(num_bytes, None) is None
+        assert watching.steps == []
+        disk._go.set()
+        await lifetime.finish_tasks(SECONDS)
+        performer.close()
+
+    asyncio.run(finish_steps())
+    assert [(step.number, step.bytes_up, step.bytes_down) for step in watching.steps] == [
+        (1, {"a": 10}, {"a": 1}),
+        (2, {"a": 20}, {"a": 2}),
+        (3, {"a": 30}, {"a": 3}),
+    ]
 
 
 def test_what_is_decided_about_a_codec_is_on_the_disk_before_the_step_is_computed(journal: Journal, disk: Written) -> None:
@@ -248,7 +362,8 @@ def test_what_is_decided_about_a_codec_is_on_the_disk_before_the_step_is_compute
         engine: Any = Engine()
         performer = Performer(federation, engine, journal=journal, observers=[], peers={}, lifetime=lifetime)
         performer.perform([Train(step=1, total_steps=1, micro_batch=0, check=["int4"], batches={})])
-        assert await lifetime.finish_tasks(SECONDS) is None
+        await lifetime.finish_tasks(SECONDS)
+        lifetime.raise_late()
         performer.close()
 
     asyncio.run(perform())
@@ -325,6 +440,39 @@ def test_an_answer_that_cannot_be_sent_though_it_is_awaited_is_a_defect(monkeypa
 
         monkeypatch.setattr(peer.session, "send", fail)
         with pytest.raises(LocalProtocolError, match="a defect"):
+            await peer.send(WELCOME)
+
+    asyncio.run(tell())
+
+
+def test_who_says_goodbye_just_when_it_is_refused_ends_nothing_but_its_own_conversation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def tell() -> None:
+        socket = Socket()
+        peer = greeted(socket)
+        awaits = Session.awaits
+
+        def say_goodbye_meanwhile(session: Session, message: Any) -> bool:
+            is_awaited = awaits(session, message)
+            session.receive(encode(Goodbye()))  # on the thread that takes its messages
+            return is_awaited
+
+        monkeypatch.setattr(Session, "awaits", say_goodbye_meanwhile)
+        await peer.refuse("its enrolment was revoked")
+        assert socket.sent == []
+
+    asyncio.run(tell())
+
+
+def test_disk_that_is_full_while_an_answer_is_sent_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    async def tell() -> None:
+        peer = greeted(Socket())
+        monkeypatch.setattr(peer.session, "send", fail)
+        with pytest.raises(ServerError, match="samples cannot be kept: No space left on device; when that is mended, --resume"):
             await peer.send(WELCOME)
 
     asyncio.run(tell())

@@ -120,7 +120,7 @@ class CodecPolicy:
 
     def state(self) -> dict[str, Any]:
         """As JSON; see `restore`."""
-        seen = {codec: vars(smoothed) for codec, smoothed in self.seen.items()}
+        seen = {codec: dict(vars(smoothed)) for codec, smoothed in self.seen.items()}  # another thread may write it
         decisions = [(step, codec_name(codec)) for step, codec in self.decisions]
         return {"checked": self.checked, "decisions": decisions, "seen": seen}
 

@@ -142,9 +142,12 @@ class Conversations:
 
     async def _join(self, peer: Peer, join: Join) -> None:
         assert peer.name is not None
-        federation, now = self._federation, time.monotonic()
+        federation = self._federation
         if self._caches is not None:
             peer.session.activation_cache = await asyncio.to_thread(_cache_with, self._caches, peer.name, join)
+            if not self._is_current(peer):
+                return  # its client was revoked meanwhile, or is back on another connection
+        now = time.monotonic()
         before = federation.members.get(peer.name)
         actions = federation.join(peer.name, join, now)
         peer.has_joined = True
@@ -208,11 +211,10 @@ class Conversations:
         Args:
             to_be_continued: whether the devices try to come back; else they are told the reason.
         """
-        peers = list(self._peers.values())
-        if to_be_continued:
-            await asyncio.gather(*(peer.send_away() for peer in peers))
-        else:
-            await asyncio.gather(*(peer.refuse(reason) for peer in peers))
+        endings = [peer.send_away() if to_be_continued else peer.refuse(reason) for peer in self._peers.values()]
+        for error in await asyncio.gather(*endings, return_exceptions=True):
+            if isinstance(error, Exception):  # one device must not keep the others from hearing, nor the run from being saved
+                logger.error("a device could not be dismissed: %r", error)
 
     def _forget(self, peer: Peer, for_good: str | None = None) -> bool:
         """

@@ -1,6 +1,5 @@
 """Everything that a run writes while it is served."""
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -16,7 +15,8 @@ __all__ = ["Journal"]
 
 class Journal:
     """
-    Writes what a run leaves behind, on one thread and in the order in which it is asked, so that no answer waits for a disk.
+    Writes what a run leaves behind, on threads of its own, so that no answer waits for a disk. Steps and decisions are small,
+    and written in the order in which they are asked. Checkpoints and adapters are large, and none of the small waits for them.
 
     Futures are done when what was asked is written; they hold a ServerError where it cannot be.
 
@@ -31,30 +31,35 @@ class Journal:
     ) -> None:
         self._directory, self._description = directory, description
         self._config, self._lora, self._base_model = config, lora, base_model
-        self._writer: ThreadPoolExecutor
-        self._last: Future[None] = Future()
-        """What was asked last."""
-        self._last.set_result(None)
+        self._small: ThreadPoolExecutor
+        self._large: ThreadPoolExecutor
+        self._codec_state: Future[None] = Future()
+        """What the codec policy has decided last, being written."""
+        self._codec_state.set_result(None)
 
     def begin(self, url: str) -> None:
         """Say in run.json where the run is served; that is written on return. Until `close` the rest may be asked."""
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._small, self._large = (ThreadPoolExecutor(1, f"journal-{what}") for what in ("small", "large"))
         self._description = self._description.served_at(url)
         self._directory.describe(self._description)
 
     def write_step(self, record: StepRecord) -> "Future[None]":
-        return self._ask(self._directory.append_metrics, record)
+        return self._small.submit(self._directory.append_metrics, record)
 
     def write_checkpoint(self, saved: SavedRound) -> "Future[None]":
         def write() -> None:
             self._directory.sync_metrics()
             self._directory.checkpoints.write(saved)
 
-        return self._ask(write)
+        return self._large.submit(write)
 
     def write_codec_state(self, state: dict[str, Any]) -> None:
-        """See `written`."""
-        self._ask(self._directory.write_codec_state, state)
+        """See `codec_state_written`."""
+        self._codec_state = self._small.submit(self._directory.write_codec_state, state)
+
+    def codec_state_written(self) -> "Future[None]":
+        """Of the last one that was asked."""
+        return self._codec_state
 
     def write_adapter(self, adapter: Adapter, step: int, total_steps: int) -> "Future[None]":
         """And say in run.json which step it has reached."""
@@ -63,17 +68,10 @@ class Journal:
             self._directory.save_adapter(adapter, self._config, self._lora, self._base_model)
             self._directory.describe(self._description.with_adapter(step=step, of=total_steps))
 
-        return self._ask(write)
-
-    def written(self) -> "Future[None]":
-        """What was asked last is written, and so is all before it."""
-        return self._last
+        return self._large.submit(write)
 
     def close(self) -> None:
         """Everything that was asked is written on return. Nothing was where the run was never served."""
-        if hasattr(self, "_writer"):
-            self._writer.shutdown()
-
-    def _ask(self, write: Callable[..., None], *arguments: Any) -> "Future[None]":
-        self._last = self._writer.submit(write, *arguments)
-        return self._last
+        if hasattr(self, "_small"):
+            self._small.shutdown()
+            self._large.shutdown()

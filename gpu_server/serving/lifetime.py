@@ -29,6 +29,8 @@ class Lifetime:
         self._loop, self._federation, self._connections, self._grace_period = loop, federation, connections, grace_period
         self._ended: asyncio.Future[bool] = loop.create_future()
         """Its result is whether the run is to be continued."""
+        self._late: BaseException | None = None
+        """What has failed first after the end."""
         self._grace_ends: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -50,8 +52,10 @@ class Lifetime:
             self._ended.set_result(to_be_continued)
 
     def fail(self, error: BaseException) -> None:
-        if not self._ended.done():
-            self._ended.set_exception(error)
+        if self._ended.done():
+            self._late = self._late or error
+        else:  # no future takes a StopIteration
+            self._ended.set_exception(RuntimeError(repr(error)) if isinstance(error, StopIteration) else error)
 
     async def until_end(self) -> bool:
         """Wait for the end; say whether the run is to be continued. What made it fail is raised."""
@@ -82,15 +86,15 @@ class Lifetime:
         task.add_done_callback(self._reap)
         return task
 
-    async def finish_tasks(self, seconds: float) -> BaseException | None:
-        """
-        What is being computed and written is finished; a reply that nobody reads is not waited for. Give what failed, if
-        anything did: after the end nobody else hears of it.
-        """
-        if not self._tasks:
-            return None
-        finished, _ = await asyncio.wait(self._tasks, timeout=seconds)
-        return next((error for task in finished if (error := task.exception()) is not None), None)
+    async def finish_tasks(self, seconds: float) -> None:
+        """What is being computed and written is finished; a reply that nobody reads is not waited for."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=seconds)
+
+    def raise_late(self) -> None:
+        """What has failed after the end, if anything has: nobody else hears of it."""
+        if self._late is not None:
+            raise self._late
 
     def _reap(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

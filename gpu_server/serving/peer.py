@@ -2,6 +2,8 @@
 
 import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 
 from websockets.asyncio.server import ServerConnection
@@ -141,12 +143,8 @@ class Peer:
         return await asyncio.to_thread(self._take, data)
 
     def _take(self, data: bytes | str) -> Message | None:
-        try:
+        with _readable_errors():
             return self.session.receive(data)
-        except OSError as error:  # of the disk: this thread sees no socket
-            raise CacheError(
-                f"devices' samples cannot be kept: {error.strerror or error}; when that is mended, --resume goes on"
-            ) from None
 
     async def send(self, message: Message) -> bool:
         """
@@ -155,12 +153,16 @@ class Peer:
         Returns:
             Whether it still waited for this. Else nothing was sent: it has gone, or it is back and asks again, perhaps from an
             earlier question on; the federation has kept the answer for that.
+
+        Raises:
+            CacheError: as `receive`.
         """
         async with self._sending:
             if not self.session.awaits(message):
                 return False
             try:
-                data = await asyncio.to_thread(self.session.send, message)
+                with _readable_errors():
+                    data = await asyncio.to_thread(self.session.send, message)
             except LocalProtocolError:
                 if self.session.awaits(message):
                     raise
@@ -183,8 +185,8 @@ class Peer:
         if self.session.awaits(failure):
             try:
                 await asyncio.wait_for(self.connection.send(self.session.send(failure)), SECONDS_TO_CLOSE)
-            except (ConnectionClosed, asyncio.TimeoutError):
-                pass  # gone already, or deaf: nobody is left to be told
+            except (ConnectionClosed, LocalProtocolError, asyncio.TimeoutError):
+                pass  # gone already, with a goodbye perhaps, or deaf: nobody is left to be told
         await self.connection.close(POLICY_VIOLATION)
 
     async def send_away(self) -> None:
@@ -229,3 +231,14 @@ class Peer:
         counts = up - self._counted_up, down - self._counted_down
         self._counted_up, self._counted_down = up, down
         return counts
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Around what a session does, which writes the activation cache and sees no socket."""
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(
+            f"devices' samples cannot be kept: {error.strerror or error}; when that is mended, --resume goes on"
+        ) from None

@@ -119,7 +119,7 @@ class Performer:
             changes = await self._compute(engine.check, list(action.batches.values()), action.check)
             came = federation.codec_of(action.step)
             decided = federation.checked({codec or came: change for codec, change in changes.items()})
-            await asyncio.wrap_future(self._journal.written())  # before anybody hears of what was decided
+            await asyncio.wrap_future(self._journal.codec_state_written())  # before anybody hears of what was decided
             self.perform(decided)
             started = time.monotonic()
         trained = await self._compute(engine.train, action.step, action.total_steps, action.micro_batch, action.batches)
@@ -174,29 +174,44 @@ class _StepWriter:
         self._journal, self._observers, self._peers, self._lifetime = journal, observers, peers, lifetime
         self.last: asyncio.Task[None] | None = None
         """Done when the step that was finished last is written, and so are all before it."""
+        self._counted = asyncio.Event()
+        """Whether the bytes of the step that was finished last are counted."""
+        self._counted.set()
 
     def write(self, action: FinishStep, replies: Sequence["asyncio.Task[None]"]) -> None:
         """
         Args:
             replies: those that have to be sent first: their bytes are the step's.
         """
-        self.last = self._lifetime.spawn(self._write(action, replies, self.last))
+        self._counted, counted_before = asyncio.Event(), self._counted
+        self.last = self._lifetime.spawn(self._write(action, replies, counted_before, self._counted, self.last))
 
     async def _write(
-        self, action: FinishStep, replies: Sequence["asyncio.Task[None]"], before: "asyncio.Task[None] | None"
+        self,
+        action: FinishStep,
+        replies: Sequence["asyncio.Task[None]"],
+        counted_before: asyncio.Event,
+        counted: asyncio.Event,
+        before: "asyncio.Task[None] | None",
     ) -> None:
-        if replies:
-            # Bytes that a slow reader takes later than this are counted in the next line.
-            await asyncio.wait(replies, timeout=SECONDS_FOR_REPLIES)
+        try:
+            if replies:
+                # Bytes that a slow reader takes later than this are counted in the next line.
+                await asyncio.wait(replies, timeout=SECONDS_FOR_REPLIES)
+            # Counting follows the steps, and not the disk: else a slow one would move bytes from line to line.
+            await counted_before.wait()
+            counts = {name: peer.take_counts() for name, peer in sorted(self._peers.items())}
+            record = replace(
+                action.record,
+                bytes_up={name: up for name, (up, _) in counts.items()},
+                bytes_down={name: down for name, (_, down) in counts.items()},
+            )
+            written = self._journal.write_step(record)
+        finally:
+            counted.set()
+        await asyncio.wrap_future(written)
         if before is not None:
             await before
-        counts = {name: peer.take_counts() for name, peer in sorted(self._peers.items())}
-        record = replace(
-            action.record,
-            bytes_up={name: up for name, (up, _) in counts.items()},
-            bytes_down={name: down for name, (_, down) in counts.items()},
-        )
-        await asyncio.wrap_future(self._journal.write_step(record))
         for observer in self._observers:
             observer.step_finished(record)
 

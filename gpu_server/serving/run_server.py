@@ -133,16 +133,17 @@ class RunServer:
     async def _until_end(self, lifetime: Lifetime, performer: Performer, conversations: Conversations) -> None:
         try:
             to_be_continued = await lifetime.until_end()
-            if (error := await lifetime.finish_tasks(SECONDS_TO_FINISH)) is not None:
-                raise error
-            await conversations.dismiss("the server was stopped", to_be_continued=to_be_continued)
-            await self._save_unfinished(lifetime, performer, to_be_continued=to_be_continued)
         except Exception as error:
             await lifetime.finish_tasks(SECONDS_TO_FINISH)
             # Numbers that are none come again. A disk that is full, or a defect, may be mended: then the run can go on.
             is_lasting = isinstance(error, TrainingDiverged | ModelError)
             await conversations.dismiss(str(error) if is_lasting else "the server failed", to_be_continued=not is_lasting)
             raise
+        await lifetime.finish_tasks(SECONDS_TO_FINISH)
+        await conversations.dismiss("the server was stopped", to_be_continued=to_be_continued)
+        # Also if the last step has failed meanwhile: what was learnt before it is as good as it was.
+        await self._save_unfinished(lifetime, performer, to_be_continued=to_be_continued)
+        lifetime.raise_late()
 
     async def _save_unfinished(self, lifetime: Lifetime, performer: Performer, *, to_be_continued: bool) -> None:
         federation = self._federation
