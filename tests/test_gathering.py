@@ -21,7 +21,7 @@ def verdict(one: Gathering, ready: str, missing: str, now: float, absent: str = 
         member = Member(Join(num_samples=1, batch_size=1, longest=1), Itinerary(settings(), 9), {})
         member.presence = Presence.ABSENT if name in absent else Presence.AWAY if name in away else Presence.HERE
         members[name] = member
-    return one.verdict(7, members, set(ready), now)
+    return one.verdict(7, list(members), set(ready), members, now)
 
 
 def test_all_that_are_wanted_are_enough() -> None:

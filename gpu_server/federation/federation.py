@@ -462,8 +462,7 @@ class Federation:
         """
         assert self._gathering is not None
         asked: dict[str, Message] = self._asked(self._gathering.kind)
-        members = {name: self.members[name] for name in wanted}
-        verdict = self._gathering.verdict(self._step_under_way, members, asked, now)
+        verdict = self._gathering.verdict(self._step_under_way, wanted, asked, self.members, now)
         return verdict.go, _reports(verdict)
 
     def _await_newcomers(self, now: float) -> list[Action]:

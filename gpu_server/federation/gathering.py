@@ -44,27 +44,30 @@ class Gathering:
     _told_after: float = 0.0
     """Seconds from the beginning until the wait was told of last; 0: it was not yet."""
 
-    def verdict(self, step: int, wanted: Mapping[str, Member], asked: Container[str], now: float) -> Verdict:
+    def verdict(
+        self, step: int, wanted: list[str], asked: Container[str], members: Mapping[str, Member], now: float
+    ) -> Verdict:
         """
         Args:
             step: for which it is gathered.
             wanted: the members whose questions the step is made of, in its order.
-            asked: names of those that have asked.
+            asked: those that have asked.
+            members: all of them, by name.
         """
         ready, missing = [name for name in wanted if name in asked], [name for name in wanted if name not in asked]
         # If a quorum is there without them, members that the run has gone on without are not waited for.
-        awaited = [name for name in missing if not wanted[name].presence.is_overtaken]
+        awaited = [name for name in missing if not members[name].presence.is_overtaken]
         needed = len(wanted) if self.quorum is None else min(self.quorum, len(wanted))
         enough = len(ready) >= needed
         if enough and not awaited:
             return Verdict(go=ready)
         self._is_late = self.quorum is not None and now - self.since >= self.deadline.seconds(self.kind)
         if enough and self._is_late:
-            silent = f"{_listed(awaited, wanted)}, silent for {duration(now - self.since)}"
+            silent = f"{_listed(awaited, members)}, silent for {duration(now - self.since)}"
             return Verdict(go=ready, say=f"step {step} goes on without {silent}")
         if not self._is_worth_telling(now):
             return Verdict()
-        silent = f"{_listed(missing, wanted)}, silent for {duration(now - self.since)}"
+        silent = f"{_listed(missing, members)}, silent for {duration(now - self.since)}"
         least = "" if self.quorum is None else f", {needed} needed"
         return Verdict(say=f"step {step} waits for {silent}; {len(ready)} of {count(len(wanted), 'device')} ready{least}")
 

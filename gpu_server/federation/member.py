@@ -10,38 +10,36 @@ __all__ = ["Member", "Presence"]
 
 class Presence(enum.Enum):
     """
-    Where a member stands: whether it is connected, and whether the run has gone on without it.
+    Where a member stands: whether it is connected, whether the run has gone on without it, whether it has left.
 
-    The first three are connected. A step or a round waits for a member that is HERE or AWAY, and for no other.
+    A step or a round waits for a member that is HERE or AWAY, and for no other.
     """
 
-    HERE = "here"
+    is_connected: bool
+    is_overtaken: bool
+    """Whether the run has gone on without it, so that it has to be told where to go on before it is asked for anything."""
+    has_left: bool
+
+    def __new__(cls, text: str, is_connected: bool, is_overtaken: bool, has_left: bool) -> "Presence":
+        presence = object.__new__(cls)
+        presence._value_ = text
+        presence.is_connected, presence.is_overtaken, presence.has_left = is_connected, is_overtaken, has_left
+        return presence
+
+    HERE = "here", True, False, False
     """It takes part."""
-    BEHIND = "behind"
+    BEHIND = "behind", True, True, False
     """The run has gone on without it, which it does not know: its next question will be answered with where to go on."""
-    RETURNING = "returning"
+    RETURNING = "returning", True, True, False
     """The run has gone on without it, and it has asked. It is told where to go on when the step under way is complete."""
-    AWAY = "away"
+    AWAY = "away", False, False, False
     """Its connection is lost. It keeps its place in the step, and its questions stay asked."""
-    ABSENT = "absent"
+    ABSENT = "absent", False, True, False
     """Its connection is lost, and the run has gone on without it."""
-    LEFT = "left"
+    LEFT = "left", False, False, True
     """It said goodbye, or was refused or revoked; nothing has gone on without it yet. If it comes back, it was only AWAY."""
-    GONE = "gone"
+    GONE = "gone", False, True, True
     """It left, and the run has gone on without it. If it comes back, it was only ABSENT."""
-
-    @property
-    def is_connected(self) -> bool:
-        return self in (Presence.HERE, Presence.BEHIND, Presence.RETURNING)
-
-    @property
-    def is_overtaken(self) -> bool:
-        """Whether the run has gone on without it, so that it has to be told where to go on before it is asked for anything."""
-        return self in (Presence.BEHIND, Presence.RETURNING, Presence.ABSENT, Presence.GONE)
-
-    @property
-    def has_left(self) -> bool:
-        return self in (Presence.LEFT, Presence.GONE)
 
 
 _LOST = {Presence.HERE: Presence.AWAY, Presence.BEHIND: Presence.ABSENT, Presence.RETURNING: Presence.ABSENT}

@@ -103,8 +103,11 @@ class Roster:
 
     def asked(self, kind: type[Asked], micro_batch: int) -> dict[str, Asked]:
         """The open questions of this kind, by client; of this micro-batch, if the kind has several."""
-        questions = {name: member.questions.get(micro_batch) for name, member in self}
-        return {name: question for name, question in questions.items() if isinstance(question, kind)}
+        return {
+            name: question
+            for name, member in self.members.items()
+            if isinstance(question := member.questions.get(micro_batch), kind)
+        }
 
     @property
     def last_step(self) -> int:
