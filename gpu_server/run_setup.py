@@ -93,7 +93,7 @@ def set_up(options: Mapping[str, Any]) -> Run:
         quorum=config.quorum,
         checkpoint_every=config.checkpoint_every,
         deadline=Deadline(config.step_deadline),
-        codec_policy=_codec_policy(config, settings, directory, journal),
+        codec_policy=_codec_policy(config, settings, directory),
         restarts=description.restarts,
     )
     return Run(
@@ -155,14 +155,13 @@ def _starting_adapter(config: ServerConfig, directory: RunDirectory, model: Pret
     return initial_adapter(model.config, lora, config.seed)
 
 
-def _codec_policy(config: ServerConfig, settings: RunSettings, directory: RunDirectory, journal: Journal) -> CodecPolicy | None:
+def _codec_policy(config: ServerConfig, settings: RunSettings, directory: RunDirectory) -> CodecPolicy | None:
     if settings.activation_codec == EXACT or not settings.check_codec_every:
         return None
     policy = CodecPolicy(
         settings.activation_codec,
         tolerance=config.codec_tolerance,
         allow_int4=config.codec == "auto",
-        save_state=journal.write_codec_state,
     )
     state = directory.codec_state()
     if state is not None:

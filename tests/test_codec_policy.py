@@ -16,9 +16,9 @@ def observe(policy: CodecPolicy, *changes: float, every: int = 10, link_share: f
     """Checks in steps 1, 11, 21, ... after the last one; the notes to the operator."""
     notes = []
     for change in changes:
-        step = 1 if not policy.checked else policy.checked + every
+        step = 1 if not policy.last_checked else policy.last_checked + every
         seen = {policy.codec_of(step): change, **dict.fromkeys(policy.alternatives(step), others)}
-        notes.append(policy.check(step, seen, link_share))
+        notes.append(policy.update(step, seen, link_share))
     return [note for note in notes if note is not None]
 
 
@@ -82,16 +82,22 @@ def test_codec_that_was_tried_and_left_is_not_tried_again() -> None:
     assert auto.alternatives(999) == []
 
 
-def test_what_is_decided_is_recorded_first_and_not_decided_again_after_going_back() -> None:
-    records: list[str] = []
-    first = policy("int4", save_state=lambda state: records.append(json.dumps(state)))
+def test_what_was_decided_is_not_decided_again_after_going_back() -> None:
+    first = policy("int4")
     observe(first, 0.004, 0.004, 0.1)
     again = policy("int4")
-    again.restore(json.loads(records[-1]))
-    assert again == policy("int4", decisions=first.decisions, checked=21, seen=first.seen)
-    assert again.check(11, {"int4": 5.0}, 0.0) is None  # the step is done again, and its check has counted
+    again.restore(json.loads(json.dumps(first.state())))
+    assert again == policy("int4", decisions=first.decisions, last_checked=21, seen=first.seen)
+    assert again.update(11, {"int4": 5.0}, 0.0) is None  # the step is done again, and its check has counted
     assert again.decisions == first.decisions == [(22, "int8")]
-    assert len(records) == 3
+
+
+def test_state_does_not_change_when_the_policy_does() -> None:
+    one = policy(tolerance=1.0)
+    observe(one, 0.5)
+    before = one.state()
+    observe(one, 0.25)
+    assert before["seen"]["int8"]["count"] == 1
 
 
 def test_change_that_is_just_tolerated_decides_nothing() -> None:
@@ -104,11 +110,11 @@ def test_change_that_is_just_tolerated_decides_nothing() -> None:
 def test_check_of_a_step_counts_once() -> None:
     once = policy(tolerance=1.0)
     observe(once, 0.5)
-    assert once.check(1, {"int8": 9.0}, 0.0) is None
+    assert once.update(1, {"int8": 9.0}, 0.0) is None
     assert once.seen["int8"].count == 1
 
 
 def test_codec_that_was_not_measured_stays() -> None:
     auto = policy(allow_int4=True)
-    assert auto.check(1, {"int4": 0.0}, 0.9) is None
+    assert auto.update(1, {"int4": 0.0}, 0.9) is None
     assert auto.decisions == []

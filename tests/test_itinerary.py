@@ -323,7 +323,7 @@ class History:
             device.hear(device.inbox.popleft())
         elif what == "lose" and device.connected:
             device.hang_up()
-            self.perform(federation.disconnected(device.name, self.now))
+            federation.disconnected(device.name, self.now)
         elif what == "kill" and federation.total_steps and not device.ended:
             device.alive = False
             if device.connected:

@@ -50,7 +50,7 @@ def ask_and_answer(one: Member, step: int, micro_batch: int = 0) -> None:
 
 TRANSITIONS: dict[str, dict[Presence, Presence]] = {
     "lost": {HERE: AWAY, BEHIND: ABSENT, RETURNING: ABSENT, AWAY: AWAY, ABSENT: ABSENT, LEFT: LEFT, GONE: GONE},
-    "left": {HERE: LEFT, BEHIND: GONE, RETURNING: GONE, AWAY: LEFT, ABSENT: GONE, LEFT: LEFT, GONE: GONE},
+    "left": {AWAY: LEFT, ABSENT: GONE, LEFT: LEFT, GONE: GONE},
     "overtaken": {HERE: BEHIND, BEHIND: BEHIND, RETURNING: RETURNING, AWAY: ABSENT, ABSENT: ABSENT, LEFT: GONE, GONE: GONE},
     "back": {AWAY: HERE, ABSENT: RETURNING, LEFT: HERE, GONE: RETURNING},
     "asked": {HERE: HERE, BEHIND: RETURNING, RETURNING: RETURNING},
@@ -78,6 +78,7 @@ def test_every_presence_says_whether_it_is_connected_overtaken_or_gone_for_good(
     assert {each for each in Presence if each.is_connected} == {HERE, BEHIND, RETURNING}
     assert {each for each in Presence if each.is_overtaken} == {BEHIND, RETURNING, ABSENT, GONE}
     assert {each for each in Presence if each.has_left} == {LEFT, GONE}
+    assert {each for each in Presence if each.takes_part} == {HERE, AWAY}
 
 
 def test_lost_connection_takes_with_it_what_only_it_waited_for() -> None:
@@ -87,6 +88,8 @@ def test_lost_connection_takes_with_it_what_only_it_waited_for() -> None:
     one.was_lost(7.0)
     assert (one.evaluation, one.lost_at) == (None, 7.0)
     assert one.questions  # it will ask the same
+    one.was_lost(9.0)
+    assert one.lost_at == 7.0
 
 
 def test_member_that_comes_back_has_been_told_nothing_and_remembers_what_it_says() -> None:

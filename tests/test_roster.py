@@ -21,7 +21,7 @@ def roster(**samples: int) -> Roster:
 
 def test_way_of_a_member_through_the_run_follows_from_its_data() -> None:
     member = roster(a=5).members["a"]
-    assert (member.last_step, member.matrices) == (6, {"A": (1, 1)})
+    assert (member.last_step, member.matrix_shapes) == (6, {"A": (1, 1)})
 
 
 def test_name_that_has_been_said_is_taken_until_its_client_has_joined_and_then_it_is_its_members() -> None:

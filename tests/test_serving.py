@@ -15,7 +15,7 @@ from ports import free_port
 
 from edge_client import ConnectionFailed, EdgeClient
 from gpu_server import GpuServer, Observer, RunStatus, ServerError, StepRecord
-from gpu_server.federation import Action, FinishStep, Phase, Train, Trained
+from gpu_server.federation import Action, FinishStep, Phase, SaveCodecState, Train, Trained
 from gpu_server.run_directory import RunDirectory
 from gpu_server.serving.journal import Journal
 from gpu_server.serving.lifetime import Lifetime
@@ -249,8 +249,7 @@ def journal(disk: Written) -> Any:
 
 def test_steps_and_decisions_are_written_in_the_order_asked_by_a_thread_of_their_own(journal: Journal, disk: Written) -> None:
     asked: list[Future[None]] = [journal.write_step("row 1"), journal.write_step("row 2")]  # type: ignore[arg-type]
-    journal.write_codec_state({"decided": 2})
-    asked += [journal.codec_state_written(), journal.write_step("row 3")]  # type: ignore[arg-type]
+    asked += [journal.write_codec_state({"decided": 2}), journal.write_step("row 3")]  # type: ignore[arg-type]
     assert disk.done == ["ws://here"]
     assert not any(future.done() for future in asked)
     disk._go.set()
@@ -273,16 +272,10 @@ def test_neither_steps_nor_decisions_wait_for_a_checkpoint(journal: Journal, dis
     checkpoint = journal.write_checkpoint("checkpoint 1")  # type: ignore[arg-type]
     assert writing.wait(SECONDS)
     journal.write_step("row 2").result(SECONDS)  # type: ignore[arg-type]
-    journal.write_codec_state({"decided": 2})
-    journal.codec_state_written().result(SECONDS)
+    journal.write_codec_state({"decided": 2}).result(SECONDS)
     assert not checkpoint.done()
     written.set()
     checkpoint.result(SECONDS)
-
-
-def test_nobody_waits_for_a_decision_that_was_not_made(journal: Journal) -> None:
-    journal.write_step("row 1")  # type: ignore[arg-type]
-    assert journal.codec_state_written().done()
 
 
 def test_bytes_are_counted_step_by_step_however_slow_the_disk_is(journal: Journal, disk: Written) -> None:
@@ -347,9 +340,8 @@ def test_what_is_decided_about_a_codec_is_on_the_disk_before_the_step_is_compute
 
         def checked(self, changes: dict[str, float]) -> list[Any]:
             assert changes == {"int8": 0.5}
-            journal.write_codec_state(changes)
             asyncio.get_running_loop().call_later(0, disk._go.set)
-            return []
+            return [SaveCodecState(state=changes)]
 
         def trained(self, trained: Trained, *_: float) -> list[Any]:
             self.result = trained
@@ -361,7 +353,7 @@ def test_what_is_decided_about_a_codec_is_on_the_disk_before_the_step_is_compute
         lifetime = Lifetime(asyncio.get_running_loop(), federation, {}, grace_period=0.0)
         engine: Any = Engine()
         performer = Performer(federation, engine, journal=journal, observers=[], peers={}, lifetime=lifetime)
-        performer.perform([Train(step=1, total_steps=1, micro_batch=0, check=["int4"], batches={})])
+        performer.perform([Train(step=1, total_steps=1, micro_batch=0, codecs_to_try=["int4"], batches={})])
         await lifetime.finish_tasks(SECONDS)
         lifetime.raise_late()
         performer.close()

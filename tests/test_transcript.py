@@ -32,6 +32,7 @@ from gpu_server.federation import (
     ModelLimits,
     Reply,
     Report,
+    SaveCodecState,
     Train,
     Trained,
 )
@@ -118,7 +119,8 @@ class Story:
 
     def goes(self, name: str, where: str, step: int) -> list[Action]:
         if where == "lost":
-            return self.federation.disconnected(name, self.now)
+            self.federation.disconnected(name, self.now)
+            return []
         self.federation.welcome(Hello(name=name, fingerprint="f", codecs=("int8", "bfloat16")))
         join = Join(num_samples=self.samples[name], batch_size=1, longest=1, step=step)
         return self.federation.join(name, join, self.now)
@@ -154,7 +156,7 @@ class Story:
         action, federation = self.computing.popleft(), self.federation
         if isinstance(action, Train):
             came = federation.codec_of(action.step)
-            actions = federation.checked({came: 0.5}) if action.check is not None else []
+            actions = federation.checked({came: 0.5}) if action.codecs_to_try is not None else []
             gradients = {name: batch.values for name, batch in action.batches.items()}
             return actions + federation.trained(Trained(loss=1.0, labelled_tokens=1, gradients=gradients), 0.5, self.now)
         if isinstance(action, Aggregate):
@@ -184,7 +186,8 @@ class Story:
         if isinstance(action, Reply):
             return f"-> {action.client}: {said(action.message)}"
         if isinstance(action, Train):
-            check = "" if action.check is None else f", trying {', '.join(['the codec', *action.check])}"
+            tried = action.codecs_to_try
+            check = "" if tried is None else f", trying {', '.join(['the codec', *tried])}"
             of = f"step {action.step} of {action.total_steps}, micro-batch {action.micro_batch}"
             return f"train {of}, of {', '.join(action.batches) or 'nobody'}{check}"
         if isinstance(action, Aggregate):
@@ -198,6 +201,8 @@ class Story:
                 f"finish step {record.number}: loss {record.loss}, {tokens}, {record.codec}, "
                 f"clients' seconds {spent}, server's {record.server_compute}, deadline {record.deadline:g}"
             )
+        if isinstance(action, SaveCodecState):
+            return f"save the codec policy, which has seen step {action.state['checked']}"
         if isinstance(action, Report):
             return f'say "{action.text}"'
         if isinstance(action, Evaluate):

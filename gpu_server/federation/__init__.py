@@ -11,6 +11,7 @@ from .events import (
     FinishStep,
     Reply,
     Report,
+    SaveCodecState,
     Train,
     Trained,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "Reply",
     "Report",
     "RunStatus",
+    "SaveCodecState",
     "StepRecord",
     "Train",
     "Trained",

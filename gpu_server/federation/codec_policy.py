@@ -1,6 +1,5 @@
 """Which codec a run uses in which step: it may cost bytes or quality, and quality goes first."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,7 @@ __all__ = ["CodecPolicy"]
 LEANER_TO_RICHER = {DELTA: "int8", "int4": "int8", "int8": "bfloat16", "bfloat16": EXACT}
 LEANER_THAN_INT8 = "int4"
 FORGETTING = 0.5
-"""How much of the checks before a check leaves of their weight."""
+"""Each check halves the weight of those before it."""
 CHECKS_TO_TRUST = 3
 LINK_IS_THE_BOTTLENECK = 0.5
 """From this share of the devices' time on."""
@@ -38,21 +37,20 @@ class CodecPolicy:
     """
     Begins with ``codec``, and goes to a richer one where a check shows that it changes the loss too much.
 
-    Whatever is decided is recorded at once, and holds: a run that goes back to a checkpoint decides nothing twice.
+    Whatever is decided holds: its `state` is saved before anybody hears of it, and a run that goes back to a checkpoint decides
+    nothing twice.
 
     Args:
         tolerance: nats per labelled token by which a codec may change the loss.
         allow_int4: whether int8 may become int4, where the links are the bottleneck.
-        save_state: is given `state` before anybody hears of a decision, to keep it.
     """
 
     codec: str
     tolerance: float
     allow_int4: bool = False
-    save_state: Callable[[dict[str, Any]], None] = lambda state: None
     decisions: list[tuple[int, str]] = field(default_factory=list)
     """The step from which on, and the codec."""
-    checked: int = 0
+    last_checked: int = 0
     """The last step whose check has counted."""
     seen: dict[str, Smoothed] = field(default_factory=dict)
     """Changes of the loss by codec, nats per labelled token."""
@@ -72,7 +70,7 @@ class CodecPolicy:
         """Codecs to be tried in a check, besides the step's own."""
         return [LEANER_THAN_INT8] if self._may_still_step_down(step) else []
 
-    def check(self, step: int, changes: dict[str, float], link_share: float) -> str | None:
+    def update(self, step: int, changes: dict[str, float], link_share: float) -> str | None:
         """
         Decide about the steps after this one.
 
@@ -83,13 +81,11 @@ class CodecPolicy:
         Returns:
             What to tell the operator, if something is decided.
         """
-        if step <= self.checked:
+        if step <= self.last_checked:
             return None
-        self.checked, codec = step, self.codec_of(step)
+        self.last_checked, codec = step, self.codec_of(step)
         smoothed = {name: self.seen.setdefault(name, Smoothed()).update(change) for name, change in changes.items()}
-        note = self._step_up(step, codec, smoothed) or self._step_down(step, smoothed, link_share)
-        self.save_state(self.state())
-        return note
+        return self._step_up(step, codec, smoothed) or self._step_down(step, smoothed, link_share)
 
     def _step_up(self, step: int, codec: str, smoothed: dict[str, float]) -> str | None:
         change = smoothed.get(codec, 0.0)
@@ -120,12 +116,12 @@ class CodecPolicy:
 
     def state(self) -> dict[str, Any]:
         """As JSON; see `restore`."""
-        seen = {codec: dict(vars(smoothed)) for codec, smoothed in self.seen.items()}  # another thread may write it
+        seen = {codec: dict(vars(smoothed)) for codec, smoothed in self.seen.items()}
         decisions = [(step, codec_name(codec)) for step, codec in self.decisions]
-        return {"checked": self.checked, "decisions": decisions, "seen": seen}
+        return {"checked": self.last_checked, "decisions": decisions, "seen": seen}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave."""
-        self.checked = state["checked"]
+        self.last_checked = state["checked"]
         self.decisions = [(step, codec_named(codec)) for step, codec in state["decisions"]]
         self.seen = {codec: Smoothed(**fields) for codec, fields in state["seen"].items()}

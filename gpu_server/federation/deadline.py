@@ -5,16 +5,16 @@ from statistics import median
 
 __all__ = ["Deadline"]
 
-REMEMBERED = 100
-NEEDED = 5
+REMEMBERED, NEEDED = 100, 5
+"""Of the times that clients took for one kind of question."""
+DEVIATIONS = 6
+"""Whoever is slower than the median by six times the median deviation is not just slow: something is wrong there."""
 UNTIL_KNOWN = 300.0
+"""Seconds."""
 SHORTEST = 1.0
-"""
-Seconds. Answers of a small model take milliseconds and deviate by less: a pause of the system would make a client late.
-"""
-PATIENCE_UNTIL_KNOWN = 30.0
-SHORTEST_PATIENCE = 5.0
-"""Seconds, below which a wait is not worth a line."""
+"""Seconds. Answers of a small model take milliseconds and deviate by less: a pause of the system would make a client late."""
+PATIENCE_UNTIL_KNOWN, SHORTEST_PATIENCE = 30.0, 5.0
+"""Seconds, before which a wait is not worth a line."""
 
 
 class Deadline:
@@ -48,4 +48,4 @@ class Deadline:
         if len(seen) < NEEDED:
             return until_known
         middle = median(seen)
-        return max(shortest, middle + 6 * median(abs(value - middle) for value in seen))
+        return max(shortest, middle + DEVIATIONS * median(abs(value - middle) for value in seen))

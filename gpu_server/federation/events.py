@@ -1,6 +1,7 @@
 """What the federation wants done: actions are data, and whoever performs them does so in their order."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from protocol import Activations, Array, Evaluation, Message, Tensors
 
@@ -15,6 +16,7 @@ __all__ = [
     "FinishStep",
     "Reply",
     "Report",
+    "SaveCodecState",
     "Train",
     "Trained",
 ]
@@ -35,8 +37,11 @@ class Train:
     step: int
     total_steps: int
     micro_batch: int
-    check: list[str] | None
-    """Whether the codec is checked, and which others are tried then. `Federation.checked` is called before `trained`."""
+    codecs_to_try: list[str] | None
+    """
+    None: the codec is not checked. Else what it and these others do to the loss is given to `Federation.checked`, before
+    `trained`.
+    """
     batches: dict[str, Activations]
     """
     By client, in the order of their names, which is the order of the union batch. Empty if every client that began the step
@@ -98,10 +103,18 @@ class FinishRun:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SaveCodecState:
+    """The codec policy has seen or decided something: write it before anything that follows is done; it holds for good."""
+
+    state: dict[str, Any]
+    """See `CodecPolicy.state`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Tell the operator."""
 
     text: str
 
 
-Action = Reply | Train | Aggregate | Evaluate | FinishStep | Checkpoint | FinishRun | Report
+Action = Reply | Train | Aggregate | Evaluate | FinishStep | Checkpoint | FinishRun | SaveCodecState | Report

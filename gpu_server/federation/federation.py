@@ -13,8 +13,8 @@ The run goes through phases, and only here:
                                     TRAINING ── round ends ──► CONTRIBUTIONS ──► AGGREGATING
                                                                         all have asked
 
-If all that have steps of a round left have gone, it ends early: ACTIVATIONS is left for CONTRIBUTIONS, and that for nothing if
-nobody of the round is there any more.
+A round ends early if every member that still has steps to do in it has left: CONTRIBUTIONS then follows ACTIVATIONS. If nobody
+is left to contribute either, the round closes with its adapter unchanged. A resumed run begins in ACTIVATIONS.
 
 Who may ask what. A member asks along its `Itinerary`: its next question, or a later micro-batch of the same step. A question
 waits at the member until it is answered. One that was answered already, of the step and kind that were answered last, gets the
@@ -25,8 +25,9 @@ Whom a phase waits for. ACTIVATIONS waits for every member that has data for the
 sent the first; CONTRIBUTIONS for those that took part in the round. A member that has left is not waited for. With a quorum,
 one that has not asked by the deadline is not waited for either: the run *overtakes* it.
 
-What a presence may become. A lost connection changes nothing but who can be written to: the member keeps its place, and its
-questions stay asked. Being overtaken does change something: what it has asked is dropped, and it must be told where to go on.
+What a presence may become. Once the run has started, a lost connection changes nothing but who can be written to: the member
+keeps its place, and the questions of its steps stay asked. Being overtaken does change something: what the member has asked is
+dropped, and it must be told where to go on.
 
                  connected             lost        connection lost           left       left
     up to date   HERE    ────────────────────────► AWAY    ─────────────────────────►  LEFT
@@ -39,8 +40,8 @@ questions stay asked. Being overtaken does change something: what it has asked i
 A member that comes back is HERE if it was AWAY or LEFT, and RETURNING if it was ABSENT or GONE. A connected one may leave, too.
 
 What is kept for how long. A member's answers, until a question of a newer step or kind of its is answered. The counts of a
-round, until the round has its adapter. Of a step, its sums, until it is recorded. Nothing of a round survives the server:
-a checkpoint is the end of a round, and devices do the rest again.
+round, until the round has its adapter. A step's sums, until the next step begins. Nothing of a round survives the server: a
+checkpoint is the end of a round, and devices do the rest again.
 
 The order of actions is part of the result: replies leave in it, and a checkpoint must not know of a step that metrics do not.
 """
@@ -85,12 +86,13 @@ from .events import (
     FinishStep,
     Reply,
     Report,
+    SaveCodecState,
     Train,
     Trained,
 )
 from .gathering import Gathering, Verdict
 from .member import Member, Presence
-from .message_rules import ModelLimits, OfAStep, check_hello, check_newcomer, check_question, check_same_data
+from .message_rules import ModelLimits, StepQuestion, check_hello, check_newcomer, check_question, check_same_data
 from .roster import Asked, Roster
 from .run_status import RunStatus
 from .step import StepInProgress
@@ -217,8 +219,7 @@ class Federation:
     def _join_again(self, name: str, member: Member, join: Join, now: float) -> list[Action]:
         self._roster.check_return(name, ending=self._is_ending)  # the run may have ended since its welcome
         check_same_data(name, member.join, join)
-        self._roster.greeted.discard(name)
-        member.came_back(join)
+        self._roster.came_back(name, join)
         return self._tell_where_to_go_on(name, now)
 
     def receive(self, name: str, message: Message, now: float) -> list[Action]:
@@ -233,14 +234,14 @@ class Federation:
             check_question(name, message, member, self.limits)
             member.evaluation = message
             return [Evaluate(client=name, batch=message)]
-        if not isinstance(message, OfAStep):
+        if not isinstance(message, StepQuestion):
             raise RemoteProtocolError(f"{type(message).__name__} out of turn")
         if isinstance(message, Activations) and message.step <= member.resumed_at:
             logger.debug("%s: ignored Activations of step %d: Start has answered it meanwhile", name, message.step)
             return []
         return self._observe(name, message, now) + self._take(name, message, now)
 
-    def _observe(self, name: str, message: OfAStep, now: float) -> list[Action]:
+    def _observe(self, name: str, message: StepQuestion, now: float) -> list[Action]:
         """How long the client took decides how long the next one may take."""
         kind = Contribution if isinstance(message, Contribution) else type(message)
         derived = self.deadline.observe(kind, self.timing.away(name, now))
@@ -249,7 +250,7 @@ class Federation:
         unused = "" if self.quorum is not None else " (acts only with --quorum)"
         return [Report(text=f"step deadline {duration(self.deadline.seconds(kind))}, measured{unused}")]
 
-    def _take(self, name: str, message: OfAStep, now: float) -> list[Action]:
+    def _take(self, name: str, message: StepQuestion, now: float) -> list[Action]:
         """A question is new, or was answered, or the run has left it behind; see `Theory of operation`."""
         member, question = self.members[name], QuestionId.of(message)
         is_current = not member.presence.is_overtaken
@@ -271,14 +272,9 @@ class Federation:
         member.asked_from_behind()
         return self._tell_where_to_go_on(name, now)
 
-    def disconnected(self, name: str, now: float) -> list[Action]:
+    def disconnected(self, name: str, now: float) -> None:
         """A client's connection is lost. Once the run has started it keeps its place."""
-        self._roster.greeted.discard(name)
-        if self.phase is Phase.JOINING:
-            self.members.pop(name, None)
-        elif name in self.members:
-            self.members[name].was_lost(now)
-        return []
+        self._roster.disconnected(name, now, starting=self.phase is Phase.JOINING)
 
     def leave(self, name: str, now: float) -> list[Action]:
         """A client says that it is gone for good, or is let in no more; the run goes on with the others."""
@@ -337,8 +333,9 @@ class Federation:
         """By how much codecs change the loss of the step that is computed, in nats per labelled token."""
         if self.codec_policy is None or not changes:
             return []
-        note = self.codec_policy.check(self.step + 1, changes, self.timing.take_link_share())
-        return [] if note is None else [Report(text=note)]
+        note = self.codec_policy.update(self.step + 1, changes, self.timing.take_link_share())
+        saved = SaveCodecState(state=self.codec_policy.state())
+        return [saved] if note is None else [saved, Report(text=note)]
 
     def trained(self, trained: Trained, seconds: float, now: float) -> list[Action]:
         """The last `Train` is computed; it took so many ``seconds``."""
@@ -501,7 +498,7 @@ class Federation:
             step=step,
             total_steps=self.total_steps,
             micro_batch=micro_batch,
-            check=self.codec_policy.alternatives(step) if checks and self.codec_policy is not None else None,
+            codecs_to_try=self.codec_policy.alternatives(step) if checks and self.codec_policy is not None else None,
             batches=batches,
         )
 
@@ -534,7 +531,10 @@ class Federation:
         return [FinishRun(step=self.step)]
 
     def _end_round(self, now: float) -> None:
-        """Wait for the adapters of those who took part. Members that have steps of the round left have left the run."""
+        """
+        Wait for the adapters of those who took part. Members that still had steps of the round to do have left; otherwise it
+        would not end here.
+        """
         self._enter(Phase.CONTRIBUTIONS, now)
         if not self.settings.ends_round(self.step):
             self._overtake(name for name, member in self._roster if member.last_step > self.step)
@@ -621,7 +621,7 @@ class Federation:
             return []
         if self._present_step.micro_batch:
             taking_part = self._present_step.labels_of
-            return [name for name in taking_part if self.members[name].presence in (Presence.HERE, Presence.AWAY)]
+            return [name for name in taking_part if self.members[name].presence.takes_part]
         return self._roster.participants(self.step + 1)
 
     def _asked(self, kind: type[Asked]) -> dict[str, Asked]:

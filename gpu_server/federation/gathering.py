@@ -32,6 +32,7 @@ class Gathering:
     Args:
         kind: class of the questions.
         since: when it began; every ``now`` is of the same clock.
+        deadline: how long clients of this run take for such questions.
         quorum: clients that are enough once the deadline has passed; None: all are needed, however long it takes.
     """
 
@@ -40,7 +41,7 @@ class Gathering:
     deadline: Deadline
     quorum: int | None
     _is_late: bool = False
-    """The deadline has passed with too few clients: from now on one more that asks may be enough."""
+    """The deadline has passed: from now on time alone changes nothing, but one more that asks may be enough."""
     _told_after: float = 0.0
     """Seconds from the beginning until the wait was told of last; 0: it was not yet."""
 
@@ -53,9 +54,11 @@ class Gathering:
             wanted: the members whose questions the step is made of, in its order.
             asked: those that have asked.
             members: all of them, by name.
+
+        It remembers that it has said something, so that it does not say it at every call.
         """
         ready, missing = [name for name in wanted if name in asked], [name for name in wanted if name not in asked]
-        # If a quorum is there without them, members that the run has gone on without are not waited for.
+        # A member that the run has gone on without is waited for only while there is no quorum without it.
         awaited = [name for name in missing if not members[name].presence.is_overtaken]
         needed = len(wanted) if self.quorum is None else min(self.quorum, len(wanted))
         enough = len(ready) >= needed

@@ -12,18 +12,22 @@ class Presence(enum.Enum):
     """
     Where a member stands: whether it is connected, whether the run has gone on without it, whether it has left.
 
-    A step or a round waits for a member that is HERE or AWAY, and for no other.
+    With a quorum, a step waits for members that take part, HERE or AWAY, and for no other. Without one it needs all that have
+    not left.
     """
 
     is_connected: bool
     is_overtaken: bool
     """Whether the run has gone on without it, so that it has to be told where to go on before it is asked for anything."""
     has_left: bool
+    takes_part: bool
+    """Whether neither is so."""
 
     def __new__(cls, text: str, is_connected: bool, is_overtaken: bool, has_left: bool) -> "Presence":
         presence = object.__new__(cls)
         presence._value_ = text
         presence.is_connected, presence.is_overtaken, presence.has_left = is_connected, is_overtaken, has_left
+        presence.takes_part = not (is_overtaken or has_left)
         return presence
 
     HERE = "here", True, False, False
@@ -49,13 +53,7 @@ _BACK = {
     Presence.ABSENT: Presence.RETURNING,
     Presence.GONE: Presence.RETURNING,
 }
-_LEFT = {
-    Presence.HERE: Presence.LEFT,
-    Presence.AWAY: Presence.LEFT,
-    Presence.BEHIND: Presence.GONE,
-    Presence.RETURNING: Presence.GONE,
-    Presence.ABSENT: Presence.GONE,
-}
+_LEFT = {Presence.AWAY: Presence.LEFT, Presence.ABSENT: Presence.GONE}
 _OVERTAKEN = {Presence.HERE: Presence.BEHIND, Presence.AWAY: Presence.ABSENT, Presence.LEFT: Presence.GONE}
 _ASKED = {Presence.BEHIND: Presence.RETURNING}
 _TOLD = {Presence.RETURNING: Presence.HERE}
@@ -75,11 +73,12 @@ class Member:
     """What it announced when it came last: how much data, in how large batches, and up to which step it remembers."""
     itinerary: Itinerary
     """Its own way through the run, which ends where its data does."""
-    matrices: dict[str, tuple[int, int]]
+    matrix_shapes: dict[str, tuple[int, int]]
     """
-    Shapes of the LoRA matrices that it trains, by name. Its messages are held to them, though all members have the same today.
+    Of the LoRA matrices that it trains, by name. Its messages are held to them, though all members have the same today.
     """
     presence: Presence = Presence.HERE
+    """Whether it is connected, and whether the run went on without it: decides who is waited for, and who must be told."""
     next_question: QuestionId = field(default_factory=lambda: QuestionId(Activations, 1))
     """The first that is not answered, evaluations aside. It may have asked the next ones, too."""
     questions: dict[int, Message] = field(default_factory=dict)
@@ -89,13 +88,14 @@ class Member:
     evaluation: Evaluation | None = None
     """The held-out batch whose loss its present connection waits for."""
     remembers: int = 0
-    """The last step that it has finished and not forgotten, as its last message tells. A device whose disk is lost forgets."""
+    """The last step that it has finished and not forgotten, as its `Join` says, or a question that the run has left behind. A
+    device whose disk is lost forgets."""
     told: tuple[int, int] | None = None
     """Step and round of the last `Start` on its present connection. The same one twice would be taken for one message."""
     in_round: bool = False
     """Whether it took part in a step of the present round, so that the round's adapter is made of its own, too."""
     labelled_tokens: dict[int, int] = field(default_factory=dict)
-    """In this round, by step, of those steps that are in its matrices: its weight in the round's average."""
+    """By step, of this round's steps that its matrices contain: its weight in the round's average."""
     lost_at: float | None = None
     """When it was disconnected last; None if it never was."""
     missed_from: int = 0
@@ -119,12 +119,13 @@ class Member:
         self.join, self.remembers, self.told = join, join.step, None
 
     def was_lost(self, now: float) -> None:
-        """Its connection is lost; the loss it waited for is of no use any more."""
-        self.presence = _LOST.get(self.presence, self.presence)
-        self.evaluation, self.lost_at = None, now
+        """Its connection is lost, if it had one; the loss it waited for is of no use any more."""
+        if self.presence in _LOST:
+            self.presence = _LOST[self.presence]
+            self.evaluation, self.lost_at = None, now
 
     def left(self) -> None:
-        """It said goodbye, or is let in no more."""
+        """It said goodbye, or is let in no more. Its connection, if it had one, is lost already."""
         self.presence = _LEFT.get(self.presence, self.presence)
 
     def was_overtaken(self, step: int) -> None:
@@ -170,7 +171,7 @@ class Member:
         self.next_question = next_question
 
     def resumes_after(self) -> int:
-        """The step of a `Start` for it: it repeats a step whose outcome it has not kept."""
+        """The step that its `Start` names; the one before, if it must repeat a step whose result it has lost."""
         return self.itinerary.resumes_after(self.next_question, next(iter(self.answers), None), self.remembers)
 
     # Its share of the round

@@ -29,9 +29,9 @@ from terminal import count
 
 from .member import Member
 
-__all__ = ["ModelLimits", "check_hello", "check_newcomer", "check_question", "check_same_data"]
+__all__ = ["ModelLimits", "StepQuestion", "check_hello", "check_newcomer", "check_question", "check_same_data"]
 
-OfAStep = Activations | AdapterGradient | AdapterWeights | Done
+StepQuestion = Activations | AdapterGradient | AdapterWeights | Done
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ def check_same_data(name: str, before: Join, now: Join) -> None:
         raise RemoteProtocolError(f"{name} joined this run with {was}, and comes back with {now_is}; start it as before")
 
 
-def check_question(name: str, question: OfAStep | Evaluation, member: Member, limits: ModelLimits) -> None:
+def check_question(name: str, question: StepQuestion | Evaluation, member: Member, limits: ModelLimits) -> None:
     """
     Raises:
         RemoteProtocolError: sizes are not what the client announced, a label is no token, or a number is too large.
@@ -116,7 +116,7 @@ def check_question(name: str, question: OfAStep | Evaluation, member: Member, li
     elif isinstance(question, Evaluation):
         _check_batch(name, question, member.join, limits)
     elif not isinstance(question, Done):
-        _check_adapter(name, question, member.matrices)
+        _check_adapter(name, question, member.matrix_shapes)
 
 
 def _check_batch(name: str, batch: Activations | Evaluation, join: Join, limits: ModelLimits) -> None:

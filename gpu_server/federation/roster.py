@@ -25,11 +25,11 @@ class Roster:
     Before the run starts a member whose connection is lost has never been one; afterwards nobody new is let in.
 
     Args:
-        matrices: shapes of the edge part's LoRA matrices, by name.
+        matrix_shapes: of the edge part's LoRA matrices, by name.
     """
 
-    def __init__(self, settings: RunSettings, matrices: dict[str, tuple[int, int]]) -> None:
-        self._settings, self._matrices = settings, matrices
+    def __init__(self, settings: RunSettings, matrix_shapes: dict[str, tuple[int, int]]) -> None:
+        self._settings, self._matrix_shapes = settings, matrix_shapes
         self.members: dict[str, Member] = {}
         self.greeted: set[str] = set()
         """Names that a connection has said, and not yet joined with: they are taken, too."""
@@ -72,13 +72,31 @@ class Roster:
             raise RemoteProtocolError(f"{name} has left the run, and the run is over")
 
     def newcomer(self, join: Join) -> Member:
-        """The member that a client becomes if it is taken. Its way through the run follows from its data alone."""
-        itinerary = Itinerary(self._settings, self._settings.steps_of_client(join.num_samples, join.batch_size))
-        return Member(join, itinerary, self._matrices)
+        """The member that a client becomes if it is taken."""
+        return Member(join, self._itinerary(join), self._matrix_shapes)
+
+    def _itinerary(self, join: Join) -> Itinerary:
+        """A client's way through the run follows from its data alone."""
+        return Itinerary(self._settings, self._settings.steps_of_client(join.num_samples, join.batch_size))
 
     def add(self, name: str, member: Member) -> None:
         self.members[name] = member
         self.greeted.discard(name)
+
+    def came_back(self, name: str, join: Join) -> None:
+        self.members[name].came_back(join)
+        self.greeted.discard(name)
+
+    def disconnected(self, name: str, now: float, *, starting: bool) -> None:
+        """
+        Args:
+            starting: whether the run still waits for its first members.
+        """
+        self.greeted.discard(name)
+        if starting:
+            self.members.pop(name, None)
+        elif name in self.members:
+            self.members[name].was_lost(now)
 
     # Across a restart of the server
 
@@ -94,10 +112,9 @@ class Roster:
             membership: as `saved` gave it.
         """
         for name, fields in membership.items():
-            member = self.newcomer(Join(**{key: value for key, value in fields.items() if key != "left"}))
-            member.presence = Presence.LEFT if fields["left"] else Presence.AWAY
-            member.next_question = member.itinerary.after_round(step)
-            self.members[name] = member
+            join = Join(**{key: value for key, value in fields.items() if key != "left"})
+            itinerary, presence = self._itinerary(join), Presence.LEFT if fields["left"] else Presence.AWAY
+            self.members[name] = Member(join, itinerary, self._matrix_shapes, presence, itinerary.after_round(step))
 
     # Whom a step or a round waits for
 
@@ -123,7 +140,7 @@ class Roster:
         Members whose adapters make the next edge adapter: all that took part in a step of the round. Those that are overtaken
         are told where to go on only after it.
         """
-        return sorted(name for name, member in self if member.in_round and member.presence in (Presence.HERE, Presence.AWAY))
+        return sorted(name for name, member in self if member.in_round and member.presence.takes_part)
 
     def returning(self) -> list[str]:
         """Members that wait to be told where to go on."""

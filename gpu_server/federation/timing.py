@@ -6,7 +6,7 @@ from protocol import Seconds
 
 __all__ = ["StepTiming"]
 
-Question = tuple[str, int]
+ClientMicroBatch = tuple[str, int]
 """Client and micro-batch."""
 
 
@@ -15,8 +15,8 @@ class StepTiming:
 
     def __init__(self) -> None:
         self._replied: dict[str, float] = {}
-        self._asked: dict[Question, float] = {}
-        self._queued: dict[Question, float] = {}
+        self._asked: dict[ClientMicroBatch, float] = {}
+        self._queued: dict[ClientMicroBatch, float] = {}
         self._spent: defaultdict[str, Seconds] = defaultdict(Seconds)
         self._link_seconds = self._all_seconds = 0.0
         """Of all clients, since `take_link_share` was called last."""
@@ -25,16 +25,16 @@ class StepTiming:
         """Seconds since the client's last reply."""
         return now - self._replied.get(client, now)
 
-    def question(self, question: Question, spent: Seconds, now: float) -> None:
+    def question(self, question: ClientMicroBatch, spent: Seconds, now: float) -> None:
         """It has come, with what its client spent since the one before."""
         self._asked[question] = now
         self._spent[question[0]] += spent
 
-    def computing(self, questions: list[Question], now: float) -> None:
+    def computing(self, questions: list[ClientMicroBatch], now: float) -> None:
         """All that were waited for are there, and the model is free."""
         self._queued = {question: now - self._asked.pop(question, now) for question in questions}
 
-    def queued(self, question: Question) -> float:
+    def queued(self, question: ClientMicroBatch) -> float:
         """How long a question that is computed had to wait for that."""
         return self._queued.get(question, 0.0)
 

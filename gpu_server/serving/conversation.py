@@ -234,7 +234,7 @@ class Conversations:
             return False  # it did not go: we dismissed it
         told = False
         if for_good is None:
-            self._performer.perform(self._federation.disconnected(peer.name, time.monotonic()))
+            self._federation.disconnected(peer.name, time.monotonic())
             self._performer.tell_status()
         else:
             told = self._leave(peer.name, peer, for_good)

@@ -33,9 +33,6 @@ class Journal:
         self._config, self._lora, self._base_model = config, lora, base_model
         self._small: ThreadPoolExecutor
         self._large: ThreadPoolExecutor
-        self._codec_state: Future[None] = Future()
-        """What the codec policy has decided last, being written."""
-        self._codec_state.set_result(None)
 
     def begin(self, url: str) -> None:
         """Say in run.json where the run is served; that is written on return. Until `close` the rest may be asked."""
@@ -53,13 +50,8 @@ class Journal:
 
         return self._large.submit(write)
 
-    def write_codec_state(self, state: dict[str, Any]) -> None:
-        """See `codec_state_written`."""
-        self._codec_state = self._small.submit(self._directory.write_codec_state, state)
-
-    def codec_state_written(self) -> "Future[None]":
-        """Of the last one that was asked."""
-        return self._codec_state
+    def write_codec_state(self, state: dict[str, Any]) -> "Future[None]":
+        return self._small.submit(self._directory.write_codec_state, state)
 
     def write_adapter(self, adapter: Adapter, step: int, total_steps: int) -> "Future[None]":
         """And say in run.json which step it has reached."""

@@ -12,7 +12,19 @@ from split_model import Adapter
 
 from ..checkpoints import SavedRound
 from ..engine import Engine
-from ..federation import Action, Aggregate, Checkpoint, Evaluate, Federation, FinishRun, FinishStep, Reply, Report, Train
+from ..federation import (
+    Action,
+    Aggregate,
+    Checkpoint,
+    Evaluate,
+    Federation,
+    FinishRun,
+    FinishStep,
+    Reply,
+    Report,
+    SaveCodecState,
+    Train,
+)
 from .journal import Journal
 from .lifetime import Lifetime
 from .observer import Observer
@@ -63,6 +75,7 @@ class Performer:
             Aggregate: self._aggregate,
             Evaluate: self._evaluate,
             FinishRun: self._finish_run,
+            SaveCodecState: self._save_codec_state,
         }
 
     def perform(self, actions: Sequence[Action]) -> Replies:
@@ -74,6 +87,13 @@ class Performer:
                 self._lifetime.spawn(takes_time)
         self._set_alarm()
         return replies
+
+    async def _perform_in_turn(self, actions: Sequence[Action]) -> None:
+        """Each is done before the next begins."""
+        for action in actions:
+            takes_time = self._methods[type(action)](action, {})
+            if takes_time is not None:
+                await takes_time
 
     async def save_unfinished(self) -> None:
         """Of a run that ends before its time: a checkpoint of its last round's end, and the adapter as it is."""
@@ -115,16 +135,17 @@ class Performer:
 
     async def _train(self, action: Train, _: Replies) -> None:
         federation, engine, started = self._federation, self._engine, time.monotonic()
-        if action.check is not None:
-            changes = await self._compute(engine.check, list(action.batches.values()), action.check)
+        if action.codecs_to_try is not None:
+            changes = await self._compute(engine.check, list(action.batches.values()), action.codecs_to_try)
             came = federation.codec_of(action.step)
-            decided = federation.checked({codec or came: change for codec, change in changes.items()})
-            await asyncio.wrap_future(self._journal.codec_state_written())  # before anybody hears of what was decided
-            self.perform(decided)
+            await self._perform_in_turn(federation.checked({codec or came: change for codec, change in changes.items()}))
             started = time.monotonic()
         trained = await self._compute(engine.train, action.step, action.total_steps, action.micro_batch, action.batches)
         now = time.monotonic()
         self.perform(federation.trained(trained, now - started, now))
+
+    async def _save_codec_state(self, action: SaveCodecState, _: Replies) -> None:
+        await asyncio.wrap_future(self._journal.write_codec_state(action.state))
 
     async def _aggregate(self, action: Aggregate, _: Replies) -> None:
         started = time.monotonic()
