@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TypeVar, cast
+from typing import NoReturn, TypeVar, cast
 
 from protocol import (
     HANDSHAKE_BYTES,
@@ -17,6 +17,7 @@ from protocol import (
     Itinerary,
     Join,
     Message,
+    Remembered,
     RemoteProtocolError,
     Start,
     Welcome,
@@ -191,8 +192,8 @@ class Membership:
 
     def next_index(self) -> int:
         """
-        A number for the next `Evaluation` that no other has had: by it an answer is told from one to a question before, and a
-        question that is asked again from a new one.
+        A new number for each `Evaluation`. The answer repeats it: so a late answer is recognised, and a question that is asked
+        again is none of its own.
         """
         self._num_evaluations += 1
         return self._num_evaluations
@@ -241,17 +242,18 @@ class Membership:
         """Ask the waiting questions on a new connection, unless the run has left them behind."""
         # A server that was started again, and a round that ended meanwhile, have made the adapter another one: what the waiting
         # questions were computed with is gone.
-        before = (self.welcome.restarts, self.position.round)
+        position = self.position
+        before = Remembered(step=position.step, round=position.round, restarts=self.welcome.restarts)
         start = self._server.reconnect(error, self._rejoin)
-        has_moved = (self.welcome.restarts, start.round) != before
-        if has_moved or not Itinerary.may_ask_again(waiting[0], start):
+        is_same_round = before.is_of_round(start, self.welcome.restarts)
+        if not is_same_round or not Itinerary.may_ask_again(waiting[0], start):
             self._redirect(start, waiting[0])
         if isinstance(waiting[0], Evaluation):
             self._postponed.put(start, must_follow=False)
         for question in waiting:
             self._server.connection.ask(question)
 
-    def _redirect(self, start: Start, question: Message) -> None:
+    def _redirect(self, start: Start, question: Message) -> NoReturn:
         """
         Raises:
             Redirected: always.

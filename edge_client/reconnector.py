@@ -77,9 +77,8 @@ class Reconnector:
         self._backoff = Backoff(name)
         self._connection: Connection | None = None
         self._seconds_away = 0.0
-        """Without a connection since there was progress, as far as they are counted: ..."""
+        """Without a connection since there was progress, counted up to `_counted_until`."""
         self._counted_until = 0.0
-        """... up to this time."""
         self._earlier_bytes = 0
         """Of the connections before this one."""
         self.activation_cache: ActivationCache | None = None

@@ -3,7 +3,8 @@ Which question a client asks next: the one rule that both sides follow.
 
 A client's way through a run is made of legs. In every step it asks `Activations` of each micro-batch. Then it exchanges its
 adapter: `AdapterGradient` at once where a round has one step, else `AdapterWeights` at the round's end and after the client's
-last step. At last it asks `Done`. PROTOCOL.md states the same under The course of a run.
+last step. At last it asks `Done`. PROTOCOL.md states the same under The course of a run. The device's loop,
+`edge_client.training.train`, spells this order out, so that the algorithm can be read there; its tests hold the two together.
 
 A `Start` interrupts this order: the server says after which step to go on, and the client finds its next question from that
 and from what it has kept. Both sides must come to the same question, for the server refuses any other.
@@ -157,7 +158,7 @@ class Itinerary:
 
     @staticmethod
     def may_ask_again(question: Message, start: Start) -> bool:
-        """Whether a question that was open when a connection was lost is not behind ``start``, of the same round."""
+        """Whether a question that was open when the connection broke is still due after ``start``, of the same round."""
         kind, step, _ = identity(question)
         if kind is Evaluation:
             return True

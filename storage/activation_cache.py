@@ -21,7 +21,7 @@ Version = tuple[Key, int]
 """Its file, and the step of the version that it is a change of; 0: of none."""
 
 COUNTS, PENDING = ".npz", ".pending"
-"""How a file's name ends, as long as its versions do not count yet and from then on: to confirm them is to rename it."""
+"""COUNTS ends the name of a file whose versions count, PENDING of one whose versions do not yet: to confirm is to rename."""
 SINCE = "since"
 """In a file beside the samples, in their order: the steps of the versions that they are changes of."""
 DAMAGE = (OSError, EOFError, ValueError, zipfile.BadZipFile)

@@ -113,7 +113,8 @@ def test_a_gradient_is_off_by_less_than_a_code_of_its_row_and_keeps_its_sign(val
 @pytest.mark.parametrize("dither", [None, 1])
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (3, 0), (1, 1), (1, 64), (64, 1)])
 def test_empty_tensors_and_single_rows_and_columns_arrive(codec: str, dither: int | None, shape: tuple[int, int]) -> None:
-    assert (through(np.full(shape, 1.5, np.float32), codec, dither) == 1.5).all() or dither is not None
+    if dither is None:
+        assert (through(np.full(shape, 1.5, np.float32), codec, dither) == 1.5).all()
     assert (through(np.zeros(shape, np.float32), codec, dither) == 0).all()
 
 

@@ -26,10 +26,9 @@ from gpu_server.federation import (
     Trained,
 )
 from protocol import (
+    LEGS,
     ActivationGradient,
     Activations,
-    AdapterGradient,
-    AdapterWeights,
     Done,
     EdgeAdapter,
     Evaluation,
@@ -60,13 +59,7 @@ def adapter_of(num_steps: int) -> dict[str, Any]:
     return {"A": np.array([[num_steps]], np.float32)}
 
 
-ANSWERS: dict[type, type] = {
-    Activations: ActivationGradient,
-    AdapterGradient: EdgeAdapter,
-    AdapterWeights: EdgeAdapter,
-    Evaluation: EvaluationLoss,
-    Done: RunEnd,
-}
+ANSWERS: dict[type, type] = {**{leg.question: leg.answer for leg in LEGS}, Evaluation: EvaluationLoss}
 
 
 class Device:

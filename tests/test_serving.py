@@ -464,7 +464,7 @@ def test_disk_that_is_full_while_an_answer_is_sent_is_told_as_such(monkeypatch: 
     async def tell() -> None:
         peer = greeted(Socket())
         monkeypatch.setattr(peer.session, "send", fail)
-        with pytest.raises(ServerError, match="samples cannot be kept: No space left on device; when that is mended, --resume"):
+        with pytest.raises(ServerError, match="cache cannot be written: No space left on device; when that is mended"):
             await peer.send(WELCOME)
 
     asyncio.run(tell())

@@ -85,7 +85,7 @@ class Pair:
         self.most_open = most_open
         self.heard: dict[Side, list[bytes]] = {side: [] for side in Side}
         self.numbers = itertools.count(1)
-        self.gone_on_after = 0
+        self.resumed_at = 0
         """The step of the last `Start`."""
 
     def say(self, side: Side, kind: type) -> None:
@@ -93,7 +93,7 @@ class Pair:
         heard: Any = self.ends[side.peer].receive(data)
         assert type(heard) is kind
         if kind is Start:
-            self.gone_on_after = heard.step
+            self.resumed_at = heard.step
         self.heard[side.peer].append(data)
 
     def message(self, kind: type) -> Any:
@@ -489,9 +489,9 @@ def test_an_old_message_is_refused_unless_its_kind_is_awaited(choices: list[int]
         return
     replayed, state = before[old % len(before)], session.state
     message: Any = decode(replayed, HANDSHAKE_BYTES, [session.codecs[side.peer]])
-    kind, gone_on_after = type(message), pair.gone_on_after
+    kind, resumed_at = type(message), pair.resumed_at
     if (state, side.peer, kind) in TRANSITIONS:
-        if kind is Activations and message.step <= gone_on_after:  # whose sender has heard the `Start`
+        if kind is Activations and message.step <= resumed_at:  # whose sender has heard the `Start`
             with pytest.raises(RemoteProtocolError, match="after a Start that goes on after"):
                 session.receive(replayed)
         else:

@@ -72,10 +72,9 @@ class Conversations:
                 message = await peer.receive(patience)
                 if peer.name is not None and not self._is_current(peer):
                     logger.debug("%s: ignored what came after it was dismissed", peer)
-                    await (
-                        peer.connection.wait_closed()
-                    )  # by whoever dismissed it: a device that is to hear why has not heard yet
-                    break  # it was dismissed meanwhile, or lives no more and its device is back
+                    # Whoever dismissed it is still telling it why, and closes it; closing it here would cut that off.
+                    await peer.connection.wait_closed()
+                    break
                 if isinstance(message, Goodbye):
                     self._forget(peer, "it said goodbye")
                     break
@@ -125,7 +124,7 @@ class Conversations:
             assert peer.name is not None
             replies = self._performer.perform(self._federation.receive(peer.name, message, time.monotonic()))
             if peer.name in replies:
-                # Before its next message is taken: of what it sent meanwhile the session knows only then that this answers it.
+                # Only when the reply has left, the session knows that a `Start` answers what is still coming, too.
                 await asyncio.wait([replies[peer.name]])
 
     async def _greet(self, peer: Peer, hello: Hello) -> None:
@@ -269,5 +268,5 @@ def _cache_with(caches: Callable[[str], CacheFolder], name: str, join: Join) -> 
     """
     cache = caches(name)
     if join.kept is not None:
-        cache.forget_after(join.kept - 1)
+        cache.forget_after(join.kept - 1)  # which leaves the step after: that is the client's latest
     return cache

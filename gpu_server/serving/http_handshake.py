@@ -81,7 +81,7 @@ async def watch_enrolments(door: Door, expel_revoked: Callable[[Mapping[str, dat
         try:
             enrolled = await asyncio.to_thread(door.enrolled)
         except ServerError:
-            continue  # who comes anew is not let in, and the operator told; who is in stays until the file can be read
+            continue  # until the file can be read, newcomers are refused, of which the operator is told, and those inside stay
         expel_revoked(enrolled)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from terminal import duration, listed
 
 from ..federation import Federation, Phase
+from .peer import Peer
 
 __all__ = ["Lifetime"]
 
@@ -16,17 +17,17 @@ logger = logging.getLogger("gpu_server")
 
 class Lifetime:
     """
-    The server serves its run until every client has its adapter, until somebody ends it, or until something fails.
+    The server serves its run until every client has its adapter, until somebody ends it, or until a task of it fails.
 
     Args:
-        connections: all that are open and belong to a client.
+        peers: the open connections that belong to a client, by its name.
         grace_period: seconds that a finished run waits for clients which are away and have not fetched its adapter.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, federation: Federation, connections: Mapping[str, Any], grace_period: float
+        self, loop: asyncio.AbstractEventLoop, federation: Federation, peers: Mapping[str, Peer], grace_period: float
     ) -> None:
-        self._loop, self._federation, self._connections, self._grace_period = loop, federation, connections, grace_period
+        self._loop, self._federation, self._peers, self._grace_period = loop, federation, peers, grace_period
         self._ended: asyncio.Future[bool] = loop.create_future()
         """Its result is whether the run is to be continued."""
         self._late: BaseException | None = None
@@ -66,7 +67,7 @@ class Lifetime:
         Call it when the run is complete, and whenever a client has gone. Clients that do not come back are waited for no longer
         than the grace period.
         """
-        if not self.is_run_complete or self._connections:
+        if not self.is_run_complete or self._peers:
             return
         unfinished = self._federation.unfinished()
         if not unfinished:
@@ -77,7 +78,7 @@ class Lifetime:
         if self._grace_period:
             waited = duration(self._grace_period)
             logger.info("the run is complete; waiting up to %s for %s to fetch the adapter", waited, listed(unfinished))
-        self._grace_ends = self._loop.call_later(self._grace_period, lambda: None if self._connections else self.end())
+        self._grace_ends = self._loop.call_later(self._grace_period, lambda: None if self._peers else self.end())
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run it beside everything else; its failure is the run's."""

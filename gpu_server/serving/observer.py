@@ -16,4 +16,7 @@ class Observer:
         """A step is trained, its replies are sent, and its line of metrics is written."""
 
     def status_changed(self, status: RunStatus) -> None:
-        """A client has joined, is back, is lost or has left; a step is finished; the run is complete."""
+        """
+        A client has joined, is back, is lost or has left; a step is finished, whose record follows by `step_finished`; the run
+        is complete. Phases that last for a part of a step are not told.
+        """

@@ -240,5 +240,5 @@ def _readable_errors() -> Iterator[None]:
         yield
     except OSError as error:
         raise CacheError(
-            f"devices' samples cannot be kept: {error.strerror or error}; when that is mended, --resume goes on"
+            f"the activation cache cannot be written: {error.strerror or error}; when that is mended, --resume goes on"
         ) from None
