@@ -38,9 +38,8 @@ def go_back(run: Run) -> list[Action]:
             f"(aggregate-every {run.config.aggregate_every}, codec {run.config.codec}); {start_from(run)}"
         )
     engine.restore(saved.state)
-    federation.edge_adapter = engine.edge_adapter()
     earliest = directory.checkpoints.steps()[0]
-    actions = federation.restore(saved.step, earliest, saved.membership, time.monotonic())
+    actions = federation.restore(saved.step, earliest, saved.membership, engine.edge_adapter(), time.monotonic())
     _tell_where_it_goes_on(run)
     return actions
 

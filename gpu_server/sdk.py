@@ -16,7 +16,7 @@ from protocol.limits import CACHES_ON_SERVER
 from storage import CacheFolder
 
 from .config import ServerConfig, described
-from .federation import Action, Phase, StepRecord
+from .federation import Action, StepRecord
 from .resuming import go_back, start_from
 from .run_setup import set_up
 from .serving import Observer, RunServer
@@ -153,16 +153,16 @@ class GpuServer:
             ServerError: the run directory cannot be written any more.
         """
         yield from self._steps.follow()
-        federation = self._run.federation
-        if federation.phase is Phase.FINISHED and federation.step == federation.total_steps:
+        status = self._run.federation.status()
+        if status.is_saved and status.step == status.total_steps:
             return
-        if federation.phase is Phase.FINISHED:
-            all_left = not federation.unfinished()
-            what = f"{'all devices' if all_left else 'the devices that had steps to do'} have left the run"
+        if status.is_saved:
+            who = "the devices that had steps to do" if status.unfinished else "all devices"
+            what = f"{who} have left the run"
         else:
             what = "the server was stopped"
-        where = f"; {start_from(self._run)}" if federation.step else ""
-        raise RunEndedEarly(f"{what} after step {federation.step} of {federation.total_steps}{where}")
+        where = f"; {start_from(self._run)}" if status.step else ""
+        raise RunEndedEarly(f"{what} after step {status.step} of {status.total_steps}{where}")
 
     @property
     def total_steps(self) -> int:
@@ -183,7 +183,7 @@ class GpuServer:
         else:
             self.stop()
         self._thread.join()
-        if self._run.federation.phase is Phase.FINISHED:
+        if self._run.federation.status().is_saved:
             self._run.directory.remove_activation_caches()
         self._run.directory.release()
 

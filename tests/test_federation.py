@@ -741,17 +741,18 @@ def test_restored_run_goes_on_where_the_checkpoint_stands() -> None:
     table = Table({"a": 3, "b": 3})
     membership = table.federation.membership()
     restored = Federation("run", table.federation.settings, LIMITS, tensors(), restarts=1)
-    assert restored.restore(2, 1, membership, 0.0) == []
+    assert restored.restore(2, 1, membership, tensors(2.0), 0.0) == []
     for name in ("a", "b"):
         assert restored.welcome(Hello(name=name, fingerprint="f")).restarts == 1
         start = replies(restored.join(name, Join(num_samples=3, batch_size=1, longest=ROWS, step=3), 0.0))[name]
         assert (start.step, start.round) == (2, 2)  # type: ignore[union-attr]
+        assert start.adapter["A"][0, 0] == 2.0  # type: ignore[union-attr]
 
 
 def test_restored_run_that_was_complete_is_finished_again() -> None:
     table = Table({"a": 3, "b": 3})
     restored = Federation("run", table.federation.settings, LIMITS, tensors(), restarts=1)
-    assert kinds(restored.restore(3, 2, table.federation.membership(), 0.0)) == [FinishRun]
+    assert kinds(restored.restore(3, 2, table.federation.membership(), tensors(), 0.0)) == [FinishRun]
 
 
 def test_micro_batch_is_no_larger_than_a_part_of_a_batch() -> None:
@@ -883,7 +884,7 @@ def test_time_of_a_client_counts_from_its_last_answer_whichever_it_was() -> None
 def test_status_is_that_of_now() -> None:
     table = Table({"a": 1, "b": 1})
     before = table.federation.status()
-    assert (before.run, before.clients, before.connected, before.is_complete) == ("run", 2, 2, False)
+    assert (before.run, before.clients, before.connected, before.is_saved) == ("run", 2, 2, False)
     assert (before.members, before.unfinished) == ({"a": "here", "b": "here"}, ("a", "b"))
     assert (before.phase, before.step, before.round, before.total_steps) == ("waiting for activations", 0, 0, 1)
     table.federation.leave("b", 0.0)
@@ -894,7 +895,7 @@ def test_status_is_that_of_now() -> None:
     table.federation.saved(0.0)
     after = table.federation.status()
     assert (after.members, after.unfinished, after.connected) == ({"a": "here", "b": "gone"}, ("a",), 1)
-    assert (after.phase, after.step, after.round, after.is_complete) == ("finished", 1, 1, True)
+    assert (after.phase, after.step, after.round, after.is_saved) == ("finished", 1, 1, True)
     assert before.step == 0
 
 

@@ -283,7 +283,7 @@ class History:
         before = self.federation
         self.federation = Federation("run", self.settings, LIMITS, adapter_of(0), self.quorum, self.checkpoint_every)
         self.federation.restarts = before.restarts + 1
-        self.perform(self.federation.restore(step, self.checkpoints[0][0], members, self.now))
+        self.perform(self.federation.restore(step, self.checkpoints[0][0], members, adapter_of(0), self.now))
 
     # What happens to a device
 

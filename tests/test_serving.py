@@ -75,7 +75,7 @@ def test_everybody_who_watches_a_run_is_told_the_same(run: Callable[..., list[St
     assert [step.number for step in followed] == list(range(1, STEPS + 1))
     assert first.steps == second.steps == followed
     assert first.statuses == second.statuses
-    told = [(status.step, status.connected, status.is_complete) for status in first.statuses]
+    told = [(status.step, status.connected, status.is_saved) for status in first.statuses]
     assert told[0] == (0, 1, False)  # the device has joined
     assert told[-1] == (STEPS, 0, True)  # and left, with the adapter
     assert told == sorted(told, key=lambda status: (status[2], status[0]))

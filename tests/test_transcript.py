@@ -170,7 +170,7 @@ class Story:
         self.restarts += 1
         self.computing.clear()
         self.federation = self.new_federation()
-        return self.federation.restore(step, step, members, self.now)
+        return self.federation.restore(step, step, members, {"A": np.zeros((1, 1), np.float32)}, self.now)
 
     def keep(self, actions: list[Action]) -> None:
         for action in actions:

@@ -172,13 +172,18 @@ class Federation:
         """What has to be known of the members to go on after a round's end, as JSON."""
         return self._roster.saved()
 
-    def restore(self, step: int, earliest: int, membership: dict[str, dict[str, Any]], now: float) -> list[Action]:
+    def restore(
+        self, step: int, earliest: int, membership: dict[str, dict[str, Any]], edge_adapter: Tensors, now: float
+    ) -> list[Action]:
         """
         Stand at the end of the round that ended with ``step``, with everybody's connection lost.
 
         Args:
             earliest: step of the earliest checkpoint that there is.
+            membership: as `membership` gave it then.
+            edge_adapter: of that round.
         """
+        self.edge_adapter = edge_adapter
         self._roster.restore(membership, step)
         self.step = self.round = self._recorded = step
         self.checkpoints = (earliest, step)
@@ -320,7 +325,7 @@ class Federation:
             step=self.step,
             round=self.round,
             total_steps=self.total_steps,
-            is_complete=self.phase is Phase.FINISHED,
+            is_saved=self.phase is Phase.FINISHED,
         )
 
     def codec_of(self, step: int) -> str:

@@ -26,5 +26,5 @@ class RunStatus:
     """The last step that is in the edge adapter."""
     total_steps: int
     """0 until the run starts."""
-    is_complete: bool
+    is_saved: bool
     """Whether its adapter is saved, so that nothing is left but to fetch it."""

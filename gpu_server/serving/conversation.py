@@ -96,7 +96,7 @@ class Conversations:
         except ConnectionLost:
             # Else it was closed from this side, which has said why.
             is_lost = self._is_current(peer) and not self._lifetime.is_over
-            if is_lost and peer.has_joined and not self._lifetime.is_run_complete:
+            if is_lost and peer.has_joined and not self._lifetime.is_saved:
                 logger.info("%s: connection lost", peer)
         finally:
             self._forget(peer)
@@ -243,7 +243,7 @@ class Conversations:
     def _leave(self, name: str, peer: Peer | None, reason: str) -> bool:
         """A client is out of the run, connected or not. Says whether that was logged."""
         federation = self._federation
-        told = name in federation.members and federation.total_steps > 0 and not self._lifetime.is_run_complete
+        told = name in federation.members and federation.total_steps > 0 and not self._lifetime.is_saved
         if told:
             logger.warning("%s has left the run after step %d: %s", peer or name, federation.step, reason)
         self._performer.perform(federation.leave(name, time.monotonic()))

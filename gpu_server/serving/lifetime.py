@@ -40,7 +40,7 @@ class Lifetime:
         return self._ended.done()
 
     @property
-    def is_run_complete(self) -> bool:
+    def is_saved(self) -> bool:
         """Whether the adapter is on the disk."""
         return self._federation.phase is Phase.FINISHED
 
@@ -67,7 +67,7 @@ class Lifetime:
         Call it when the run is complete, and whenever a client has gone. Clients that do not come back are waited for no longer
         than the grace period.
         """
-        if not self.is_run_complete or self._peers:
+        if not self.is_saved or self._peers:
             return
         unfinished = self._federation.unfinished()
         if not unfinished:

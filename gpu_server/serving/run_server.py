@@ -147,7 +147,7 @@ class RunServer:
 
     async def _save_unfinished(self, lifetime: Lifetime, performer: Performer, *, to_be_continued: bool) -> None:
         federation = self._federation
-        if lifetime.is_run_complete:
+        if lifetime.is_saved:
             return
         if not federation.total_steps:
             if to_be_continued:
