@@ -59,6 +59,7 @@ def main() -> None:
         ["start of the process to its first activations at the server", f"{Watched.first_activations - began:.1f} s", ""],
         ["`import torch` alone", f"{median_seconds(sys.executable, '-c', 'import torch'):.1f} s", ""],
         ["`splitlora-edge --help`", f"{median_seconds(str(contestants.PROGRAMS / 'splitlora-edge'), '--help'):.2f} s", "0.3 s"],
+        ["`import edge_client.data`", f"{median_seconds(sys.executable, '-c', 'import edge_client.data'):.2f} s", "0.2 s"],
         ["installed without torch and what torch itself needs", f"{sum(sizes().values()) / 1e6:.0f} MB", "60 MB"],
     ]
     print(contestants.markdown(["", "measured", "goal"], rows))
