@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from split_model import DamagedFile, LoraConfig, ModelConfig, PretrainedModel, read_sealed, save_adapter
-from storage import RunDescription, part_that_differs
-from storage.run_description import RUN_FILE
+from split_model import DamagedFile, LoraConfig, ModelConfig, PretrainedModel, adapted_layers, read_sealed, save_adapter
+from storage import AdapterError, Folder, RunDescription, part_that_differs, shown
+from storage.folder import Member
+from storage.run_description import REMEDY, RUN_FILE
 
 from .errors import ExportError
 
@@ -45,16 +46,22 @@ class RunDirectory:
             raise ExportError(f"{folder / RUN_FILE} is missing; --run-dir is the folder that splitlora-server was given")
         self._id, self._fingerprint, config = description.run, description.fingerprint, description.config
         self._reached = description.adapter
+        self.model: str = self._setting(config, "model", str)
+        """The base model, as the server was given it."""
+        rank, targets = self._setting(config, "lora_rank", int), self._setting(config, "lora_targets", list)
+        alpha = self._setting(config, "lora_alpha", int if type(config.get("lora_alpha")) is int else float)
+        if not all(isinstance(target, str) for target in targets):
+            raise self._wrong(f"lora_targets is {shown(targets)}; a list of texts is expected")
         try:
-            self.model = str(config["model"])
-            """The base model, as the server was given it."""
-            self._lora = LoraConfig(
-                rank=int(config["lora_rank"]), alpha=float(config["lora_alpha"]), targets=tuple(config["lora_targets"])
-            )
-        except KeyError as error:
-            raise ExportError(f"{folder / RUN_FILE} does not describe a run: {error} is missing") from None
-        except (ValueError, TypeError, OverflowError) as error:  # of the run's LoRA settings, AdapterError too
-            raise ExportError(f"{folder / RUN_FILE} does not describe a run: {error}") from None
+            self._lora = LoraConfig(rank=rank, alpha=float(alpha), targets=tuple(targets))
+        except (AdapterError, OverflowError) as error:  # of a whole number that no float is as large as
+            raise self._wrong(error) from None
+
+    def _setting(self, config: dict[str, Any], key: str, kind: type[Member]) -> Member:
+        return Folder(self.folder, ExportError).member(RUN_FILE, config, key, kind, REMEDY)
+
+    def _wrong(self, what: object) -> ExportError:
+        return ExportError(f"{self.folder / RUN_FILE}: {what}{REMEDY}")
 
     def adapter(self, model: PretrainedModel, scratch: Path) -> tuple[Run, Path]:
         """
@@ -72,6 +79,10 @@ class RunDirectory:
                 f"{self.folder} is a run of the model {self.model!r} ({self._fingerprint}); "
                 f"--model gives another {part_that_differs(self._fingerprint, fingerprint)} ({fingerprint})"
             )
+        try:
+            adapted_layers(model.config, self._lora)
+        except AdapterError as error:
+            raise self._wrong(error) from None
         if self._reached is None:
             return self._last_checkpoint(model.config, scratch)
         step, last = self._reached["step"], self._reached["of"]

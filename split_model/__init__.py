@@ -2,7 +2,7 @@
 
 from .adapter_folder import load_adapter, save_adapter
 from .generation import continue_greedily
-from .lora import Adapter, LoraConfig, adapter_shapes, initial_adapter
+from .lora import Adapter, LoraConfig, adapted_layers, adapter_shapes, initial_adapter
 from .model_config import ModelConfig
 from .optimisation import OptimiserConfig, adamw, optimiser_state, restore_optimiser, take_step
 from .parts import EdgePart, ServerPart, check_cut_layer
@@ -21,6 +21,7 @@ __all__ = [
     "PretrainedModel",
     "ServerPart",
     "adamw",
+    "adapted_layers",
     "adapter_shapes",
     "check_cut_layer",
     "choose_device",

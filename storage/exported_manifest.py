@@ -78,7 +78,7 @@ class ExportedManifest:
         _member(files, raw, "format", int)
         kind = raw.get("kind")
         if not isinstance(kind, str) or kind not in GRAPHS_OF:
-            raise files.error(f"{files.path} is of the kind {shown(kind)}; only these generate text: {', '.join(GRAPHS_OF)}")
+            raise files.error(f"{files.path} is of the kind {shown(kind)}; only these are known: {', '.join(GRAPHS_OF)}")
         precisions = _member(files, raw, "precisions", dict)
         manifest = cls(
             files=files,

@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 __all__ = ["Folder", "shown"]
 
-Member = TypeVar("Member", int, str, dict[str, Any])
+Member = TypeVar("Member", int, float, str, dict[str, Any], list[Any])
 
-EXPECTED = {int: "a whole number", str: "a text", dict: "an object"}
+EXPECTED = {int: "a whole number", float: "a number", str: "a text", dict: "an object", list: "a list"}
 
 
 class Folder:

@@ -8,7 +8,7 @@ from typing import Any
 from .atomic_file import replace_file
 from .folder import Folder, Member, shown
 
-__all__ = ["RUN_FILE", "RunDescription"]
+__all__ = ["REMEDY", "RUN_FILE", "RunDescription"]
 
 RUN_FILE = "run.json"
 REMEDY = "; restore the file, or choose another run directory"

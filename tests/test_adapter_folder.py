@@ -1,6 +1,7 @@
 """Adapter folders of other people: what is merged is what PEFT merges, and what cannot be is one sentence within seconds."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from export import ExportError, export_onnx, merge
 from export.adapter_folder import Targets
 from export.peft_merge import load_with_peft
+from export.run_directory import RunDirectory
 from split_model import LoraConfig as OurLora
 from split_model import PretrainedModel, load_adapter
 from storage import AdapterError, AdapterSettings
@@ -242,3 +244,30 @@ def test_base_model_that_is_no_number_is_named(model: Path, tmp_path: Path, keep
     (tmp_path / "base/tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
     with pytest.raises(ExportError, match=r"the base model's tensor ln_f.weight has values that are not finite numbers"):
         export_onnx(str(tmp_path / "base"), tmp_path / "out", adapter=adapter, keep_adapter=keep_adapter)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "why"),
+    [
+        ("lora_targets", [], "LoRA targets must be among c_attn, c_proj, c_fc; got none"),
+        ("lora_targets", ["foo"], "LoRA targets must be among c_attn, c_proj, c_fc; got foo"),
+        ("lora_targets", "c_attn", 'lora_targets is "c_attn"; a list is expected'),
+        ("lora_targets", [1], r"lora_targets is \[1\]; a list of texts is expected"),
+        ("lora_rank", None, "lora_rank is null; a whole number is expected"),
+        ("lora_rank", 0, "LoRA rank must be at least 1, got 0"),
+        ("lora_alpha", "8", 'lora_alpha is "8"; a number is expected'),
+        ("lora_alpha", 10**400, "int too large to convert to float"),
+        ("model", 3, "model is 3; a text is expected"),
+    ],
+)
+@pytest.mark.parametrize("reached", [None, {"step": 1, "of": 1}])
+def test_setting_of_a_run_that_cannot_be_is_told_with_its_file(
+    tiny_model: Path, tmp_path: Path, setting: str, value: Any, why: str, reached: Any
+) -> None:
+    model = PretrainedModel(tiny_model)
+    config = {"model": "m", "lora_rank": 2, "lora_alpha": 8, "lora_targets": ["c_attn"], setting: value}
+    described = {"run": "r", "fingerprint": model.fingerprint(), "config": config, "dtype": "float32", "adapter": reached}
+    (tmp_path / "run.json").write_text(json.dumps(described), encoding="utf-8")
+    remedy = "; restore the file, or choose another run directory"
+    with pytest.raises(ExportError, match=f"^{re.escape(str(tmp_path))}/run.json: {why}{remedy}$"):
+        RunDirectory(tmp_path).adapter(model, tmp_path)
