@@ -136,3 +136,15 @@ def test_every_file_that_the_architecture_names_is_there() -> None:
     for name in named:
         path = name.rstrip("/")
         assert path in there or any(each.endswith(f"/{path}") for each in there), name
+
+
+def test_every_file_of_tests_that_is_named_elsewhere_is_there() -> None:
+    for place, pattern in (
+        (".ci/run", r"tests/test_\{([\w,]+)\}\.py"),
+        ("Makefile", r"addprefix tests/test_,([\w. \\\n\t]+)\)"),
+    ):
+        (names,) = re.findall(pattern, (REPOSITORY / place).read_text(encoding="utf-8"))
+        files = re.split(r"[,\s\\]+", names.replace(".py", "").strip())
+        assert len(files) > 5
+        for name in files:
+            assert (REPOSITORY / "tests" / f"test_{name}.py").is_file(), f"{place}: {name}"
