@@ -37,7 +37,7 @@ from .membership import Membership, Redirected
 from .server_status import model_of_server
 from .torch_engine import TorchEngine, choose_weight_dtype
 from .training import Step, perplexity, train
-from .waiting import Patience, reason_to_wait
+from .waiting import WaitReports, reason_to_wait
 
 __all__ = ["EdgeClient"]
 
@@ -158,18 +158,18 @@ class EdgeClient:
 
     def __enter__(self) -> "EdgeClient":
         """Connect, learn the run's settings and make the device's part of the model ready. `start` then joins the run."""
-        self._patience = Patience(lambda: reason_to_wait(self._access.connect, self.name))
+        self._wait_reports = WaitReports(lambda: reason_to_wait(self._access.connect, self.name))
         self._membership = Membership(
             self._access.connect,
             Hello(name=self.name, fingerprint=self._model.fingerprint(), codecs=(*CODECS, DELTA)),
             give_up_after=self._give_up_after,
             # The address of a run in which this device was is right, and who says how long to try means to wait.
-            patient=self._state.is_in_a_run or self._give_up_after is not None,
+            server_may_be_away=self._state.is_in_a_run or self._give_up_after is not None,
             before=self._state.welcome(),
-            patience=self._patience,
+            while_waiting=self._wait_reports,
         )
         self._start: Start | None = None
-        self._patience.begin()
+        self._wait_reports.begin()
         try:
             settings, before = self.welcome.settings, self._state.dtype(self.welcome.run)
             self.dtype, self.choice = choose_weight_dtype(self._dtype, self._device, settings, before=before)
@@ -276,7 +276,7 @@ class EdgeClient:
         Leave the run, if it is over, has diverged, or the user says so (Ctrl-C). After any other exception only close the
         connection, as if this device had been killed: started again as before, it goes on, and nothing of the run has changed.
         """
-        self._patience.close()
+        self._wait_reports.close()
         if kind is None or issubclass(kind, KeyboardInterrupt | TrainingDiverged):  # what has diverged would diverge again
             self._state.delete()
             self._membership.close()

@@ -90,8 +90,8 @@ class Membership:
     Args:
         dial: opens a connection.
         give_up_after: seconds without a connection, added up until a question is answered; None tries forever.
-        patience: entered while this client waits for an answer.
-        patient: whether the server may be away when the first connection is opened; if not, its address is taken for wrong.
+        while_waiting: entered while this client waits for an answer.
+        server_may_be_away: when the first connection is opened; else the address of a server that is away is taken for wrong.
             A server that says when it wants to be asked again is asked again in any case.
         before: the run in which this device was when it was killed, as the server had announced it.
         stopwatch: divides the time that this client spends.
@@ -108,14 +108,14 @@ class Membership:
         hello: Hello,
         *,
         give_up_after: float | None = None,
-        patient: bool = False,
+        server_may_be_away: bool = False,
         before: Welcome | None = None,
-        patience: AbstractContextManager[None] | None = None,
+        while_waiting: AbstractContextManager[None] | None = None,
         stopwatch: Stopwatch | None = None,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._hello, self._patience = hello, patience or nullcontext()
+        self._hello, self._while_waiting = hello, while_waiting or nullcontext()
         self.stopwatch = stopwatch or Stopwatch()
         self._server = Reconnector(
             dial, hello.name, give_up_after=give_up_after, stopwatch=self.stopwatch, sleep=sleep, clock=clock
@@ -128,7 +128,7 @@ class Membership:
         self._num_evaluations = 0
         """Of this process; see `next_index`."""
         try:
-            self.welcome = self._greet(patient)
+            self.welcome = self._greet(server_may_be_away)
             if before is not None and before.run == self.welcome.run:
                 _check_same_run(before, self.welcome)
         except KeyboardInterrupt:
@@ -221,7 +221,7 @@ class Membership:
         while True:
             try:
                 connection = self._server.connection
-                with self._patience:
+                with self._while_waiting:
                     answer = connection.answer(answer_kind, Start)
             except ConnectionFailed as error:
                 self._ask_again(waiting, error)
@@ -283,13 +283,13 @@ class Membership:
 
     # A connection's first messages
 
-    def _greet(self, patient: bool) -> Welcome:
+    def _greet(self, server_may_be_away: bool) -> Welcome:
         try:
             return self._hear_welcome(self._server.connect())
         except ConnectionFailed as error:
             # Nobody has ever answered at this address. An error at once shows a typing mistake; trying on would hide it.
             may_be_wrong = not self._server.is_connected and not error.retry_after
-            if may_be_wrong and not patient:
+            if may_be_wrong and not server_may_be_away:
                 raise
             return self._server.reconnect(error, self._hear_welcome)
 
@@ -305,7 +305,7 @@ class Membership:
         connection.expect(self._largest_message)
         cache = self._server.activation_cache
         join = replace(self._join, step=self.position.step, kept=None if cache is None else cache.newest)
-        with self._patience:
+        with self._while_waiting:
             return connection.exchange(join, Start)
 
     def _rejoin(self, connection: Connection) -> Start:

@@ -138,7 +138,7 @@ class Reconnector:
             now = self._count_time_away()
             # A server that says when it has time again is not asked before.
             wait = max(self._backoff.next_wait(), error.retry_after)
-            self._check_patience(wait, error)
+            self._check_give_up(wait, error)
             if now - began >= report_at:
                 level = logging.WARNING if error.retry_after else logging.INFO  # the user may be able to do something about it
                 logger.log(level, "%s; this device tries until there is a connection, next in %.1f s", error, wait)
@@ -157,7 +157,7 @@ class Reconnector:
                 return result
 
     def made_progress(self) -> None:
-        """A question was answered: the next loss of the connection begins with short waits, and with all its patience."""
+        """A question was answered: the next time without a connection begins with short waits, and has the whole time."""
         self._backoff.reset()
         self._seconds_away = 0.0
 
@@ -175,7 +175,7 @@ class Reconnector:
         self._seconds_away, self._counted_until = self._seconds_away + now - self._counted_until, now
         return now
 
-    def _check_patience(self, wait: float, error: ConnectionFailed) -> None:
+    def _check_give_up(self, wait: float, error: ConnectionFailed) -> None:
         if self._give_up_after is not None and self._seconds_away + wait > self._give_up_after:
             asked = f" (and wants to be asked again in {error.retry_after:g} s)" if error.retry_after else ""
             raise ConnectionFailed(f"{error}{asked}; gave up after {self._give_up_after:g} s")

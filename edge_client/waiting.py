@@ -12,7 +12,7 @@ from terminal import Reminders, count, duration, listed, plain
 from .connection import ConnectionFailed, Dial, Refused
 from .pinning import CertificateChanged
 
-__all__ = ["Patience", "reason_to_wait"]
+__all__ = ["WaitReports", "reason_to_wait"]
 
 logger = logging.getLogger("edge_client")
 
@@ -21,7 +21,7 @@ SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_ANSWER = 10.0
 
 
-class Patience:
+class WaitReports:
     """
     Entered while this device does nothing but wait for an answer of the server.
 
@@ -38,7 +38,7 @@ class Patience:
         self._told_after = 0.0
         """Seconds that the present wait had lasted when it was last reported; 0 if it has not been."""
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="patience", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="wait-reports", daemon=True)
 
     def __enter__(self) -> None:
         self._told_after, self._since = 0.0, self._clock()

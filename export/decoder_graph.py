@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .attention import ATTENTIONS, Cache, Heads
+from .attention import ATTENTIONS, Attention, Cache, Heads
 from .graph import MICROSOFT, Graph
 from .graph_weights import GraphWeights
 from .precision import Precision
@@ -45,19 +45,23 @@ class DecoderGraph(ABC):
     ) -> None:
         self.graph, self.config, self.precision = graph, config, precision
         self.weights = GraphWeights(graph, weights, precision)
-        self.form, self.blocks, self.adapted = ATTENTIONS[attention], blocks, adapted
+        self.attention_form, self.blocks, self.adapted = ATTENTIONS[attention], blocks, adapted
         self.node = graph.node
         self.heads = Heads(count=config.num_heads, width=config.head_width, dtype=precision.dtype)
         self.shapes = {
             f"{config.block_name(block)}.{layer}": shape for block in blocks for layer, shape in config.layer_shapes.items()
         }
         """Of every linear layer, (in, out)."""
+        self.inputs: str
+        """Token ids (B, S), or the hidden states (B, S, d) of the stretch before."""
+        self.attention: Attention
+        """Of all blocks, which share its mask."""
 
     def build(self) -> None:
         """Add the blocks, with the embeddings before the model's first block, and the final norm and head after its last."""
         hidden = self.embeddings() if self.blocks.start == 0 else self.hidden_states()
         with self.graph.scope("mask"):
-            self.attention = self.form.build(self.graph, self.heads, self.tokens)
+            self.attention = self.attention_form.build(self.graph, self.heads, self.inputs)
         caches = [self.cache(index) for index in self.blocks]
         for index, cache in zip(self.blocks, caches, strict=True):
             hidden = self.block(self.config.block_name(index), hidden, cache)
@@ -83,15 +87,15 @@ class DecoderGraph(ABC):
 
     def token_inputs(self) -> None:
         """Inputs: ids of the new tokens, (B, S), and 0 for padding among the T earlier and new ones, (B, T)."""
-        self.tokens = self.graph.input("input_ids", np.int64, ["batch_size", "sequence_length"])
+        self.inputs = self.graph.input("input_ids", np.int64, ["batch_size", "sequence_length"])
         self.graph.input("attention_mask", np.int64, ["batch_size", "total_sequence_length"])
 
     def hidden_states(self) -> str:
         """Inputs of a later stretch of the model: the hidden states (B, S, d) of the one before, and the mask."""
         shape: list[int | str] = ["batch_size", "sequence_length", self.config.width]
-        self.tokens = self.graph.input("hidden_states", self.precision.dtype, shape)
+        self.inputs = self.graph.input("hidden_states", self.precision.dtype, shape)
         self.graph.input("attention_mask", np.int64, ["batch_size", "total_sequence_length"])
-        return self.tokens
+        return self.inputs
 
     def linear(self, name: str, x: str, form: BlockFormat | None) -> str:
         """

@@ -137,7 +137,7 @@ def world() -> MakeWorld:
 
 def test_waits_double_up_to_half_a_minute_and_are_never_twice_the_same(world: MakeWorld) -> None:
     here = world(LOST, *[LOST] * 200, [welcome()])
-    here.member(patient=True)
+    here.member(server_may_be_away=True)
     assert len(here.slept) == 201
     assert here.slept[0] == 0.5
     for number, wait in enumerate(here.slept):
@@ -151,7 +151,7 @@ def test_devices_that_lost_the_same_server_come_back_at_different_times(world: M
     for name in ("a", "b"):
         monkeypatch.setattr(f"{__name__}.HELLO", Hello(name=name, fingerprint="f"))
         here = world(LOST, *[LOST] * 5, [welcome()])
-        here.member(patient=True)
+        here.member(server_may_be_away=True)
         waits.append(here.slept[1:])
     assert not set(waits[0]) & set(waits[1])
 
@@ -520,7 +520,7 @@ def test_waiting_is_told_from_working(world: MakeWorld) -> None:
         def __exit__(self, *_: object) -> None:
             waits.append("answered")
 
-    member = here.member(patience=Noted())
+    member = here.member(while_waiting=Noted())
     member.start(JOIN)
     member.exchange(activations(1), ActivationGradient)
     assert waits[-2:] == ["Activations", "answered"]

@@ -10,7 +10,7 @@ import pytest
 from conftest import Clock, run_in_thread
 
 from edge_client import ConnectionFailed, EdgeClient
-from edge_client.waiting import Patience, reason_to_wait
+from edge_client.waiting import WaitReports, reason_to_wait
 from gpu_server import GpuServer
 from gpu_server.federation import Federation
 from protocol import Pong
@@ -23,11 +23,11 @@ def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 
 
 def test_wait_is_told_of_at_growing_distances(clock: Clock, told: Callable[[], list[str]]) -> None:
-    patience = Patience(lambda: "the run waits for b", clock)
-    with patience:
+    reports = WaitReports(lambda: "the run waits for b", clock)
+    with reports:
         for _ in range(3 * 3600):
             clock.now += 1
-            patience.look()
+            reports.look()
     assert [line.removesuffix(": the run waits for b") for line in told()] == [
         f"this device has waited {when}"
         for when in ("10 s", "30 s", "90 s", "4 min", "14 min", "40 min", "1 h 40 min", "2 h 40 min")
@@ -35,29 +35,29 @@ def test_wait_is_told_of_at_growing_distances(clock: Clock, told: Callable[[], l
 
 
 def test_answer_ends_it_and_the_next_wait_begins_anew(clock: Clock, told: Callable[[], list[str]]) -> None:
-    patience = Patience(lambda: "", clock)
+    reports = WaitReports(lambda: "", clock)
     for _ in range(4):
-        with patience:
+        with reports:
             clock.now += 9
-            patience.look()
+            reports.look()
         clock.now += 100
-        patience.look()
+        reports.look()
     assert told() == []
-    with patience:
+    with reports:
         clock.now += 10
-        patience.look()
+        reports.look()
     assert len(told()) == 1
 
 
 def test_answer_that_comes_meanwhile_leaves_nothing_to_tell(clock: Clock, told: Callable[[], list[str]]) -> None:
     def reason() -> str:
-        patience.__exit__(None, None, None)
+        reports.__exit__(None, None, None)
         return "too late"
 
-    patience = Patience(reason, clock)
-    with patience:
+    reports = WaitReports(reason, clock)
+    with reports:
         clock.now += 60
-        patience.look()
+        reports.look()
     assert told() == []
 
 

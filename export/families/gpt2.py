@@ -36,7 +36,7 @@ class GPT2Graph(DecoderGraph):
         positions = self.graph.input("position_ids", np.int64, ["batch_size", "sequence_length"])
         with self.graph.scope("embeddings"):
             return self.node(
-                "Add", self.embedded(self.tokens), self.node("Gather", self.weights.plain("wpe.weight"), positions)
+                "Add", self.embedded(self.inputs), self.node("Gather", self.weights.plain("wpe.weight"), positions)
             )
 
     def block(self, name: str, x: str, cache: Cache) -> str:

@@ -13,7 +13,7 @@ UNTIL_KNOWN = 300.0
 """Seconds."""
 SHORTEST = 1.0
 """Seconds. Answers of a small model take milliseconds and deviate by less: a pause of the system would make a client late."""
-PATIENCE_UNTIL_KNOWN, SHORTEST_PATIENCE = 30.0, 5.0
+REPORT_UNTIL_KNOWN, SHORTEST_UNTIL_REPORT = 30.0, 5.0
 """Seconds, before which a wait is not worth a line."""
 
 
@@ -39,9 +39,9 @@ class Deadline:
     def seconds(self, kind: type) -> float:
         return self._seconds if self._seconds is not None else self._measured(kind, UNTIL_KNOWN, SHORTEST)
 
-    def patience(self, kind: type) -> float:
+    def seconds_until_report(self, kind: type) -> float:
         """Seconds after which a wait for such a question is worth telling, whether or not anything can be done about it."""
-        return self._seconds if self._seconds is not None else self._measured(kind, PATIENCE_UNTIL_KNOWN, SHORTEST_PATIENCE)
+        return self._seconds if self._seconds is not None else self._measured(kind, REPORT_UNTIL_KNOWN, SHORTEST_UNTIL_REPORT)
 
     def _measured(self, kind: type, until_known: float, shortest: float) -> float:
         seen = self._seen[kind]

@@ -101,7 +101,7 @@ class Gathering:
 
     def _next_report(self) -> float:
         """Seconds from the beginning."""
-        first = self.deadline.patience(self.kind)
+        first = self.deadline.seconds_until_report(self.kind)
         reminders = Reminders(first=first, times_later=TIMES_LATER, longest_between=LONGEST_BETWEEN_REPORTS)
         return reminders.next_after(self._told_after)
 

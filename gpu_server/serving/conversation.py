@@ -65,11 +65,11 @@ class Conversations:
 
     async def converse(self, peer: Peer) -> None:
         """Converse until the connection ends, and log why it did."""
-        patience = None
+        timeout = None
         try:
             while True:
-                patience = self._patience(peer)
-                message = await peer.receive(patience)
+                timeout = self._timeout(peer)
+                message = await peer.receive(timeout)
                 if peer.name is not None and not self._is_current(peer):
                     logger.debug("%s: ignored what came after it was dismissed", peer)
                     # Whoever dismissed it is still telling it why, and closes it; closing it here would cut that off.
@@ -84,7 +84,7 @@ class Conversations:
             # Its link stalled, or its disk. It may come again, and is still a member, as if the link had been lost.
             awaited = "Join" if peer.session.state is State.WELCOMED else "Hello"
             self._forget(peer)
-            await self._refuse(peer, f"no {awaited} came within {duration(patience or 0.0)}", retry_after=SECONDS_TO_TRY_AGAIN)
+            await self._refuse(peer, f"no {awaited} came within {duration(timeout or 0.0)}", retry_after=SECONDS_TO_TRY_AGAIN)
         except RemoteProtocolError as error:
             # Before it is told: the others do not wait for a peer that does not listen. Who has not joined cannot leave.
             told = self._forget(peer, str(error) if peer.has_joined else None)
@@ -105,7 +105,7 @@ class Conversations:
         """Whether this is the connection of a client: it has said who it is, and was not dismissed."""
         return peer.name is not None and self._peers.get(peer.name) is peer
 
-    def _patience(self, peer: Peer) -> float | None:
+    def _timeout(self, peer: Peer) -> float | None:
         """How long a peer may take for its next message. Those who have joined take as long as they compute."""
         if peer.has_joined:
             return None

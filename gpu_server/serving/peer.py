@@ -121,10 +121,10 @@ class Peer:
         """As it stands in the log."""
         return self.connection.address if self.name is None else f"{self.name} ({self.connection.address})"
 
-    async def receive(self, patience: float | None) -> Message | None:
+    async def receive(self, timeout: float | None) -> Message | None:
         """
         Args:
-            patience: seconds; None waits for as long as the connection lasts.
+            timeout: seconds; None waits for as long as the connection lasts.
 
         Returns:
             The next message; None where it is to be ignored, see `Session.receive`.
@@ -136,7 +136,7 @@ class Peer:
             CacheError: the client's activation cache cannot be written.
         """
         try:
-            data = await asyncio.wait_for(self.connection.recv(), patience)
+            data = await asyncio.wait_for(self.connection.recv(), timeout)
         except ConnectionClosed:
             raise ConnectionLost from None
         await asyncio.sleep(self._limiter.delay(time.monotonic()))
