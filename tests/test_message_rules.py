@@ -156,3 +156,8 @@ def test_client_that_comes_back_has_the_data_it_joined_with_wherever_it_stands()
             RemoteProtocolError, match="a joined this run with 9 samples of up to 8 tokens in batches of 3, and"
         ):
             check_same_data("a", JOIN, replace(JOIN, **change))
+
+
+def test_codecs_that_are_missing_are_told_in_one_order() -> None:
+    with pytest.raises(RemoteProtocolError, match=r"^a does not offer the codec a1, b2, c3, d4, e5, which this run uses"):
+        check_hello(Hello(name="a", fingerprint=LIMITS.fingerprint), LIMITS, {"e5", "c3", "a1", "d4", "b2"})
