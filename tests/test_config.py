@@ -474,7 +474,7 @@ NAMES = {
     ],
     "split_model": [
         *("Adapter", "DTYPES", "DamagedFile", "EdgePart", "LoraConfig", "ModelConfig", "OptimiserConfig", "PretrainedModel"),
-        *("ServerPart", "adamw", "adapter_shapes", "check_cut_layer", "choose_device", "choose_dtype"),
+        *("ServerPart", "adamw", "adapted_layers", "adapter_shapes", "check_cut_layer", "choose_device", "choose_dtype"),
         *(
             "continue_greedily",
             "initial_adapter",
