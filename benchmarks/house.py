@@ -2,8 +2,8 @@
 What can be measured of the shape of code: of this project, and of code that others are known for.
 
     python benchmarks/house.py                     # the packages of this project
-    pip install --no-deps --target /tmp/anchors h11 httpx websockets
-    python benchmarks/house.py /tmp/anchors/h11 /tmp/anchors/httpx /tmp/anchors/websockets
+    pip install --no-deps --target /path/to/anchors h11 httpx websockets
+    python benchmarks/house.py /path/to/anchors/h11 /path/to/anchors/httpx /path/to/anchors/websockets
 
 The figures are a mirror, not limits. Lines of code hold more than a comment or a docstring. A function or a class is as long as
 it is in its file, docstrings included. A class has the fields that it declares or that its methods assign to ``self``, and

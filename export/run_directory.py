@@ -49,7 +49,7 @@ class RunDirectory:
         self.model: str = self._setting(config, "model", str)
         """The base model, as the server was given it."""
         rank, targets = self._setting(config, "lora_rank", int), self._setting(config, "lora_targets", list)
-        alpha = self._setting(config, "lora_alpha", int if type(config.get("lora_alpha")) is int else float)
+        alpha = self._setting(config, "lora_alpha", float)
         if not all(isinstance(target, str) for target in targets):
             raise self._wrong(f"lora_targets is {shown(targets)}; a list of texts is expected")
         try:

@@ -89,9 +89,8 @@ class _Frame(Protocol):
 
 
 AnyFrame = TypeVar("AnyFrame", bound=_Frame)
-_DATA_OPCODES = range(
-    3
-)  # continuation, text, binary (RFC 6455, section 5.2); the others are control frames, complete in themselves
+_DATA_OPCODES = range(3)
+"""Continuation, text, binary (RFC 6455, section 5.2); the others are control frames, complete in themselves."""
 
 
 def limited_frames(receive: Callable[[AnyFrame], None], error: type[Exception]) -> Callable[[AnyFrame], None]:

@@ -116,8 +116,9 @@ class Folder:
         """
         if key not in value:
             raise self.error(f"{self.path / name}: {shown(key)} is missing{remedy}")
-        found = value[key]
-        if type(found) is not kind:  # not isinstance: true and false are no whole numbers
+        found: Member = value[key]
+        kinds = (int, float) if kind is float else (kind,)  # JSON has one kind of number
+        if type(found) not in kinds:  # not isinstance: true and false are no whole numbers
             raise self.error(f"{self.path / name}: {key[:40]} is {shown(found)}; {EXPECTED[kind]} is expected{remedy}")
         return found
 

@@ -498,12 +498,12 @@ class Federation:
         for name in participants:
             self.members[name].in_round = True
         self.timing.computing([(name, micro_batch) for name in participants], now)
-        checks = self.codec_policy is not None and not micro_batch and self.settings.checks_codec(step)
+        policy = self.codec_policy if not micro_batch and self.settings.checks_codec(step) else None
         return Train(
             step=step,
             total_steps=self.total_steps,
             micro_batch=micro_batch,
-            codecs_to_try=self.codec_policy.alternatives(step) if checks and self.codec_policy is not None else None,
+            codecs_to_try=None if policy is None else policy.alternatives(step),
             batches=batches,
         )
 
