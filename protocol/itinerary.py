@@ -51,6 +51,7 @@ LEGS = (
 )
 """In the order in which a client asks them within a step. `Evaluation` is no leg: it may be asked between any two of them."""
 
+_LEG_OF = {leg.question: leg for leg in LEGS}
 _ORDER = {kind: place for place, kind in enumerate([*(leg.question for leg in LEGS), Evaluation])}
 
 
@@ -74,8 +75,18 @@ class QuestionId(NamedTuple):
         """Whether both are of one kind and step: such questions may be open, and are repeated, together."""
         return self[:2] == other[:2]
 
+    @property
+    def is_by_micro_batch(self) -> bool:
+        """See `Leg.by_micro_batch`."""
+        return self.kind in _LEG_OF and _LEG_OF[self.kind].by_micro_batch
+
+    @property
+    def may_be_overtaken(self) -> bool:
+        """See `Leg.may_be_overtaken`."""
+        return self.kind in _LEG_OF and _LEG_OF[self.kind].may_be_overtaken
+
     def __str__(self) -> str:
-        part = f", micro-batch {self.micro_batch}" if self.kind is Activations else ""
+        part = f", micro-batch {self.micro_batch}" if self.is_by_micro_batch else ""
         return f"{self.kind.__name__} of step {self.step}{part}"
 
 
@@ -119,7 +130,7 @@ class Itinerary:
         """Whether it is the next question, or a later micro-batch of the same step."""
         if not question.is_with(next_question):
             return False
-        several = self.settings.micro_batches if question.kind is Activations else 1
+        several = self.settings.micro_batches if question.is_by_micro_batch else 1
         return next_question.micro_batch <= question.micro_batch < several
 
     def ends_round(self, step: int) -> bool:

@@ -158,8 +158,8 @@ class Member:
         Args:
             step: the last one that is trained.
         """
-        if question.kind is Done:
-            return False  # nothing that the run does makes it stale
+        if not question.may_be_overtaken:
+            return False
         return question.step <= step + 1 if self.presence.is_overtaken else question.is_before(self.next_question)
 
     def answer(self, micro_batch: int, message: Message, next_question: QuestionId) -> None:
