@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from graphs import Floats
 from split_model import ModelConfig
 from storage import AdapterSettings, Folder
 from storage.adapter_settings import CONFIG_FILE, WEIGHTS_FILE
@@ -19,7 +20,6 @@ from .errors import ExportError
 from .families import family_of
 from .lora import LoraAdapter, LoraUpdate
 from .patterns import AT_END, BEFORE_NUMBER, INSIDE, WHOLE, match_all
-from .weights import Floats
 
 __all__ = ["BeyondLora", "copy_adapter", "read_adapter"]
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .graph import MICROSOFT, Graph
+from graphs import MICROSOFT, Graph
 
 __all__ = ["ATTENTIONS", "Attention", "AttentionForm", "Cache", "Heads"]
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .weights import Weights
+from graphs import Weights
 
 if TYPE_CHECKING:
     from split_model import ModelConfig

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from graphs import MICROSOFT, Graph, Weights
+
 from .attention import ATTENTIONS, Attention, Cache, Heads
-from .graph import MICROSOFT, Graph
 from .graph_weights import GraphWeights
 from .precision import Precision
 from .quantisation import BlockFormat
-from .weights import Weights
 
 if TYPE_CHECKING:  # a graph is built without torch, which split_model imports
     from split_model import ModelConfig

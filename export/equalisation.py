@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from .weights import Floats, Weights
+from graphs import Floats, Weights
 
 __all__ = ["EqualisedWeights", "balance"]
 

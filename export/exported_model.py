@@ -9,12 +9,12 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from graphs import Floats
 from storage import ExportedManifest, Folder
 from storage.exported_manifest import MANIFEST
 
 from .errors import ExportError
 from .precision import PRECISIONS
-from .weights import Floats
 
 __all__ = ["ExportedModel", "read_manifest"]
 

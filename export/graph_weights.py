@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from graphs import MICROSOFT, Graph, Weights
+
 from .errors import ExportError
-from .graph import MICROSOFT, Graph
 from .precision import Precision
 from .quantisation import BlockFormat, quantise
-from .weights import Weights
 
 __all__ = ["GraphWeights"]
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from graphs import Floats, Weights
+
 from .errors import ExportError
-from .weights import Floats, Weights
 
 __all__ = ["LoraAdapter", "LoraUpdate", "Merged"]
 

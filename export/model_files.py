@@ -6,6 +6,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from graphs import Weights
 from split_model import ModelConfig
 from storage import Folder, load_tokenizer
 from storage.tokenizer import DEFAULT_CLASS
@@ -15,7 +16,6 @@ from .checkpoint import write_checkpoint
 from .errors import ExportError
 from .families import family_of
 from .source import Source
-from .weights import Weights
 
 __all__ = ["write_genai_config", "write_json", "write_model_files"]
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from graphs import Floats, Graph, Weights
 from split_model import check_cut_layer
 from storage.exported_manifest import FORMAT, KIND, MANIFEST, SPLIT_KIND
 from terminal import Progress, version
@@ -17,13 +18,11 @@ from .attention import ATTENTIONS
 from .equalisation import EqualisedWeights
 from .errors import ExportError
 from .families import family_of
-from .graph import Graph
 from .lora import LoraAdapter
 from .model_files import write_genai_config, write_json, write_model_files
 from .output_folder import check_output, output_folder
 from .precision import PRECISIONS, Precision
 from .source import Source, open_source
-from .weights import Floats, Weights
 
 __all__ = ["export_onnx"]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .weights import Floats
+from graphs import Floats
 
 __all__ = ["BlockFormat", "QuantisedMatrix", "quantise"]
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from graphs import StoredWeights, Weights
 from split_model import ModelConfig, PretrainedModel
 from storage import ModelError, find_model
 from terminal import user_path, user_text_path
@@ -16,7 +17,6 @@ from .errors import ExportError
 from .lora import LoraAdapter, Merged
 from .peft_merge import merge_with_peft
 from .run_directory import Run, RunDirectory
-from .weights import StoredWeights, Weights
 
 __all__ = ["Source", "open_source"]
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
+from graphs import Floats
 from split_model import PretrainedModel
 from storage import ExportedManifest, encode, find_model, load_tokenizer
 from terminal import Progress, user_path, user_text_path
@@ -21,7 +22,6 @@ from .exported_model import ExportedModel, read_manifest
 from .peft_merge import load_with_peft, load_with_transformers
 from .run_directory import RunDirectory
 from .sentences import SENTENCES
-from .weights import Floats
 
 __all__ = ["Agreement", "table", "verify"]
 

@@ -15,13 +15,14 @@ MAY_IMPORT = {
     "protocol": {"msgpack", "numpy", "zstandard"},
     "split_model": {"storage", "numpy", "safetensors", "tokenizers", "torch"},
     "storage": {"huggingface_hub", "numpy", "tokenizers"},
+    "graphs": {"storage", "split_model", "ml_dtypes", "numpy", "onnx", "safetensors"},
     "terminal": {"tqdm"},
     "edge_client": OURS | {"numpy", "onnxruntime", "platformdirs", "safetensors", "tokenizers", "torch", "websockets"},
     "export": {
-        *("split_model", "storage", "terminal", "ml_dtypes", "numpy", "onnx", "onnxruntime", "safetensors", "tokenizers"),
-        *("peft", "torch", "transformers"),
+        *("graphs", "split_model", "storage", "terminal"),
+        *("ml_dtypes", "numpy", "onnx", "onnxruntime", "peft", "safetensors", "tokenizers", "torch", "transformers"),
     },
-    "gpu_server": OURS | {"cryptography", "filelock", "numpy", "safetensors", "tomli", "torch", "websockets"},
+    "gpu_server": OURS | {"graphs", "cryptography", "filelock", "numpy", "safetensors", "tomli", "torch", "websockets"},
 }
 # Within a package: a room that may import its own modules and these of others, and nothing else of the package around it.
 ROOMS = {

@@ -16,10 +16,9 @@ from export import export_onnx
 from export.attention import ATTENTIONS
 from export.exported_model import ExportedModel, read_manifest
 from export.families import family_of
-from export.graph import Graph
 from export.precision import PRECISIONS, Precision
 from export.quantisation import BlockFormat, quantise
-from export.weights import StoredWeights, Weights
+from graphs import Graph, StoredWeights, Weights
 from split_model import ModelConfig, PretrainedModel
 from split_model.families.gpt2 import GPT2Config
 from storage import load_tokenizer

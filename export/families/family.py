@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from graphs import Weights
+
 from ..decoder_graph import DecoderGraph
 from ..equalisation import EqualisedWeights
-from ..weights import Weights
 
 if TYPE_CHECKING:  # a graph is built without torch, which split_model imports
     from split_model import ModelConfig

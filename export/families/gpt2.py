@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from graphs import Floats, Weights
+
 from ..attention import Cache
 from ..decoder_graph import DecoderGraph
 from ..equalisation import balance
-from ..weights import Floats, Weights
 from .family import ExportFamily
 
 if TYPE_CHECKING:  # a graph is built without torch, which split_model imports

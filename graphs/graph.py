@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -36,7 +36,8 @@ class Graph:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.data_path = path.with_name(f"{path.name}_data")
-        self._data = self.data_path.open("wb")
+        self._data: BinaryIO | None = None
+        """Opened for the first tensor that is not small: a graph without weights has no such file."""
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -47,7 +48,8 @@ class Graph:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._data.close()
+        if self._data is not None:
+            self._data.close()
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -120,12 +122,15 @@ class Graph:
         domains = {"": opset} | {node.domain: 1 for node in self._nodes if node.domain}
         opsets = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version, producer_name="splitlora")
-        self._data.flush()
+        if self._data is not None:
+            self._data.flush()
         self.path.write_bytes(model.SerializeToString())
         onnx.checker.check_model(self.path)
 
     def _external(self, name: str, array: Array) -> onnx.TensorProto:
         alignment = PAGE_BYTES if array.nbytes >= SMALLEST_PAGED_BYTES else CACHE_LINE_BYTES
+        if self._data is None:
+            self._data = self.data_path.open("wb")
         self._data.write(b"\0" * (-self._data.tell() % alignment))
         tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
         tensor.data_location = TensorProto.EXTERNAL
