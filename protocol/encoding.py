@@ -40,6 +40,7 @@ WANTED = {
     int: "an integer from 0 to 2^53",
     float: "a finite number",
     str: f"a text of at most {MAX_TEXT} characters",
+    bytes: "bytes",
     tuple: "a list",
     dict: "a map",
 }
@@ -162,6 +163,8 @@ def _as_map(value: Any, coded: Callable[[Any, ArrayType], Any]) -> dict[str, Any
 def _as_plain(value: Any, expected: Any, coded: Callable[[Any, ArrayType], Any]) -> Any:
     if isinstance(value, Coded):
         return value
+    if isinstance(value, tuple):
+        return [_as_plain(item, get_args(expected)[0], coded) for item in value]
     if get_origin(expected) is Annotated:
         return coded(value, get_args(expected)[1])
     return _as_map(value, coded) if is_dataclass(value) else value
@@ -215,6 +218,8 @@ def _check(value: Any, expected: Any, where: str) -> Any:
     if expected is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
     if expected is str and isinstance(value, str) and len(value) <= MAX_TEXT:
+        return value
+    if expected is bytes and isinstance(value, bytes):
         return value
     raise RemoteProtocolError(f"{where}: expected {WANTED[origin or expected]}, got {_shown(value)}")
 

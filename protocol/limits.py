@@ -6,9 +6,13 @@ from typing import Protocol, TypeVar
 __all__ = [
     "CACHES_ON_DEVICE",
     "CACHES_ON_SERVER",
+    "HANDING_OVER_BYTES",
     "HANDSHAKE_BYTES",
     "LARGEST_VALUE",
     "MAX_FRAMES",
+    "MAX_PART_FILES",
+    "MAX_PART_FILE_BYTES",
+    "PIECE_BYTES",
     "SECONDS_BETWEEN_PINGS",
     "SECONDS_TO_PONG",
     "VERSIONS_OF_A_SAMPLE",
@@ -18,7 +22,18 @@ __all__ = [
 ]
 
 HANDSHAKE_BYTES = 64 * 1024
-"""Nothing before `Start` is larger."""
+"""Nothing before `Start` is larger, but for a `Piece`."""
+
+PIECE_BYTES = 2**20
+"""Of a file of the part, at most so many come in one `Piece`."""
+
+HANDING_OVER_BYTES = HANDSHAKE_BYTES + PIECE_BYTES
+"""No message that a server sends before `Start` is larger."""
+
+MAX_PART_FILES = 256
+"""A list of more would not fit into `HANDSHAKE_BYTES`."""
+
+MAX_PART_FILE_BYTES = 2**40
 
 LARGEST_VALUE = 1e6
 """

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeAlias
 import numpy as np
 
 from .errors import InvalidName
+from .limits import MAX_PART_FILE_BYTES, MAX_PART_FILES, PIECE_BYTES
 from .settings import RunSettings
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "AdapterGradient",
     "AdapterWeights",
     "Array",
+    "AskPart",
+    "AskPiece",
     "Contribution",
     "Done",
     "EdgeAdapter",
@@ -31,6 +34,9 @@ __all__ = [
     "Join",
     "LabelledBatch",
     "Message",
+    "Part",
+    "PartFile",
+    "Piece",
     "Ping",
     "Pong",
     "RunEnd",
@@ -66,6 +72,11 @@ Tensors = dict[str, Floats]
 def _check_step(step: int) -> None:
     if step < 1:
         raise ValueError(f"steps are numbered from 1, got {step}")
+
+
+def _check_sha256(digest: str) -> None:
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ValueError(f"a SHA-256 is 64 of 0-9 a-f, got {digest[:80]!r}")
 
 
 def check_name(name: str) -> str:
@@ -107,6 +118,8 @@ class Pong:
     """Clients that the others wait for, the first hundred of them."""
     waiting_seconds: float = 0.0
     """For how long."""
+    edge_weights: str = ""
+    """Precision of the weights in the part that this server hands over; empty where it hands over none."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -115,6 +128,7 @@ class Hello:
 
     name: str
     fingerprint: str
+    """Empty where it holds none, and will ask for its part."""
     codecs: tuple[str, ...] = ()
     """Those it has, besides the exact one."""
 
@@ -134,6 +148,79 @@ class Welcome:
 
     def __post_init__(self) -> None:
         check_name(self.run)  # it names a folder on the device
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AskPart:
+    """client -> server: which files are my part of the model?"""
+
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartFile:
+    """A file of the part. It is known by its content; its name says what it is for."""
+
+    name: str
+    size: int
+    """Bytes."""
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", self.name):
+            raise ValueError(
+                f"the name of a file is 1 to 64 of A-Z a-z 0-9 . _ - and starts with none of . and -, got {self.name[:80]!r}"
+            )
+        if not 1 <= self.size <= MAX_PART_FILE_BYTES:
+            raise ValueError(f"{self.name} has 1 to {MAX_PART_FILE_BYTES} bytes, got {self.size}")
+        _check_sha256(self.sha256)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """server -> client: these files. The same wherever the same part is asked for in a run."""
+
+    index: int
+    """The question's."""
+    files: tuple[PartFile, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.files) <= MAX_PART_FILES:
+            raise ValueError(f"a part has 1 to {MAX_PART_FILES} files, got {len(self.files)}")
+        names, sizes = set(), dict[str, int]()
+        for file in self.files:
+            if file.name.lower() in names:  # some file systems know no case
+                raise ValueError(f"two files have the name {file.name}")
+            names.add(file.name.lower())
+            if sizes.setdefault(file.sha256, file.size) != file.size:
+                raise ValueError(f"{file.name} has the content of another file, and another size")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AskPiece:
+    """client -> server: what is in this file from here on?"""
+
+    index: int
+    sha256: str
+    """Of the whole file, as `Part` names it."""
+    offset: int
+    """Bytes of the file before the piece."""
+
+    def __post_init__(self) -> None:
+        _check_sha256(self.sha256)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Piece:
+    """server -> client: this; how much, the server decides."""
+
+    index: int
+    """The question's."""
+    data: bytes
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.data) <= PIECE_BYTES:
+            raise ValueError(f"a piece has 1 to {PIECE_BYTES} bytes, got {len(self.data)}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -365,6 +452,10 @@ Message = (
     | Pong
     | Hello
     | Welcome
+    | AskPart
+    | Part
+    | AskPiece
+    | Piece
     | Join
     | Start
     | Activations

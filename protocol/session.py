@@ -19,11 +19,13 @@ from .codecs import Coded
 from .encoding import decode, encode
 from .errors import LocalProtocolError, RemoteProtocolError
 from .itinerary import LEGS, Leg
-from .limits import HANDSHAKE_BYTES
+from .limits import HANDING_OVER_BYTES, HANDSHAKE_BYTES
 from .messages import (
     ActivationGradient,
     Activations,
     Array,
+    AskPart,
+    AskPiece,
     EdgeAdapter,
     Evaluation,
     EvaluationLoss,
@@ -32,6 +34,8 @@ from .messages import (
     Hello,
     Join,
     Message,
+    Part,
+    Piece,
     Ping,
     Pong,
     RunEnd,
@@ -62,6 +66,8 @@ class State(enum.Enum):
     PINGED = "pinged"
     GREETED = "greeted"
     WELCOMED = "welcomed"
+    AWAITING_PART = "awaiting part"
+    AWAITING_PIECE = "awaiting piece"
     JOINING = "joining"
     READY = "ready"
     AWAITING_GRADIENT = "awaiting gradient"
@@ -101,6 +107,10 @@ TRANSITIONS: dict[_Row, State] = {
     (State.PINGED, Side.SERVER, Pong): State.NEW,
     (State.NEW, Side.CLIENT, Hello): State.GREETED,
     (State.GREETED, Side.SERVER, Welcome): State.WELCOMED,
+    (State.WELCOMED, Side.CLIENT, AskPart): State.AWAITING_PART,
+    (State.AWAITING_PART, Side.SERVER, Part): State.WELCOMED,
+    (State.WELCOMED, Side.CLIENT, AskPiece): State.AWAITING_PIECE,
+    (State.AWAITING_PIECE, Side.SERVER, Piece): State.WELCOMED,
     (State.WELCOMED, Side.CLIENT, Join): State.JOINING,
     (State.JOINING, Side.SERVER, Start): State.READY,
     **{row: state for leg in LEGS for row, state in _rows(leg)},
@@ -117,12 +127,14 @@ class Session:
 
     Args:
         side: which side we are.
-        max_bytes: the most a message of the peer may inflate to; raise it when a `Join` has said what to expect.
+        max_bytes: the most a message of the peer may inflate to; if not given, what it may be before `Start`. Raise it when a
+            `Join` has said what to expect.
     """
 
-    def __init__(self, side: Side, max_bytes: int = HANDSHAKE_BYTES) -> None:
+    def __init__(self, side: Side, max_bytes: int | None = None) -> None:
         self.side = side
-        self.max_bytes = max_bytes
+        before_start = HANDING_OVER_BYTES if side is Side.CLIENT else HANDSHAKE_BYTES
+        self.max_bytes = before_start if max_bytes is None else max_bytes
         self.state = State.NEW
         self.codecs = dict.fromkeys(Side, EXACT)
         """By sender, of what may be coded; the server decides, for the next step."""

@@ -14,6 +14,8 @@ from protocol import (
     AdapterGradient,
     AdapterWeights,
     Array,
+    AskPart,
+    AskPiece,
     Done,
     EdgeAdapter,
     Evaluation,
@@ -23,6 +25,9 @@ from protocol import (
     Hello,
     Join,
     Message,
+    Part,
+    PartFile,
+    Piece,
     Ping,
     Pong,
     RunEnd,
@@ -84,9 +89,20 @@ SAMPLES: dict[str, Message] = {
             model="openai-community/gpt2",
             waiting_for=("hall", "kitchen"),
             waiting_seconds=42.5,
+            edge_weights="float16",
         ),
         Hello(name="jetson-1.kitchen_A", fingerprint="0123456789abcdef0123456789abcdef", codecs=("bfloat16", "int8")),
         Welcome(run="20250102-030405", settings=SETTINGS, fingerprint="0123456789abcdef0123456789abcdef", restarts=1),
+        AskPart(index=4),
+        Part(
+            index=4,
+            files=(
+                PartFile(name="part.json", size=3, sha256="ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"),
+                PartFile(name="block-0.safetensors", size=2**40, sha256="0123456789abcdef" * 4),
+            ),
+        ),
+        AskPiece(index=5, sha256="ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad", offset=2**33),
+        Piece(index=5, data=b"bc\x00\xff"),
         Join(num_samples=1000, batch_size=8, longest=512, step=7, kept=6),
         Start(step=7, total_steps=100, adapter=_MATRICES, round=5, codec="exact"),
         Activations(
@@ -182,6 +198,8 @@ def plain(value: Any) -> Any:
         return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
     return tensor(value) if isinstance(value, np.ndarray) else value
 
 

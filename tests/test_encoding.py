@@ -20,7 +20,9 @@ from protocol_samples import SAMPLES, SETTINGS, assert_same, compress, frame, fr
 
 import protocol
 from protocol import (
+    HANDING_OVER_BYTES,
     HANDSHAKE_BYTES,
+    PIECE_BYTES,
     ActivationGradient,
     Activations,
     Array,
@@ -29,6 +31,9 @@ from protocol import (
     Hello,
     InvalidName,
     Message,
+    Part,
+    PartFile,
+    Piece,
     Ping,
     RemoteProtocolError,
     RunSettings,
@@ -181,7 +186,7 @@ def test_absent_fields_have_their_defaults() -> None:
 DEFAULTS: dict[str, dict[str, Any]] = {
     "Hello": {"codecs": ()},
     "Ping": {"index": 0},
-    "Pong": {"index": 0, "model": "", "waiting_for": (), "waiting_seconds": 0.0},
+    "Pong": {"index": 0, "model": "", "waiting_for": (), "waiting_seconds": 0.0, "edge_weights": ""},
     "Welcome": {"restarts": 0},
     "Join": {"step": 0},
     "Start": {"round": 0},
@@ -236,6 +241,7 @@ def test_a_version_that_is_no_integer_is_refused(version: Any) -> None:
 
 
 ONE = np.zeros((1, 1), np.float32)
+FILE = plain(SAMPLES["Part"])["files"][0]
 NO_FLOATS = [
     np.zeros((2, 2), np.int32),
     np.zeros(4, np.float32),
@@ -255,6 +261,13 @@ WRONG: dict[Any, list[Any]] = {
     float: [float("nan"), float("inf"), float("-inf"), True, "1", b"1", None, [], {}, ONE],
     str: [1, b"x", None, True, "x" * 4097, ["x"], {}, ONE],
     tuple[str, ...]: ["c_attn", [1], [None], [["c_attn"]], None, {}, 1, ONE],
+    bytes: ["text", 1, None, [], [b"x"], {}, ONE],
+    tuple[PartFile, ...]: [
+        *(None, 1, "files", {}, ONE, [None], [[]], [{"name": "a"}], [FILE | {"size": 1.0}]),
+        *([FILE | {"name": name}] for name in ("", "..", ".a", "-a", "a/b", "a\\b", "/a", "a b", "a\0", "ä", "C:a", "a" * 65)),
+        *([FILE | {"size": size}] for size in (0, -1, 2**40 + 1, 2**63)),
+        *([FILE | {"sha256": digest}] for digest in ("", "0" * 63, "0" * 65, "A" * 64, "0" * 63 + "g", "0" * 64 + "\n", 0)),
+    ],
     int | None: [-1, 2**53 + 1, True, 1.0, "1", [], ONE],
     RunSettings: [None, [], 1, "settings", {}, ONE],
     Seconds: [None, [], 1, "seconds", {"uplink": -1.0}, {"decode": float("nan")}, {"queue": "1"}, ONE],
@@ -345,6 +358,55 @@ def test_a_name_that_cannot_be_is_refused(name: str) -> None:
 @pytest.mark.parametrize("run", ["", "..", "../elsewhere", "a/b", "a\\b", "C:", "a b", "ä", "a\0", "a\n", "a" * 65])
 def test_a_run_that_cannot_name_a_folder_is_refused(run: str) -> None:
     assert refusal(frame_of("Welcome", plain(SAMPLES["Welcome"]) | {"run": run})).startswith("Welcome: ")
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ([], "a part has 1 to 256 files, got 0"),
+        ([FILE] * 257, "a part has 1 to 256 files, got 257"),
+        ([FILE, FILE], "two files have the name part.json"),
+        ([FILE, FILE | {"name": "Part.JSON", "sha256": "1" * 64}], "two files have the name Part.JSON"),
+        ([FILE, FILE | {"name": "other", "size": 4}], "other has the content of another file, and another size"),
+    ],
+)
+def test_part_whose_files_contradict_each_other_is_refused(files: list[Any], reason: str) -> None:
+    assert refusal(frame_of("Part", {"index": 0, "files": files})) == f"Part: {reason}"
+
+
+@pytest.mark.parametrize("digest", ["", "0" * 63, "0" * 65, "A" * 64, "../" * 21 + "x", "0" * 64 + "\n"])
+def test_piece_of_what_is_no_digest_is_refused(digest: str) -> None:
+    asked = plain(SAMPLES["AskPiece"]) | {"sha256": digest}
+    assert refusal(frame_of("AskPiece", asked)) == f"AskPiece: a SHA-256 is 64 of 0-9 a-f, got {digest!r}"
+
+
+@pytest.mark.parametrize("size", [0, PIECE_BYTES + 1])
+def test_piece_of_no_bytes_or_too_many_is_refused(size: int) -> None:
+    refused = refusal(frame_of("Piece", {"index": 1, "data": bytes(size)}), HANDING_OVER_BYTES)
+    assert refused == f"Piece: a piece has 1 to 1048576 bytes, got {size}"
+
+
+def test_largest_piece_arrives_within_what_a_client_takes_before_start() -> None:
+    piece = Piece(index=2**53, data=np.random.default_rng(0).bytes(PIECE_BYTES))
+    data = encode(piece)
+    assert len(inflate(data)) <= HANDING_OVER_BYTES
+    assert len(data) <= compressed_bound(HANDING_OVER_BYTES)
+    assert_same(decode(data, HANDING_OVER_BYTES), piece)
+    assert "exceeds the limit" in refusal(data, HANDSHAKE_BYTES)
+
+
+def test_part_of_most_files_with_the_longest_names_fits_the_handshake() -> None:
+    files = tuple(PartFile(name=f"{i:03}".rjust(64, "x"), size=2**40, sha256=f"{i:064x}") for i in range(256))
+    part = Part(index=2**53, files=files)
+    assert len(inflate(encode(part))) < HANDSHAKE_BYTES
+    assert_same(decode(encode(part), HANDSHAKE_BYTES), part)
+    later = [{**plain(file), **{f"later {i}": i for i in range(9)}} for file in files]  # a release that says more of each
+    assert_same(decode(frame_of("Part", {"index": 2**53, "files": later}), 2 * HANDSHAKE_BYTES), part)
+
+
+def test_piece_takes_no_memory_beyond_its_bytes() -> None:
+    data = frame_of("Piece", {"index": 1, "data": bytes(PIECE_BYTES + 1), "later": bytes(PIECE_BYTES)})
+    assert peak_bytes(data, 3 * PIECE_BYTES) < 5 * PIECE_BYTES
 
 
 @pytest.mark.parametrize("name", ["num_samples", "batch_size", "longest"])
@@ -802,7 +864,7 @@ def test_the_adapter_of_the_largest_gpt2_is_not_larger_than_the_bound(precision:
         assert_same(decode(data, bound), message)
 
 
-@pytest.mark.parametrize("kind", ["Ping", "Pong", "Hello", "Welcome", "Join", "Failure"])
+@pytest.mark.parametrize("kind", ["Ping", "Pong", "Hello", "Welcome", "AskPart", "AskPiece", "Join", "Failure"])
 def test_a_message_of_the_handshake_fits_its_bound(kind: str) -> None:
     longest = {name: "ü" * 4096 if isinstance(value, str) else value for name, value in plain(SAMPLES[kind]).items()}
     assert len(msgpack.packb([3, kind, longest])) < HANDSHAKE_BYTES

@@ -23,6 +23,7 @@ from protocol import (
     CODECS,
     DELTA,
     EXACT,
+    HANDING_OVER_BYTES,
     HANDSHAKE_BYTES,
     PROTOCOL_VERSION,
     TRANSITIONS,
@@ -55,7 +56,9 @@ WORDS: dict[Any, str] = {
     int: "integer",
     float: "number",
     str: "text",
+    bytes: "bytes",
     tuple[str, ...]: "list of texts",
+    tuple[protocol.PartFile, ...]: "list of PartFiles",
     int | None: "integer or nil",
     protocol.messages.Floats: "floats",
     protocol.messages.CodedFloats: "coded floats",
@@ -127,6 +130,11 @@ def test_it_lists_the_settings_of_a_run_and_their_types_in_order() -> None:
     assert list(documented_fields(rows).items()) == list(actual_fields(RunSettings).items())
 
 
+def test_it_lists_what_a_part_says_of_a_file_in_order() -> None:
+    _, rows = tables(section("Part"), "field", "type", "meaning")
+    assert list(documented_fields(rows).items()) == list(actual_fields(protocol.PartFile).items())
+
+
 def test_it_lists_the_parts_of_a_clients_time_in_order() -> None:
     (rows,) = tables(section("Activations"), "part", "type", "meaning")
     assert list(documented_fields(rows).items()) == list(actual_fields(protocol.Seconds).items())
@@ -165,7 +173,8 @@ def test_every_type_of_a_field_is_explained() -> None:
 def test_it_names_the_limits() -> None:
     (rows,) = tables(DOCUMENT, "what", "limit")
     limits = [cell.removesuffix(" bytes") for _, cell in rows]
-    assert limits == [f"{HANDSHAKE_BYTES:,}", "see below", f"{MAX_ELEMENTS:,}", f"{MAX_TENSOR_ELEMENTS}", f"{MAX_TEXT:,}"]
+    before_start = [f"{HANDSHAKE_BYTES:,}", f"{HANDING_OVER_BYTES:,}"]
+    assert limits == [*before_start, "see below", f"{MAX_ELEMENTS:,}", f"{MAX_TENSOR_ELEMENTS}", f"{MAX_TEXT:,}"]
 
 
 def test_its_example_of_a_tensor_is_what_is_sent() -> None:
@@ -192,7 +201,7 @@ def test_it_names_the_codecs() -> None:
 
 def test_it_names_no_message_that_does_not_exist() -> None:
     named = set(re.findall(r"`([A-Z][A-Za-z]+)`", DOCUMENT))
-    assert named <= {*KINDS, "RunSettings", "Seconds"}
+    assert named <= {*KINDS, "PartFile", "RunSettings", "Seconds"}
 
 
 def test_it_names_the_bounds_of_every_number_of_the_settings() -> None:

@@ -12,11 +12,14 @@ from protocol_samples import SAMPLES
 
 from protocol import (
     HANDSHAKE_BYTES,
+    PIECE_BYTES,
     TRANSITIONS,
     ActivationGradient,
     Activations,
     AdapterGradient,
     AdapterWeights,
+    AskPart,
+    AskPiece,
     Done,
     EdgeAdapter,
     Evaluation,
@@ -27,6 +30,8 @@ from protocol import (
     Join,
     LocalProtocolError,
     Message,
+    Part,
+    Piece,
     Ping,
     Pong,
     RemoteProtocolError,
@@ -309,6 +314,29 @@ def test_the_runs_end_answers_done_and_nothing_else_does() -> None:
     assert {state for state, _, kind in TRANSITIONS if kind is RunEnd} == {State.AWAITING_END}
 
 
+# Handing over the part
+
+
+def test_client_takes_the_largest_piece_before_start_and_the_server_no_more_than_a_handshake() -> None:
+    pair = Pair().walk((Side.CLIENT, Hello), (Side.SERVER, Welcome), (Side.CLIENT, AskPiece))
+    client, server = pair.ends[Side.CLIENT], pair.ends[Side.SERVER]
+    piece = Piece(index=3, data=np.random.default_rng(0).bytes(PIECE_BYTES))
+    data = server.send(piece)
+    heard = client.receive(data)
+    assert isinstance(heard, Piece)
+    assert heard.data == piece.data
+    assert client.receive(data) is None  # delivered twice
+    with pytest.raises(RemoteProtocolError, match="exceeds the limit of 65536 bytes"):
+        server.receive(data)
+
+
+def test_part_and_its_pieces_are_asked_for_in_any_order_and_then_the_client_joins() -> None:
+    pair = Pair().walk((Side.CLIENT, Hello), (Side.SERVER, Welcome))
+    ask_piece, ask_part = [(Side.CLIENT, AskPiece), (Side.SERVER, Piece)], [(Side.CLIENT, AskPart), (Side.SERVER, Part)]
+    pair.walk(*ask_part, *ask_piece, *ask_piece, *ask_part, *ask_piece)
+    assert pair.walk((Side.CLIENT, Join), (Side.SERVER, Start)).state is State.READY
+
+
 # Micro-batches under way
 
 
@@ -404,6 +432,7 @@ def test_questions_and_answers_may_cross() -> None:
     ("kind", "number"),
     [
         *((kind, 9) for kind in (Join, Start, Activations, ActivationGradient, AdapterGradient, AdapterWeights, EdgeAdapter)),
+        *((kind, 9) for kind in (AskPart, Part, AskPiece, Piece)),
         *((kind, 9) for kind in (Ping, Pong, Evaluation, EvaluationLoss, Done, RunEnd)),
         *((kind, 0) for kind in (Hello, Welcome, Goodbye, Failure)),
     ],
@@ -453,9 +482,10 @@ def test_of_a_message_delivered_twice_the_first_counts_whatever_the_second_says(
     assert client.receive(encode(EvaluationLoss(index=1, summed_loss=3.0))) is None
 
 
-@pytest.mark.parametrize("asked", [Ping, Evaluation])
-def test_a_question_with_a_fresh_index_is_another_question(asked: type) -> None:
-    state = State.NEW if asked is Ping else State.READY
+@pytest.mark.parametrize(
+    ("asked", "state"), [(Ping, State.NEW), (AskPart, State.WELCOMED), (AskPiece, State.WELCOMED), (Evaluation, State.READY)]
+)
+def test_a_question_with_a_fresh_index_is_another_question(asked: type, state: State) -> None:
     server = session_in(state, Side.SERVER)
     for number in (1, 2):
         assert server.receive(encode(numbered(asked, number))) is not None

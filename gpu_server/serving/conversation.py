@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 
 from protocol import (
+    AskPart,
+    AskPiece,
     Goodbye,
     Hello,
     Join,
@@ -120,6 +122,8 @@ class Conversations:
             await self._greet(peer, message)
         elif isinstance(message, Join):
             await self._join(peer, message)
+        elif isinstance(message, AskPart | AskPiece):
+            raise RemoteProtocolError("this server hands over no part of the model")
         else:
             assert peer.name is not None
             replies = self._performer.perform(self._federation.receive(peer.name, message, time.monotonic()))
