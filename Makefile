@@ -99,7 +99,7 @@ $(VENV)/.development: $(VENV)/.runtime
 .venv-lowest/.packages: pyproject.toml constraints.txt tests/without-torch.txt $(VENV)/.development
 	python3 -m venv .venv-lowest
 	$(BIN)/uv pip compile --quiet --python .venv-lowest --resolution lowest-direct --override tests/without-torch.txt \
-		--extra server --extra export --extra generate --group dev --output-file .venv-lowest/lowest.txt pyproject.toml
+		--extra server --extra export --group dev --output-file .venv-lowest/lowest.txt pyproject.toml
 	.venv-lowest/bin/python -m pip --disable-pip-version-check --quiet install --requirement .venv-lowest/lowest.txt \
 		"$$(grep ^torch== constraints.txt)"
 	.venv-lowest/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --editable .

@@ -54,6 +54,9 @@ def __getattr__(name: str) -> Any:
     # torch takes seconds to import on a small device, and `splitlora-edge --help` does not need it (PEP 562).
     from importlib import import_module
 
+    from terminal import importing
+
     if name not in _HOMES:
         raise AttributeError(f"module 'edge_client' has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    with importing("a device", install="splitlora[torch]"):
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)

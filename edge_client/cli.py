@@ -195,7 +195,7 @@ def _add_training_flags(command: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 after an error with one sentence on standard error, 130 after Ctrl-C."""
     options = build_parser().parse_args(arguments)
-    return run_program(PROGRAM, lambda: options.run(options), options.errors)
+    return run_program(PROGRAM, lambda: options.run(options), options.errors, install="splitlora[torch]")
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -385,9 +385,9 @@ def _errors_of_ping() -> tuple[type[Exception], ...]:
 
 
 def _errors_of_generate() -> tuple[type[Exception], ...]:
-    from .generation import ExportedModelError, GenerationError, RuntimeMissing
+    from .generation import ExportedModelError, GenerationError
 
-    return (ExportedModelError, GenerationError, RuntimeMissing)
+    return (ExportedModelError, GenerationError)
 
 
 def _errors_of_train() -> tuple[type[Exception], ...]:

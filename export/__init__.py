@@ -18,6 +18,9 @@ def __getattr__(name: str) -> Any:
     # torch and onnx take seconds to import, and `splitlora-export --help` needs neither (PEP 562).
     from importlib import import_module
 
+    from terminal import importing
+
     if name not in _HOMES:
         raise AttributeError(f"module 'export' has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    with importing("exporting", install="splitlora[export]"):
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # As Ctrl-C does: no half folder is left. 128 + 15 is what a shell calls the end by this signal.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with show_log("export"):
-        return run_program(PROGRAM, lambda: options.run(options), _errors_of_users)
+        return run_program(PROGRAM, lambda: options.run(options), _errors_of_users, install="splitlora[export]")
 
 
 def run_onnx(options: argparse.Namespace) -> None:

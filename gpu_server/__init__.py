@@ -25,6 +25,9 @@ def __getattr__(name: str) -> Any:
     # torch takes seconds to import, and `splitlora-server --help` does not need it (PEP 562).
     from importlib import import_module
 
+    from terminal import importing
+
     if name not in _HOMES:
         raise AttributeError(f"module 'gpu_server' has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    with importing("a server", install="splitlora[server]"):
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)

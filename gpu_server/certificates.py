@@ -9,6 +9,7 @@ from filelock import FileLock
 
 from protocol.public_key import public_key_sha256
 from storage import remove_unfinished, replace_file
+from terminal import importing
 
 from .errors import ConfigError, ServerError
 
@@ -126,12 +127,10 @@ def _make(own: Certificate) -> None:
     """
     A new key and a certificate that it signs itself: devices are told the key's SHA-256, so no authority needs to vouch for it.
     """
-    try:
+    with importing("making a certificate", install="splitlora[server]"):
         from cryptography import x509
         from cryptography.hazmat.primitives import hashes, serialization
         from cryptography.hazmat.primitives.asymmetric import ec
-    except ModuleNotFoundError:
-        raise ServerError("making a certificate takes the package cryptography: pip install 'splitlora[server]'") from None
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "splitlora")])
     now = datetime.now(timezone.utc)

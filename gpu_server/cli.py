@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ExitStack() as signals:
         if options.command == "serve" and threading.current_thread() is threading.main_thread():
             signals.enter_context(_ending_once())
-        return run_program(PROGRAM, lambda: options.run(options), _errors_of_users)
+        return run_program(PROGRAM, lambda: options.run(options), _errors_of_users, install="splitlora[server]")
 
 
 @contextmanager

@@ -34,8 +34,14 @@ def find_model(name: str) -> Path:
         raise ModelError(f"{folder} is a file; a model is a folder with config.json and model.safetensors")
     if not is_hub_name(name):
         raise ModelError(f"no model folder at {folder}")
-    from huggingface_hub import snapshot_download  # a slow import that a local folder does not need
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    try:  # a slow import that a local folder does not need
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            f"{name!r} is no folder here, and the Hugging Face hub is asked with {error.name}, which is not installed: "
+            "pip install 'splitlora[torch]'"
+        ) from None
 
     try:
         return Path(snapshot_download(name, allow_patterns=[*FILES_OF_WEIGHTS, *FILES_BESIDE_WEIGHTS]))

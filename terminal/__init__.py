@@ -1,18 +1,21 @@
 """What a person sees and types in a terminal: progress, one sentence for what went wrong, paths."""
 
 from .bottleneck import where_time_went
+from .packages import PackageMissing, importing
 from .program import Parser, PathError, plain, run_program, user_path, user_text_path, version
 from .progress import Progress, show_log
 from .reminders import Reminders
 from .words import count, duration, listed
 
 __all__ = [
+    "PackageMissing",
     "Parser",
     "PathError",
     "Progress",
     "Reminders",
     "count",
     "duration",
+    "importing",
     "listed",
     "plain",
     "run_program",

@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+from .packages import PackageMissing, importing
+
 __all__ = ["Parser", "PathError", "plain", "run_program", "user_path", "user_text_path", "version"]
 
 SECRET_OF_INVITATION = re.compile(r"(splitlora:(?:[^\s#]*#[^\s/]*/)?)\S+", re.I)
@@ -27,7 +29,13 @@ class OutputFailed(OSError):
     """Standard output takes no more."""
 
 
-def run_program(name: str, run: Callable[[], None], expected: Callable[[], tuple[type[Exception], ...]]) -> int:
+def run_program(
+    name: str,
+    run: Callable[[], None],
+    expected: Callable[[], tuple[type[Exception], ...]],
+    *,
+    install: str = "splitlora",
+) -> int:
     """
     Run a program and give its exit status: 0, 1 after an error a user can cause, 130 after Ctrl-C, 141 where nobody reads its
     output any more.
@@ -38,13 +46,15 @@ def run_program(name: str, run: Callable[[], None], expected: Callable[[], tuple
     Args:
         expected: gives the types of the errors a user can cause; called only after an error, for it may import much.
             Any other error is a defect of ours and keeps its traceback.
+        install: what pip is to install where a library that the program imports is missing.
     """
     # Threads of torch that wait for each other give their core away instead of spinning: on a machine that does anything
     # else beside, such as a second client, a step is 2.5 times faster. It has to be said before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with _careful_output():
         try:
-            run()
+            with importing(name, install):
+                run()
             sys.stdout.flush()
         except KeyboardInterrupt:
             print(f"{name}: interrupted", file=sys.stderr)  # noqa: T201
@@ -52,7 +62,7 @@ def run_program(name: str, run: Callable[[], None], expected: Callable[[], tuple
         except OutputFailed as error:
             return _end_without_output(name, error)
         except Exception as error:
-            if not isinstance(error, (PathError, *expected())):
+            if not isinstance(error, (PackageMissing, PathError)) and not isinstance(error, expected()):
                 raise
             print(f"{name}: {plain(str(error))}", file=sys.stderr)  # noqa: T201
             return 1

@@ -517,12 +517,14 @@ NAMES = {
     ],
     "terminal": [
         *(
+            "PackageMissing",
             "Parser",
             "PathError",
             "Progress",
             "Reminders",
             "count",
             "duration",
+            "importing",
             "listed",
             "plain",
             "run_program",

@@ -1,6 +1,7 @@
 """The cut model against transformers, how checkpoints are read, and the small numerical parts."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -215,6 +216,13 @@ def test_hub_that_does_not_answer_is_one_sentence(tmp_path: Path, monkeypatch: p
     with pytest.raises(
         ModelError, match=r"'gpt2' is no folder here, and the Hugging Face hub did not give it: no route to host$"
     ):
+        find_model("gpt2")
+
+
+def test_hub_is_not_asked_without_its_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ModelError, match=r"asked with huggingface_hub, .* not installed: pip install 'splitlora\[torch\]'$"):
         find_model("gpt2")
 
 

@@ -5,7 +5,8 @@ import io
 import os
 import subprocess
 import sys
-from importlib import metadata
+from importlib import import_module, metadata
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,20 @@ import protocol
 from edge_client.cli import build_parser as edge_parser
 from export.cli import build_parser as export_parser
 from gpu_server.cli import build_parser as server_parser
-from terminal import PathError, Progress, count, duration, listed, run_program, show_log, user_path, user_text_path, version
+from terminal import (
+    PackageMissing,
+    PathError,
+    Progress,
+    count,
+    duration,
+    importing,
+    listed,
+    run_program,
+    show_log,
+    user_path,
+    user_text_path,
+    version,
+)
 
 
 class Screen(io.StringIO):
@@ -286,3 +300,77 @@ def test_ignored_messages_are_shown_to_who_asks_for_them(
         assert server.receive(ping) is not None
         assert server.receive(ping) is None
     assert ("DEBUG server (no name yet): ignored Ping 3" in capsys.readouterr().err) is shown
+
+
+# What is not installed
+
+
+def test_missing_library_is_one_sentence_that_says_what_installs_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(PackageMissing) as caught, importing("a server", install="splitlora[server]"):
+        import_module("onnx")
+    assert str(caught.value) == "a server needs onnx, which is not installed: pip install 'splitlora[server]'"
+
+    def run() -> None:
+        import onnx  # noqa: F401
+
+    assert run_program("program", run, tuple) == 1
+    assert capsys.readouterr().err == "program: program needs onnx, which is not installed: pip install splitlora\n"
+
+
+def test_library_that_cannot_be_loaded_is_said_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / f"torn{EXTENSION_SUFFIXES[0]}").write_text("not a library")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PackageMissing, match=r"torn, which cannot be loaded here \(.+\)"), importing("a device", "splitlora"):
+        import_module("torn")
+
+
+def test_name_that_a_module_does_not_have_is_a_defect() -> None:
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"), importing("a device", install="splitlora"):
+        from terminal import nothing  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "library", "extra"),
+    [
+        ("edge_client", "EdgeClient", "torch", "torch"),
+        ("gpu_server", "GpuServer", "torch", "server"),
+        ("export", "export_onnx", "onnx", "export"),
+    ],
+)
+def test_name_that_needs_a_missing_library_says_which_extra_brings_it(
+    package: str, name: str, library: str, extra: str
+) -> None:
+    check = f"""
+import sys
+sys.modules[{library!r}] = None
+import {package}
+try:
+    {package}.{name}
+except ImportError as error:
+    sys.exit(str(error))
+"""
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    assert done.stderr.endswith(f"needs {library}, which is not installed: pip install 'splitlora[{extra}]'\n")
+
+
+@pytest.mark.parametrize(
+    ("package", "command", "library", "extra"),
+    [
+        ("gpu_server", "serve --model gpt2 --run-dir nowhere", "torch", "server"),
+        ("gpu_server", "clients --run-dir nowhere", "filelock", "server"),
+        ("export", "onnx --model gpt2 --output nowhere", "onnx", "export"),
+        ("export", "merge --model gpt2 --output nowhere", "torch", "export"),
+        ("export", "verify nowhere", "torch", "export"),
+    ],
+)
+def test_program_that_misses_a_library_says_which_extra_brings_it(
+    tmp_path: Path, package: str, command: str, library: str, extra: str
+) -> None:
+    check = f"import sys; sys.modules[{library!r}] = None; from {package}.cli import main; sys.exit(main({command.split()}))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.endswith(f"needs {library}, which is not installed: pip install 'splitlora[{extra}]'\n")

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from terminal import PackageMissing, importing
+
 from .exported_model import ExportedModelError
 
 __all__ = ["Decoder", "RuntimeMissing", "open_session", "runtime_version"]
@@ -17,8 +19,8 @@ PAST, PRESENT = "past_key_values.", "present."
 LOGITS_START = "logits_start"
 
 
-class RuntimeMissing(ImportError):
-    """onnxruntime is not installed, or cannot be loaded here."""
+RuntimeMissing = PackageMissing
+"""onnxruntime is not installed, or cannot be loaded here."""
 
 
 class Decoder:
@@ -192,10 +194,8 @@ def runtime_version() -> str:
 
 
 def _import_runtime() -> Any:
-    try:
+    with importing("generating", install="splitlora"):
         import onnxruntime
-    except ImportError as error:
-        raise RuntimeMissing(f"generating needs onnxruntime ({error}): pip install 'splitlora[generate]'") from None
     return onnxruntime
 
 
