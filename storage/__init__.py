@@ -8,17 +8,24 @@ from .exported_manifest import ExportedManifest
 from .fingerprint import fingerprint, part_that_differs
 from .folder import Folder, shown
 from .model_folder import FILES_BESIDE_WEIGHTS, find_model, is_hub_name
+from .part_description import EDGE_WEIGHTS, GRAPH_FILES, OPERATORS, PART_FILE, PartDescription
 from .run_description import RunDescription
-from .tokenizer import encode, load_tokenizer
+from .tokenizer import TOKENIZER_FILES, encode, load_tokenizer
 
 __all__ = [
+    "EDGE_WEIGHTS",
     "FILES_BESIDE_WEIGHTS",
+    "GRAPH_FILES",
+    "OPERATORS",
+    "PART_FILE",
+    "TOKENIZER_FILES",
     "AdapterError",
     "AdapterSettings",
     "CacheFolder",
     "ExportedManifest",
     "Folder",
     "ModelError",
+    "PartDescription",
     "RunDescription",
     "encode",
     "find_model",

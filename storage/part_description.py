@@ -1,0 +1,209 @@
+"""
+part.json, by which a server tells a device what the files of its part are: its blocks as ONNX graphs, their weights, and the
+tokenizer. A device has it from the network, so every value is checked before anything is done with it.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .atomic_file import replace_file
+from .errors import ModelError
+from .folder import Folder, Member, shown
+from .tokenizer import TOKENIZER_FILES
+
+__all__ = ["EDGE_WEIGHTS", "GRAPH_FILES", "OPERATORS", "PART_FILE", "PartDescription"]
+
+PART_FILE, FORMAT = "part.json", 1
+EDGE_WEIGHTS = ("float32", "float16", "int8")
+"""How the frozen matrices of a part can be stored."""
+GRAPH_FILES = ("embedding.onnx", "forward.onnx", "inference.onnx", "backward.onnx", "first_backward.onnx")
+OPERATORS = (
+    *(
+        "Add",
+        "Cast",
+        "Concat",
+        "Erf",
+        "Exp",
+        "Expand",
+        "Gather",
+        "Gelu",
+        "Gemm",
+        "Greater",
+        "LayerNormalization",
+        "MatMul",
+        "Mul",
+    ),
+    *("Reciprocal", "ReduceMean", "ReduceSum", "Relu", "Reshape", "Shape", "Sigmoid", "Softmax", "Split", "Sqrt", "Sub"),
+    *("Transpose", "Trilu"),
+)
+"""What the graphs consist of: operators of ONNX's own domain, and no others."""
+LARGEST = (1 << 31) - 1
+MOST_BLOCKS, MOST_LAYERS, LONGEST_NAME = 10_000, 64, 200
+REMEDY = "; the server's splitlora has to hand the part over again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartDescription:
+    """
+    A device's part of a model, and of which run it is. The scale of the adapters' products and that of dropout are constants in
+    the graphs; the same graph is run for every block.
+    """
+
+    fingerprint: str
+    """Of the base model and its tokenizer."""
+    cut_layer: int
+    """The number of blocks."""
+    weights: str
+    """One of EDGE_WEIGHTS."""
+    width: int
+    """Elements of a hidden state, d."""
+    num_positions: int
+    """Longest sequence, in tokens."""
+    vocabulary_size: int
+    end_token: int
+    """Id of the token that ends a text."""
+    lora_rank: int
+    lora_alpha: float
+    lora_dropout: float
+    adapter_prefix: str
+    """What PEFT's name of a block's adapter matrix begins with, "{block}" in place of the block's number."""
+    adapted: Mapping[str, tuple[int, int]]
+    """The adapted layers of a block, by name, in the order of the forward pass: (in, out)."""
+    onnxruntime: str
+    """The lowest version that runs the graphs, such as "1.23"."""
+
+    @classmethod
+    def read(cls, folder: Path, *, onnxruntime: str | None = None) -> "PartDescription":
+        """
+        Args:
+            onnxruntime: the version that is to run the graphs; None: they are not to be run.
+
+        Raises:
+            ModelError: the file cannot be read, or describes no part that this splitlora and this onnxruntime can compute.
+        """
+        files = Folder(folder, ModelError)
+        raw, path = files.read_json(PART_FILE), folder / PART_FILE
+        if raw.get("format", FORMAT) != FORMAT:  # another format may be wrong in everything that is checked from here on
+            raise ModelError(
+                f"{path} has format {shown(raw['format'])}; this splitlora reads format {FORMAT}: "
+                "install the server's version of splitlora on this device"
+            )
+        values = _Values(files, raw)
+        values.get("format", int)
+        needed = values.matching("onnxruntime", r"[0-9]{1,4}\.[0-9]{1,4}", "a version such as 1.23")
+        if onnxruntime is not None and _version(onnxruntime) < _version(needed):
+            raise ModelError(
+                f"the server's part of the model needs onnxruntime {needed}, this device has {onnxruntime}: "
+                f"pip install 'onnxruntime>={needed}'"
+            )
+        vocabulary_size = values.integer("vocabulary_size", 1, LARGEST)
+        return cls(
+            fingerprint=values.matching("fingerprint", "[0-9a-f]{32}", "32 hexadecimal digits"),
+            cut_layer=values.integer("cut_layer", 1, MOST_BLOCKS),
+            weights=values.matching("weights", "|".join(EDGE_WEIGHTS), f"one of {', '.join(EDGE_WEIGHTS)}"),
+            width=values.integer("width", 1, LARGEST),
+            num_positions=values.integer("num_positions", 1, LARGEST),
+            vocabulary_size=vocabulary_size,
+            end_token=values.integer("end_token", 0, vocabulary_size - 1),
+            lora_rank=values.integer("lora_rank", 1, LARGEST),
+            lora_alpha=values.number("lora_alpha", lambda alpha: 0 < alpha < float("inf"), "a positive number"),
+            lora_dropout=values.number("lora_dropout", lambda dropout: 0 <= dropout < 1, "a number from 0 to below 1"),
+            adapter_prefix=values.matching(
+                "adapter_prefix", r"[\w.]*\{block\}[\w.]*", "letters, digits and dots with {block} among them"
+            ),
+            adapted=values.layers("adapted"),
+            onnxruntime=needed,
+        )
+
+    def write(self, folder: Path) -> None:
+        """
+        Raises:
+            OSError: it cannot be written.
+        """
+        content = {"format": FORMAT, **asdict(self)}
+        replace_file(folder / PART_FILE, (json.dumps(content, indent=2) + "\n").encode())
+
+    @property
+    def weight_files(self) -> tuple[str, ...]:
+        """The embedding's, then each block's."""
+        return ("embedding.safetensors", *(f"block-{block}.safetensors" for block in range(self.cut_layer)))
+
+    @property
+    def required_files(self) -> tuple[str, ...]:
+        """All files of a part but those of the tokenizer, of which not every folder has all."""
+        return (PART_FILE, *GRAPH_FILES, *self.weight_files)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All that may be among the files of a part."""
+        return (*self.required_files, *TOKENIZER_FILES)
+
+    def adapter_name(self, block: int, layer: str, matrix: str) -> str:
+        """PEFT's name of ``matrix`` ("A" or "B") of a block's layer in the whole model."""
+        return f"{self.adapter_prefix.replace('{block}', str(block))}{layer}.lora_{matrix}.weight"
+
+
+class _Values:
+    """
+    The members of part.json, each checked as it is asked for.
+
+    Raises:
+        ModelError: in every method; it names the file, the key and what stands there.
+    """
+
+    def __init__(self, files: Folder, raw: dict[str, Any]) -> None:
+        self._files, self._raw = files, raw
+
+    def get(self, key: str, kind: type[Member]) -> Member:
+        return self._files.member(PART_FILE, self._raw, key, kind, REMEDY)
+
+    def integer(self, key: str, least: int, most: int) -> int:
+        value = self.get(key, int)
+        if not least <= value <= most:
+            raise self._wrong(key, f"a whole number from {least} to {most}")
+        return value
+
+    def number(self, key: str, is_right: Any, expected: str) -> float:
+        value = self.get(key, float)
+        if not is_right(value):
+            raise self._wrong(key, expected)
+        return float(value)
+
+    def matching(self, key: str, pattern: str, expected: str) -> str:
+        value = self.get(key, str)
+        if len(value) > LONGEST_NAME or not re.fullmatch(pattern, value, re.ASCII):
+            raise self._wrong(key, expected)
+        return value
+
+    def layers(self, key: str) -> dict[str, tuple[int, int]]:
+        layers = self.get(key, dict)
+        if not 1 <= len(layers) <= MOST_LAYERS:
+            raise ModelError(f"{self._where}: {key} has {len(layers)} layers; 1 to {MOST_LAYERS} are expected{REMEDY}")
+        for layer, shape in layers.items():
+            if len(layer) > LONGEST_NAME or not re.fullmatch(r"\w+(\.\w+)*", layer, re.ASCII):
+                raise ModelError(f"{self._where}: {key} names {shown(layer)}, which is no name of a layer{REMEDY}")
+            if not (
+                isinstance(shape, list)
+                and [type(size) for size in shape] == [int, int]
+                and min(shape) > 0
+                and max(shape) <= LARGEST
+            ):
+                raise ModelError(f"{self._where}: {key} says {shown(shape)} of {layer}; two sizes are expected{REMEDY}")
+        return {layer: (shape[0], shape[1]) for layer, shape in layers.items()}
+
+    @property
+    def _where(self) -> Path:
+        return self._files.path / PART_FILE
+
+    def _wrong(self, key: str, expected: str) -> ModelError:
+        return ModelError(f"{self._where}: {key} is {shown(self._raw[key])}; {expected} is expected{REMEDY}")
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """The first two numbers of a version; of "1.23.0rc1": (1, 23). Whatever is no number counts as 0."""
+    numbers = (re.match("[0-9]{1,9}", part) for part in text.split(".")[:2])
+    return tuple(int(number[0]) if number else 0 for number in numbers)
