@@ -22,11 +22,10 @@ from typing import Any
 import contestants
 import numpy as np
 import torch
-import zstandard
 from tokenizers import Tokenizer
 
 from edge_client.data import Batch, Dataset
-from protocol import CODECS, EXACT, ActivationGradient, Array, decode, encode
+from protocol import CODECS, EXACT, ActivationGradient, Array, decode, encode, zstd
 from protocol.encoding import COMPRESSION_LEVEL
 from protocol.rounding import Dither
 from split_model import EdgePart, LoraConfig, OptimiserConfig, PretrainedModel, ServerPart, adamw, initial_adapter, take_step
@@ -238,13 +237,11 @@ def e2e_batches(tokenizer: Tokenizer, end_token: int, count: int) -> list[Batch]
 def race_limits(values: Array, speeds: dict[str, list[float]]) -> None:
     """What no codec can beat: copying the floats, and zstd on the bytes of int8's codes."""
     codes = np.rint(values * (127 / np.abs(values).max(axis=1, keepdims=True))).astype(np.int8).tobytes()
-    copy, compressor = np.empty_like(values), zstandard.ZstdCompressor(level=COMPRESSION_LEVEL)
-    decompressor = zstandard.ZstdDecompressor()
-    compressed = compressor.compress(codes)
+    copy, compressed = np.empty_like(values), zstd.compress(codes, COMPRESSION_LEVEL)
     contests: dict[str, Callable[[], Any]] = {
         "memcpy": lambda: np.copyto(copy, values),
-        "zstd alone, of one byte an element": lambda: compressor.compress(codes),
-        "unzstd alone": lambda: decompressor.decompress(compressed),
+        "zstd alone, of one byte an element": lambda: zstd.compress(codes, COMPRESSION_LEVEL),
+        "unzstd alone": lambda: zstd.ZstdDecompressor().decompress(compressed),
     }
     for name, contest in contests.items():
         began = time.thread_time()

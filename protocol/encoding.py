@@ -15,8 +15,8 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import msgpack
 import numpy as np
-import zstandard
 
+from . import zstd
 from .codecs import Coded
 from .errors import RemoteProtocolError
 from .limits import LARGEST_VALUE
@@ -32,6 +32,7 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"  # RFC 8878, section 3.1.1
 LIST_OF_THREE = 0x93  # in msgpack
 ARRAY_EXTENSION, CODED_EXTENSION = 1, 2
 ARRAY_DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "int32")}
+INFLATED_AT_ONCE = 2**17  # of a frame, compressed or not, that are inflated at once
 MAX_ELEMENTS = 4096  # in all lists and maps of a message together: an empty list takes one byte of a frame, and 64 of memory
 MAX_TENSOR_ELEMENTS = 16  # the same in one tensor's [dtype, shape, bytes]
 MAX_TEXT = 4096  # characters
@@ -63,7 +64,7 @@ def encode(message: Message, codec: str = EXACT, dither: Dither | None = None) -
         return Coded.of(value, codec, dither)
 
     packed = msgpack.packb([PROTOCOL_VERSION, type(message).__name__, _as_map(message, coded)], default=_pack)
-    return zstandard.ZstdCompressor(level=COMPRESSION_LEVEL).compress(packed)
+    return zstd.compress(packed, COMPRESSION_LEVEL)
 
 
 def decode(data: bytes, max_bytes: int, codecs: Collection[str] = ()) -> Message:
@@ -93,7 +94,7 @@ def decode(data: bytes, max_bytes: int, codecs: Collection[str] = ()) -> Message
         raise
     # RecursionError comes of deep nesting. UnicodeDecodeError and msgpack's StackError and FormatError are ValueErrors.
     except (
-        zstandard.ZstdError,
+        zstd.ZstdError,
         msgpack.UnpackException,
         ValueError,
         TypeError,
@@ -117,18 +118,30 @@ def _at_most(limit: int) -> Callable[[Any], Any]:
     return count
 
 
-def _inflate(data: bytes, max_bytes: int) -> bytes:
+def _inflate(data: bytes, max_bytes: int) -> bytearray:
     if not data.startswith(ZSTD_MAGIC):
         found = (
             "msgpack that was not compressed" if data[:1] == bytes([LIST_OF_THREE]) else f"bytes {data[:4].hex(' ') or 'none'}"
         )
         raise RemoteProtocolError(f"not a message: expected a zstd frame, which begins with {ZSTD_MAGIC.hex(' ')}; got {found}")
-    size = zstandard.frame_content_size(data)
-    if size < 0:
+    size = zstd.get_frame_info(data).decompressed_size
+    if size is None:
         raise RemoteProtocolError("not a message: the zstd frame does not announce its size")
     if size > max_bytes:
         raise RemoteProtocolError(f"message of {size} bytes exceeds the limit of {max_bytes} bytes")
-    inflated: bytes = zstandard.ZstdDecompressor().decompress(data, max_output_size=max_bytes, allow_extra_data=False)
+    decompressor, inflated, rest = zstd.ZstdDecompressor(), bytearray(), memoryview(data)
+    while not decompressor.eof and len(inflated) <= size and (rest or not decompressor.needs_input):
+        # Little by little: the decompressor has a second copy of what it makes in one call, and of what it leaves unread.
+        given = rest[:INFLATED_AT_ONCE] if decompressor.needs_input else b""
+        rest = rest[len(given) :]
+        inflated += decompressor.decompress(given, min(INFLATED_AT_ONCE, size + 1 - len(inflated)))
+    if len(inflated) <= size and not decompressor.eof:
+        raise RemoteProtocolError("not a message: the zstd frame is cut off")
+    if len(inflated) != size:
+        than = "more" if len(inflated) > size else "less"
+        raise RemoteProtocolError(f"not a message: the zstd frame holds {than} than the {size} bytes that it announces")
+    if decompressor.unused_data or rest:
+        raise RemoteProtocolError("not a message: something follows the zstd frame")
     return inflated
 
 

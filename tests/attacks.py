@@ -20,7 +20,6 @@ from typing import Any
 
 import msgpack
 import numpy as np
-import zstandard
 from conftest import make_model
 from mutation import Mutator
 from ports import free_port
@@ -44,6 +43,7 @@ from protocol import (
     Start,
     decode,
     encode,
+    zstd,
 )
 from protocol.invitation import Invitation
 from split_model import PretrainedModel
@@ -380,21 +380,19 @@ def announcing(frame: bytes, size: int) -> bytes:
     return frame[:4] + bytes([descriptor | 0b11000000]) + frame[5 : 6 - single] + struct.pack("<Q", size) + frame[blocks:]
 
 
-_MILLIONS = zstandard.compress(bytes(2**26))
+_MILLIONS = zstd.compress(bytes(2**26))
 BOMBS = [
     _MILLIONS,
     announcing(_MILLIONS, 100),
     announcing(_MILLIONS, 2**16),
-    *(announcing(zstandard.compress(b"x"), size) for size in (2**63, 2**63 - 1, 2**64 - 1, 2**32)),
-    *(zstandard.compress(opening * 60_000) for opening in (b"\x91", b"\x81", b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff")),
-    *(zstandard.compress(header + b"\xff" * 4) for header in (b"\xdd", b"\xdf", b"\xc6", b"\xc9", b"\xdb")),
-    zstandard.compress(
-        msgpack.packb([2, "Activations", {"values": msgpack.ExtType(1, b"\x93\xa7float32\xdd\xff\xff\xff\xff")}])
-    ),
-    zstandard.compress(
+    *(announcing(zstd.compress(b"x"), size) for size in (2**63, 2**63 - 1, 2**64 - 1, 2**32)),
+    *(zstd.compress(opening * 60_000) for opening in (b"\x91", b"\x81", b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff")),
+    *(zstd.compress(header + b"\xff" * 4) for header in (b"\xdd", b"\xdf", b"\xc6", b"\xc9", b"\xdb")),
+    zstd.compress(msgpack.packb([2, "Activations", {"values": msgpack.ExtType(1, b"\x93\xa7float32\xdd\xff\xff\xff\xff")}])),
+    zstd.compress(
         msgpack.packb([2, "Start", {"adapter": {"x": msgpack.ExtType(1, msgpack.packb(["float32", [2**63, 2**63], b""]))}}])
     ),
-    zstandard.compress(msgpack.packb([[]] * 60_000)),
+    zstd.compress(msgpack.packb([[]] * 60_000)),
 ]
 
 

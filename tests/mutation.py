@@ -10,7 +10,6 @@ from typing import Any
 import msgpack
 import numpy as np
 import protocol_samples
-import zstandard
 
 from gpu_server.federation import Federation, ModelLimits
 from protocol import (
@@ -34,6 +33,7 @@ from protocol import (
     Welcome,
     decode,
     encode,
+    zstd,
 )
 
 MAX_BYTES = 2**20
@@ -121,7 +121,6 @@ class Mutator(ByteMutator):
         gradient = ActivationGradient(step=1, loss=1.0, labelled_tokens=1, values=WITH_AN_OUTLIER)
         self._frames += [encode(gradient, codec) for codec in CODECS]
         self._packed = [protocol_samples.inflate(frame) for frame in self._frames]
-        self._compressor = zstandard.ZstdCompressor(level=1)
         self._levels: dict[str, Callable[[], bytes]] = {
             "random bytes": lambda: self._random_bytes(200),
             "random bytes, compressed": lambda: self._compressed(self._random_bytes(200)),
@@ -138,7 +137,7 @@ class Mutator(ByteMutator):
         return level, self._levels[level]()
 
     def _compressed(self, packed: bytes) -> bytes:
-        return self._compressor.compress(packed)
+        return zstd.compress(packed, 1)
 
     def _of_mutated_fields(self) -> bytes:
         kind, other = self.random.choices(list(protocol_samples.SAMPLES), k=2)

@@ -6,7 +6,6 @@ from typing import Any
 
 import msgpack
 import numpy as np
-import zstandard
 
 from protocol import (
     ActivationGradient,
@@ -35,6 +34,7 @@ from protocol import (
     Seconds,
     Start,
     Welcome,
+    zstd,
 )
 from protocol.codecs import Coded
 
@@ -204,11 +204,11 @@ def plain(value: Any) -> Any:
 
 
 def compress(packed: bytes) -> bytes:
-    return zstandard.ZstdCompressor().compress(packed)
+    return zstd.compress(packed)
 
 
 def inflate(data: bytes) -> bytes:
-    return zstandard.ZstdDecompressor().decompress(data)
+    return zstd.ZstdDecompressor().decompress(data)
 
 
 def frame(unpacked: Any) -> bytes:

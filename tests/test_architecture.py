@@ -12,7 +12,7 @@ from conftest import REPOSITORY
 STDLIB = sys.stdlib_module_names | {"tomllib"}  # of 3.11 and later
 OURS = {"protocol", "split_model", "storage", "terminal"}
 MAY_IMPORT = {
-    "protocol": {"msgpack", "numpy", "zstandard"},
+    "protocol": {"backports", "compression", "msgpack", "numpy"},
     "split_model": {"storage", "numpy", "safetensors", "tokenizers", "torch"},
     "storage": {"huggingface_hub", "numpy", "tokenizers"},
     "graphs": {"storage", "split_model", "ml_dtypes", "numpy", "onnx", "safetensors"},

@@ -23,7 +23,6 @@ import numpy as np
 import protocol_samples
 import pytest
 import torch
-import zstandard
 from ports import free_port
 from programs import arguments, program, read_until
 from spoiling import change_weights, swap_two_ids
@@ -61,6 +60,7 @@ from protocol import (
     Welcome,
     decode,
     encode,
+    zstd,
 )
 from protocol.codecs import Coded, quantised_parts
 from protocol.rounding import to_bfloat16
@@ -581,7 +581,7 @@ def tcp_server(handler: type[socketserver.BaseRequestHandler]) -> Iterator[int]:
 
 
 def packed(version: int, kind: str, **fields: Any) -> bytes:
-    return zstandard.compress(msgpack.packb([version, kind, fields]))
+    return zstd.compress(msgpack.packb([version, kind, fields]))
 
 
 @pytest.mark.parametrize(
@@ -692,14 +692,14 @@ def floats(rows: int, width: int = WIDTH, value: float = 1.0, dtype: Any = np.fl
 
 def bomb() -> bytes:
     """A zstd frame that announces 100 bytes and holds a million."""
-    frame = bytearray(zstandard.ZstdCompressor(write_content_size=True).compress(bytes(2**20)))
+    frame = bytearray(zstd.compress(bytes(2**20)))
     assert frame[4] & 0b11100000 == 0b10100000  # one segment, a size of four bytes
     frame[5:9] = struct.pack("<I", 100)
     return bytes(frame)
 
 
 def unannounced() -> bytes:
-    return zstandard.ZstdCompressor(write_content_size=False).compress(bytes(2**20))
+    return zstd.compress(bytes(2**20), options={zstd.CompressionParameter.content_size_flag: 0})
 
 
 @dataclass
@@ -763,7 +763,7 @@ UNASKED: dict[str, tuple[Message | bytes | str, str]] = {
     "not its to say": (Pong(software="x", run="x", clients=1, joined=1, step=1), "client sent Pong while new"),
     "early batch": (batch(), "client sent Activations while new"),
     "bomb": (bomb(), "not a message"),
-    "huge frame": (zstandard.compress(bytes(2**27)), f"message of {2**27} bytes exceeds the limit of 65536 bytes"),
+    "huge frame": (zstd.compress(bytes(2**27)), f"message of {2**27} bytes exceeds the limit of 65536 bytes"),
     "frame of unknown size": (unannounced(), "does not announce its size"),
 }
 
