@@ -95,6 +95,11 @@ def test_packages_are_those_that_are_installed() -> None:
     assert set(project["tool"]["setuptools"]["packages"]["find"]["include"]) == {f"{package}*" for package in MAY_IMPORT}
 
 
+def test_packages_are_those_that_an_image_is_built_with() -> None:
+    copied = re.findall(r"^!(\w+)$", (REPOSITORY / ".dockerignore").read_text(encoding="utf-8"), re.M)
+    assert set(copied) - {"LICENSE"} == set(MAY_IMPORT)
+
+
 @pytest.mark.parametrize("package", ["edge_client.client", "gpu_server.sdk"])
 def test_neither_side_imports_transformers_or_peft(package: str) -> None:
     pytest.importorskip("torch")

@@ -1,15 +1,20 @@
-"""docs/operate.md says what the server does."""
+"""docs/operate.md and docs/devices.md say what the programs do, and the services start them as they can be started."""
 
 import re
 import shlex
 from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
 
 import edge_client.cli
 import gpu_server.cli
 from gpu_server import ServerConfig
 from gpu_server.config import options_from_toml
 
-DOCUMENT = (Path(__file__).parent.parent / "docs/operate.md").read_text(encoding="utf-8")
+DOCUMENT = (REPOSITORY / "docs/operate.md").read_text(encoding="utf-8")
+SERVICES = REPOSITORY / "services"
+PARSERS = {"splitlora-edge": edge_client.cli.build_parser(), "splitlora-server": gpu_server.cli.build_parser()}
 
 
 def block(language: str) -> str:
@@ -24,12 +29,26 @@ def test_settings_of_the_service_are_settings(tmp_path: Path) -> None:
 
 
 def test_commands_are_commands() -> None:
-    (service,) = re.findall(r"^ExecStart=\S+/(splitlora-server .*)$", block("ini"), re.M)
-    commands = [service, *re.findall(r"^ {4}(splitlora-server .*)$", DOCUMENT, re.M)]
-    assert len(commands) == 5
+    commands = re.findall(r"^ {4}(splitlora-server .*)$", DOCUMENT, re.M)
+    assert len(commands) == 4
     for command in commands:
         _, *words = shlex.split(command)
         gpu_server.cli.build_parser().parse_args(words)
+
+
+@pytest.mark.parametrize("program", PARSERS)
+def test_service_starts_its_program_as_it_can_be_started(program: str) -> None:
+    unit = (SERVICES / f"{program}@.service").read_text(encoding="utf-8")
+    (start,) = re.findall(rf"^ExecStart=/srv/splitlora/.venv/bin/{program} (.*)$", unit, re.M)
+    PARSERS[program].parse_args(shlex.split(start))
+
+
+@pytest.mark.parametrize(("image", "program"), [("device", "splitlora-edge"), ("server", "splitlora-server")])
+def test_image_starts_its_program_as_it_can_be_started(image: str, program: str) -> None:
+    recipe = (SERVICES / f"Containerfile.{image}").read_text(encoding="utf-8")
+    assert f'ENTRYPOINT ["/opt/splitlora/bin/{program}"]' in recipe
+    (run,) = re.findall(rf"podman run --rm .* splitlora-{image} (.*)$", recipe.replace("\\\n#", ""), re.M)
+    PARSERS[program].parse_args(shlex.split(run))
 
 
 def test_every_flag_that_is_named_is_one() -> None:
