@@ -6,7 +6,7 @@ from .atomic_file import remove_unfinished, replace_file
 from .errors import AdapterError, ModelError
 from .exported_manifest import ExportedManifest
 from .fingerprint import fingerprint, part_that_differs
-from .folder import Folder, shown
+from .folder import Folder, NamedFiles, shown
 from .model_folder import FILES_BESIDE_WEIGHTS, find_model, is_hub_name
 from .part_description import EDGE_WEIGHTS, GRAPH_FILES, OPERATORS, PART_FILE, PartDescription
 from .run_description import RunDescription
@@ -25,6 +25,7 @@ __all__ = [
     "ExportedManifest",
     "Folder",
     "ModelError",
+    "NamedFiles",
     "PartDescription",
     "RunDescription",
     "encode",

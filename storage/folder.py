@@ -1,10 +1,11 @@
 """Reads the files of a folder that somebody else has made: a model, an adapter, an exported model, a run."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-__all__ = ["Folder", "shown"]
+__all__ = ["Folder", "NamedFiles", "shown"]
 
 Member = TypeVar("Member", int, float, str, dict[str, Any], list[Any])
 
@@ -121,6 +122,27 @@ class Folder:
         if type(found) not in kinds:  # not isinstance: true and false are no whole numbers
             raise self.error(f"{self.path / name}: {key[:40]} is {shown(found)}; {EXPECTED[kind]} is expected{remedy}")
         return found
+
+
+class NamedFiles(Folder):
+    """
+    Files that lie anywhere, by the names that they would have in a folder.
+
+    Args:
+        files: where each lies, by its name.
+        error: as of Folder.
+        title: what messages call the folder that there is not.
+    """
+
+    def __init__(self, files: Mapping[str, Path], error: type[ValueError], title: str) -> None:
+        super().__init__(Path(title), error)
+        self._files = files
+
+    def locate(self, name: str) -> Path:
+        return self._files.get(name, self.path / name)
+
+    def find(self, name: str) -> Path | None:
+        return super().find(name) if name in self._files else None
 
 
 def shown(value: object) -> str:

@@ -77,7 +77,7 @@ class PartDescription:
     """The lowest version that runs the graphs, such as "1.23"."""
 
     @classmethod
-    def read(cls, folder: Path, *, onnxruntime: str | None = None) -> "PartDescription":
+    def read(cls, folder: Path | Folder, *, onnxruntime: str | None = None) -> "PartDescription":
         """
         Args:
             onnxruntime: the version that is to run the graphs; None: they are not to be run.
@@ -85,8 +85,8 @@ class PartDescription:
         Raises:
             ModelError: the file cannot be read, or describes no part that this splitlora and this onnxruntime can compute.
         """
-        files = Folder(folder, ModelError)
-        raw, path = files.read_json(PART_FILE), folder / PART_FILE
+        files = folder if isinstance(folder, Folder) else Folder(folder, ModelError)
+        raw, path = files.read_json(PART_FILE), files.path / PART_FILE
         if raw.get("format", FORMAT) != FORMAT:  # another format may be wrong in everything that is checked from here on
             raise ModelError(
                 f"{path} has format {shown(raw['format'])}; this splitlora reads format {FORMAT}: "

@@ -33,7 +33,7 @@ UNREADABLE, UNUSABLE = "the tokenizer cannot be read", "the tokenizer cannot be 
 Result = TypeVar("Result")
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path | Folder) -> Tokenizer:
     """
     Read a model folder's tokenizer: its tokenizer.json, or else its vocab.json and merges.txt, and in both cases the tokens
     that the smaller files beside them add. It neither pads nor truncates.
@@ -41,15 +41,15 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         ModelError: the folder has neither, they cannot be read, or it is not certain which ids they mean.
     """
-    files = Folder(folder, ModelError)
+    files = folder if isinstance(folder, Folder) else Folder(folder, ModelError)
     settings = _Settings(files)
     if files.find("tokenizer.json"):
         tokenizer = _from_one_file(files, settings)
     elif files.find("vocab.json") and files.find("merges.txt"):
         tokenizer = _from_vocabulary(files, settings)
     else:
-        raise ModelError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
-    guarded(lambda: settings.add_tokens_to(tokenizer), f"{folder}: {UNREADABLE}")
+        raise ModelError(f"{files.path} has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
+    guarded(lambda: settings.add_tokens_to(tokenizer), f"{files.path}: {UNREADABLE}")
     # Whoever saved the file may have saved the padding and truncation of their last batch with it.
     tokenizer.no_padding()
     tokenizer.no_truncation()

@@ -511,6 +511,7 @@ NAMES = {
             "Folder",
             "GRAPH_FILES",
             "ModelError",
+            "NamedFiles",
             "OPERATORS",
             "PART_FILE",
             "PartDescription",

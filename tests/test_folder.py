@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from export.cli import main as export_main
-from storage import Folder, ModelError, shown
+from storage import Folder, ModelError, NamedFiles, load_tokenizer, shown
 
 
 def opened(folder: Path) -> Any:
@@ -151,3 +151,14 @@ def test_model_whose_files_begin_with_a_byte_order_mark_is_the_same(
 def test_folder_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no model folder at"):
         opened(tmp_path / "nothing")
+
+
+def test_files_that_lie_elsewhere_are_read_by_the_names_they_are_meant_by(tiny_model: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "0123"
+    moved.write_bytes((tiny_model / "tokenizer.json").read_bytes())
+    files = NamedFiles({"tokenizer.json": moved, "gone.json": tmp_path / "gone"}, ModelError, "the part")
+    assert load_tokenizer(files).to_str() == opened(tiny_model).tokenizer().to_str()
+    for name in ("gone.json", "other.json", "0123", f"{tmp_path}/0123"):
+        assert files.find(name) is None
+    with pytest.raises(ModelError, match=r"the part/other\.json is missing"):
+        files.require("other.json")
