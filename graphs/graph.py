@@ -83,6 +83,14 @@ class Graph:
     def output(self, name: str, dtype: DTypeLike, shape: Shape) -> None:
         self._outputs.append(_described(name, dtype, shape))
 
+    def name_output(self, name: str, value: str, dtype: DTypeLike, shape: Shape) -> str:
+        """An output under a name of its own: the node's value is called so from here on, rather than copied."""
+        for node in self._nodes:
+            for values in (node.input, node.output):
+                values[:] = [name if each == value else each for each in values]
+        self.output(name, dtype, shape)
+        return name
+
     def constant(self, value: Any, dtype: DTypeLike = np.int64) -> str:
         """A small initializer; equal constants share one."""
         array = np.array(value, dtype)
@@ -109,6 +117,18 @@ class Graph:
         self.input(name, dtype, shape)
         empty = np.zeros([0 if isinstance(size, str) else size for size in shape], dtype)
         return self.weight(name, empty)
+
+    def prune(self) -> None:
+        """Leave out the nodes, the inputs and the initializers that no output depends on."""
+        wanted = {output.name for output in self._outputs}
+        kept = []
+        for node in reversed(self._nodes):
+            if not wanted.isdisjoint(node.output):
+                kept.append(node)
+                wanted.update(node.input)
+        self._nodes = kept[::-1]
+        self._inputs = [each for each in self._inputs if each.name in wanted]
+        self._initializers = {name: tensor for name, tensor in self._initializers.items() if name in wanted}
 
     def save(self, name: str, opset: int, ir_version: int) -> None:
         """

@@ -20,7 +20,8 @@ __all__ = ["EDGE_WEIGHTS", "GRAPH_FILES", "OPERATORS", "PART_FILE", "PartDescrip
 PART_FILE, FORMAT = "part.json", 1
 EDGE_WEIGHTS = ("float32", "float16", "int8")
 """How the frozen matrices of a part can be stored."""
-GRAPH_FILES = ("embedding.onnx", "forward.onnx", "inference.onnx", "backward.onnx", "first_backward.onnx")
+INFERENCE_GRAPH = "inference.onnx"
+GRAPH_FILES = ("embedding.onnx", "forward.onnx", INFERENCE_GRAPH, "backward.onnx", "first_backward.onnx")
 OPERATORS = (
     *(
         "Add",
@@ -37,7 +38,7 @@ OPERATORS = (
         "MatMul",
         "Mul",
     ),
-    *("Reciprocal", "ReduceMean", "ReduceSum", "Relu", "Reshape", "Shape", "Sigmoid", "Softmax", "Split", "Sqrt", "Sub"),
+    *("ReduceMean", "ReduceSum", "Relu", "Reshape", "Shape", "Sigmoid", "Softmax", "Split", "Sub"),
     *("Transpose", "Trilu"),
 )
 """What the graphs consist of: operators of ONNX's own domain, and no others."""

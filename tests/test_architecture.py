@@ -111,7 +111,7 @@ WITHOUT_TORCH = [
     *("protocol", "storage", "terminal", "edge_client.enrolment", "edge_client.generation", "edge_client.server_status"),
     # An engine without torch needs nothing else: whoever trains with it does not load torch, nor need it be installed.
     *(f"edge_client.{name}" for name in ("training", "membership", "client_state", "engine", "data", "waiting")),
-    *("gpu_server.door", "gpu_server.federation"),
+    *("gpu_server.door", "gpu_server.federation", "graphs"),
 ]
 
 

@@ -1,0 +1,157 @@
+"""
+A device's part of a model as files: its graphs without weights, the weights, the tokenizer, and a description of them all.
+
+The same graph is run for each block with that block's weights. Of a packed batch's N rows, d elements each:
+
+    embedding.onnx        rows: the tokens' embeddings (N, d)                   -> output (N, d)
+    inference.onnx        input (N, d), a block's weights and LoRA matrices     -> output (N, d)
+    forward.onnx          the same, and dropout's masks where there is dropout  -> output, and what the backward pass needs
+    backward.onnx         gradient (N, d) by the output, and all of these       -> gradients by LoRA matrices and input
+    first_backward.onnx   the same for the first block                          -> gradients by LoRA matrices
+
+Nothing goes on below the first block, so first_backward.onnx computes nothing below the first adapted layer.
+"""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from storage import GRAPH_FILES, TOKENIZER_FILES, Folder, ModelError, PartDescription
+from storage.part_description import INFERENCE_GRAPH
+
+from .families import Block, family_of
+from .matrix_formats import MATRIX_FORMATS, MatrixFormat, check_finite
+from .part_graph import Adaptation, PartGraph
+from .weights import Weights
+
+if TYPE_CHECKING:  # a graph is built without torch, which split_model imports
+    from split_model import ModelConfig
+
+__all__ = ["build_part"]
+
+ONNXRUNTIME = "1.23"
+"""The lowest version that the graphs are tested with."""
+TOKENS = "tokens"
+"""The tokens' table, by its name in the embedding's file."""
+
+
+def build_part(
+    folder: Path,
+    config: "ModelConfig",
+    weights: Weights,
+    *,
+    cut_layer: int,
+    adaptation: Adaptation,
+    precision: str,
+    fingerprint: str,
+    tokenizer_folder: Path,
+) -> PartDescription:
+    """
+    Write all files of blocks [0, cut_layer) into an empty folder.
+
+    Args:
+        weights: of the base model.
+        precision: one of `storage.EDGE_WEIGHTS`, in which the linear layers' matrices and the tokens' table are stored. Norms,
+            biases and positions are float32.
+        fingerprint: of model and tokenizer.
+        tokenizer_folder: the model's, or any other with the files of its tokenizer.
+
+    Raises:
+        ModelError: a value is too large for the precision, or no number.
+        OSError: a file cannot be written.
+    """
+    form = MATRIX_FORMATS[precision]
+    description = PartDescription(
+        fingerprint=fingerprint,
+        cut_layer=cut_layer,
+        weights=precision,
+        width=config.width,
+        num_positions=config.num_positions,
+        vocabulary_size=config.vocabulary_size,
+        end_token=config.end_token,
+        lora_rank=adaptation.rank,
+        lora_alpha=adaptation.alpha,
+        lora_dropout=adaptation.dropout,
+        adapter_prefix=f"base_model.model.{config.stored_name(config.blocks)}.{{block}}.",
+        adapted=adaptation.layers,
+        onnxruntime=ONNXRUNTIME,
+    )
+    write_graphs(folder, config, adaptation, precision)
+    embedding, *blocks = description.weight_files
+    save_file(_embedding(config, weights, form), folder / embedding)
+    for index, name in enumerate(blocks):
+        save_file(_block(config, weights, form, index), folder / name)
+    tokenizer = Folder(tokenizer_folder, ModelError)
+    for name in TOKENIZER_FILES:
+        if path := tokenizer.find(name):
+            shutil.copyfile(path, folder / name)
+    description.write(folder)
+    return description
+
+
+def write_graphs(folder: Path, config: "ModelConfig", adaptation: Adaptation, precision: str) -> None:
+    """The graphs of a part; no weight is read for them."""
+    graphs = _Graphs(config, MATRIX_FORMATS[precision])
+    fill = (graphs.embedding, graphs.forward, graphs.forward, graphs.backward, graphs.first_backward)
+    for name, fill_in in zip(GRAPH_FILES, fill, strict=True):
+        graph = PartGraph(folder / name, adaptation, trains=name != INFERENCE_GRAPH)
+        fill_in(graph)
+        graph.write(name.removesuffix(".onnx"))
+
+
+class _Graphs:
+    """What stands in the graphs of a part."""
+
+    def __init__(self, config: "ModelConfig", form: MatrixFormat) -> None:
+        self.family, self.config, self.form = family_of(config), config, form
+
+    def embedding(self, graph: PartGraph) -> None:
+        tokens = graph.given_rows("rows", self.config.width)
+        graph.rows_output("output", self.family.embedding(graph, self.config, tokens), self.config.width)
+
+    def forward(self, graph: PartGraph) -> None:
+        graph.rows_output("output", self._block(graph).forward(self._input(graph)), self.config.width)
+
+    def backward(self, graph: PartGraph) -> None:
+        graph.rows_output("input_gradient", self._backward(graph), self.config.width)
+
+    def first_backward(self, graph: PartGraph) -> None:
+        self._backward(graph)
+
+    def _backward(self, graph: PartGraph) -> str:
+        return self._block(graph).backward(self._input(graph), graph.given_rows("gradient", self.config.width))
+
+    def _block(self, graph: PartGraph) -> Block:
+        return self.family.block(graph, self.config, self.form)
+
+    def _input(self, graph: PartGraph) -> str:
+        return graph.given_rows("input", self.config.width)
+
+
+def _embedding(config: "ModelConfig", weights: Weights, form: MatrixFormat) -> dict[str, NDArray[np.generic]]:
+    tensors = {name: _exact(weights, name) for name in family_of(config).embedding_tensors}
+    return {**form.store(TOKENS, weights.read(config.table_name), shared_scale=1), **tensors}
+
+
+def _block(config: "ModelConfig", weights: Weights, form: MatrixFormat, index: int) -> dict[str, NDArray[np.generic]]:
+    tensors: dict[str, NDArray[np.generic]] = {}
+    prefix, matrices = f"{config.block_name(index)}.", {f"{layer}.weight" for layer in config.layer_shapes}
+    for name in config.tensor_shapes:
+        if name.startswith(prefix):
+            inner = name.removeprefix(prefix)
+            if inner in matrices:
+                stored = form.store(name, weights.read(name))
+                tensors |= {each.removeprefix(prefix): array for each, array in stored.items()}
+            else:
+                tensors[inner] = _exact(weights, name)
+    return tensors
+
+
+def _exact(weights: Weights, name: str) -> NDArray[np.float32]:
+    tensor = weights.read(name)
+    check_finite(name, tensor, "float32")
+    return tensor
