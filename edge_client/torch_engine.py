@@ -1,6 +1,7 @@
 """The `Engine` of a device with torch."""
 
 from collections import deque
+from collections.abc import Iterator
 
 import torch
 
@@ -13,6 +14,7 @@ from split_model import (
     OptimiserConfig,
     PretrainedModel,
     adamw,
+    adapted_layers,
     check_cut_layer,
     choose_device,
     choose_dtype,
@@ -23,6 +25,7 @@ from split_model import (
 from storage import ModelError
 
 from .data import Batch
+from .dropout import dropout_masks
 
 __all__ = ["TorchEngine", "choose_weight_dtype"]
 
@@ -44,6 +47,8 @@ class TorchEngine:
         if settings.lora_rank > model.config.width:
             raise ModelError(f"the run's LoRA rank is {settings.lora_rank}, more than the model's width {model.config.width}")
         lora = LoraConfig(**settings.lora())
+        self._dropout, self._cut_layer = lora.dropout, settings.cut_layer
+        self._adapted = adapted_layers(model.config, lora)
         self._part = EdgePart(model, settings.cut_layer, lora, weight_dtype=DTYPES[dtype], device=choose_device(device))
         # In rounds of one step the server has the optimiser, for everybody; importing torch's would cost 70 MB for nothing.
         self._optimiser = (
@@ -64,7 +69,7 @@ class TorchEngine:
 
     def forward(self, batch: Batch, dropout_seed: int) -> Array:
         self._part.train()
-        self._part.seed_dropout(dropout_seed)
+        self._part.use_dropout_masks(self._masks(dropout_seed, len(batch.tokens)))
         self._awaiting_gradient.append(self._run_finite(batch))
         return _to_array(self._awaiting_gradient[-1])
 
@@ -114,6 +119,13 @@ class TorchEngine:
         self.load_adapter({name.removeprefix(ADAPTER): value for name, value in state.items() if name.startswith(ADAPTER)})
         learnt = {name.removeprefix(OPTIMISER): value for name, value in state.items() if name.startswith(OPTIMISER)}
         restore_optimiser(self._optimiser, {name: _to_tensor(value) for name, value in learnt.items()})
+
+    def _masks(self, seed: int, num_rows: int) -> Iterator[torch.Tensor]:
+        """Of all adapted layers, in the order of the forward pass, (N, in) each; drawn block by block as they are asked for."""
+        for block in range(self._cut_layer):
+            widths = (inputs for inputs, _ in self._adapted.values())
+            for mask in dropout_masks(seed, block, self._dropout, num_rows, widths):
+                yield torch.from_numpy(mask)
 
     def _run_finite(self, batch: Batch) -> torch.Tensor:
         activations = self._run(batch)

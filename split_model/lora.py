@@ -1,6 +1,7 @@
 """Low-rank adapters on frozen linear layers (LoRA, arXiv 2106.09685)."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -90,19 +91,25 @@ def initial_adapter(config: ModelConfig, lora: LoraConfig, seed: int) -> Adapter
 class SeededDropout(nn.Module):
     """
     Dropout whose masks are a function of a seed alone, so that a repeated step draws the same ones. All layers of a part share
-    one, and draw from its generator in the order of the forward pass.
+    one, and draw from its generator, or take masks that are given, in the order of the forward pass.
     """
 
     def __init__(self, probability: float, device: torch.device) -> None:
         super().__init__()
         self.probability = probability
         self.generator = torch.Generator(device)
+        self.masks: Iterator[Tensor] | None = None
+        """One for each adapted layer, (N, in): 1 keeps an element, 0 drops it. None: they are drawn."""
 
     def forward(self, x: Tensor) -> Tensor:  # (N, in) -> (N, in)
         if not self.training or not self.probability:
             return x
         keep = 1 - self.probability
-        return x * torch.empty_like(x).bernoulli_(keep, generator=self.generator) / keep
+        if self.masks is None:
+            mask = torch.empty_like(x).bernoulli_(keep, generator=self.generator)
+        else:
+            mask = next(self.masks).to(x.device)
+        return x * mask / keep
 
 
 class LoraLinear(nn.Module):

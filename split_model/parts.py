@@ -72,8 +72,12 @@ class Part(nn.Module):
                 linear.is_adapted = True
 
     def seed_dropout(self, seed: int) -> None:
-        """Fix the dropout masks of the next forward pass."""
+        """Fix the dropout masks of the next forward pass: they are drawn on the part's device."""
         self.dropout.generator.manual_seed(seed)
+
+    def use_dropout_masks(self, masks: Iterator[Tensor]) -> None:
+        """Drop in the next forward pass what these masks drop; see `SeededDropout.masks`."""
+        self.dropout.masks = masks
 
     def matrices(self) -> dict[str, nn.Parameter]:
         """The trainable matrices under PEFT's names, in the order of the forward pass."""
