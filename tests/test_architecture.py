@@ -35,7 +35,10 @@ ONLY_IN = {
         *("gpu_server/serving/http_handshake.py", "gpu_server/serving/conversation.py", "gpu_server/serving/lifetime.py"),
         *("gpu_server/serving/peer.py", "gpu_server/serving/performer.py", "gpu_server/serving/run_server.py"),
     },
-    "onnxruntime": {"edge_client/generation/decoder.py", "export/exported_model.py", "export/onnx_folder.py"},
+    "onnxruntime": {
+        *("edge_client/generation/decoder.py", "edge_client/part/runtime.py"),
+        *("export/exported_model.py", "export/onnx_folder.py"),
+    },
     "peft": {"export/peft_merge.py"},
     "transformers": {"export/peft_merge.py"},
 }
@@ -110,7 +113,7 @@ def test_neither_side_imports_transformers_or_peft(package: str) -> None:
 WITHOUT_TORCH = [
     *("protocol", "storage", "terminal", "edge_client.enrolment", "edge_client.generation", "edge_client.server_status"),
     # An engine without torch needs nothing else: whoever trains with it does not load torch, nor need it be installed.
-    *(f"edge_client.{name}" for name in ("training", "membership", "client_state", "engine", "data", "waiting")),
+    *(f"edge_client.{name}" for name in ("training", "membership", "client_state", "engine", "onnx_engine", "data", "waiting")),
     *("gpu_server.door", "gpu_server.federation", "graphs"),
 ]
 

@@ -1,0 +1,237 @@
+"""The `Engine` of a device without torch: it runs the graphs that the server has handed over."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from protocol import Array, RunSettings, Tensors, TrainingDiverged
+from storage import AdapterError, ModelError
+
+from .adamw import AdamW
+from .data import Batch
+from .dropout import dropout_masks
+from .part.device_part import DevicePart
+from .part.grids import Grid, grids
+from .part.runtime import Graph, Value, Values
+
+__all__ = ["OnnxEngine"]
+
+ADAPTER, OPTIMISER = "adapter/", "optimiser/"
+
+
+class OnnxEngine:
+    """
+    See `Engine` for what its methods do.
+
+    One graph computes every block: a block's weights and LoRA matrices are inputs like its activations. What backward needs
+    stays in onnxruntime's memory between forward and backward.
+
+    Raises:
+        ModelError: the part is another run's, or cannot be used.
+    """
+
+    def __init__(self, part: DevicePart, settings: RunSettings) -> None:
+        part.check(settings)
+        if settings.precision != "float32":
+            raise ModelError(f"the run computes in {settings.precision}, for which a device needs its model and torch")
+        self._description, self._runtime = part.description, part.runtime
+        self._graphs = part.open()
+        adapted, rank = part.description.adapted, part.description.lora_rank
+        self._matrices: Tensors = {}
+        self._names: list[dict[str, str]] = []
+        """Of each block: matrix as the graphs call it, such as "attn.c_attn.A" -> its name in PEFT folders."""
+        for block in range(part.description.cut_layer):
+            names = {}
+            for layer, (inputs, outputs) in adapted.items():
+                for matrix, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+                    names[f"{layer}.{matrix}"] = part.description.adapter_name(block, layer, matrix)
+                    self._matrices[names[f"{layer}.{matrix}"]] = np.zeros(shape, np.float32)
+            self._names.append(names)
+        self._adapter = self._values(self._matrices)
+        # In rounds of one step the server has the optimiser, for everybody.
+        self._optimiser = AdamW(self._matrices, weight_decay=settings.weight_decay) if settings.aggregate_every > 1 else None
+        self._gradients: Tensors = {}
+        """Of the summed loss; nothing for a matrix that no backward pass has reached."""
+        self._awaiting_gradient: deque[list[_Pass]] = deque()
+        """Of each `forward` that had no `backward` yet."""
+
+    @property
+    def num_adapter_elements(self) -> int:
+        return sum(matrix.size for matrix in self._matrices.values())
+
+    # A step
+
+    def begin_step(self) -> None:
+        self._awaiting_gradient.clear()
+        self._gradients.clear()
+
+    def forward(self, batch: Batch, dropout_seed: int) -> Array:
+        passes = self._forward(batch, dropout_seed)
+        activations = self._finite(batch, self._activations(passes, batch))
+        self._awaiting_gradient.append(passes)
+        return activations
+
+    def backward(self, gradient: Array) -> None:
+        if not self._awaiting_gradient:
+            raise RuntimeError("backward() needs a forward() before it")
+        self._backward(self._awaiting_gradient.popleft(), gradient)
+
+    def end_step(self, labelled_tokens: int) -> None:
+        for gradient in self._gradients.values():
+            gradient /= max(1, labelled_tokens)
+
+    def take_step(self, learning_rate: float) -> None:
+        if self._optimiser is None:
+            raise RuntimeError("in rounds of one step, the server takes it")
+        self._optimiser.step(self.gradients(), learning_rate)
+        self._gradients.clear()
+
+    def state(self) -> Tensors:
+        assert self._optimiser is not None
+        adapter = {f"{ADAPTER}{name}": matrix.copy() for name, matrix in self._matrices.items()}
+        return {**adapter, **{f"{OPTIMISER}{name}": value for name, value in self._optimiser.state().items()}}
+
+    def restore(self, state: Tensors) -> None:
+        assert self._optimiser is not None
+        self.load_adapter({name.removeprefix(ADAPTER): value for name, value in state.items() if name.startswith(ADAPTER)})
+        self._optimiser.restore(
+            {name.removeprefix(OPTIMISER): value for name, value in state.items() if name.startswith(OPTIMISER)}
+        )
+
+    def forget(self) -> None:
+        assert self._optimiser is not None
+        self._optimiser.restore({})
+
+    # The adapter
+
+    def gradients(self) -> Tensors:
+        return {name: self._gradients.get(name, np.zeros_like(matrix)) for name, matrix in self._matrices.items()}
+
+    def adapter(self) -> Tensors:
+        return dict(self._matrices)
+
+    def load_adapter(self, tensors: Tensors) -> None:
+        if tensors.keys() != self._matrices.keys():
+            odd = sorted(tensors.keys() ^ self._matrices.keys())
+            raise AdapterError(f"adapter does not fit: {odd[0]} and {len(odd) - 1} more are missing or unknown")
+        for name, matrix in self._matrices.items():
+            if tensors[name].shape != matrix.shape:
+                raise AdapterError(f"{name} has shape {list(tensors[name].shape)}, expected {list(matrix.shape)}")
+        for name, matrix in self._matrices.items():
+            matrix[...] = tensors[name]
+
+    # Held-out texts
+
+    def infer(self, batch: Batch) -> Array:
+        return self._finite(batch, self._activations(self._infer(batch, self._adapter), batch))
+
+    # The algorithm
+
+    def _forward(self, batch: Batch, dropout_seed: int) -> "list[_Pass]":
+        """Run the embedding and every block, and keep what backward needs."""
+        passes = self._embed(batch)
+        for block, (weights, adapter) in enumerate(zip(self._graphs.blocks, self._adapter, strict=True)):
+            masks = self._masks(dropout_seed, block, len(batch.tokens))
+            needed = self._backward_graph(block).inputs
+            for each in passes:
+                own = {name: self._runtime.value(mask[each.grid.rows]) for name, mask in masks.items()}
+                inputs = {"input": each.hidden, **own}
+                outputs = self._graphs.forward.run({**inputs, **each.layout, **weights, **adapter})
+                each.hidden = outputs["output"]
+                each.saved.append({name: value for name, value in {**inputs, **outputs}.items() if name in needed})
+        return passes
+
+    def _infer(self, batch: Batch, adapter: Sequence[Values]) -> "list[_Pass]":
+        passes = self._embed(batch)
+        for each in passes:
+            for weights, matrices in zip(self._graphs.blocks, adapter, strict=True):
+                outputs = self._graphs.inference.run({"input": each.hidden, **each.layout, **weights, **matrices})
+                each.hidden = outputs["output"]
+        return passes
+
+    def _activations(self, passes: "list[_Pass]", batch: Batch) -> Array:
+        """The rows of all passes in the batch's order, (N, d)."""
+        activations: Array = np.empty((len(batch.tokens), self._description.width), np.float32)
+        for each in passes:
+            activations[each.grid.rows] = each.hidden.numpy()
+        return activations
+
+    def _embed(self, batch: Batch) -> "list[_Pass]":
+        """The passes of a batch, not a block of them computed yet."""
+        passes = []
+        for grid in grids(batch.lengths, self._description.width):
+            rows = self._graphs.tokens.embed(batch.tokens[grid.rows])
+            inputs = {"rows": self._runtime.value(rows), "positions": self._runtime.value(grid.positions)}
+            hidden = self._graphs.embedding.run({**inputs, **self._graphs.embedding_weights})["output"]
+            layout = {
+                "row_of_cell": self._runtime.value(grid.row_of_cell),
+                "cell_of_row": self._runtime.value(grid.cell_of_row),
+                "is_token": self._runtime.value(grid.is_token),
+            }
+            passes.append(_Pass(grid, layout, hidden))
+        return passes
+
+    def _backward(self, passes: "list[_Pass]", gradient: Array) -> None:
+        """Run every block's backward graph, from the last block to the first, and add to the gradients of its matrices."""
+        for each in passes:
+            each.hidden = self._runtime.value(gradient[each.grid.rows])
+        for block in reversed(range(len(self._names))):
+            graph, weights, adapter = self._backward_graph(block), self._graphs.blocks[block], self._adapter[block]
+            for each in passes:
+                # What the block has saved is forgotten here.
+                outputs = graph.run({"gradient": each.hidden, **each.saved.pop(), **each.layout, **weights, **adapter})
+                self._add_gradients(block, outputs)
+                if block:
+                    each.hidden = outputs["input_gradient"]
+
+    def _backward_graph(self, block: int) -> Graph:
+        return self._graphs.backward if block else self._graphs.first_backward
+
+    def _add_gradients(self, block: int, outputs: Values) -> None:
+        for matrix, name in self._names[block].items():
+            found = outputs[f"gradient:{matrix}"].numpy()
+            if name in self._gradients:
+                self._gradients[name] += found
+            else:
+                self._gradients[name] = found
+
+    def _masks(self, seed: int, block: int, num_rows: int) -> dict[str, Array]:
+        """Of a block's layers (N, in), under the names of the graphs' inputs; none in runs without dropout."""
+        probability, adapted = self._description.lora_dropout, self._description.adapted
+        if not probability:
+            return {}
+        masks = dropout_masks(seed, block, probability, num_rows, (inputs for inputs, _ in adapted.values()))
+        return {f"mask:{layer}": mask for layer, mask in zip(adapted, masks, strict=True)}
+
+    def _finite(self, batch: Batch, activations: Array) -> Array:
+        if np.isfinite(activations).all():
+            return activations
+        nothing = self._values({name: np.zeros_like(matrix) for name, matrix in self._matrices.items()})
+        if not np.isfinite(self._activations(self._infer(batch, nothing), batch)).all():
+            raise ModelError(
+                "the server's part of the model itself, without an adapter, gives activations that are not finite numbers: "
+                "its weights are damaged, or too large for the precision; the server needs another copy of the model, or "
+                "another model"
+            )
+        raise TrainingDiverged("this device's activations are no longer finite numbers; try a lower --lr on the server")
+
+    def _values(self, matrices: Tensors) -> list[Values]:
+        """Matrices by their names in PEFT folders -> for each block, by the names of the graphs' inputs."""
+        return [
+            {f"lora:{matrix}": self._runtime.value(matrices[name]) for matrix, name in names.items()} for names in self._names
+        ]
+
+
+@dataclass
+class _Pass:
+    """The sequences of a batch that share a grid, on their way through the blocks."""
+
+    grid: Grid
+    layout: Values
+    """The grid as the graphs' inputs."""
+    hidden: Value
+    """(N', d): the output of the last block that was computed; in the backward pass, the gradient by it."""
+    saved: list[dict[str, Value]] = field(default_factory=list)
+    """Of each block whose backward pass is still to come: its inputs and intermediate values that this pass needs."""

@@ -1,0 +1,146 @@
+"""A device's part of the model, opened from a folder of the server's files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from protocol import Array, RunSettings
+from storage import Folder, ModelError, PartDescription, load_tokenizer
+
+from .runtime import Graph, Runtime, Value, Values
+from .weights_file import Rows, WeightsFile
+
+__all__ = ["DevicePart", "Graphs", "TokenTable"]
+
+
+class DevicePart:
+    """
+    The files of a part. Its graphs are loaded when `open` is called; the weights' pages come into memory when graphs use them.
+
+    Args:
+        folder: the files under the names of `PartDescription`. Each is what the server's manifest says.
+        device: "cpu" or "cuda".
+
+    Raises:
+        PackageMissing: there is no onnxruntime.
+        ModelError: a file is missing or cannot be used.
+    """
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.folder, self.runtime = folder, Runtime(device)
+        self.description = PartDescription.read(folder, onnxruntime=self.runtime.version)
+
+    def tokenizer(self) -> Tokenizer:
+        """
+        Raises:
+            ModelError: there is none, or it cannot be read.
+        """
+        return load_tokenizer(self.folder)
+
+    def check(self, settings: RunSettings) -> None:
+        """
+        Raises:
+            ModelError: the part is one of other settings.
+        """
+        found = self.description
+        targets = {layer.rpartition(".")[2] for layer in found.adapted}
+        for name, of_part, of_run in (
+            ("cut layer", found.cut_layer, settings.cut_layer),
+            ("LoRA rank", found.lora_rank, settings.lora_rank),
+            ("LoRA alpha", found.lora_alpha, settings.lora_alpha),
+            ("LoRA dropout", found.lora_dropout, settings.lora_dropout),
+            ("LoRA targets", ", ".join(sorted(targets)), ", ".join(sorted(set(settings.lora_targets)))),
+        ):
+            if of_part != of_run:
+                raise ModelError(
+                    f"the part of the model in {self.folder} has {name} {of_part}, the run has {of_run}; "
+                    "the server has to hand this run's part over"
+                )
+
+    def open(self) -> "Graphs":
+        """
+        Load the graphs, and map the weights.
+
+        Raises:
+            ModelError: a file is missing or is not what its name says.
+        """
+        files = Folder(self.folder, ModelError)
+
+        def graph(name: str) -> Graph:
+            path = files.require(f"{name}.onnx")
+            try:
+                return self.runtime.open(path.name, path.read_bytes())
+            except OSError as error:
+                raise ModelError(f"{path} cannot be read: {error.strerror or error}") from None
+
+        embedding, *blocks = (WeightsFile(files.require(name)) for name in self.description.weight_files)
+        return Graphs(
+            tokens=TokenTable(embedding, self.description),
+            embedding=graph("embedding"),
+            embedding_weights=self._mapped(embedding, embedding.names - TokenTable.NAMES),
+            forward=graph("forward"),
+            inference=graph("inference"),
+            backward=graph("backward"),
+            first_backward=graph("first_backward"),
+            blocks=[self._mapped(block, block.names) for block in blocks],
+        )
+
+    def _mapped(self, weights: WeightsFile, names: frozenset[str]) -> dict[str, Value]:
+        return {f"weight:{name}": self.runtime.value(weights.map(name)) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graphs:
+    """What computes a part; see PROTOCOL.md for their inputs and outputs. The weights are values for `Graph.run`."""
+
+    tokens: "TokenTable"
+    embedding: Graph
+    embedding_weights: Values
+    forward: Graph
+    """A block's output, and what backward needs of what was computed on the way."""
+    inference: Graph
+    """A block's output alone, without dropout."""
+    backward: Graph
+    """The gradients of a block's LoRA matrices, and of its input."""
+    first_backward: Graph
+    """The same of block 0, whose input nobody asks the gradient of."""
+    blocks: list[Values]
+    """Each block's weights."""
+
+
+class TokenTable:
+    """
+    The token embeddings, of which only the rows that a batch uses are read.
+
+    Raises:
+        ModelError: the file has no such table.
+    """
+
+    NAMES = frozenset({"tokens", "tokens.scale"})
+
+    def __init__(self, weights: WeightsFile, description: PartDescription) -> None:
+        self._rows: Rows = weights.rows("tokens")
+        shape = (description.vocabulary_size, description.width)
+        if self._rows.shape != shape:
+            raise ModelError(f"the part's table of tokens has shape {list(self._rows.shape)}; {list(shape)} is expected")
+        self._scales = weights.map("tokens.scale") if "tokens.scale" in weights.names else None
+        if self._scales is not None and self._scales.shape != shape[:1]:
+            raise ModelError(
+                f"the part's table of tokens has {self._scales.shape} scales; one for each of its rows is expected"
+            )
+
+    def embed(self, tokens: Array) -> Array:
+        """
+        (N,) ids -> (N, d) float32.
+
+        Raises:
+            ModelError: the vocabulary has no such token, or the file cannot be read.
+        """
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._rows.shape[0]:
+            raise ModelError(f"token {int(tokens.max())} is not in the model's vocabulary of {self._rows.shape[0]}")
+        rows: Array = self._rows.gather(tokens).astype(np.float32)
+        if self._scales is not None:
+            rows *= self._scales[tokens, None]
+        return rows

@@ -1,0 +1,138 @@
+"""Runs graphs with onnxruntime. Everything that this package knows of it, for training, is here."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from protocol import Array
+from storage import ModelError
+from terminal import importing
+
+__all__ = ["Graph", "Runtime", "Value", "Values"]
+
+Value = Any
+"""An onnxruntime.OrtValue: an array that onnxruntime uses, or has made, where it lies."""
+Values = Mapping[str, Value]
+
+
+class Runtime:
+    """
+    onnxruntime, set up so that all graphs of a process share one arena of memory and none keeps a core busy while it waits.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Raises:
+        PackageMissing: there is no onnxruntime.
+        ModelError: there is no such device, or this onnxruntime was built without it.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._onnxruntime = _import_onnxruntime()
+        self._device = device
+        provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device)
+        if provider not in self._onnxruntime.get_available_providers():
+            raise ModelError(
+                f"--device {device}: onnxruntime {self.version} computes on the CPU alone here; use --device cpu, "
+                "or install onnxruntime-gpu in its place"
+            )
+        self._provider = provider
+        _share_arena()
+
+    @property
+    def version(self) -> str:
+        return str(self._onnxruntime.__version__)
+
+    def value(self, array: Array) -> Value:
+        """The array for use in graphs. On the CPU it stays where it is: what is written into the array is seen by graphs."""
+        return self._onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device)
+
+    def open(self, name: str, content: bytes) -> "Graph":
+        """
+        Args:
+            name: of the graph, for messages.
+            content: of its file.
+
+        Raises:
+            ModelError: onnxruntime does not load it.
+        """
+        options = self._onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # the exceptions say what the log would say about errors
+        options.intra_op_num_threads = num_threads()
+        options.enable_mem_pattern = False  # it plans for one number of rows; every batch has another
+        # Weights are inputs: there is nothing that could be packed beforehand. Threads of one graph do not wait for work while
+        # another graph runs: on a device of few cores they would be in its way.
+        for entry, value in {"use_env_allocators": "1", "intra_op.allow_spinning": "0"}.items():
+            options.add_session_config_entry(f"session.{entry}", value)
+        with _readable_errors(f"onnxruntime {self.version} does not load {name} of the server's part of the model"):
+            session = self._onnxruntime.InferenceSession(content, options, providers=[self._provider], enable_fallback=0)
+        return Graph(name, session, self._device)
+
+
+class Graph:
+    """One graph. It has no weights: they are among its inputs."""
+
+    def __init__(self, name: str, session: Any, device: str) -> None:
+        self._name, self._session, self._device = name, session, device
+        self.inputs = [value.name for value in session.get_inputs()]
+        self.outputs = [value.name for value in session.get_outputs()]
+
+    def run(self, values: Values) -> dict[str, Value]:
+        """
+        Compute all outputs, which stay where they were computed.
+
+        Args:
+            values: the inputs by name; the graph takes those that it has.
+
+        Raises:
+            ModelError: an input is missing or does not fit, or onnxruntime fails.
+        """
+        with _readable_errors(f"{self._name} of the server's part of the model cannot be computed"):
+            binding = self._session.io_binding()
+            for name in self.inputs:
+                if name not in values:
+                    raise ModelError(f"it asks for {name!r}, which is not there")
+                binding.bind_ortvalue_input(name, values[name])
+            for name in self.outputs:
+                binding.bind_output(name, self._device)
+            self._session.run_with_iobinding(binding)
+            return dict(zip(self.outputs, binding.get_outputs(), strict=True))
+
+
+def num_threads() -> int:
+    """Threads that compute: as many as OMP_NUM_THREADS says, as for torch, or as this process has cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def _share_arena() -> None:
+    """
+    The memory of every intermediate value comes from here, and goes back. With an arena for each graph there would be five of
+    them, each as large as its graph has ever needed; without any, every value would be memory that the system first fills with
+    zeros, which takes a third of a step's time.
+    """
+    onnxruntime = _import_onnxruntime()
+    memory = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    strategy = {"max_mem": 0, "arena_extend_strategy": 1, "initial_chunk_size_bytes": -1, "max_dead_bytes_per_chunk": -1}
+    onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(strategy))
+
+
+def _import_onnxruntime() -> Any:
+    with importing("training", install="splitlora"):
+        import onnxruntime
+    return onnxruntime
+
+
+@contextmanager
+def _readable_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # onnxruntime's errors have no common type
+        raise ModelError(f"{what}: {str(error).strip().partition(chr(10))[0]}") from None
