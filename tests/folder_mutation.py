@@ -115,7 +115,7 @@ class FolderMutator(ByteMutator):
         if what == 2:
             place = self.random.randrange(len(data) + 1)
             return data[:place] + self.random.choice((b"[", b'{"a":', b"(")) * 100_000 + data[place:]
-        return self._mutated(data)
+        return self.mutated(data)
 
     def json(self, data: bytes, keys: Sequence[str] = ()) -> bytes:
         """Of JSON: mostly with other values, so that it is still JSON."""
@@ -160,7 +160,7 @@ class FolderMutator(ByteMutator):
         header, values = data[PREFIX : PREFIX + length], data[PREFIX + length :]
         what = self.random.randrange(6)
         if what == 0:
-            return self._mutated(data)
+            return self.mutated(data)
         if what == 1:
             return data[: self.random.randrange(len(data))]
         if what == 2:  # numbers: NaN, infinities, and what else bytes can be
@@ -177,7 +177,7 @@ class FolderMutator(ByteMutator):
         elif what == 4:
             header = self.json(header)
         else:
-            header = self._mutated(header)
+            header = self.mutated(header)
         return len(header).to_bytes(PREFIX, "little") + header + values
 
     def _change_tensor(self, entries: dict[str, Any]) -> None:
@@ -338,7 +338,7 @@ class Judge:
         graphs = [*folder.glob("onnx/*"), *folder.glob("prepared/*"), *folder.glob("*.onnx_adapter")]
         path = mutator.random.choice([folder / "splitlora.json", folder / "tokenizer.json", *graphs])
         data = path.read_bytes()
-        data = mutator.json(data) if path.suffix == ".json" else mutator._mutated(data)
+        data = mutator.json(data) if path.suffix == ".json" else mutator.mutated(data)
         with changed(path, data):
             if mutator.random.random() < 0.02:
                 verify(folder)

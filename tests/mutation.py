@@ -70,7 +70,7 @@ class ByteMutator:
     def _random_bytes(self, longest: int) -> bytes:
         return self.random.randbytes(self.random.randrange(longest))
 
-    def _mutated(self, data: bytes) -> bytes:
+    def mutated(self, data: bytes) -> bytes:
         mutated = bytearray(data)
         for _ in range(self.random.choice((1, 1, 1, 2, 3, 8))):
             self.random.choice((self._flip, self._put, self._insert, self._remove, self._repeat, self._write_edge))(mutated)
@@ -124,8 +124,8 @@ class Mutator(ByteMutator):
         self._levels: dict[str, Callable[[], bytes]] = {
             "random bytes": lambda: self._random_bytes(200),
             "random bytes, compressed": lambda: self._compressed(self._random_bytes(200)),
-            "mutated frame": lambda: self._mutated(self.random.choice(self._frames)),
-            "mutated msgpack": lambda: self._compressed(self._mutated(self.random.choice(self._packed))),
+            "mutated frame": lambda: self.mutated(self.random.choice(self._frames)),
+            "mutated msgpack": lambda: self._compressed(self.mutated(self.random.choice(self._packed))),
             "mutated fields": lambda: self._compressed(self._of_mutated_fields()),
             "valid": lambda: self.random.choice(self._frames),
         }
@@ -187,13 +187,13 @@ class Mutator(ByteMutator):
             parts = None
         # It may have been changed before.
         if what == 0 or not isinstance(parts, list) or [type(part) for part in parts] != [str, list, bytes]:
-            return msgpack.ExtType(tensor.code, self._mutated(tensor.data))
+            return msgpack.ExtType(tensor.code, self.mutated(tensor.data))
         if what == 1:
             parts[0] = self.random.choice(("float32", "float64", "int32", "float16", "object", "O", "V8", 3, None))
         elif what == 2:
             parts[1] = [self.random.choice((*EDGES, -1, None, 1.5, *parts[1])) for _ in range(self.random.randrange(20))]
         elif what == 3:
-            parts[2] = self._mutated(parts[2])
+            parts[2] = self.mutated(parts[2])
         else:
             parts[self.random.randrange(3)] = self._strange()
         return msgpack.ExtType(1, msgpack.packb(parts))
@@ -205,7 +205,7 @@ class Mutator(ByteMutator):
         except (ValueError, msgpack.UnpackException):
             parts = None
         if not isinstance(parts, list) or len(parts) < 3:  # changed before
-            return msgpack.ExtType(2, self._mutated(tensor.data))
+            return msgpack.ExtType(2, self.mutated(tensor.data))
         index = self.random.randrange(len(parts))
         if self.random.random() < 0.1:
             parts[index] = self._strange()
@@ -221,7 +221,7 @@ class Mutator(ByteMutator):
 
     def _other_numbers(self, part: bytes) -> bytes:
         if self.random.random() < 0.3:
-            return self._mutated(part)
+            return self.mutated(part)
         mutated = bytearray(part)
         for _ in range(min(len(mutated), self.random.choice((1, 2, 9)))):
             mutated[self._place(mutated)] = self.random.choice((0, 1, 0x7F, 0x80, 0xBF, 0xFF))  # of signs and exponents

@@ -1,0 +1,180 @@
+"""
+What a device makes sure of before it computes with a graph that a server handed over. Such a graph is data, and not code: it
+has no way out of onnxruntime's standard operators, to no file and to no library.
+"""
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from storage import OPERATORS, ModelError, shown
+
+from .model_proto import Message, read_model_proto
+
+__all__ = ["MOST_GRAPH_BYTES", "inspect_graph"]
+
+MOST_GRAPH_BYTES = 1 << 20
+MOST_CONSTANT_BYTES = 1 << 16
+"""Of all initializers of a graph together: weights are inputs."""
+OPSETS, IR_VERSIONS, RUNTIME = range(18, 21), range(8, 10), "onnxruntime 1.23"
+"""Versions of ONNX's operators and of its file format; the first onnxruntime that these graphs are tested with."""
+LARGEST = (1 << 31) - 1
+ELEMENT_BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2}
+"""Of TensorProto.DataType: float32, uint8, int8, int32, int64, bool, float16. All have a fixed size; texts have none."""
+INT64 = 7
+ATTRIBUTE_FIELDS = {1: "f", 2: "i", 3: "s", 7: "ints"}
+"""Of AttributeProto.AttributeType: the field that has the value."""
+
+
+def inspect_graph(data: bytes, name: str) -> None:
+    """
+    Let only such a graph pass as a part may have: standard operators one after the other, small constants, known dimensions.
+    Nothing is allocated that is larger than the file, and time is linear in its size.
+
+    What is not known before the sizes of the inputs are, is how large the values become that are computed; that is bounded by
+    the allocator of whoever runs the graph.
+
+    Args:
+        data: an .onnx file's.
+        name: the file's, for messages.
+
+    Raises:
+        ModelError: one sentence that names what is refused.
+    """
+    try:
+        if len(data) > MOST_GRAPH_BYTES:
+            raise ModelError(f"it has {len(data)} bytes; a graph without weights has at most {MOST_GRAPH_BYTES}")
+        _Inspection(read_model_proto(data))
+    except ModelError as error:
+        raise ModelError(f"the graph {name} of the server's part of the model is refused: {error}") from None
+
+
+class _Inspection:
+    """
+    The values of a graph that are known so far, while it is walked through.
+
+    Raises:
+        ModelError: everywhere.
+    """
+
+    def __init__(self, model: Message) -> None:
+        _check_versions(model)
+        graph = _one(model, "graph", "ModelProto")
+        self._values: set[str] = set()
+        for value in graph["input"]:
+            self._add(_described(value))
+        constants = 0
+        for tensor in graph["initializer"]:
+            self._add(_one(tensor, "name", "TensorProto"))
+            constants += _constant_bytes(tensor)
+        if constants > MOST_CONSTANT_BYTES:
+            raise ModelError(f"its constants have {constants} bytes; at most {MOST_CONSTANT_BYTES} are expected")
+        computed: set[str] = set()
+        for node in graph["node"]:
+            computed |= self._compute(node)
+        outputs = [_described(value) for value in graph["output"]]
+        for output in outputs:
+            if output not in computed or outputs.count(output) > 1:
+                raise ModelError(f"its output {shown(output)} is computed by no node, or named twice")
+        if not outputs:
+            raise ModelError("it has no outputs")
+
+    def _add(self, value: str) -> None:
+        if not value or value in self._values:
+            raise ModelError(f"two values have the name {shown(value)}" if value else "a value has no name")
+        self._values.add(value)
+
+    def _compute(self, node: Message) -> set[str]:
+        """The names of what a node computes."""
+        operator, domain = _one(node, "op_type", "NodeProto"), _optional(node, "domain", "")
+        where = f"node {shown(_optional(node, 'name', ''))}"
+        if domain or operator not in OPERATORS:
+            raise ModelError(
+                f"{where} is the operator {shown(operator)}{f' of the domain {shown(domain)}' if domain else ''}; "
+                f"a part may use {', '.join(OPERATORS)}"
+            )
+        for value in node["input"]:
+            if value and value not in self._values:
+                raise ModelError(f"{where} reads {shown(value)}, which is not known there")
+        outputs = [value for value in node["output"] if value]
+        if not outputs:
+            raise ModelError(f"{where} computes nothing")
+        for value in outputs:
+            self._add(value)
+        names = [_check_attribute(attribute, where) for attribute in node["attribute"]]
+        if len(set(names)) < len(names):
+            raise ModelError(f"{where} has an attribute twice")
+        return set(outputs)
+
+
+def _check_versions(model: Message) -> None:
+    imported = _one(model, "opset_import", "ModelProto")
+    domain = _optional(imported, "domain", "")
+    if domain:
+        raise ModelError(f"it uses operators of the domain {shown(domain)}; a part may use those of ONNX itself")
+    for what, version, known in (
+        ("of ONNX's operators", _one(imported, "version", "OperatorSetIdProto"), OPSETS),
+        ("of ONNX's file format", _one(model, "ir_version", "ModelProto"), IR_VERSIONS),
+    ):
+        if version not in known:
+            raise ModelError(
+                f"it uses version {version} {what}; this splitlora knows {known[0]} to {known[-1]}, which {RUNTIME} computes: "
+                "install the same version of splitlora on the server and on this device"
+            )
+
+
+def _described(value: Message) -> str:
+    """The name of an input or output, all dimensions of which are known: as a number or by a name."""
+    name = _one(value, "name", "ValueInfoProto")
+    tensor = _one(_one(value, "type", f"ValueInfoProto {shown(name)}"), "tensor_type", f"TypeProto of {shown(name)}")
+    _check_element_type(_one(tensor, "elem_type", f"the type of {shown(name)}"), shown(name))
+    for dimension in _one(tensor, "shape", f"the type of {shown(name)}")["dim"]:
+        sizes, words = dimension["dim_value"], dimension["dim_param"]
+        if len(sizes) + len(words) != 1 or words == [""] or not all(1 <= size <= LARGEST for size in sizes):
+            raise ModelError(f"a dimension of {shown(name)} is neither a size from 1 to {LARGEST} nor a name")
+    return str(name)
+
+
+def _constant_bytes(tensor: Message) -> int:
+    name, element_type = shown(tensor["name"][0]), _one(tensor, "data_type", "TensorProto")
+    _check_element_type(element_type, name)
+    raw: bytes = _optional(tensor, "raw_data", b"")
+    sizes = tensor["dims"]
+    if not all(1 <= size <= LARGEST for size in sizes) or math.prod(sizes) * ELEMENT_BYTES[element_type] != len(raw):
+        raise ModelError(f"the constant {name} of shape {sizes} has {len(raw)} bytes")
+    if element_type == INT64 and not _are_small(struct.unpack(f"<{len(raw) // 8}q", raw)):
+        raise ModelError(f"the constant {name} has whole numbers beyond {LARGEST}")
+    return len(raw)
+
+
+def _check_attribute(attribute: Message, where: str) -> str:
+    name = _one(attribute, "name", "AttributeProto")
+    field = ATTRIBUTE_FIELDS.get(_one(attribute, "type", "AttributeProto"))
+    given = [key for key in ATTRIBUTE_FIELDS.values() if attribute[key]]
+    if field is None or given not in ([field], [] if field == "ints" else [field]):
+        raise ModelError(f"the attribute {shown(name)} of {where} is not one number, one text or a list of whole numbers")
+    if not _are_small(attribute["i"]) or not _are_small(attribute["ints"]):
+        raise ModelError(f"the attribute {shown(name)} of {where} has whole numbers beyond {LARGEST}")
+    if name == "to":
+        _check_element_type(_one(attribute, "i", f"the attribute to of {where}"), where)
+    return str(name)
+
+
+def _check_element_type(element_type: int, where: str) -> None:
+    if element_type not in ELEMENT_BYTES:
+        raise ModelError(f"{where} has elements of ONNX's type {element_type}, which no part has")
+
+
+def _are_small(numbers: Sequence[int]) -> bool:
+    return all(-LARGEST <= number <= LARGEST for number in numbers)
+
+
+def _one(message: Message, field: str, where: str) -> Any:
+    if not message[field]:
+        raise ModelError(f"{where} has no {field}")
+    return message[field][0]
+
+
+def _optional(message: Message, field: str, default: Any) -> Any:
+    return message[field][0] if message[field] else default
