@@ -32,7 +32,7 @@ def option(help: str, default: Any = None, *, choices: tuple[str, ...] | None = 
 
 # A run that goes on may do so elsewhere, and with other limits; what it computes stays what it was.
 DERIVED = {"precision", "activation_codec", "gradient_codec"}
-OF_THE_RUN = {item.name for item in fields(RunSettings)} - DERIVED | {"dtype", "codec"}
+OF_THE_RUN = {item.name for item in fields(RunSettings)} - DERIVED | {"dtype", "codec", "edge_weights"}
 
 PATHS = {"model", "run_dir", "init_adapter", "tls_cert", "tls_key", "clients_file"}
 COUNTS = ("checkpoint_every", "quorum", "max_batch_tokens", "max_connections", "max_strangers", "max_queue")
@@ -72,6 +72,12 @@ class ServerConfig:
     init_adapter: str | None = option("PEFT folder of an adapter to start from")
     device: str = option("where the server computes", "auto", choices=("auto", "cpu", "cuda"))
     dtype: str = option("precision of the server's frozen weights", "auto", choices=("auto", "float32", "bfloat16"))
+    edge_weights: str = option(
+        "precision of the frozen weights that devices without a model get: float32 is exact, float16 takes half of the bytes, "
+        "int8 a quarter, and both change the loss a little",
+        "float32",
+        choices=("float32", "float16", "int8"),  # storage.EDGE_WEIGHTS, whose import would be slow
+    )
     codec: str = option(
         "how activations and their gradients travel: float32 is exact, auto is int8, or int4 where links are slow",
         FLOAT32,
@@ -138,6 +144,8 @@ class ServerConfig:
             codec = "int8"
         elif codec != EXACT and precision == "float64":
             raise ConfigError(f"codec {codec} is for runs in float32; a run in float64 has --codec float32, which is exact")
+        if precision == "float64" and self.edge_weights != "float32":
+            raise ConfigError(f"edge-weights {self.edge_weights} is for runs in float32; in float64 every device has a model")
         shared |= {"precision": precision, "activation_codec": codec, "gradient_codec": gradient_codec(codec)}
         try:
             return RunSettings(**shared)

@@ -17,6 +17,7 @@ from storage import CacheFolder, RunDescription, remove_unfinished, replace_file
 from storage.run_description import RUN_FILE
 
 from .checkpoints import Checkpoints
+from .edge_part import remove_unfinished_part
 from .errors import ConfigError, ServerError
 from .federation import StepRecord
 from .run_lock import lock_of
@@ -73,6 +74,7 @@ class RunDirectory:
             except Timeout:
                 raise ServerError(f"{self.path} is in use by another server") from None
             remove_unfinished(self.checkpoints.folder)
+            remove_unfinished_part(self.edge_part_folder)
             for name in (RUN_FILE, CODECS, METRICS):  # not clients.json: `splitlora-server enrol` may be writing it just now
                 remove_unfinished(self.path, name)
 
@@ -105,13 +107,19 @@ class RunDirectory:
             raise ServerError(f"{path} cannot be read: {error}") from None
 
     def activation_cache(self, client: str, max_bytes: int) -> CacheFolder:
-        """A client's activations, which stay until `remove_activation_caches`."""
+        """A client's activations, which stay until `remove_what_only_a_run_needs`."""
         with self._writing():
             return CacheFolder(self.path / "samples" / client, max_bytes)
 
-    def remove_activation_caches(self) -> None:
-        """Nothing that was computed from the devices' data stays when the run is complete."""
-        shutil.rmtree(self.path / "samples", ignore_errors=True)
+    @property
+    def edge_part_folder(self) -> Path:
+        """For what is handed to devices without a model, until `remove_what_only_a_run_needs`."""
+        return self.path / "edge-part"
+
+    def remove_what_only_a_run_needs(self) -> None:
+        """When the run is complete nothing stays that was computed from the devices' data, or that can be made again."""
+        for folder in (self.path / "samples", self.edge_part_folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def append_metrics(self, record: StepRecord) -> None:
         """Add a step's line to metrics.jsonl."""

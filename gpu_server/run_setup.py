@@ -15,6 +15,7 @@ from split_model import (
     Adapter,
     LoraConfig,
     PretrainedModel,
+    adapted_layers,
     adapter_shapes,
     check_cut_layer,
     choose_device,
@@ -23,10 +24,11 @@ from split_model import (
     load_adapter,
 )
 from storage import RunDescription, find_model, part_that_differs
-from terminal import version
+from terminal import importing, version
 
 from .config import ServerConfig, is_loopback, resumed, with_whole_paths
 from .door import Door, open_door
+from .edge_part import EdgePartStore
 from .errors import ConfigError, ServerError
 from .federation import CodecPolicy, Deadline, Federation, ModelLimits
 from .run_directory import RunDirectory
@@ -45,6 +47,8 @@ class Run:
     """What of the settings was chosen by the server or an earlier run, and why."""
     directory: RunDirectory
     door: Door
+    edge_part: EdgePartStore | None
+    """What is handed to devices without a model; None in float64, in which no graph computes."""
     engine: TorchEngine
     federation: Federation
     journal: Journal
@@ -72,7 +76,7 @@ def set_up(options: Mapping[str, Any]) -> Run:
     lora = LoraConfig(**settings.lora())
     adapter = _starting_adapter(config, directory, model, lora)
     engine = TorchEngine(model, settings, adapter, weight_dtype=weight_dtype, device=device)
-    limits = _limits(config, model, lora)
+    limits = _limits(config, model, lora, hands_over_part=settings.precision == "float32")
     if previous:
         _check_same_model(config, previous.fingerprint, limits.fingerprint)
     description = RunDescription(
@@ -101,6 +105,7 @@ def set_up(options: Mapping[str, Any]) -> Run:
         choices=choices,
         directory=directory,
         door=door,
+        edge_part=_edge_part(config, settings, directory, model, limits.fingerprint),
         engine=engine,
         federation=federation,
         journal=journal,
@@ -121,7 +126,7 @@ def _directory(options: Mapping[str, Any]) -> RunDirectory:
     return RunDirectory(path, resume=resume or (or_start and RunDirectory.holds_run(path)))
 
 
-def _limits(config: ServerConfig, model: PretrainedModel, lora: LoraConfig) -> ModelLimits:
+def _limits(config: ServerConfig, model: PretrainedModel, lora: LoraConfig, *, hands_over_part: bool) -> ModelLimits:
     return ModelLimits(
         fingerprint=model.fingerprint(),
         width=model.config.width,
@@ -129,7 +134,37 @@ def _limits(config: ServerConfig, model: PretrainedModel, lora: LoraConfig) -> M
         num_positions=model.config.num_positions,
         max_batch_tokens=config.max_batch_tokens,
         edge_shapes=adapter_shapes(model.config, lora, range(config.cut_layer)),
+        hands_over_part=hands_over_part,
     )
+
+
+def _edge_part(
+    config: ServerConfig, settings: RunSettings, directory: RunDirectory, model: PretrainedModel, fingerprint: str
+) -> EdgePartStore | None:
+    if settings.precision == "float64":
+        return None
+
+    def build(folder: Path) -> None:
+        with importing("the devices' part of the model", install="splitlora[server]"):
+            from graphs import Adaptation, StoredWeights, build_part
+
+        lora = LoraConfig(**settings.lora())
+        build_part(
+            folder,
+            model.config,
+            StoredWeights(model),
+            cut_layer=settings.cut_layer,
+            adaptation=Adaptation(
+                layers=adapted_layers(model.config, lora), rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout
+            ),
+            precision=config.edge_weights,
+            fingerprint=fingerprint,
+            tokenizer_folder=model.folder,
+        )
+
+    # A newer version may write other graphs.
+    wanted = {"fingerprint": fingerprint, "cut_layer": settings.cut_layer, **settings.lora(), "splitlora": version()}
+    return EdgePartStore(directory.edge_part_folder, config.edge_weights, wanted, build)
 
 
 def _settled(options: Mapping[str, Any], previous: RunDescription | None) -> tuple[ServerConfig, list[str], torch.device]:

@@ -114,6 +114,7 @@ class GpuServer:
             model_name="" if Path(self.config.model).is_dir() else self.config.model,
             grace_period=self.config.linger,
             caches=functools.cache(self._cache_of) if run.federation.settings.activation_codec == DELTA else None,
+            edge_part=run.edge_part,
         )
         actions = go_back(run) if run.federation.restarts else []
         listening: Future[str] = Future()
@@ -184,7 +185,7 @@ class GpuServer:
             self.stop()
         self._thread.join()
         if self._run.federation.status().is_saved:
-            self._run.directory.remove_activation_caches()
+            self._run.directory.remove_what_only_a_run_needs()
         self._run.directory.release()
 
     def _cache_of(self, client: str) -> CacheFolder:

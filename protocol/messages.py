@@ -171,8 +171,8 @@ class PartFile:
             raise ValueError(
                 f"the name of a file is 1 to 64 of A-Z a-z 0-9 . _ - and starts with none of . and -, got {self.name[:80]!r}"
             )
-        if not 1 <= self.size <= MAX_PART_FILE_BYTES:
-            raise ValueError(f"{self.name} has 1 to {MAX_PART_FILE_BYTES} bytes, got {self.size}")
+        if not 0 <= self.size <= MAX_PART_FILE_BYTES:
+            raise ValueError(f"{self.name} has 0 to {MAX_PART_FILE_BYTES} bytes, got {self.size}")
         _check_sha256(self.sha256)
 
 

@@ -32,7 +32,8 @@ ROOMS = {
 ONLY_IN = {
     "websockets": {"edge_client/connection.py", "gpu_server/serving/http_handshake.py", "gpu_server/serving/peer.py"},
     "asyncio": {
-        *("gpu_server/serving/http_handshake.py", "gpu_server/serving/conversation.py", "gpu_server/serving/lifetime.py"),
+        *("gpu_server/serving/http_handshake.py", "gpu_server/serving/conversation.py", "gpu_server/serving/handing_over.py"),
+        "gpu_server/serving/lifetime.py",
         *("gpu_server/serving/peer.py", "gpu_server/serving/performer.py", "gpu_server/serving/run_server.py"),
     },
     "onnxruntime": {

@@ -284,6 +284,7 @@ OTHER_VALUES: dict[str, Any] = {
     "dtype": "bfloat16",
     "host": "0.0.0.0",
     "port": 1234,
+    "edge_weights": "int8",
     "codec": "int4",
     "codec_tolerance": 0.05,
     "check_codec_every": 10,

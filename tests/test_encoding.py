@@ -265,7 +265,7 @@ WRONG: dict[Any, list[Any]] = {
     tuple[PartFile, ...]: [
         *(None, 1, "files", {}, ONE, [None], [[]], [{"name": "a"}], [FILE | {"size": 1.0}]),
         *([FILE | {"name": name}] for name in ("", "..", ".a", "-a", "a/b", "a\\b", "/a", "a b", "a\0", "ä", "C:a", "a" * 65)),
-        *([FILE | {"size": size}] for size in (0, -1, 2**40 + 1, 2**63)),
+        *([FILE | {"size": size}] for size in (-1, 2**40 + 1, 2**63)),
         *([FILE | {"sha256": digest}] for digest in ("", "0" * 63, "0" * 65, "A" * 64, "0" * 63 + "g", "0" * 64 + "\n", 0)),
     ],
     int | None: [-1, 2**53 + 1, True, 1.0, "1", [], ONE],

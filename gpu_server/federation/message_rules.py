@@ -48,6 +48,8 @@ class ModelLimits:
     """Most rows of a client's batch, (N, d)."""
     edge_shapes: dict[str, tuple[int, int]]
     """Of the edge part's LoRA matrices, by name."""
+    hands_over_part: bool = False
+    """Whether a client without a model is handed its part."""
 
 
 def check_hello(hello: Hello, limits: ModelLimits, codecs: set[str]) -> None:
@@ -56,9 +58,14 @@ def check_hello(hello: Hello, limits: ModelLimits, codecs: set[str]) -> None:
         codecs: all that the run may come to use.
 
     Raises:
-        RemoteProtocolError: the client has another model, or does not know one of the codecs.
+        RemoteProtocolError: the client has another model, or none and is handed none, or does not know one of the codecs.
     """
-    if hello.fingerprint != limits.fingerprint:
+    if not hello.fingerprint and not limits.hands_over_part:
+        raise RemoteProtocolError(
+            f"{hello.name} has no model, and this run hands over no part of its own, as no run in float64 does; "
+            f"start {hello.name} with --model"
+        )
+    if hello.fingerprint and hello.fingerprint != limits.fingerprint:
         what = part_that_differs(hello.fingerprint, limits.fingerprint)
         raise RemoteProtocolError(
             f"the {what} of {hello.name} has fingerprint {ascii(hello.fingerprint[:64])[1:-1]}, "

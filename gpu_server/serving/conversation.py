@@ -23,8 +23,10 @@ from storage import CacheFolder
 from terminal import count, duration, version
 
 from ..door import Door
+from ..edge_part import EdgePartStore, PartUnavailable
 from ..federation import Federation, NameInUse
 from ..listener import Listener
+from .handing_over import HandingOver
 from .http_handshake import SECONDS_TO_TRY_AGAIN
 from .lifetime import Lifetime
 from .peer import CacheError, ConnectionLost, Peer
@@ -34,7 +36,10 @@ __all__ = ["Conversations"]
 
 logger = logging.getLogger("gpu_server")
 
-SECONDS_TO_JOIN = 600.0  # between Welcome and Join a device reads its part of the model, from a slow card perhaps
+# Between Welcome and Join a device reads its part of the model, from a slow card perhaps, or fetches it. With each piece it has
+# as much time again: a slow link may take hours, as long as it gets on.
+SECONDS_TO_JOIN = 600.0
+SECONDS_TO_MEND = 60.0
 NAMES_IN_A_PONG = 100
 
 
@@ -47,6 +52,7 @@ class Conversations:
             dismissed: the federation hears no more from it.
         model_name: of the base model on the Hugging Face hub, if it came from there.
         caches: the activation cache of a client, by its name, where the run has any.
+        edge_part: what is handed to devices without a model, where the run has it.
     """
 
     def __init__(
@@ -60,10 +66,13 @@ class Conversations:
         listener: Listener,
         model_name: str,
         caches: Callable[[str], CacheFolder] | None,
+        edge_part: EdgePartStore | None,
     ) -> None:
         self._federation, self._performer, self._lifetime = federation, performer, lifetime
         self._peers, self._door, self._listener = peers, door, listener
         self._model_name, self._caches = model_name, caches
+        self._edge_weights = "" if edge_part is None else edge_part.weights
+        self._handing_over = HandingOver(edge_part)
 
     async def converse(self, peer: Peer) -> None:
         """Converse until the connection ends, and log why it did."""
@@ -92,6 +101,9 @@ class Conversations:
             told = self._forget(peer, str(error) if peer.has_joined else None)
             retry_after = SECONDS_TO_TRY_AGAIN if isinstance(error, NameInUse) else 0.0
             await self._refuse(peer, str(error), retry_after=retry_after, told=told)
+        except PartUnavailable as error:
+            self._forget(peer)
+            await self._refuse(peer, str(error), retry_after=SECONDS_TO_MEND if error.may_be_mended else 0.0)
         except CacheError as error:
             self._lifetime.fail(error)
             await peer.connection.wait_closed()  # by whoever dismisses all
@@ -123,7 +135,7 @@ class Conversations:
         elif isinstance(message, Join):
             await self._join(peer, message)
         elif isinstance(message, AskPart | AskPiece):
-            raise RemoteProtocolError("this server hands over no part of the model")
+            await self._handing_over.answer(peer, message)
         else:
             assert peer.name is not None
             replies = self._performer.perform(self._federation.receive(peer.name, message, time.monotonic()))
@@ -150,6 +162,9 @@ class Conversations:
             peer.session.activation_cache = await asyncio.to_thread(_cache_with, self._caches, peer.name, join)
             if not self._is_current(peer):
                 return  # its client was revoked meanwhile, or is back on another connection
+        if peer.handed_over:
+            logger.info("%s has fetched its part of the model, %.1f MB", peer, peer.handed_over / 1e6)
+            peer.take_counts()  # these bytes belong to no step
         now = time.monotonic()
         before = federation.members.get(peer.name)
         actions = federation.join(peer.name, join, now)
@@ -177,6 +192,7 @@ class Conversations:
             model=self._model_name,
             waiting_for=tuple(waiting_for[:NAMES_IN_A_PONG]),
             waiting_seconds=waiting_seconds,
+            edge_weights=self._edge_weights,
         )
 
     def _largest_message(self, rows: int) -> int:

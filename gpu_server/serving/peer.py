@@ -112,6 +112,10 @@ class Peer:
         self.name: str | None = None
         """The client's, once it is welcome."""
         self.has_joined = False
+        self.asked_of_part = 0
+        """Questions about its part of the model."""
+        self.handed_over = 0
+        """Bytes of its part that it has got."""
         self._limiter = RateLimiter(max_messages_per_second)
         self._sending = asyncio.Lock()
         """Answers leave in their order, however long each takes to encode."""

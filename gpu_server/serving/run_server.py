@@ -9,6 +9,7 @@ from protocol import TrainingDiverged
 from storage import CacheFolder, ModelError
 
 from ..door import Door
+from ..edge_part import EdgePartStore
 from ..engine import Engine
 from ..federation import Action, Federation
 from ..listener import Limits, Listener
@@ -35,6 +36,7 @@ class RunServer:
         model_name: of the base model on the Hugging Face hub, if it came from there.
         grace_period: seconds that a finished run waits for clients which are away and have not fetched its adapter.
         caches: the activation cache of a client, by its name, where the run has any.
+        edge_part: what is handed to devices without a model, where the run has it.
     """
 
     def __init__(
@@ -48,10 +50,12 @@ class RunServer:
         model_name: str,
         grace_period: float,
         caches: Callable[[str], CacheFolder] | None,
+        edge_part: EdgePartStore | None,
     ) -> None:
         self._federation, self._engine, self._door = federation, engine, door
         self._journal, self._observers = journal, observers
         self._model_name, self._grace_period, self._caches = model_name, grace_period, caches
+        self._edge_part = edge_part
         self._loop: asyncio.AbstractEventLoop
         self._lifetime: Lifetime
 
@@ -101,6 +105,7 @@ class RunServer:
             listener=listener,
             model_name=self._model_name,
             caches=self._caches,
+            edge_part=self._edge_part,
         )
 
         async def converse(connection: CountingConnection) -> None:
