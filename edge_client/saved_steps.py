@@ -4,14 +4,15 @@ in rounds of one step the server sends the adapter, and has taken the optimiser'
 """
 
 import errno
+import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+import numpy as np
 
 from protocol import Remembered, Tensors
 from protocol.settings import LARGEST_COUNT
@@ -21,6 +22,10 @@ __all__ = ["SavedStep", "SavedSteps", "StateError", "readable_errors"]
 
 logger = logging.getLogger("edge_client")
 
+SUFFIX, OLD_SUFFIX = ".npz", ".safetensors"
+"""Of the files now, and of those that earlier versions wrote: nothing reads these any more, and the next step removes them."""
+METADATA = "metadata"
+"""The step, its round, the run's restarts, 1 or 0 for whether it ends its round, and the number of the state's arrays."""
 MOST_BYTES = 2**30
 """
 Of all steps that the server may go back to. The server says how far back that is: one that never moved its checkpoint would
@@ -40,11 +45,9 @@ def readable_errors(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space there" if is_full else "choose another --state-dir"
-        raise StateError(f"this device's state cannot be kept in {folder}: {reason}; {remedy}") from None
+    except OSError as error:
+        remedy = "free some space there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another --state-dir"
+        raise StateError(f"this device's state cannot be kept in {folder}: {error.strerror or error}; {remedy}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +81,17 @@ class SavedSteps:
             keep_from: the earliest step that the server may go back to.
             is_round_end: whether the server may go back to this one.
         """
-        metadata = {"step": saved.step, "round": saved.round, "restarts": saved.restarts, "is_round_end": int(is_round_end)}
+        metadata = np.array([saved.step, saved.round, saved.restarts, is_round_end, len(saved.state)], np.int64)
+        arrays: dict[str, Any] = {METADATA: metadata, **saved.state}
+        content = io.BytesIO()
+        np.savez(content, **arrays)
         with readable_errors(self._folder):
-            text = {name: str(value) for name, value in metadata.items()}
-            replace_file(self._path(saved.step), save(saved.state, text))
+            replace_file(self._path(saved.step), content.getvalue())
             self._ends_round[saved.step] = is_round_end
             # Only after the new file is on the disk: whenever this device is killed, a step is there to go on from.
             others = [path for path in self._paths() if _step(path) != saved.step]
             needed = [path for path in others if _step(path) >= keep_from and self._is_round_end(path)]
-            for path in set(others) - set(self._newest_that_fit(needed)):
+            for path in {*others, *self._paths(OLD_SUFFIX)} - set(self._newest_that_fit(needed)):
                 path.unlink()
 
     def forget_after(self, step: int) -> None:
@@ -100,10 +105,9 @@ class SavedSteps:
         """The latest kept step up to ``step``, if there is one."""
         for path in reversed(self._paths()):
             if _step(path) <= step:
-                try:
-                    return _read(path)
-                except (OSError, SafetensorError, KeyError, ValueError):
-                    continue  # torn by a crash of the system: one before it may do
+                found = _read(path)
+                if found is not None:  # else torn by a crash of the system: one before it may do
+                    return found[0]
         return None
 
     def last_step(self) -> int:
@@ -135,32 +139,33 @@ class SavedSteps:
     def _is_round_end(self, path: Path) -> bool:
         step = _step(path)
         if step not in self._ends_round:
-            self._ends_round[step] = _says_round_end(path)
+            found = _read(path)
+            self._ends_round[step] = found is not None and found[1]  # nobody can go back to a torn one
         return self._ends_round[step]
 
-    def _paths(self) -> list[Path]:
+    def _paths(self, suffix: str = SUFFIX) -> list[Path]:
         """In the order of their steps."""
-        return sorted(path for path in self._folder.glob("*.safetensors") if path.stem.isdigit())
+        return sorted(path for path in self._folder.glob(f"*{suffix}") if path.stem.isdigit())
 
     def _path(self, step: int) -> Path:
-        return self._folder / f"{step:010}.safetensors"
+        return self._folder / f"{step:010}{SUFFIX}"
 
 
 def _step(path: Path) -> int:
     return int(path.stem)
 
 
-def _read(path: Path) -> SavedStep:
-    with safe_open(path, "numpy") as file:
-        metadata = file.metadata()
-        state = {name: file.get_tensor(name) for name in file.keys()}
-    fields = {name: int(metadata[name]) for name in ("step", "round", "restarts")}
-    return SavedStep(**fields, state=state)
-
-
-def _says_round_end(path: Path) -> bool:
+def _read(path: Path) -> tuple[SavedStep, bool] | None:
+    """What a file holds, and whether the step ends its round; None if the file is torn."""
     try:
-        with safe_open(path, "numpy") as file:
-            return (file.metadata() or {}).get("is_round_end") == "1"
-    except (OSError, SafetensorError):
-        return False  # torn: nobody can go back there
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            # A damaged array may claim any size: all checksums are compared before one is read.
+            if arrays.zip.testzip() is not None:
+                return None
+            state = {name: arrays[name] for name in arrays.files}
+        step, round_, restarts, is_round_end, num_arrays = state.pop(METADATA).tolist()
+    except Exception:  # of the zip, of what its entries are compressed with, of numpy
+        return None
+    if len(state) != num_arrays:  # the zip's list of them is the one thing that has no checksum
+        return None
+    return SavedStep(step=step, round=round_, restarts=restarts, state=state), bool(is_round_end)

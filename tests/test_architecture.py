@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "storage": {"huggingface_hub", "numpy", "tokenizers"},
     "graphs": {"storage", "split_model", "ml_dtypes", "numpy", "onnx", "safetensors"},
     "terminal": {"tqdm"},
-    "edge_client": OURS | {"numpy", "onnxruntime", "platformdirs", "safetensors", "tokenizers", "torch", "websockets"},
+    "edge_client": OURS | {"numpy", "onnxruntime", "platformdirs", "tokenizers", "torch", "websockets"},
     "export": {
         *("graphs", "split_model", "storage", "terminal"),
         *("ml_dtypes", "numpy", "onnx", "onnxruntime", "peft", "safetensors", "tokenizers", "torch", "transformers"),
