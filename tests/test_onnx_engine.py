@@ -349,7 +349,7 @@ from edge_client.data import Sample, pack
 from edge_client.onnx_engine import OnnxEngine
 from edge_client.part.device_part import DevicePart
 run = settings(cut_layer=3, lora_targets={EVERYTHING}, lora_dropout=0.1)
-engine = OnnxEngine(DevicePart(Path({str(part.folder)!r})), run)
+engine = OnnxEngine(DevicePart(Path({str(part.files.path)!r})), run)
 source = np.random.default_rng(3)
 engine.load_adapter({{n: source.normal(0, 0.2, m.shape).astype(np.float32) for n, m in engine.adapter().items()}})
 for _ in range(2):
@@ -406,7 +406,7 @@ def test_adapter_that_has_diverged_is_told_from_a_model_that_has_no_finite_activ
     for compute in (lambda: engine.forward(sequences(5), SEED), lambda: engine.infer(sequences(5))):
         with pytest.raises(TrainingDiverged, match="try a lower --lr"):
             compute()
-    path = part.folder / "block-0.safetensors"
+    path = part.files.path / "block-0.safetensors"
     path.write_bytes(path.read_bytes()[:-4096] + np.full(1024, np.nan, np.float32).tobytes())
     with pytest.raises(ModelError, match="without an adapter"):
         OnnxEngine(part, run).infer(sequences(5))

@@ -1,4 +1,4 @@
-"""A device's part of the model, opened from a folder of the server's files."""
+"""A device's part of the model, opened from the server's files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from protocol import Array, RunSettings
 from storage import Folder, ModelError, PartDescription, load_tokenizer
 
+from .graph_inspection import MOST_GRAPH_BYTES, inspect_graph
 from .runtime import Graph, Runtime, Value, Values
 from .weights_file import Rows, WeightsFile
 
@@ -20,7 +21,7 @@ class DevicePart:
     The files of a part. Its graphs are loaded when `open` is called; the weights' pages come into memory when graphs use them.
 
     Args:
-        folder: the files under the names of `PartDescription`. Each is what the server's manifest says.
+        files: under the names of `PartDescription`. Each is what the server's manifest says.
         device: "cpu" or "cuda".
 
     Raises:
@@ -28,16 +29,17 @@ class DevicePart:
         ModelError: a file is missing or cannot be used.
     """
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
-        self.folder, self.runtime = folder, Runtime(device)
-        self.description = PartDescription.read(folder, onnxruntime=self.runtime.version)
+    def __init__(self, files: Path | Folder, device: str = "cpu") -> None:
+        self.files = files if isinstance(files, Folder) else Folder(files, ModelError)
+        self.runtime = Runtime(device)
+        self.description = PartDescription.read(self.files, onnxruntime=self.runtime.version)
 
     def tokenizer(self) -> Tokenizer:
         """
         Raises:
             ModelError: there is none, or it cannot be read.
         """
-        return load_tokenizer(self.folder)
+        return load_tokenizer(self.files)
 
     def check(self, settings: RunSettings) -> None:
         """
@@ -55,8 +57,7 @@ class DevicePart:
         ):
             if of_part != of_run:
                 raise ModelError(
-                    f"the part of the model in {self.folder} has {name} {of_part}, the run has {of_run}; "
-                    "the server has to hand this run's part over"
+                    f"{self.files.path} has {name} {of_part}, the run has {of_run}; the server has to hand this run's part over"
                 )
 
     def open(self) -> "Graphs":
@@ -66,16 +67,18 @@ class DevicePart:
         Raises:
             ModelError: a file is missing or is not what its name says.
         """
-        files = Folder(self.folder, ModelError)
 
         def graph(name: str) -> Graph:
-            path = files.require(f"{name}.onnx")
+            path = self.files.require(f"{name}.onnx")
             try:
-                return self.runtime.open(path.name, path.read_bytes())
+                with path.open("rb") as file:
+                    content = file.read(MOST_GRAPH_BYTES + 1)
             except OSError as error:
                 raise ModelError(f"{path} cannot be read: {error.strerror or error}") from None
+            inspect_graph(content, f"{name}.onnx")
+            return self.runtime.open(f"{name}.onnx", content)
 
-        embedding, *blocks = (WeightsFile(files.require(name)) for name in self.description.weight_files)
+        embedding, *blocks = (WeightsFile(self.files.require(name)) for name in self.description.weight_files)
         return Graphs(
             tokens=TokenTable(embedding, self.description),
             embedding=graph("embedding"),
