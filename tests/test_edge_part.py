@@ -373,6 +373,43 @@ def test_all_who_ask_while_the_part_is_made_get_the_same_one_and_others_are_answ
             device.close()
 
 
+@pytest.mark.parametrize("leaves", ["the device", "the server"])
+def test_part_is_made_to_its_end_when_nobody_waits_for_it_any_more(serving: Callable[..., Any], leaves: str) -> None:
+    builder = Builder()
+    builder.may_go_on.clear()
+    with serving(builder) as server:
+        with Device(server) as device:
+            device.greet()
+            device.say(AskPart(index=1))
+            assert builder.has_begun.wait(SECONDS)
+            if leaves == "the server":
+                server.suspend()
+        builder.may_go_on.set()
+        if leaves == "the server":
+            with pytest.raises(RunEndedEarly):
+                list(server.train())
+            return
+        with Device(server) as device:
+            assert isinstance(device.greet(), Welcome)
+            assert isinstance(device.ask_part(), Part)
+    assert builder.calls == 1
+
+
+def test_server_that_goes_on_with_a_run_hands_over_what_is_there(serving: Callable[..., Any]) -> None:
+    builder = Builder()
+    parts = []
+    for resume in (False, True):
+        with serving(builder, resume=resume) as server:
+            with Device(server) as device:
+                device.greet()
+                parts.append(device.ask_part().files)
+            server.suspend()
+            with pytest.raises(RunEndedEarly):
+                list(server.train())
+    assert parts[0] == parts[1]
+    assert builder.calls == 1
+
+
 def test_disk_that_is_full_is_told_to_who_asks_and_the_run_goes_on_for_the_others(
     serving: Callable[..., Any], tiny_model: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 import msgpack
 import numpy as np
+import onnx
 import pytest
 import torch
 from protocol_samples import SAMPLES, SETTINGS, assert_same, inflate
@@ -19,6 +21,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import protocol
 from edge_client.data import Dataset, Sample
 from gpu_server.federation import CodecPolicy
+from graphs import Adaptation
+from graphs.part import write_graphs
 from protocol import (
     CODECS,
     DELTA,
@@ -45,9 +49,10 @@ from protocol.encoding import MAX_ELEMENTS, MAX_TENSOR_ELEMENTS, MAX_TEXT
 from protocol.invitation import FORM
 from protocol.rounding import Dither, to_bfloat16
 from protocol.settings import BOUNDS
-from split_model import PretrainedModel
+from split_model import LoraConfig, PretrainedModel, adapted_layers
 from split_model.families.gpt2 import GPT2Config
 from split_model.optimisation import OptimiserConfig, adamw, take_step
+from storage import EDGE_WEIGHTS, GRAPH_FILES, PART_FILE, PartDescription
 from storage.tokenizer import tokenizer_digest
 
 DOCUMENT = (Path(__file__).parent.parent / "PROTOCOL.md").read_text(encoding="utf-8")
@@ -221,6 +226,63 @@ def test_it_names_the_codecs_that_a_client_has_to_offer() -> None:
         settings = dataclasses.replace(SETTINGS, activation_codec=codec, gradient_codec=gradient_codec(codec))
         assert documented.pop(codec) == (settings.codecs() | CodecPolicy(codec, 0.01).may_use()) - {EXACT}
     assert not documented
+
+
+# The files of a part
+
+
+def test_it_names_the_files_of_a_part() -> None:
+    (rows,) = tables(DOCUMENT, "file", "holds")
+    named = [name for cell, _ in rows for name in re.findall(r"`([\w.-]+)`", cell)]
+    assert named == [
+        PART_FILE,
+        *GRAPH_FILES,
+        "embedding.safetensors",
+        "block-0.safetensors",
+        "block-1.safetensors",
+        "cut_layer",
+    ]
+
+
+def test_it_names_what_describes_a_part() -> None:
+    (rows,) = tables(DOCUMENT, "member", "value")[1:]
+    named = [name for cell, _ in rows for name in re.findall(r"`(\w+)`", cell)]
+    assert sorted(named) == sorted(["format", *(field.name for field in dataclasses.fields(PartDescription))])
+    assert set(re.findall(r"`(\w+)`", dict(rows)["`weights`"])) == set(EDGE_WEIGHTS)
+
+
+@pytest.mark.parametrize("weights", EDGE_WEIGHTS)
+def test_it_names_what_goes_into_the_graphs_of_a_part_and_what_comes_out(tmp_path: Path, weights: str) -> None:
+    shape = {"vocabulary_size": 3, "num_layers": 2, "width": 4, "num_heads": 1, "inner_width": 16, "num_positions": 4}
+    config = GPT2Config(**shape, norm_epsilon=1e-5, activation="gelu_new", tied_head=True, end_token=2)
+    layers = adapted_layers(config, LoraConfig(rank=1, alpha=1.0, dropout=0.5, targets=("c_attn", "c_proj", "c_fc")))
+    write_graphs(tmp_path, config, Adaptation(layers=layers, rank=1, alpha=1.0, dropout=0.5), weights)
+    graphs = [onnx.load(tmp_path / name) for name in GRAPH_FILES]
+    for what, values in (
+        ("input", [graph.graph.input for graph in graphs]),
+        ("output", [graph.graph.output for graph in graphs]),
+    ):
+        (rows,) = tables(DOCUMENT, what, "type", "holds")
+        documented = {
+            name.replace("NAME", r"[\w.]+").replace("LAYER", r"[\w.]+"): kind
+            for cell, kind, _ in rows
+            for name in re.findall(r"`([\w:.]+)`", cell)
+        }
+        used = set()
+        for value in itertools.chain(*values):
+            (pattern,) = [pattern for pattern in documented if re.fullmatch(pattern, value.name)]
+            used.add(pattern)
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name
+            if documented[pattern].startswith("as it"):
+                assert dtype in ("float32", weights)
+            else:
+                assert documented[pattern].partition(" ")[0] == dtype
+        assert used == documented.keys()
+    for graph in graphs:
+        assert [(opset.domain, opset.version) for opset in graph.opset_import] == [("", 20)]
+        assert graph.ir_version == 9
+        constants = [onnx.numpy_helper.to_array(tensor).nbytes for tensor in graph.graph.initializer]
+        assert max(constants, default=0) <= 1024
 
 
 # Test vectors
