@@ -132,7 +132,7 @@ class CausalAttention:
         query, key, value, probabilities = self._attend(qkv)
         with self.graph.scope("attention.backward"):
             is_token = self.graph.given("is_token", np.float32, ["sequences", "columns", 1])
-            d_mixed = self._heads(node("Mul", node("Gather", d_mixed, self._row_of_cell()), is_token), 1)
+            d_mixed = self._heads(node("Mul", node("Gather", d_mixed, self._row_of_cell()), is_token))
             d_value = node("MatMul", self._transposed(probabilities), d_mixed)
             d_probabilities = node("MatMul", d_mixed, self._transposed(value))
             inner = node("ReduceSum", node("Mul", probabilities, d_probabilities), self.graph.constant([-1]))
@@ -146,9 +146,10 @@ class CausalAttention:
         if qkv not in self._seen:
             node = self.graph.node
             with self.graph.scope("attention"):
-                query, key, value = (f"attention/{part}" for part in ("query", "key", "value"))
-                heads = self._heads(node("Gather", qkv, self._row_of_cell()), 3)
-                self.graph.node_with_outputs("Split", [heads], [query, key, value], axis=1, num_outputs=3)
+                parts = [f"attention/{part}" for part in ("query", "key", "value")]
+                cells = node("Gather", qkv, self._row_of_cell())
+                self.graph.node_with_outputs("Split", [cells], parts, axis=2, num_outputs=3)
+                query, key, value = (self._heads(part) for part in parts)
                 scores = self._scaled(node("MatMul", query, self._transposed(key)))
                 probabilities = node("Softmax", node("Add", scores, self._hidden()), axis=-1)
             self._seen[qkv] = query, key, value, probabilities
@@ -165,8 +166,8 @@ class CausalAttention:
     def _row_of_cell(self) -> str:
         return self.graph.given("row_of_cell", np.int64, ["sequences", "columns"])
 
-    def _heads(self, grid: str, count: int) -> str:  # (B, T, count d) -> (B, count H, T, D)
-        shape = self.graph.constant([0, 0, count * self.num_heads, self.head_width])
+    def _heads(self, grid: str) -> str:  # (B, T, d) -> (B, H, T, D)
+        shape = self.graph.constant([0, 0, self.num_heads, self.head_width])
         return self.graph.node("Transpose", self.graph.node("Reshape", grid, shape), perm=[0, 2, 1, 3])
 
     def _rows(self, heads: str, width: int) -> str:  # (B, width / D, T, D) -> (N, width)

@@ -75,6 +75,7 @@ class PartGraph(Graph):
     def write(self, name: str) -> None:
         """Write the file."""
         self.prune()
+        self.order_for_memory()
         self.save(name, OPSET, IR_VERSION)
 
     def _lora_shape(self, layer: str, matrix: str) -> tuple[int, int]:

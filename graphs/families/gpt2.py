@@ -50,13 +50,13 @@ class GPT2Block:
         mixed = self.attention_projection.forward(self.attention.forward(qkv))
         middle = self.graph.keep("middle", self.graph.node("Add", mixed, x), self.width)
         inner = self.graph.keep("inner", self.c_fc.forward(self.ln_2.forward(middle)), self.inner_width)
-        return self.graph.node("Add", self.mlp_projection.forward(self.activation.forward(self.graph, inner)), middle)
+        return self.graph.node("Add", self.mlp_projection.forward(self.activation.function(self.graph, inner)), middle)
 
     def backward(self, x: str, dy: str) -> str:
         qkv, middle = self.graph.kept("qkv", 3 * self.width), self.graph.kept("middle", self.width)
         inner = self.graph.kept("inner", self.inner_width)
-        d_active = self.mlp_projection.backward(self.activation.forward(self.graph, inner), dy)
-        d_inner = self.activation.backward(self.graph, inner, d_active)
+        d_active = self.mlp_projection.backward(self.activation.function(self.graph, inner), dy)
+        d_inner = self.graph.node("Mul", d_active, self.activation.derivative(self.graph, inner))
         d_normed = self.c_fc.backward(self.ln_2.forward(middle), d_inner)
         d_middle = self.graph.node("Add", self.ln_2.backward(middle, d_normed), dy)
         d_mixed = self.attention_projection.backward(self.attention.forward(qkv), d_middle)
