@@ -21,6 +21,8 @@ SMALLEST_PAGED_BYTES = 1 << 16
 SMALLEST_EXTERNAL_BYTES = 1024
 """Smaller tensors stay in the graph, where shape inference can see them."""
 
+PRODUCTS = ("Gemm", "MatMul")
+
 Array = NDArray[Any]
 Shape = Sequence[int | str]
 
@@ -132,15 +134,18 @@ class Graph:
 
     def order_for_memory(self) -> None:
         """
-        Put the nodes into an order in which ONNX Runtime holds little in memory at once. Of what is still to be computed, it takes
-        the result that stands last in the file, and of a node's inputs first the one that stands last. So the deeper of two
-        inputs goes behind the other: a matrix is cast when all else that its product takes is there. Results, which no
-        node takes, go to the end, the first of them last: each is computed as soon as it can be.
+        Put the nodes into an order in which ONNX Runtime holds little in memory at once. Of what is still to be computed, it
+        takes the result that stands last in the file, and of a node's inputs first the one that stands last. So of two inputs,
+        the one with more matrix products behind it, or else the deeper one, goes behind the other: what is quickly computed
+        again, or cast, is not there before all else that the node takes. Results, which no node takes, go to the end, the first
+        of them last: each is computed as soon as it can be.
         """
-        depth: dict[str, int] = {}
+        depth: dict[str, tuple[int, int]] = {}
+        """Of a value: how many matrix products, and nodes, have to be computed for it one after the other."""
         for node in self._nodes:
-            below = 1 + max((depth.get(name, 0) for name in node.input), default=0)
-            depth.update(dict.fromkeys(node.output, below))
+            before = [(0, 0), *(depth[name] for name in node.input if name in depth)]
+            products, nodes = (max(counts) for counts in zip(*before, strict=True))
+            depth.update(dict.fromkeys(node.output, (products + (node.op_type in PRODUCTS), nodes + 1)))
         taken = {name for node in self._nodes for name in node.input}
         inner = [node for node in self._nodes if not taken.isdisjoint(node.output)]
         results = [node for node in self._nodes if taken.isdisjoint(node.output)]
