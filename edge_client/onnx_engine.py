@@ -138,7 +138,9 @@ class OnnxEngine:
             for each in passes:
                 own = {name: self._runtime.value(mask[each.grid.rows]) for name, mask in masks.items()}
                 inputs = {"input": each.hidden, **own}
-                outputs = self._graphs.forward.run({**inputs, **each.layout, **weights, **adapter})
+                outputs = self._graphs.forward.run(
+                    {**inputs, **each.layout, **weights, **adapter}, {"output": self._shape(each.grid)}
+                )
                 each.hidden = outputs["output"]
                 each.saved.append({name: value for name, value in {**inputs, **outputs}.items() if name in needed})
         return passes
@@ -147,8 +149,8 @@ class OnnxEngine:
         passes = self._embed(batch)
         for each in passes:
             for weights, matrices in zip(self._graphs.blocks, adapter, strict=True):
-                outputs = self._graphs.inference.run({"input": each.hidden, **each.layout, **weights, **matrices})
-                each.hidden = outputs["output"]
+                inputs = {"input": each.hidden, **each.layout, **weights, **matrices}
+                each.hidden = self._graphs.inference.run(inputs, {"output": self._shape(each.grid)})["output"]
         return passes
 
     def _activations(self, passes: "list[_Pass]", batch: Batch) -> Array:
@@ -164,7 +166,8 @@ class OnnxEngine:
         for grid in grids(batch.lengths, self._description.width):
             rows = self._graphs.tokens.embed(batch.tokens[grid.rows])
             inputs = {"rows": self._runtime.value(rows), "positions": self._runtime.value(grid.positions)}
-            hidden = self._graphs.embedding.run({**inputs, **self._graphs.embedding_weights})["output"]
+            inputs |= self._graphs.embedding_weights
+            hidden = self._graphs.embedding.run(inputs, {"output": self._shape(grid)})["output"]
             layout = {
                 "row_of_cell": self._runtime.value(grid.row_of_cell),
                 "cell_of_row": self._runtime.value(grid.cell_of_row),
@@ -179,12 +182,19 @@ class OnnxEngine:
             each.hidden = self._runtime.value(gradient[each.grid.rows])
         for block in reversed(range(len(self._names))):
             graph, weights, adapter = self._backward_graph(block), self._graphs.blocks[block], self._adapter[block]
+            shapes = {f"gradient:{matrix}": self._matrices[name].shape for matrix, name in self._names[block].items()}
             for each in passes:
+                if block:
+                    shapes["input_gradient"] = self._shape(each.grid)
                 # What the block has saved is forgotten here.
-                outputs = graph.run({"gradient": each.hidden, **each.saved.pop(), **each.layout, **weights, **adapter})
+                outputs = graph.run({"gradient": each.hidden, **each.saved.pop(), **each.layout, **weights, **adapter}, shapes)
                 self._add_gradients(block, outputs)
                 if block:
                     each.hidden = outputs["input_gradient"]
+
+    def _shape(self, grid: Grid) -> tuple[int, int]:
+        """Of the hidden states of a grid's rows."""
+        return len(grid.rows), self._description.width
 
     def _backward_graph(self, block: int) -> Graph:
         return self._graphs.backward if block else self._graphs.first_backward

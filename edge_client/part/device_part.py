@@ -65,7 +65,7 @@ class DevicePart:
         Load the graphs, and map the weights.
 
         Raises:
-            ModelError: a file is missing or is not what its name says.
+            ModelError: a file is missing or is not what its name says, or a graph has what no graph of a part needs.
         """
 
         def graph(name: str) -> Graph:

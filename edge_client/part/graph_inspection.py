@@ -44,7 +44,7 @@ def inspect_graph(data: bytes, name: str) -> None:
     """
     try:
         if len(data) > MOST_GRAPH_BYTES:
-            raise ModelError(f"it has {len(data)} bytes; a graph without weights has at most {MOST_GRAPH_BYTES}")
+            raise ModelError(f"it has more than the {MOST_GRAPH_BYTES} bytes that a graph without weights may have")
         _Inspection(read_model_proto(data))
     except ModelError as error:
         raise ModelError(f"the graph {name} of the server's part of the model is refused: {error}") from None

@@ -15,6 +15,8 @@ __all__ = ["Graph", "Runtime", "Value", "Values"]
 Value = Any
 """An onnxruntime.OrtValue: an array that onnxruntime uses, or has made, where it lies."""
 Values = Mapping[str, Value]
+FLOAT32 = "tensor(float)"
+"""What onnxruntime calls it."""
 
 
 class Runtime:
@@ -79,15 +81,16 @@ class Graph:
         self.inputs = [value.name for value in session.get_inputs()]
         self.outputs = [value.name for value in session.get_outputs()]
 
-    def run(self, values: Values) -> dict[str, Value]:
+    def run(self, values: Values, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Value]:
         """
         Compute all outputs, which stay where they were computed.
 
         Args:
             values: the inputs by name; the graph takes those that it has.
+            shapes: of the outputs that the caller counts on, all float32.
 
         Raises:
-            ModelError: an input is missing or does not fit, or onnxruntime fails.
+            ModelError: an input is missing or does not fit, onnxruntime fails, or an output is another than expected.
         """
         with _readable_errors(f"{self._name} of the server's part of the model cannot be computed"):
             binding = self._session.io_binding()
@@ -98,7 +101,11 @@ class Graph:
             for name in self.outputs:
                 binding.bind_output(name, self._device)
             self._session.run_with_iobinding(binding)
-            return dict(zip(self.outputs, binding.get_outputs(), strict=True))
+            outputs = dict(zip(self.outputs, binding.get_outputs(), strict=True))
+            for name, shape in shapes.items():
+                if name not in outputs or outputs[name].data_type() != FLOAT32 or tuple(outputs[name].shape()) != shape:
+                    raise ModelError(f"it does not compute {name!r} as float32 of shape {list(shape)}")
+            return outputs
 
 
 def num_threads() -> int:
@@ -109,18 +116,33 @@ def num_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _memory() -> int:
+    """Bytes that this machine has; 0, which bounds nothing, if the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # the first: not a POSIX system
+        return 0
+
+
 @cache
 def _share_arena() -> None:
     """
     The memory of every intermediate value comes from here, and goes back. With an arena for each graph there would be five of
     them, each as large as its graph has ever needed; without any, every value would be memory that the system first fills with
     zeros, which takes a third of a step's time.
+
+    It is bounded: with a graph that makes huge values, the server could otherwise fill a device's memory.
     """
     onnxruntime = _import_onnxruntime()
     memory = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )
-    strategy = {"max_mem": 0, "arena_extend_strategy": 1, "initial_chunk_size_bytes": -1, "max_dead_bytes_per_chunk": -1}
+    strategy = {
+        "max_mem": _memory() // 2,
+        "arena_extend_strategy": 1,
+        "initial_chunk_size_bytes": -1,
+        "max_dead_bytes_per_chunk": -1,
+    }
     onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(strategy))
 
 
