@@ -15,33 +15,13 @@ from .errors import ModelError
 from .folder import Folder, Member, shown
 from .tokenizer import TOKENIZER_FILES
 
-__all__ = ["EDGE_WEIGHTS", "GRAPH_FILES", "OPERATORS", "PART_FILE", "PartDescription"]
+__all__ = ["EDGE_WEIGHTS", "GRAPH_FILES", "PART_FILE", "PartDescription"]
 
 PART_FILE, FORMAT = "part.json", 1
 EDGE_WEIGHTS = ("float32", "float16", "int8")
 """How the frozen matrices of a part can be stored."""
 INFERENCE_GRAPH = "inference.onnx"
 GRAPH_FILES = ("embedding.onnx", "forward.onnx", INFERENCE_GRAPH, "backward.onnx", "first_backward.onnx")
-OPERATORS = (
-    *(
-        "Add",
-        "Cast",
-        "Concat",
-        "Erf",
-        "Exp",
-        "Expand",
-        "Gather",
-        "Gelu",
-        "Gemm",
-        "Greater",
-        "LayerNormalization",
-        "MatMul",
-        "Mul",
-    ),
-    *("ReduceMean", "ReduceSum", "Relu", "Reshape", "Shape", "Sigmoid", "Softmax", "Split", "Sub"),
-    *("Transpose", "Trilu"),
-)
-"""What the graphs consist of: operators of ONNX's own domain, and no others."""
 LARGEST = (1 << 31) - 1
 MOST_BLOCKS, MOST_LAYERS, LONGEST_NAME = 10_000, 64, 200
 REMEDY = "; the server's splitlora has to hand the part over again"

@@ -513,7 +513,6 @@ NAMES = {
             "GRAPH_FILES",
             "ModelError",
             "NamedFiles",
-            "OPERATORS",
             "PART_FILE",
             "PartDescription",
             "RunDescription",

@@ -5,14 +5,15 @@ has no way out of onnxruntime's standard operators, to no file and to no library
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from storage import OPERATORS, ModelError, shown
+from storage import ModelError, shown
 
 from .model_proto import Message, read_model_proto
 
-__all__ = ["MOST_GRAPH_BYTES", "inspect_graph"]
+__all__ = ["MOST_GRAPH_BYTES", "OPERATORS", "inspect_graph"]
 
 MOST_GRAPH_BYTES = 1 << 20
 MOST_CONSTANT_BYTES = 1 << 16
@@ -23,8 +24,37 @@ LARGEST = (1 << 31) - 1
 ELEMENT_BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2}
 """Of TensorProto.DataType: float32, uint8, int8, int32, int64, bool, float16. All have a fixed size; texts have none."""
 INT64 = 7
-ATTRIBUTE_FIELDS = {1: "f", 2: "i", 3: "s", 7: "ints"}
-"""Of AttributeProto.AttributeType: the field that has the value."""
+FLOAT, INTEGER, TEXT, INTEGERS = 1, 2, 3, 7
+"""Of AttributeProto.AttributeType."""
+ATTRIBUTE_FIELDS = {FLOAT: "f", INTEGER: "i", TEXT: "s", INTEGERS: "ints"}
+
+
+@dataclass(frozen=True)
+class Operator:
+    """How a part may use one of ONNX's own operators: how many inputs, how many outputs at most, attributes and their types."""
+
+    inputs: tuple[int, ...]
+    outputs: int = 1
+    attributes: Mapping[str, int] = field(default_factory=dict)
+
+
+# No more than the graphs of parts need: onnxruntime has been seen to read beyond its own arrays where a node has fewer or
+# other things than its operator defines.
+OPERATORS = {
+    **dict.fromkeys(("Erf", "Exp", "Relu", "Sigmoid"), Operator((1,))),
+    **dict.fromkeys(("Add", "Expand", "Greater", "MatMul", "Mul", "ReduceMean", "ReduceSum", "Reshape", "Sub"), Operator((2,))),
+    "Cast": Operator((1,), attributes={"to": INTEGER}),
+    "Concat": Operator((2, 3), attributes={"axis": INTEGER}),
+    "Gather": Operator((2,)),
+    "Gelu": Operator((1,), attributes={"approximate": TEXT}),
+    "Gemm": Operator((2, 3), attributes={"alpha": FLOAT, "transA": INTEGER, "transB": INTEGER}),
+    "LayerNormalization": Operator((2, 3), 3, {"axis": INTEGER, "epsilon": FLOAT}),
+    "Shape": Operator((1,), attributes={"start": INTEGER, "end": INTEGER}),
+    "Softmax": Operator((1,), attributes={"axis": INTEGER}),
+    "Split": Operator((1,), 3, {"axis": INTEGER, "num_outputs": INTEGER}),
+    "Transpose": Operator((1,), attributes={"perm": INTEGERS}),
+    "Trilu": Operator((2,), attributes={"upper": INTEGER}),
+}
 
 
 def inspect_graph(data: bytes, name: str) -> None:
@@ -87,25 +117,29 @@ class _Inspection:
 
     def _compute(self, node: Message) -> set[str]:
         """The names of what a node computes."""
-        operator, domain = _one(node, "op_type", "NodeProto"), _optional(node, "domain", "")
+        name, domain = _one(node, "op_type", "NodeProto"), _optional(node, "domain", "")
         where = f"node {shown(_optional(node, 'name', ''))}"
-        if domain or operator not in OPERATORS:
+        operator = OPERATORS.get(name)
+        if operator is None or domain:
             raise ModelError(
-                f"{where} is the operator {shown(operator)}{f' of the domain {shown(domain)}' if domain else ''}; "
-                f"a part may use {', '.join(OPERATORS)}"
+                f"{where} is the operator {shown(name)}{f' of the domain {shown(domain)}' if domain else ''}; "
+                f"a part may use {', '.join(sorted(OPERATORS))}"
             )
-        for value in node["input"]:
-            if value and value not in self._values:
+        inputs, outputs = node["input"], node["output"]
+        if len(inputs) not in operator.inputs or not 1 <= len(outputs) <= operator.outputs:
+            raise ModelError(f"{where} is no {name} as a part may have it: {len(inputs)} inputs, {len(outputs)} outputs")
+        for value in inputs:
+            if value not in self._values:
                 raise ModelError(f"{where} reads {shown(value)}, which is not known there")
-        outputs = [value for value in node["output"] if value]
-        if not outputs:
-            raise ModelError(f"{where} computes nothing")
-        for value in outputs:
+        computed = [value for value in outputs if value]
+        for value in computed:
             self._add(value)
-        names = [_check_attribute(attribute, where) for attribute in node["attribute"]]
-        if len(set(names)) < len(names):
+        attributes = dict(_attribute(attribute, operator, where) for attribute in node["attribute"])
+        if len(attributes) < len(node["attribute"]):
             raise ModelError(f"{where} has an attribute twice")
-        return set(outputs)
+        if attributes.get("num_outputs", len(outputs)) != len(outputs):
+            raise ModelError(f"{where} has {len(outputs)} outputs, and says {attributes['num_outputs']}")
+        return set(computed)
 
 
 def _check_versions(model: Message) -> None:
@@ -148,17 +182,18 @@ def _constant_bytes(tensor: Message) -> int:
     return len(raw)
 
 
-def _check_attribute(attribute: Message, where: str) -> str:
-    name = _one(attribute, "name", "AttributeProto")
-    field = ATTRIBUTE_FIELDS.get(_one(attribute, "type", "AttributeProto"))
-    given = [key for key in ATTRIBUTE_FIELDS.values() if attribute[key]]
-    if field is None or given not in ([field], [] if field == "ints" else [field]):
-        raise ModelError(f"the attribute {shown(name)} of {where} is not one number, one text or a list of whole numbers")
-    if not _are_small(attribute["i"]) or not _are_small(attribute["ints"]):
+def _attribute(attribute: Message, operator: Operator, where: str) -> tuple[str, Any]:
+    """Its name and its value."""
+    name, kind = _one(attribute, "name", "AttributeProto"), _one(attribute, "type", "AttributeProto")
+    given = [field for field in ATTRIBUTE_FIELDS.values() if attribute[field]]
+    if operator.attributes.get(name) != kind or given != [ATTRIBUTE_FIELDS[kind]]:
+        raise ModelError(f"{where} has the attribute {shown(name)}, which its operator does not have in a part, or not so")
+    values = attribute[given[0]]
+    if kind in (INTEGER, INTEGERS) and not _are_small(values):
         raise ModelError(f"the attribute {shown(name)} of {where} has whole numbers beyond {LARGEST}")
     if name == "to":
-        _check_element_type(_one(attribute, "i", f"the attribute to of {where}"), where)
-    return str(name)
+        _check_element_type(values[0], where)
+    return name, values[0]
 
 
 def _check_element_type(element_type: int, where: str) -> None:

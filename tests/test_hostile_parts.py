@@ -1,0 +1,232 @@
+"""What a device makes of a part that means harm, or is damaged: one sentence, and never a wrong result."""
+
+import json
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from conftest import make_model
+from device_parts import make_part
+from onnx import TensorProto, helper, numpy_helper
+from usual_settings import settings
+
+from edge_client.data import Sample, pack
+from edge_client.onnx_engine import OnnxEngine
+from edge_client.part.device_part import DevicePart
+from protocol import RunSettings
+from storage import ModelError
+
+Spoil = Callable[[Path], object]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("base"), n_layer=3, n_embd=16, n_head=2)
+
+
+@pytest.fixture
+def run() -> RunSettings:
+    return settings(cut_layer=2, lora_targets=("c_attn", "c_proj"))
+
+
+@pytest.fixture
+def part(base: Path, tmp_path: Path, run: RunSettings) -> Path:
+    return make_part(tmp_path / "part", base, run, "int8")
+
+
+def use(part: Path, run: RunSettings) -> None:
+    """All that a run does with a part."""
+    device_part = DevicePart(part)
+    device_part.tokenizer().encode("abc")
+    engine = OnnxEngine(device_part, run)
+    source = np.random.default_rng(0)
+    batch = pack([Sample(source.integers(0, 600, length + 1).astype(np.int32), 1) for length in (3, 1, 4)])
+    engine.infer(batch)
+    engine.begin_step()
+    activations = engine.forward(batch, 1)
+    assert activations.shape == (8, 16)
+    engine.backward(np.ones_like(activations))
+    engine.end_step(3)
+
+
+def graph(name: str, change: Callable[[onnx.GraphProto], object]) -> Spoil:
+    def spoil(part: Path) -> None:
+        model = onnx.load(part / name)
+        change(model.graph)
+        onnx.save(model, part / name)
+
+    return spoil
+
+
+def renamed(old: str, new: str) -> Callable[[onnx.GraphProto], None]:
+    """A value."""
+
+    def change(graph: onnx.GraphProto) -> None:
+        for node in graph.node:
+            for names in (node.input, node.output):
+                names[:] = [new if name == old else name for name in names]
+        for value in (*graph.input, *graph.output):
+            value.name = new if value.name == old else value.name
+
+    return change
+
+
+def computing(
+    output: str, operator: str, constant: Any, element_type: int = TensorProto.FLOAT
+) -> Callable[[onnx.GraphProto], None]:
+    """Another node behind what was the output."""
+
+    def change(graph: onnx.GraphProto) -> None:
+        for node in graph.node:
+            node.output[:] = ["real" if name == output else name for name in node.output]
+            node.input[:] = ["real" if name == output else name for name in node.input]
+        graph.initializer.append(numpy_helper.from_array(np.array(constant), "odd"))
+        graph.node.append(helper.make_node(operator, ["real", "odd"], [output], "odd"))
+        declared = next(value for value in graph.output if value.name == output)
+        declared.CopyFrom(helper.make_tensor_value_info(output, element_type, ["x", "y"]))
+
+    return change
+
+
+def halved(graph: onnx.GraphProto) -> None:
+    """The output in float16."""
+    computing("output", "Add", np.float32(0), TensorProto.FLOAT16)(graph)
+    graph.node[-1].CopyFrom(helper.make_node("Cast", ["real"], ["output"], "odd", to=TensorProto.FLOAT16))
+
+
+def bomb(graph: onnx.GraphProto) -> None:
+    """4 TB of a constant, and their sum."""
+    sizes = {"one": np.float32(1), "sizes": np.array([2**20, 2**20]), "axes": np.array([0, 1])}
+    graph.initializer.extend(numpy_helper.from_array(np.array(value), name) for name, value in sizes.items())
+    graph.node.extend(
+        [helper.make_node("Expand", ["one", "sizes"], ["huge"]), helper.make_node("ReduceSum", ["huge", "axes"], ["sum"])]
+    )
+    computing("output", "Add", np.float32(0))(graph)
+    graph.node[-1].input[1] = "sum"
+
+
+def header(name: str, change: Callable[[dict[str, Any]], object]) -> Spoil:
+    """Of a file of weights."""
+
+    def spoil(part: Path) -> None:
+        data = (part / name).read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        entries = json.loads(data[8 : 8 + length])
+        change(entries)
+        text = json.dumps(entries).encode()
+        text += b" " * (-len(text) % 8)  # the data stays where a number of any type can be
+        (part / name).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+    return spoil
+
+
+def entry(tensor: str, **values: Any) -> Spoil:
+    return header("block-0.safetensors", lambda entries: entries[tensor].update(values))
+
+
+def numbers(name: str, tensor: str, number: float) -> Spoil:
+    """In place of a float32 tensor's own."""
+
+    def spoil(part: Path) -> None:
+        data = bytearray((part / name).read_bytes())
+        data_begin = 8 + int.from_bytes(data[:8], "little")
+        begin, end = json.loads(data[8:data_begin])[tensor]["data_offsets"]
+        data[data_begin + begin : data_begin + end] = np.full((end - begin) // 4, number, "<f4").tobytes()
+        (part / name).write_bytes(data)
+
+    return spoil
+
+
+def content(name: str, change: Callable[[bytes], bytes]) -> Spoil:
+    return lambda part: (part / name).write_bytes(change((part / name).read_bytes()))
+
+
+def description(**values: Any) -> Spoil:
+    return content("part.json", lambda data: json.dumps({**json.loads(data), **values}).encode())
+
+
+WEIGHT = "attn.c_attn.weight"
+SPOILS: dict[str, tuple[Spoil, str]] = {
+    "a graph without its output": (graph("forward.onnx", renamed("output", "other")), "does not compute 'output' as float32"),
+    "no activations": (graph("embedding.onnx", renamed("output", "other")), "does not compute 'output' as float32"),
+    "no gradient": (
+        graph("backward.onnx", renamed("gradient:attn.c_attn.A", "other")),
+        r"does not compute 'gradient:attn.c_attn.A' as float32 of shape \[2, 16\]",
+    ),
+    "no gradient of the input": (graph("backward.onnx", renamed("input_gradient", "x")), "does not compute 'input_gradient'"),
+    "an unknown input": (graph("forward.onnx", renamed("input", "secret")), "forward.onnx .* it asks for 'secret', which"),
+    # numpy would repeat one row for all
+    "one row for all": (
+        graph("inference.onnx", computing("output", "ReduceMean", [0])),
+        r"'output' as float32 of shape \[8, 16\]",
+    ),
+    "one number for all": (graph("forward.onnx", computing("output", "ReduceMean", [0, 1])), r"as float32 of shape \[8, 16\]"),
+    "half the precision": (graph("forward.onnx", halved), r"does not compute 'output' as float32"),
+    "more memory than any machine has": (graph("forward.onnx", bomb), "forward.onnx .* cannot be computed: .*llocat"),
+    "an operator that is not allowed": (
+        graph("inference.onnx", lambda graph: graph.node.append(helper.make_node("Loop", ["input"], ["x"], "odd"))),
+        'the graph inference.onnx of the server.s part of the model is refused: node "odd" is the operator "Loop"',
+    ),
+    "a graph that does not fit together": (
+        graph("forward.onnx", computing("output", "MatMul", np.zeros((3, 3), np.float32))),
+        "does not load forward.onnx|forward.onnx .* cannot be computed",
+    ),
+    "a graph that is none": (content("backward.onnx", lambda data: b"\xff" * 20), "graph backward.onnx .* is refused: byte 0"),
+    "a file cut short": (
+        content("block-1.safetensors", lambda data: data[:-9]),
+        "block-1.safetensors .*which is outside the file",
+    ),
+    "no header": (
+        content("block-1.safetensors", lambda data: b"\xff" * 8),
+        "a header of 18446744073709551615 bytes does not fit",
+    ),
+    "a header that is too deep": (
+        content("block-1.safetensors", lambda data: (10**5).to_bytes(8, "little") + b"[" * 10**5),
+        "its header is no JSON",
+    ),
+    "offsets behind the end": (entry(WEIGHT, data_offsets=[0, 10**30]), "lies at .* outside the file"),
+    "offsets that run backwards": (entry(WEIGHT, data_offsets=[9, 1]), "outside the file"),
+    "an offset that is none": (entry(WEIGHT, data_offsets=[True, float("nan")]), "outside the file"),
+    "a huge shape": (entry(WEIGHT, shape=[2**40, 2**40]), "where no I8 of shape"),
+    "a shape that is NaN": (entry(WEIGHT, shape=[float("nan"), 1]), "has the shape"),
+    "another shape of as many": (entry(WEIGHT, shape=[48, 16]), "cannot be computed"),
+    "another type": (entry(WEIGHT, dtype="F64"), 'is stored as "F64"'),
+    "weights that lie in each other": (
+        header("block-0.safetensors", lambda entries: entries.update({WEIGHT: entries["mlp.c_fc.weight"]})),
+        "cannot be computed",
+    ),
+    "a weight left out": (header("block-0.safetensors", lambda entries: entries.pop(WEIGHT)), f"it asks for 'weight:{WEIGHT}'"),
+    "no tokens": (header("embedding.safetensors", lambda entries: entries.pop("tokens")), 'has no tensor "tokens"'),
+    "more tokens than there are": (description(vocabulary_size=700), "the part's table of tokens has shape"),
+    "tokens with wrong scales": (
+        header("embedding.safetensors", lambda entries: entries["tokens.scale"].update(shape=[300, 2])),
+        "scales; one for each",
+    ),
+    "numbers that are none": (
+        numbers("block-0.safetensors", "ln_1.bias", np.nan),
+        "without an adapter, gives activations that are not finite",
+    ),
+    "a newer onnxruntime": (description(onnxruntime="99.1"), "needs onnxruntime 99.1, this device has"),
+    "another width": (description(width=8), "the part's table of tokens has shape"),
+    "more blocks than files": (description(cut_layer=9000), "has cut layer 9000, the run has 2"),
+    "a tokenizer that is none": (content("tokenizer.json", lambda data: b"{}"), "tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILS)
+def test_spoilt_part_is_refused_in_one_sentence(part: Path, run: RunSettings, what: str) -> None:
+    spoil, expected = SPOILS[what]
+    spoil(part)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ModelError, match=expected) as caught:
+        use(part, run)
+    assert str(caught.value).isprintable()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+def test_part_as_the_server_wrote_it_is_not_refused(part: Path, run: RunSettings) -> None:
+    use(part, run)
