@@ -56,7 +56,6 @@ def build_parser() -> Parser:
 
     train = commands.add_parser("train", help="take part in a run to its end", description="Take part in a run to its end.")
     train.add_argument("--server", required=True, metavar="URL", help="address of the server, such as ws://192.168.1.20:8765")
-    train.add_argument("--model", required=True, help="the run's base model: a Hugging Face folder, or a hub name such as gpt2")
     train.add_argument(
         "--name",
         help="name of this device in the run (default: the enrolled one; else made of the names of host and data file)",
@@ -77,9 +76,6 @@ def build_parser() -> Parser:
         help="what splitlora-server enrol has printed: @FILE reads it from a file, - from standard input; if it is left "
         f"out, it is taken from the environment variable {INVITATION_VARIABLE}. Written here as it is, other users of this "
         "machine can read it in the list of processes",
-    )
-    join.add_argument(
-        "--model", help="the run's base model, as for train (default: the one that the server names, if it is on the hub)"
     )
     _add_training_flags(join)
     join.set_defaults(run=run_join, errors=_errors_of_train)
@@ -149,6 +145,11 @@ def _add_generation_flags(command: argparse.ArgumentParser) -> None:
 
 def _add_training_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument(
+        "--model",
+        help="the run's base model: a Hugging Face folder, or a hub name such as gpt2 (default: the server hands over this "
+        "device's part of it)",
+    )
+    command.add_argument(
         "--data", required=True, metavar="FILE", help="training texts: .jsonl, .csv or .txt; the file never leaves this device"
     )
     command.add_argument(
@@ -160,13 +161,20 @@ def _add_training_flags(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--no-shuffle", action="store_true", help="take the samples in the order of the file")
     command.add_argument(
+        "--engine",
+        choices=("auto", "onnxruntime", "torch"),
+        default="auto",
+        help="what computes: onnxruntime, on what the server hands over, or torch, on --model; auto is torch where --model is "
+        "given and there is CUDA, or where the server hands over nothing (default: %(default)s)",
+    )
+    command.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: %(default)s)"
     )
     command.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="precision of the frozen weights (default: %(default)s)",
+        help="precision of the frozen weights; with onnxruntime, auto is what the server hands over (default: %(default)s)",
     )
     command.add_argument(
         "--in-flight",
@@ -182,10 +190,17 @@ def _add_training_flags(command: argparse.ArgumentParser) -> None:
         help="codec delta: most bytes of activations kept on this device's disk (default: the server's, at most 1 GiB)",
     )
     command.add_argument(
+        "--part-bytes",
+        type=int,
+        metavar="BYTES",
+        help="most bytes of what servers hand over that are kept on this device's disk; what is used least recently goes "
+        "first (default: 4 GiB)",
+    )
+    command.add_argument(
         "--state-dir",
         metavar="DIR",
-        help="folder for this device's enrolments, and for what it needs to go on after it was killed (default: the user's "
-        "folder for state)",
+        help="folder for this device's enrolments, for what servers hand over, and for what it needs to go on after it was "
+        "killed (default: the user's folder for state)",
     )
     command.add_argument(
         "--give-up-after", type=float, metavar="SECONDS", help="stop after so long without a connection (default: never)"
@@ -202,7 +217,7 @@ def run_train(options: argparse.Namespace) -> None:
     from .client import EdgeClient
 
     with show_log("edge_client"):
-        _train(EdgeClient(options.server, model=options.model, name=options.name, **_training_options(options)))
+        _train(EdgeClient(options.server, name=options.name, **_training_options(options)))
 
 
 def run_join(options: argparse.Namespace) -> None:
@@ -210,7 +225,7 @@ def run_join(options: argparse.Namespace) -> None:
 
     invitation = _invitation(options.invitation)
     with show_log("edge_client"):
-        _train(EdgeClient.join(invitation, model=options.model, **_training_options(options)))
+        _train(EdgeClient.join(invitation, **_training_options(options)))
 
 
 def _invitation(given: str | None) -> str:
@@ -249,12 +264,15 @@ def _training_options(options: argparse.Namespace) -> dict[str, Any]:
         "batch_size": options.batch_size,
         "max_length": options.max_length,
         "shuffle": not options.no_shuffle,
+        "model": options.model,
+        "engine": options.engine,
         "device": options.device,
         "dtype": options.dtype,
         "state_dir": options.state_dir,
         "give_up_after": options.give_up_after,
         "in_flight": options.in_flight,
         "cache_bytes": options.cache_bytes,
+        "part_bytes": options.part_bytes,
     }
 
 

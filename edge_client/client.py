@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 from tokenizers import Tokenizer
 
@@ -23,23 +23,34 @@ from protocol import (
     largest_message_bytes,
 )
 from protocol.invitation import Invitation
-from split_model import PretrainedModel
-from storage import ModelError, find_model
-from terminal import user_path, user_text_path
+from storage import ModelError, NamedFiles, find_model
+from terminal import importing, user_path, user_text_path
 
 from .access import Access, default_name
-from .client_state import ClientState, DeviceCache, allowed_cache_bytes
+from .client_state import ClientState, DeviceCache, WayToCompute, allowed_cache_bytes
 from .connection import Refused
-from .data import Batches, DataError, Dataset
+from .data import Batches, DataError, Dataset, check_file
 from .engine import Engine
+from .engine_choice import ENGINES, TORCH, choose_engine
 from .enrolment import state_folder, store
 from .membership import Membership, Redirected
+from .part.fetching import fetch_part, part_digest
+from .part.part_cache import PartCache
 from .server_status import model_of_server
-from .torch_engine import TorchEngine, choose_weight_dtype
 from .training import Step, perplexity, train
 from .waiting import WaitReports, reason_to_wait
 
+if TYPE_CHECKING:
+    from split_model import ModelConfig, PretrainedModel
+    from storage import PartDescription
+
+    from .part.device_part import DevicePart
+
 __all__ = ["EdgeClient"]
+
+PART_BYTES = 4 * 2**30
+"""Most bytes of parts of models on this device's disk, where the user says nothing."""
+TITLE = "the server's part of the model"
 
 logger = logging.getLogger("edge_client")
 
@@ -48,20 +59,24 @@ class EdgeClient:
     """
     A device and its data, in a run of the server at ``server``.
 
-        with EdgeClient("ws://127.0.0.1:8765", model="gpt2", data="notes.jsonl", batch_size=8) as client:
+        with EdgeClient("ws://127.0.0.1:8765", data="notes.jsonl", batch_size=8) as client:
             for step in client.train():
                 print(step.number, step.loss)
 
     Args:
         server: WebSocket address; for wss:// this device has been enrolled there, or the certificate is an authority's.
-        model: the run's base model, a Hugging Face folder or a hub name.
+        model: the run's base model, a Hugging Face folder or a hub name; None: the server hands over this device's part of it.
         data: .jsonl, .csv or .txt; the texts stay on this device.
         eval_data: held-out texts for `perplexity`.
         max_length: tokens after which a sample is cut; never more than the model has positions.
         shuffle: a new order in every epoch, from the run's seed; False keeps the file's order.
         name: of this device in the run; the default is made of the host's name and the data file's.
+        engine: what computes: "onnxruntime", on the part that the server hands over, or "torch", on ``model``; "auto" is torch
+            where ``model`` is given and torch finds a CUDA device, or where the server hands over no part. A device that comes
+            back to a run goes on with the engine it began with.
         device, dtype: where and in which precision the frozen weights compute; "auto" chooses by what the hardware has
-            instructions for, and a device that comes back to a run goes on in the precision it began with.
+            instructions for, and a device that comes back to a run goes on in the precision it began with. With onnxruntime
+            the server decides the precision.
         state_dir: where this device keeps its enrolments, and what it needs to go on with a run after it was killed; the
             default is the user's folder for such things.
         give_up_after: seconds without a connection after which the run is given up; None tries forever. But if nobody answers
@@ -70,30 +85,48 @@ class EdgeClient:
         in_flight: micro-batches that are under way at once, if the run divides batches; 1 waits for each answer.
         cache_bytes: with the codec delta, how much of the samples' activations is kept in ``state_dir``; None is as much as the
             server keeps, and at most 1 GiB.
+        part_bytes: how much of what servers hand over is kept in ``state_dir``; a larger part is refused. None is 4 GiB.
+        report: called while this device makes itself ready, with what it is at, how many bytes of it are done, and of how many.
 
     Raises:
         DataError, ModelError, InvalidName, EnrolmentError: a file or the name cannot be used.
         ConnectionFailed, Refused, RemoteProtocolError: the server cannot be used, on entering and later.
         StateError: the folder for this device's state cannot be written.
+        PackageMissing: what computes is not installed; the message says what installs it.
     """
+
+    data: Dataset
+    """Without ``model`` it is read on entering, when the server has handed over the tokenizer."""
+    eval_data: Dataset | None = None
+    engine: str
+    """On entering: what computes, "onnxruntime" or "torch"."""
+    engine_choice: str
+    """On entering: why."""
+    dtype: str
+    """On entering: of the frozen weights."""
+    choice: str
+    """On entering: why."""
 
     def __init__(
         self,
         server: str,
         *,
-        model: str,
+        model: str | None = None,
         data: str | os.PathLike[str],
         eval_data: str | os.PathLike[str] | None = None,
         batch_size: int = 8,
         max_length: int = 512,
         shuffle: bool = True,
         name: str | None = None,
+        engine: str = "auto",
         device: str = "auto",
         dtype: str = "auto",
         state_dir: str | os.PathLike[str] | None = None,
         give_up_after: float | None = None,
         in_flight: int = 2,
         cache_bytes: int | None = None,
+        part_bytes: int | None = None,
+        report: Callable[[str, int, int], object] | None = None,
     ) -> None:
         if batch_size < 1:
             raise DataError(f"batch-size must be at least 1, got {batch_size}")
@@ -101,28 +134,43 @@ class EdgeClient:
             raise DataError(f"in-flight must be at least 1, got {in_flight}")
         if cache_bytes is not None and cache_bytes < 0:
             raise DataError(f"cache-bytes must be at least 0, got {cache_bytes}")
+        if engine not in ENGINES:
+            raise DataError(f"engine must be {', '.join(ENGINES[:-1])} or {ENGINES[-1]}, got {engine!r}")
+        if engine == TORCH and model is None:
+            raise ModelError("the torch engine computes with a model of this device's own: give --model, or leave --engine out")
         self.server, self.batch_size, self.shuffle = server, batch_size, shuffle
         state = state_folder(state_dir)
-        data = user_path(data)
+        data, held_out = user_path(data), None if eval_data is None else user_path(eval_data)
         self._access = Access.to(server, state, None if name is None else check_name(name))
         self.name = name or self._access.name or default_name(data)
         self._state, self._give_up_after = ClientState(state, server, self.name), give_up_after
-        self._device, self._dtype = device, dtype
+        self._parts, self._report = PartCache(state / "parts", PART_BYTES if part_bytes is None else part_bytes), report
+        self._asked_engine, self._device, self._dtype = engine, device, dtype
         self._in_flight, self._cache_bytes = in_flight, cache_bytes
-        model = user_text_path(model)
-        self._hub_name = "" if Path(model).is_dir() else model  # noted on the disk; a folder's path may be another tomorrow
-        self._model = PretrainedModel(find_model(model))
-        tokenizer = self._model.tokenizer()
-        self.data = self._load(data, tokenizer, max_length)
-        self.eval_data = None if eval_data is None else self._load(user_path(eval_data), tokenizer, max_length)
+        self._files, self._max_length = (data, held_out), max_length
+        self._hub_name = ""
+        self._model: PretrainedModel | None = None
+        if model is not None:
+            model = user_text_path(model)
+            self._hub_name = "" if Path(model).is_dir() else model  # noted on the disk; a folder's path may be another tomorrow
+            self._model = _open_model(model)
+            self._read_data(self._model.tokenizer(), self._model.config, self._model.folder)
+            return
+        for path in filter(None, self._files):  # what is wrong with them is said before anything is fetched
+            check_file(path)
 
-    def _load(self, path: Path, tokenizer: Tokenizer, max_length: int) -> Dataset:
-        config = self._model.config
-        data = Dataset.load(path, tokenizer, config.end_token, min(max_length, config.num_positions))
+    def _read_data(self, tokenizer: Tokenizer, config: "Described", where: Path) -> None:
+        data, held_out = self._files
+        self.data = self._load(data, tokenizer, config, where)
+        if held_out is not None:
+            self.eval_data = self._load(held_out, tokenizer, config, where)
+
+    def _load(self, path: Path, tokenizer: Tokenizer, config: "Described", where: Path) -> Dataset:
+        data = Dataset.load(path, tokenizer, config.end_token, min(self._max_length, config.num_positions))
         # Tokens may have been added to the tokenizer and not to the model. The server would blame the device for its labels.
         if data.highest_token >= config.vocabulary_size:
             raise ModelError(
-                f"{self._model.folder}: the tokenizer gives token {data.highest_token} "
+                f"{where}: the tokenizer gives token {data.highest_token} "
                 f"({tokenizer.id_to_token(data.highest_token)!r}), the model's vocabulary has {config.vocabulary_size}"
             )
         return data
@@ -133,6 +181,7 @@ class EdgeClient:
         invitation: str,
         *,
         model: str | None = None,
+        engine: str = "auto",
         state_dir: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> "EdgeClient":
@@ -141,53 +190,109 @@ class EdgeClient:
 
         Args:
             invitation: what `splitlora-server enrol` has printed. It is kept in ``state_dir``, so this needs to be said once.
-            model: as of EdgeClient; None is the one that the server names, if that is on the hub.
+            model, engine: as of EdgeClient; with torch, None is the model that the server names, if it is on the hub.
             options: the other arguments of EdgeClient, but for the name, which the invitation says.
 
         Raises:
             InvalidInvitation: it is none. No error repeats any part of it.
             EnrolmentError: it cannot be kept.
-            ModelError: the server has its model from a folder.
+            ModelError: the torch engine needs a model, and the server has its own from a folder.
             ConnectionFailed, Refused, CertificateChanged, RemoteProtocolError: the server cannot be asked for its model.
         """
         parsed = Invitation.parse(invitation)
         store(state_folder(state_dir), parsed)
-        if model is None:
+        if model is None and engine == TORCH:
             model = model_of_server(parsed, state_folder(state_dir))
-        return cls(parsed.url, model=model, name=parsed.name, state_dir=state_dir, **options)
+        return cls(parsed.url, model=model, engine=engine, name=parsed.name, state_dir=state_dir, **options)
 
     def __enter__(self) -> "EdgeClient":
         """Connect, learn the run's settings and make the device's part of the model ready. `start` then joins the run."""
         self._wait_reports = WaitReports(lambda: reason_to_wait(self._access.connect, self.name))
         self._membership = Membership(
             self._access.connect,
-            Hello(name=self.name, fingerprint=self._model.fingerprint(), codecs=(*CODECS, DELTA)),
+            Hello(name=self.name, fingerprint=self._model.fingerprint() if self._model else "", codecs=(*CODECS, DELTA)),
             give_up_after=self._give_up_after,
             # The address of a run in which this device was is right, and who says how long to try means to wait.
             server_may_be_away=self._state.is_in_a_run or self._give_up_after is not None,
             before=self._state.welcome(),
+            wants_part=self._asked_engine != TORCH,
             while_waiting=self._wait_reports,
         )
         self._start: Start | None = None
         self._wait_reports.begin()
         try:
-            settings, before = self.welcome.settings, self._state.dtype(self.welcome.run)
-            self.dtype, self.choice = choose_weight_dtype(self._dtype, self._device, settings, before=before)
-            # A device that is killed from here on comes back as this client and in this dtype: another one changes the result.
-            self._state.enter(self.welcome, dtype=self.dtype, model=self._hub_name)
-            self._batches, self._activation_cache = self._divide(settings)
-            self._engine: Engine = TorchEngine(self._model, settings, self._device, self.dtype)
+            self._make_ready(self.welcome.settings)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
         return self
+
+    def _make_ready(self, settings: RunSettings) -> None:
+        before = self._state.way_to_compute(self.welcome.run)
+        self.engine, self.engine_choice = choose_engine(
+            self._asked_engine,
+            has_model=self._model is not None,
+            device=self._device,
+            dtype=self._dtype,
+            settings=settings,
+            edge_weights=self._membership.edge_weights,
+            before=None if before is None else before.engine,
+        )
+        self._engine: Engine
+        if self._model is not None and self.engine == TORCH:
+            from .torch_engine import TorchEngine, choose_weight_dtype
+
+            dtype_before = before.dtype if before is not None and before.engine == TORCH else None
+            self.dtype, self.choice = choose_weight_dtype(self._dtype, self._device, settings, before=dtype_before)
+            self._enter_run(WayToCompute(TORCH, self.dtype, part=""), self._model.config)
+            self._engine = TorchEngine(self._model, settings, self._device, self.dtype)
+            return
+        from .onnx_engine import OnnxEngine
+
+        part, digest = self._fetch_part()
+        self.dtype, self.choice = part.description.weights, "as the server hands them over"
+        way = WayToCompute(self.engine, self.dtype, digest)
+        if before is not None and before.engine == self.engine and before.part != way.part:
+            logger.warning(
+                "run %s: the server hands over another part of the model than before this device was stopped (its weights are "
+                "in %s, they were in %s): the result may be another one",
+                self.welcome.run,
+                way.dtype,
+                before.dtype,
+            )
+        if self._model is None:
+            self._read_data(part.tokenizer(), part.description, part.files.path)
+        self._enter_run(way, part.description)
+        self._engine = OnnxEngine(part, settings)
+
+    def _fetch_part(self) -> "tuple[DevicePart, str]":
+        """The part that the server hands over, and its digest."""
+        from .part.device_part import DevicePart
+
+        report = self._report
+        files, paths = fetch_part(
+            self._membership, self._parts, None if report is None else lambda done, total: report(TITLE, done, total)
+        )
+        part = DevicePart(NamedFiles(paths, ModelError, TITLE), "cuda" if self._device == "cuda" else "cpu")
+        if part.description.fingerprint != self.welcome.fingerprint:
+            raise ModelError(
+                f"{TITLE} is one of another base model (fingerprint {part.description.fingerprint}) than that of the run "
+                f"({self.welcome.fingerprint})"
+            )
+        return part, part_digest(files)
+
+    def _enter_run(self, way: WayToCompute, config: "Described") -> None:
+        # A device that is killed from here on comes back as this client and computes as before: else the result changes.
+        self._state.enter(self.welcome, way, model=self._hub_name)
+        self._width = config.width
+        self._batches, self._activation_cache = self._divide(self.welcome.settings)
 
     def _divide(self, settings: RunSettings) -> tuple[Batches, DeviceCache | None]:
         """The data as batches of this run, and the activation cache of those samples that both sides keep, if they keep any."""
         num_cached, cache = 0, None
         if settings.activation_codec == DELTA:
             cache_bytes = allowed_cache_bytes(settings, self._cache_bytes)
-            num_cached = self.data.num_that_fit(cache_bytes, width=self._model.config.width)
+            num_cached = self.data.num_that_fit(cache_bytes, width=self._width)
             cache = self._state.activation_cache(cache_bytes)
         batches = Batches(
             data=self.data,
@@ -211,7 +316,7 @@ class EdgeClient:
             longest = max(data.longest for data in (self.data, self.eval_data) if data is not None)
             largest_message = largest_message_bytes(
                 rows=self.batch_size * longest,
-                width=self._model.config.width,
+                width=self._width,
                 precision=self.welcome.settings.precision,
                 adapter_elements=self._engine.num_adapter_elements,
             )
@@ -289,3 +394,13 @@ class EdgeClient:
         else:
             run = self.welcome.run
             logger.info("this device stays in run %s: started again with the same command, it goes on there", run)
+
+
+Described = Union["ModelConfig", "PartDescription"]
+"""What says a model's sizes."""
+
+
+def _open_model(name: str) -> "PretrainedModel":
+    with importing("--model", install="splitlora[torch]"):
+        from split_model import PretrainedModel
+    return PretrainedModel(find_model(name))

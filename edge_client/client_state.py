@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,23 @@ from storage import CacheFolder, is_hub_name, remove_unfinished, replace_file
 
 from .saved_steps import SavedSteps, StateError, readable_errors
 
-__all__ = ["ClientState", "DeviceCache", "StateError", "allowed_cache_bytes"]
+__all__ = ["ClientState", "DeviceCache", "StateError", "WayToCompute", "allowed_cache_bytes"]
 
 FOLDER, NOTE, CACHE = "places", "place.json", "samples"
 """Names on the disk are those of earlier versions: a device that was killed under one of them finds back."""
 MOST_CACHE_BYTES = 2**30
 """Where the user says nothing. A server does not decide how much of a device's disk it fills."""
+
+
+@dataclass(frozen=True)
+class WayToCompute:
+    """What has to stay the same when a device comes back to a run: another way gives another result."""
+
+    engine: str
+    dtype: str
+    """Of the frozen weights."""
+    part: str
+    """The digest of the part that the server handed over; empty for a model of the device's own."""
 
 
 class ClientState:
@@ -54,22 +65,24 @@ class ClientState:
         except (ValueError, KeyError, TypeError):
             return None
 
-    def dtype(self, run: str) -> str | None:
-        """The dtype of the frozen weights with which this client takes part in ``run``; None if it does not."""
+    def way_to_compute(self, run: str) -> "WayToCompute | None":
+        """How this client computes in ``run``; None if it does not take part in it."""
         note = self._note()
-        return str(note.get("dtype")) if note.get("run") == run else None
+        if note.get("run") != run:
+            return None
+        # An earlier version had one engine, and noted none.
+        return WayToCompute(*(str(note.get(name, default)) for name, default in asdict(WayToCompute("torch", "", "")).items()))
 
     def model(self) -> str | None:
         """The base model's name on the hub; None if this client uses a folder, or belongs to no run."""
         model = self._note().get("model")
         return model if isinstance(model, str) and is_hub_name(model) else None
 
-    def enter(self, welcome: Welcome, *, dtype: str, model: str = "") -> None:
+    def enter(self, welcome: Welcome, way: "WayToCompute", *, model: str = "") -> None:
         """
         Note that this client belongs to a run now. What is left of another run is deleted.
 
         Args:
-            dtype: of its frozen weights.
             model: the base model's name on the hub, if it was given by name.
 
         Raises:
@@ -77,7 +90,7 @@ class ClientState:
         """
         if self._note().get("run") != welcome.run:
             self.delete()
-        note = {**asdict(welcome), "server": self._server, "name": self._name, "dtype": dtype, "model": model}
+        note = {**asdict(welcome), "server": self._server, "name": self._name, **asdict(way), "model": model}
         with readable_errors(self._folder):
             self._folder.mkdir(parents=True, mode=0o700, exist_ok=True)
             remove_unfinished(self._folder)

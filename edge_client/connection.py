@@ -17,7 +17,6 @@ from websockets.http11 import Response
 from websockets.sync.client import ClientConnection, connect
 
 from protocol import (
-    HANDSHAKE_BYTES,
     SECONDS_BETWEEN_PINGS,
     SECONDS_TO_PONG,
     Failure,
@@ -132,7 +131,7 @@ class Connection:
                 ssl=encryption,
                 additional_headers={"Authorization": build_authorization_basic(*credentials)} if credentials else None,
                 compression=None,
-                max_size=compressed_bound(HANDSHAKE_BYTES),  # until `expect`
+                max_size=compressed_bound(self.session.max_bytes),  # until `expect`
                 proxy=None,
                 ping_interval=SECONDS_BETWEEN_PINGS,  # by a thread of websockets, so also while this device computes
                 ping_timeout=SECONDS_TO_PONG,

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from protocol import Array, RunSettings, derive_seed
 from protocol.limits import VERSIONS_OF_A_SAMPLE
 from storage import encode, shown
 
-__all__ = ["Batch", "Batches", "DataError", "Dataset", "Sample", "Text", "read_texts"]
+__all__ = ["Batch", "Batches", "DataError", "Dataset", "Sample", "Text", "check_file", "read_texts"]
 
 FIELDS = ("prompt", "completion", "text")
 SHOWN = 8
@@ -211,6 +211,26 @@ def pack(samples: list[Sample]) -> Batch:
     )
 
 
+def check_file(path: Path) -> None:
+    """
+    Raises:
+        DataError: this is no data file by its name, or it cannot be read; what is in it is not looked at.
+    """
+    _reader(path)
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _reader(path: Path) -> Callable[[Path, str], Iterator[Text]]:
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_txt}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: data files end in {', '.join(readers)}")
+    return reader
+
+
 def read_texts(path: Path) -> Iterator[Text]:
     """
     The entries of a .jsonl, .csv or .txt file, white space at their ends stripped.
@@ -218,11 +238,7 @@ def read_texts(path: Path) -> Iterator[Text]:
     Raises:
         DataError: see `Dataset.load`.
     """
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_txt}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: data files end in {', '.join(readers)}")
-    texts = list(reader(path, _read_utf8(path)))
+    texts = list(_reader(path)(path, _read_utf8(path)))
     if not texts:
         raise DataError(f"{path} is empty")
     for prompt, completion in texts:

@@ -17,12 +17,16 @@ from protocol import (
     Itinerary,
     Join,
     Message,
+    Ping,
+    Pong,
     Remembered,
     RemoteProtocolError,
     Start,
     Welcome,
 )
 from protocol.agreement import changed_settings
+from storage import ModelError
+from terminal import plain
 
 from .connection import Connection, ConnectionFailed, Dial, Refused
 from .reconnector import Reconnector
@@ -94,12 +98,15 @@ class Membership:
         server_may_be_away: when the first connection is opened; else the address of a server that is away is taken for wrong.
             A server that says when it wants to be asked again is asked again in any case.
         before: the run in which this device was when it was killed, as the server had announced it.
+        wants_part: whether this device may have its part of the model from the server; then the server is asked before anything
+            else whether it hands over any. See `edge_weights`.
         stopwatch: divides the time that this client spends.
         sleep: waits for so many seconds.
         clock: gives seconds.
 
     Raises:
         ConnectionFailed, Refused, RemoteProtocolError: as `Connection`, where trying again is of no use.
+        ModelError: this device has no model, and the server hands over no part of its own.
     """
 
     def __init__(
@@ -110,6 +117,7 @@ class Membership:
         give_up_after: float | None = None,
         server_may_be_away: bool = False,
         before: Welcome | None = None,
+        wants_part: bool = False,
         while_waiting: AbstractContextManager[None] | None = None,
         stopwatch: Stopwatch | None = None,
         sleep: Callable[[float], None] = time.sleep,
@@ -125,8 +133,11 @@ class Membership:
         self._join: Join | None = None
         """What this client has joined with; None before `start`."""
         self._largest_message = HANDSHAKE_BYTES
-        self._num_evaluations = 0
+        self._num_indices = 0
         """Of this process; see `next_index`."""
+        self.edge_weights = ""
+        """The precision of the part that the server hands over; empty where it hands over none, or was not asked."""
+        self._wants_part = wants_part
         try:
             self.welcome = self._greet(server_may_be_away)
             if before is not None and before.run == self.welcome.run:
@@ -160,6 +171,22 @@ class Membership:
         self.stopwatch.lap()  # waiting for the others to join belongs to no step
         return start
 
+    def ask(self, question: Message, answer_kind: type[Answer]) -> Answer:
+        """
+        The answer to a question that belongs before `start`, however often it has to be asked.
+
+        Raises:
+            ConnectionFailed, Refused, RemoteProtocolError: as `exchange_each`.
+        """
+        while True:
+            try:
+                answer = self._server.connection.exchange(question, answer_kind)
+            except ConnectionFailed as error:
+                self._server.reconnect(error, self._hear_same_welcome)
+                continue
+            self._server.made_progress()
+            return answer
+
     def exchange(self, question: Message, answer_kind: type[Answer]) -> Answer:
         """A question's answer; raises what `exchange_each` does."""
         ((_, answer),) = self.exchange_each([question], answer_kind)
@@ -192,11 +219,11 @@ class Membership:
 
     def next_index(self) -> int:
         """
-        A new number for each `Evaluation`. The answer repeats it: so a late answer is recognised, and a question that is asked
-        again is none of its own.
+        A new number for each `Evaluation`, `AskPart` and `AskPiece`. The answer repeats it: so a late answer is recognised, and
+        a question that is asked again is none of its own.
         """
-        self._num_evaluations += 1
-        return self._num_evaluations
+        self._num_indices += 1
+        return self._num_indices
 
     @property
     def num_bytes(self) -> int:
@@ -294,11 +321,31 @@ class Membership:
             return self._server.reconnect(error, self._hear_welcome)
 
     def _hear_welcome(self, connection: Connection) -> Welcome:
+        if self._wants_part:
+            self._ask_for_weights(connection)
         welcome = connection.exchange(self._hello, Welcome)
         # The server compares them, too, and refuses; one that does not would train another model with these activations.
-        if welcome.fingerprint != self._hello.fingerprint:
+        if self._hello.fingerprint not in ("", welcome.fingerprint):
             raise RemoteProtocolError(f"{connection.url} does not keep to the protocol: its run has another base model")
+        self._hello = replace(self._hello, fingerprint=welcome.fingerprint)
         return welcome
+
+    def _ask_for_weights(self, connection: Connection) -> None:
+        pong = connection.exchange(Ping(), Pong)
+        if not pong.edge_weights and not self._hello.fingerprint:
+            raise ModelError(
+                f"the server at {connection.url} (splitlora {plain(pong.software[:40])}) hands over no part of its model, as "
+                "older versions and runs in float64 do: update it, or give --model"
+            )
+        self.edge_weights, self._wants_part = pong.edge_weights, False
+
+    def _hear_same_welcome(self, connection: Connection) -> None:
+        welcome = self._hear_welcome(connection)
+        if welcome.run != self.welcome.run:
+            # Not a run to enter by itself: what this device has learnt belongs to the one that is gone.
+            raise Refused(f"{connection.url} has another run now: {welcome.run} instead of {self.welcome.run}")
+        _check_same_run(self.welcome, welcome)
+        self.welcome = welcome
 
     def _enter(self, connection: Connection) -> Start:
         assert self._join is not None
@@ -309,12 +356,7 @@ class Membership:
             return connection.exchange(join, Start)
 
     def _rejoin(self, connection: Connection) -> Start:
-        welcome = self._hear_welcome(connection)
-        if welcome.run != self.welcome.run:
-            # Not a run to enter by itself: what this device has learnt belongs to the one that is gone.
-            raise Refused(f"{connection.url} has another run now: {welcome.run} instead of {self.welcome.run}")
-        _check_same_run(self.welcome, welcome)
-        self.welcome = welcome
+        self._hear_same_welcome(connection)
         start = self._enter(connection)
         logger.info(
             "connected again; the run goes on after step %d, this device had finished step %d", start.step, self.position.step

@@ -8,7 +8,7 @@ from .exported_manifest import ExportedManifest
 from .fingerprint import fingerprint, part_that_differs
 from .folder import Folder, NamedFiles, shown
 from .model_folder import FILES_BESIDE_WEIGHTS, find_model, is_hub_name
-from .part_description import EDGE_WEIGHTS, GRAPH_FILES, PART_FILE, PartDescription
+from .part_description import EDGE_WEIGHTS, GRAPH_FILES, PART_FILE, PartDescription, required_files
 from .run_description import RunDescription
 from .tokenizer import TOKENIZER_FILES, encode, load_tokenizer
 
@@ -35,5 +35,6 @@ __all__ = [
     "part_that_differs",
     "remove_unfinished",
     "replace_file",
+    "required_files",
     "shown",
 ]

@@ -15,7 +15,7 @@ from .errors import ModelError
 from .folder import Folder, Member, shown
 from .tokenizer import TOKENIZER_FILES
 
-__all__ = ["EDGE_WEIGHTS", "GRAPH_FILES", "PART_FILE", "PartDescription"]
+__all__ = ["EDGE_WEIGHTS", "GRAPH_FILES", "PART_FILE", "PartDescription", "required_files"]
 
 PART_FILE, FORMAT = "part.json", 1
 EDGE_WEIGHTS = ("float32", "float16", "int8")
@@ -111,12 +111,12 @@ class PartDescription:
     @property
     def weight_files(self) -> tuple[str, ...]:
         """The embedding's, then each block's."""
-        return ("embedding.safetensors", *(f"block-{block}.safetensors" for block in range(self.cut_layer)))
+        return _weight_files(self.cut_layer)
 
     @property
     def required_files(self) -> tuple[str, ...]:
         """All files of a part but those of the tokenizer, of which not every folder has all."""
-        return (PART_FILE, *GRAPH_FILES, *self.weight_files)
+        return required_files(self.cut_layer)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -126,6 +126,15 @@ class PartDescription:
     def adapter_name(self, block: int, layer: str, matrix: str) -> str:
         """PEFT's name of ``matrix`` ("A" or "B") of a block's layer in the whole model."""
         return f"{self.adapter_prefix.replace('{block}', str(block))}{layer}.lora_{matrix}.weight"
+
+
+def required_files(cut_layer: int) -> tuple[str, ...]:
+    """The files of a part of so many blocks, but for those of the tokenizer, of which not every folder has all."""
+    return (PART_FILE, *GRAPH_FILES, *_weight_files(cut_layer))
+
+
+def _weight_files(cut_layer: int) -> tuple[str, ...]:
+    return ("embedding.safetensors", *(f"block-{block}.safetensors" for block in range(cut_layer)))
 
 
 class _Values:

@@ -320,7 +320,7 @@ def besieged(folder: Path, seed: int) -> Iterator[Siege]:
         stack.callback(server.stop)
         server.wait_for("listening on wss://")
         client = EdgeClient(
-            honest.url, model=str(model), data=data, batch_size=2, state_dir=folder / "state", give_up_after=1.0
+            honest.url, engine="torch", model=str(model), data=data, batch_size=2, state_dir=folder / "state", give_up_after=1.0
         )
         siege = Siege(server, HonestClient(client), port, mallory, PretrainedModel(model).fingerprint(), seed)
         with siege.member() as (first, _):

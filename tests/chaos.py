@@ -277,7 +277,7 @@ def take_part(url: str, options: dict[str, Any], watch: "Watch", perplexity: Pat
     come_back_within(0.2)
     watch_client(watch)
     try:
-        with EdgeClient(url, **options) as client:
+        with EdgeClient(url, **{"engine": "torch", **options}) as client:
             if client.eval_data:
                 client.perplexity()
             for _ in client.train():

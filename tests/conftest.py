@@ -253,7 +253,9 @@ def run_split(server_options: dict[str, Any], clients: dict[str, dict[str, Any]]
 
     def take_part(url: str, name: str, options: dict[str, Any]) -> None:
         try:
-            with EdgeClient(url, model=str(server_options["model"]), name=name, **{"dtype": "float32", **options}) as client:
+            with EdgeClient(
+                url, model=str(server_options["model"]), name=name, **{"engine": "torch", "dtype": "float32", **options}
+            ) as client:
                 before = client.perplexity() if "eval_data" in options else 0.0
                 steps[name] = list(client.train())
                 if "eval_data" in options:

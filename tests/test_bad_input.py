@@ -476,7 +476,7 @@ def test_server_that_cannot_write_the_adapter_does_not_end_well(
         url = f"ws://127.0.0.1:{port}"
         with (
             pytest.raises(ConnectionError),
-            EdgeClient(url, model=str(tiny_model), data=pairs_file("a", 3), give_up_after=0.1) as client,
+            EdgeClient(url, engine="torch", model=str(tiny_model), data=pairs_file("a", 3), give_up_after=0.1) as client,
         ):
             list(client.train())  # the run could go on once there is room again: the device is not dismissed
         assert status.result() == 1
@@ -723,7 +723,9 @@ def a_run(model: Path, tmp_path: Path, data: Path, *, clients: int, **options: A
     """A run of two steps. Whatever happens in the block, at its end the honest client finishes it."""
     told = {**server_options(model, tmp_path / "run"), "clients": clients, **options}
     with ThreadPoolExecutor(1) as background, GpuServer(**told) as server:
-        with EdgeClient(server.url, model=str(model), data=data, name="honest", batch_size=2, dtype="float32") as honest:
+        with EdgeClient(
+            server.url, engine="torch", model=str(model), data=data, name="honest", batch_size=2, dtype="float32"
+        ) as honest:
             run = Run(server, honest, background)
             yield run
             assert run.train().result() == [1, 2]
@@ -1159,7 +1161,7 @@ def test_ctrl_c_keeps_the_run_and_its_client_tries_to_come_back(
     flags = {**server_options(tiny_model, tmp_path / "run"), "steps": 10**6}
     with program("gpu_server", "serve", *arguments(flags)) as process:
         url = read_until(process, "listening on").split()[2]
-        with EdgeClient(url, model=str(tiny_model), data=pairs_file("a", 3), give_up_after=0.1) as client:
+        with EdgeClient(url, engine="torch", model=str(tiny_model), data=pairs_file("a", 3), give_up_after=0.1) as client:
             steps = client.train()
             next(steps)
             status, said = interrupt(process)

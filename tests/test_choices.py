@@ -104,6 +104,7 @@ def test_device_that_was_killed_comes_back_in_the_dtype_it_began_with(
     processor: Callable[..., None], options: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]
 ) -> None:
     device = {
+        "engine": "torch",
         "model": options["model"],
         "data": pairs_file("a", 9),
         "name": "a",
@@ -158,7 +159,13 @@ def test_both_programs_say_on_their_first_line_what_they_chose(
 ) -> None:
     dtype, why = choose_dtype("auto", CPU)
     port = free_port()
-    device = {"server": f"ws://127.0.0.1:{port}", "model": options["model"], "data": pairs_file("a", 9), "device": "cpu"}
+    device = {
+        "server": f"ws://127.0.0.1:{port}",
+        "engine": "torch",
+        "model": options["model"],
+        "data": pairs_file("a", 9),
+        "device": "cpu",
+    }
     device["state_dir"] = tmp_path / "state"
     with program("gpu_server", "serve", *arguments({**options, "port": port, "steps": 1})) as server:
         assert server.stderr is not None
@@ -178,7 +185,9 @@ def test_metrics_call_a_codec_what_the_flag_calls_it(
     options: dict[str, Any], pairs_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     with GpuServer(**options, dtype="float32", codec="float32", steps=1) as server:
-        with EdgeClient(server.url, model=options["model"], data=pairs_file("a", 9), state_dir=tmp_path / "state") as client:
+        with EdgeClient(
+            server.url, engine="torch", model=options["model"], data=pairs_file("a", 9), state_dir=tmp_path / "state"
+        ) as client:
             list(client.train())
         (record,) = server.train()
     (row,) = metrics(Path(options["run_dir"]))

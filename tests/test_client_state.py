@@ -16,11 +16,13 @@ from protocol_samples import SETTINGS
 from safetensors.numpy import save_file
 
 from edge_client import ConnectionFailed, EdgeClient
-from edge_client.client_state import ClientState
+from edge_client.client_state import ClientState, WayToCompute
 from edge_client.saved_steps import SavedStep, StateError
 from gpu_server import GpuServer
 from protocol import Welcome
 from storage import CacheFolder
+
+WAY = WayToCompute(engine="torch", dtype="float32", part="")
 
 
 def welcome(run: str, **fields: Any) -> Welcome:
@@ -34,7 +36,7 @@ def saved(step: int, round: int = 0) -> SavedStep:
 @pytest.fixture
 def state(tmp_path: Path) -> ClientState:
     state = ClientState(tmp_path, "ws://here", "a")
-    state.enter(welcome("run"), dtype="float32")
+    state.enter(welcome("run"), WAY)
     return state
 
 
@@ -52,11 +54,11 @@ def test_device_that_joins_again_while_its_server_is_down_takes_the_model_it_had
 ) -> None:
     monkeypatch.setattr("edge_client.client.find_model", lambda name: tiny_model if name == "gpt2" else Path(name))
     invitation = f"splitlora://127.0.0.1:1/#a/{'A' * 43}"  # nobody listens there
-    options = {"data": pairs_file("a", 4), "state_dir": tmp_path / "state"}
+    options = {"data": pairs_file("a", 4), "state_dir": tmp_path / "state", "engine": "torch"}
     with pytest.raises(ConnectionFailed, match="no server at"):
         EdgeClient.join(invitation, **options)
     state = ClientState(tmp_path / "state", EdgeClient.join(invitation, model="gpt2", **options).server, "a")
-    state.enter(welcome("run"), dtype="float32", model="gpt2")
+    state.enter(welcome("run"), WAY, model="gpt2")
     assert EdgeClient.join(invitation, **options).name == "a"
 
 
@@ -65,7 +67,7 @@ def test_device_notes_the_name_of_its_model_and_no_folder(
 ) -> None:
     monkeypatch.setattr("edge_client.client.find_model", lambda name: tiny_model)
     state = tmp_path / "state"
-    options = {"data": pairs_file("a", 4), "state_dir": state, "dtype": "float32"}
+    options = {"data": pairs_file("a", 4), "state_dir": state, "engine": "torch", "dtype": "float32"}
     with GpuServer(model=str(tiny_model), run_dir=tmp_path / "run", cut_layer=1, steps=1, clients=2, port=0) as server:
         ended = run_in_thread(lambda: list(server.train()))
         with (
@@ -80,14 +82,14 @@ def test_device_notes_the_name_of_its_model_and_no_folder(
 
 def test_model_that_is_no_name_on_the_hub_is_not_taken_from_a_note(state: ClientState) -> None:
     assert state.model() is None
-    state.enter(welcome("run"), dtype="float32", model="../models/gpt2")
+    state.enter(welcome("run"), WAY, model="../models/gpt2")
     assert state.model() is None
 
 
 def test_state_is_there_until_it_is_deleted(tmp_path: Path) -> None:
     state = ClientState(tmp_path, "ws://here", "a")
     assert not state.is_in_a_run
-    state.enter(welcome("run"), dtype="float32")
+    state.enter(welcome("run"), WAY)
     assert ClientState(tmp_path, "ws://here", "a").is_in_a_run
     state.delete()
     assert not ClientState(tmp_path, "ws://here", "a").is_in_a_run
@@ -98,7 +100,7 @@ def test_settings_of_the_run_are_noted(tmp_path: Path) -> None:
     state = ClientState(tmp_path, "ws://here", "a")
     assert state.welcome() is None
     for restarts in (0, 1):
-        state.enter(welcome("run", restarts=restarts), dtype="float32")
+        state.enter(welcome("run", restarts=restarts), WAY)
         noted = ClientState(tmp_path, "ws://here", "a").welcome()
         assert noted is not None
         assert (noted.run, noted.settings, noted.restarts) == ("run", SETTINGS, restarts)
@@ -108,16 +110,16 @@ def test_settings_of_the_run_are_noted(tmp_path: Path) -> None:
 def test_states_of_other_servers_and_names_are_others(state: ClientState, tmp_path: Path, server: str, name: str) -> None:
     other = ClientState(tmp_path, server, name)
     assert not other.is_in_a_run
-    other.enter(welcome("run"), dtype="float32")
+    other.enter(welcome("run"), WAY)
     other.delete()
     assert state.is_in_a_run
 
 
 def test_another_run_of_the_same_server_begins_anew(state: ClientState) -> None:
     keep(state, 1, 2)
-    state.enter(welcome("run"), dtype="float32")
+    state.enter(welcome("run"), WAY)
     assert state.saved_steps.last_step() == 2
-    state.enter(welcome("next"), dtype="float32")
+    state.enter(welcome("next"), WAY)
     assert (state.is_in_a_run, state.saved_steps.last_step()) == (True, 0)
 
 
@@ -188,7 +190,7 @@ def test_note_that_cannot_be_read_is_none(state: ClientState, tmp_path: Path, co
 
 def test_folder_is_the_users_alone_and_no_name_reaches_its_path(tmp_path: Path) -> None:
     state = ClientState(tmp_path, "ws://../../etc", "a")
-    state.enter(welcome("run"), dtype="float32")
+    state.enter(welcome("run"), WAY)
     (note,) = files(tmp_path)
     assert note.parent.parent == tmp_path / "places"
     assert note.parent.name.isalnum()
@@ -212,7 +214,7 @@ def test_state_that_an_earlier_version_has_left_is_found(tmp_path: Path) -> None
     noted = state.welcome()
     assert noted is not None
     assert vars(noted) == vars(welcome("r", restarts=2))
-    assert (state.dtype("r"), state.model()) == ("bfloat16", "gpt2")
+    assert (state.way_to_compute("r"), state.model()) == (WayToCompute("torch", "bfloat16", ""), "gpt2")
     assert state.activation_cache(10**6).newest == 3
     # Steps were kept in another format. It is as if the device had not kept any, and the files go.
     assert state.saved_steps.last_step() == 0
@@ -227,7 +229,7 @@ def test_disk_that_is_full_is_said(state: ClientState, monkeypatch: Any, what: s
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StateError, match="No space left on device; free some space there"):
-        state.enter(welcome("other"), dtype="float32") if what == "enter" else keep(state, 1)
+        state.enter(welcome("other"), WAY) if what == "enter" else keep(state, 1)
 
 
 def test_server_that_never_moves_its_checkpoint_does_not_fill_the_disk(

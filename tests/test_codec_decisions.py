@@ -101,7 +101,9 @@ def test_run_that_goes_back_behind_a_decision_does_its_steps_again_in_the_codecs
     run_dir, port = tmp_path / "run", free_port()
     run = options(tiny_model, run_dir, **settings, port=port)
     with GpuServer(**run) as server:
-        client = EdgeClient(server.url, model=str(tiny_model), name="a", state_dir=tmp_path / "state", **device).__enter__()
+        client = EdgeClient(
+            server.url, engine="torch", model=str(tiny_model), name="a", state_dir=tmp_path / "state", **device
+        ).__enter__()
         steps = client.train()
         assert [next(steps).number for _ in range(7)][-1] == 7
         server.suspend()

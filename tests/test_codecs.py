@@ -569,8 +569,8 @@ def test_a_client_without_the_runs_codec_is_refused_by_name_and_the_run_goes_on(
         with monkeypatch.context() as patch:
             patch.setattr(edge_client.client, "CODECS", ("bfloat16",))
             with pytest.raises(Refused, match="old does not offer the codec int4, int8, which this run uses"):
-                EdgeClient(server.url, model=str(tiny_model), data=data, name="old").__enter__()
-        with EdgeClient(server.url, model=str(tiny_model), data=data, name="new") as client:
+                EdgeClient(server.url, engine="torch", model=str(tiny_model), data=data, name="old").__enter__()
+        with EdgeClient(server.url, engine="torch", model=str(tiny_model), data=data, name="new") as client:
             assert len(list(client.train())) == 2
         assert len(list(server.train())) == 2
 

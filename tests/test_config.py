@@ -369,7 +369,7 @@ def test_clients_are_not_told_where_things_lie() -> None:
 
 TRAINING = {
     *("--batch-size", "--data", "--device", "--dtype", "--eval-data", "--give-up-after", "--help", "--max-length", "--model"),
-    *("--cache-bytes", "--in-flight", "--no-shuffle", "--state-dir", "-h"),
+    *("--cache-bytes", "--engine", "--in-flight", "--no-shuffle", "--part-bytes", "--state-dir", "-h"),
 }
 SOURCE = {"--adapter", "--help", "--model", "--output", "--overwrite", "--run-dir", "-h"}
 FLAGS = {
@@ -520,7 +520,7 @@ NAMES = {
             "encode",
         ),
         *("find_model", "fingerprint", "is_hub_name", "load_tokenizer", "part_that_differs", "remove_unfinished"),
-        *("replace_file", "shown"),
+        *("replace_file", "required_files", "shown"),
     ],
     "terminal": [
         *(

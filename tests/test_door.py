@@ -101,7 +101,12 @@ def test_revoked_device_has_left_at_once_and_the_run_goes_on(
     store(tmp_path / "state", stays)
     with serving(tiny_model, run_dir, port, "--host=0.0.0.0", "--clients=2", "--steps=1000000") as server:
         client = EdgeClient(
-            stays.url, model=str(tiny_model), data=pairs_file("a", 9), state_dir=tmp_path / "state", give_up_after=0.1
+            stays.url,
+            engine="torch",
+            model=str(tiny_model),
+            data=pairs_file("a", 9),
+            state_dir=tmp_path / "state",
+            give_up_after=0.1,
         )
         words = ("join", goes.text(), "--model", tiny_model, "--data", pairs_file("b", 9), "--state-dir", tmp_path / "other")
         with ExitStack() as stack:

@@ -34,7 +34,7 @@ def settings(request: pytest.FixtureRequest, tiny_model: Path) -> dict[str, Any]
 
 @pytest.fixture
 def device(tmp_path: Path, pairs_file: Callable[..., Path]) -> dict[str, Any]:
-    return {"data": pairs_file("a", 4), "batch_size": 2, "dtype": "float32", "name": "a"}
+    return {"data": pairs_file("a", 4), "batch_size": 2, "engine": "torch", "dtype": "float32", "name": "a"}
 
 
 def refuse_write(monkeypatch: pytest.MonkeyPatch, state_dir: Path, number: int, error: BaseException) -> list[Path]:

@@ -68,7 +68,9 @@ def test_device_whose_link_stalls_when_it_comes_back_is_heard_the_next_time(
     monkeypatch.setattr(Conversations, "_refuse", noting)
     settings = options(tiny_model, tmp_path, handshake_seconds=1.0, aggregate_every=aggregate_every)
     with GpuServer(**settings) as server:
-        client = EdgeClient(server.url, model=str(tiny_model), data=pairs_file("a", 9), device="cpu", dtype="float32")
+        client = EdgeClient(
+            server.url, engine="torch", model=str(tiny_model), data=pairs_file("a", 9), device="cpu", dtype="float32"
+        )
         with client:
             steps = client.train()
             next(steps)
@@ -96,7 +98,14 @@ def test_run_goes_on_without_a_device_that_is_late_and_takes_it_in_again_when_it
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO", "gpu_server")
-    device = {"model": str(tiny_model), "device": "cpu", "dtype": "float32", "batch_size": 1, "state_dir": tmp_path / "state"}
+    device = {
+        "engine": "torch",
+        "model": str(tiny_model),
+        "device": "cpu",
+        "dtype": "float32",
+        "batch_size": 1,
+        "state_dir": tmp_path / "state",
+    }
     files = {name: pairs_file(name, 9, 100 * i) for i, name in enumerate("ab")}
     step_1_is_done, a_is_ahead = threading.Event(), threading.Event()
     monkeypatch.setattr(Deadline, "seconds", lambda *_: 0.05 if step_1_is_done.is_set() else 1000.0)

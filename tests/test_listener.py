@@ -180,7 +180,9 @@ def test_strangers_do_not_disturb_a_run_where_few_files_may_be_open(
         address = ("127.0.0.1", int(url.rpartition(":")[2]))
         for _ in range(60):
             sockets.enter_context(socket.create_connection(address))
-        with EdgeClient(url, model=str(tiny_model), data=pairs_file("a", 9), state_dir=tmp_path / "state") as client:
+        with EdgeClient(
+            url, engine="torch", model=str(tiny_model), data=pairs_file("a", 9), state_dir=tmp_path / "state"
+        ) as client:
             for _ in client.train():
                 for _ in range(10):
                     sockets.enter_context(socket.create_connection(address))

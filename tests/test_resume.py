@@ -79,7 +79,9 @@ def test_terminated_server_keeps_its_last_round_and_goes_on_when_resumed(
 
     def take_part() -> list[int]:
         numbers = []
-        with EdgeClient(f"ws://127.0.0.1:{port}", model=settings["model"], name="a", dtype="float32", **client) as device:
+        with EdgeClient(
+            f"ws://127.0.0.1:{port}", engine="torch", model=settings["model"], name="a", dtype="float32", **client
+        ) as device:
             for step in device.train():
                 numbers.append(step.number)
                 if step.number == 5 and numbers.count(5) == 1:
@@ -106,7 +108,13 @@ def test_server_that_is_resumed_and_stopped_before_a_round_ends_leaves_its_check
     settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path], monkeypatch: Any
 ) -> None:
     options = {**settings, "run_dir": str(tmp_path / "run"), "linger": 1}
-    device = {"model": options["model"], "data": pairs_file("a", 9), "state_dir": tmp_path / "state", "dtype": "float32"}
+    device = {
+        "engine": "torch",
+        "model": options["model"],
+        "data": pairs_file("a", 9),
+        "state_dir": tmp_path / "state",
+        "dtype": "float32",
+    }
     with GpuServer(**options, port=0) as server:
 
         def take_part() -> None:
@@ -148,7 +156,13 @@ def test_second_signal_does_not_disturb_what_the_first_one_began(
     options = {**settings, "steps": 10**6, "checkpoint_every": 1000, "port": 0, "run_dir": tmp_path / "run"}
     with serving(*arguments(options)) as server:
         url = read_until(server, "listening on").split()[2]
-        device = {"model": settings["model"], "data": pairs_file("a", 9), "state_dir": tmp_path / "state", "give_up_after": 0.0}
+        device = {
+            "engine": "torch",
+            "model": settings["model"],
+            "data": pairs_file("a", 9),
+            "state_dir": tmp_path / "state",
+            "give_up_after": 0.0,
+        }
         client = EdgeClient(url, name="a", dtype="float32", **device)
         with pytest.raises(ConnectionFailed), client:
             train(client.train(), after=3, do=lambda: [server.send_signal(each) for each in (signal.SIGTERM, then)].clear())
@@ -199,7 +213,13 @@ def test_server_that_is_stopped_while_a_round_ends_writes_its_checkpoint_once_at
     settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path], monkeypatch: Any
 ) -> None:
     options = {**settings, "checkpoint_every": 3, "run_dir": str(tmp_path / "run")}
-    device = {"model": options["model"], "data": pairs_file("a", 9), "state_dir": tmp_path / "state", "dtype": "float32"}
+    device = {
+        "engine": "torch",
+        "model": options["model"],
+        "data": pairs_file("a", 9),
+        "state_dir": tmp_path / "state",
+        "dtype": "float32",
+    }
     aggregate, write, finish_tasks = TorchEngine.aggregate, Checkpoints.write, Lifetime.finish_tasks
     first_is_written, is_ending, nobody_writes = threading.Event(), threading.Event(), threading.Lock()
 
@@ -239,7 +259,14 @@ def test_device_that_is_refused_for_other_data_is_started_again_as_before_and_lo
     options = {**settings, "aggregate_every": STEPS}
     device = {"data": pairs_file("a", 9), "batch_size": 2}
     run_split({**options, "run_dir": str(tmp_path / "undisturbed")}, {"a": {**device, "state_dir": tmp_path / "other"}})
-    as_before = {"model": settings["model"], "name": "a", "dtype": "float32", "state_dir": tmp_path / "state", **device}
+    as_before = {
+        "engine": "torch",
+        "model": settings["model"],
+        "name": "a",
+        "dtype": "float32",
+        "state_dir": tmp_path / "state",
+        **device,
+    }
     with GpuServer(**options, port=0, run_dir=str(tmp_path / "run")) as server:
         killed = EdgeClient(server.url, **as_before)
         killed.__enter__()
@@ -285,7 +312,13 @@ class Clock:
 def stopped(settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]) -> dict[str, Any]:
     """The options of a run that was suspended after step 5."""
     options = {**settings, "port": 0, "run_dir": str(tmp_path / "run")}
-    device = {"model": options["model"], "data": pairs_file("a", 9), "state_dir": tmp_path / "state", "dtype": "float32"}
+    device = {
+        "engine": "torch",
+        "model": options["model"],
+        "data": pairs_file("a", 9),
+        "state_dir": tmp_path / "state",
+        "dtype": "float32",
+    }
     with GpuServer(**options) as server, EdgeClient(server.url, name="a", **device) as client:
         steps = client.train()
         for _ in range(5):
@@ -379,7 +412,14 @@ def test_run_is_made_longer_while_its_device_waits_for_the_server(
     data = {"data": pairs_file("a", 9), "batch_size": 2}
     port, run_dir, numbers = free_port(), str(tmp_path / "run"), []
     with GpuServer(**{**settings, "port": port, "run_dir": run_dir, "steps": 6}) as server:
-        device = {"model": settings["model"], "name": "a", "dtype": "float32", "state_dir": tmp_path / "state", **data}
+        device = {
+            "engine": "torch",
+            "model": settings["model"],
+            "name": "a",
+            "dtype": "float32",
+            "state_dir": tmp_path / "state",
+            **data,
+        }
         client = EdgeClient(server.url, **device).__enter__()
         steps = client.train()
         numbers += [next(steps).number for _ in range(5)]
@@ -450,7 +490,9 @@ def test_device_that_evaluates_between_steps_while_its_server_goes_back_goes_bac
     options = {**options, "port": port, "run_dir": str(run_dir)}
     url, state = f"ws://127.0.0.1:{port}", tmp_path / "state"
     with GpuServer(**options) as server:
-        client = EdgeClient(url, model=settings["model"], name="a", dtype="float32", state_dir=state, **device).__enter__()
+        client = EdgeClient(
+            url, engine="torch", model=settings["model"], name="a", dtype="float32", state_dir=state, **device
+        ).__enter__()
         steps = client.train()
         for _ in range(7):
             next(steps)
@@ -500,7 +542,9 @@ def test_full_disk_ends_the_server_with_one_sentence_and_the_run_goes_on_later(
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
     def take_part() -> None:
-        with EdgeClient(f"ws://127.0.0.1:{port}", model=settings["model"], name="a", dtype="float32", **client) as device:
+        with EdgeClient(
+            f"ws://127.0.0.1:{port}", engine="torch", model=settings["model"], name="a", dtype="float32", **client
+        ) as device:
             for _ in device.train():
                 pass
 
@@ -559,7 +603,14 @@ def test_wherever_the_disk_is_full_the_server_ends_with_one_sentence_and_goes_on
     data, port, run_dir = {"data": pairs_file("a", 9), "batch_size": 2}, free_port(), tmp_path / "run"
 
     def take_part() -> None:
-        device = {"model": settings["model"], "name": "a", "dtype": "float32", "state_dir": tmp_path / "state", **data}
+        device = {
+            "engine": "torch",
+            "model": settings["model"],
+            "name": "a",
+            "dtype": "float32",
+            "state_dir": tmp_path / "state",
+            **data,
+        }
         with EdgeClient(f"ws://127.0.0.1:{port}", **device) as client:
             train(client.train(), after=STEPS + 1, do=lambda: None)
 
@@ -624,7 +675,9 @@ def test_run_ends_with_what_is_left_when_a_device_leaves_for_good_and_says_so(
 
     def take_part(url: str, name: str, steps: int) -> int:
         done = 0
-        with EdgeClient(url, model=settings["model"], data=files[name], name=name, state_dir=tmp_path / name) as client:
+        with EdgeClient(
+            url, engine="torch", model=settings["model"], data=files[name], name=name, state_dir=tmp_path / name
+        ) as client:
             for done, _ in enumerate(client.train(), 1):
                 if done == steps:
                     break

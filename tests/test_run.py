@@ -146,7 +146,7 @@ def test_bytes_in_the_metrics_are_those_on_the_socket(
         with tapped(int(server.url.rpartition(":")[2])) as tap:
 
             def take_part() -> tuple[int, int]:
-                with EdgeClient(tap.url, model=str(tiny_model), data=file) as client:
+                with EdgeClient(tap.url, engine="torch", model=str(tiny_model), data=file) as client:
                     steps = client.train()
                     for _ in range(5):
                         next(steps)

@@ -52,7 +52,7 @@ def run(tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path]) -> Ca
 
         def take_part() -> None:
             data = pairs_file("a", 9)
-            device = {"name": "a", "model": str(tiny_model), "data": data, "dtype": "float32"}
+            device = {"name": "a", "engine": "torch", "model": str(tiny_model), "data": data, "dtype": "float32"}
             with EdgeClient(server.url, give_up_after=0.0, **device) as client:
                 list(client.train())
 
@@ -116,7 +116,7 @@ def test_a_server_that_could_not_listen_serves_its_run_once_the_port_is_free(
     data = pairs_file("a", 9)
 
     def take_part() -> None:
-        with EdgeClient(server.url, name="a", model=str(tiny_model), data=data, dtype="float32") as client:
+        with EdgeClient(server.url, name="a", engine="torch", model=str(tiny_model), data=data, dtype="float32") as client:
             list(client.train())
 
     with server:
@@ -192,7 +192,7 @@ def test_what_was_learnt_before_the_step_that_fails_after_the_end_is_saved(
     monkeypatch.setattr(TorchEngine, "train", diverge)
 
     def take_part() -> None:
-        device = {"name": "a", "model": str(tiny_model), "data": pairs_file("a", 9), "dtype": "float32"}
+        device = {"name": "a", "engine": "torch", "model": str(tiny_model), "data": pairs_file("a", 9), "dtype": "float32"}
         with EdgeClient(server.url, give_up_after=0.0, **device) as client:
             list(client.train())
 

@@ -78,7 +78,13 @@ def test_reasons_come_from_the_server(
 ) -> None:
     joined, received = returned(Federation, "join"), returned(Federation, "receive")
     options = {"model": str(tiny_model), "run_dir": str(tmp_path / "run"), "cut_layer": 1, "steps": 2, "dtype": "float32"}
-    device = {"model": options["model"], "data": pairs_file("a", 4), "dtype": "float32", "state_dir": tmp_path / "state"}
+    device = {
+        "engine": "torch",
+        "model": options["model"],
+        "data": pairs_file("a", 4),
+        "dtype": "float32",
+        "state_dir": tmp_path / "state",
+    }
     with GpuServer(**options, port=0, clients=2) as server:
         ended = run_in_thread(lambda: list(server.train()))
         with EdgeClient(server.url, name="a", **device) as one, EdgeClient(server.url, name="b", **device) as two:
