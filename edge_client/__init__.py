@@ -51,12 +51,12 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # torch takes seconds to import on a small device, and `splitlora-edge --help` does not need it (PEP 562).
+    # `splitlora-edge --help` needs none of them (PEP 562).
     from importlib import import_module
 
     from terminal import importing
 
     if name not in _HOMES:
         raise AttributeError(f"module 'edge_client' has no attribute {name!r}")
-    with importing("a device", install="splitlora[torch]"):
+    with importing("a device", install="splitlora"):
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -3,9 +3,11 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from getpass import getpass
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from terminal import (
@@ -210,22 +212,22 @@ def _add_training_flags(command: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 after an error with one sentence on standard error, 130 after Ctrl-C."""
     options = build_parser().parse_args(arguments)
-    return run_program(PROGRAM, lambda: options.run(options), options.errors, install="splitlora[torch]")
+    return run_program(PROGRAM, lambda: options.run(options), options.errors)
 
 
 def run_train(options: argparse.Namespace) -> None:
     from .client import EdgeClient
 
-    with show_log("edge_client"):
-        _train(EdgeClient(options.server, name=options.name, **_training_options(options)))
+    with show_log("edge_client"), _Preparations() as shown:
+        _train(EdgeClient(options.server, name=options.name, report=shown, **_training_options(options)), shown)
 
 
 def run_join(options: argparse.Namespace) -> None:
     from .client import EdgeClient
 
     invitation = _invitation(options.invitation)
-    with show_log("edge_client"):
-        _train(EdgeClient.join(invitation, **_training_options(options)))
+    with show_log("edge_client"), _Preparations() as shown:
+        _train(EdgeClient.join(invitation, report=shown, **_training_options(options)), shown)
 
 
 def _invitation(given: str | None) -> str:
@@ -276,10 +278,48 @@ def _training_options(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _train(device: "EdgeClient") -> None:
+class _Preparations:
+    """Shows how far this device is with what it does before it joins the run."""
+
+    def __init__(self) -> None:
+        self._what = ""
+        self._progress: Progress | None = None
+        self._megabytes = 0
+        self._began = (0.0, 0)
+        """When the present one was first heard of, and how many bytes of it were done by then."""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what != self._what or self._progress is None:
+            self.close()
+            self._what, self._megabytes, self._began = what, _megabytes(done), (now, done)
+            self._progress = Progress(_megabytes(total), self._megabytes, unit=f"MB of {what}")
+        if _megabytes(done) > self._megabytes:
+            speed = (done - self._began[1]) / max(now - self._began[0], 1e-9)
+            self._progress.advance(f"{speed / 1e6:.3g} MB/s", _megabytes(done) - self._megabytes)
+            self._megabytes = _megabytes(done)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+        self._what, self._progress = "", None
+
+    def __enter__(self) -> "_Preparations":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+
+def _megabytes(num_bytes: int) -> int:
+    return -(-num_bytes // 10**6)
+
+
+def _train(device: "EdgeClient", shown: _Preparations) -> None:
     from protocol import Seconds
 
     with device as client:
+        shown.close()
         _say(_introduction(client))
         start = client.start()
         _show_perplexity(client, "before")
@@ -363,7 +403,8 @@ def _introduction(client: "EdgeClient") -> str:
     held_out = f"; {_described(client.eval_data)} held out" if client.eval_data is not None else ""
     return (
         f"run {client.welcome.run}, device {client.name}: {_described(client.data)}{held_out}; "
-        f"{f'blocks 0 to {last}' if last else 'block 0'}; dtype {client.dtype}: {client.choice}; "
+        f"{f'blocks 0 to {last}' if last else 'block 0'}; engine {client.engine}: {client.engine_choice}; "
+        f"dtype {client.dtype}: {client.choice}; "
         f"the run waits for {count(settings.clients, 'device')}"
     )
 

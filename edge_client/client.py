@@ -240,7 +240,8 @@ class EdgeClient:
         )
         self._engine: Engine
         if self._model is not None and self.engine == TORCH:
-            from .torch_engine import TorchEngine, choose_weight_dtype
+            with importing("the torch engine", install="splitlora[torch]"):
+                from .torch_engine import TorchEngine, choose_weight_dtype
 
             dtype_before = before.dtype if before is not None and before.engine == TORCH else None
             self.dtype, self.choice = choose_weight_dtype(self._dtype, self._device, settings, before=dtype_before)

@@ -67,18 +67,18 @@ class Progress:
             figures += f", {self._tokens / seconds:,.0f} tokens/s, {_amount(self._bytes / seconds)}/s"
         self.advance(figures)
 
-    def advance(self, figures: str) -> None:
-        """One unit more, with whatever there is to say of it, the most important first, separated by ", "."""
+    def advance(self, figures: str, units: int = 1) -> None:
+        """So many units more, with whatever there is to say of them, the most important first, separated by ", "."""
         now = time.monotonic()
-        self._done += 1
+        self._done += units
         if self._first is None:
             self._first = self._done, now
-        units, seconds = self._done - self._first[0], now - self._first[1]
-        if units > 0:
+        since_first, seconds = self._done - self._first[0], now - self._first[1]
+        if since_first > 0:
             first, *others = figures.split(", ")
-            figures = ", ".join([first, f"{duration((self._total - self._done) * seconds / units)} left", *others])
+            figures = ", ".join([first, f"{duration((self._total - self._done) * seconds / since_first)} left", *others])
         self._bar.figures = figures
-        self._bar.update()
+        self._bar.update(units)
         if self._bar.disable and (now - self._last_line > SECONDS_BETWEEN_LINES or self._done == self._total):
             self._last_line = now
             print(f"{self._unit} {self._done}/{self._total}: {figures}", file=sys.stderr, flush=True)  # noqa: T201
