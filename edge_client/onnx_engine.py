@@ -1,7 +1,7 @@
 """The `Engine` of a device without torch: it runs the graphs that the server has handed over."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ from .data import Batch
 from .dropout import dropout_masks
 from .part.device_part import DevicePart
 from .part.grids import Grid, grids
+from .part.reused_memory import ReusedMemory
 from .part.runtime import Graph, Value, Values
 
 __all__ = ["OnnxEngine"]
@@ -26,7 +27,7 @@ class OnnxEngine:
     See `Engine` for what its methods do.
 
     One graph computes every block: a block's weights and LoRA matrices are inputs like its activations. What backward needs
-    stays in onnxruntime's memory between forward and backward.
+    is not copied: forward's graph writes it where backward's reads it.
 
     Raises:
         ModelError: the part is another run's, or cannot be used.
@@ -52,6 +53,7 @@ class OnnxEngine:
         self._adapter = self._values(self._matrices)
         # In rounds of one step the server has the optimiser, for everybody.
         self._optimiser = AdamW(self._matrices, weight_decay=settings.weight_decay) if settings.aggregate_every > 1 else None
+        self._memory = ReusedMemory()
         self._gradients: Tensors = {}
         """Of the summed loss; nothing for a matrix that no backward pass has reached."""
         self._awaiting_gradient: deque[list[_Pass]] = deque()
@@ -138,12 +140,20 @@ class OnnxEngine:
             for each in passes:
                 own = {name: self._runtime.value(mask[each.grid.rows]) for name, mask in masks.items()}
                 inputs = {"input": each.hidden, **own}
+                memory, into = self._memory_for(needed, each.grid)
                 outputs = self._graphs.forward.run(
-                    {**inputs, **each.layout, **weights, **adapter}, {"output": self._shape(each.grid)}
+                    {**inputs, **each.layout, **weights, **adapter}, {"output": self._shape(each.grid)}, into
                 )
+                values = {name: value for name, value in {**inputs, **outputs}.items() if name in needed}
+                each.saved.append(_Saved(values, memory))
                 each.hidden = outputs["output"]
-                each.saved.append({name: value for name, value in {**inputs, **outputs}.items() if name in needed})
         return passes
+
+    def _memory_for(self, needed: Collection[str], grid: Grid) -> tuple[Array, Values]:
+        """Where a block's forward graph is to leave its output, and what its backward graph needs."""
+        widths = {name: width for name, width in self._graphs.forward.widths.items() if name == "output" or name in needed}
+        memory, arrays = self._memory.take(len(grid.rows), widths)
+        return memory, {name: self._runtime.value(array) for name, array in arrays.items()}
 
     def _infer(self, batch: Batch, adapter: Sequence[Values]) -> "list[_Pass]":
         passes = self._embed(batch)
@@ -186,8 +196,10 @@ class OnnxEngine:
             for each in passes:
                 if block:
                     shapes["input_gradient"] = self._shape(each.grid)
-                # What the block has saved is forgotten here.
-                outputs = graph.run({"gradient": each.hidden, **each.saved.pop(), **each.layout, **weights, **adapter}, shapes)
+                saved = each.saved.pop()
+                inputs = {"gradient": each.hidden, **saved.values, **each.layout, **weights, **adapter}
+                outputs = graph.run(inputs, shapes)
+                self._memory.give_back(saved.memory)
                 self._add_gradients(block, outputs)
                 if block:
                     each.hidden = outputs["input_gradient"]
@@ -243,5 +255,15 @@ class _Pass:
     """The grid as the graphs' inputs."""
     hidden: Value
     """(N', d): the output of the last block that was computed; in the backward pass, the gradient by it."""
-    saved: list[dict[str, Value]] = field(default_factory=list)
-    """Of each block whose backward pass is still to come: its inputs and intermediate values that this pass needs."""
+    saved: "list[_Saved]" = field(default_factory=list)
+    """Of each block whose backward pass is still to come."""
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a block's forward pass has left."""
+
+    values: Values
+    """Inputs and intermediate values, as inputs of its backward graph."""
+    memory: Array
+    """In which they and the block's output lie."""

@@ -10,11 +10,12 @@ from protocol import Array
 from storage import ModelError
 from terminal import importing
 
-__all__ = ["Graph", "Runtime", "Value", "Values"]
+__all__ = ["Graph", "Runtime", "Value", "Values", "most_memory"]
 
 Value = Any
 """An onnxruntime.OrtValue: an array that onnxruntime uses, or has made, where it lies."""
 Values = Mapping[str, Value]
+NOTHING: Values = {}
 FLOAT32 = "tensor(float)"
 """What onnxruntime calls it."""
 
@@ -80,14 +81,21 @@ class Graph:
         self._name, self._session, self._device = name, session, device
         self.inputs = [value.name for value in session.get_inputs()]
         self.outputs = [value.name for value in session.get_outputs()]
+        self.widths: dict[str, int] = {
+            value.name: value.shape[1]
+            for value in session.get_outputs()
+            if len(value.shape) == 2 and [type(size) for size in value.shape] == [str, int]
+        }
+        """Of those outputs that have a row for each of the batch's, (N, width)."""
 
-    def run(self, values: Values, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Value]:
+    def run(self, values: Values, shapes: Mapping[str, tuple[int, ...]], into: Values = NOTHING) -> dict[str, Value]:
         """
         Compute all outputs, which stay where they were computed.
 
         Args:
             values: the inputs by name; the graph takes those that it has.
             shapes: of the outputs that the caller counts on, all float32.
+            into: where outputs are to be written, by name; others get memory of the arena.
 
         Raises:
             ModelError: an input is missing or does not fit, onnxruntime fails, or an output is another than expected.
@@ -99,7 +107,10 @@ class Graph:
                     raise ModelError(f"it asks for {name!r}, which is not there")
                 binding.bind_ortvalue_input(name, values[name])
             for name in self.outputs:
-                binding.bind_output(name, self._device)
+                if name in into:
+                    binding.bind_ortvalue_output(name, into[name])
+                else:
+                    binding.bind_output(name, self._device)
             self._session.run_with_iobinding(binding)
             outputs = dict(zip(self.outputs, binding.get_outputs(), strict=True))
             for name, shape in shapes.items():
@@ -116,10 +127,10 @@ def num_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _memory() -> int:
-    """Bytes that this machine has; 0, which bounds nothing, if the system does not say."""
+def most_memory() -> int:
+    """Bytes that graphs may take, half of what this machine has; 0, which bounds nothing, if the system does not say."""
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (AttributeError, ValueError, OSError):  # the first: not a POSIX system
         return 0
 
@@ -129,7 +140,8 @@ def _share_arena() -> None:
     """
     The memory of every intermediate value comes from here, and goes back. With an arena for each graph there would be five of
     them, each as large as its graph has ever needed; without any, every value would be memory that the system first fills with
-    zeros, which takes a third of a step's time.
+    zeros, which takes a third of a step's time. It grows by pieces each twice as large as the one before: values that lie in
+    few pieces leave few gaps.
 
     It is bounded: with a graph that makes huge values, the server could otherwise fill a device's memory.
     """
@@ -138,8 +150,8 @@ def _share_arena() -> None:
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )
     strategy = {
-        "max_mem": _memory() // 2,
-        "arena_extend_strategy": 1,
+        "max_mem": most_memory(),
+        "arena_extend_strategy": 0,  # by powers of two
         "initial_chunk_size_bytes": -1,
         "max_dead_bytes_per_chunk": -1,
     }
