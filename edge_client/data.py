@@ -1,46 +1,38 @@
-"""From a user's file to batches of token ids: reading, encoding, order. The text does not leave the device."""
+"""From a user's file to batches of token ids: encoding, order, packing. The text does not leave the device."""
 
-import csv
-import io
+import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator
+import tempfile
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from protocol import Array, RunSettings, derive_seed
 from protocol.limits import VERSIONS_OF_A_SAMPLE
-from storage import encode, shown
 
-__all__ = ["Batch", "Batches", "DataError", "Dataset", "Sample", "Text", "check_file", "read_texts"]
+from .text_encoder import TextEncoder
+from .text_file import DataError, Text, TextFile, check_file
+from .token_file import Sample, Samples, Summary, TokenFolder, TokenWriter, kept_order
 
-FIELDS = ("prompt", "completion", "text")
-SHOWN = 8
-"""How many names of fields an error message gives."""
+__all__ = ["Batch", "Batches", "DataError", "Dataset", "Sample", "check_file", "pack"]
+
+FORMAT = 1
+"""Of token files; another number for everything that changes what is in them, this file's rules included."""
+CHARACTERS_AT_ONCE = 2**18
+"""Of texts that are encoded together, as few as keep the memory for it small."""
+BYTES_BETWEEN_COMMITS = 2**24
+"""Of a text file: what is encoded again at most after a kill."""
+KEPT_ORDER = 2**18
+"""Samples from which on an epoch's order is kept on the disk: to make it takes a second for two million."""
 BYTES_MORE_A_ROW = 16  # what a file of an activation cache has besides them, generously
-
-
-class DataError(ValueError):
-    """A data file that cannot be used; the message names file, line and reason."""
-
-
-class Text(NamedTuple):
-    """One entry of a file. Without a prompt, the loss is on all of it."""
-
-    prompt: str | None
-    completion: str
-
-
-class Sample(NamedTuple):
-    """One entry as token ids; the last ``num_labels`` of them are predicted."""
-
-    tokens: Array
-    num_labels: int
 
 
 @dataclass(frozen=True)
@@ -61,41 +53,75 @@ class Batch:
 class Dataset:
     """The samples of one file, in its order."""
 
-    samples: list[Sample]
-    num_cut: int
-    """How many samples were longer than the greatest length."""
+    samples: Samples
 
     @classmethod
-    def load(cls, path: Path, tokenizer: Tokenizer, end_token: int, max_length: int) -> "Dataset":
+    def load(
+        cls,
+        path: Path,
+        tokenizer: Tokenizer,
+        end_token: int,
+        max_length: int,
+        *,
+        folder: Path | None = None,
+        report: Callable[[int, int], object] | None = None,
+    ) -> "Dataset":
         """
+        Read, encode and cut a file once; where that was done before, only find the result.
+
+        Args:
+            folder: of this device's token files; None keeps none.
+            report: called now and then while the file is read, with the bytes encoded so far and those of the whole file.
+
         Raises:
             DataError: the file is missing, malformed, empty, or has nothing to predict.
             ModelError: the tokenizer fails on the texts.
+            StateError: the disk is full, or ``folder`` cannot be written.
         """
         if max_length < 2:
             raise DataError(f"max-length must be at least 2 tokens, got {max_length}")
-        texts = list(read_texts(path))
-        samples = _encode(texts, tokenizer, end_token)
-        if not samples:
-            raise DataError(f"{path}: there is no text in it, only {len(texts)} empty entries")
-        cut = [_cut(sample, max_length) for sample in samples]
-        if not any(sample.num_labels for sample in cut):
-            raise DataError(f"{path}: no token to predict is left within {max_length} tokens; raise --max-length")
-        return cls(cut, sum(len(sample.tokens) > max_length for sample in samples))
+        if folder is None:
+            # Where a system does not let go of a mapped file, it stays until somebody cleans up the folder of such files.
+            with tempfile.TemporaryDirectory(prefix="splitlora-", ignore_cleanup_errors=True) as scratch:
+                return cls.load(path, tokenizer, end_token, max_length, folder=Path(scratch), report=report)
+        report = report or (lambda done, total: None)
+        files = TokenFolder(folder)
+        with TextFile(path) as file:
+            content = files.content(file, lambda: report(0, file.size))
+            decides = (FORMAT, content, file.kind, tokenizer.to_str(), end_token, max_length)
+            key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+            samples = files.find(key)
+            if samples is None:
+                with files.only_writer():
+                    samples = files.find(key)  # another program may have made it meanwhile
+                    if samples is None:
+                        encoder = TextEncoder(tokenizer, end_token)
+                        with files.writer(key, encoder.dtype, max_length) as writer:
+                            _encode(file, encoder, end_token, writer, lambda done: report(done, file.size))
+                            _check(file, writer.summary, max_length)
+                        samples = files.find(key)
+                        assert samples is not None  # it was written just now, and only who holds the lock deletes any
+            report(file.size, file.size)
+        return cls(samples)
+
+    @property
+    def num_cut(self) -> int:
+        """How many samples were longer than the greatest length."""
+        return self.samples.summary.num_cut
 
     @property
     def num_unlabelled(self) -> int:
         """How many samples have nothing left to predict within the greatest length."""
-        return sum(not sample.num_labels for sample in self.samples)
+        return self.samples.summary.num_unlabelled
 
     @property
     def longest(self) -> int:
         """Rows of the longest sequence in a batch."""
-        return max(len(sample.tokens) for sample in self.samples) - 1
+        return self.samples.summary.longest - 1
 
     @property
     def highest_token(self) -> int:
-        return max(int(sample.tokens.max()) for sample in self.samples)
+        return self.samples.summary.highest_token
 
     def num_batches(self, batch_size: int) -> int:
         """In one epoch; the last may be smaller."""
@@ -134,8 +160,10 @@ class Dataset:
             width: elements of a token's activations.
         """
         bytes_a_row = 2 * width + BYTES_MORE_A_ROW  # bfloat16
-        sizes = np.cumsum([bytes_a_row * (len(sample.tokens) - 1) for sample in self.samples])
-        return int(np.searchsorted(sizes, cache_bytes // VERSIONS_OF_A_SAMPLE, side="right"))
+        most_rows = cache_bytes // VERSIONS_OF_A_SAMPLE // bytes_a_row
+        # A sample has a row less than tokens. The numbers of rows are ascending, and few of them need to be looked at.
+        starts = self.samples.starts
+        return bisect_right(range(1, len(starts)), most_rows, key=lambda number: int(starts[number]) - number)
 
     def _part(self, step: int, batch_size: int, order_seed: tuple[int | str, ...] | None, part: int, of: int) -> Array:
         order = np.array(self.order(step, batch_size, order_seed), np.int64)
@@ -149,8 +177,11 @@ class Dataset:
             order_seed: of the shuffle, which is another one in every epoch; None keeps the file's order.
         """
         epoch, index = divmod(step - 1, self.num_batches(batch_size))
-        order = _epoch_order(len(self.samples), order_seed, epoch)
-        return order[index * batch_size : (index + 1) * batch_size]
+        rows = slice(index * batch_size, (index + 1) * batch_size)
+        if order_seed is None:
+            return list(range(len(self.samples))[rows])
+        order = _epoch_order(len(self.samples), order_seed, epoch, self.samples.folder)[rows]
+        return [int(number) for number in order]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,15 +223,19 @@ class Batches:
         return (self.seed, self.name, "order") if self.shuffle else None
 
 
-@lru_cache(maxsize=4)
-def _epoch_order(num_samples: int, order_seed: tuple[int | str, ...] | None, epoch: int) -> list[int]:
-    order = list(range(num_samples))
-    if order_seed is not None:
-        random.Random(derive_seed(*order_seed, epoch)).shuffle(order)
-    return order
+@lru_cache(maxsize=2)
+def _epoch_order(num_samples: int, order_seed: tuple[int | str, ...], epoch: int, folder: Path | None) -> Array:
+    seed = derive_seed(*order_seed, epoch)
+
+    def shuffled() -> Array:
+        order = array("I", range(num_samples))
+        random.Random(seed).shuffle(order)
+        return np.frombuffer(order, np.uintc)
+
+    return shuffled() if folder is None or num_samples < KEPT_ORDER else kept_order(folder, seed, num_samples, shuffled)
 
 
-def pack(samples: list[Sample]) -> Batch:
+def pack(samples: Sequence[Sample]) -> Batch:
     """Samples as one batch, their rows one under the other."""
     nothing = np.empty(0, np.int32)
     return Batch(
@@ -211,153 +246,52 @@ def pack(samples: list[Sample]) -> Batch:
     )
 
 
-def check_file(path: Path) -> None:
+def _encode(file: TextFile, encoder: TextEncoder, end_token: int, writer: TokenWriter, report: Callable[[int], object]) -> None:
     """
-    Raises:
-        DataError: this is no data file by its name, or it cannot be read; what is in it is not looked at.
+    Write what the file has beyond the entries that are written already. They are read once more, which takes little beside
+    encoding them: what is wrong with a file may lie in an entry that is right by itself.
     """
-    _reader(path)
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    texts, committed = islice(file.texts(), writer.summary.num_entries, None), 0
+    for some in _by_length(texts):
+        writer.add(len(some), list(_samples(some, encoder, end_token)))
+        report(file.position)
+        if file.position - committed > BYTES_BETWEEN_COMMITS:
+            writer.commit()
+            committed = file.position
 
 
-def _reader(path: Path) -> Callable[[Path, str], Iterator[Text]]:
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_txt}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: data files end in {', '.join(readers)}")
-    return reader
+def _check(file: TextFile, summary: Summary, max_length: int) -> None:
+    if file.has_changed():
+        raise DataError(f"{file.path} was changed while it was read; start again when it is complete")
+    if not summary.num_samples:
+        raise DataError(f"{file.path}: there is no text in it, only {summary.num_entries} empty entries")
+    if summary.num_unlabelled == summary.num_samples:
+        raise DataError(f"{file.path}: no token to predict is left within {max_length} tokens; raise --max-length")
 
 
-def read_texts(path: Path) -> Iterator[Text]:
+def _by_length(texts: Iterable[Text]) -> Iterator[list[Text]]:
+    """Lists of texts with about `CHARACTERS_AT_ONCE` characters."""
+    some, length = [], 0
+    for text in texts:
+        some.append(text)
+        length += len(text.prompt or "") + len(text.completion)
+        if length >= CHARACTERS_AT_ONCE:
+            yield some
+            some, length = [], 0
+    if some:
+        yield some
+
+
+def _samples(texts: Sequence[Text], encoder: TextEncoder, end_token: int) -> Iterator[tuple[bytes, int]]:
     """
-    The entries of a .jsonl, .csv or .txt file, white space at their ends stripped.
-
-    Raises:
-        DataError: see `Dataset.load`.
+    ids(prompt) + [end] + ids(" " + completion) + [end], as in the LoRA papers; a text alone is ids(text) + [end]. With each,
+    as bytes, comes the number of its last tokens that are predicted.
     """
-    texts = list(_reader(path)(path, _read_utf8(path)))
-    if not texts:
-        raise DataError(f"{path} is empty")
-    for prompt, completion in texts:
-        prompt, completion = prompt and prompt.strip(), completion.strip()
-        yield Text(prompt if completion else prompt or None, completion)  # a pair of two empty strings counts as an empty text
-
-
-def _encode(texts: list[Text], tokenizer: Tokenizer, end_token: int) -> list[Sample]:
-    """ids(prompt) + [end] + ids(" " + completion) + [end], as in the LoRA papers; a text alone is ids(text) + [end]."""
-    prompts = encode(tokenizer, [text.prompt or "" for text in texts])
-    rest = encode(tokenizer, [text.completion if text.prompt is None else " " + text.completion for text in texts])
-    samples = []
+    end, size = np.array(end_token, encoder.dtype).tobytes(), encoder.dtype.itemsize
+    prompts = encoder.encode([text.prompt or "" for text in texts])
+    rest = encoder.encode([text.completion if text.prompt is None else f" {text.completion}" for text in texts])
     for text, prompt_ids, ids in zip(texts, prompts, rest, strict=True):
-        if text.prompt is None:
-            samples.append(Sample(np.array([*ids, end_token], np.int32), len(ids)))
-        else:
-            tokens = np.array([*prompt_ids, end_token, *ids, end_token], np.int32)
-            samples.append(Sample(tokens, len(ids) + 1))
-    return [sample for sample in samples if len(sample.tokens) > 1]
-
-
-def _cut(sample: Sample, max_length: int) -> Sample:
-    tokens = sample.tokens[:max_length]
-    return Sample(tokens, max(0, sample.num_labels - (len(sample.tokens) - len(tokens))))
-
-
-def _read_utf8(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x}); convert the file first") from None
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise DataError(f"{path}, line {line}: a NUL character, as files in UTF-16 have; convert the file to UTF-8 first")
-    return text
-
-
-def _read_jsonl(path: Path, content: str) -> Iterator[Text]:
-    # Not splitlines(): JSON strings may hold the other line separators of Unicode as they are.
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: broken JSON: {error.msg} at character {error.pos + 1}") from None
-        except (ValueError, RecursionError) as error:  # an endless number, or endless nesting
-            raise DataError(f"{path}, line {number}: broken JSON: {error}") from None
-        text = _text_of_fields(entry, f"{path}, line {number}")
-        if any("\ud800" <= character <= "\udfff" for character in f"{text.prompt}{text.completion}"):
-            raise DataError(f"{path}, line {number}: a \\ud800 to \\udfff alone is half a character; they come in pairs")
-        yield text
-
-
-def _read_csv(path: Path, content: str) -> Iterator[Text]:
-    csv.field_size_limit(max(csv.field_size_limit(), len(content)))  # the library's is 131,072 characters
-    reader = csv.DictReader(io.StringIO(content, newline=""), strict=True)
-    try:
-        columns = reader.fieldnames
-        if columns is not None:
-            _text_of_fields(dict.fromkeys(columns, ""), f"{path}, line {reader.line_num}")
-            if len(set(columns)) < len(columns):
-                twice = next(name for name in columns if columns.count(name) > 1)
-                raise DataError(f"{path}, line {reader.line_num}: two columns have the name {shown(twice)}")
-        for entry in reader:
-            if None in entry:
-                more = len(entry.pop(None))
-                raise DataError(
-                    f"{path}, line {reader.line_num}: {len(entry) + more} fields for {len(entry)} columns; "
-                    "a field with a comma in it is written in quotes"
-                )
-            yield _text_of_fields(entry, f"{path}, line {reader.line_num}")
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.reader.line_num}: broken CSV: {error}") from None
-
-
-def _read_txt(path: Path, content: str) -> Iterator[Text]:
-    lines = {number: line for number, line in enumerate(content.split("\n"), 1) if line.strip()}
-    pairs = [number for number, line in lines.items() if "||" in line]
-    if 0 < len(pairs) < len(lines):
-        fewer = min(pairs, sorted(lines.keys() - pairs), key=len)
-        this = "has it" if fewer is pairs else "has not"
-        raise DataError(
-            f"{path}, line {fewer[0]}: '||' is in {len(pairs)} of {len(lines)} lines, and this one {this}: "
-            "each line is prompt||completion, or none is; texts with '||' in them can be written as .jsonl"
-        )
-    for line in lines.values():
-        prompt, _, completion = line.partition("||")
-        yield Text(prompt, completion) if pairs else Text(None, line)
-
-
-def _text_of_fields(entry: object, where: str) -> Text:
-    """The text in the fields "prompt" and "completion", or in "text"; their names may be in capitals."""
-    fields: dict[str, object] = {}
-    for key, value in entry.items() if isinstance(entry, dict) else ():
-        name = key.strip().lower()
-        if name in fields and name in FIELDS:
-            raise DataError(f"{where}: {shown(key)} is there twice")
-        fields[name] = value
-    prompt, completion, text = (fields.get(name) for name in FIELDS)
-    pair = Text(prompt, completion) if isinstance(prompt, str) and isinstance(completion, str) else None
-    whole = Text(None, text) if isinstance(text, str) else None
-    if pair is None and whole is None:
-        raise DataError(f'{where}: expected "prompt" and "completion", or "text", each a string; {_found(entry, fields)}')
-    # A table may have all three columns if each of its rows fills either the pair or the text.
-    says = [one for one in (pair, whole) if one is not None and f"{one.prompt or ''}{one.completion}".strip()]
-    if len(says) > 1:
-        raise DataError(f'{where}: both a "prompt" with its "completion" and a "text"; leave one of them empty')
-    return says[0] if says else Text(None, "")
-
-
-def _found(entry: object, fields: dict[str, object]) -> str:
-    if not isinstance(entry, dict):
-        return f"found {shown(entry)}"
-    wrong = [f'"{name}" is {shown(fields[name])}' for name in FIELDS if not isinstance(fields.get(name, ""), str)]
-    names = ", ".join(shown(name) for name in list(entry)[:SHOWN]) + (", ..." if len(entry) > SHOWN else "")
-    return ", ".join(wrong) or f"found {names or 'nothing'}"
+        if text.prompt is not None:
+            yield prompt_ids + end + ids + end, len(ids) // size + 1
+        elif ids:
+            yield ids + end, len(ids) // size

@@ -107,7 +107,7 @@ def _relay(client: int, device: "subprocess.Popen[str]") -> None:
 
 def _deploy(run_dir: Path) -> None:
     """Export what was learnt, check it, and generate with it as a device does: with onnxruntime, and without torch."""
-    from edge_client.data import read_texts  # imports torch; the demo's own process stays light while it trains
+    from edge_client.text_file import read_texts
 
     print(f"\nThe adapter of both parts, a PEFT folder: {run_dir / 'adapter'}")
     folder = run_dir / "deployed"

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import edge_client  # its EdgeClient needs torch, and most of these tests do not
-from edge_client.data import DataError, Dataset, Sample, Text, pack, read_texts
+from edge_client.data import DataError, Dataset, Sample, pack
+from edge_client.text_file import Text, read_texts
+from edge_client.token_file import Samples
 from storage import ModelError, load_tokenizer
 
 END = 256
@@ -241,7 +243,7 @@ def test_cut_sample_keeps_the_first_tokens(write: WriteFile, tokenizer: Tokenize
 def numbered(count: int) -> Dataset:
     """Samples that differ in length, labels and content."""
     samples = [Sample(np.arange(i, i + 3 + i % 4, dtype=np.int32), 1 + i % 3) for i in range(count)]
-    return Dataset(samples, 0)
+    return Dataset(Samples.of(samples))
 
 
 @given(st.lists(st.tuples(st.integers(2, 9), st.integers(0, 9)), min_size=1, max_size=6))

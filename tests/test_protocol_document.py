@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import protocol
 from edge_client.data import Dataset, Sample
+from edge_client.token_file import Samples
 from gpu_server.federation import CodecPolicy
 from graphs import Adaptation
 from graphs.part import write_graphs
@@ -383,7 +384,7 @@ def test_its_vector_of_a_fingerprint_is_that_of_such_a_model(tmp_path: Path) -> 
 def test_its_example_of_a_shuffle_is_the_order_of_the_program() -> None:
     orders = re.findall(r"has the order `([0-9 ]+)`|the order `([0-9 ]+)`", DOCUMENT.partition("Example: with SEED 0")[2])
     documented = [[int(number) for number in (one or other).split()] for one, other in orders]
-    data = Dataset([Sample(integers(0, 1), 1)] * 7, 0)
+    data = Dataset(Samples.of([Sample(integers(0, 1), 1)] * 7))
     assert documented == [data.order(step, 7, (0, "a", "order")) for step in (1, 2)]
 
 
@@ -442,7 +443,7 @@ def order_of_epoch(seed: int, name: str, epoch: int, num_samples: int) -> list[i
 
 def test_its_shuffle_is_the_programs() -> None:
     for name, num_samples in (("a", 7), ("jetson-1", 1000), ("b", 1), ("c", 64)):
-        data = Dataset([Sample(integers(0, 1), 1)] * num_samples, 0)
+        data = Dataset(Samples.of([Sample(integers(0, 1), 1)] * num_samples))
         for epoch in (0, 1, 5):
             expected = order_of_epoch(3, name, epoch, num_samples)
             assert data.order(epoch + 1, num_samples, (3, name, "order")) == expected

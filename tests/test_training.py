@@ -12,6 +12,7 @@ from protocol_samples import SETTINGS
 from edge_client.data import Batch, Batches, Dataset, Sample
 from edge_client.membership import Membership
 from edge_client.saved_steps import SavedStep, SavedSteps
+from edge_client.token_file import Samples
 from edge_client.training import Step, train
 from protocol import (
     ActivationGradient,
@@ -152,7 +153,7 @@ def run(tmp_path: Path) -> Run:
             saved_steps.save(saved, keep_from=0, is_round_end=True)
         membership = Membership(lambda: server, Hello(name="a", fingerprint="f"))
         membership.start(Join(num_samples=3, batch_size=3, longest=2))
-        data = Dataset([Sample(np.array([1, 2, 3], np.int32), 2)] * 3, num_cut=0)
+        data = Dataset(Samples.of([Sample(np.array([1, 2, 3], np.int32), 2)] * 3))
         batches = Batches(data=data, name="a", batch_size=3, shuffle=True, seed=settings.seed, num_parts=settings.micro_batches)
         steps = list(train(membership, NotingEngine(log), batches, start, saved_steps=saved_steps, in_flight=in_flight))
         return log, steps

@@ -1,0 +1,369 @@
+"""
+Token ids of a device's texts on its disk: written piece by piece, mapped into memory instead of read, and found again at the
+next start. Files beyond a limit go, those first that were not used for longest.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeAlias, overload
+
+import numpy as np
+
+from protocol import Array
+from storage import remove_unfinished, replace_file
+
+from .saved_steps import readable_errors
+from .text_file import TextFile
+
+if sys.platform != "win32":
+    import fcntl
+
+__all__ = ["Sample", "Samples", "Summary", "TokenFolder", "TokenWriter", "kept_order"]
+
+MOST_BYTES = 2**31
+"""Of all token files of a device together; the one in use stays, of any size."""
+MOST_NOTES = 100
+"""Data files of which it is noted what they contain."""
+MOST_ORDERS = 4
+"""Orders that are kept beside a token file."""
+COARSEST_CLOCK_NS = 2 * 10**9
+"""Of all file systems: the times of FAT are of two seconds."""
+PIECE = 2**20
+SUMMARY, PROGRESS, NOTES, LOCK, UNFINISHED, ORDER = "summary.json", "progress.json", "contents.json", "lock", ".part", "order-"
+TOKENS, STARTS, LABEL_COUNTS = "tokens", "starts", "label_counts"
+IdType: TypeAlias = "np.dtype[np.unsignedinteger[Any]]"
+START, LABEL_COUNT, ORDER_NUMBER = np.dtype("<i8"), np.dtype("<u4"), np.dtype("<u4")
+
+
+class Sample(NamedTuple):
+    """One entry as token ids; the last ``num_labels`` of them are predicted."""
+
+    tokens: Array
+    num_labels: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What is known of all samples of a file without looking at each."""
+
+    bytes_of_id: int
+    """2 or 4."""
+    num_entries: int = 0
+    """Of the text file so far, those without a text included."""
+    num_samples: int = 0
+    num_tokens: int = 0
+    num_cut: int = 0
+    """How many samples were longer than the greatest length."""
+    num_unlabelled: int = 0
+    """How many samples have nothing left to predict within the greatest length."""
+    longest: int = 0
+    """Tokens of the longest sample."""
+    highest_token: int = 0
+
+    @classmethod
+    def read(cls, path: Path) -> "Summary | None":
+        """None if the file is not there, or is none."""
+        try:
+            found = json.loads(path.read_bytes())
+            numbers = {field.name: found[field.name] for field in fields(cls)}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+        if all(type(number) is int and number >= 0 for number in numbers.values()) and numbers["bytes_of_id"] in (2, 4):
+            return cls(**numbers)
+        return None
+
+    def write(self, path: Path) -> None:
+        replace_file(path, json.dumps(asdict(self)).encode())
+
+    @property
+    def dtype(self) -> IdType:
+        return np.dtype(f"<u{self.bytes_of_id}")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file."""
+        return {
+            TOKENS: self.num_tokens * self.bytes_of_id,
+            STARTS: (self.num_samples + 1) * START.itemsize,
+            LABEL_COUNTS: self.num_samples * LABEL_COUNT.itemsize,
+        }
+
+
+class Samples(Sequence[Sample]):
+    """
+    The samples of one file, in its order. Only those that are asked for are read from the disk.
+
+    Args:
+        tokens: (T,) ids of all samples, one after the other.
+        starts: (S + 1,) where each sample begins; the last number is T.
+        label_counts: (S,)
+        folder: of the token file; None if it is in memory.
+    """
+
+    def __init__(self, tokens: Array, starts: Array, label_counts: Array, summary: Summary, folder: Path | None = None) -> None:
+        self._tokens, self._label_counts = tokens, label_counts
+        self.starts, self.summary, self.folder = starts, summary, folder
+
+    @classmethod
+    def open(cls, folder: Path) -> "Samples | None":
+        """The token file in a folder; None if there is none, or not the whole of it."""
+        summary = Summary.read(folder / SUMMARY)
+        if summary is None or not summary.num_tokens:
+            return None
+        types = {TOKENS: summary.dtype, STARTS: START, LABEL_COUNTS: LABEL_COUNT}
+        try:
+            if any((folder / name).stat().st_size != size for name, size in summary.sizes.items()):
+                return None
+            # As plain arrays, whose slices are made faster than those of np.memmap; they keep the file mapped.
+            mapped = {name: np.asarray(np.memmap(folder / name, dtype, "r")) for name, dtype in types.items()}
+        except OSError:
+            return None
+        return cls(mapped[TOKENS], mapped[STARTS], mapped[LABEL_COUNTS], summary, folder)
+
+    def __len__(self) -> int:
+        return len(self._label_counts)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        num_labels = int(self._label_counts[index])  # IndexError beyond the last
+        index %= len(self)
+        tokens = self._tokens[self.starts[index] : self.starts[index + 1]]
+        return Sample(tokens.astype(np.int32), num_labels)
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], *, num_cut: int = 0) -> "Samples":
+        """In memory."""
+        lengths = np.array([len(sample.tokens) for sample in samples], START)
+        label_counts = np.array([sample.num_labels for sample in samples], LABEL_COUNT)
+        tokens = np.concatenate([np.empty(0, np.int32), *(sample.tokens for sample in samples)])
+        summary = Summary(
+            bytes_of_id=tokens.itemsize,
+            num_samples=len(samples),
+            num_tokens=len(tokens),
+            num_cut=num_cut,
+            num_unlabelled=int((label_counts == 0).sum()),
+            longest=int(lengths.max(initial=0)),
+            highest_token=int(tokens.max(initial=0)),
+        )
+        return cls(tokens, np.cumsum([0, *lengths]), label_counts, summary)
+
+
+def kept_order(folder: Path, seed: int, size: int, make: Callable[[], Array]) -> Array:
+    """
+    An order of the samples, (S,) uint32, that lies in the folder of a token file, or is made and kept there now.
+
+    Raises:
+        StateError: it cannot be written.
+    """
+    path = folder / f"{ORDER}{seed}"
+    try:
+        if path.stat().st_size == ORDER_NUMBER.itemsize * size:
+            return np.asarray(np.memmap(path, ORDER_NUMBER, "r"))
+    except FileNotFoundError:
+        pass
+    order = make()
+    if folder.is_dir():  # other token files may have pushed this one out meanwhile, or it was only for the time being
+        with readable_errors(folder):
+            replace_file(path, order.astype(ORDER_NUMBER).tobytes())
+            for old in _by_age(folder.glob(f"{ORDER}*"))[:-MOST_ORDERS]:
+                old.unlink(missing_ok=True)
+    return order
+
+
+class TokenWriter:
+    """
+    Writes a token file into a folder, going on where it was `commit`ted last.
+
+    Args:
+        max_length: tokens after which a sample is cut.
+
+    Raises:
+        StateError: the disk is full, or the folder cannot be written. Of every method.
+    """
+
+    def __init__(self, folder: Path, dtype: IdType, max_length: int) -> None:
+        self._folder, self._max_length = folder, max_length
+        with readable_errors(folder):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            remove_unfinished(folder)
+            self._files = {name: _open_private(folder / name) for name in (TOKENS, STARTS, LABEL_COUNTS)}
+            done, sizes = Summary.read(folder / PROGRESS), {name: _size(file) for name, file in self._files.items()}
+            if done is None or done.dtype != dtype or any(sizes[name] < size for name, size in done.sizes.items()):
+                done = Summary(bytes_of_id=dtype.itemsize)
+            self.summary = done
+            for name, size in done.sizes.items():
+                self._files[name].truncate(size)  # what was written after the last commit is written again
+                self._files[name].seek(size)
+            self._files[STARTS].seek(0)
+            self._files[STARTS].write(bytes(START.itemsize))  # the first sample begins at 0
+            self._files[STARTS].seek(done.sizes[STARTS])
+
+    def add(self, num_entries: int, samples: Sequence[tuple[bytes, int]]) -> None:
+        """
+        Args:
+            num_entries: of the text file, from which these samples come.
+            samples: of each the ids, as bytes of the file's dtype, and how many of its last tokens are predicted.
+        """
+        done, size = self.summary, self.summary.bytes_of_id
+        whole_lengths = np.array([len(tokens) // size for tokens, _ in samples], START)
+        lengths = np.minimum(whole_lengths, self._max_length)
+        label_counts = np.maximum(0, np.array([count for _, count in samples], START) - (whole_lengths - lengths))
+        tokens = b"".join(tokens[: self._max_length * size] for tokens, _ in samples)
+        with readable_errors(self._folder):
+            self._files[TOKENS].write(tokens)
+            self._files[STARTS].write((done.num_tokens + np.cumsum(lengths)).astype(START).tobytes())
+            self._files[LABEL_COUNTS].write(label_counts.astype(LABEL_COUNT).tobytes())
+        self.summary = replace(
+            done,
+            num_entries=done.num_entries + num_entries,
+            num_samples=done.num_samples + len(samples),
+            num_tokens=done.num_tokens + int(lengths.sum()),
+            num_cut=done.num_cut + int((whole_lengths > lengths).sum()),
+            num_unlabelled=done.num_unlabelled + int((label_counts == 0).sum()),
+            longest=max(done.longest, int(lengths.max(initial=0))),
+            highest_token=max(done.highest_token, int(np.frombuffer(tokens, done.dtype).max(initial=0))),
+        )
+
+    def commit(self, name: str = PROGRESS) -> None:
+        """What was added so far is on the disk from now on, power loss included."""
+        with readable_errors(self._folder):
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
+            self.summary.write(self._folder / name)
+
+    def finish(self) -> None:
+        """Write what makes it a token file."""
+        self.commit(SUMMARY)
+        self.close()
+        (self._folder / PROGRESS).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+class TokenFolder:
+    """
+    All token files of a device, each in a folder of its own that is named by what decides its content.
+
+    Raises:
+        StateError: the disk is full, or the folder cannot be written. Of every method that writes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with readable_errors(path):
+            path.mkdir(parents=True, mode=0o700, exist_ok=True)
+
+    def find(self, key: str) -> Samples | None:
+        samples = Samples.open(self._path / key)
+        if samples is not None:
+            with readable_errors(self._path):
+                os.utime(self._path / key)  # it was used just now
+        return samples
+
+    @contextmanager
+    def only_writer(self) -> Iterator[None]:
+        """Of several programs with this folder one makes a token file at a time; the others wait, and may then find it."""
+        if sys.platform == "win32":
+            yield
+            return
+        with readable_errors(self._path):
+            file = _open_private(self._path / LOCK)
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # the system gives it back if this program is killed
+            yield
+
+    @contextmanager
+    def writer(self, key: str, dtype: IdType, max_length: int) -> Iterator[TokenWriter]:
+        """
+        The writer of a token file, which is there under its name when the block has been left, and not before. What a program
+        that was killed has written is gone on with; what was written before an error is deleted.
+        """
+        unfinished = self._path / f"{key}{UNFINISHED}"
+        writer = TokenWriter(unfinished, dtype, max_length)
+        self._make_room(key)  # before a new file is as large as an old one
+        try:
+            yield writer
+            writer.finish()
+            with readable_errors(self._path):
+                shutil.rmtree(self._path / key, ignore_errors=True)  # one that was there and is not whole
+                unfinished.rename(self._path / key)
+                self._make_room(key)
+        except Exception:
+            writer.close()
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        finally:
+            writer.close()
+
+    def content(self, file: TextFile, report: Callable[[], object]) -> str:
+        """
+        SHA-256 of a text file, in hex. What was noted about it earlier is believed if the file system shows no change since:
+        same path, device, inode, size, and times of its last change. Whoever writes a file cannot set the last of these times
+        (ctime; Windows has none), and it has moved on if a file system's clock has ticked between. A file that was changed
+        less than two ticks of the coarsest clock before it was read is therefore read again next time. A program that changes
+        the file through a mapping while it is being read may go unnoticed.
+
+        Args:
+            report: called now and then while the file is being read.
+        """
+        path, begun = str(file.path.absolute()), time.time_ns()
+        notes = self._notes()
+        noted = notes.pop(path, None)
+        if isinstance(noted, list) and len(noted) == 2 and noted[0] == list(file.state):
+            return str(noted[1])
+        digest = hashlib.sha256()
+        for piece in file.pieces(PIECE):
+            digest.update(piece)
+            report()
+        if max(file.state.modified_ns, file.state.changed_ns) + COARSEST_CLOCK_NS < begun:
+            notes[path] = [file.state, digest.hexdigest()]
+            kept = dict(list(notes.items())[-MOST_NOTES:])
+            with readable_errors(self._path):
+                replace_file(self._path / NOTES, json.dumps(kept).encode())
+        return digest.hexdigest()
+
+    def _notes(self) -> dict[str, object]:
+        try:
+            notes = json.loads((self._path / NOTES).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return notes if isinstance(notes, dict) else {}
+
+    def _make_room(self, key: str) -> None:
+        """Delete token files beyond the limit, unfinished ones included; that of ``key`` stays, whatever its size."""
+        num_bytes = 0
+        for folder in reversed(_by_age(path for path in self._path.iterdir() if path.is_dir())):
+            num_bytes += sum(path.stat().st_size for path in folder.iterdir())
+            if num_bytes > MOST_BYTES and folder.name not in (key, f"{key}{UNFINISHED}"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _by_age(paths: Iterable[Path]) -> list[Path]:
+    """The one that was not changed for longest first."""
+    return sorted(paths, key=lambda path: path.stat().st_mtime_ns)
+
+
+def _size(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
+def _open_private(path: Path) -> BinaryIO:
+    """For writing, with what is in it; only its owner may read it."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    return open(os.open(path, flags, 0o600), "r+b")
