@@ -12,17 +12,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import torch
 from conftest import make_model
+from device_parts import make_part
 from mutation import EDGES, ByteMutator
+from onnx import TensorProto
 from reference import make_adapter
+from usual_settings import settings
 
 import edge_client.cli
 import export.cli
 import gpu_server.cli
 from edge_client import Generator
-from edge_client.data import Dataset
+from edge_client.data import Dataset, Sample, pack
 from edge_client.generation import open_exported, prepare
+from edge_client.onnx_engine import OnnxEngine
+from edge_client.part import runtime
+from edge_client.part.device_part import DevicePart
+from edge_client.part.graph_inspection import OPERATORS
 from export import export_onnx, merge, verify
 from export.exported_model import read_manifest
 from export.peft_merge import load_with_transformers
@@ -30,7 +39,7 @@ from export.run_directory import RunDirectory
 from gpu_server.config import ServerConfig, options_from_toml
 from protocol.invitation import Invitation
 from split_model import EdgePart, LoraConfig, PretrainedModel, load_adapter
-from storage import load_tokenizer
+from storage import GRAPH_FILES, PART_FILE, load_tokenizer
 
 SECONDS = 30
 """That a mutant may take, on a busy machine too."""
@@ -91,6 +100,7 @@ RUN = {
     "dtype": "float32",
     "config": {"model": "", "lora_rank": 2, "lora_alpha": 8, "lora_targets": ["c_attn"]},
 }
+SMALL_DEVICE = 1 << 30  # bytes
 PREFIX = 8  # bytes of a safetensors file that say how long its header is
 
 
@@ -180,6 +190,53 @@ class FolderMutator(ByteMutator):
             header = self.mutated(header)
         return len(header).to_bytes(PREFIX, "little") + header + values
 
+    def graph(self, data: bytes) -> bytes:
+        """Of an ONNX file: other nodes, edges, constants, attributes, sizes or types, mostly such as a graph can have."""
+        if self.random.random() < 0.2:
+            return self.mutated(data)
+        model = onnx.load_from_string(data)
+        for _ in range(self.random.choice((1, 1, 2, 3, 6))):
+            self._change_graph(model.graph)
+        return bytes(model.SerializeToString())
+
+    def _change_graph(self, graph: onnx.GraphProto) -> None:
+        choose = self.random.choice
+        node, computed = choose(graph.node), [name for node in graph.node for name in node.output]
+        names = [*(value.name for value in graph.input), *(tensor.name for tensor in graph.initializer), *computed]
+        what = self.random.randrange(7)
+        if what == 0:
+            node.op_type = choose(list(OPERATORS))
+        elif what == 1:
+            node.input[self.random.randrange(len(node.input))] = choose(names)
+        elif what == 2 and graph.initializer:
+            tensor = choose(graph.initializer)
+            if tensor.data_type == TensorProto.INT64:
+                numbers = onnx.numpy_helper.to_array(tensor).copy()
+                numbers.flat[self.random.randrange(numbers.size)] = choose((0, 1, -1, 3, 31, 2**20, 2**31 - 1))
+                tensor.raw_data = numbers.tobytes()
+            else:
+                tensor.raw_data = self.mutated(tensor.raw_data)
+        elif what == 3 and node.attribute:
+            attribute = choose(node.attribute)
+            if attribute.type == onnx.AttributeProto.FLOAT:
+                attribute.f = choose((0.0, -1.0, 1e38, float("nan")))
+            elif attribute.type == onnx.AttributeProto.INT:
+                attribute.i = choose((0, 1, 2, -1, 7, 2**20, 2**31 - 1))
+            elif attribute.ints:
+                attribute.ints[self.random.randrange(len(attribute.ints))] = choose((0, 1, 2, -1, 7, 2**20))
+        elif what == 4:
+            tensor_type = choose([*graph.input, *graph.output]).type.tensor_type
+            if tensor_type.shape.dim and self.random.random() < 0.7:
+                choose(tensor_type.shape.dim).dim_value = choose((1, 2, 8, 4096, 2**20))
+            else:
+                tensor_type.elem_type = choose((TensorProto.FLOAT, TensorProto.INT8, TensorProto.INT64, TensorProto.FLOAT16))
+        elif what == 5:
+            graph.output.add().CopyFrom(choose(graph.output))
+            graph.output[-1].name = choose(names)
+        else:
+            del graph.node[self.random.randrange(len(graph.node))]
+            graph.node.add().CopyFrom(node)
+
     def _change_tensor(self, entries: dict[str, Any]) -> None:
         name = self.random.choice([name for name in entries if name != "__metadata__"])
         entry = entries[name]
@@ -213,6 +270,7 @@ class Judge:
         self.outcomes: Counter[str] = Counter()
         self._scratch, self._out = scratch, scratch / "out"
         torch.manual_seed(0)
+        runtime._memory = lambda: SMALL_DEVICE
         self._model, self._exported, self._kept = scratch / "model", scratch / "exported", scratch / "kept"
         self._model.mkdir()
         make_model(self._model, n_layer=2, n_embd=16, n_head=2, n_positions=16)
@@ -222,6 +280,8 @@ class Judge:
             pass
         export_onnx(str(self._model), self._kept, precisions=["fp32"], adapter=self._adapter, keep_adapter=True)
         self._base = PretrainedModel(self._model)
+        self._run_settings = settings(lora_targets=("c_attn", "c_proj"), lora_dropout=0.1)
+        self._part = make_part(scratch / "part", self._model, self._run_settings, "int8")
         self._tokenizer, self._config = load_tokenizer(self._model), self._base.config
         self._run = scratch / "run"
         self._run.mkdir()
@@ -243,11 +303,13 @@ class Judge:
             "adapter's tensors": (self._adapter_tensors, ours),
             "run.json": (self._run_json, ours),
             "exported folder": (self._exported_folder, (*ours, *edge._errors_of_generate())),
+            "part's graphs": (self._part_graphs, edge._errors_of_train()),
+            "part's description and weights": (self._part_files, edge._errors_of_train()),
             "TOML": (self._toml, gpu_server.cli._errors_of_users()),
             "invitation": (self._invitation, edge._errors_of_train()),
             "data file": (self._data, edge._errors_of_train()),
         }
-        self.weights: list[float] = [3, 3, 3, 4, 3, 1, 4, 1, 1, 2]
+        self.weights: list[float] = [3, 3, 3, 4, 3, 1, 4, 4, 2, 1, 1, 2]
 
     def judge(self, mutator: FolderMutator) -> str:
         """Make a mutant and see what comes of it; gives its kind."""
@@ -346,6 +408,24 @@ class Judge:
                 read_manifest(folder)
             else:
                 Generator(folder, num_threads=1).text("The", max_new_tokens=3)
+
+    def _part_graphs(self, mutator: FolderMutator) -> None:
+        path = self._part / mutator.random.choice(GRAPH_FILES)
+        with changed(path, mutator.graph(path.read_bytes())):
+            self._use_part()
+
+    def _part_files(self, mutator: FolderMutator) -> None:
+        path = self._part / mutator.random.choice((PART_FILE, "embedding.safetensors", "block-0.safetensors"))
+        data = path.read_bytes()
+        with changed(path, mutator.json(data) if path.suffix == ".json" else mutator.tensors(data)):
+            self._use_part()
+
+    def _use_part(self) -> None:
+        engine = OnnxEngine(DevicePart(self._part), self._run_settings)
+        batch = pack([Sample(np.arange(length + 1, dtype=np.int32), 1) for length in (3, 1, 4)])
+        engine.infer(batch)
+        engine.begin_step()
+        engine.backward(engine.forward(batch, 1))
 
     def _toml(self, mutator: FolderMutator) -> None:
         path = self._scratch / "run.toml"

@@ -20,7 +20,8 @@ MOST_CONSTANT_BYTES = 1 << 16
 """Of all initializers of a graph together: weights are inputs."""
 OPSETS, IR_VERSIONS, RUNTIME = range(18, 21), range(8, 10), "onnxruntime 1.23"
 """Versions of ONNX's operators and of its file format; the first onnxruntime that these graphs are tested with."""
-LARGEST = (1 << 31) - 1
+LARGEST = 1 << 20
+"""Whole number in a graph: they are sizes and axes, and no layer is a million wide."""
 ELEMENT_BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2}
 """Of TensorProto.DataType: float32, uint8, int8, int32, int64, bool, float16. All have a fixed size; texts have none."""
 INT64 = 7
