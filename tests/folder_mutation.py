@@ -270,7 +270,7 @@ class Judge:
         self.outcomes: Counter[str] = Counter()
         self._scratch, self._out = scratch, scratch / "out"
         torch.manual_seed(0)
-        runtime._memory = lambda: SMALL_DEVICE
+        runtime.most_memory = lambda: SMALL_DEVICE
         self._model, self._exported, self._kept = scratch / "model", scratch / "exported", scratch / "kept"
         self._model.mkdir()
         make_model(self._model, n_layer=2, n_embd=16, n_head=2, n_positions=16)
