@@ -36,11 +36,12 @@ class Linear:
 
     def forward(self, x: str) -> str:  # (N, in) -> (N, out)
         with self.graph.scope(self.name):
-            plus = self.graph.weight_input(f"{self.name}.bias", np.float32, self.shape[1:])
-            if self.is_adapted:
-                u = self._low_rank(self._masked(x))
-                plus = self.graph.node("Gemm", u, self._matrix("B"), plus, transB=1, alpha=self.scale)
-            return self.form.product(self.graph, f"{self.name}.weight", self.shape, x, plus)
+            bias = self.graph.weight_input(f"{self.name}.bias", np.float32, self.shape[1:])
+            y = self.form.product(self.graph, f"{self.name}.weight", self.shape, x, bias)
+            if not self.is_adapted:
+                return y
+            u = self._low_rank(self._masked(x))
+            return self.graph.node("Gemm", u, self._matrix("B"), y, transB=1, alpha=self.scale)
 
     def backward(self, x: str, dy: str) -> str:
         """(N, in) and (N, out) -> dx (N, in). The matrices' gradients become outputs; ``x`` is needed for them alone."""

@@ -15,6 +15,8 @@ __all__ = ["MATRIX_FORMATS", "MatrixFormat"]
 
 Tensors = dict[str, NDArray[Any]]
 LARGEST_INT8 = 127
+SMALLEST = 1e-20
+"""What is smaller counts as zero: a bias divided by its scale would not be finite."""
 
 
 class MatrixFormat(ABC):
@@ -37,8 +39,8 @@ class MatrixFormat(ABC):
         """
 
     @abstractmethod
-    def product(self, graph: PartGraph, name: str, shape: tuple[int, int], x: str, plus: str) -> str:
-        """x W + plus: (N, in) and (N, out), or (out,), -> (N, out)."""
+    def product(self, graph: PartGraph, name: str, shape: tuple[int, int], x: str, bias: str) -> str:
+        """x W + bias: (N, in) and (out,) -> (N, out)."""
 
     @abstractmethod
     def transposed_product(self, graph: PartGraph, name: str, shape: tuple[int, int], dy: str) -> str:
@@ -57,8 +59,8 @@ class Floating(MatrixFormat):
         check_finite(name, stored, self.dtype.name)
         return {name: stored}
 
-    def product(self, graph: PartGraph, name: str, shape: tuple[int, int], x: str, plus: str) -> str:
-        return graph.node("Gemm", x, self._matrix(graph, name, shape), plus)
+    def product(self, graph: PartGraph, name: str, shape: tuple[int, int], x: str, bias: str) -> str:
+        return graph.node("Gemm", x, self._matrix(graph, name, shape), bias)
 
     def transposed_product(self, graph: PartGraph, name: str, shape: tuple[int, int], dy: str) -> str:
         return graph.node("Gemm", dy, self._matrix(graph, name, shape), transB=1)
@@ -70,22 +72,24 @@ class Floating(MatrixFormat):
 
 class Integers(MatrixFormat):
     """
-    As integers Q of 8 bits with a scale s for each column, W = Q diag(s). Neither product ever makes W: x W = (x Q) diag(s) and
-    dy Wᵀ = (dy diag(s)) Qᵀ, so that of the matrix only Q in float32 exists, for as long as the product takes.
+    As integers Q of 8 bits with a scale s for each column, W = Q diag(s). Neither product makes W:
+
+        x W + b = (x Q + b / s) diag(s)        dy Wᵀ = (dy diag(s)) Qᵀ
+
+    so that of the matrix only Q in float32 exists, for as long as the product takes.
     """
 
     def store(self, name: str, matrix: Floats, *, shared_scale: int = 0) -> Tensors:
         largest = np.abs(matrix).max(axis=shared_scale, keepdims=True)
         check_finite(name, largest, "int8")
-        # Where everything is zero, or so small that the scale would be zero, any scale does.
-        scale = np.maximum(largest / np.float32(LARGEST_INT8), np.finfo(np.float32).tiny)
+        scale = np.where(largest > SMALLEST, largest / np.float32(LARGEST_INT8), np.float32(1))
         integers = np.rint(matrix / scale).astype(np.int8)
         return {name: integers, scale_name(name): scale.reshape(-1)}
 
-    def product(self, graph: PartGraph, name: str, shape: tuple[int, int], x: str, plus: str) -> str:
+    def product(self, graph: PartGraph, name: str, shape: tuple[int, int], x: str, bias: str) -> str:
         integers, scale = self._inputs(graph, name, shape)
-        product = graph.node("MatMul", x, graph.cast(integers, np.float32))
-        return graph.node("Add", graph.node("Mul", product, scale), plus)
+        product = graph.node("Gemm", x, graph.cast(integers, np.float32), graph.node("Div", bias, scale))
+        return graph.node("Mul", product, scale)
 
     def transposed_product(self, graph: PartGraph, name: str, shape: tuple[int, int], dy: str) -> str:
         integers, scale = self._inputs(graph, name, shape)

@@ -43,7 +43,9 @@ class Operator:
 # other things than its operator defines.
 OPERATORS = {
     **dict.fromkeys(("Erf", "Exp", "Relu", "Sigmoid"), Operator((1,))),
-    **dict.fromkeys(("Add", "Expand", "Greater", "MatMul", "Mul", "ReduceMean", "ReduceSum", "Reshape", "Sub"), Operator((2,))),
+    **dict.fromkeys(
+        ("Add", "Div", "Expand", "Greater", "MatMul", "Mul", "ReduceMean", "ReduceSum", "Reshape", "Sub"), Operator((2,))
+    ),
     "Cast": Operator((1,), attributes={"to": INTEGER}),
     "Concat": Operator((2, 3), attributes={"axis": INTEGER}),
     "Gather": Operator((2,)),
