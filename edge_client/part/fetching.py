@@ -8,6 +8,7 @@ from pathlib import Path
 from protocol import AskPart, AskPiece, Part, PartFile, Piece, RemoteProtocolError
 from protocol.limits import MAX_PART_FILE_BYTES
 from storage import PART_FILE, TOKENIZER_FILES, required_files
+from terminal import count
 
 from ..membership import Membership
 from .graph_inspection import MOST_GRAPH_BYTES
@@ -75,7 +76,7 @@ class _Fetching:
                 return path
             logger.warning("%s arrived damaged: it is fetched again", file.name)
         raise RemoteProtocolError(
-            f"the server does not keep to the protocol: {file.name} has not the SHA-256 that it says, whenever it is fetched"
+            f"the server does not keep to the protocol: {file.name} arrives with another SHA-256 than the server says"
         )
 
     def _attempt(self, file: PartFile) -> Path | None:
@@ -88,8 +89,9 @@ class _Fetching:
                 question = AskPiece(index=self._membership.next_index(), sha256=file.sha256, offset=unfinished.size)
                 data = self._membership.ask(question, Piece).data
                 if len(data) > file.size - unfinished.size:
+                    size = count(file.size, "byte")
                     raise RemoteProtocolError(
-                        f"the server does not keep to the protocol: a piece of {file.name} goes beyond its {file.size} bytes"
+                        f"the server does not keep to the protocol: a piece of {file.name} goes beyond its {size}"
                     )
                 unfinished.append(data)
 

@@ -226,4 +226,4 @@ def _chunks(content: BinaryIO) -> Iterator[memoryview]:
 
 
 def _amount(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.0f} MB"
+    return f"{num_bytes / 1e6:,.3g} MB" if num_bytes < 1e8 else f"{num_bytes / 1e6:,.0f} MB"
