@@ -291,6 +291,8 @@ class _Preparations:
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
         if what != self._what or self._progress is None:
+            if done == total:
+                return  # it was there already
             self.close()
             self._what, self._megabytes, self._began = what, _megabytes(done), (now, done)
             self._progress = Progress(_megabytes(total), self._megabytes, unit=f"MB of {what}")

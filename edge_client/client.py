@@ -144,7 +144,8 @@ class EdgeClient:
         self._access = Access.to(server, state, None if name is None else check_name(name))
         self.name = name or self._access.name or default_name(data)
         self._state, self._give_up_after = ClientState(state, server, self.name), give_up_after
-        self._parts, self._report = PartCache(state / "parts", PART_BYTES if part_bytes is None else part_bytes), report
+        self._tokens, self._report = state / "tokens", report
+        self._parts = PartCache(state / "parts", PART_BYTES if part_bytes is None else part_bytes)
         self._asked_engine, self._device, self._dtype = engine, device, dtype
         self._in_flight, self._cache_bytes = in_flight, cache_bytes
         self._files, self._max_length = (data, held_out), max_length
@@ -166,7 +167,15 @@ class EdgeClient:
             self.eval_data = self._load(held_out, tokenizer, config, where)
 
     def _load(self, path: Path, tokenizer: Tokenizer, config: "Described", where: Path) -> Dataset:
-        data = Dataset.load(path, tokenizer, config.end_token, min(self._max_length, config.num_positions))
+        report = self._report
+        data = Dataset.load(
+            path,
+            tokenizer,
+            config.end_token,
+            min(self._max_length, config.num_positions),
+            folder=self._tokens,
+            report=None if report is None else lambda done, total: report(path.name, done, total),
+        )
         # Tokens may have been added to the tokenizer and not to the model. The server would blame the device for its labels.
         if data.highest_token >= config.vocabulary_size:
             raise ModelError(
