@@ -134,6 +134,10 @@ class EdgeClient:
             raise DataError(f"in-flight must be at least 1, got {in_flight}")
         if cache_bytes is not None and cache_bytes < 0:
             raise DataError(f"cache-bytes must be at least 0, got {cache_bytes}")
+        if part_bytes is not None and part_bytes < 0:
+            raise DataError(f"part-bytes must be at least 0, got {part_bytes}")
+        if max_length < 2:
+            raise DataError(f"max-length must be at least 2 tokens, got {max_length}")
         if engine not in ENGINES:
             raise DataError(f"engine must be {', '.join(ENGINES[:-1])} or {ENGINES[-1]}, got {engine!r}")
         if engine == TORCH and model is None:
