@@ -12,6 +12,7 @@
 # make fuzz-folders   100,000 nearly right models, adapters, exported folders, settings and data files
 # make mutants        small faults put into the federation: how many its own tests notice
 # make soak           30 minutes of a server whose devices come and go
+# make arm64          a device on an emulated 64-bit ARM processor in a run; needs root, debootstrap and qemu-user-static
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +25,7 @@ FEDERATION_TESTS := $(addprefix tests/test_,message_rules.py member.py roster.py
 # The other versions of Python that are promised.
 PYTHONS := 3.10 3.12 3.13
 
-.PHONY: demo test test-pythons test-lowest test-runtimes check bench bench-links bench-export chaos fuzz fuzz-folders mutants soak
+.PHONY: demo test test-pythons test-lowest test-runtimes check bench bench-links bench-export chaos fuzz fuzz-folders mutants soak arm64
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.runtime
@@ -83,6 +84,9 @@ mutants: $(VENV)/.development
 
 soak: $(VENV)/.development
 	$(BIN)/python benchmarks/soak.py --minutes 30
+
+arm64: $(VENV)/.development
+	tests/arm64/run
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
