@@ -53,7 +53,7 @@ def run_program(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with _careful_output():
         try:
-            with importing(name, install):
+            with importing("this command", install):
                 run()
             sys.stdout.flush()
         except KeyboardInterrupt:

@@ -317,7 +317,7 @@ def test_missing_library_is_one_sentence_that_says_what_installs_it(
         import onnx  # noqa: F401
 
     assert run_program("program", run, tuple) == 1
-    assert capsys.readouterr().err == "program: program needs onnx, which is not installed: pip install splitlora\n"
+    assert capsys.readouterr().err == "program: this command needs onnx, which is not installed: pip install splitlora\n"
 
 
 def test_library_that_cannot_be_loaded_is_said_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
