@@ -28,8 +28,8 @@ PYTHONS := 3.10 3.12 3.13
 .PHONY: demo test test-pythons test-lowest test-runtimes check bench bench-links bench-export chaos fuzz fuzz-folders mutants soak arm64
 .DEFAULT_GOAL := demo
 
-demo: $(VENV)/.runtime
-	$(BIN)/python examples/demo.py
+demo: $(VENV)/.runtime .venv-device/.packages
+	$(BIN)/python examples/demo.py --devices .venv-device
 
 # Each process of them takes a gigabyte.
 test: $(VENV)/.development
@@ -92,6 +92,12 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
 	$(PIP) install --upgrade pip
 	$(PIP) install --constraint constraints.txt --editable '.[server,export]'
+	touch $@
+
+# What a device has, and nothing else.
+.venv-device/.packages: pyproject.toml constraints.txt
+	python3 -m venv .venv-device
+	.venv-device/bin/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt --editable .
 	touch $@
 
 # Dependency groups need a pip of 2025, which the runtime's recipe has just installed.

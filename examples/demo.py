@@ -2,7 +2,8 @@
 The main job, small: a server and two devices on loopback fine-tune the base model of this folder on two restaurant guides;
 then the model is exported, checked, and generates as it would on a device.
 
-Each is a process of its own, started with the command a user would type. Takes about two minutes on two cores.
+Each is a process of its own, started with the command a user would type. The devices have no torch and no model: each gets its
+part from the server. Takes about a minute on two cores.
 """
 
 import argparse
@@ -19,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from edge_client import ConnectionFailed, ping
+from edge_client.text_file import read_texts
 
 HERE = Path(__file__).parent.relative_to(Path.cwd()) if Path(__file__).is_relative_to(Path.cwd()) else Path(__file__).parent
 MODEL = HERE / "base_model"
 GUIDES = HERE / "restaurants"
-PROGRAMS = Path(sys.executable).parent
-"""The programs beside this interpreter: they need not be on the PATH."""
+ENVIRONMENT = Path(sys.prefix)
+"""Of the server: its programs need not be on the PATH."""
 CUT_LAYER, RANK, ALPHA = 2, 8, 32.0
 NUM_CLIENTS = 2
 
@@ -33,14 +35,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train a split model end to end on this machine.")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--run-dir", type=Path, help="default: the next free runs/demo-N")
+    parser.add_argument("--devices", type=Path, default=ENVIRONMENT, metavar="DIR", help="the devices' environment")
     options = parser.parse_args()
     steps, run_dir = options.steps, options.run_dir or _unused_folder()
     url = f"ws://127.0.0.1:{_free_port()}"
-    print(f"A server and {NUM_CLIENTS} devices on this machine; the texts of each device stay in its process.\n")
+    print(f"A server and {NUM_CLIENTS} devices on this machine; the texts of each device stay in its process.")
+    for name, environment in (("server", ENVIRONMENT), ("devices", options.devices)):
+        print(f"The environment of the {name}, {_shown(environment)}: {_described(environment)}.")
+    print()
     with ExitStack() as running:
-        server = _start(running, _server_command(run_dir, url, steps))
+        server = _start(running, ENVIRONMENT, _server_command(run_dir, url, steps))
         _wait_until_it_answers(server, url)
-        devices = [_start(running, _edge_command(url, client), stderr=subprocess.PIPE) for client in range(NUM_CLIENTS)]
+        commands = [_edge_command(url, client) for client in range(NUM_CLIENTS)]
+        devices = [_start(running, options.devices, command, stderr=subprocess.PIPE) for command in commands]
         readers = [threading.Thread(target=_relay, args=(client, device)) for client, device in enumerate(devices)]
         for reader in readers:
             reader.start()
@@ -51,7 +58,7 @@ def main() -> int:
         print(f"the demo failed: exit statuses {statuses}", file=sys.stderr)
         return 1
     try:
-        _deploy(run_dir)
+        _deploy(run_dir, options.devices)
     except subprocess.CalledProcessError as error:
         print(f"the demo failed: {error.cmd[0]} has exit status {error.returncode}", file=sys.stderr)
         return 1
@@ -65,15 +72,24 @@ def _server_command(run_dir: Path, url: str, steps: int) -> list[str]:
 
 
 def _edge_command(url: str, client: int) -> list[str]:
-    command = (
-        f"splitlora-edge train --server {url} --model {MODEL} --data {GUIDES}/client-{client}.jsonl --name device-{client}"
-    )
+    command = f"splitlora-edge train --server {url} --data {GUIDES}/client-{client}.jsonl --name device-{client}"
     return [*command.split(), *([] if client else ["--eval-data", f"{GUIDES}/valid.jsonl"])]
 
 
-def _start(running: ExitStack, command: list[str], **options: Any) -> "subprocess.Popen[str]":
+def _shown(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _described(environment: Path) -> str:
+    """How much is installed there, and whether torch is."""
+    packages = next(environment.glob("lib/python*/site-packages"))
+    size = sum(file.stat().st_size for file in packages.rglob("*") if file.is_file())
+    return f"{size / 1e6:.0f} MB with{'' if (packages / 'torch').exists() else 'out'} torch"
+
+
+def _start(running: ExitStack, environment: Path, command: list[str], **options: Any) -> "subprocess.Popen[str]":
     print("$ " + " ".join(command), flush=True)
-    process = subprocess.Popen([str(PROGRAMS / command[0]), *command[1:]], text=True, **options)
+    process = subprocess.Popen([str(environment / "bin" / command[0]), *command[1:]], text=True, **options)
     running.callback(process.terminate)
     return process
 
@@ -105,25 +121,23 @@ def _relay(client: int, device: "subprocess.Popen[str]") -> None:
             print(f"\r\x1b[Kdevice-{client}: {line}" if sys.stderr.isatty() else f"device-{client}: {line}", end="", flush=True)
 
 
-def _deploy(run_dir: Path) -> None:
-    """Export what was learnt, check it, and generate with it as a device does: with onnxruntime, and without torch."""
-    from edge_client.text_file import read_texts
-
+def _deploy(run_dir: Path, devices: Path) -> None:
+    """Export what was learnt, check it, and generate with it on the devices' side."""
     print(f"\nThe adapter of both parts, a PEFT folder: {run_dir / 'adapter'}")
     folder = run_dir / "deployed"
-    _run(["splitlora-export", "onnx", "--run-dir", str(run_dir), "--model", str(MODEL), "--output", str(folder)])
+    _run(ENVIRONMENT, ["splitlora-export", "onnx", "--run-dir", str(run_dir), "--model", str(MODEL), "--output", str(folder)])
     # On a model so small, what 8 and 4 bits change lies near the tolerances, on either side; the table is what there is to see.
-    _run(["splitlora-export", "verify", str(folder)], check=False)
-    print("Three prompts it has never seen, continued on the device's side:\n")
+    _run(ENVIRONMENT, ["splitlora-export", "verify", str(folder)], check=False)
+    print("Three prompts it has never seen, continued as a device does, without torch:\n")
     for prompt, _ in itertools.islice(read_texts(GUIDES / "valid.jsonl"), 0, 60, 20):
         command = ["splitlora-edge", "generate", str(folder), "--prompt", prompt, "--max-new-tokens", "80"]
-        print(f"  -> {_run(command, stdout=subprocess.PIPE).stdout.strip()}\n")
+        print(f"  -> {_run(devices, command, stdout=subprocess.PIPE).stdout.strip()}\n")
 
 
-def _run(command: list[str], **options: Any) -> "subprocess.CompletedProcess[str]":
+def _run(environment: Path, command: list[str], **options: Any) -> "subprocess.CompletedProcess[str]":
     """A command from its beginning to its end. CalledProcessError if it fails, unless ``check`` is False."""
     print("$ " + shlex.join(command), flush=True)
-    return subprocess.run([str(PROGRAMS / command[0]), *command[1:]], text=True, **{"check": True, **options})
+    return subprocess.run([str(environment / "bin" / command[0]), *command[1:]], text=True, **{"check": True, **options})
 
 
 def _unused_folder() -> Path:
