@@ -1,26 +1,32 @@
 """
-What a device pays: memory, start, disk. GPT-2 small's shape, cut after block 3, batches of 8 E2E rows.
+What a device pays: disk, traffic, start, memory. GPT-2 small's shape, cut after block 3, batches of 8 E2E rows.
 
-Memory is the peak of resident memory (VmHWM) of `splitlora-edge train` less that of `python -c "import torch"`.
+The device runs in an environment of its own that has the base package and nothing else; for comparison, with torch in this one.
+Each takes part twice: the first time it fetches its part of the model, the second time it is measured. Memory is the peak of
+all that the process has resident (VmHWM).
 """
 
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib import metadata
+import venv
+from collections import Counter
 from pathlib import Path
 
 import contestants
-from packaging.requirements import Requirement
 
 from edge_client.generation import process_memory
 from gpu_server import GpuServer
 from gpu_server.federation import Action, Federation
 from protocol import Activations, Message
 
-STEPS = 5
+STEPS = 3
+GOALS = {"installed": "220 MB", "start": "1.2 s", "float32": "300 MB", "int8": "200 MB"}
+NOT_OURS = re.compile(r"(pip|setuptools|pkg_resources|_distutils_hack|distutils-precedence)\b")
+"""What an environment has before anything is installed."""
 
 
 class Watched:
@@ -43,27 +49,67 @@ class Watched:
 def main() -> None:
     Watched.install()
     with tempfile.TemporaryDirectory() as scratch:
+        environment = plain_environment(Path(scratch) / "environment")
+        sizes = installed(environment)
+        plain, with_torch = environment / "bin", contestants.PROGRAMS
         model = contestants.make_gpt2_small(Path(scratch))
         data = contestants.write_rows(Path(scratch) / "rows.txt", contestants.e2e_rows("train", slice(0, 8 * STEPS)))
-        torch_alone = peak_memory(subprocess.Popen([sys.executable, "-c", "import torch"]))
-        options = {"model": str(model), "run_dir": f"{scratch}/run", "steps": STEPS, "lora_rank": 4, "dtype": "float32"}
-        with GpuServer(port=0, **options) as server:
-            began = time.monotonic()
-            edge = f"train --server {server.url} --model {model} --data {data} --dtype float32"
-            command = [str(contestants.PROGRAMS / "splitlora-edge"), *edge.split()]
-            whole = peak_memory(subprocess.Popen(command, stderr=subprocess.DEVNULL))
-            list(server.train())
-    rows = [
-        ["peak resident memory beyond `import torch`", f"{(whole - torch_alone) / 1e6:.0f} MB", "250 MB"],
-        ["`import torch` alone", f"{torch_alone / 1e6:.0f} MB", ""],
-        ["start of the process to its first activations at the server", f"{Watched.first_activations - began:.1f} s", ""],
-        ["`import torch` alone", f"{median_seconds(sys.executable, '-c', 'import torch'):.1f} s", ""],
-        ["`splitlora-edge --help`", f"{median_seconds(str(contestants.PROGRAMS / 'splitlora-edge'), '--help'):.2f} s", "0.3 s"],
-        ["`import edge_client.data`", f"{median_seconds(sys.executable, '-c', 'import edge_client.data'):.2f} s", "0.2 s"],
-        ["installed without torch and what torch itself needs", f"{sum(sizes().values()) / 1e6:.0f} MB", "60 MB"],
-    ]
-    print(contestants.markdown(["", "measured", "goal"], rows))
-    print("\nof that: " + ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sorted(sizes().items(), key=lambda x: -x[1])))
+        rows = []
+        for engine, weights, programs in [
+            *(("onnxruntime", weights, plain) for weights in ("float32", "float16", "int8")),
+            ("torch", "float32", with_torch),
+        ]:
+            folder = Path(scratch) / f"{engine}-{weights}"
+            command = f"{programs}/splitlora-edge train --data {data} --engine {engine} --state-dir {folder}/state"
+            command += f" --model {model} --dtype float32" if engine == "torch" else ""
+            for number in (1, 2):
+                seconds, peak = take_part(command.split(), model, folder / f"run-{number}", weights)
+            held = sum(file.stat().st_size for file in (folder / "state").rglob("*") if file.is_file())
+            goal = GOALS.get(weights, "") if engine == "onnxruntime" else ""
+            rows.append([engine, weights, f"{held / 1e6:.0f} MB", f"{seconds:.1f} s", f"{peak / 1e6:.0f} MB", goal])
+        starts = [
+            ["`splitlora-edge --help`", f"{median_seconds(str(plain / 'splitlora-edge'), '--help'):.2f} s", "0.3 s"],
+            *(
+                [f"`import {name}`", f"{median_seconds(str(plain / 'python'), '-c', f'import {name}'):.2f} s", ""]
+                for name in ("edge_client.data", "onnxruntime")
+            ),
+            ["`import torch`", f"{median_seconds(sys.executable, '-c', 'import torch'):.1f} s", ""],
+        ]
+    total = f"{sizes.total() / 1e6:.0f} MB"
+    print(contestants.markdown(["", "measured", "goal"], [["installed, without pip", total, GOALS["installed"]], *starts]))
+    print("\nof that: " + ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sizes.most_common(12)) + "\n")
+    heads = ["engine", "weights", "kept in the state folder", f"start (goal {GOALS['start']})", "peak memory", "goal"]
+    print(contestants.markdown(heads, rows))
+
+
+def plain_environment(folder: Path) -> Path:
+    """What `pip install splitlora` makes."""
+    venv.create(folder, with_pip=True)
+    pip = [str(folder / "bin/python"), "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
+    subprocess.run([*pip, str(contestants.REPOSITORY)], check=True)
+    return folder
+
+
+def installed(environment: Path) -> "Counter[str]":
+    """Bytes of the files, byte code included, by what stands in the folder of packages; without what was there before."""
+    (packages,) = environment.glob("lib/python*/site-packages")
+    sizes: Counter[str] = Counter()
+    for file in packages.rglob("*"):
+        name = file.relative_to(packages).parts[0]
+        if file.is_file() and not NOT_OURS.match(name):
+            sizes[name] += file.stat().st_size
+    return sizes
+
+
+def take_part(command: list[str], model: Path, run_dir: Path, weights: str) -> tuple[float, int]:
+    """Seconds from the start of the device's process to its first activations at the server, and the process's peak memory."""
+    Watched.first_activations = 0.0
+    options = {"model": str(model), "run_dir": str(run_dir), "steps": STEPS, "lora_rank": 4, "dtype": "float32"}
+    with GpuServer(port=0, edge_weights=weights, **options) as server:
+        began = time.monotonic()
+        peak = peak_memory(subprocess.Popen([*command, "--server", server.url], stderr=subprocess.DEVNULL))
+        list(server.train())
+    return Watched.first_activations - began, peak
 
 
 def peak_memory(process: "subprocess.Popen[bytes]") -> int:
@@ -84,35 +130,6 @@ def median_seconds(*command: str) -> float:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
-
-
-def sizes() -> dict[str, int]:
-    """Bytes on disk of everything the base package installs and torch does not."""
-    return {name: installed_size(name) for name in needed_by("splitlora") - needed_by("torch") - {"splitlora"}}
-
-
-def needed_by(name: str) -> set[str]:
-    """The distribution and all it requires here, without extras."""
-    found, waiting = set(), [name]
-    while waiting:
-        current = waiting.pop().lower().replace("_", "-")
-        if current in found:
-            continue
-        try:
-            requirements = [Requirement(text) for text in metadata.requires(current) or []]
-        except metadata.PackageNotFoundError:
-            continue  # only needed on another platform
-        found.add(current)
-        waiting += [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
-    return found
-
-
-def installed_size(name: str) -> int:
-    files = metadata.files(name) or []
-    # Byte code is made on the first import, and may be left out on a small device.
-    return sum(
-        path.stat().st_size for path in {Path(str(file.locate())) for file in files} if path.is_file() and path.suffix != ".pyc"
-    )
 
 
 if __name__ == "__main__":
