@@ -70,7 +70,7 @@ def test_server_and_devices_of_the_readme_train_to_the_end(
             [word.replace("kitchen", name) for word in adapted(join, data=data, eval_data=held_out)]
             for name, data in zip(names, (pairs_file("notes", 20), pairs_file("more", 9, 20)), strict=True)
         ]
-        more = ["--model", str(tiny_model), "--state-dir", str(tmp_path / "state")]
+        more = ["--state-dir", str(tmp_path / "state")]
         with started([*devices[0], *more], tmp_path) as one, started([*devices[1], *more], tmp_path) as two:
             said = [one.communicate(timeout=120)[1], two.communicate(timeout=120)[1], server.communicate(timeout=120)[1]]
     assert (one.returncode, two.returncode, server.returncode) == (0, 0, 0), said
@@ -85,7 +85,7 @@ def test_command_for_one_machine_of_the_readme_trains(
 ) -> None:
     (train,) = (shlex.split(text) for text in re.findall("`(splitlora-edge train .*?)`", README))
     with GpuServer(model=str(tiny_model), clients=1, steps=2, run_dir=str(tmp_path / "run"), port=0) as server:
-        train = adapted(train, server=server.url, model=tiny_model, data=pairs_file("notes", 20))
+        train = adapted(train, server=server.url, data=pairs_file("notes", 20))
         with started([*train, "--state-dir", str(tmp_path / "state")], tmp_path) as device:
             assert len(list(server.train())) == 2
             device.communicate(timeout=60)
@@ -97,7 +97,7 @@ def test_five_lines_of_the_edge_sdk_train(
 ) -> None:
     code = next(block for block in python_blocks() if "EdgeClient" in block)
     with GpuServer(model=str(tiny_model), clients=1, steps=3, run_dir=str(tmp_path / "run"), port=0) as server:
-        code = code.replace("ws://127.0.0.1:8765", server.url).replace('"gpt2"', repr(str(tiny_model)))
+        code = code.replace("ws://127.0.0.1:8765", server.url)
         exec(code.replace('"notes.jsonl"', repr(str(pairs_file("notes", 20)))), {})
         losses = [record.loss for record in server.train()]
     assert capsys.readouterr().out == "".join(f"{number} {loss}\n" for number, loss in enumerate(losses, 1))
