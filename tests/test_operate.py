@@ -1,4 +1,4 @@
-"""docs/operate.md and docs/devices.md say what the programs do, and the services start them as they can be started."""
+"""What the documents tell people to type can be typed, and the services start them as they can be started."""
 
 import re
 import shlex
@@ -28,12 +28,16 @@ def test_settings_of_the_service_are_settings(tmp_path: Path) -> None:
     assert (told.clients, told.epochs, told.run_dir) == (3, 10, "runs/kitchens")
 
 
-def test_commands_are_commands() -> None:
-    commands = re.findall(r"^ {4}(splitlora-server .*)$", DOCUMENT, re.M)
-    assert len(commands) == 4
+@pytest.mark.parametrize(
+    ("document", "program", "count"),
+    [("operate", "splitlora-server", 4), ("devices", "splitlora-edge", 5), ("training", "splitlora-edge", 1)],
+)
+def test_commands_are_commands(document: str, program: str, count: int) -> None:
+    text = (REPOSITORY / f"docs/{document}.md").read_text(encoding="utf-8")
+    commands = re.findall(rf"^ {{4}}{program} (.*)$", text.replace("\\\n", ""), re.M)
+    assert len(commands) == count
     for command in commands:
-        _, *words = shlex.split(command)
-        gpu_server.cli.build_parser().parse_args(words)
+        PARSERS[program].parse_args(shlex.split(command, comments=True))
 
 
 @pytest.mark.parametrize("program", PARSERS)
