@@ -2,8 +2,8 @@
 What a device pays: disk, traffic, start, memory. GPT-2 small's shape, cut after block 3, batches of 8 E2E rows.
 
 The device runs in an environment of its own that has the base package and nothing else; for comparison, with torch in this one.
-Each takes part twice: the first time it fetches its part of the model, the second time it is measured. Memory is the peak of
-all that the process has resident (VmHWM).
+It fetches its part of the model and is started again to be measured: the start is the median of three, memory the peak of all
+that a process has resident (VmHWM).
 """
 
 import re
@@ -60,10 +60,10 @@ def main() -> None:
             ("torch", "float32", with_torch),
         ]:
             folder = Path(scratch) / f"{engine}-{weights}"
-            command = f"{programs}/splitlora-edge train --data {data} --engine {engine} --state-dir {folder}/state"
-            command += f" --model {model} --dtype float32" if engine == "torch" else ""
-            for number in (1, 2):
-                seconds, peak = take_part(command.split(), model, folder / f"run-{number}", weights)
+            options = {"data": str(data), "engine": engine, "state_dir": f"{folder}/state"}
+            options |= {"model": str(model), "dtype": "float32"} if engine == "torch" else {}
+            measured = [take_part(programs, options, model, folder / f"run-{number}", weights) for number in range(3)]
+            seconds, peak = statistics.median(start for start, _ in measured), max(peak for _, peak in measured)
             held = sum(file.stat().st_size for file in (folder / "state").rglob("*") if file.is_file())
             goal = GOALS.get(weights, "") if engine == "onnxruntime" else ""
             rows.append([engine, weights, f"{held / 1e6:.0f} MB", f"{seconds:.1f} s", f"{peak / 1e6:.0f} MB", goal])
@@ -101,13 +101,18 @@ def installed(environment: Path) -> "Counter[str]":
     return sizes
 
 
-def take_part(command: list[str], model: Path, run_dir: Path, weights: str) -> tuple[float, int]:
+def take_part(programs: Path, options: dict[str, str], model: Path, run_dir: Path, weights: str) -> tuple[float, int]:
     """Seconds from the start of the device's process to its first activations at the server, and the process's peak memory."""
     Watched.first_activations = 0.0
-    options = {"model": str(model), "run_dir": str(run_dir), "steps": STEPS, "lora_rank": 4, "dtype": "float32"}
-    with GpuServer(port=0, edge_weights=weights, **options) as server:
+    settings = {"model": str(model), "run_dir": str(run_dir), "steps": STEPS, "lora_rank": 4, "dtype": "float32"}
+    with GpuServer(port=0, edge_weights=weights, **settings) as server:
+        given = options | {"server": server.url}
+        # It enters, and does not join: afterwards the server has made the part, and the device has it.
+        fetch = f"from edge_client import EdgeClient\nwith EdgeClient(**{given}): pass"
+        subprocess.run([programs / "python", "-c", fetch], check=True)
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
         began = time.monotonic()
-        peak = peak_memory(subprocess.Popen([*command, "--server", server.url], stderr=subprocess.DEVNULL))
+        peak = peak_memory(subprocess.Popen([programs / "splitlora-edge", "train", *flags], stderr=subprocess.DEVNULL))
         list(server.train())
     return Watched.first_activations - began, peak
 
