@@ -16,12 +16,16 @@ from edge_client.stopwatch import Stopwatch
 from protocol import (
     ActivationGradient,
     Activations,
+    AskPiece,
     EdgeAdapter,
     Evaluation,
     EvaluationLoss,
     Hello,
     Join,
     Message,
+    Piece,
+    Ping,
+    Pong,
     RemoteProtocolError,
     Seconds,
     Session,
@@ -524,3 +528,48 @@ def test_waiting_is_told_from_working(world: MakeWorld) -> None:
     member.start(JOIN)
     member.exchange(activations(1), ActivationGradient)
     assert waits[-2:] == ["Activations", "answered"]
+
+
+# Before the run is joined
+
+
+PONG = Pong(software="0.1.0", run="r", clients=1, joined=0, step=0, edge_weights="int8")
+PIECES = [AskPiece(index=index, sha256="0" * 64, offset=index) for index in (1, 2)]
+
+
+def piece(index: int) -> Piece:
+    return Piece(index=index, data=b"x")
+
+
+def test_what_is_asked_before_the_run_is_joined_is_asked_again_without_joining(world: MakeWorld) -> None:
+    here = world([PONG, welcome(), piece(1), LOST], LOST, [welcome(), piece(2)])
+    member = here.member(wants_part=True)
+    assert member.edge_weights == "int8"
+    assert [member.ask(question, Piece).index for question in PIECES] == [1, 2]
+    assert [[type(message) for message in connection.asked] for connection in here.made] == [
+        [Ping, Hello, AskPiece, AskPiece],
+        [Hello, AskPiece],
+    ]
+
+
+def test_link_that_is_lost_while_a_part_is_fetched_is_given_up_in_the_end(world: MakeWorld) -> None:
+    here = world([PONG, welcome(), piece(1), LOST])
+    member = here.member(wants_part=True, give_up_after=100.0)
+    member.ask(PIECES[0], Piece)
+    with pytest.raises(ConnectionFailed, match="gave up after 100 s"):
+        member.ask(PIECES[1], Piece)
+
+
+@pytest.mark.parametrize(
+    ("now", "error", "reason"),
+    [
+        ({"run": "other"}, Refused, "has another run now: other instead of r"),
+        ({"settings": replace(SETTINGS, seed=8)}, RemoteProtocolError, "seed 7 is now 8"),
+    ],
+)
+def test_another_run_at_the_address_hands_over_nothing(
+    world: MakeWorld, now: dict[str, Any], error: type[Exception], reason: str
+) -> None:
+    member = world([PONG, welcome(), LOST], [welcome(**now)]).member(wants_part=True)
+    with pytest.raises(error, match=reason):
+        member.ask(PIECES[0], Piece)
