@@ -291,8 +291,8 @@ class _Preparations:
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
         if what != self._what or self._progress is None:
-            if done == total:
-                return  # it was there already
+            if done == total or _megabytes(total) == 1:
+                return  # it was there already, or is over before anybody has read of it
             self.close()
             self._what, self._megabytes, self._began = what, _megabytes(done), (now, done)
             self._progress = Progress(_megabytes(total), self._megabytes, unit=f"MB of {what}")

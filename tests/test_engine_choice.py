@@ -14,7 +14,7 @@ from conftest import REPOSITORY, RunResult, adapter_bytes, run_in_thread, run_sp
 from protocol_samples import SETTINGS
 from safetensors.numpy import load
 
-from edge_client import DataError, EdgeClient, StateError, engine_choice
+from edge_client import DataError, EdgeClient, StateError, cli, engine_choice
 from edge_client.client_state import ClientState
 from edge_client.engine_choice import choose_engine
 from gpu_server import GpuServer
@@ -129,7 +129,6 @@ def test_device_needs_no_library_for_models_and_nobody_but_its_server(
         assert done.returncode == 0, done.stderr
         losses = [record.loss for record in ended.result(timeout=60)]
     assert "engine onnxruntime: this device has no model of its own; dtype float32: as the server hands" in done.stderr
-    assert "MB of the server's part of the model 1/1" in done.stderr
     assert "done: " in done.stderr
     expected = run_split(
         {**options, "run_dir": str(tmp_path / "with-torch")},
@@ -184,6 +183,16 @@ def device(tmp_path: Path, pairs_file: Callable[..., Path]) -> dict[str, Any]:
 def kill(client: EdgeClient) -> None:
     client._membership.hang_up()
     client._wait_reports.close()
+
+
+def test_what_takes_a_while_is_shown_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    with cli._Preparations() as shown:
+        for what, size in (("small.jsonl", 999_999), ("the part", 3_000_000)):
+            for done in (0, size // 2, size, size):
+                shown(what, done, size)
+        shown("known.jsonl", 9_000_000, 9_000_000)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("MB of the part 3/3: ")
 
 
 def test_device_that_comes_back_goes_on_with_the_engine_it_began_with(
