@@ -51,6 +51,8 @@ MODES_WITH_CODECS: dict[str, dict[str, Any]] = {
     "delta, rounds of one step": {**DELTA, "aggregate_every": 1},
     "delta, rounds of two steps": {**DELTA, "aggregate_every": 2},
 }
+DEVICES: dict[str, dict[str, Any]] = {"torch": {"engine": "torch", "dtype": "float32"}, "onnxruntime": {}}
+"""Those with onnxruntime fetch their part of the model, and share what they have fetched."""
 MICRO_BATCHES = 2
 NUM_SAMPLES = {"a": 5, "b": 7}
 BATCH_SIZE = {"a": 3, "b": 2}
@@ -150,9 +152,18 @@ class Scene:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return str(path)
 
-    def run(self, folder: Path, mode: str, faults: list[Fault], *, through: int | None = None, **options: Any) -> "Run":
+    def run(
+        self,
+        folder: Path,
+        mode: str,
+        faults: list[Fault],
+        *,
+        engine: str = "torch",
+        through: int | None = None,
+        **options: Any,
+    ) -> "Run":
         usual = {"checkpoint_every": 1, **self.options, **MODES_WITH_CODECS[mode]}
-        return Run(folder, {**usual, **options}, self.clients, faults, through)
+        return Run(folder, {**usual, **options}, self.clients, faults, engine, through)
 
     def run_at_random(self, folder: Path, seed: int, **more: Any) -> tuple[str, Outcome]:
         """A run with faults of all kinds, the same for the same seed; its mode, and what is left of it."""
@@ -181,6 +192,7 @@ class Run:
     Args:
         options: of `GpuServer`; the run directory is made inside ``folder``.
         clients: arguments of `EdgeClient` by name.
+        engine: which the devices have.
         through: the port where clients reach the server; None is its own.
     """
 
@@ -190,6 +202,7 @@ class Run:
         options: dict[str, Any],
         clients: dict[str, dict[str, Any]],
         faults: list[Fault],
+        engine: str,
         through: int | None,
     ) -> None:
         self.folder, self.run_dir = folder, folder / "run"
@@ -198,7 +211,12 @@ class Run:
         self.options = {**usual, "clients": len(clients), **options}
         self.url = f"ws://127.0.0.1:{through or self.options['port']}"
         self.clients = {
-            name: {"model": options["model"], "dtype": "float32", "state_dir": str(folder / "state"), **more}
+            name: {
+                **DEVICES[engine],
+                "model": options["model"] if engine == "torch" else None,
+                "state_dir": str(folder / "state"),
+                **more,
+            }
             for name, more in clients.items()
         }
         self.faults = faults
@@ -277,7 +295,7 @@ def take_part(url: str, options: dict[str, Any], watch: "Watch", perplexity: Pat
     come_back_within(0.2)
     watch_client(watch)
     try:
-        with EdgeClient(url, **{"engine": "torch", **options}) as client:
+        with EdgeClient(url, **options) as client:
             if client.eval_data:
                 client.perplexity()
             for _ in client.train():
