@@ -64,7 +64,13 @@ def run(folder: Path, settings: dict[str, Any], rows: int, progress: Progress) -
         def take_part(number: int) -> None:
             third = contestants.e2e_rows("train", slice(number * THIRD, number * THIRD + rows))
             data = contestants.write_rows(folder / f"{number}.txt", third)
-            own = {"batch_size": BATCH_SIZE, "dtype": "float32", "name": f"client-{number}", "state_dir": folder / "state"}
+            own = {
+                "batch_size": BATCH_SIZE,
+                "engine": "torch",
+                "dtype": "float32",
+                "name": f"client-{number}",
+                "state_dir": folder / "state",
+            }
             with EdgeClient(server.url, model=model, data=data, eval_data=None if number else valid, **own) as client:
                 for step in client.train():
                     if not number:

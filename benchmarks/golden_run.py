@@ -85,6 +85,7 @@ def run(case: str, folder: Path) -> list[str]:
             "max_length": 48,
             "name": name,
             "device": "cpu",
+            "engine": "torch",
             "dtype": "float32",
             "state_dir": folder / "state",
             "give_up_after": 60,

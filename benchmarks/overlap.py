@@ -54,7 +54,12 @@ class Contestant:
         self._server, url = contestants.start_server(server, core_of_server)
         edge = {"model": settings["model"], "data": str(data), "batch_size": BATCH_SIZE, "shuffle": False, **options["edge"]}
         self._pipe, there = contestants.PROCESSES.Pipe()
-        arguments = (url, {**edge, "dtype": "float32", "state_dir": str(folder / "state")}, core_of_edge, there)
+        arguments = (
+            url,
+            {**edge, "engine": "torch", "dtype": "float32", "state_dir": str(folder / "state")},
+            core_of_edge,
+            there,
+        )
         self._edge = contestants.PROCESSES.Process(target=take_steps, args=arguments, daemon=True)
         self._edge.start()
         there.close()

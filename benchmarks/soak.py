@@ -65,7 +65,7 @@ def _left_over() -> dict[str, int]:
 def take_part(url: str, options: dict[str, Any]) -> None:
     """A device's process."""
     come_back_within(1.0)
-    with EdgeClient(url, give_up_after=30.0, **options) as client:
+    with EdgeClient(url, engine="torch", give_up_after=30.0, **options) as client:
         for _ in client.train():
             pass
 

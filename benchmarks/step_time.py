@@ -74,7 +74,9 @@ def split(model: Path, pairs: list[tuple[str, str]], dtype: str, options: argpar
         "micro_batches": options.micro_batches,
     }
     server, url = contestants.start_server({**settings, "lora_rank": RANK, "dtype": dtype})
-    with EdgeClient(url, model=str(model), data=data, batch_size=BATCH_SIZE, shuffle=False, dtype=dtype) as client:
+    with EdgeClient(
+        url, engine="torch", model=str(model), data=data, batch_size=BATCH_SIZE, shuffle=False, dtype=dtype
+    ) as client:
         client.start()
         steps = client.train()
         for _ in range(settings["steps"]):  # type: ignore[call-overload]

@@ -237,7 +237,7 @@ def split_cost(scene: Scene, what: str, profile: LinkProfile, codec: str, micro_
         links = cast.links(int(cast.listen().rpartition(":")[2]))
         for client, (link, data) in enumerate(zip(links, scene.thirds, strict=True)):
             own = {"name": f"client-{client}", "data": data, "batch_size": BATCH_SIZE, "state_dir": folder / "state"}
-            cast.start(take_part, link.url, {**computed, **own, "in_flight": micro_batches})
+            cast.start(take_part, link.url, {**computed, **own, "engine": "torch", "in_flight": micro_batches})
         moments, records = [], []
         for _ in range(scene.steps):
             moment, record = cast.listen()

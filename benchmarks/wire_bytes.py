@@ -79,7 +79,13 @@ def bytes_of_run(folder: Path, settings: dict[str, Any], data: Path, steps: int,
         invitation = invite(enrolments_of(run_dir, None), "device", address=address, tls_cert=None, insecure=False)
         store(folder / "state", invitation)
         with GpuServer(run_dir=run_dir, port=port, dtype="float32", **settings) as server:
-            own = {"model": settings["model"], "batch_size": BATCH_SIZE, "dtype": "float32", "state_dir": folder / "state"}
+            own = {
+                "engine": "torch",
+                "model": settings["model"],
+                "batch_size": BATCH_SIZE,
+                "dtype": "float32",
+                "state_dir": folder / "state",
+            }
             with EdgeClient(f"wss://{address}", data=data, **own) as client:
                 for step in client.train():
                     tokens += step.tokens
