@@ -1134,7 +1134,7 @@ def test_base_model_that_gives_no_numbers_is_named_before_the_first_update(
     name, value, what, reason = BROKEN_BASES[case]
     change_weights(model, lambda weights: set_in(weights, name, value))
     with GpuServer(**server_options(model, tmp_path / "run")) as server:
-        flags = {"server": server.url, "model": model, "data": pairs_file("a", 3), "dtype": "float32"}
+        flags = {"server": server.url, "engine": "torch", "model": model, "data": pairs_file("a", 3), "dtype": "float32"}
         assert edge_client.cli.main(["train", *arguments(flags)]) == 1
         if case != "device":
             with pytest.raises(ModelError, match="the base model itself"):
