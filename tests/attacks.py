@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,19 @@ from edge_client.enrolment import store
 from edge_client.generation import process_memory
 from gpu_server.door import enrolments_of, invite
 from protocol import (
+    PIECE_BYTES,
     ActivationGradient,
     Activations,
     AdapterGradient,
+    AskPart,
+    AskPiece,
     EdgeAdapter,
     Failure,
     Goodbye,
     Hello,
     Join,
     Message,
+    Part,
     Ping,
     Seconds,
     Start,
@@ -282,6 +286,25 @@ class Siege:
         return RawClient(self.port, self.mallory)
 
     @contextmanager
+    def welcomed(self) -> Iterator[RawClient]:
+        """Mallory without a model, who may ask for her part of it."""
+        while True:
+            with self.stranger() as client:
+                client.say(Hello(name=self.mallory.name, fingerprint=""))
+                if isinstance(client.hear(), Failure):
+                    continue  # her last connection is not forgotten yet
+                yield client
+                return
+
+    def part(self) -> Part:
+        """What the server hands over."""
+        with self.welcomed() as client:
+            client.say(AskPart(index=1))
+            part = client.hear()
+            assert isinstance(part, Part)
+            return part
+
+    @contextmanager
     def member(self, **options: Any) -> Iterator[tuple[RawClient, int]]:
         """Mallory in the run, with batches of 2 x 4 rows; and the step after which she goes on."""
         while True:
@@ -325,6 +348,7 @@ def besieged(folder: Path, seed: int) -> Iterator[Siege]:
         siege = Siege(server, HonestClient(client), port, mallory, PretrainedModel(model).fingerprint(), seed)
         with siege.member() as (first, _):
             first.say(Goodbye())
+        siege.part()  # it is made
         siege.honest.goes_on(20)
         siege.resident, siege.open_files = server.resident(), server.open_files()
         yield siege
@@ -455,6 +479,42 @@ def a_batch(step: int) -> Activations:
 def a_gradient(step: int) -> AdapterGradient:
     tensors = {f"{PATCH}A.weight": np.zeros((2, WIDTH), np.float32), f"{PATCH}B.weight": np.zeros((3 * WIDTH, 2), np.float32)}
     return AdapterGradient(step=step, seconds=Seconds(), tensors=tensors)
+
+
+def greedy_for_the_part(siege: Siege, amount: int) -> "Counter[str]":
+    """Who asks without end, for what there is not, at the wrong time, or for everything without reading any of it."""
+    counts: Counter[str] = Counter()
+    files = siege.part().files
+    largest = max(files, key=lambda file: file.size)
+    most = 2 * sum(-(-file.size // PIECE_BYTES) for file in files) + 100
+    part, piece = AskPart(index=1), AskPiece(index=1, sha256=largest.sha256, offset=0)
+    wrong = [
+        AskPiece(index=1, sha256="0" * 64, offset=0),
+        *(AskPiece(index=1, sha256=largest.sha256, offset=offset) for offset in (largest.size, 2**62, 2**63 - 1)),
+    ]
+    for _ in range(amount):
+        for questions in ([part], [piece], [part, piece]):
+            with siege.welcomed() as client:
+                answers = 0
+                while True:
+                    client.say(replace(questions[answers % len(questions)], index=answers + 1))
+                    if isinstance(client.hear(), Failure):
+                        break
+                    answers += 1
+                    assert answers < most
+                counts["refused when it was enough"] += 1
+        for question in wrong:
+            with siege.welcomed() as client:
+                counts[client.end(frame_header(BINARY, encode(question)))] += 1
+        with siege.stranger() as client:
+            counts[client.end(frame_header(BINARY, encode(part)))] += 1
+        with siege.member() as (client, _):
+            counts[client.end(frame_header(BINARY, encode(piece)))] += 1
+        with siege.welcomed() as client:
+            flood = b"".join(frame_header(BINARY, encode(replace(piece, index=number + 1))) for number in range(2_000))
+            pump(client, flood)
+            counts["stopped"] += 1
+    return counts
 
 
 # What connections can do
@@ -589,6 +649,7 @@ TRIALS = {
     "replays and reordering": Trial(
         replays, 5, 100, {"asked twice, answered once", "told where the run is", "given the kept answer", "refused"}
     ),
+    "greedy for the part": Trial(greedy_for_the_part, 1, 50, {"refused", "refused when it was enough", "stopped"}),
     "silence": Trial(silence, 200, 1_000, {"ended"}),
     "slow handshakes": Trial(slow_handshakes, 60, 60, {"ended"}),
     "secrets of others": Trial(secrets_of_others, 100, 3_000, {"HTTP 401"}),
