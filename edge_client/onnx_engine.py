@@ -15,7 +15,7 @@ from .dropout import dropout_masks
 from .part.device_part import DevicePart
 from .part.grids import Grid, grids
 from .part.reused_memory import ReusedMemory
-from .part.runtime import Graph, Value, Values
+from .part.runtime import Graph, Value, Values, give_back_freed_memory
 
 __all__ = ["OnnxEngine"]
 
@@ -38,6 +38,7 @@ class OnnxEngine:
         if settings.precision != "float32":
             raise ModelError(f"the run computes in {settings.precision}, for which a device needs its model and torch")
         self._description, self._runtime = part.description, part.runtime
+        give_back_freed_memory()  # of reading the data
         self._graphs = part.open()
         adapted, rank = part.description.adapted, part.description.lora_rank
         self._matrices: Tensors = {}

@@ -1,8 +1,10 @@
 """Runs graphs with onnxruntime. Everything that this package knows of it, for training, is here."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -10,7 +12,7 @@ from protocol import Array
 from storage import ModelError
 from terminal import importing
 
-__all__ = ["Graph", "Runtime", "Value", "Values", "most_memory"]
+__all__ = ["Graph", "Runtime", "Value", "Values", "give_back_freed_memory", "most_memory"]
 
 Value = Any
 """An onnxruntime.OrtValue: an array that onnxruntime uses, or has made, where it lies."""
@@ -133,6 +135,16 @@ def most_memory() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (AttributeError, ValueError, OSError):  # the first: not a POSIX system
         return 0
+
+
+def give_back_freed_memory() -> None:
+    """
+    Return to the system what this process has freed. The C library keeps it for later, but not for what is large: 15 MB after
+    a tokenizer was there and went.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # a C library other than glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 @cache
