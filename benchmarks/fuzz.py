@@ -1,10 +1,13 @@
 """
-Attacks, in their long form: mutated frames through the decoder, the session and the federation, and then a live server.
+Attacks, in their long form: mutated frames through the decoder, the session and the federation; parts of models that are nearly
+right, handed over to devices; and then a live server.
 
-The only exception that bytes may cause is RemoteProtocolError. What was found is in tests/test_attacks.py.
+The only exception that a frame may cause is RemoteProtocolError; of a part, an error that splitlora-edge turns into a sentence.
+What was found is in tests/test_attacks.py.
 """
 
 import argparse
+import logging
 import multiprocessing
 import os
 import sys
@@ -17,7 +20,8 @@ import contestants  # first: it finds the tests' modules
 
 from edge_client.generation import process_memory
 
-FRAMES, SECONDS, CHUNK = 1_500_000, 240.0, 2_000
+FRAMES, SECONDS, CHUNK = 1_500_000, 200.0, 2_000
+DEVICES, SECONDS_OF_DEVICES = 2_000, 40.0
 
 
 def main() -> None:
@@ -27,7 +31,29 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(time.time()), help="default: the time, and printed")
     options = parser.parse_args()
     fuzz(options.frames, options.seconds, options.seed)
+    hand_over(DEVICES, SECONDS_OF_DEVICES, options.seed)
     attack(options.seed)
+
+
+def hand_over(devices: int, seconds: float, seed: int) -> None:
+    """Devices that come to a hostile server for their part, one after the other."""
+    from hostile_server import Ambush
+
+    logging.disable()  # devices say what they fetch again
+    end = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory() as scratch:
+        ambush = Ambush(Path(scratch))
+        with ambush.server.listening() as url:
+            for number in range(devices):
+                if time.monotonic() > end:
+                    break
+                try:
+                    ambush.lay(url, seed, number)
+                except Exception as error:
+                    raise RuntimeError(f"seed {seed}, device {number}") from error
+    logging.disable(logging.NOTSET)
+    rows = [[*outcome.split(": "), f"{count:,}"] for outcome, count in sorted(ambush.outcomes.items())]
+    print("\n" + contestants.markdown(["what a server makes nearly right", "what became of it", "devices"], rows))
 
 
 def fuzz(frames: int, seconds: float, seed: int) -> None:

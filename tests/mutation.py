@@ -136,6 +136,18 @@ class Mutator(ByteMutator):
         level = self.random.choices(list(self._levels), self._weights)[0]
         return level, self._levels[level]()
 
+    def nearly(self, message: Message) -> bytes:
+        """A frame that is nearly this message."""
+        what = self.random.randrange(3)
+        if what == 0:
+            return self.mutated(encode(message))
+        if what == 1:
+            return self._compressed(self.mutated(protocol_samples.inflate(encode(message))))
+        unpacked = [PROTOCOL_VERSION, type(message).__name__, protocol_samples.plain(message)]
+        for _ in range(self.random.choice((1, 1, 2, 4))):
+            self._change_something(unpacked[2], {})
+        return self._compressed(bytes(msgpack.packb(unpacked)))
+
     def _compressed(self, packed: bytes) -> bytes:
         return zstd.compress(packed, 1)
 

@@ -2,9 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from attacks import TRIALS, Siege, besieged
+from hostile_server import Ambush
 from mutation import Judge, Mutator
 
 SEED = 20_260_101
@@ -34,6 +36,17 @@ def test_mutated_and_random_frames_are_messages_or_refused() -> None:
 def test_frames_are_the_same_for_the_same_seed() -> None:
     one, two = Mutator(7), Mutator(7)
     assert [one.frame() for _ in range(200)] == [two.frame() for _ in range(200)]
+
+
+def test_device_believes_a_server_that_means_harm_or_refuses_it_in_one_sentence(tmp_path: Path) -> None:
+    ambush = Ambush(tmp_path)
+    with ambush.server.listening() as url:
+        assert ambush.visit(url) == "believed"
+        for number in range(60):
+            ambush.lay(url, SEED, number)
+    believed = {outcome.partition(": ")[0] for outcome in ambush.outcomes if outcome.endswith(": believed")}
+    refused = {outcome.partition(": ")[0] for outcome in ambush.outcomes if outcome.endswith("Error")}
+    assert believed == refused == ambush.kinds.keys(), "a kind of which all or none is refused is badly mutated"
 
 
 @pytest.fixture(scope="module")
