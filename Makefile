@@ -7,7 +7,7 @@
 # make bench          the benchmarks, long
 # make bench-links    how long until a model is good enough, over 3G, 4G, Wi-Fi and a LAN
 # make bench-export   how fast an exported model is, beside what else there is; compiles llama.cpp once
-# make chaos          200 runs of a tiny model, disturbed at random
+# make chaos          300 runs of a tiny model, disturbed at random, with both engines
 # make fuzz           1.5 million broken frames, and attacks on a live server
 # make fuzz-folders   100,000 nearly right models, adapters, exported folders, settings and data files
 # make mutants        small faults put into the federation: how many its own tests notice
@@ -71,6 +71,7 @@ bench-export: $(VENV)/.development .venv-runtimes/.engines
 
 chaos: $(VENV)/.development
 	$(BIN)/python benchmarks/disturbed_runs.py --runs 200
+	$(BIN)/python benchmarks/disturbed_runs.py --runs 100 --engine onnxruntime
 
 fuzz: $(VENV)/.development
 	$(BIN)/python benchmarks/fuzz.py

@@ -3,6 +3,7 @@ Runs of a tiny model that are disturbed at random, each compared with the run th
 
     python benchmarks/disturbed_runs.py --runs 200 --seed 0
     python benchmarks/disturbed_runs.py --runs 200 --quorum
+    python benchmarks/disturbed_runs.py --runs 200 --engine onnxruntime
 
 A seed decides what happens in a run: kills of the server and of both devices (SIGKILL, at a message that they send or receive,
 up to two of each), and up to six faults of the link between them. See tests/chaos.py and tests/disturbance.py.
@@ -20,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from chaos import MODES_WITH_CODECS, Scene
+from chaos import DEVICES, MODES_WITH_CODECS, Scene
 
 from terminal import Progress
 
@@ -32,6 +33,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the first run; the others count on from it")
     parser.add_argument("--quorum", action="store_true", help="go on without whoever is late")
+    parser.add_argument("--engine", choices=DEVICES, default="torch", help="of the devices; onnxruntime's fetch their part")
     options = parser.parse_args()
     faults: Counter[str] = Counter()
     differing: list[int] = []
@@ -39,10 +41,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name, Progress(options.runs, unit="run") as progress:
         folder = Path(name)
         scene = Scene(folder, make_model(folder, n_layer=2, n_embd=16, n_head=2))
-        expected = {mode: scene.run(_made(folder / mode), mode, []).to_its_end() for mode in MODES_WITH_CODECS}
+        expected = {
+            mode: scene.run(_made(folder / mode), mode, [], engine=options.engine).to_its_end() for mode in MODES_WITH_CODECS
+        }
         for seed in range(options.seed, options.seed + options.runs):
             more = {"quorum": 1, "step_deadline": 0.03} if options.quorum else {}
-            mode, outcome = scene.run_at_random(_made(folder / str(seed)), seed, **more)
+            mode, outcome = scene.run_at_random(_made(folder / str(seed)), seed, engine=options.engine, **more)
             faults.update(outcome.struck)
             if not options.quorum and (outcome.adapter, outcome.losses) != (expected[mode].adapter, expected[mode].losses):
                 differing.append(seed)

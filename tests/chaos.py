@@ -165,7 +165,7 @@ class Scene:
         usual = {"checkpoint_every": 1, **self.options, **MODES_WITH_CODECS[mode]}
         return Run(folder, {**usual, **options}, self.clients, faults, engine, through)
 
-    def run_at_random(self, folder: Path, seed: int, **more: Any) -> tuple[str, Outcome]:
+    def run_at_random(self, folder: Path, seed: int, *, engine: str = "torch", **more: Any) -> tuple[str, Outcome]:
         """A run with faults of all kinds, the same for the same seed; its mode, and what is left of it."""
         draw = random.Random(seed)
         mode = draw.choice(list(MODES_WITH_CODECS))
@@ -180,7 +180,7 @@ class Scene:
         server_port = free_port()
         with Link(server_port, plan) as link:
             options = {"port": server_port, "checkpoint_every": draw.randint(1, 3), **more}
-            outcome = self.run(folder, mode, kills, through=link.port, **options).to_its_end()
+            outcome = self.run(folder, mode, kills, engine=engine, through=link.port, **options).to_its_end()
             outcome.struck.extend(link.faults.elements())
         return mode, outcome
 

@@ -1,7 +1,9 @@
 """A run over real sockets is centralised LoRA: same losses, same adapter as transformers + PEFT in one process."""
 
 import copy
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +53,14 @@ class Federation:
         self.pairs = [rows(size, offset=sum(sizes[:i])) for i, size in enumerate(sizes)]
         self.files = [write_pairs(tmp_path / f"client-{i}.jsonl", pairs) for i, pairs in enumerate(self.pairs)]
 
-    def clients(self) -> dict[str, dict[str, Any]]:
+    def clients(self, engines: Sequence[str] = ("torch",)) -> dict[str, dict[str, Any]]:
+        """
+        Args:
+            engines: of the clients, as often as there are more of these.
+        """
         return {
-            f"client-{i}": {"data": file, "batch_size": size, "shuffle": False, "dtype": "float32"}
-            for i, (file, size) in enumerate(zip(self.files, self.batch_sizes, strict=True))
+            f"client-{i}": {"data": file, "batch_size": size, "shuffle": False, "engine": engine}
+            for i, (file, size, engine) in enumerate(zip(self.files, self.batch_sizes, itertools.cycle(engines)))
         }
 
     def batches(self, base: Path) -> list[list[list[reference.Sample]]]:
@@ -79,6 +85,7 @@ def assert_equals_centralised(
     steps: int,
     dtype: str,
     tolerance: tuple[float, float],
+    engines: Sequence[str] = ("torch",),
     **options: Any,
 ) -> None:
     federation = Federation(tmp_path, batch_sizes, steps)
@@ -95,7 +102,7 @@ def assert_equals_centralised(
         **lora,
         **options,
     }
-    result = run_split(server, federation.clients())
+    result = run_split(server, federation.clients(engines))
     schedule = None
     if options.get("lr_schedule") == "linear":
         warmup = options["warmup_steps"]
@@ -137,9 +144,17 @@ def test_run_equals_centralised_lora_with_all_targets_and_a_linear_schedule(four
     )
 
 
-def test_run_equals_centralised_lora_in_float32(four_blocks: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engines", [("torch",), ("torch", "onnxruntime")], ids=["torch", "one device of each kind"])
+def test_run_equals_centralised_lora_in_float32(four_blocks: Path, tmp_path: Path, engines: Sequence[str]) -> None:
     assert_equals_centralised(
-        four_blocks, tmp_path, batch_sizes=[2, 2], steps=100, dtype="float32", tolerance=FLOAT32_TOLERANCE, cut_layer=2
+        four_blocks,
+        tmp_path,
+        batch_sizes=[2, 2],
+        steps=100,
+        dtype="float32",
+        tolerance=FLOAT32_TOLERANCE,
+        engines=engines,
+        cut_layer=2,
     )
 
 
