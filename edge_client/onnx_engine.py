@@ -1,7 +1,7 @@
 """The `Engine` of a device without torch: it runs the graphs that the server has handed over."""
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,7 @@ from .data import Batch
 from .dropout import dropout_masks
 from .part.device_part import DevicePart
 from .part.grids import Grid, grids
-from .part.reused_memory import ReusedMemory
+from .part.reused_memory import Block, ReusedMemory
 from .part.runtime import Graph, Value, Values, give_back_freed_memory
 
 __all__ = ["OnnxEngine"]
@@ -55,10 +55,11 @@ class OnnxEngine:
         # In rounds of one step the server has the optimiser, for everybody.
         self._optimiser = AdamW(self._matrices, weight_decay=settings.weight_decay) if settings.aggregate_every > 1 else None
         self._memory = ReusedMemory()
+        self._kept = [self._kept_of(block) for block in range(len(self._names))]
         self._gradients: Tensors = {}
         """Of the summed loss; nothing for a matrix that no backward pass has reached."""
-        self._awaiting_gradient: deque[list[_Pass]] = deque()
-        """Of each `forward` that had no `backward` yet."""
+        self._awaiting_gradient: deque[_Forward] = deque()
+        """What had no `backward` yet."""
 
     @property
     def num_adapter_elements(self) -> int:
@@ -71,15 +72,17 @@ class OnnxEngine:
         self._gradients.clear()
 
     def forward(self, batch: Batch, dropout_seed: int) -> Array:
-        passes = self._forward(batch, dropout_seed)
-        activations = self._finite(batch, self._activations(passes, batch))
-        self._awaiting_gradient.append(passes)
+        computed = self._forward(batch, dropout_seed)
+        activations = self._finite(batch, self._activations(computed.passes, batch))
+        self._awaiting_gradient.append(computed)
         return activations
 
     def backward(self, gradient: Array) -> None:
         if not self._awaiting_gradient:
             raise RuntimeError("backward() needs a forward() before it")
-        self._backward(self._awaiting_gradient.popleft(), gradient)
+        computed = self._awaiting_gradient.popleft()
+        self._backward(computed.passes, gradient)
+        self._memory.give_back(computed.memory)
 
     def end_step(self, labelled_tokens: int) -> None:
         for gradient in self._gradients.values():
@@ -132,29 +135,29 @@ class OnnxEngine:
 
     # The algorithm
 
-    def _forward(self, batch: Batch, dropout_seed: int) -> "list[_Pass]":
+    def _forward(self, batch: Batch, dropout_seed: int) -> "_Forward":
         """Run the embedding and every block, and keep what backward needs."""
         passes = self._embed(batch)
+        memory = self._memory.take(len(batch.tokens) * sum(sum(widths.values()) for widths in self._kept))
         for block, (weights, adapter) in enumerate(zip(self._graphs.blocks, self._adapter, strict=True)):
             masks = self._masks(dropout_seed, block, len(batch.tokens))
             needed = self._backward_graph(block).inputs
             for each in passes:
                 own = {name: self._runtime.value(mask[each.grid.rows]) for name, mask in masks.items()}
                 inputs = {"input": each.hidden, **own}
-                memory, into = self._memory_for(needed, each.grid)
+                num_rows = len(each.grid.rows)
+                into = {name: self._runtime.value(memory.take(num_rows, width)) for name, width in self._kept[block].items()}
                 outputs = self._graphs.forward.run(
                     {**inputs, **each.layout, **weights, **adapter}, {"output": self._shape(each.grid)}, into
                 )
-                values = {name: value for name, value in {**inputs, **outputs}.items() if name in needed}
-                each.saved.append(_Saved(values, memory))
+                each.saved.append({name: value for name, value in {**inputs, **outputs}.items() if name in needed})
                 each.hidden = outputs["output"]
-        return passes
+        return _Forward(passes, memory)
 
-    def _memory_for(self, needed: Collection[str], grid: Grid) -> tuple[Array, Values]:
-        """Where a block's forward graph is to leave its output, and what its backward graph needs."""
-        widths = {name: width for name, width in self._graphs.forward.widths.items() if name == "output" or name in needed}
-        memory, arrays = self._memory.take(len(grid.rows), widths)
-        return memory, {name: self._runtime.value(array) for name, array in arrays.items()}
+    def _kept_of(self, block: int) -> dict[str, int]:
+        """What is kept of a block's forward pass, and its width: the output, and what its backward graph needs."""
+        needed = {"output", *self._backward_graph(block).inputs}
+        return {name: width for name, width in self._graphs.forward.widths.items() if name in needed}
 
     def _infer(self, batch: Batch, adapter: Sequence[Values]) -> "list[_Pass]":
         passes = self._embed(batch)
@@ -197,10 +200,8 @@ class OnnxEngine:
             for each in passes:
                 if block:
                     shapes["input_gradient"] = self._shape(each.grid)
-                saved = each.saved.pop()
-                inputs = {"gradient": each.hidden, **saved.values, **each.layout, **weights, **adapter}
+                inputs = {"gradient": each.hidden, **each.saved.pop(), **each.layout, **weights, **adapter}
                 outputs = graph.run(inputs, shapes)
-                self._memory.give_back(saved.memory)
                 self._add_gradients(block, outputs)
                 if block:
                     each.hidden = outputs["input_gradient"]
@@ -256,15 +257,14 @@ class _Pass:
     """The grid as the graphs' inputs."""
     hidden: Value
     """(N', d): the output of the last block that was computed; in the backward pass, the gradient by it."""
-    saved: "list[_Saved]" = field(default_factory=list)
-    """Of each block whose backward pass is still to come."""
+    saved: list[dict[str, Value]] = field(default_factory=list)
+    """Of each block whose backward pass is still to come: its inputs and intermediate values that this pass needs."""
 
 
 @dataclass(frozen=True)
-class _Saved:
-    """What a block's forward pass has left."""
+class _Forward:
+    """A micro-batch between its forward and its backward pass."""
 
-    values: Values
-    """Inputs and intermediate values, as inputs of its backward graph."""
-    memory: Array
-    """In which they and the block's output lie."""
+    passes: list[_Pass]
+    memory: Block
+    """In which the blocks' outputs and what they have saved lie."""

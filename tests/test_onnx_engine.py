@@ -378,6 +378,7 @@ def test_one_long_sequence_has_a_grid_of_its_own() -> None:
     assert len(grids(batch.lengths, 32)) > 1
     assert len(grids(batch.lengths, 768)) == 1
     assert len(grids(sequences(8, 8, 8, 9, 1000).lengths, 768)) == 2
+    assert [len(grid.rows) for grid in grids(sequences(*[20] * 25).lengths, 768)] == [260, 240]
     assert [grid.row_of_cell.shape for grid in grids(sequences(*[700] * 4).lengths, 768)] == [(1, 700)] * 4
 
 

@@ -7,36 +7,40 @@ from edge_client.part.reused_memory import ReusedMemory
 from storage import ModelError
 
 
-def test_arrays_have_their_shapes_and_do_not_overlap() -> None:
-    _, arrays = ReusedMemory().take(3, {"a": 4, "b": 2, "c": 5})
-    assert {name: array.shape for name, array in arrays.items()} == {"a": (3, 4), "b": (3, 2), "c": (3, 5)}
-    for number, array in enumerate(arrays.values()):
+def test_arrays_of_a_block_have_their_shapes_and_do_not_overlap() -> None:
+    block = ReusedMemory().take(3 * 11)
+    arrays = [block.take(3, width) for width in (4, 2, 5)]
+    assert [array.shape for array in arrays] == [(3, 4), (3, 2), (3, 5)]
+    for number, array in enumerate(arrays):
         array[...] = number
-    assert [set(array.ravel().tolist()) for array in arrays.values()] == [{0}, {1}, {2}]
+    assert [set(array.ravel().tolist()) for array in arrays] == [{0}, {1}, {2}]
 
 
 def test_what_is_given_back_is_used_again_and_nothing_else() -> None:
     memory = ReusedMemory()
-    (first, _), (second, _) = memory.take(10, {"a": 8}), memory.take(10, {"a": 8})
-    assert not np.shares_memory(first, second)
+    first, second = memory.take(80), memory.take(80)
+    one, other = first.take(10, 8), second.take(10, 8)
+    assert not np.shares_memory(one, other)
     memory.give_back(first)
-    again, _ = memory.take(9, {"a": 8})
-    assert again is first
-    assert not np.shares_memory(memory.take(9, {"a": 8})[0], first)
+    assert memory.take(72) is first
+    assert np.shares_memory(first.take(9, 8), one)
+    assert memory.take(72) not in (first, second)
 
 
-def test_smallest_piece_that_is_large_enough_is_taken_and_a_small_one_goes_for_a_larger_one() -> None:
+def test_smallest_block_that_is_large_enough_is_taken_and_the_largest_goes_for_a_larger_one() -> None:
     memory = ReusedMemory()
-    pieces = [memory.take(rows, {"a": 8})[0] for rows in (30, 10, 20)]
-    for piece in pieces:
-        memory.give_back(piece)
-    assert memory.take(15, {"a": 8})[0] is pieces[2]
-    assert memory.take(35, {"a": 8})[0].size >= 35 * 8
-    assert any(memory.take(5, {"a": 8})[0] is piece for piece in pieces[:2])
+    blocks = [memory.take(size) for size in (300, 100, 200)]
+    for block in blocks:
+        memory.give_back(block)
+    assert memory.take(150) is blocks[2]
+    larger = memory.take(1000)
+    assert larger.size >= 1000
+    assert memory.take(50) is blocks[1]
+    assert memory.take(50) not in blocks
 
 
-@pytest.mark.parametrize("num_rows", [1024, 2**40])
-def test_memory_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
+@pytest.mark.parametrize("size", [2**20, 2**50])
+def test_memory_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """The first is refused by the system, the second would be refused too late."""
 
     def refuse(size: int, _: object) -> None:
@@ -44,7 +48,5 @@ def test_memory_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, num_r
         raise MemoryError
 
     monkeypatch.setattr(np, "empty", refuse)
-    with pytest.raises(
-        ModelError, match=r"no memory for the [\d,]+ MB that a block keeps of a batch; choose a smaller --batch"
-    ):
-        ReusedMemory().take(num_rows, {"a": 1024})
+    with pytest.raises(ModelError, match=r"no memory for the [\d,]+ MB that are kept of a batch; choose a smaller --batch"):
+        ReusedMemory().take(size)

@@ -5,60 +5,72 @@ it gives with zeros, which takes time.
 """
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 
-from protocol import Array, Tensors
+from protocol import Array
 from storage import ModelError
 
 from .runtime import most_memory
 
-__all__ = ["ReusedMemory"]
+__all__ = ["Block", "ReusedMemory"]
 
 SPARE = 8
-"""New memory is an eighth larger than needed: the next batch may be a little longer."""
+"""New memory is an eighth larger than needed: the next batch may be a little longer. What is not written to takes no room."""
+
+
+class Block:
+    """Memory of one forward pass, out of which arrays are taken until all of it is given back."""
+
+    def __init__(self, num_floats: int) -> None:
+        try:
+            if 4 * num_floats > (most_memory() or math.inf):  # a server says how much, and the system never says no
+                raise MemoryError
+            self._floats: Array = np.empty(num_floats, np.float32)
+        except MemoryError:
+            raise ModelError(
+                f"there is no memory for the {num_floats / 2**18:,.0f} MB that are kept of a batch; "
+                "choose a smaller --batch-size or --max-length"
+            ) from None
+        self._num_taken = 0
+
+    @property
+    def size(self) -> int:
+        """In floats."""
+        return self._floats.size
+
+    def take(self, num_rows: int, width: int) -> Array:
+        """(num_rows, width) float32, of any content."""
+        begin, self._num_taken = self._num_taken, self._num_taken + num_rows * width
+        array: Array = self._floats[begin : self._num_taken].reshape(num_rows, width)
+        return array
+
+    def clear(self) -> None:
+        """No array of it is used any more."""
+        self._num_taken = 0
 
 
 class ReusedMemory:
-    """Pieces of memory that are taken and given back."""
+    """Blocks that are used now and then."""
 
     def __init__(self) -> None:
-        self._free: list[Array] = []
+        self._free: list[Block] = []
 
-    def take(self, num_rows: int, widths: Mapping[str, int]) -> tuple[Array, Tensors]:
+    def take(self, num_floats: int) -> Block:
         """
-        Returns:
-            What is to be given back, and arrays in it: for each width (num_rows, width) float32, of any content.
-
         Raises:
             ModelError: there is not as much memory.
         """
-        piece, arrays, begin = self._take(num_rows * sum(widths.values())), {}, 0
-        for name, width in widths.items():
-            end = begin + num_rows * width
-            arrays[name] = piece[begin:end].reshape(num_rows, width)
-            begin = end
-        return piece, arrays
-
-    def give_back(self, piece: Array) -> None:
-        """The arrays in it are not used any more."""
-        self._free.append(piece)
-
-    def _take(self, size: int) -> Array:
-        fitting = [number for number, piece in enumerate(self._free) if piece.size >= size]
-        if fitting:
-            return self._free.pop(min(fitting, key=lambda number: self._free[number].size))
+        fitting = [block for block in self._free if block.size >= num_floats]
         if self._free:
-            self._free.pop()  # too small: it goes for a larger one
-        try:
-            if 4 * size > (
-                most_memory() or math.inf
-            ):  # the widths are the server's, and the system gives what it does not have
-                raise MemoryError
-            return np.empty(size + size // SPARE, np.float32)
-        except MemoryError:
-            raise ModelError(
-                f"there is no memory for the {size / 2**18:,.0f} MB that a block keeps of a batch; "
-                "choose a smaller --batch-size or --max-length"
-            ) from None
+            # The smallest that is large enough; else the largest goes, for one that is.
+            block = min(fitting, key=lambda each: each.size) if fitting else max(self._free, key=lambda each: each.size)
+            self._free.remove(block)
+            if fitting:
+                return block
+            del block
+        return Block(num_floats + num_floats // SPARE)
+
+    def give_back(self, block: Block) -> None:
+        block.clear()
+        self._free.append(block)

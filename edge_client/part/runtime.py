@@ -18,6 +18,8 @@ Value = Any
 """An onnxruntime.OrtValue: an array that onnxruntime uses, or has made, where it lies."""
 Values = Mapping[str, Value]
 NOTHING: Values = {}
+MMAP_THRESHOLD, LARGE_BYTES = -3, 1 << 18
+"""The first is glibc's M_MMAP_THRESHOLD."""
 FLOAT32 = "tensor(float)"
 """What onnxruntime calls it."""
 
@@ -139,12 +141,14 @@ def most_memory() -> int:
 
 def give_back_freed_memory() -> None:
     """
-    Return to the system what this process has freed. The C library keeps it for later, but not for what is large: 15 MB after
-    a tokenizer was there and went.
+    Return to the system what this process has freed: 15 MB after a tokenizer was there and went. From now on, what is as large
+    as a message is returned at once. The C library would keep it for later, in gaps that larger values do not fit into: 6 MB.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # a C library other than glibc
-            ctypes.CDLL(None).malloc_trim(0)
+            library = ctypes.CDLL(None)
+            library.mallopt(MMAP_THRESHOLD, LARGE_BYTES)
+            library.malloc_trim(0)
 
 
 @cache
@@ -152,8 +156,7 @@ def _share_arena() -> None:
     """
     The memory of every intermediate value comes from here, and goes back. With an arena for each graph there would be five of
     them, each as large as its graph has ever needed; without any, every value would be memory that the system first fills with
-    zeros, which takes a third of a step's time. It grows by pieces each twice as large as the one before: values that lie in
-    few pieces leave few gaps.
+    zeros, which takes a third of a step's time. It grows by few large pieces: values that lie in one leave few gaps.
 
     It is bounded: with a graph that makes huge values, the server could otherwise fill a device's memory.
     """
@@ -164,8 +167,8 @@ def _share_arena() -> None:
     strategy = {
         "max_mem": most_memory(),
         "arena_extend_strategy": 0,  # by powers of two
-        "initial_chunk_size_bytes": -1,
-        "max_dead_bytes_per_chunk": -1,
+        "initial_chunk_size_bytes": 64 << 20,  # most batches take less; what is not written to takes no room
+        "max_dead_bytes_per_chunk": 1 << 16,  # the default is 128 MB: values would get chunks of nearly twice their size
     }
     onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(strategy))
 
