@@ -1,9 +1,8 @@
 """
-A device without torch: its speed beside the engine with torch, its memory, its start. GPT-2 small's shape, cut after block 3,
-batches of 8 E2E rows.
+A device's engine without torch: its speed beside the engine with torch, and where its memory goes. GPT-2 small's shape, cut
+after block 3, batches of 8 E2E rows. `device_weight.py` measures the whole program.
 
 Speed: one process on two cores. The engines take turns, a batch each; a batch's forward and backward pass are timed.
-Memory and start: `splitlora-edge train` against a server on the same machine, with the part in its cache and its data read.
 """
 
 import argparse
@@ -21,26 +20,22 @@ from typing import Any
 import contestants
 import numpy as np
 
-from edge_client.generation import process_memory
 from protocol import RunSettings
 from storage import EDGE_WEIGHTS
 
 BATCH_SIZE, CUT_LAYER, RANK = 8, 3, 8
 TARGETS = {"c_attn": ("c_attn",), "all": ("c_attn", "c_proj", "c_fc")}
-STEPS = 6
-STARTS = 3
-MOST_MEMORY = {"float32": "300 MB", "float16": "", "int8": "200 MB"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[[], "speed", "memory", "start"], help="all, if none is named")
+    parser.add_argument("parts", nargs="*", choices=[[], "speed", "memory"], help="all, if none is named")
     parser.add_argument("--rounds", type=int, default=30, help="batches that each engine computes")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
     options = parser.parse_args()
     contestants.keep_to(sorted(os.sched_getaffinity(0))[:2])
-    measures: dict[str, Callable[[Path, argparse.Namespace], None]] = {"speed": speed, "memory": memory, "start": start}
+    measures: dict[str, Callable[[Path, argparse.Namespace], None]] = {"speed": speed, "memory": memory}
     with tempfile.TemporaryDirectory() as scratch:
         (model := Path(scratch) / "model").mkdir()
         contestants.make_gpt2_small(model)
@@ -120,69 +115,17 @@ def run_settings(targets: tuple[str, ...], dropout: float) -> RunSettings:
     return settings(cut_layer=CUT_LAYER, lora_rank=RANK, lora_alpha=32.0, lora_targets=targets, lora_dropout=dropout)
 
 
-def memory(model: Path, options: argparse.Namespace) -> None:
-    rows = []
-    for weights in EDGE_WEIGHTS:
-        peak, _ = device(model, weights)
-        rows.append([f"`splitlora-edge train`, onnxruntime, {weights}", f"{peak / 1e6:.0f} MB", MOST_MEMORY[weights]])
-    peak, _ = device(model, "float32", flags=["--engine", "torch", "--model", str(model), "--dtype", "float32"])
-    rows.append(["`splitlora-edge train`, torch, float32", f"{peak / 1e6:.0f} MB", ""])
-    print(contestants.markdown(["peak of resident memory", "measured", "goal"], rows))
-    print("\nWhere it goes, in MB: after each stage, and how much more than before.\n")
+def memory(model: Path, _: argparse.Namespace) -> None:
+    """Of resident memory: the most in each stage, and how much more than in the stage before."""
     stages = {weights: stages_of(model, weights) for weights in ("float32", "int8")}
     rows = []
-    for stage in next(iter(stages.values())):
+    for number, stage in enumerate(stages["float32"]):
         row = [stage]
         for found in stages.values():
-            before = [*found.values()][max(0, [*found].index(stage) - 1)] if stage != next(iter(found)) else 0
-            row += [f"{found[stage] / 1e6:.0f}", f"{(found[stage] - before) / 1e6:+.0f}"]
+            values = [0, *found.values()]
+            row += [f"{values[number + 1] / 1e6:.0f}", f"{(values[number + 1] - values[number]) / 1e6:+.0f}"]
         rows.append(row)
-    print(contestants.markdown(["stage", *(cell for weights in stages for cell in (weights, "more"))], rows))
-
-
-def start(model: Path, options: argparse.Namespace) -> None:
-    found = {weights: [device(model, weights)[1] for _ in range(STARTS)] for weights in ("float32", "int8")}
-    rows = [[weights, f"{statistics.median(seconds):.2f} s", f"{min(seconds):.2f} s"] for weights, seconds in found.items()]
-    print(contestants.markdown(["start of the process to its first activations at the server", "median", "least"], rows))
-
-
-def device(model: Path, weights: str, flags: list[str] | None = None) -> tuple[int, float]:
-    """Bytes of memory and seconds of a device that has been in a run of this server before."""
-    from gpu_server import GpuServer
-    from gpu_server.federation import Action, Federation
-    from protocol import Activations, Message
-
-    peak, arrived = 0, list[float]()
-    receive = Federation.receive
-
-    def noting_receive(federation: Federation, name: str, message: Message, now: float) -> list[Action]:
-        if isinstance(message, Activations):
-            arrived.append(time.monotonic())
-        return receive(federation, name, message, now)
-
-    Federation.receive = noting_receive  # type: ignore[method-assign]
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            data = contestants.write_rows(
-                Path(scratch) / "rows.txt", contestants.e2e_rows("train", slice(0, BATCH_SIZE * STEPS))
-            )
-            settings = {"steps": STEPS, "lora_rank": RANK, "cut_layer": CUT_LAYER, "dtype": "float32", "micro_batches": 1}
-            for run in ("first", "second"):
-                server_options = {**settings, "model": str(model), "run_dir": f"{scratch}/{run}", "edge_weights": weights}
-                with GpuServer(port=0, **server_options) as server:
-                    arrived.clear()
-                    command = [str(contestants.PROGRAMS / "splitlora-edge"), "train", "--server", server.url]
-                    command += ["--data", str(data), "--state-dir", f"{scratch}/state", *(flags or [])]
-                    began = time.monotonic()
-                    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-                    for _ in server.train():
-                        peak = process_memory("VmHWM", process.pid) or peak
-                    process.wait()
-    finally:
-        Federation.receive = receive  # type: ignore[method-assign]
-    if process.returncode:
-        sys.exit(f"{command} failed")
-    return peak, arrived[0] - began
+    print(contestants.markdown(["stage", *(cell for weights in stages for cell in (f"MB, {weights}", "more"))], rows))
 
 
 STAGES = """
