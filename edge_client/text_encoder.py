@@ -50,11 +50,10 @@ class TextEncoder:
 
     @staticmethod
     def _pieces(text: str) -> list[str]:
-        words = text.split()
-        if " ".join(words) == text:
-            return [*words[:1], *(f" {word}" for word in words[1:])]
-        spaced = [f" {word}" for word in words]
-        return spaced if "".join(spaced) == text else [text]
+        pieces = [f" {word}" for word in text.split()]
+        if pieces and text[0] != " ":
+            pieces[0] = pieces[0][1:]
+        return pieces if "".join(pieces) == text else [text]
 
     def _forget(self, new: list[str]) -> None:
         for piece in new:

@@ -86,7 +86,9 @@ class TextFile:
         """The content from its beginning on, ``num_bytes`` at a time; `texts` can be read after it."""
         try:
             self._file.seek(0)
-            while piece := self._file.read(num_bytes):
+            left = self.size  # what a writer adds meanwhile might never end
+            while piece := self._file.read(min(num_bytes, left)):
+                left -= len(piece)
                 yield piece
         except OSError as error:
             raise self._unreadable(error) from None
@@ -115,7 +117,7 @@ class TextFile:
         self.position = self.line = 0
         try:
             self._file.seek(0)
-            while data := self._file.readline(LONGEST_LINE + 1):
+            while data := self._file.readline(min(LONGEST_LINE + 1, self.size - self.position)):
                 self.line += 1
                 self.position += len(data)
                 if len(data) > LONGEST_LINE:
