@@ -5,6 +5,7 @@ next start. Files beyond a limit go, those first that were not used for longest.
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import sys
@@ -34,6 +35,8 @@ MOST_NOTES = 100
 """Data files of which it is noted what they contain."""
 MOST_ORDERS = 4
 """Orders that are kept beside a token file."""
+RELEASED_AFTER = 256
+"""Samples. For each the system maps up to 64 KiB around it, of each file."""
 COARSEST_CLOCK_NS = 2 * 10**9
 """Of all file systems: the times of FAT are of two seconds."""
 PIECE = 2**20
@@ -106,11 +109,21 @@ class Samples(Sequence[Sample]):
         starts: (S + 1,) where each sample begins; the last number is T.
         label_counts: (S,)
         folder: of the token file; None if it is in memory.
+        mappings: where the arrays lie, if they are files.
     """
 
-    def __init__(self, tokens: Array, starts: Array, label_counts: Array, summary: Summary, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        tokens: Array,
+        starts: Array,
+        label_counts: Array,
+        summary: Summary,
+        folder: Path | None = None,
+        mappings: Sequence[mmap.mmap] = (),
+    ) -> None:
         self._tokens, self._label_counts = tokens, label_counts
         self.starts, self.summary, self.folder = starts, summary, folder
+        self._mappings, self._num_read = mappings, 0
 
     @classmethod
     def open(cls, folder: Path) -> "Samples | None":
@@ -122,11 +135,14 @@ class Samples(Sequence[Sample]):
         try:
             if any((folder / name).stat().st_size != size for name, size in summary.sizes.items()):
                 return None
-            # As plain arrays, whose slices are made faster than those of np.memmap; they keep the file mapped.
-            mapped = {name: np.asarray(np.memmap(folder / name, dtype, "r")) for name, dtype in types.items()}
+            mappings = [_mapped(folder / name) for name in types]
         except OSError:
             return None
-        return cls(mapped[TOKENS], mapped[STARTS], mapped[LABEL_COUNTS], summary, folder)
+        # Plain arrays: their slices are made faster than those of np.memmap.
+        tokens, starts, label_counts = (
+            np.frombuffer(mapping, types[name]) for name, mapping in zip(types, mappings, strict=True)
+        )
+        return cls(tokens, starts, label_counts, summary, folder, mappings)
 
     def __len__(self) -> int:
         return len(self._label_counts)
@@ -140,8 +156,20 @@ class Samples(Sequence[Sample]):
             return [self[number] for number in range(*index.indices(len(self)))]
         num_labels = int(self._label_counts[index])  # IndexError beyond the last
         index %= len(self)
-        tokens = self._tokens[self.starts[index] : self.starts[index + 1]]
-        return Sample(tokens.astype(np.int32), num_labels)
+        tokens = self._tokens[self.starts[index] : self.starts[index + 1]].astype(np.int32)
+        self._num_read += 1
+        if self._num_read % RELEASED_AFTER == 0:
+            self._release()
+        return Sample(tokens, num_labels)
+
+    def _release(self) -> None:
+        """
+        What was read of a mapped file does not count as this process's memory any more; the system has it still, as long as
+        nobody needs the room. Otherwise the process would look as large as its data in the end.
+        """
+        for mapping in self._mappings:
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapping.madvise(mmap.MADV_DONTNEED)
 
     @classmethod
     def of(cls, samples: Sequence[Sample], *, num_cut: int = 0) -> "Samples":
@@ -171,7 +199,7 @@ def kept_order(folder: Path, seed: int, size: int, make: Callable[[], Array]) ->
     path = folder / f"{ORDER}{seed}"
     try:
         if path.stat().st_size == ORDER_NUMBER.itemsize * size:
-            return np.asarray(np.memmap(path, ORDER_NUMBER, "r"))
+            return np.frombuffer(_mapped(path), ORDER_NUMBER)
     except FileNotFoundError:
         pass
     order = make()
@@ -357,6 +385,11 @@ class TokenFolder:
 def _by_age(paths: Iterable[Path]) -> list[Path]:
     """The one that was not changed for longest first."""
     return sorted(paths, key=lambda path: path.stat().st_mtime_ns)
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _size(file: BinaryIO) -> int:

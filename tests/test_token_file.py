@@ -569,6 +569,24 @@ def test_memory_does_not_grow_with_the_file(
     assert peaks[1] < peaks[0] + 200_000  # 20,000 numbers alone would take more
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux what of a file is in this process's memory")
+def test_what_was_read_of_a_token_file_does_not_stay_in_memory(
+    load: Callable[..., Dataset], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resident_kilobytes() -> int:
+        mappings = Path("/proc/self/smaps").read_text().split(str(folder))[1:]
+        return sum(int(mapping.partition("Rss:")[2].split()[0]) for mapping in mappings)
+
+    monkeypatch.setattr(edge_client.token_file, "RELEASED_AFTER", 20)
+    samples = load().samples
+    for _ in samples[:19]:
+        pass
+    assert resident_kilobytes() > 0
+    assert len(samples[19].tokens) > 0
+    assert resident_kilobytes() == 0
+    assert len(samples[20].tokens) > 0
+
+
 def test_progress_goes_from_nothing_to_the_whole_file(load: Callable[..., Dataset], path: Path, in_small_pieces: None) -> None:
     reports: list[tuple[int, int]] = []
     load(report=lambda done, total: reports.append((done, total)))
