@@ -7,7 +7,8 @@ A new family is a file here with
 - its modules: a block, the embedding of tokens (with positions, where there is a table of them) and the final norm;
 - a `Family` of these,
 
-a line in `FAMILIES`, and the same in `export.families`. `protocol.settings.TARGETS` lists what LoRA may adapt in any family.
+a line in `FAMILIES`, and the same in `graphs.families` and `export.families`. `protocol.settings.TARGETS` lists what LoRA may
+adapt in any family.
 """
 
 from pathlib import Path
