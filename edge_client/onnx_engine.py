@@ -43,7 +43,7 @@ class OnnxEngine:
         adapted, rank = part.description.adapted, part.description.lora_rank
         self._matrices: Tensors = {}
         self._names: list[dict[str, str]] = []
-        """Of each block: matrix as the graphs call it, such as "attn.c_attn.A" -> its name in PEFT folders."""
+        """Of each block: matrix as the graphs call it, "LAYER.A" or "LAYER.B" -> its name in PEFT folders."""
         for block in range(part.description.cut_layer):
             names = {}
             for layer, (inputs, outputs) in adapted.items():
