@@ -55,6 +55,8 @@ bench: bench-links
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/server_scale.py
 	$(BIN)/python benchmarks/device_weight.py
+	$(BIN)/python benchmarks/edge_engine.py
+	$(BIN)/python benchmarks/data_load.py
 	$(BIN)/python benchmarks/codecs.py
 	$(BIN)/python benchmarks/wire_bytes.py
 	$(BIN)/python benchmarks/codec_quality.py
