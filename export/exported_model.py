@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from graphs import Floats
 from storage import ExportedManifest, Folder
 from storage.exported_manifest import MANIFEST
+from terminal import import_onnxruntime
 
 from .errors import ExportError
 from .precision import PRECISIONS
 
 __all__ = ["ExportedModel", "read_manifest"]
+
+onnxruntime = import_onnxruntime("exporting", install="splitlora[export]")
 
 Integers = NDArray[np.int64]
 Cache = dict[str, NDArray[Any]]

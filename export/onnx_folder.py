@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from graphs import Floats, Graph, Weights
 from split_model import check_cut_layer
 from storage.exported_manifest import FORMAT, KIND, MANIFEST, SPLIT_KIND
-from terminal import Progress, version
+from terminal import Progress, import_onnxruntime, version
 
 from .adapter_folder import copy_adapter
 from .attention import ATTENTIONS
@@ -25,6 +24,8 @@ from .precision import PRECISIONS, Precision
 from .source import Source, open_source
 
 __all__ = ["export_onnx"]
+
+onnxruntime = import_onnxruntime("exporting", install="splitlora[export]")
 
 ADAPTER_FILE, PEFT_FOLDER = "adapter.onnx_adapter", "adapter"
 BEST_FIRST = ("q8", "q4", "fp32", "fp16")

@@ -1,7 +1,7 @@
 """What a person sees and types in a terminal: progress, one sentence for what went wrong, paths."""
 
 from .bottleneck import where_time_went
-from .packages import PackageMissing, importing
+from .packages import PackageMissing, import_onnxruntime, importing
 from .program import Parser, PathError, plain, run_program, user_path, user_text_path, version
 from .progress import Progress, show_log
 from .reminders import Reminders
@@ -15,6 +15,7 @@ __all__ = [
     "Reminders",
     "count",
     "duration",
+    "import_onnxruntime",
     "importing",
     "listed",
     "plain",

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "split_model": {"storage", "numpy", "safetensors", "tokenizers", "torch"},
     "storage": {"huggingface_hub", "numpy", "tokenizers"},
     "graphs": {"storage", "split_model", "ml_dtypes", "numpy", "onnx", "safetensors"},
-    "terminal": {"tqdm"},
+    "terminal": {"onnxruntime", "tqdm"},
     "edge_client": OURS | {"numpy", "onnxruntime", "platformdirs", "tokenizers", "torch", "websockets"},
     "export": {
         *("graphs", "split_model", "storage", "terminal"),
@@ -36,10 +36,7 @@ ONLY_IN = {
         "gpu_server/serving/lifetime.py",
         *("gpu_server/serving/peer.py", "gpu_server/serving/performer.py", "gpu_server/serving/run_server.py"),
     },
-    "onnxruntime": {
-        *("edge_client/generation/decoder.py", "edge_client/part/runtime.py"),
-        *("export/exported_model.py", "export/onnx_folder.py"),
-    },
+    "onnxruntime": {"terminal/packages.py"},
     "peft": {"export/peft_merge.py"},
     "transformers": {"export/peft_merge.py"},
 }

@@ -327,6 +327,22 @@ def test_library_that_cannot_be_loaded_is_said_with_the_reason(tmp_path: Path, m
         import_module("torn")
 
 
+def test_ctrl_c_while_a_library_is_loaded_is_none_of_its_errors() -> None:
+    with pytest.raises(KeyboardInterrupt), importing("a device", install="splitlora"):
+        raise ImportError("initialization failed") from KeyboardInterrupt()
+
+
+def test_onnxruntime_reports_nothing_to_its_maker(tmp_path: Path) -> None:
+    program = """
+from terminal import import_onnxruntime
+onnxruntime = import_onnxruntime("a device", install="splitlora")
+onnxruntime.SessionOptions()
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    subprocess.run([sys.executable, "-c", program], check=True, env={**environment, "HOME": str(tmp_path)})
+    assert not list(tmp_path.rglob("*"))
+
+
 def test_name_that_a_module_does_not_have_is_a_defect() -> None:
     with pytest.raises(ImportError, match="cannot import name 'nothing'"), importing("a device", install="splitlora"):
         from terminal import nothing  # noqa: F401

@@ -1,4 +1,4 @@
-"""Runs exported graphs, token after token. The only file of edge_client that imports onnxruntime."""
+"""Runs exported graphs, token after token. The only file of this room that knows onnxruntime."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from terminal import PackageMissing, importing
+from terminal import PackageMissing, import_onnxruntime
 
 from .exported_model import ExportedModelError
 
@@ -194,9 +194,7 @@ def runtime_version() -> str:
 
 
 def _import_runtime() -> Any:
-    with importing("generating", install="splitlora"):
-        import onnxruntime
-    return onnxruntime
+    return import_onnxruntime("generating", install="splitlora")
 
 
 def _read_adapter(path: Path) -> dict[str, Any]:

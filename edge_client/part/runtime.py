@@ -10,7 +10,7 @@ from typing import Any
 
 from protocol import Array
 from storage import ModelError
-from terminal import importing
+from terminal import import_onnxruntime
 
 __all__ = ["Graph", "Runtime", "Value", "Values", "give_back_freed_memory", "most_memory"]
 
@@ -174,9 +174,7 @@ def _share_arena() -> None:
 
 
 def _import_onnxruntime() -> Any:
-    with importing("training", install="splitlora"):
-        import onnxruntime
-    return onnxruntime
+    return import_onnxruntime("training", install="splitlora")
 
 
 @contextmanager
