@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias, overload
@@ -41,7 +41,9 @@ COARSEST_CLOCK_NS = 2 * 10**9
 """Of all file systems: the times of FAT are of two seconds."""
 PIECE = 2**20
 SUMMARY, PROGRESS, NOTES, LOCK, UNFINISHED, ORDER = "summary.json", "progress.json", "contents.json", "lock", ".part", "order-"
+SEAL, STATES = "sha256", "states"
 TOKENS, STARTS, LABEL_COUNTS = "tokens", "starts", "label_counts"
+DIGEST_BYTES = 32
 IdType: TypeAlias = "np.dtype[np.unsignedinteger[Any]]"
 START, LABEL_COUNT, ORDER_NUMBER = np.dtype("<i8"), np.dtype("<u4"), np.dtype("<u4")
 
@@ -73,18 +75,27 @@ class Summary:
 
     @classmethod
     def read(cls, path: Path) -> "Summary | None":
-        """None if the file is not there, or is none."""
+        """None if the file is not there, or is not what was written, or one of the files beside it is not."""
         try:
             found = json.loads(path.read_bytes())
-            numbers = {field.name: found[field.name] for field in fields(cls)}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            if found.pop(SEAL) != _seal(found):
+                return None
+            states = found[STATES]
+            if any(_state(path.with_name(name)) != state for name, state in states.items()):
+                return None
+            return cls(**{field.name: found[field.name] for field in fields(cls)})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
-        if all(type(number) is int and number >= 0 for number in numbers.values()) and numbers["bytes_of_id"] in (2, 4):
-            return cls(**numbers)
-        return None
 
-    def write(self, path: Path) -> None:
-        replace_file(path, json.dumps(asdict(self)).encode())
+    def write(self, path: Path, *, complete: bool) -> None:
+        """
+        Args:
+            complete: whether the files beside it stay as they are from now on. To read them all at each start would take
+                seconds: what the file system says of their last change is believed, as in `TokenFolder.content`.
+        """
+        states = {name: _state(path.with_name(name)) for name in self.sizes} if complete else {}
+        content = {**asdict(self), STATES: states}
+        replace_file(path, json.dumps({**content, SEAL: _seal(content)}).encode())
 
     @property
     def dtype(self) -> IdType:
@@ -197,15 +208,16 @@ def kept_order(folder: Path, seed: int, size: int, make: Callable[[], Array]) ->
         StateError: it cannot be written.
     """
     path = folder / f"{ORDER}{seed}"
-    try:
-        if path.stat().st_size == ORDER_NUMBER.itemsize * size:
-            return np.frombuffer(_mapped(path), ORDER_NUMBER)
-    except FileNotFoundError:
-        pass
+    with suppress(OSError):
+        if path.stat().st_size == DIGEST_BYTES + ORDER_NUMBER.itemsize * size:
+            kept = _mapped(path)
+            if kept[:DIGEST_BYTES] == hashlib.sha256(memoryview(kept)[DIGEST_BYTES:]).digest():
+                return np.frombuffer(kept, ORDER_NUMBER, offset=DIGEST_BYTES)
     order = make()
     if folder.is_dir():  # other token files may have pushed this one out meanwhile, or it was only for the time being
+        numbers = order.astype(ORDER_NUMBER).tobytes()
         with readable_errors(folder):
-            replace_file(path, order.astype(ORDER_NUMBER).tobytes())
+            replace_file(path, hashlib.sha256(numbers).digest() + numbers)
             for old in _by_age(folder.glob(f"{ORDER}*"))[:-MOST_ORDERS]:
                 old.unlink(missing_ok=True)
     return order
@@ -224,20 +236,30 @@ class TokenWriter:
 
     def __init__(self, folder: Path, dtype: IdType, max_length: int) -> None:
         self._folder, self._max_length = folder, max_length
-        with readable_errors(folder):
-            folder.mkdir(mode=0o700, exist_ok=True)
-            remove_unfinished(folder)
-            self._files = {name: _open_private(folder / name) for name in (TOKENS, STARTS, LABEL_COUNTS)}
-            done, sizes = Summary.read(folder / PROGRESS), {name: _size(file) for name, file in self._files.items()}
-            if done is None or done.dtype != dtype or any(sizes[name] < size for name, size in done.sizes.items()):
-                done = Summary(bytes_of_id=dtype.itemsize)
-            self.summary = done
-            for name, size in done.sizes.items():
-                self._files[name].truncate(size)  # what was written after the last commit is written again
-                self._files[name].seek(size)
-            self._files[STARTS].seek(0)
-            self._files[STARTS].write(bytes(START.itemsize))  # the first sample begins at 0
-            self._files[STARTS].seek(done.sizes[STARTS])
+        self._files: dict[str, BinaryIO] = {}
+        try:
+            with readable_errors(folder):
+                folder.mkdir(mode=0o700, exist_ok=True)
+                remove_unfinished(folder)
+                self.summary = self._take_up(dtype)
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_up(self, dtype: IdType) -> Summary:
+        """Open the files where they were committed last."""
+        for name in (TOKENS, STARTS, LABEL_COUNTS):
+            self._files[name] = _open_private(self._folder / name)
+        done, sizes = Summary.read(self._folder / PROGRESS), {name: _size(file) for name, file in self._files.items()}
+        if done is None or done.dtype != dtype or any(sizes[name] < size for name, size in done.sizes.items()):
+            done = Summary(bytes_of_id=dtype.itemsize)
+        for name, size in done.sizes.items():
+            self._files[name].truncate(size)  # what was written after the last commit is written again
+            self._files[name].seek(size)
+        self._files[STARTS].seek(0)
+        self._files[STARTS].write(bytes(START.itemsize))  # the first sample begins at 0
+        self._files[STARTS].seek(done.sizes[STARTS])
+        return done
 
     def add(self, num_entries: int, samples: Sequence[tuple[bytes, int]]) -> None:
         """
@@ -271,7 +293,7 @@ class TokenWriter:
             for file in self._files.values():
                 file.flush()
                 os.fsync(file.fileno())
-            self.summary.write(self._folder / name)
+            self.summary.write(self._folder / name, complete=name == SUMMARY)
 
     def finish(self) -> None:
         """Write what makes it a token file."""
@@ -280,8 +302,10 @@ class TokenWriter:
         (self._folder / PROGRESS).unlink(missing_ok=True)
 
     def close(self) -> None:
+        """What was committed is on the disk; the rest need not be, and on a full disk cannot."""
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):
+                file.close()
 
 
 class TokenFolder:
@@ -323,21 +347,14 @@ class TokenFolder:
         that was killed has written is gone on with; what was written before an error is deleted.
         """
         unfinished = self._path / f"{key}{UNFINISHED}"
-        writer = TokenWriter(unfinished, dtype, max_length)
-        self._make_room(key)  # before a new file is as large as an old one
-        try:
+        with _deleted_after_an_error(unfinished), closing(TokenWriter(unfinished, dtype, max_length)) as writer:
+            self._make_room(key)  # before a new file is as large as an old one
             yield writer
             writer.finish()
             with readable_errors(self._path):
                 shutil.rmtree(self._path / key, ignore_errors=True)  # one that was there and is not whole
                 unfinished.rename(self._path / key)
-                self._make_room(key)
-        except Exception:
-            writer.close()
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
-        finally:
-            writer.close()
+            self._make_room(key)
 
     def content(self, file: TextFile, report: Callable[[], object]) -> str:
         """
@@ -376,15 +393,45 @@ class TokenFolder:
     def _make_room(self, key: str) -> None:
         """Delete token files beyond the limit, unfinished ones included; that of ``key`` stays, whatever its size."""
         num_bytes = 0
-        for folder in reversed(_by_age(path for path in self._path.iterdir() if path.is_dir())):
-            num_bytes += sum(path.stat().st_size for path in folder.iterdir())
-            if num_bytes > MOST_BYTES and folder.name not in (key, f"{key}{UNFINISHED}"):
-                shutil.rmtree(folder, ignore_errors=True)
+        with readable_errors(self._path):
+            for folder in reversed(_by_age(path for path in self._path.iterdir() if path.is_dir())):
+                with suppress(FileNotFoundError):  # another program deletes it, too
+                    num_bytes += sum(path.lstat().st_size for path in folder.iterdir())
+                if num_bytes > MOST_BYTES and folder.name not in (key, f"{key}{UNFINISHED}"):
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _by_age(paths: Iterable[Path]) -> list[Path]:
-    """The one that was not changed for longest first."""
-    return sorted(paths, key=lambda path: path.stat().st_mtime_ns)
+    """The one that was not changed for longest first. Those that another program deletes meanwhile are left out."""
+    ages = []
+    for path in paths:
+        with suppress(FileNotFoundError):
+            ages.append((path.lstat().st_mtime_ns, path))
+    return [path for _, path in sorted(ages)]
+
+
+@contextmanager
+def _deleted_after_an_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception:  # whoever is killed, or stopped by Ctrl-C, goes on with it
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _state(path: Path) -> list[int]:
+    """
+    What the file system says of a file's last change.
+
+    Raises:
+        OSError: it is not there.
+    """
+    status = path.lstat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _mapped(path: Path) -> mmap.mmap:

@@ -4,6 +4,7 @@ noticed to be out of date, bounded, and never half.
 """
 
 import errno
+import io
 import json
 import os
 import random
@@ -11,7 +12,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -355,6 +356,29 @@ def test_token_file_that_is_not_whole_is_made_anew(load: Callable[..., Dataset],
         assert contents(load()) == first
 
 
+@pytest.mark.parametrize("name", ["tokens", "starts", "label_counts", "summary.json"])
+def test_token_file_that_was_edited_is_made_anew(load: Callable[..., Dataset], folder: Path, name: str) -> None:
+    first = contents(load())
+    (file,) = folder.glob(f"*/{name}")
+    content = bytearray(file.read_bytes())
+    content[-6] ^= 1
+    file.write_bytes(content)
+    assert contents(load()) == first
+    (file,) = folder.glob(f"*/{name}")
+    assert file.read_bytes() != content
+
+
+def test_order_that_was_edited_is_made_anew(
+    load: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    monkeypatch.setattr(edge_client.data, "KEPT_ORDER", 2)
+    order = load().order(1, 8, (1, "a", "order"))
+    edge_client.data._epoch_order.cache_clear()
+    (kept,) = folder.glob("*/order-*")
+    kept.write_bytes(kept.read_bytes()[:-8] + bytes(8))
+    assert load().order(1, 8, (1, "a", "order")) == order
+
+
 def test_two_programs_make_one_token_file(load: Callable[..., Dataset], encoded: list[str]) -> None:
     begun, may_go_on = threading.Event(), threading.Event()
 
@@ -477,7 +501,7 @@ def test_start_that_was_killed_is_gone_on_with(
     assert contents(load()) == contents(undisturbed)
     assert len(encoded) <= num_texts - 2 * (kill_at - 10)
     assert not list(folder.glob("*.part"))
-    for name in ("tokens", "starts", "label_counts", "summary.json"):
+    for name in ("tokens", "starts", "label_counts"):
         (one,), (other,) = folder.glob(f"*/{name}"), (tmp_path / "undisturbed").glob(f"*/{name}")
         assert one.read_bytes() == other.read_bytes()
 
@@ -530,6 +554,32 @@ def test_full_disk_is_one_sentence(
             load()
     assert str(folder) in str(caught.value)
     assert not token_files(folder)
+    assert len(contents(load())) == 40
+
+
+def test_disk_that_is_full_when_files_are_closed_leaves_nothing_behind(
+    load: Callable[..., Dataset], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_full_disk(path: Path) -> BinaryIO:
+        path.touch()
+        return io.BufferedRandom(FullDisk(path, "r+") if path.suffix == "" else io.FileIO(path, "r+"))
+
+    monkeypatch.setattr(edge_client.token_file, "_open_private", on_full_disk)
+    with pytest.raises(StateError, match="No space left on device"):
+        load()
+    assert not token_files(folder)
+
+
+class FullDisk(io.FileIO):
+    """A file to which nothing can be written: it stays in the buffer above, also when that is closed."""
+
+    def write(self, data: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_else_lies_in_the_folder_does_no_harm(load: Callable[..., Dataset], folder: Path) -> None:
+    (folder / "other").mkdir(parents=True)
+    (folder / "other" / "dangling").symlink_to("nowhere")
     assert len(contents(load())) == 40
 
 
