@@ -258,36 +258,38 @@ class EdgeClient:
 
             dtype_before = before.dtype if before is not None and before.engine == TORCH else None
             self.dtype, self.choice = choose_weight_dtype(self._dtype, self._device, settings, before=dtype_before)
-            self._enter_run(WayToCompute(TORCH, self.dtype, part=""), self._model.config)
+            self._enter_run(WayToCompute(TORCH, self.dtype, part="", data=self._described_data()), before, self._model.config)
             self._engine = TorchEngine(self._model, settings, self._device, self.dtype)
             return
         from .onnx_engine import OnnxEngine
 
         part, digest = self._fetch_part()
         self.dtype, self.choice = part.description.weights, "as the server hands them over"
-        way = WayToCompute(self.engine, self.dtype, digest)
-        if before is not None and before.engine == self.engine and before.part != way.part:
+        if before is not None and before.engine == self.engine and before.part != digest:
             logger.warning(
                 "run %s: the server hands over another part of the model than before this device was stopped (its weights are "
                 "in %s, they were in %s): the result may be another one",
                 self.welcome.run,
-                way.dtype,
+                self.dtype,
                 before.dtype,
             )
         if self._model is None:
             self._read_data(part.tokenizer(), part.description, part.files.path)
-        self._enter_run(way, part.description)
+        self._enter_run(WayToCompute(self.engine, self.dtype, digest, self._described_data()), before, part.description)
         self._engine = OnnxEngine(part, settings)
 
     def _fetch_part(self) -> "tuple[DevicePart, str]":
         """The part that the server hands over, and its digest."""
         from .part.device_part import DevicePart
+        from .part.runtime import Runtime
 
+        device = "cuda" if self._device == "cuda" else "cpu"
+        Runtime(device)  # what cannot compute here is said before anything is fetched
         report = self._report
         files, paths = fetch_part(
             self._membership, self._parts, None if report is None else lambda done, total: report(TITLE, done, total)
         )
-        part = DevicePart(NamedFiles(paths, ModelError, TITLE), "cuda" if self._device == "cuda" else "cpu")
+        part = DevicePart(NamedFiles(paths, ModelError, TITLE), device)
         if part.description.fingerprint != self.welcome.fingerprint:
             raise ModelError(
                 f"{TITLE} is one of another base model (fingerprint {part.description.fingerprint}) than that of the run "
@@ -295,7 +297,19 @@ class EdgeClient:
             )
         return part, part_digest(files)
 
-    def _enter_run(self, way: WayToCompute, config: "Described") -> None:
+    def _described_data(self) -> str:
+        return f"{self.data.digest} max-length={self._max_length} {'shuffled' if self.shuffle else 'in order'}"
+
+    def _enter_run(self, way: WayToCompute, before: WayToCompute | None, config: "Described") -> None:
+        """
+        Raises:
+            DataError: the data is not what this device has trained on in this run before.
+        """
+        if before is not None and before.data and before.data != way.data:
+            raise DataError(
+                f"{self._files[0]} is not the data with which this device has taken part in run {self.welcome.run} so far: its "
+                "content, --max-length or --no-shuffle is another. Give it as it was to go on; other data are for another run"
+            )
         # A device that is killed from here on comes back as this client and computes as before: else the result changes.
         self._state.enter(self.welcome, way, model=self._hub_name)
         self._width = config.width
@@ -415,6 +429,6 @@ Described = Union["ModelConfig", "PartDescription"]
 
 
 def _open_model(name: str) -> "PretrainedModel":
-    with importing("--model", install="splitlora[torch]"):
+    with importing("--model", install="splitlora[torch]", instead="leave --model out: the server hands over what is needed"):
         from split_model import PretrainedModel
     return PretrainedModel(find_model(name))

@@ -30,6 +30,8 @@ class WayToCompute:
     """Of the frozen weights."""
     part: str
     """The digest of the part that the server handed over; empty for a model of the device's own."""
+    data: str = ""
+    """The digest of the data, and how it is cut and ordered."""
 
 
 class ClientState:

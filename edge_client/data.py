@@ -54,6 +54,8 @@ class Dataset:
     """The samples of one file, in its order."""
 
     samples: Samples
+    digest: str = ""
+    """SHA-256 of the file, in hex; empty where there is none."""
 
     @classmethod
     def load(
@@ -102,7 +104,7 @@ class Dataset:
                         samples = files.find(key)
                         assert samples is not None  # it was written just now, and only who holds the lock deletes any
             report(file.size, file.size)
-        return cls(samples)
+        return cls(samples, content)
 
     @property
     def num_cut(self) -> int:

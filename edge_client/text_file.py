@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -62,6 +63,8 @@ class TextFile:
         self.line = 0
         """The number of the line that was read last, from 1 on."""
         try:
+            if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():  # a pipe could be read only once, if ever
+                raise DataError(f"{path} is no file that can be read twice; save the data in one")
             self._file = path.open("rb")
         except OSError as error:
             raise self._unreadable(error) from None

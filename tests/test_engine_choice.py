@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -231,6 +232,18 @@ def test_part_that_changes_under_a_run_is_said(
     assert not ClientState(tmp_path / "state", server.url, "a").is_in_a_run
 
 
+def test_data_that_changes_under_a_run_is_refused(serve: Any, device: dict[str, Any]) -> None:
+    with serve(steps=1) as server:
+        kill(EdgeClient(server.url, **device).__enter__())
+        lines = device["data"].read_text().splitlines(keepends=True)
+        for changed, options in (("".join(reversed(lines)), {}), ("".join(lines), {"shuffle": False})):
+            device["data"].write_text(changed)
+            with pytest.raises(DataError, match=r"is not the data with which this device has taken part in run .* so far"):
+                EdgeClient(server.url, **options, **device).__enter__()
+        with EdgeClient(server.url, **device) as client:
+            assert len(list(client.train())) == 1
+
+
 # What is said
 
 
@@ -307,10 +320,17 @@ def test_part_of_something_else_is_refused(
         server.stop()
 
 
+def test_pipe_is_refused_as_data(device: dict[str, Any], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(DataError, match="no file that can be read twice"):
+        EdgeClient("ws://127.0.0.1:1", **{**device, "data": tmp_path / "pipe.txt"})
+
+
 def test_cuda_that_this_onnxruntime_has_not_is_said(serve: Any, device: dict[str, Any]) -> None:
     with serve() as server:
         with pytest.raises(ModelError, match=r"--device cuda: onnxruntime .* computes on the CPU alone here"):
             EdgeClient(server.url, device="cuda", **device).__enter__()
+        assert not (device["state_dir"] / "parts").exists()  # nothing has been fetched
         server.stop()
 
 
