@@ -531,6 +531,7 @@ NAMES = {
             "Reminders",
             "count",
             "duration",
+            "import_onnxruntime",
             "importing",
             "listed",
             "plain",
