@@ -213,6 +213,10 @@ SPOILS: dict[str, tuple[Spoil, str]] = {
     "a newer onnxruntime": (description(onnxruntime="99.1"), "needs onnxruntime 99.1, this device has"),
     "another width": (description(width=8), "the part's table of tokens has shape"),
     "more blocks than files": (description(cut_layer=9000), "has cut layer 9000, the run has 2"),
+    "matrices larger than any memory": (
+        description(adapted={name: [2**31 - 1, 2**31 - 1] for name in ("attn.c_attn", "attn.c_proj")}),
+        "LoRA matrices of .* MB, for which this device has no memory",
+    ),
     "a tokenizer that is none": (content("tokenizer.json", lambda data: b"{}"), "tokenizer.json"),
 }
 

@@ -9,6 +9,7 @@ import random
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,7 +65,7 @@ class Server:
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = tuple(described(name, content) for name, content in files.items())
         self.content = {hashlib.sha256(content).hexdigest(): content for content in files.values()}
-        self.software, self.edge_weights = "0.1.0", "float32"
+        self.software, self.edge_weights, self.settings = "0.1.0", "float32", SETTINGS
         self.lose: Callable[[], bool] = lambda: False
         self.spoil: Callable[[bytes], bytes] = lambda data: data
         self.sent: list[tuple[str, int, int]] = []
@@ -83,7 +84,7 @@ class Server:
             return Pong(software=self.software, run="r", clients=1, joined=0, step=0, edge_weights=self.edge_weights)
         if isinstance(question, Hello):
             self.hellos.append(question)
-            return Welcome(run="r", settings=SETTINGS, fingerprint="f")
+            return Welcome(run="r", settings=self.settings, fingerprint="f")
         if isinstance(question, AskPart):
             return Part(index=question.index, files=self.files)
         assert isinstance(question, AskPiece)
@@ -430,6 +431,13 @@ def test_part_that_cannot_be_one_is_refused_before_anything_is_fetched(
 ) -> None:
     server = Server(change(files))
     with pytest.raises(RemoteProtocolError, match=reason):
+        fetched(server, folder)
+    assert (server.sent, folder.exists()) == ([], False)
+
+
+def test_part_of_more_blocks_than_files_is_refused_before_they_are_named(server: Server, folder: Path) -> None:
+    server.settings = replace(SETTINGS, cut_layer=10**6)
+    with pytest.raises(RemoteProtocolError, match="has 9 files, too few for cut layer 1000000"):
         fetched(server, folder)
     assert (server.sent, folder.exists()) == ([], False)
 

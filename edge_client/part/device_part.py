@@ -10,7 +10,7 @@ from protocol import Array, RunSettings
 from storage import Folder, ModelError, PartDescription, load_tokenizer
 
 from .graph_inspection import MOST_GRAPH_BYTES, inspect_graph
-from .runtime import Graph, Runtime, Value, Values
+from .runtime import Graph, Runtime, Value, Values, has_memory_for
 from .weights_file import Rows, WeightsFile
 
 __all__ = ["DevicePart", "Graphs", "TokenTable"]
@@ -44,7 +44,7 @@ class DevicePart:
     def check(self, settings: RunSettings) -> None:
         """
         Raises:
-            ModelError: the part is one of other settings.
+            ModelError: the part is one of other settings, or this device has no memory for the adapter of its blocks.
         """
         found = self.description
         targets = {layer.rpartition(".")[2] for layer in found.adapted}
@@ -59,6 +59,12 @@ class DevicePart:
                 raise ModelError(
                     f"{self.files.path} has {name} {of_part}, the run has {of_run}; the server has to hand this run's part over"
                 )
+        num_floats = found.cut_layer * found.lora_rank * sum(map(sum, found.adapted.values()))
+        if not has_memory_for(4 * num_floats):
+            raise ModelError(
+                f"{self.files.path} has LoRA matrices of {4 * num_floats / 1e6:,.0f} MB, for which this device has no memory; "
+                "use a smaller --lora-rank on the server"
+            )
 
     def open(self) -> "Graphs":
         """

@@ -103,6 +103,9 @@ def _wanted(part: Part, cut_layer: int) -> tuple[PartFile, ...]:
     Raises:
         RemoteProtocolError: one is missing, or has a size that it cannot have.
     """
+    if cut_layer > len(part.files):  # a server says how many blocks there are: as many names may be more than memory holds
+        size = count(len(part.files), "file")
+        raise RemoteProtocolError(f"the server's part of the model has {size}, too few for cut layer {cut_layer}")
     required, offered = required_files(cut_layer), {file.name: file for file in part.files}
     for name in required:
         if name not in offered:

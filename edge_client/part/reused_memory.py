@@ -4,14 +4,12 @@ what goes, and the holes would be a tenth of a device's memory. It is used again
 it gives with zeros, which takes time.
 """
 
-import math
-
 import numpy as np
 
 from protocol import Array
 from storage import ModelError
 
-from .runtime import most_memory
+from .runtime import has_memory_for
 
 __all__ = ["Block", "ReusedMemory"]
 
@@ -24,7 +22,7 @@ class Block:
 
     def __init__(self, num_floats: int) -> None:
         try:
-            if 4 * num_floats > (most_memory() or math.inf):  # a server says how much, and the system never says no
+            if not has_memory_for(4 * num_floats):
                 raise MemoryError
             self._floats: Array = np.empty(num_floats, np.float32)
         except MemoryError:

@@ -1,6 +1,7 @@
 """Runs graphs with onnxruntime. Everything that this package knows of it, for training, is here."""
 
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from protocol import Array
 from storage import ModelError
 from terminal import import_onnxruntime
 
-__all__ = ["Graph", "Runtime", "Value", "Values", "give_back_freed_memory", "most_memory"]
+__all__ = ["Graph", "Runtime", "Value", "Values", "give_back_freed_memory", "has_memory_for"]
 
 Value = Any
 """An onnxruntime.OrtValue: an array that onnxruntime uses, or has made, where it lies."""
@@ -137,6 +138,11 @@ def most_memory() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (AttributeError, ValueError, OSError):  # the first: not a POSIX system
         return 0
+
+
+def has_memory_for(num_bytes: int) -> bool:
+    """To be asked before a server's numbers are allocated: the system itself says no only when it is too late."""
+    return num_bytes <= (most_memory() or math.inf)
 
 
 def give_back_freed_memory() -> None:
