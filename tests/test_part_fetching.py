@@ -360,6 +360,17 @@ def test_what_is_used_least_recently_goes_first_and_what_is_needed_stays(folder:
     assert {path.name for path in folder.iterdir()} == set(Server(second).content)
 
 
+def test_whole_file_stays_where_another_device_has_left_a_beginning_of_it(folder: Path) -> None:
+    files = contents()
+    fetched(Server(files), folder)
+    for number, (digest, content) in enumerate(Server(files).content.items()):
+        (folder / f"{digest}.{number:016}.partial").write_bytes(content[:-1])
+    path_of(folder, files["part.json"]).unlink()
+    assert fetched(server := Server(files), folder, max_bytes=total(files)) == files
+    assert server.num_bytes == len(files["part.json"])
+    assert {path.name for path in folder.iterdir()} == set(server.content)
+
+
 def test_folder_that_cannot_be_made_is_one_sentence(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StateError, match=r"cannot be kept in .*file/parts: Not a directory; choose another --state-dir"):

@@ -83,12 +83,14 @@ class PartCache:
         with readable_errors(self._folder):
             self._folder.mkdir(parents=True, mode=0o700, exist_ok=True)
             others, lacking = [], needed
-            for path in self._folder.iterdir():
+            # Of a content that is wanted, the whole file counts, or else its longest beginning. Others may be left of clients
+            # that fetched it at the same time.
+            for path in sorted(self._folder.iterdir(), key=lambda path: (path.suffix == UNFINISHED, -_size(path))):
                 with suppress(FileNotFoundError):  # another client has forgotten it, or finished it, meanwhile
                     status = path.stat()
                     digest = path.name.partition(".")[0]
                     if digest in sizes:
-                        lacking -= min(status.st_size, sizes.pop(digest, 0))
+                        lacking -= min(status.st_size, sizes.pop(digest))
                     else:
                         others.append((status.st_mtime_ns, status.st_size, path))
             room = self._max_bytes - needed
@@ -196,12 +198,12 @@ def _open_alone(path: Path, flags: int = 0) -> BinaryIO | None:
 
 
 def _forget(path: Path) -> None:
-    if path.suffix == UNFINISHED:
-        content = _open_alone(path)
-        if content is None:
-            return
-        content.close()
-    path.unlink(missing_ok=True)
+    """Delete a file, but none that another client is at work on."""
+    if path.suffix != UNFINISHED or fcntl is None:
+        path.unlink(missing_ok=True)
+    elif content := _open_alone(path):
+        with content:  # so nobody takes it up meanwhile
+            path.unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int:
