@@ -324,8 +324,9 @@ class TokenFolder:
     def find(self, key: str) -> Samples | None:
         samples = Samples.open(self._path / key)
         if samples is not None:
-            with readable_errors(self._path):
-                os.utime(self._path / key)  # it was used just now
+            # It was used just now. Where another program makes room meanwhile it has gone; what is mapped stays.
+            with readable_errors(self._path), suppress(FileNotFoundError):
+                os.utime(self._path / key)
         return samples
 
     @contextmanager

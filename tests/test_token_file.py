@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import shutil
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -575,6 +576,21 @@ class FullDisk(io.FileIO):
 
     def write(self, data: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_token_file_that_goes_just_after_it_was_found_is_used(
+    load: Callable[..., Dataset], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load()
+
+    def deleted_by_another_program(path: Path) -> None:
+        shutil.rmtree(path)
+        utime(path)
+
+    utime = os.utime
+    monkeypatch.setattr(os, "utime", deleted_by_another_program)
+    assert len(contents(load())) == 40
+    assert not token_files(folder)
 
 
 def test_what_else_lies_in_the_folder_does_no_harm(load: Callable[..., Dataset], folder: Path) -> None:
