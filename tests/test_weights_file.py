@@ -55,6 +55,16 @@ def test_rows_are_read_in_any_order_and_as_often_as_they_are_wanted(tmp_path: Pa
         rows.gather(np.array([3]))
 
 
+def test_disk_that_fails_later_is_one_sentence(tmp_path: Path) -> None:
+    rows = WeightsFile(write(tmp_path / "w", {"table": described()}, MATRIX.tobytes())).rows("table")
+    (tmp_path / "folder").mkdir()
+    folder = os.open(tmp_path / "folder", os.O_RDONLY)
+    os.dup2(folder, rows._file.fileno())  # nothing can be read from there
+    os.close(folder)
+    with pytest.raises(ModelError, match=r"w cannot be read: Is a directory"):
+        rows.gather(np.array([3]))
+
+
 WRONG: dict[str, tuple[object, str]] = {
     "no JSON": (b"{{{", "its header is no JSON"),
     "endless nesting": (b"[" * 100_000, "its header is no JSON"),

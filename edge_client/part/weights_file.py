@@ -5,6 +5,8 @@ the data. They come from a server, so no number in them is used before it is kno
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +44,8 @@ class WeightsFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
+        with _readable_errors(path):
             self._places = self._read_places()
-        except OSError as error:
-            raise ModelError(f"{path} cannot be read: {error.strerror or error}") from None
 
     @property
     def names(self) -> frozenset[str]:
@@ -125,26 +125,36 @@ class Rows:
 
     def __init__(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> None:
         self._path, self._dtype, self.shape, self._offset = path, dtype, shape, offset
-        self._file = path.open("rb", buffering=0)
+        with _readable_errors(path):
+            self._file = path.open("rb", buffering=0)
 
     def gather(self, indices: Array) -> Array:
         """
         (N,) indices from 0 to n - 1 -> (N, width) in the stored dtype. A row that is wanted twice is read once.
 
         Raises:
-            ModelError: the file has become shorter.
+            ModelError: the file cannot be read, or has become shorter.
         """
         distinct, inverse = np.unique(indices, return_inverse=True)
         rows = np.empty((len(distinct), self.shape[1]), self._dtype)
-        for row, index in zip(rows, distinct.tolist(), strict=True):
-            self._file.seek(self._offset + index * row.nbytes)
-            if self._file.readinto(row.data.cast("B")) != row.nbytes:
-                raise ModelError(f"{self._path} has become shorter since it was opened")
+        with _readable_errors(self._path):
+            for row, index in zip(rows, distinct.tolist(), strict=True):
+                self._file.seek(self._offset + index * row.nbytes)
+                if self._file.readinto(row.data.cast("B")) != row.nbytes:
+                    raise ModelError(f"{self._path} has become shorter since it was opened")
         return rows[inverse]
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             self._file.close()
+
+
+@contextmanager
+def _readable_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _are_counts(values: object) -> bool:
