@@ -69,9 +69,10 @@ class EdgePartStore:
             LookupError: there is no such file, or it has no such byte; the message says so.
             PartUnavailable: the files are not there, or not any more.
         """
-        if self.files is None:
+        files = self.files  # another thread may find at any moment that they are lost
+        if files is None:
             raise PartUnavailable("the devices' part of the model is not made yet", may_be_mended=True)
-        file = next((file for file in self.files if file.sha256 == sha256), None)
+        file = next((file for file in files if file.sha256 == sha256), None)
         if file is None:
             raise LookupError(f"no file of the part has the SHA-256 {sha256}")
         if offset >= file.size:
