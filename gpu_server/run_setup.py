@@ -76,7 +76,8 @@ def set_up(options: Mapping[str, Any]) -> Run:
     lora = LoraConfig(**settings.lora())
     adapter = _starting_adapter(config, directory, model, lora)
     engine = TorchEngine(model, settings, adapter, weight_dtype=weight_dtype, device=device)
-    limits = _limits(config, model, lora, hands_over_part=settings.precision == "float32")
+    edge_part = _edge_part(config, settings, directory, model)
+    limits = _limits(config, model, lora, hands_over_part=edge_part is not None)
     if previous:
         _check_same_model(config, previous.fingerprint, limits.fingerprint)
     description = RunDescription(
@@ -105,7 +106,7 @@ def set_up(options: Mapping[str, Any]) -> Run:
         choices=choices,
         directory=directory,
         door=door,
-        edge_part=_edge_part(config, settings, directory, model, limits.fingerprint),
+        edge_part=edge_part,
         engine=engine,
         federation=federation,
         journal=journal,
@@ -139,10 +140,11 @@ def _limits(config: ServerConfig, model: PretrainedModel, lora: LoraConfig, *, h
 
 
 def _edge_part(
-    config: ServerConfig, settings: RunSettings, directory: RunDirectory, model: PretrainedModel, fingerprint: str
+    config: ServerConfig, settings: RunSettings, directory: RunDirectory, model: PretrainedModel
 ) -> EdgePartStore | None:
     if settings.precision == "float64":
         return None
+    fingerprint = model.fingerprint()
 
     def build(folder: Path) -> None:
         with importing("the devices' part of the model", install="splitlora[server]"):
