@@ -1,7 +1,7 @@
 """
 What computes a device's part of the model, as the training needs it.
 
-`TorchEngine` is one; an engine without torch needs these methods and nothing else of this package.
+`OnnxEngine` and `TorchEngine` are two; another one needs these methods and nothing else of this package.
 """
 
 from typing import Protocol
