@@ -2,6 +2,8 @@
 
 import json
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import make_model
+from conftest import REPOSITORY, make_model
 from device_parts import make_part
 from onnx import TensorProto, helper, numpy_helper
 from usual_settings import settings
@@ -17,6 +19,7 @@ from usual_settings import settings
 from edge_client.data import Sample, pack
 from edge_client.onnx_engine import OnnxEngine
 from edge_client.part.device_part import DevicePart
+from edge_client.part.graph_inspection import inspect_graph
 from protocol import RunSettings
 from storage import ModelError
 
@@ -98,9 +101,9 @@ def halved(graph: onnx.GraphProto) -> None:
     graph.node[-1].CopyFrom(helper.make_node("Cast", ["real"], ["output"], "odd", to=TensorProto.FLOAT16))
 
 
-def bomb(graph: onnx.GraphProto) -> None:
-    """4 TB of a constant, and their sum."""
-    sizes = {"one": np.float32(1), "sizes": np.array([2**20, 2**20]), "axes": np.array([0, 1])}
+def bomb(graph: onnx.GraphProto, size: int = 2**20) -> None:
+    """4 TB of a constant, or what else the square of ``size`` comes to, and their sum."""
+    sizes = {"one": np.float32(1), "sizes": np.array([size, size]), "axes": np.array([0, 1])}
     graph.initializer.extend(numpy_helper.from_array(np.array(value), name) for name, value in sizes.items())
     graph.node.extend(
         [helper.make_node("Expand", ["one", "sizes"], ["huge"]), helper.make_node("ReduceSum", ["huge", "axes"], ["sum"])]
@@ -230,6 +233,35 @@ def test_spoilt_part_is_refused_in_one_sentence(part: Path, run: RunSettings, wh
         use(part, run)
     assert str(caught.value).isprintable()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+LOADS_MUCH = """
+import resource, sys
+from pathlib import Path
+from edge_client.part import runtime
+
+runtime.most_memory = lambda: 2**28
+device = runtime.Runtime("cpu")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+graph = device.open("forward.onnx", Path(sys.argv[1]).read_bytes())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_what_follows_from_constants_alone_takes_no_memory_beyond_the_bound(part: Path) -> None:
+    """A runtime may compute it while it loads a graph: 1 GB of an exponential that is then summed up."""
+
+    def change(graph: onnx.GraphProto) -> None:
+        bomb(graph, size=2**14)
+        (huge,) = (node for node in graph.node if node.output[0] == "huge")
+        huge.output[0] = "ones"
+        graph.node.insert(list(graph.node).index(huge) + 1, helper.make_node("Exp", ["ones"], ["huge"]))
+
+    graph("forward.onnx", change)(part)
+    inspect_graph((part / "forward.onnx").read_bytes(), "forward.onnx")
+    program = [sys.executable, "-c", LOADS_MUCH, str(part / "forward.onnx")]
+    done = subprocess.run(program, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert int(done.stdout) < 100_000  # kB
 
 
 def test_part_as_the_server_wrote_it_is_not_refused(part: Path, run: RunSettings) -> None:

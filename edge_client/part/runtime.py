@@ -21,6 +21,8 @@ Values = Mapping[str, Value]
 NOTHING: Values = {}
 MMAP_THRESHOLD, LARGE_BYTES = -3, 1 << 18
 """The first is glibc's M_MMAP_THRESHOLD."""
+CONSTANT_FOLDING = "ConstantFolding"
+"""It computes what follows from constants alone while a graph is loaded, in memory that is not the arena's and has no bound."""
 FLOAT32 = "tensor(float)"
 """What onnxruntime calls it."""
 
@@ -75,7 +77,9 @@ class Runtime:
         for entry, value in {"use_env_allocators": "1", "intra_op.allow_spinning": "0"}.items():
             options.add_session_config_entry(f"session.{entry}", value)
         with _readable_errors(f"onnxruntime {self.version} does not load {name} of the server's part of the model"):
-            session = self._onnxruntime.InferenceSession(content, options, providers=[self._provider], enable_fallback=0)
+            session = self._onnxruntime.InferenceSession(
+                content, options, providers=[self._provider], disabled_optimizers=[CONSTANT_FOLDING], enable_fallback=0
+            )
         return Graph(name, session, self._device)
 
 
