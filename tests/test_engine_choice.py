@@ -77,6 +77,12 @@ def test_what_no_engine_can_compute_is_one_sentence(asked: str, has_model: bool,
         choose_engine(asked, has_model=has_model, **{**USUAL, **changes})
 
 
+@pytest.mark.parametrize("engine", engine_choice.ENGINES)
+def test_each_engine_can_be_chosen_on_the_command_line(engine: str) -> None:
+    words = ["train", "--server=ws://here", "--data=notes.txt", f"--engine={engine}"]
+    assert cli.build_parser().parse_args(words).engine == engine
+
+
 def test_torch_is_not_imported_to_find_no_cuda() -> None:
     check = """
 import sys
@@ -227,7 +233,7 @@ def test_part_that_changes_under_a_run_is_said(
             list(client.train())
     assert (
         "the server hands over another part of the model than before this device was stopped (its weights are in float32, "
-        in (caplog.text)
+        in caplog.text
     )
     assert not ClientState(tmp_path / "state", server.url, "a").is_in_a_run
 
