@@ -5,6 +5,7 @@ next start. Files beyond a limit go, those first that were not used for longest.
 
 import hashlib
 import json
+import logging
 import mmap
 import os
 import shutil
@@ -28,6 +29,8 @@ if sys.platform != "win32":
     import fcntl
 
 __all__ = ["Sample", "Samples", "Summary", "TokenFolder", "TokenWriter", "kept_order"]
+
+logger = logging.getLogger("edge_client")
 
 MOST_BYTES = 2**31
 """Of all token files of a device together; the one in use stays, of any size."""
@@ -331,14 +334,22 @@ class TokenFolder:
 
     @contextmanager
     def only_writer(self) -> Iterator[None]:
-        """Of several programs with this folder one makes a token file at a time; the others wait, and may then find it."""
+        """
+        Of several programs with this folder one makes a token file at a time; the others say that they wait, and may then find
+        it.
+        """
         if sys.platform == "win32":
             yield
             return
         with readable_errors(self._path):
             file = _open_private(self._path / LOCK)
         with file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # the system gives it back if this program is killed
+            with readable_errors(self._path):  # the system gives the lock back if this program is killed
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    logger.info("another program reads its data into %s: this one waits until that is done", self._path)
+                    fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     @contextmanager

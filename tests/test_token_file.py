@@ -6,6 +6,7 @@ noticed to be out of date, bounded, and never half.
 import errno
 import io
 import json
+import logging
 import os
 import random
 import shutil
@@ -30,7 +31,7 @@ from edge_client.data import Batches, DataError, Dataset
 from edge_client.saved_steps import StateError
 from edge_client.text_encoder import TextEncoder
 from edge_client.text_file import TextFile
-from edge_client.token_file import Samples
+from edge_client.token_file import Samples, TokenFolder
 from protocol import derive_seed
 
 END, MAX_LENGTH = 256, 12
@@ -394,6 +395,29 @@ def test_two_programs_make_one_token_file(load: Callable[..., Dataset], encoded:
     other = run_in_thread(lambda: load(report=lambda done, total: may_go_on.set()))
     assert contents(one.result(timeout=60)) == contents(other.result(timeout=60))
     assert len(encoded) == num_encoded
+
+
+def test_program_that_waits_for_another_says_so(load: Callable[..., Dataset], folder: Path) -> None:
+    said = threading.Event()
+
+    class Listening(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            assert record.getMessage() == f"another program reads its data into {folder}: this one waits until that is done"
+            said.set()
+
+    logger, handler = logging.getLogger("edge_client"), Listening()
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        with TokenFolder(folder).only_writer():
+            other = run_in_thread(load)
+            assert said.wait(60)
+            assert not other.done()
+        assert len(contents(other.result(timeout=60))) == 40
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def test_order_of_an_epoch_is_made_once(load: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
