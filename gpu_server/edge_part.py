@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from protocol import PIECE_BYTES, PartFile
+from protocol.limits import MAX_PART_FILES
 from storage import ModelError, replace_file
 from terminal import PackageMissing, count
 
@@ -113,6 +114,11 @@ class EdgePartStore:
             unfinished.mkdir(mode=0o700)
             self._build(unfinished)
             files = tuple(_described(path) for path in sorted(unfinished.iterdir()))
+            if len(files) > MAX_PART_FILES:
+                raise ModelError(
+                    f"the devices' part of the model has {len(files)} files, and at most {MAX_PART_FILES} can be handed over; "
+                    "use a smaller --cut-layer, or start the devices with --model"
+                )
             manifest = {"wanted": self._wanted, "files": [vars(file) for file in files]}
             replace_file(unfinished / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
             os.replace(unfinished, self.folder)

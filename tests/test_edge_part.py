@@ -186,6 +186,16 @@ def test_files_that_cannot_be_made_leave_nothing_and_may_be_made_later(
     assert {file.name for file in store.make()} == FILES.keys()
 
 
+def test_part_of_more_files_than_can_be_handed_over_is_said_so(tmp_path: Path) -> None:
+    def build(folder: Path) -> None:
+        for number in range(257):
+            (folder / f"block-{number}.safetensors").touch()
+
+    with pytest.raises(PartUnavailable, match="has 257 files, and at most 256 can be handed over; use a smaller --cut-layer"):
+        store_in(tmp_path, build).make()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_disk_that_takes_no_more_weights_is_said_so(tmp_path: Path) -> None:
     """Which the library says that writes them, in its own way."""
 
