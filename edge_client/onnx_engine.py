@@ -14,7 +14,7 @@ from .data import Batch
 from .dropout import dropout_masks
 from .part.device_part import DevicePart
 from .part.grids import Grid, grids
-from .part.reused_memory import Block, ReusedMemory
+from .part.reused_memory import Buffer, ReusedMemory
 from .part.runtime import Graph, Value, Values, give_back_freed_memory
 
 __all__ = ["OnnxEngine"]
@@ -266,5 +266,5 @@ class _Forward:
     """A micro-batch between its forward and its backward pass."""
 
     passes: list[_Pass]
-    memory: Block
+    memory: Buffer
     """In which the blocks' outputs and what they have saved lie."""

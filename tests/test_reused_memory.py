@@ -7,9 +7,9 @@ from edge_client.part.reused_memory import ReusedMemory
 from storage import ModelError
 
 
-def test_arrays_of_a_block_have_their_shapes_and_do_not_overlap() -> None:
-    block = ReusedMemory().take(3 * 11)
-    arrays = [block.take(3, width) for width in (4, 2, 5)]
+def test_arrays_of_a_buffer_have_their_shapes_and_do_not_overlap() -> None:
+    buffer = ReusedMemory().take(3 * 11)
+    arrays = [buffer.take(3, width) for width in (4, 2, 5)]
     assert [array.shape for array in arrays] == [(3, 4), (3, 2), (3, 5)]
     for number, array in enumerate(arrays):
         array[...] = number
@@ -27,16 +27,16 @@ def test_what_is_given_back_is_used_again_and_nothing_else() -> None:
     assert memory.take(72) not in (first, second)
 
 
-def test_smallest_block_that_is_large_enough_is_taken_and_the_largest_goes_for_a_larger_one() -> None:
+def test_smallest_buffer_that_is_large_enough_is_taken_and_the_largest_goes_for_a_larger_one() -> None:
     memory = ReusedMemory()
-    blocks = [memory.take(size) for size in (300, 100, 200)]
-    for block in blocks:
-        memory.give_back(block)
-    assert memory.take(150) is blocks[2]
+    buffers = [memory.take(size) for size in (300, 100, 200)]
+    for buffer in buffers:
+        memory.give_back(buffer)
+    assert memory.take(150) is buffers[2]
     larger = memory.take(1000)
     assert larger.size >= 1000
-    assert memory.take(50) is blocks[1]
-    assert memory.take(50) not in blocks
+    assert memory.take(50) is buffers[1]
+    assert memory.take(50) not in buffers
 
 
 @pytest.mark.parametrize("size", [2**20, 2**50])

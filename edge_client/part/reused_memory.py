@@ -11,13 +11,13 @@ from storage import ModelError
 
 from .runtime import has_memory_for
 
-__all__ = ["Block", "ReusedMemory"]
+__all__ = ["Buffer", "ReusedMemory"]
 
 SPARE = 8
 """New memory is an eighth larger than needed: the next batch may be a little longer. What is not written to takes no room."""
 
 
-class Block:
+class Buffer:
     """Memory of one forward pass, out of which arrays are taken until all of it is given back."""
 
     def __init__(self, num_floats: int) -> None:
@@ -27,7 +27,7 @@ class Block:
             self._floats: Array = np.empty(num_floats, np.float32)
         except MemoryError:
             raise ModelError(
-                f"there is no memory for the {num_floats / 2**18:,.0f} MB that are kept of a batch; "
+                f"there is no memory for the {4 * num_floats / 1e6:,.0f} MB that are kept of a batch; "
                 "choose a smaller --batch-size or --max-length"
             ) from None
         self._num_taken = 0
@@ -49,26 +49,26 @@ class Block:
 
 
 class ReusedMemory:
-    """Blocks that are used now and then."""
+    """Buffers that are used now and then."""
 
     def __init__(self) -> None:
-        self._free: list[Block] = []
+        self._free: list[Buffer] = []
 
-    def take(self, num_floats: int) -> Block:
+    def take(self, num_floats: int) -> Buffer:
         """
         Raises:
             ModelError: there is not as much memory.
         """
-        fitting = [block for block in self._free if block.size >= num_floats]
+        fitting = [buffer for buffer in self._free if buffer.size >= num_floats]
         if self._free:
             # The smallest that is large enough; else the largest goes, for one that is.
-            block = min(fitting, key=lambda each: each.size) if fitting else max(self._free, key=lambda each: each.size)
-            self._free.remove(block)
+            buffer = min(fitting, key=lambda each: each.size) if fitting else max(self._free, key=lambda each: each.size)
+            self._free.remove(buffer)
             if fitting:
-                return block
-            del block
-        return Block(num_floats + num_floats // SPARE)
+                return buffer
+            del buffer
+        return Buffer(num_floats + num_floats // SPARE)
 
-    def give_back(self, block: Block) -> None:
-        block.clear()
-        self._free.append(block)
+    def give_back(self, buffer: Buffer) -> None:
+        buffer.clear()
+        self._free.append(buffer)
