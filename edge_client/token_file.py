@@ -186,7 +186,7 @@ class Samples(Sequence[Sample]):
                 mapping.madvise(mmap.MADV_DONTNEED)
 
     @classmethod
-    def of(cls, samples: Sequence[Sample], *, num_cut: int = 0) -> "Samples":
+    def of(cls, samples: Sequence[Sample]) -> "Samples":
         """In memory."""
         lengths = np.array([len(sample.tokens) for sample in samples], START)
         label_counts = np.array([sample.num_labels for sample in samples], LABEL_COUNT)
@@ -195,7 +195,6 @@ class Samples(Sequence[Sample]):
             bytes_of_id=tokens.itemsize,
             num_samples=len(samples),
             num_tokens=len(tokens),
-            num_cut=num_cut,
             num_unlabelled=int((label_counts == 0).sum()),
             longest=int(lengths.max(initial=0)),
             highest_token=int(tokens.max(initial=0)),

@@ -13,7 +13,6 @@ from typing import Any
 from .atomic_file import replace_file
 from .errors import ModelError
 from .folder import Folder, Member, shown
-from .tokenizer import TOKENIZER_FILES
 
 __all__ = ["EDGE_WEIGHTS", "GRAPH_FILES", "PART_FILE", "PartDescription", "required_files"]
 
@@ -112,16 +111,6 @@ class PartDescription:
     def weight_files(self) -> tuple[str, ...]:
         """The embedding's, then each block's."""
         return _weight_files(self.cut_layer)
-
-    @property
-    def required_files(self) -> tuple[str, ...]:
-        """All files of a part but those of the tokenizer, of which not every folder has all."""
-        return required_files(self.cut_layer)
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """All that may be among the files of a part."""
-        return (*self.required_files, *TOKENIZER_FILES)
 
     def adapter_name(self, block: int, layer: str, matrix: str) -> str:
         """PEFT's name of ``matrix`` ("A" or "B") of a block's layer in the whole model."""

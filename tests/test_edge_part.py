@@ -50,7 +50,7 @@ from protocol import (
     Welcome,
 )
 from split_model import PretrainedModel
-from storage import EDGE_WEIGHTS, ModelError, PartDescription, load_tokenizer
+from storage import EDGE_WEIGHTS, ModelError, PartDescription, load_tokenizer, required_files
 
 FILES = {
     "part.json": b"{}",
@@ -562,7 +562,7 @@ def test_part_that_is_handed_over_is_that_of_the_run(tiny_model: Path, tmp_path:
         for file in device.ask_part().files:
             (folder / file.name).write_bytes(device.fetch(file))
     part, base = PartDescription.read(folder), PretrainedModel(tiny_model)
-    assert {path.name for path in folder.iterdir()} == {*part.required_files, "tokenizer.json"}
+    assert {path.name for path in folder.iterdir()} == {*required_files(part.cut_layer), "tokenizer.json"}
     assert (part.fingerprint, part.weights, part.cut_layer) == (base.fingerprint(), weights, 2)
     assert (part.lora_rank, part.lora_alpha, part.lora_dropout) == (2, 32.0, 0.1)
     assert part.adapted == {"attn.c_attn": (32, 96), "mlp.c_fc": (32, 128)}

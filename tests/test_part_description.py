@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from storage import GRAPH_FILES, ModelError, PartDescription
+from storage import GRAPH_FILES, ModelError, PartDescription, required_files
 
 DESCRIPTION = PartDescription(
     fingerprint="0f" * 16,
@@ -55,8 +55,7 @@ def test_what_a_later_version_adds_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_part_knows_the_names_of_its_files_and_its_matrices() -> None:
     assert DESCRIPTION.weight_files == ("embedding.safetensors", "block-0.safetensors", "block-1.safetensors")
-    assert DESCRIPTION.required_files == ("part.json", *GRAPH_FILES, *DESCRIPTION.weight_files)
-    assert set(DESCRIPTION.files) - set(DESCRIPTION.required_files) >= {"tokenizer.json", "vocab.json", "merges.txt"}
+    assert required_files(DESCRIPTION.cut_layer) == ("part.json", *GRAPH_FILES, *DESCRIPTION.weight_files)
     assert DESCRIPTION.adapter_name(1, "mlp.c_fc", "A") == "base_model.model.transformer.h.1.mlp.c_fc.lora_A.weight"
 
 
