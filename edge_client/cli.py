@@ -286,7 +286,7 @@ class _Preparations:
         self._progress: Progress | None = None
         self._megabytes = 0
         self._began = (0.0, 0)
-        """When the present one was first heard of, and how many bytes of it were done by then."""
+        """When the present task was first reported, and how many bytes of it were done by then."""
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()

@@ -65,8 +65,8 @@ def inspect_graph(data: bytes, name: str) -> None:
     Let only such a graph pass as a part may have: standard operators one after the other, small constants, known dimensions.
     Nothing is allocated that is larger than the file, and time is linear in its size.
 
-    What is not known before the sizes of the inputs are, is how large the values become that are computed; that is bounded by
-    the allocator of whoever runs the graph.
+    How large the computed values become depends on the sizes of the inputs, which are not known yet. Whoever runs the graph
+    bounds them: see `Runtime`.
 
     Args:
         data: an .onnx file's.

@@ -11,8 +11,8 @@ from protocol import Array
 __all__ = ["Grid", "grids"]
 
 FEW_ROWS = 256
-"""Of one grid, if sequences are not longer: intermediate values take memory for each. A batch of more is cut into equal shares.
-Of 468 rows of GPT-2 small, two halves take as long as the whole, and 10 MB less."""
+"""About as many has one grid, or a single sequence if that is longer: intermediate values take memory for each row. A batch of
+more rows is cut into equal shares. Of 468 rows of GPT-2 small, two halves take as long as the whole, and 10 MB less."""
 MOST_SCORES_BYTES = 32 << 20
 """Of one grid's attention scores, (B', H, T, T) float32, unless a single sequence has more."""
 HEAD_WIDTH = 64

@@ -29,7 +29,8 @@ FLOAT32 = "tensor(float)"
 
 class Runtime:
     """
-    onnxruntime, set up so that all graphs of a process share one arena of memory and none keeps a core busy while it waits.
+    onnxruntime, set up so that all graphs of a process share one arena of memory, which is bounded, and none keeps a core busy
+    while it waits.
 
     Args:
         device: "cpu" or "cuda".
