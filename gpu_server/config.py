@@ -86,6 +86,21 @@ class ServerConfig:
     codec_tolerance: float = option("nats/token by which a codec may change the loss before a richer one is used", 0.01)
     check_codec_every: int = option("steps between two checks of that; 0 never checks", 100)
     cache_bytes: int = option("bytes of a device's samples that each side keeps on its disk, for codec delta", 2**30)
+    labels: str = option(
+        "who has the tokens to predict: the server, or each device, which then computes the loss itself and sends no labels",
+        "server",
+        choices=("server", "device"),
+    )
+    label_rows: str = option(
+        "whether the server knows which rows have a label; hidden costs bytes, and needs gradient noise",
+        "shown",
+        choices=("shown", "hidden"),
+    )
+    activation_noise: float = option("noise that devices add to activations, in multiples of the clip", 0.0)
+    activation_clip: float = option("how far a row of activations may be from the centre; what is beyond is cut", 0.0)
+    gradient_noise: float = option("noise that devices add to their gradients, in multiples of the clip", 0.0)
+    gradient_clip: float = option("how long a row of a device's gradient may be; what is beyond is cut", 0.0)
+    noise_delta: float = option("delta of the (epsilon, delta) that is reported of the noise", 1e-6)
     host: str = option("address to listen on", "127.0.0.1")
     port: int = option("port to listen on; 0 takes a free one", 8765)
     resume: bool = option("go on with the run in --run-dir; its settings need not be given again", False)
@@ -146,6 +161,8 @@ class ServerConfig:
             raise ConfigError(f"codec {codec} is for runs in float32; a run in float64 has --codec float32, which is exact")
         if precision == "float64" and self.edge_weights != "float32":
             raise ConfigError(f"edge-weights {self.edge_weights} is for runs in float32; in float64 every device has a model")
+        if self.labels == "device":
+            shared["check_codec_every"] = 0  # the server has no loss to compare
         shared |= {"precision": precision, "activation_codec": codec, "gradient_codec": gradient_codec(codec)}
         try:
             return RunSettings(**shared)

@@ -5,7 +5,20 @@ from dataclasses import replace
 
 from .codecs import Coded
 from .errors import RemoteProtocolError
-from .messages import ActivationGradient, Activations, Array, EdgeAdapter, Hello, Join, Message, Start, Welcome
+from .messages import (
+    ActivationGradient,
+    Activations,
+    Array,
+    EdgeAdapter,
+    Evaluation,
+    Hello,
+    HiddenGradient,
+    HiddenStates,
+    Join,
+    Message,
+    Start,
+    Welcome,
+)
 from .settings import DELTA, EXACT, LARGEST_COUNT, RunSettings, gradient_codec
 
 __all__ = ["Agreement", "changed_settings"]
@@ -40,7 +53,10 @@ class Agreement:
         if self.settings is None:
             return
         self._check_precision(message, self.settings.precision)
-        if isinstance(message, Activations | ActivationGradient) and message.micro_batch >= self.settings.micro_batches:
+        if isinstance(message, Activations | Evaluation):
+            self._check_labels(message, self.settings)
+        in_parts = Activations | HiddenStates | HiddenGradient | ActivationGradient
+        if isinstance(message, in_parts) and message.micro_batch >= self.settings.micro_batches:
             raise RemoteProtocolError(
                 f"{_name(message)} of micro-batch {message.micro_batch} of step {message.step}; "
                 f"this run's are numbered from 0 to {self.settings.micro_batches - 1}"
@@ -56,6 +72,13 @@ class Agreement:
         for name, array in _floats(message):
             if array.dtype.name != precision:
                 raise RemoteProtocolError(f"{_name(message)}.{name} is {array.dtype.name}; this run is in {precision}")
+
+    def _check_labels(self, batch: Activations | Evaluation, settings: RunSettings) -> None:
+        wanted = batch.num_labelled if settings.labels == "server" else 0
+        if len(batch.labels) != wanted:
+            raise RemoteProtocolError(
+                f"{_name(batch)} with {len(batch.labels)} labels, expected {wanted}; in this run the {settings.labels} has them"
+            )
 
     def _check_start(self, start: Start, settings: RunSettings) -> None:
         join = self._join

@@ -21,6 +21,8 @@ from .messages import (
     Done,
     EdgeAdapter,
     Evaluation,
+    HiddenGradient,
+    HiddenStates,
     Message,
     RunEnd,
     Start,
@@ -41,10 +43,14 @@ class Leg:
     """Whether a step has a question of every micro-batch. The next ones may then be asked before the first is answered."""
     may_be_overtaken: bool = True
     """Whether the run may go on without the answer. Who asks is then told by `Start` where to go on."""
+    asks_back: type | None = None
+    """What the server may say first, in runs whose labels are on the device: it needs something else for its answer."""
+    replied_by: type | None = None
+    """With what the client gives it that."""
 
 
 LEGS = (
-    Leg(Activations, ActivationGradient, by_micro_batch=True),
+    Leg(Activations, ActivationGradient, by_micro_batch=True, asks_back=HiddenStates, replied_by=HiddenGradient),
     Leg(AdapterGradient, EdgeAdapter),
     Leg(AdapterWeights, EdgeAdapter),
     Leg(Done, RunEnd, may_be_overtaken=False),

@@ -28,9 +28,12 @@ __all__ = [
     "EdgeAdapter",
     "Evaluation",
     "EvaluationLoss",
+    "EvaluationStates",
     "Failure",
     "Goodbye",
     "Hello",
+    "HiddenGradient",
+    "HiddenStates",
     "Join",
     "LabelledBatch",
     "Message",
@@ -131,6 +134,8 @@ class Hello:
     """Empty where it holds none, and will ask for its part."""
     codecs: tuple[str, ...] = ()
     """Those it has, besides the exact one."""
+    abilities: tuple[str, ...] = ()
+    """What it knows of ABILITIES, which earlier releases do not."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -285,14 +290,14 @@ class Seconds:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LabelledBatch:
-    """Activations at the cut, and the tokens to predict from them."""
+    """Activations at the cut, and the tokens to predict from them, unless the client keeps these: see `RunSettings.labels`."""
 
     lengths: Integers
     """(B,) rows of each sequence."""
     label_counts: Integers
     """(B,) how many of each sequence's last rows have a label."""
     labels: Integers
-    """(M,) next tokens at the labelled rows."""
+    """(M,) next tokens at the labelled rows; (0,) where the client keeps them."""
     values: CodedFloats
     """(N, d)."""
 
@@ -305,8 +310,13 @@ class LabelledBatch:
             raise ValueError(f"lengths must be positive, label counts between 0 and the length; got {length} and {count}")
         if self.lengths.sum(dtype=np.int64) != len(self.values):
             raise ValueError(f"lengths add up to {self.lengths.sum(dtype=np.int64)}, values have {len(self.values)} rows")
-        if self.label_counts.sum(dtype=np.int64) != len(self.labels):
-            raise ValueError(f"label counts add up to {self.label_counts.sum(dtype=np.int64)}, got {len(self.labels)} labels")
+        if len(self.labels) not in (0, self.num_labelled):
+            raise ValueError(f"label counts add up to {self.num_labelled}, got {len(self.labels)} labels")
+
+    @property
+    def num_labelled(self) -> int:
+        """M, the rows that have a label, whoever has it."""
+        return int(self.label_counts.sum(dtype=np.int64))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -332,6 +342,45 @@ class Activations(LabelledBatch):
             raise ValueError(f"{len(self.lengths)} lengths and {len(self.samples)} samples")
         if self.exact is not None and self.exact.shape != self.values.shape:
             raise ValueError(f"values are {list(self.values.shape)}, and exactly {list(self.exact.shape)}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HiddenStates:
+    """
+    server -> client, where clients keep the labels: what the model makes of a micro-batch, for the client to compute the loss
+    from. It is no answer yet: it asks for `HiddenGradient`.
+    """
+
+    step: int
+    micro_batch: int = 0
+    values: CodedFloats
+    """(M, d) hidden states behind the final norm, at the labelled rows."""
+    queue_seconds: float = 0.0
+    """From the question's arrival until it was computed."""
+    compute_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_step(self.step)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HiddenGradient:
+    """client -> server: the loss at the `HiddenStates` of a micro-batch, and its gradient."""
+
+    step: int
+    micro_batch: int = 0
+    seconds: Seconds
+    summed_loss: float
+    """Nats, summed over the rows that have a label."""
+    labelled_tokens: int
+    """How many have one: all M, unless `RunSettings.label_rows` hides which."""
+    values: CodedFloats
+    """(M, d), of the summed loss."""
+
+    def __post_init__(self) -> None:
+        _check_step(self.step)
+        if self.labelled_tokens > len(self.values):
+            raise ValueError(f"{self.labelled_tokens} labelled tokens, and a gradient of {len(self.values)} rows")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -411,6 +460,15 @@ class EvaluationLoss:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class EvaluationStates:
+    """server -> client, where clients keep the labels: what the server's present adapter makes of the batch."""
+
+    index: int
+    values: CodedFloats
+    """(M, d) as in `HiddenStates`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Done:
     """client -> server: my data is used up. Answered at the run's end."""
 
@@ -459,12 +517,15 @@ Message = (
     | Join
     | Start
     | Activations
+    | HiddenStates
+    | HiddenGradient
     | ActivationGradient
     | AdapterGradient
     | AdapterWeights
     | EdgeAdapter
     | Evaluation
     | EvaluationLoss
+    | EvaluationStates
     | Done
     | RunEnd
     | Goodbye

@@ -29,6 +29,7 @@ from .messages import (
     EdgeAdapter,
     Evaluation,
     EvaluationLoss,
+    EvaluationStates,
     Failure,
     Goodbye,
     Hello,
@@ -96,6 +97,9 @@ def _rows(leg: Leg) -> Iterator[tuple[_Row, State]]:
     yield (State.READY, Side.CLIENT, leg.question), awaiting
     if leg.by_micro_batch:
         yield (awaiting, Side.CLIENT, leg.question), awaiting
+    if leg.asks_back and leg.replied_by:
+        yield (awaiting, Side.SERVER, leg.asks_back), awaiting
+        yield (awaiting, Side.CLIENT, leg.replied_by), awaiting
     yield (awaiting, Side.SERVER, leg.answer), State.READY
     if leg.may_be_overtaken:
         yield (awaiting, Side.SERVER, Start), State.READY
@@ -116,6 +120,7 @@ TRANSITIONS: dict[_Row, State] = {
     **{row: state for leg in LEGS for row, state in _rows(leg)},
     (State.READY, Side.CLIENT, Evaluation): State.AWAITING_LOSS,
     (State.AWAITING_LOSS, Side.SERVER, EvaluationLoss): State.READY,
+    (State.AWAITING_LOSS, Side.SERVER, EvaluationStates): State.READY,
     **{(state, Side.CLIENT, Goodbye): State.CLOSED for state in _OPEN},
     **{(state, Side.SERVER, Failure): State.CLOSED for state in _OPEN},
 }

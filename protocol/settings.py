@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
+    "ABILITIES",
     "BOUNDS",
     "CODECS",
     "DELTA",
@@ -43,6 +44,9 @@ def gradient_codec(codec: str) -> str:
     return "int4" if codec == DELTA else codec
 
 
+ABILITIES = ("device-labels", "noise")
+"""What a client of this release can do for a run, besides what the first ones of this version could."""
+
 TARGETS = ("c_attn", "c_proj", "c_fc")
 """Names of layers that may be adapted, of all model families. Whether a model has them, is checked where it is split."""
 LARGEST_COUNT = 2**31 - 1  # far below the largest integer that a message may hold
@@ -55,6 +59,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "lora_dropout": (0, 0.999),  # what is kept of an input is multiplied by a thousand at most
     **dict.fromkeys(("warmup_steps", "seed", "check_codec_every"), (0, LARGEST_COUNT)),
     "cache_bytes": (0, 2**50),
+    **dict.fromkeys(("activation_noise", "activation_clip", "gradient_noise", "gradient_clip"), (0, 1e6)),
+    "noise_delta": (1e-30, 0.999),
 }
 """The least and the most that a setting may be. What the model has to say of it (blocks, width) comes on top."""
 
@@ -99,6 +105,20 @@ class RunSettings:
     """Steps from one check of the codec to the next, beginning with the first step; 0: it is not checked."""
     cache_bytes: int = 0
     """The most that each side keeps of one client's samples, for DELTA."""
+    labels: str = "server"
+    """Who has the tokens to predict, and computes the loss: "server", or "device", which then sends none."""
+    label_rows: str = "shown"
+    """Where devices keep the labels: "shown", the server knows which rows have one; "hidden", all rows are treated alike."""
+    activation_noise: float = 0.0
+    """Clients add Gaussian noise to activations, of this many times ``activation_clip`` in every element; 0: none."""
+    activation_clip: float = 0.0
+    """The most that a row of activations is away from a public centre, as a Euclidean norm; 0: it is not clipped."""
+    gradient_noise: float = 0.0
+    """The same for the gradient at the hidden states, of ``gradient_clip``."""
+    gradient_clip: float = 0.0
+    """The most that a row of this gradient is long; 0: it is not clipped."""
+    noise_delta: float = 1e-6
+    """Delta of the (epsilon, delta) that is reported of the noise."""
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -121,6 +141,46 @@ class RunSettings:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {codec[:40]!r}")
             if codec != EXACT and self.precision != "float32":
                 raise ValueError(f"{name} must be {EXACT} in a run of {self.precision}, got {codec!r}")
+
+        for name, either in (("labels", ("server", "device")), ("label_rows", ("shown", "hidden"))):
+            value = getattr(self, name)
+            if value not in either:
+                raise ValueError(f"{name} must be {' or '.join(either)}, got {value[:40]!r}")
+        self._check_noise()
+
+    def _check_noise(self) -> None:
+        for kind in ("activation", "gradient"):
+            noise, clip = getattr(self, f"{kind}_noise"), getattr(self, f"{kind}_clip")
+            if noise and not clip:
+                raise ValueError(
+                    f"{kind}_noise {noise:g} is a multiple of {kind}_clip, which is not given; choose how far a row may reach"
+                )
+        if self.activation_noise and self.activation_codec == DELTA:
+            raise ValueError(
+                f"activation_noise {self.activation_noise:g} does not go with codec {DELTA}, which sends changes: with each "
+                f"visit of a text they would give away more of it; choose another codec"
+            )
+        if self.labels == "device":
+            if self.check_codec_every:
+                raise ValueError(
+                    f"check_codec_every must be 0 where labels stay on the device, got {self.check_codec_every}: the server "
+                    f"computes no loss to compare"
+                )
+            if self.label_rows == "hidden" and not self.gradient_noise:
+                raise ValueError(
+                    "label_rows hidden needs gradient_noise: without it rows without a label are known by their gradient, 0"
+                )
+            return
+        if self.label_rows == "hidden":
+            raise ValueError("label_rows hidden needs labels device: a server that has the labels knows their rows")
+        for name in ("gradient_noise", "gradient_clip"):
+            if getattr(self, name):
+                raise ValueError(f"{name} needs labels device: else the server computes this gradient itself")
+
+    def abilities(self) -> set[str]:
+        """Those of ABILITIES that a client must have."""
+        noise = self.activation_noise or self.activation_clip or self.gradient_noise or self.gradient_clip
+        return {name for name, needed in (("device-labels", self.labels == "device"), ("noise", noise)) if needed}
 
     def codecs(self) -> set[str]:
         """What a client has to offer, besides EXACT."""

@@ -19,9 +19,12 @@ from protocol import (
     EdgeAdapter,
     Evaluation,
     EvaluationLoss,
+    EvaluationStates,
     Failure,
     Goodbye,
     Hello,
+    HiddenGradient,
+    HiddenStates,
     Join,
     Message,
     Part,
@@ -61,6 +64,8 @@ SETTINGS = RunSettings(
 )
 
 
+WITH_NOISE = dataclasses.replace(SETTINGS, activation_noise=0.5, activation_clip=4.0, noise_delta=1e-7)
+
 _NAME = "base_model.model.transformer.h.0.attn.c_attn.lora_"
 _MATRICES = {
     f"{_NAME}A.weight": np.array([[0.5, -1.0, 2.0], [0.25, 0.0, -0.0]], np.float32),
@@ -91,8 +96,13 @@ SAMPLES: dict[str, Message] = {
             waiting_seconds=42.5,
             edge_weights="float16",
         ),
-        Hello(name="jetson-1.kitchen_A", fingerprint="0123456789abcdef0123456789abcdef", codecs=("bfloat16", "int8")),
-        Welcome(run="20250102-030405", settings=SETTINGS, fingerprint="0123456789abcdef0123456789abcdef", restarts=1),
+        Hello(
+            name="jetson-1.kitchen_A",
+            fingerprint="0123456789abcdef0123456789abcdef",
+            codecs=("bfloat16", "int8"),
+            abilities=("device-labels", "noise"),
+        ),
+        Welcome(run="20250102-030405", settings=WITH_NOISE, fingerprint="0123456789abcdef0123456789abcdef", restarts=1),
         AskPart(index=4),
         Part(
             index=4,
@@ -113,6 +123,10 @@ SAMPLES: dict[str, Message] = {
             samples=np.array([3, -1], np.int32),
             exact=_BATCH["values"] / 2,
         ),
+        HiddenStates(step=1, micro_batch=1, values=_BATCH["values"][1:2], queue_seconds=0.5, compute_seconds=0.25),
+        HiddenGradient(
+            step=1, micro_batch=1, seconds=_SECONDS, summed_loss=2.5, labelled_tokens=1, values=_BATCH["values"][2:]
+        ),
         ActivationGradient(
             step=1,
             micro_batch=1,
@@ -128,6 +142,7 @@ SAMPLES: dict[str, Message] = {
         EdgeAdapter(step=10, tensors=_MATRICES, checkpoint=5, queue_seconds=0.125, compute_seconds=0.0625),
         Evaluation(**_BATCH, index=3),
         EvaluationLoss(index=3, summed_loss=12.75),
+        EvaluationStates(index=3, values=_BATCH["values"][:1]),
         Done(step=100),
         RunEnd(step=100, tensors=_MATRICES),
         Goodbye(),

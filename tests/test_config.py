@@ -289,6 +289,13 @@ OTHER_VALUES: dict[str, Any] = {
     "codec_tolerance": 0.05,
     "check_codec_every": 10,
     "cache_bytes": 1000,
+    "labels": "device",
+    "label_rows": "hidden",
+    "activation_noise": 0.5,
+    "activation_clip": 4.5,
+    "gradient_noise": 0.25,
+    "gradient_clip": 0.5,
+    "noise_delta": 1e-7,
     "resume": True,
     "resume_or_start": True,
     "checkpoint_every": 3,
@@ -335,7 +342,7 @@ def test_clients_are_told_the_settings_of_the_run() -> None:
     assert told.precision == "float32"
     assert {told.activation_codec, told.gradient_codec} == {OTHER_VALUES["codec"]}
     for item in dataclasses.fields(RunSettings):
-        if item.name not in ("precision", "epochs", "activation_codec", "gradient_codec"):
+        if item.name not in ("precision", "epochs", "activation_codec", "gradient_codec", "check_codec_every"):
             assert getattr(told, item.name) == OTHER_VALUES[item.name]
 
 
@@ -448,9 +455,12 @@ NAMES = {
             "EdgeAdapter",
             "Evaluation",
             "EvaluationLoss",
+            "EvaluationStates",
             "Failure",
             "Goodbye",
             "Hello",
+            "HiddenGradient",
+            "HiddenStates",
             "InvalidName",
             "Itinerary",
             "Join",

@@ -15,7 +15,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as np_st
-from protocol_samples import SAMPLES, SETTINGS, assert_same, compress, frame, frame_of, inflate, plain, tensor, tensor_of
+from protocol_samples import (
+    SAMPLES,
+    SETTINGS,
+    WITH_NOISE,
+    assert_same,
+    compress,
+    frame,
+    frame_of,
+    inflate,
+    plain,
+    tensor,
+    tensor_of,
+)
 
 import protocol
 from protocol import (
@@ -47,6 +59,8 @@ from protocol import (
 )
 
 GOLDEN: dict[str, str] = json.loads((Path(__file__).parent / "golden" / "protocol-3.json").read_text())
+EARLIER: dict[str, str] = json.loads((Path(__file__).parent / "golden" / "earlier-3.json").read_text())
+"""Messages as releases wrote them that had fewer fields."""
 KINDS = [kind.__name__ for kind in get_args(Message)]
 MEGABYTE = 2**20
 
@@ -97,6 +111,14 @@ def test_the_bytes_of_version_3_are_still_understood(kind: str) -> None:
 @every_kind
 def test_the_bytes_of_version_3_are_still_written(kind: str) -> None:
     assert inflate(encode(SAMPLES[kind])).hex() == GOLDEN[kind]
+
+
+def test_the_bytes_of_earlier_releases_are_understood_and_mean_what_they_meant() -> None:
+    hello, welcome = (decode(compress(bytes.fromhex(EARLIER[kind])), HANDSHAKE_BYTES) for kind in ("Hello", "Welcome"))
+    assert_same(hello, dataclasses.replace(SAMPLES["Hello"], abilities=()))
+    assert_same(welcome, dataclasses.replace(SAMPLES["Welcome"], settings=SETTINGS))
+    assert isinstance(welcome, Welcome)
+    assert (welcome.settings.labels, welcome.settings.abilities()) == ("server", set())
 
 
 floats = st.sampled_from(["<f4", "<f8", ">f4", ">f8"]).flatmap(
@@ -175,16 +197,16 @@ def test_absent_fields_have_their_defaults() -> None:
     defaults = {"aggregate_every": 1, "activation_codec": "exact", "gradient_codec": "exact"}
     message = decode(frame_of("Welcome", fields), HANDSHAKE_BYTES)
     assert isinstance(message, Welcome)
-    assert message.settings == dataclasses.replace(SETTINGS, **defaults)
+    assert message.settings == dataclasses.replace(WITH_NOISE, **defaults)
     del fields["settings"]["steps"]
     fields["settings"]["epochs"] = 2
     message = decode(frame_of("Welcome", fields), HANDSHAKE_BYTES)
     assert isinstance(message, Welcome)
-    assert message.settings == dataclasses.replace(SETTINGS, steps=None, epochs=2, **defaults)
+    assert message.settings == dataclasses.replace(WITH_NOISE, steps=None, epochs=2, **defaults)
 
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "Hello": {"codecs": ()},
+    "Hello": {"codecs": (), "abilities": ()},
     "Ping": {"index": 0},
     "Pong": {"index": 0, "model": "", "waiting_for": (), "waiting_seconds": 0.0, "edge_weights": ""},
     "Welcome": {"restarts": 0},
@@ -463,7 +485,7 @@ def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
         ({"lengths": [2, 2]}, "lengths add up to 4, values have 3 rows"),
         ({"lengths": [2**31 - 1, 2**31 - 1]}, "lengths add up to 4294967294"),
         ({"label_counts": [1, 1]}, "label counts add up to 2, got 1 labels"),
-        ({"labels": []}, "label counts add up to 1, got 0 labels"),
+        ({"labels": [1, 2]}, "label counts add up to 1, got 2 labels"),
         ({"values": np.zeros((2, 2), np.float32)}, "lengths add up to 3, values have 2 rows"),
     ],
 )
