@@ -11,6 +11,8 @@ from .messages import (
     Array,
     EdgeAdapter,
     Evaluation,
+    EvaluationLoss,
+    EvaluationStates,
     Hello,
     HiddenGradient,
     HiddenStates,
@@ -50,11 +52,12 @@ class Agreement:
         """
         if isinstance(message, Welcome):
             self._check_offered(message.settings.codecs())
+            self._check_abilities(message.settings.abilities())
         if self.settings is None:
             return
+        if wrong := self.wrong_labels(message):
+            raise RemoteProtocolError(wrong)
         self._check_precision(message, self.settings.precision)
-        if isinstance(message, Activations | Evaluation):
-            self._check_labels(message, self.settings)
         in_parts = Activations | HiddenStates | HiddenGradient | ActivationGradient
         if isinstance(message, in_parts) and message.micro_batch >= self.settings.micro_batches:
             raise RemoteProtocolError(
@@ -68,17 +71,36 @@ class Agreement:
         if isinstance(message, Start | ActivationGradient) and message.codec:
             self._check_codec(message.codec, self.settings)
 
+    def wrong_labels(self, message: Message) -> str | None:
+        """What is wrong with a message in a run whose labels are where this run's are; of our own, too."""
+        if self.settings is None:
+            return None
+        on_device = self.settings.labels == "device"
+        hidden = self.settings.label_rows == "hidden"
+        here = f"in this run the {self.settings.labels} has the labels"
+        if isinstance(message, EvaluationLoss if on_device else HiddenStates | HiddenGradient | EvaluationStates):
+            return f"{_name(message)}, and {here}"
+        if isinstance(message, Activations | Evaluation):
+            wanted = 0 if on_device else message.num_labelled
+            if len(message.labels) != wanted:
+                return f"{_name(message)} with {len(message.labels)} labels, expected {wanted}: {here}"
+            if hidden and (message.label_counts != message.lengths).any():
+                return f"{_name(message)} says which rows have a label, and this run hides it"
+        if isinstance(message, HiddenGradient) and not hidden and message.labelled_tokens != len(message.values):
+            return (
+                f"HiddenGradient of {len(message.values)} rows and {message.labelled_tokens} labelled tokens, expected as many"
+            )
+        return None
+
+    def _check_abilities(self, needed: set[str]) -> None:
+        missing = needed.difference(self.hello.abilities if self.hello else ())
+        if missing:
+            raise RemoteProtocolError(f"this run needs {', '.join(sorted(missing))}, which this side did not offer")
+
     def _check_precision(self, message: Message, precision: str) -> None:
         for name, array in _floats(message):
             if array.dtype.name != precision:
                 raise RemoteProtocolError(f"{_name(message)}.{name} is {array.dtype.name}; this run is in {precision}")
-
-    def _check_labels(self, batch: Activations | Evaluation, settings: RunSettings) -> None:
-        wanted = batch.num_labelled if settings.labels == "server" else 0
-        if len(batch.labels) != wanted:
-            raise RemoteProtocolError(
-                f"{_name(batch)} with {len(batch.labels)} labels, expected {wanted}; in this run the {settings.labels} has them"
-            )
 
     def _check_start(self, start: Start, settings: RunSettings) -> None:
         join = self._join

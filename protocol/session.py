@@ -3,15 +3,16 @@ The conversation as a state machine, without I/O.
 
 All that decides which message may come next is in TRANSITIONS, and both sides obey the same rows. The client asks, the server
 answers. Only of a step's micro-batches may several be open at a time: they are answered in their order, and the state is left
-with the last of them, or with a `Start`, which answers all.
+with the last of them, or with a `Start`, which answers all. Where labels stay on the device, the server asks back in between,
+once for each that is open.
 """
 
 import enum
 import logging
 import threading
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from . import delta
 from .agreement import Agreement
@@ -33,7 +34,10 @@ from .messages import (
     Failure,
     Goodbye,
     Hello,
+    HiddenGradient,
+    HiddenStates,
     Join,
+    LabelledBatch,
     Message,
     Part,
     Piece,
@@ -80,7 +84,67 @@ class State(enum.Enum):
 
 
 OF_HELD_OUT = "bfloat16"
-"""The codec of held-out texts, in runs that have one."""
+"""
+The codec of held-out texts, in runs that have one. What is measured is the adapter, which is used without a codec: bfloat16
+changes the loss by less than is seen.
+"""
+
+
+class Codecs(NamedTuple):
+    """What coded floats travel in, by the kind of their message."""
+
+    activations: str = EXACT
+    gradients: str = EXACT
+    """Of hidden states, too."""
+
+    def of(self, kind: type) -> str:
+        if issubclass(kind, Activations):
+            return self.activations
+        if issubclass(kind, Evaluation | EvaluationStates):
+            return EXACT if self.activations == EXACT else OF_HELD_OUT
+        return self.gradients
+
+    def of_side(self, sender: Side) -> set[str]:
+        """All that a side may use."""
+        return {self.of(kind) for kind in _CODED[sender]}
+
+
+_CODED = {
+    Side.CLIENT: (Activations, HiddenGradient, Evaluation),
+    Side.SERVER: (ActivationGradient, HiddenStates, EvaluationStates),
+}
+"""Who sends what may be coded."""
+
+
+class Stage(enum.Enum):
+    """How far a micro-batch has come."""
+
+    ASKED = "asked"
+    ASKED_BACK = "asked back"
+    """The client owes the loss and its gradient."""
+    REPLIED = "replied"
+
+
+@dataclass
+class OpenBatch:
+    """A batch that is not answered."""
+
+    hidden_shape: tuple[int, int]
+    """(M, d) of its hidden states, and of the gradient there."""
+    stage: Stage = Stage.ASKED
+
+
+_BATCH_OF: dict[type, type] = {
+    ActivationGradient: Activations,
+    HiddenStates: Activations,
+    HiddenGradient: Activations,
+    EvaluationLoss: Evaluation,
+    EvaluationStates: Evaluation,
+}
+"""What a message belongs to."""
+
+_ADVANCE = {HiddenStates: (Stage.ASKED, Stage.ASKED_BACK), HiddenGradient: (Stage.ASKED_BACK, Stage.REPLIED)}
+"""From which stage to which a message brings its micro-batch."""
 
 _OPEN = [state for state in State if state is not State.CLOSED]
 
@@ -141,8 +205,8 @@ class Session:
         before_start = HANDING_OVER_BYTES if side is Side.CLIENT else HANDSHAKE_BYTES
         self.max_bytes = before_start if max_bytes is None else max_bytes
         self.state = State.NEW
-        self.codecs = dict.fromkeys(Side, EXACT)
-        """By sender, of what may be coded; the server decides, for the next step."""
+        self.codecs = Codecs()
+        """The server decides them, for the next step."""
         self._codecs_before = self.codecs
         self.activation_cache: delta.ActivationCache | None = None
         """The client's samples, for runs in `DELTA`; both sides give the session theirs when the client has joined."""
@@ -152,8 +216,8 @@ class Session:
         """The step of the last `Start`: it has answered what was asked of steps up to this one."""
         self._start_may_be_lost = False
         """Whether nothing has been heard since: what a `Start` takes back the server keeps until then."""
-        self._open: deque[tuple[int, int]] = deque()
-        """Step and micro-batch of those that are not answered."""
+        self._open: dict[tuple[type, int, int], OpenBatch] = {}
+        """Batches that are not answered by their identity, in the order in which they were asked."""
         self._lock = threading.Lock()
         """For the state; coding a tensor takes longer, and is not done under it."""
 
@@ -166,7 +230,7 @@ class Session:
         """
         with self._lock:
             self._own_turn(message)
-        data = encode(self._as_sent(message), self._codec(message), self._dither(message))
+        data = encode(self._as_sent(message), self.codecs.of(type(message)), self._dither(message))
         with self._lock:
             self._enter(self._own_turn(message), message, self.side)
         return data
@@ -177,7 +241,7 @@ class Session:
         second may be answered earlier.
         """
         with self._lock:
-            if isinstance(message, ActivationGradient) and (message.step, message.micro_batch) not in list(self._open)[:1]:
+            if isinstance(message, ActivationGradient) and _batch_of(message) not in list(self._open)[:1]:
                 return False
             return self._next_state(message, self.side) is not None
 
@@ -201,6 +265,7 @@ class Session:
                     return None
                 self._peers_turn(message)
                 self._agreed.check(message)
+                self._check_shape(message)
                 if self._crosses_start(message):
                     self._ignore(message, f"Start after step {self._resumed_at} has answered it already")
                     return None
@@ -248,9 +313,11 @@ class Session:
         Raises:
             RemoteProtocolError: its sender had heard the `Start`, and would wait for an answer for ever.
         """
-        if not isinstance(message, Activations) or self._resumed_at is None or message.step > self._resumed_at:
+        if not isinstance(message, Activations | HiddenGradient) or self._resumed_at is None or message.step > self._resumed_at:
             return False
         if not self._start_may_be_lost:
+            if isinstance(message, HiddenGradient):
+                return False  # nobody has asked for it: it is not the client's turn
             raise RemoteProtocolError(f"Activations of step {message.step} after a Start that goes on after {self._resumed_at}")
         return True
 
@@ -264,17 +331,40 @@ class Session:
         next_state = self._next_state(message, self.side)
         if next_state is None:
             raise LocalProtocolError(f"{self.side.value} cannot send {type(message).__name__} while {self.state.value}")
+        if wrong := self._agreed.wrong_labels(message):  # before a label leaves its device
+            raise LocalProtocolError(wrong)
         return next_state
 
     def _next_state(self, message: Message, sender: Side) -> State | None:
         """None if the sender may not say this now."""
         next_state = TRANSITIONS.get((self.state, sender, type(message)))
-        if self.state is State.AWAITING_GRADIENT:
-            if isinstance(message, Activations) and len(self._open) >= self._most_open():
+        if isinstance(message, HiddenGradient) and self.state is State.READY and self._crosses_start(message):
+            return self.state
+        if self.state is not State.AWAITING_GRADIENT:
+            return next_state
+        if isinstance(message, Activations) and len(self._open) >= self._most_open():
+            return None
+        if type(message) in _ADVANCE:
+            asked = self._open.get(_batch_of(message))
+            return next_state if asked is not None and asked.stage is _ADVANCE[type(message)][0] else None
+        if isinstance(message, ActivationGradient):
+            first = next(iter(self._open.values()), None)
+            if first is not None and first.stage is Stage.ASKED_BACK:
                 return None
-            if isinstance(message, ActivationGradient) and len(self._open) > 1:
-                return self.state
+            return self.state if len(self._open) > 1 else next_state
         return next_state
+
+    def _check_shape(self, message: Message) -> None:
+        """
+        Raises:
+            RemoteProtocolError: hidden states, or the gradient there, are not of the rows that were asked about.
+        """
+        asked = self._open.get(_batch_of(message))
+        if asked is None or not isinstance(message, HiddenStates | HiddenGradient | EvaluationStates):
+            return
+        if message.values.shape != asked.hidden_shape:
+            found, wanted = (" x ".join(map(str, shape)) for shape in (message.values.shape, asked.hidden_shape))
+            raise RemoteProtocolError(f"{type(message).__name__} of {found}, expected {wanted}: one row for every label")
 
     def _most_open(self) -> int:
         """Micro-batches that may be under way."""
@@ -284,10 +374,12 @@ class Session:
         """Move on, and keep what has been agreed on."""
         if self.state is not State.AWAITING_GRADIENT:
             self._open.clear()
-        if isinstance(message, Activations):
-            self._open.append((message.step, message.micro_batch))
+        if isinstance(message, LabelledBatch):
+            self._open[identity(message)] = OpenBatch((message.num_labelled, message.values.shape[1]))
+        elif type(message) in _ADVANCE and _batch_of(message) in self._open:
+            self._open[_batch_of(message)].stage = _ADVANCE[type(message)][1]
         elif isinstance(message, ActivationGradient) and self._open:
-            self._open.popleft()
+            del self._open[next(iter(self._open))]
         self.state = next_state
         if isinstance(message, Start):
             self._resumed_at, self._start_may_be_lost = message.step, True
@@ -295,12 +387,11 @@ class Session:
                 self._see_that_start_arrived()
         self._agreed.note(message)
         if isinstance(message, Welcome):
-            settings = message.settings
-            self.codecs = {Side.CLIENT: settings.activation_codec, Side.SERVER: settings.gradient_codec}
+            self.codecs = Codecs(message.settings.activation_codec, message.settings.gradient_codec)
         elif isinstance(message, Start | ActivationGradient) and message.codec:
-            if message.codec != self.codecs[Side.CLIENT]:
+            if message.codec != self.codecs.activations:
                 self._codecs_before = self.codecs
-            self.codecs = {Side.CLIENT: message.codec, Side.SERVER: gradient_codec(message.codec)}
+            self.codecs = Codecs(message.codec, gradient_codec(message.codec))
         self._update_cache(message)
 
     def _see_that_start_arrived(self) -> None:
@@ -320,25 +411,18 @@ class Session:
 
     # Codecs
 
-    def _codec(self, message: Message) -> str:
-        """In which a message of ours travels, if it has anything to code."""
-        codec = self.codecs[self.side]
-        # What is measured is the adapter, which is used without a codec: bfloat16 changes the loss by less than is seen.
-        return OF_HELD_OUT if isinstance(message, Evaluation) and codec != EXACT else codec
-
     def _codecs_of_peer(self) -> set[str]:
         """In which tensors may come, besides exactly."""
-        codecs = {self.codecs[self.side.peer], self._codecs_before[self.side.peer]}  # a message may be delivered twice
-        return codecs if codecs == {EXACT} else codecs | {OF_HELD_OUT}
+        return self.codecs.of_side(self.side.peer) | self._codecs_before.of_side(self.side.peer)  # it may be delivered twice
 
     def _as_sent(self, message: Message) -> Message:
-        if not isinstance(message, Activations) or self.codecs[self.side] == EXACT:
+        if not isinstance(message, Activations) or self.codecs.activations == EXACT:
             return message
         settings = self._agreed.settings
         if not message.micro_batch and settings is not None and settings.checks_codec(message.step):
             exact = self._nearly_exact(message.values)
             message = replace(message, exact=exact)  # type: ignore[arg-type]  # as it is on the wire
-        if self.codecs[self.side] != DELTA:
+        if self.codecs.activations != DELTA:
             return message
         if self.activation_cache is None:
             raise LocalProtocolError(f"{DELTA} needs an activation cache")
@@ -346,7 +430,7 @@ class Session:
 
     def _nearly_exact(self, values: Array) -> Array | Coded:
         """What a codec is compared with: richer than it is, and little beside what it saves."""
-        return values if self.codecs[self.side] == OF_HELD_OUT else Coded.of(values, OF_HELD_OUT)
+        return values if self.codecs.activations == OF_HELD_OUT else Coded.of(values, OF_HELD_OUT)
 
     def _as_meant(self, message: Message) -> Message:
         in_delta = {name for name in ("values", "exact") if isinstance(getattr(message, name, None), Coded)}
@@ -359,11 +443,17 @@ class Session:
     def _dither(self, message: Message) -> Dither | None:
         """For gradients, the same for the same run, client, direction and step: a repeated message has the same bytes."""
         hello, settings = self._agreed.hello, self._agreed.settings
-        if not isinstance(message, ActivationGradient) or hello is None or settings is None:
+        if not isinstance(message, ActivationGradient | HiddenGradient) or hello is None or settings is None:
             return None
-        if self.codecs[self.side] == EXACT:
+        if self.codecs.gradients == EXACT:
             return None
         return Dither(settings.seed, hello.name, type(message).__name__, message.step, message.micro_batch)
+
+
+def _batch_of(message: Message) -> tuple[type, int, int]:
+    """The identity of the batch that a message belongs to; of any other message, one that no batch has."""
+    kind, number, micro_batch = identity(message)
+    return _BATCH_OF.get(kind, kind), number, micro_batch
 
 
 def _received_as(message: Message) -> tuple[type, int, int, int]:

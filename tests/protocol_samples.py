@@ -35,11 +35,13 @@ from protocol import (
     RunEnd,
     RunSettings,
     Seconds,
+    Session,
     Start,
     Welcome,
     zstd,
 )
 from protocol.codecs import Coded
+from protocol.session import OpenBatch, Stage
 
 SETTINGS = RunSettings(
     cut_layer=1,
@@ -149,6 +151,14 @@ SAMPLES: dict[str, Message] = {
         Failure(reason="der Name ist vergeben: „jetson“", retry_after=10.0),
     ]
 }
+
+
+def make_due(session: Session, message: Message) -> None:
+    """In a session whose state was set: open the micro-batch that the message belongs to, as far as it has to be."""
+    if isinstance(message, HiddenStates | HiddenGradient):
+        rows, width = message.values.shape
+        stage = Stage.ASKED if isinstance(message, HiddenStates) else Stage.ASKED_BACK
+        session._open = {(Activations, message.step, message.micro_batch): OpenBatch((rows, width), stage)}
 
 
 def assert_same(left: Any, right: Any) -> None:

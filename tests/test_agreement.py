@@ -1,6 +1,7 @@
 """What both sides hold each other to once a run's settings are known, and what a conversation leaves in the log."""
 
 import logging
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from protocol import (
     EdgeAdapter,
     Hello,
     Join,
+    LocalProtocolError,
     Message,
     RemoteProtocolError,
     RunSettings,
@@ -25,6 +27,8 @@ from protocol import (
     Welcome,
     encode,
 )
+from protocol.agreement import changed_settings
+from protocol.settings import ABILITIES
 
 EXACTLY = replace(SETTINGS, activation_codec=EXACT, gradient_codec=EXACT, check_codec_every=0)
 OFFERED = ("bfloat16", "int8", "int4", DELTA)
@@ -35,7 +39,7 @@ class Talk:
 
     def __init__(self, settings: RunSettings = EXACTLY) -> None:
         self.ends = {side: Session(side, max_bytes=2**20) for side in Side}
-        self.say(Side.CLIENT, Hello(name="a", fingerprint="f", codecs=OFFERED))
+        self.say(Side.CLIENT, Hello(name="a", fingerprint="f", codecs=OFFERED, abilities=ABILITIES))
         self.say(Side.SERVER, Welcome(run="r", settings=settings, fingerprint="f"))
         self.say(Side.CLIENT, Join(num_samples=1, batch_size=1, longest=9))
 
@@ -111,7 +115,151 @@ def test_a_start_beyond_the_end_of_the_run_or_before_the_clients_own_is_refused(
     )
 
 
-STEPPED = ["Activations", "ActivationGradient", "AdapterGradient", "AdapterWeights", "EdgeAdapter", "Done"]
+# Where the labels are
+
+ON_DEVICE = replace(EXACTLY, labels="device")
+HIDDEN = replace(ON_DEVICE, label_rows="hidden", gradient_noise=1.0, gradient_clip=0.5)
+NONE = np.empty(0, np.int32)
+
+
+def held_out(**fields: Any) -> Any:
+    return replace(SAMPLES["Evaluation"], **fields)
+
+
+def owned(talk: Talk, side: Side, message: Message) -> str:
+    """What a side says of a message that it is to send itself."""
+    with pytest.raises(LocalProtocolError) as caught:
+        talk.ends[side].send(message)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("batch", [activations(), held_out()], ids=["Activations", "Evaluation"])
+def test_labels_are_with_the_batch_where_the_server_has_them_and_nowhere_else(batch: Any) -> None:
+    kind = type(batch).__name__
+    reason = f"{kind} with 1 labels, expected 0: in this run the device has the labels"
+    assert Talk(ON_DEVICE).started().refusal(Side.CLIENT, batch) == reason
+    assert owned(Talk(ON_DEVICE).started(), Side.CLIENT, batch) == reason
+    without = replace(batch, labels=NONE)
+    reason = f"{kind} with 0 labels, expected 1: in this run the server has the labels"
+    assert Talk().started().refusal(Side.CLIENT, without) == reason
+    assert owned(Talk().started(), Side.CLIENT, without) == reason
+    Talk(ON_DEVICE).started().say(Side.CLIENT, without)
+    Talk().started().say(Side.CLIENT, batch)
+
+
+def test_server_that_has_the_labels_does_not_ask_back() -> None:
+    talk = Talk().started()
+    talk.say(Side.CLIENT, activations())
+    states: Any = replace(SAMPLES["HiddenStates"], micro_batch=0)  # type: ignore[type-var]
+    reason = "HiddenStates, and in this run the server has the labels"
+    assert owned(talk, Side.SERVER, states) == reason
+    assert talk.refusal(Side.SERVER, states) == reason
+
+
+@pytest.mark.parametrize(("settings", "answer"), [(EXACTLY, "EvaluationStates"), (ON_DEVICE, "EvaluationLoss")])
+def test_held_out_texts_get_their_loss_from_whoever_has_their_labels(settings: RunSettings, answer: str) -> None:
+    talk = Talk(settings).started()
+    talk.say(Side.CLIENT, held_out(labels=NONE) if settings is ON_DEVICE else held_out())
+    reason = f"{answer}, and in this run the {settings.labels} has the labels"
+    assert owned(talk, Side.SERVER, SAMPLES[answer]) == reason
+    assert talk.refusal(Side.SERVER, SAMPLES[answer]) == reason
+
+
+@pytest.mark.parametrize("batch", [activations(labels=NONE), held_out(labels=NONE)], ids=["Activations", "Evaluation"])
+def test_batch_does_not_say_which_rows_have_a_label_where_that_is_hidden(batch: Any) -> None:
+    reason = f"{type(batch).__name__} says which rows have a label, and this run hides it"
+    assert Talk(HIDDEN).started().refusal(Side.CLIENT, batch) == reason
+    assert owned(Talk(HIDDEN).started(), Side.CLIENT, batch) == reason
+    Talk(HIDDEN).started().say(Side.CLIENT, replace(batch, label_counts=batch.lengths))
+
+
+@pytest.mark.parametrize(("settings", "counts", "labelled"), [(ON_DEVICE, [1, 1], 1), (HIDDEN, [2, 1], 0), (HIDDEN, [2, 1], 3)])
+def test_all_rows_of_a_gradient_have_a_label_unless_that_is_hidden(
+    settings: RunSettings, counts: list[int], labelled: int
+) -> None:
+    talk = Talk(settings).started()
+    rows = np.ones((sum(counts), 2), np.float32)
+    talk.say(Side.CLIENT, activations(labels=NONE, label_counts=np.array(counts, np.int32)))
+    talk.say(Side.SERVER, replace(SAMPLES["HiddenStates"], micro_batch=0, values=rows))  # type: ignore[arg-type, type-var]
+    gradient: Any = replace(
+        SAMPLES["HiddenGradient"],  # type: ignore[type-var]
+        micro_batch=0,
+        values=rows,
+        labelled_tokens=labelled,  # type: ignore[arg-type]
+    )
+    if settings is HIDDEN:
+        talk.say(Side.CLIENT, gradient)
+    else:
+        assert talk.refusal(Side.CLIENT, gradient) == "HiddenGradient of 2 rows and 1 labelled tokens, expected as many"
+
+
+def test_more_labelled_tokens_than_rows_cannot_be() -> None:
+    with pytest.raises(ValueError, match="2 labelled tokens, and a gradient of 1 rows"):
+        replace(SAMPLES["HiddenGradient"], labelled_tokens=2)  # type: ignore[call-arg, type-var]
+
+
+@pytest.mark.parametrize(
+    ("settings", "offered", "missing"),
+    [
+        (ON_DEVICE, (), "device-labels"),
+        (HIDDEN, (), "device-labels, noise"),
+        (HIDDEN, ("device-labels", "later"), "noise"),
+        (replace(EXACTLY, activation_clip=1.0), ("device-labels",), "noise"),
+    ],
+)
+def test_client_leaves_a_run_that_needs_what_it_cannot(settings: RunSettings, offered: tuple[str, ...], missing: str) -> None:
+    client = Session(Side.CLIENT)
+    client.send(Hello(name="a", fingerprint="f", abilities=offered))
+    with pytest.raises(RemoteProtocolError, match=f"^this run needs {missing}, which this side did not offer$"):
+        client.receive(encode(Welcome(run="r", settings=settings, fingerprint="f")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"labels": "client"}, "labels must be server or device, got 'client'"),
+        ({"label_rows": "secret"}, "label_rows must be shown or hidden, got 'secret'"),
+        ({"activation_noise": 0.5}, "activation_noise 0.5 is a multiple of activation_clip, which is not given"),
+        ({"labels": "device", "gradient_noise": 0.5}, "gradient_noise 0.5 is a multiple of gradient_clip, which is not given"),
+        ({"gradient_clip": 0.5}, "gradient_clip needs labels device"),
+        ({"gradient_noise": 0.5, "gradient_clip": 0.5}, "gradient_noise needs labels device"),
+        ({"label_rows": "hidden"}, "label_rows hidden needs labels device"),
+        ({"label_rows": "hidden", "labels": "device"}, "label_rows hidden needs gradient_noise"),
+        ({"label_rows": "hidden", "labels": "device", "gradient_clip": 0.5}, "label_rows hidden needs gradient_noise"),
+        ({"labels": "device", "check_codec_every": 1}, "check_codec_every must be 0 where labels stay on the device, got 1"),
+        (
+            {"activation_codec": DELTA, "activation_noise": 0.5, "activation_clip": 1.0},
+            "activation_noise 0.5 does not go with codec delta",
+        ),
+        ({"noise_delta": 0.0}, "noise_delta must be 1e-30 to 0.999, got 0.0"),
+        ({"noise_delta": 1.0}, "noise_delta must be 1e-30 to 0.999, got 1.0"),
+    ],
+)
+def test_settings_of_labels_and_noise_that_cannot_be_are_refused_with_the_reason(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(reason)}"):
+        replace(EXACTLY, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"labels": "device"}, {"activation_clip": 2.0}, {"activation_clip": 1.0, "activation_noise": 0.5}]
+)
+def test_run_that_is_welcomed_again_has_its_labels_where_they_were_and_its_noise(changes: dict[str, Any]) -> None:
+    before = replace(EXACTLY, activation_clip=1.0, activation_noise=1.0, lr_schedule="constant")
+    name, value = list(changes.items())[-1]
+    found = changed_settings(before, replace(before, steps=200, **changes), restarted=True)
+    assert f"{name} {getattr(before, name)} is now {value}" in found
+
+
+STEPPED = [
+    "Activations",
+    "HiddenStates",
+    "HiddenGradient",
+    "ActivationGradient",
+    "AdapterGradient",
+    "AdapterWeights",
+    "EdgeAdapter",
+    "Done",
+]
 
 
 @pytest.mark.parametrize("kind", STEPPED)

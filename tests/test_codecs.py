@@ -26,7 +26,11 @@ from protocol import (
     Activations,
     Array,
     EdgeAdapter,
+    Evaluation,
+    EvaluationStates,
     Hello,
+    HiddenGradient,
+    HiddenStates,
     Join,
     Message,
     RemoteProtocolError,
@@ -44,6 +48,7 @@ from protocol import (
 from protocol.codecs import LARGEST_CODES, Coded
 from protocol.quantisation import LARGEST_VALUE, quantise
 from protocol.rounding import Dither, from_bfloat16, to_bfloat16
+from protocol.settings import ABILITIES
 
 GOLDEN: dict[str, str] = json.loads((Path(__file__).parent / "golden" / "codecs-3.json").read_text())
 MAX_BYTES = 2**22
@@ -463,7 +468,7 @@ class Pair:
 
     def __init__(self, settings: RunSettings = SETTINGS, name: str = "a", offered: tuple[str, ...] = CODECS) -> None:
         self.ends = {side: Session(side, MAX_BYTES) for side in Side}
-        self.say(Side.CLIENT, Hello(name=name, fingerprint="f", codecs=offered))
+        self.say(Side.CLIENT, Hello(name=name, fingerprint="f", codecs=offered, abilities=ABILITIES))
         self.say(Side.SERVER, Welcome(run="r", settings=settings, fingerprint="f"))
         self.say(Side.CLIENT, Join(num_samples=1, batch_size=1, longest=9))
         self.say(Side.SERVER, Start(step=0, total_steps=100, adapter={}))
@@ -502,6 +507,68 @@ def test_each_direction_has_its_codec() -> None:
 
 def test_a_message_that_is_sent_again_has_the_same_bytes() -> None:
     assert a_step(Pair()) == a_step(Pair())
+    first, again = ([data for data, _ in four_directions().values()] for _ in range(2))
+    assert first == again
+
+
+ON_DEVICE = dataclasses.replace(SETTINGS, labels="device")
+
+
+def four_directions(settings: RunSettings = ON_DEVICE) -> dict[type, tuple[bytes, Array]]:
+    """Of a step whose labels stay on the device, by kind the bytes of each message, and the values that arrive."""
+    pair, values = Pair(settings), activations(outliers=())
+    of_batch: dict[str, Any] = {name: getattr(batch(), name) for name in ("lengths", "label_counts")}
+    of_batch["labels"] = np.empty(0, np.int32)
+    gradient = HiddenGradient(step=1, seconds=Seconds(), summed_loss=1.0, labelled_tokens=300, values=values)
+    conversation: list[tuple[Side, Any]] = [
+        (Side.CLIENT, Activations(step=1, seconds=Seconds(), values=values, **of_batch)),
+        (Side.SERVER, HiddenStates(step=1, values=values)),
+        (Side.CLIENT, gradient),
+        (Side.SERVER, ActivationGradient(step=1, loss=1.0, labelled_tokens=300, values=values)),
+        (
+            Side.CLIENT,
+            Evaluation(index=1, values=values, **of_batch),
+        ),
+        (Side.SERVER, EvaluationStates(index=1, values=values)),
+    ]
+    said: dict[type, tuple[bytes, Array]] = {}
+    for side, message in conversation:
+        data, came = pair.say(side, message)
+        said[type(message)] = (data, came.values)  # type: ignore[union-attr]
+    return said
+
+
+def test_gradients_of_both_directions_are_rounded_at_random_and_hidden_states_to_the_nearest() -> None:
+    values = activations(outliers=())
+    gradients = {
+        kind: Coded.of(values, "int4", Dither(7, "a", kind, 1, 0)) for kind in ("HiddenGradient", "ActivationGradient")
+    }
+    expected = {
+        Activations: Coded.of(values, "int8"),
+        HiddenStates: Coded.of(values, "int4"),
+        HiddenGradient: gradients["HiddenGradient"],
+        ActivationGradient: gradients["ActivationGradient"],
+        Evaluation: Coded.of(values, "bfloat16"),
+        EvaluationStates: Coded.of(values, "bfloat16"),
+    }
+    said = four_directions()
+    for kind, coded in expected.items():
+        assert said[kind][1].tobytes() == coded.decode().tobytes(), kind
+    assert gradients["HiddenGradient"].parts != gradients["ActivationGradient"].parts
+
+
+@every_codec
+def test_all_four_directions_together_take_four_times_a_codecs_bytes(codec: str) -> None:
+    said = four_directions(dataclasses.replace(ON_DEVICE, activation_codec=codec, gradient_codec=codec))
+    elements = 300 * 128
+    sizes = [len(data) / elements for kind, (data, _) in said.items() if not issubclass(kind, Evaluation | EvaluationStates)]
+    assert sum(sizes) < 4 * {"bfloat16": 2.0, "int8": 1.1, "int4": 0.6}[codec]
+
+
+def test_run_without_codec_is_exact_in_all_directions() -> None:
+    said = four_directions(dataclasses.replace(ON_DEVICE, activation_codec=EXACT, gradient_codec=EXACT))
+    for _, values in said.values():
+        assert values.tobytes() == activations(outliers=()).tobytes()
 
 
 @pytest.mark.parametrize(

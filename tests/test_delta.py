@@ -37,6 +37,7 @@ from protocol import (
 from protocol.codecs import Coded, quantised_parts
 from protocol.delta import arrived, coded
 from protocol.rounding import from_bfloat16, to_bfloat16
+from protocol.session import Codecs
 from storage import CacheFolder
 
 WIDTH, MAX_BYTES = 24, 2**22
@@ -460,14 +461,14 @@ def test_only_values_come_in_delta(ends: Ends) -> None:
     fields = {name: getattr(message, name) for name in ("lengths", "label_counts", "labels")}
     for words in (dataclasses.replace(message, exact=made), Evaluation(index=1, values=made, **fields)):
         server = Session(Side.SERVER, MAX_BYTES)
-        server.codecs, server.state, server.activation_cache = dict.fromkeys(Side, DELTA), State.READY, ends.server
+        server.codecs, server.state, server.activation_cache = Codecs(DELTA), State.READY, ends.server
         with pytest.raises(RemoteProtocolError, match=f"{type(words).__name__} in delta, which this run does not use"):
             server.receive(encode(words))
 
 
 def test_device_without_a_place_for_samples_says_so() -> None:
     client = Session(Side.CLIENT)
-    client.codecs[Side.CLIENT] = DELTA
+    client.codecs = Codecs(DELTA)
     client.state = State.READY
     with pytest.raises(LocalProtocolError, match="delta needs an activation cache"):
         client.send(batch(1, [0]))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from protocol_samples import SAMPLES
+from protocol_samples import SAMPLES, make_due
 
 from protocol import (
     HANDSHAKE_BYTES,
@@ -24,9 +24,12 @@ from protocol import (
     EdgeAdapter,
     Evaluation,
     EvaluationLoss,
+    EvaluationStates,
     Failure,
     Goodbye,
     Hello,
+    HiddenGradient,
+    HiddenStates,
     Join,
     LocalProtocolError,
     Message,
@@ -56,8 +59,11 @@ everywhere = pytest.mark.parametrize(
 some_hundred = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
 
-def session_in(state: State, side: Side) -> Session:
+def session_in(state: State, side: Side, expected: type | None = None) -> Session:
+    """One in which such a message, of the samples, is to come next if it may come at all."""
     session = Session(side)
+    if expected is not None and state is State.AWAITING_GRADIENT:
+        make_due(session, SAMPLES[expected.__name__])
     if (state, side) == (State.GREETED, Side.CLIENT):
         session.send(SAMPLES["Hello"])  # what it offers is what it may be told
     session.state = state
@@ -85,33 +91,68 @@ def in_float32(message: Any) -> Any:
 class Pair:
     """Both ends of one conversation; what one says the other hears at once."""
 
-    def __init__(self, most_open: int = 1024) -> None:
+    def __init__(self, most_open: int = 1024, labels: str = "server") -> None:
         self.ends = {side: Session(side) for side in Side}
-        self.most_open = most_open
+        self.most_open, self.labels = most_open, labels
         self.heard: dict[Side, list[bytes]] = {side: [] for side in Side}
         self.numbers = itertools.count(1)
         self.resumed_at = 0
         """The step of the last `Start`."""
+        self.said_last: type | None = None
+        self.open: dict[int, type] = {}
+        """The latest message about each micro-batch that is not answered, by its step: here each has a step of its own."""
 
     def say(self, side: Side, kind: type) -> None:
-        data = self.ends[side].send(self.message(kind))
+        message = self.message(kind)
+        data = self.ends[side].send(message)
         heard: Any = self.ends[side.peer].receive(data)
         assert type(heard) is kind
+        self.said_last = kind
         if kind is Start:
             self.resumed_at = heard.step
+            self.open.clear()
+        elif kind is ActivationGradient:
+            del self.open[min(self.open)]
+        elif kind in (Activations, HiddenStates, HiddenGradient):
+            self.open[message.step] = kind
         self.heard[side.peer].append(data)
+
+    def due(self, kind: type) -> list[int]:
+        """Micro-batches of which hidden states, or the gradient there, may come."""
+        before = Activations if kind is HiddenStates else HiddenStates
+        return [step for step, latest in self.open.items() if latest is before]
+
+    def may(self, side: Side, kind: type) -> bool:
+        """What the table and its words in PROTOCOL.md allow."""
+        if (self.state, side, kind) not in TRANSITIONS:
+            return False
+        if kind in (HiddenStates, HiddenGradient):
+            return self.labels == "device" and bool(self.due(kind))
+        if kind in (EvaluationStates, EvaluationLoss):
+            return (kind is EvaluationStates) == (self.labels == "device")
+        if kind is ActivationGradient:
+            return self.open[min(self.open)] is not HiddenStates
+        return kind is not Activations or len(self.open) < self.most_open
 
     def message(self, kind: type) -> Any:
         message = numbered(kind, next(self.numbers))
         if kind is Welcome:
-            return replace(message, settings=replace(message.settings, micro_batches=self.most_open))
+            settings = replace(message.settings, micro_batches=self.most_open)
+            if self.labels == "device":
+                settings = replace(settings, labels="device", check_codec_every=0)
+            return replace(message, settings=settings)
         if kind is Start:
             return replace(message, total_steps=10**6)
+        if kind in (HiddenStates, HiddenGradient) and (due := self.due(kind)):
+            return replace(message, step=due[message.step % len(due)])  # in any order
+        if kind in (Activations, Evaluation) and self.labels == "device":
+            return replace(message, labels=np.empty(0, np.int32))
         return in_float32(message)
 
     def say_something(self, choice: int) -> None:
         """One of the messages that may come next, last words aside."""
-        legal = [(side, kind) for state, side, kind in TRANSITIONS if state is self.state and kind not in LAST_WORDS]
+        rows = [(side, kind) for state, side, kind in TRANSITIONS if state is self.state and kind not in LAST_WORDS]
+        legal = [row for row in rows if self.may(*row)]
         self.say(*legal[choice % len(legal)])
 
     def walk(self, *moves: tuple[Side, type]) -> "Pair":
@@ -129,7 +170,7 @@ class Pair:
 @everywhere
 def test_only_what_the_table_allows_can_be_sent(state: State, side: Side) -> None:
     for kind in KINDS:
-        session, message = session_in(state, side), SAMPLES[kind.__name__]
+        session, message = session_in(state, side, kind), SAMPLES[kind.__name__]
         next_state = TRANSITIONS.get((state, side, kind))
         if kind is not ActivationGradient:  # which also has to be the one that comes first
             assert session.awaits(message) == (next_state is not None)
@@ -145,7 +186,7 @@ def test_only_what_the_table_allows_can_be_sent(state: State, side: Side) -> Non
 @everywhere
 def test_only_what_the_table_allows_can_be_received(state: State, side: Side) -> None:
     for kind in KINDS:
-        session = session_in(state, side.peer)
+        session = session_in(state, side.peer, kind)
         next_state = TRANSITIONS.get((state, side, kind))
         if next_state is None:
             with pytest.raises(RemoteProtocolError, match=f"{side.value} sent {kind.__name__} while {state.value}"):
@@ -239,28 +280,30 @@ def test_a_session_refuses_more_bytes_than_it_was_told() -> None:
 
 
 moves = st.tuples(st.sampled_from(Side), st.sampled_from(KINDS))
+labels = st.sampled_from(["server", "device"])
 
 
-@given(st.lists(moves, max_size=30))
+@given(st.lists(moves, max_size=30), labels)
 @some_hundred
-def test_both_sides_agree_whatever_they_try_to_say(script: list[tuple[Side, type]]) -> None:
-    pair = Pair()
+def test_both_sides_agree_whatever_they_try_to_say(script: list[tuple[Side, type]], labels: str) -> None:
+    pair = Pair(labels=labels)
     for side, kind in script:
-        before = pair.state
+        before, may = pair.state, pair.may(side, kind)
         try:
             pair.say(side, kind)
         except LocalProtocolError:
-            assert (before, side, kind) not in TRANSITIONS
+            assert not may
             assert pair.state is before
         else:
             still_open = before is State.AWAITING_GRADIENT is pair.state and kind is ActivationGradient
+            assert may
             assert still_open or pair.state is TRANSITIONS[before, side, kind]
 
 
-@given(st.lists(st.integers(0, 99), max_size=40))
+@given(st.lists(st.integers(0, 99), max_size=40), labels)
 @some_hundred
-def test_both_sides_agree_throughout_a_legal_conversation(choices: list[int]) -> None:
-    pair = Pair()
+def test_both_sides_agree_throughout_a_legal_conversation(choices: list[int], labels: str) -> None:
+    pair = Pair(labels=labels)
     for choice in choices:
         pair.say_something(choice)
         assert pair.state not in (State.BROKEN, State.CLOSED)  # and it is one state: see Pair
@@ -425,6 +468,139 @@ def test_questions_and_answers_may_cross() -> None:
     assert pair.state is State.READY
 
 
+# Labels on the device
+
+
+def asked_back(pair: Pair, *parts: int) -> tuple[Session, Session]:
+    """Of step 7: its micro-batches are asked, and of these ones the hidden states have come."""
+    pair.walk(*TO_READY)
+    client, server = pair.ends[Side.CLIENT], pair.ends[Side.SERVER]
+    for part in range(pair.most_open):
+        server.receive(client.send(of_part(pair, Activations, part)))
+    for part in parts:
+        client.receive(server.send(of_part(pair, HiddenStates, part)))
+    return client, server
+
+
+def of_part(pair: Pair, kind: type, part: int) -> Any:
+    return replace(pair.message(kind), step=7, micro_batch=part)
+
+
+def test_each_open_micro_batch_is_asked_back_once_and_in_any_order() -> None:
+    pair = Pair(most_open=3, labels="device")
+    client, server = asked_back(pair, 0, 2)
+    for part in (0, 2):
+        assert not server.awaits(of_part(pair, HiddenStates, part))
+        with pytest.raises(LocalProtocolError, match="server cannot send HiddenStates while awaiting gradient"):
+            server.send(of_part(pair, HiddenStates, part))
+    assert server.awaits(of_part(pair, HiddenStates, 1))
+    for part in (2, 0):
+        assert client.awaits(of_part(pair, HiddenGradient, part))
+        server.receive(client.send(of_part(pair, HiddenGradient, part)))
+        assert not client.awaits(of_part(pair, HiddenGradient, part))
+    assert [server.awaits(of_part(pair, ActivationGradient, part)) for part in range(3)] == [True, False, False]
+
+
+def test_micro_batch_is_not_answered_while_its_gradient_is_owed() -> None:
+    pair = Pair(most_open=2, labels="device")
+    client, server = asked_back(pair, 0)
+    answer = of_part(pair, ActivationGradient, 0)
+    assert not server.awaits(answer)
+    with pytest.raises(RemoteProtocolError, match="server sent ActivationGradient while awaiting gradient"):
+        client.receive(encode(answer))
+
+
+def test_micro_batch_whose_gradient_the_server_has_from_before_is_answered_at_once() -> None:
+    """The connection broke after it had come."""
+    pair = Pair(most_open=2, labels="device")
+    client, server = asked_back(pair)
+    assert server.awaits(answer := of_part(pair, ActivationGradient, 0))
+    assert client.receive(server.send(answer)) is not None
+    assert client.receive(server.send(of_part(pair, HiddenStates, 1))) is not None
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_gradient_that_nobody_asked_for_is_refused(part: int) -> None:
+    """Of a micro-batch that is not asked back, one that has replied, and one that is not open."""
+    pair = Pair(most_open=2, labels="device")
+    client, server = asked_back(pair, 1)
+    server.receive(client.send(of_part(pair, HiddenGradient, 1)))
+    gradient = of_part(pair, HiddenGradient, part)
+    if part == 1:  # or it is that message, delivered twice
+        client.receive(server.send(of_part(pair, HiddenStates, 0)))
+        server.receive(client.send(of_part(pair, HiddenGradient, 0)))
+    with pytest.raises(LocalProtocolError, match="client cannot send HiddenGradient while awaiting gradient"):
+        client.send(gradient)
+    with pytest.raises(RemoteProtocolError, match="client sent HiddenGradient while awaiting gradient"):
+        server.receive(encode(gradient))
+
+
+def test_gradient_that_crosses_a_start_is_not_heard() -> None:
+    pair = Pair(most_open=2, labels="device")
+    client, server = asked_back(pair, 0, 1)
+    late = [client.send(of_part(pair, HiddenGradient, part)) for part in (0, 1)]
+    start = server.send(replace(pair.message(Start), step=7))
+    assert [server.receive(data) for data in (*late, late[1])] == [None] * 3
+    client.receive(start)
+    assert pair.walk((Side.CLIENT, Done)).state is State.AWAITING_END
+
+
+def test_start_that_is_sent_while_a_gradient_is_decoded_answers_it() -> None:
+    pair = Pair(labels="device", most_open=1)
+    client, server = asked_back(pair, 0)
+    late = client.send(of_part(pair, HiddenGradient, 0))
+
+    def while_it_is_decoded(message: Any) -> Any:
+        client.receive(server.send(replace(pair.message(Start), step=7)))
+        return message
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "_as_meant", while_it_is_decoded)
+        assert server.receive(late) is None
+    assert pair.walk((Side.CLIENT, Done)).state is State.AWAITING_END
+
+
+def test_gradient_of_a_step_that_its_client_knows_to_be_behind_is_refused() -> None:
+    pair = Pair(most_open=1, labels="device")
+    client, server = asked_back(pair, 0)
+    late = of_part(pair, HiddenGradient, 0)
+    client.receive(server.send(replace(pair.message(Start), step=7)))
+    with pytest.raises(LocalProtocolError, match="client cannot send HiddenGradient while ready"):
+        client.send(late)
+    server.receive(client.send(replace(pair.message(Activations), step=8, micro_batch=0)))
+    with pytest.raises(RemoteProtocolError, match="client sent HiddenGradient while awaiting gradient"):
+        server.receive(encode(late))
+
+
+def test_after_a_start_nothing_is_asked_back_of_before() -> None:
+    pair = Pair(most_open=2, labels="device")
+    client, server = asked_back(pair, 0)
+    client.receive(server.send(replace(pair.message(Start), step=6)))
+    assert not server.awaits(of_part(pair, HiddenStates, 1))
+    server.receive(client.send(of_part(pair, Activations, 0)))
+    assert client.receive(server.send(of_part(pair, HiddenStates, 0))) is not None
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (2, 2), (1, 1), (1, 3)])
+def test_hidden_states_and_their_gradient_have_a_row_for_every_label(shape: tuple[int, int]) -> None:
+    pair = Pair(most_open=1, labels="device")
+    client, server = asked_back(pair)
+    reason = rf"of {shape[0]} x {shape[1]}, expected 1 x 2: one row for every label"
+    values = np.zeros(shape, np.float32)
+    with pytest.raises(RemoteProtocolError, match=f"HiddenStates {reason}"):
+        client.receive(encode(replace(of_part(pair, HiddenStates, 0), values=values)))
+    pair = Pair(most_open=1, labels="device")
+    client, server = asked_back(pair, 0)
+    gradient = replace(of_part(pair, HiddenGradient, 0), values=values, labelled_tokens=shape[0])
+    with pytest.raises(RemoteProtocolError, match=f"HiddenGradient {reason}"):
+        server.receive(encode(gradient))
+    pair = Pair(labels="device").walk(*TO_READY)
+    client, server = pair.ends[Side.CLIENT], pair.ends[Side.SERVER]
+    server.receive(client.send(replace(pair.message(Evaluation), index=3)))
+    with pytest.raises(RemoteProtocolError, match=f"EvaluationStates {reason}"):
+        client.receive(encode(EvaluationStates(index=3, values=values)))
+
+
 # Messages that are delivered twice, late or in another order
 
 
@@ -432,20 +608,21 @@ def test_questions_and_answers_may_cross() -> None:
     ("kind", "number"),
     [
         *((kind, 9) for kind in (Join, Start, Activations, ActivationGradient, AdapterGradient, AdapterWeights, EdgeAdapter)),
-        *((kind, 9) for kind in (AskPart, Part, AskPiece, Piece)),
-        *((kind, 9) for kind in (Ping, Pong, Evaluation, EvaluationLoss, Done, RunEnd)),
+        *((kind, 9) for kind in (AskPart, Part, AskPiece, Piece, HiddenStates, HiddenGradient)),
+        *((kind, 9) for kind in (Ping, Pong, Evaluation, EvaluationLoss, EvaluationStates, Done, RunEnd)),
         *((kind, 0) for kind in (Hello, Welcome, Goodbye, Failure)),
     ],
 )
 def test_a_message_is_identified_by_its_kind_its_index_or_step_and_its_micro_batch(kind: type, number: int) -> None:
-    assert identity(numbered(kind, 9)) == (kind, number, 1 if kind in (Activations, ActivationGradient) else 0)
+    in_parts = (Activations, HiddenStates, HiddenGradient, ActivationGradient)
+    assert identity(numbered(kind, 9)) == (kind, number, 1 if kind in in_parts else 0)
 
 
 @pytest.mark.parametrize(
     ("state", "side", "kind"), [pytest.param(*row, id=f"{row[0].name}-{row[2].__name__}") for row in TRANSITIONS]
 )
 def test_a_message_delivered_twice_is_ignored_in_every_state(state: State, side: Side, kind: type) -> None:
-    session = session_in(state, side.peer)
+    session = session_in(state, side.peer, kind)
     assert session.receive(BYTES[kind]) is not None
     for later in set(State) - {State.BROKEN}:
         session.state = later
@@ -463,10 +640,12 @@ def test_whoever_is_broken_refuses_a_message_delivered_twice() -> None:
     assert server.state is State.BROKEN
 
 
-@given(st.lists(st.integers(0, 99), max_size=40), st.integers(2, 4))
+@given(st.lists(st.integers(0, 99), max_size=40), st.integers(2, 4), labels)
 @some_hundred
-def test_a_conversation_in_which_everything_is_delivered_several_times_is_the_same(choices: list[int], times: int) -> None:
-    pair = Pair()
+def test_a_conversation_in_which_everything_is_delivered_several_times_is_the_same(
+    choices: list[int], times: int, labels: str
+) -> None:
+    pair = Pair(labels=labels)
     for choice in choices:
         pair.say_something(choice)
         before = pair.state
@@ -507,20 +686,23 @@ def test_a_start_of_the_same_step_in_the_next_round_is_another_start() -> None:
     assert client.send(numbered(Activations, 6))  # it is this side's turn again
 
 
-@given(st.lists(st.integers(0, 99), min_size=2, max_size=40), st.integers(0, 99), st.sampled_from(Side))
+@given(st.lists(st.integers(0, 99), min_size=2, max_size=40), st.integers(0, 99), st.sampled_from(Side), labels)
 @some_hundred
-def test_an_old_message_is_refused_unless_its_kind_is_awaited(choices: list[int], old: int, side: Side) -> None:
+def test_an_old_message_is_refused_unless_its_kind_is_awaited(choices: list[int], old: int, side: Side, labels: str) -> None:
     """Where its kind is awaited, its step says that it is old: that is seen by whoever knows the run."""
-    pair = Pair()
+    pair = Pair(labels=labels)
     for choice in choices:
         pair.say_something(choice)
     before, session = pair.heard[side][:-1], pair.ends[side]
     if not before:
         return
     replayed, state = before[old % len(before)], session.state
-    message: Any = decode(replayed, HANDSHAKE_BYTES, [session.codecs[side.peer]])
+    message: Any = decode(replayed, HANDSHAKE_BYTES, session.codecs.of_side(side.peer))
     kind, resumed_at = type(message), pair.resumed_at
-    if (state, side.peer, kind) in TRANSITIONS:
+    if kind is HiddenGradient and pair.said_last is Start:  # it may have crossed that
+        assert session.receive(replayed) is None
+        assert session.state is state
+    elif kind not in (HiddenStates, HiddenGradient) and pair.may(side.peer, kind):
         if kind is Activations and message.step <= resumed_at:  # whose sender has heard the `Start`
             with pytest.raises(RemoteProtocolError, match="after a Start that goes on after"):
                 session.receive(replayed)
