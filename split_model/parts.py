@@ -145,29 +145,56 @@ class EdgePart(Part):
 
 
 class ServerPart(Part):
-    """Blocks [cut, L), the final norm, the LM head and the loss."""
+    """
+    Blocks [cut, L) and the final norm, with the LM head and the loss behind them.
+
+    Args:
+        with_head: whether there is a head: where devices compute the loss, it would only take memory.
+    """
 
     def __init__(
-        self, model: PretrainedModel, cut_layer: int, lora: LoraConfig, *, weight_dtype: torch.dtype, device: torch.device
+        self,
+        model: PretrainedModel,
+        cut_layer: int,
+        lora: LoraConfig,
+        *,
+        weight_dtype: torch.dtype,
+        device: torch.device,
+        with_head: bool = True,
     ) -> None:
         super().__init__(model, range(cut_layer, model.config.num_layers), lora, weight_dtype=weight_dtype, device=device)
         self.final_norm = self.family.final_norm(model.config, model.tensors, self.placement)
-        self.head = model.tensors[model.config.head_name].view().to(device, weight_dtype)  # (V, d)
+        self._head = model.tensors[model.config.head_name].view().to(device, weight_dtype) if with_head else None
+
+    @property
+    def head(self) -> Tensor:
+        """(V, d), frozen."""
+        assert self._head is not None, "this part was made without its head"
+        return self._head
+
+    def hidden(self, activations: Tensor, lengths: Tensor, label_counts: Tensor) -> Tensor:
+        """
+        Hidden states (M, d) behind the final norm, at the labelled rows.
+
+        Args:
+            activations: (N, d) packed.
+            lengths: (B,) rows of each sequence.
+            label_counts: (B,) how many of the last rows of each sequence have a label; M = sum(label_counts).
+        """
+        hidden = self._run(activations, Packing(lengths))
+        # Rows without a label end here: neither the norm nor the head, a third of a small model's work, is computed for them.
+        labelled: Tensor = self.final_norm(hidden.index_select(0, labelled_positions(lengths, label_counts)))
+        return labelled
 
     def summed_loss(self, activations: Tensor, lengths: Tensor, label_counts: Tensor, labels: Tensor) -> Tensor:
         """
         Sum of the cross-entropies of all labels, in nats.
 
         Args:
-            activations: (N, d) packed.
-            lengths: (B,) rows of each sequence.
-            label_counts: (B,) how many of the last rows of each sequence have a label.
-            labels: (M,) the next token at those rows; M = sum(label_counts).
+            activations, lengths, label_counts: see `hidden`.
+            labels: (M,) the next token at the labelled rows.
         """
-        hidden = self._run(activations, Packing(lengths))
-        # Rows without a label end here: neither the norm nor the head, a third of a small model's work, is computed for them.
-        hidden = self.final_norm(hidden.index_select(0, labelled_positions(lengths, label_counts)))
-        return summed_cross_entropy(hidden, self.head, labels)
+        return summed_cross_entropy(self.hidden(activations, lengths, label_counts), self.head, labels)
 
     def logits(self, activations: Tensor, lengths: Tensor) -> Tensor:
         """Activations (N, d) -> logits (N, V). For generation and for tests; training never holds them all."""
