@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Protocol
 
-from protocol import Activations, LabelledBatch, Tensors
+from protocol import Activations, Array, Evaluation, HiddenGradient, Tensors
 
 from .federation import Trained
 
@@ -45,6 +45,37 @@ class Engine(Protocol):
             ModelError: nor is it without the adapter.
         """
 
+    def forward(self, step: int, micro_batch: int, batches: dict[str, Activations]) -> dict[str, Array]:
+        """
+        The first half of `train` where devices have the labels. What the second half needs is kept, for several micro-batches;
+        the first of a step forgets those of the step before.
+
+        Args:
+            step, micro_batch, batches: see `train`.
+
+        Returns:
+            By client: hidden states (M, d) behind the final norm, at the rows that have a label.
+
+        Raises:
+            TrainingDiverged: they are not finite.
+            ModelError: nor are they without the adapter.
+        """
+
+    def backward(self, step: int, total_steps: int, micro_batch: int, gradients: dict[str, HiddenGradient]) -> Trained:
+        """
+        The second half; micro-batches come in their order. After the step's last also the server part's update.
+
+        Args:
+            gradients: by client: values (M, d), of its summed loss by its hidden states. Whoever is missing counts no tokens,
+                and its gradient is zero. If all are, the micro-batch need not have had a `forward`.
+
+        Returns:
+            The loss and the labels of the step so far, and the gradients of this micro-batch for those who gave theirs.
+
+        Raises:
+            TrainingDiverged: a gradient is not finite.
+        """
+
     def check(self, batches: list[Activations], others: list[str]) -> dict[str, float]:
         """
         By how much codecs change the loss of a micro-batch, without dropout.
@@ -74,13 +105,22 @@ class Engine(Protocol):
             TrainingDiverged: the adapter is not finite.
         """
 
-    def evaluate(self, batch: LabelledBatch) -> float:
+    def evaluate(self, batch: Evaluation) -> float:
         """
         Summed loss of a held-out batch in nats, without dropout.
 
         Raises:
             TrainingDiverged: it is not finite.
             ModelError: nor is it without the adapter.
+        """
+
+    def infer(self, batch: Evaluation) -> Array:
+        """
+        Hidden states of a held-out batch, without dropout: (M, d) behind the final norm, at the rows that have a label.
+
+        Raises:
+            TrainingDiverged: they are not finite.
+            ModelError: nor are they without the adapter.
         """
 
     def adapter(self) -> "Adapter":

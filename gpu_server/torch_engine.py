@@ -1,11 +1,22 @@
 """The server's arithmetic in PyTorch."""
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from protocol import Activations, Array, LabelledBatch, RunSettings, Tensors, TrainingDiverged, derive_seed
+from protocol import (
+    Activations,
+    Array,
+    Evaluation,
+    HiddenGradient,
+    LabelledBatch,
+    RunSettings,
+    Tensors,
+    TrainingDiverged,
+    derive_seed,
+)
 from protocol.codecs import Coded
 from split_model import (
     Adapter,
@@ -26,6 +37,20 @@ from .federation import Trained
 __all__ = ["TorchEngine"]
 
 ADAPTER = "adapter/"
+
+
+@dataclass
+class _Graph:
+    """A micro-batch between its forward and its backward computation."""
+
+    activations: torch.Tensor
+    """(N, d) of all clients, one after the other, where the gradient arrives."""
+    hidden: torch.Tensor
+    """(M, d) of all clients."""
+    num_rows: dict[str, int]
+    """N of each client."""
+    num_labelled: dict[str, int]
+    """M of each client."""
 
 
 class TorchEngine:
@@ -51,7 +76,14 @@ class TorchEngine:
         lora = LoraConfig(**settings.lora())
         self._model, self._settings = model, settings
         optimiser = OptimiserConfig(**settings.optimiser())
-        self._part = ServerPart(model, settings.cut_layer, lora, weight_dtype=weight_dtype, device=device)
+        self._part = ServerPart(
+            model,
+            settings.cut_layer,
+            lora,
+            weight_dtype=weight_dtype,
+            device=device,
+            with_head=settings.labels == "server",
+        )
         self._part.load_adapter({name: adapter[name] for name in self._part.matrices()})
         edge_names = adapter_shapes(model.config, lora, range(settings.cut_layer))
         self._edge = {name: nn.Parameter(adapter[name].to(self._part.dtype, copy=True)) for name in edge_names}
@@ -59,43 +91,96 @@ class TorchEngine:
         self._edge_optimiser = adamw(self._edge.values(), optimiser)
         self._summed, self._labelled_tokens = 0.0, 0
         """Of the step so far: its loss in nats, and how many labels it has."""
+        self._graphs: dict[int, _Graph] = {}
+        """Of the step's micro-batches whose gradient is still to come."""
         self.round_end: Adapter = self._state()
 
     def train(self, step: int, total_steps: int, micro_batch: int, batches: dict[str, Activations]) -> Trained:
         if not micro_batch:
-            self._summed, self._labelled_tokens = 0.0, 0
-        gradients = self._gradients(step, micro_batch, list(batches.values()))
+            self._begin_step()
+        return self._trained(step, total_steps, micro_batch, self._gradients(step, micro_batch, batches))
+
+    def forward(self, step: int, micro_batch: int, batches: dict[str, Activations]) -> dict[str, Array]:
+        if not micro_batch:
+            self._begin_step()
+        union = list(batches.values())
+        activations = self._as_leaf(step, micro_batch, union)
+        hidden = self._hidden(activations, union) if len(activations) else activations
+        if not torch.isfinite(hidden).all():
+            self._check_base("hidden states", lambda: self._hidden(activations, union))
+            raise TrainingDiverged(f"the hidden states of step {step} are not finite; try a lower --lr")
+        graph = self._graphs[micro_batch] = _Graph(
+            activations,
+            hidden,
+            num_rows={client: len(batch.values) for client, batch in batches.items()},
+            num_labelled={client: batch.num_labelled for client, batch in batches.items()},
+        )
+        return _by_client(hidden.detach(), graph.num_labelled)
+
+    def backward(self, step: int, total_steps: int, micro_batch: int, gradients: dict[str, HiddenGradient]) -> Trained:
+        if not gradients:
+            return self._trained(step, total_steps, micro_batch, {})
+        graph = self._graphs.pop(micro_batch)
+        zeros = graph.hidden.new_zeros(1, graph.hidden.shape[1])
+        upstream = [
+            self._join([gradients[client].values]) if client in gradients else zeros.expand(rows, -1)
+            for client, rows in graph.num_labelled.items()
+        ]
+        torch.autograd.backward(graph.hidden, torch.cat(upstream))
+        self._summed += sum(gradient.summed_loss for gradient in gradients.values())
+        self._labelled_tokens += sum(gradient.labelled_tokens for gradient in gradients.values())
+        of_all = _by_client(self._gradient_of(graph.activations, step), graph.num_rows)
+        return self._trained(step, total_steps, micro_batch, {client: of_all[client] for client in gradients})
+
+    def _begin_step(self) -> None:
+        self._summed, self._labelled_tokens = 0.0, 0
+        self._graphs.clear()
+
+    def _trained(self, step: int, total_steps: int, micro_batch: int, gradients: dict[str, Array]) -> Trained:
+        """With a step's last micro-batch, update the server part."""
         # A step without any label has gradients of 0: it teaches nothing, and divides by 1.
         labelled_tokens = max(1, self._labelled_tokens)
         if micro_batch + 1 == self._settings.micro_batches:
+            self._graphs.clear()
             self._part.divide_gradients(labelled_tokens)
             take_step(self._server_optimiser, self._settings.learning_rate_at(step, total_steps))
-        return Trained(
-            loss=self._summed / labelled_tokens,
-            labelled_tokens=self._labelled_tokens,
-            gradients=dict(zip(batches, gradients, strict=True)),
-        )
+        return Trained(loss=self._summed / labelled_tokens, labelled_tokens=self._labelled_tokens, gradients=gradients)
 
-    def _gradients(self, step: int, micro_batch: int, union: list[Activations]) -> list[Array]:
-        """Of the micro-batch's summed loss by each batch's values, (N, d). Adds its loss and its labels to the step's."""
+    def _gradients(self, step: int, micro_batch: int, batches: dict[str, Activations]) -> dict[str, Array]:
+        """Of the micro-batch's summed loss by each client's values, (N, d). Adds its loss and its labels to the step's."""
+        union = list(batches.values())
         if not sum(len(batch.values) for batch in union):
-            return [batch.values for batch in union]
-        self._part.train()
-        self._part.seed_dropout(derive_seed(self._settings.seed, "server", "dropout", step, micro_batch))
-        activations = self._join([batch.values for batch in union]).requires_grad_()
+            return {client: batch.values for client, batch in batches.items()}
+        activations = self._as_leaf(step, micro_batch, union)
         labels = self._join([batch.labels for batch in union]).long()
         # The sum, since how many labels the step has is known only with its last micro-batch.
         loss = self._summed_loss(activations, union, labels)
         if not torch.isfinite(loss):
-            self._check_base(activations, union, labels)
+            self._check_base("losses", lambda: self._summed_loss(activations, union, labels))
             raise TrainingDiverged(f"the loss of step {step} is {loss.item()}; try a lower --lr")
         torch.autograd.backward(loss)
+        gradient = self._gradient_of(activations, step)
+        self._summed += loss.item()
+        self._labelled_tokens += len(labels)
+        return _by_client(gradient, {client: len(batch.values) for client, batch in batches.items()})
+
+    def _as_leaf(self, step: int, micro_batch: int, union: list[Activations]) -> torch.Tensor:
+        """The values of all, (N, d), for a forward pass with this micro-batch's dropout and for a backward pass."""
+        self._part.train()
+        self._part.seed_dropout(derive_seed(self._settings.seed, "server", "dropout", step, micro_batch))
+        return self._join([batch.values for batch in union]).requires_grad_()
+
+    def _gradient_of(self, activations: torch.Tensor, step: int) -> torch.Tensor:
+        """
+        (N, d), after a backward pass.
+
+        Raises:
+            TrainingDiverged: it is not finite.
+        """
         assert activations.grad is not None
         if not torch.isfinite(activations.grad).all():
             raise TrainingDiverged(f"the gradient of step {step} is not finite; try a lower --lr")
-        self._summed += loss.item()
-        self._labelled_tokens += len(labels)
-        return [g.numpy() for g in torch.split(activations.grad.cpu(), [len(batch.values) for batch in union])]
+        return activations.grad
 
     @torch.no_grad()
     def check(self, batches: list[Activations], others: list[str]) -> dict[str, float]:
@@ -156,7 +241,7 @@ class TorchEngine:
         return {"server_optimiser/": self._server_optimiser, "edge_optimiser/": self._edge_optimiser}
 
     @torch.no_grad()
-    def evaluate(self, batch: LabelledBatch) -> float:
+    def evaluate(self, batch: Evaluation) -> float:
         self._part.eval()
         if not len(batch.values):
             return 0.0
@@ -164,9 +249,21 @@ class TorchEngine:
         activations = self._join([batch.values])
         loss = self._summed_loss(activations, [batch], labels)
         if not torch.isfinite(loss):
-            self._check_base(activations, [batch], labels)
+            self._check_base("losses", lambda: self._summed_loss(activations, [batch], labels))
             raise TrainingDiverged(f"the loss of held-out texts is {loss.item()}; try a lower --lr")
         return loss.item()
+
+    @torch.no_grad()
+    def infer(self, batch: Evaluation) -> Array:
+        self._part.eval()
+        if not len(batch.values):
+            return batch.values
+        activations = self._join([batch.values])
+        hidden = self._hidden(activations, [batch])
+        if not torch.isfinite(hidden).all():
+            self._check_base("hidden states", lambda: self._hidden(activations, [batch]))
+            raise TrainingDiverged("the hidden states of held-out texts are not finite; try a lower --lr")
+        return hidden.cpu().numpy()
 
     def edge_adapter(self) -> Tensors:
         return {name: matrix.detach().clone().numpy() for name, matrix in self._edge.items()}
@@ -174,9 +271,11 @@ class TorchEngine:
     def adapter(self) -> Adapter:
         return {**{name: matrix.detach().clone() for name, matrix in self._edge.items()}, **self._part.adapter()}
 
-    def _summed_loss(
-        self, activations: torch.Tensor, union: list[Activations] | list[LabelledBatch], labels: torch.Tensor
-    ) -> torch.Tensor:
+    def _hidden(self, activations: torch.Tensor, union: Sequence[LabelledBatch]) -> torch.Tensor:
+        """(M, d) behind the final norm, of activations (N, d): those of the batches one after the other."""
+        return self._part.hidden(activations, *self._shape(union))
+
+    def _summed_loss(self, activations: torch.Tensor, union: Sequence[LabelledBatch], labels: torch.Tensor) -> torch.Tensor:
         """
         In nats, a scalar.
 
@@ -184,25 +283,34 @@ class TorchEngine:
             activations: (N, d), those of the batches one after the other.
             labels: of all labelled tokens, in their order.
         """
+        return self._part.summed_loss(activations, *self._shape(union), labels)
+
+    def _shape(self, union: Sequence[LabelledBatch]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lengths and label counts of all sequences, (B,) each."""
         lengths = self._join([batch.lengths for batch in union]).long()
-        label_counts = self._join([batch.label_counts for batch in union]).long()
-        return self._part.summed_loss(activations, lengths, label_counts, labels)
+        return lengths, self._join([batch.label_counts for batch in union]).long()
 
     @torch.no_grad()
-    def _check_base(
-        self, activations: torch.Tensor, union: list[Activations] | list[LabelledBatch], labels: torch.Tensor
-    ) -> None:
+    def _check_base(self, what: str, compute: Callable[[], torch.Tensor]) -> None:
         """
+        Args:
+            what: it computes, in the plural.
+
         Raises:
-            ModelError: without the adapter the loss is not finite either.
+            ModelError: without the adapter this is not finite either.
         """
         with self._part.without_adapter():
-            if not torch.isfinite(self._summed_loss(activations, union, labels)):
-                raise self._model.not_finite("losses")
+            if not torch.isfinite(compute()).all():
+                raise self._model.not_finite(what)
 
     def _join(self, arrays: list[Array]) -> torch.Tensor:
         """One after the other along their first axis, where the model computes."""
         return torch.cat([_tensor(array) for array in arrays]).to(self._part.device)
+
+
+def _by_client(rows: torch.Tensor, counts: dict[str, int]) -> dict[str, Array]:
+    """Each client's rows, of those of all one after the other."""
+    return {client: part.numpy() for client, part in zip(counts, torch.split(rows.cpu(), list(counts.values())), strict=True)}
 
 
 def _tensor(array: Array) -> torch.Tensor:

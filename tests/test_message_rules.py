@@ -120,14 +120,14 @@ def test_part_of_a_batch_that_cannot_be_divided_evenly_may_have_the_larger_half(
 
 
 def test_model_of_a_client_must_be_the_runs() -> None:
-    check_hello(Hello(name="a", fingerprint=LIMITS.fingerprint), LIMITS, set())
+    check_hello(Hello(name="a", fingerprint=LIMITS.fingerprint), LIMITS, set(), set())
     other = "x" * 64 + "y"
     with pytest.raises(RemoteProtocolError, match=f"of a has fingerprint {'x' * 64}, the run's has {LIMITS.fingerprint}; use"):
-        check_hello(Hello(name="a", fingerprint=other), LIMITS, set())
+        check_hello(Hello(name="a", fingerprint=other), LIMITS, set(), set())
 
 
 def test_exact_floats_need_not_be_offered() -> None:
-    check_hello(Hello(name="a", fingerprint=LIMITS.fingerprint, codecs=("int8",)), LIMITS, {"exact", "int8"})
+    check_hello(Hello(name="a", fingerprint=LIMITS.fingerprint, codecs=("int8",)), LIMITS, {"exact", "int8"}, set())
 
 
 TOO_LARGE = [
@@ -160,4 +160,4 @@ def test_client_that_comes_back_has_the_data_it_joined_with_wherever_it_stands()
 
 def test_codecs_that_are_missing_are_told_in_one_order() -> None:
     with pytest.raises(RemoteProtocolError, match=r"^a does not offer the codec a1, b2, c3, d4, e5, which this run uses"):
-        check_hello(Hello(name="a", fingerprint=LIMITS.fingerprint), LIMITS, {"e5", "c3", "a1", "d4", "b2"})
+        check_hello(Hello(name="a", fingerprint=LIMITS.fingerprint), LIMITS, {"e5", "c3", "a1", "d4", "b2"}, set())

@@ -1,9 +1,9 @@
 """
 What the federation says to small stories, as text: each file of transcripts/ is one, with what came of every command in it.
 
-Above ---- stand commands: `NAME joins SAMPLES`, `NAME asks KIND STEP [MICRO-BATCH]`, `NAME is lost`, `NAME leaves`, `NAME is
-back [LAST STEP IT REMEMBERS]`, `SECONDS pass`, `the server computes`, `the server restarts`. Below it stand the actions, in
-their order, and where everybody stands, if that has changed.
+Above ---- stand commands: `NAME joins SAMPLES`, `NAME asks KIND STEP [MICRO-BATCH]`, `NAME replies STEP [MICRO-BATCH]`,
+`NAME is lost`, `NAME leaves`, `NAME is back [LAST STEP IT REMEMBERS]`, `SECONDS pass`, `the server computes`, `the server
+restarts`. Below it stand the actions, in their order, and where everybody stands, if that has changed.
 
 Whoever changes the federation on purpose rewrites the files with ``REWRITE_TRANSCRIPTS=1 pytest tests/test_transcript.py``, and
 reads the difference.
@@ -22,6 +22,7 @@ from usual_settings import settings
 from gpu_server.federation import (
     Action,
     Aggregate,
+    Backward,
     Checkpoint,
     CodecPolicy,
     Deadline,
@@ -29,6 +30,7 @@ from gpu_server.federation import (
     Federation,
     FinishRun,
     FinishStep,
+    Forward,
     ModelLimits,
     Reply,
     Report,
@@ -45,7 +47,10 @@ from protocol import (
     EdgeAdapter,
     Evaluation,
     EvaluationLoss,
+    EvaluationStates,
     Hello,
+    HiddenGradient,
+    HiddenStates,
     Join,
     Message,
     RemoteProtocolError,
@@ -53,6 +58,7 @@ from protocol import (
     Seconds,
     Start,
 )
+from protocol.settings import ABILITIES
 
 STORIES = sorted((Path(__file__).parent / "transcripts").glob("*.txt"))
 LIMITS = ModelLimits(
@@ -94,6 +100,7 @@ class Story:
         verbs: dict[str, Callable[..., list[Action]]] = {
             "joins": self.joins,
             "asks": self.asks,
+            "replies": self.replies,
             "leaves": lambda name: self.federation.leave(name, self.now),
             "is": lambda name, where, step="0": self.goes(name, where, int(step)),
             "pass": lambda seconds: self.waits(float(seconds)),
@@ -121,12 +128,13 @@ class Story:
         if where == "lost":
             self.federation.disconnected(name, self.now)
             return []
-        self.federation.welcome(Hello(name=name, fingerprint="f", codecs=("int8", "bfloat16")))
+        self.federation.welcome(Hello(name=name, fingerprint="f", codecs=("int8", "bfloat16"), abilities=ABILITIES))
         join = Join(num_samples=self.samples[name], batch_size=1, longest=1, step=step)
         return self.federation.join(name, join, self.now)
 
     def asks(self, name: str, kind: str, step: str, micro_batch: str = "0") -> list[Action]:
-        batch = {"lengths": ONE, "label_counts": ONE, "labels": ONE, "values": np.zeros((1, 1), np.float32)}
+        labels = ONE if self.settings.labels == "server" else ONE[:0]
+        batch = {"lengths": ONE, "label_counts": ONE, "labels": labels, "values": np.zeros((1, 1), np.float32)}
         seconds = Seconds(edge_compute=1.0)
         message: Message
         if kind == "Activations":
@@ -140,6 +148,17 @@ class Story:
             message = {"AdapterGradient": AdapterGradient, "AdapterWeights": AdapterWeights}[kind](
                 step=int(step), seconds=seconds, tensors=tensors
             )
+        return self.federation.receive(name, message, self.now)
+
+    def replies(self, name: str, step: str, micro_batch: str = "0") -> list[Action]:
+        message = HiddenGradient(
+            step=int(step),
+            micro_batch=int(micro_batch),
+            seconds=Seconds(edge_compute=0.5),
+            summed_loss=1.0,
+            labelled_tokens=1,
+            values=np.zeros((1, 1), np.float32),
+        )
         return self.federation.receive(name, message, self.now)
 
     def waits(self, seconds: float) -> list[Action]:
@@ -159,8 +178,15 @@ class Story:
             actions = federation.checked({came: 0.5}) if action.codecs_to_try is not None else []
             gradients = {name: batch.values for name, batch in action.batches.items()}
             return actions + federation.trained(Trained(loss=1.0, labelled_tokens=1, gradients=gradients), 0.5, self.now)
+        if isinstance(action, Forward):
+            return federation.forwarded({name: batch.values for name, batch in action.batches.items()}, 0.5, self.now)
+        if isinstance(action, Backward):
+            gradients = {name: gradient.values for name, gradient in action.gradients.items()}
+            return federation.trained(Trained(loss=1.0, labelled_tokens=1, gradients=gradients), 0.5, self.now)
         if isinstance(action, Aggregate):
             return federation.aggregated({"A": np.zeros((1, 1), np.float32)}, 0.25, self.now)
+        if isinstance(action, Evaluate) and self.settings.labels == "device":
+            return federation.inferred(action.client, action.batch, action.batch.values, self.now)
         if isinstance(action, Evaluate):
             return federation.evaluated(action.client, action.batch, 3.0, self.now)
         return federation.saved(self.now)
@@ -177,7 +203,7 @@ class Story:
             if isinstance(action, Checkpoint):
                 self.checkpoint = action.step, self.federation.membership()
                 self.federation.checkpointed(action.step)
-            elif isinstance(action, Train | Aggregate | Evaluate | FinishRun):
+            elif isinstance(action, Train | Forward | Backward | Aggregate | Evaluate | FinishRun):
                 self.computing.append(action)
 
     # As text
@@ -190,6 +216,11 @@ class Story:
             check = "" if tried is None else f", trying {', '.join(['the codec', *tried])}"
             of = f"step {action.step} of {action.total_steps}, micro-batch {action.micro_batch}"
             return f"train {of}, of {', '.join(action.batches) or 'nobody'}{check}"
+        if isinstance(action, Forward):
+            return f"forward of step {action.step}, micro-batch {action.micro_batch}, of {', '.join(action.batches)}"
+        if isinstance(action, Backward):
+            of = f"step {action.step} of {action.total_steps}, micro-batch {action.micro_batch}"
+            return f"backward of {of}, with the gradients of {', '.join(action.gradients) or 'nobody'}"
         if isinstance(action, Aggregate):
             weights = ", ".join(f"{name} ({action.weights[name]})" for name in action.contributions)
             return f"aggregate step {action.step} of {action.total_steps}: {weights}"
@@ -228,6 +259,11 @@ def said(message: Message) -> str:
         codec = f", codec {message.codec}" if message.codec not in ("", "exact") else ""
         times = f"queue {message.queue_seconds:g} s, computed in {message.compute_seconds:g} s"
         return f"ActivationGradient of step {message.step}, micro-batch {message.micro_batch}, {times}{codec}"
+    if isinstance(message, HiddenStates):
+        times = f"queue {message.queue_seconds:g} s, computed in {message.compute_seconds:g} s"
+        return f"HiddenStates of step {message.step}, micro-batch {message.micro_batch}, {times}"
+    if isinstance(message, EvaluationStates):
+        return f"EvaluationStates of batch {message.index}"
     if isinstance(message, EdgeAdapter):
         return f"EdgeAdapter of step {message.step}, queue {message.queue_seconds:g} s; back to {message.checkpoint} at most"
     if isinstance(message, EvaluationLoss):

@@ -5,10 +5,12 @@ from .deadline import Deadline
 from .events import (
     Action,
     Aggregate,
+    Backward,
     Checkpoint,
     Evaluate,
     FinishRun,
     FinishStep,
+    Forward,
     Reply,
     Report,
     SaveCodecState,
@@ -25,6 +27,7 @@ from .step import StepRecord
 __all__ = [
     "Action",
     "Aggregate",
+    "Backward",
     "Checkpoint",
     "CodecPolicy",
     "Deadline",
@@ -32,6 +35,7 @@ __all__ = [
     "Federation",
     "FinishRun",
     "FinishStep",
+    "Forward",
     "Member",
     "ModelLimits",
     "NameInUse",

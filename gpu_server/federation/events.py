@@ -3,17 +3,19 @@
 from dataclasses import dataclass
 from typing import Any
 
-from protocol import Activations, Array, Evaluation, Message, Tensors
+from protocol import Activations, Array, Evaluation, HiddenGradient, Message, Tensors
 
 from .step import StepRecord
 
 __all__ = [
     "Action",
     "Aggregate",
+    "Backward",
     "Checkpoint",
     "Evaluate",
     "FinishRun",
     "FinishStep",
+    "Forward",
     "Reply",
     "Report",
     "SaveCodecState",
@@ -50,8 +52,32 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Forward:
+    """Where devices have the labels: compute a micro-batch's hidden states, then call `Federation.forwarded`."""
+
+    step: int
+    micro_batch: int
+    batches: dict[str, Activations]
+    """By client, in the order of their names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backward:
+    """Compute the gradients of a micro-batch that had its `Forward`, then call `Federation.trained`."""
+
+    step: int
+    total_steps: int
+    micro_batch: int
+    gradients: dict[str, HiddenGradient]
+    """
+    By client, in the order of their names. Clients of its `Forward` that are missing here have a gradient of zero. Empty if
+    every client that began the step has left; the step then ends with the micro-batches computed so far.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What came of a `Train`."""
+    """What came of a `Train` or a `Backward`."""
 
     loss: float
     """Nats per labelled token, over the step's micro-batches so far."""
@@ -75,7 +101,10 @@ class Aggregate:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Compute a held-out batch's loss, then call `Federation.evaluated`."""
+    """
+    Compute a held-out batch's loss, then call `Federation.evaluated`; or where devices have the labels its hidden states, then
+    call `Federation.inferred`.
+    """
 
     client: str
     batch: Evaluation
@@ -117,4 +146,6 @@ class Report:
     text: str
 
 
-Action = Reply | Train | Aggregate | Evaluate | FinishStep | Checkpoint | FinishRun | SaveCodecState | Report
+Action = (
+    Reply | Train | Forward | Backward | Aggregate | Evaluate | FinishStep | Checkpoint | FinishRun | SaveCodecState | Report
+)

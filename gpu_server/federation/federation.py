@@ -16,14 +16,30 @@ The run goes through phases, and only here:
 A round ends early if every member that still has steps to do in it has left: CONTRIBUTIONS then follows ACTIVATIONS. If nobody
 is left to contribute either, the round closes with its adapter unchanged. A resumed run begins in ACTIVATIONS.
 
+Where devices have the labels, a micro-batch is computed in two halves, both in TRAINING. In between its clients are asked back:
+they get its hidden states, and reply with their loss and its gradient.
+
+    ACTIVATIONS ── all have asked ──► forward ──► HIDDEN_GRADIENTS ── all have replied ──► backward
+                                         ▲                │
+                                         └────────────────┘
+                            meanwhile all have asked the next micro-batch
+
+A backward leads to HIDDEN_GRADIENTS again if another micro-batch is asked back, else to ACTIVATIONS, or out of the step. When
+it is ready it goes before a forward. Backwards come in the order of micro-batches, and no number depends on when a forward was.
+
 Who may ask what. A member asks along its `Itinerary`: its next question, or a later micro-batch of the same step. A question
 waits at the member until it is answered. One that was answered already, of the step and kind that were answered last, gets the
 same answer again. One that the run has left behind is answered by `Start`, which says where to go on. Any other breaks the
-protocol. So nothing is computed, averaged or stepped twice, however often it is asked.
+protocol. So nothing is computed, averaged or stepped twice, however often it is asked. A member that asks a micro-batch again
+is asked back again, with the same, if it has not replied. A reply that nobody waits for is treated as a question would be: left
+behind, or a breach of the protocol.
 
 Whom a phase waits for. ACTIVATIONS waits for every member that has data for the step, a later micro-batch of it for those that
 sent the first; CONTRIBUTIONS for those that took part in the round. A member that has left is not waited for. With a quorum,
-one that has not asked by the deadline is not waited for either: the run *overtakes* it.
+one that has not asked by the deadline is not waited for either: the run *overtakes* it. HIDDEN_GRADIENTS waits for those in the
+step to reply to its first micro-batch, in the same way. Only what the present phase waits for has a deadline: a later
+micro-batch is late only when it is its turn. Whoever is overtaken or has left when a backward begins has a gradient of zero in
+it, and counts no tokens.
 
 What a presence may become. Once the run has started, a lost connection changes nothing but who can be written to: the member
 keeps its place, and the questions of its steps stay asked. Being overtaken does change something: what the member has asked is
@@ -40,15 +56,16 @@ dropped, and it must be told where to go on.
 A member that comes back is HERE if it was AWAY or LEFT, and RETURNING if it was ABSENT or GONE. A connected one may leave, too.
 
 What is kept for how long. A member's answers, until a question of a newer step or kind of its is answered. The counts of a
-round, until the round has its adapter. A step's sums, until the next step begins. Nothing of a round survives the server: a
-checkpoint is the end of a round, and devices do the rest again.
+round, until the round has its adapter. Hidden states and replies, until their micro-batch has had its backward. A step's sums,
+until the next step begins. Nothing of a round survives the server: a checkpoint is the end of a round, and devices do the rest
+again.
 
 The order of actions is part of the result: replies leave in it, and a checkpoint must not know of a step that metrics do not.
 """
 
 import enum
 import logging
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,12 +73,16 @@ from protocol import (
     ActivationGradient,
     Activations,
     AdapterGradient,
+    Array,
     Contribution,
     Done,
     EdgeAdapter,
     Evaluation,
     EvaluationLoss,
+    EvaluationStates,
     Hello,
+    HiddenGradient,
+    HiddenStates,
     Join,
     Message,
     QuestionId,
@@ -80,10 +101,12 @@ from .deadline import Deadline
 from .events import (
     Action,
     Aggregate,
+    Backward,
     Checkpoint,
     Evaluate,
     FinishRun,
     FinishStep,
+    Forward,
     Reply,
     Report,
     SaveCodecState,
@@ -92,10 +115,18 @@ from .events import (
 )
 from .gathering import Gathering, Verdict
 from .member import Member, Presence
-from .message_rules import ModelLimits, StepQuestion, check_hello, check_newcomer, check_question, check_same_data
+from .message_rules import (
+    ModelLimits,
+    StepQuestion,
+    check_hello,
+    check_hidden_gradient,
+    check_newcomer,
+    check_question,
+    check_same_data,
+)
 from .roster import Asked, Roster
 from .run_status import RunStatus
-from .step import StepInProgress
+from .step import AskedBack, StepInProgress
 from .timing import StepTiming
 
 __all__ = ["Federation", "Phase"]
@@ -107,6 +138,7 @@ class Phase(enum.Enum):
     JOINING = "waiting for clients"
     ACTIVATIONS = "waiting for activations"
     TRAINING = "computing the step"
+    HIDDEN_GRADIENTS = "waiting for gradients at the hidden states"
     CONTRIBUTIONS = "waiting for the clients' adapters"
     AGGREGATING = "computing the edge adapter"
     SAVING = "saving the adapter"
@@ -116,6 +148,7 @@ class Phase(enum.Enum):
 WAITED_FOR: dict[Phase, type] = {
     Phase.JOINING: Join,
     Phase.ACTIVATIONS: Activations,
+    Phase.HIDDEN_GRADIENTS: HiddenGradient,
     Phase.CONTRIBUTIONS: Contribution,
 }
 
@@ -160,7 +193,10 @@ class Federation:
         self._since = 0.0
         """When the present phase began."""
         self._gathering: Gathering | None = None
-        """What the present phase waits for; None while the server computes."""
+        """
+        What the present phase waits for. None while the server computes, unless it does so ahead of a gradient that it waits
+        for: that wait goes on afterwards, and is as long.
+        """
 
     @property
     def members(self) -> dict[str, Member]:
@@ -197,10 +233,10 @@ class Federation:
         """
         Raises:
             NameInUse: a client of this name is connected.
-            RemoteProtocolError: it has another model, lacks a codec, or there is no place in the run.
+            RemoteProtocolError: it has another model, lacks a codec or an ability, or there is no place in the run.
         """
         later = set() if self.codec_policy is None else self.codec_policy.may_use()
-        check_hello(hello, self.limits, self.settings.codecs() | later)
+        check_hello(hello, self.limits, self.settings.codecs() | later, self.settings.abilities())
         self._roster.greet(hello.name, starting=self.phase is Phase.JOINING, ending=self._is_ending)
         return Welcome(run=self.run, settings=self.settings, fingerprint=self.limits.fingerprint, restarts=self.restarts)
 
@@ -229,7 +265,7 @@ class Federation:
 
     def receive(self, name: str, message: Message, now: float) -> list[Action]:
         """
-        A member's question.
+        A member's question, or what it replies when it is asked back.
 
         Raises:
             RemoteProtocolError: it is out of turn, or does not fit the run.
@@ -239,11 +275,14 @@ class Federation:
             check_question(name, message, member, self.limits)
             member.evaluation = message
             return [Evaluate(client=name, batch=message)]
-        if not isinstance(message, StepQuestion):
+        if not isinstance(message, StepQuestion | HiddenGradient):
             raise RemoteProtocolError(f"{type(message).__name__} out of turn")
-        if isinstance(message, Activations) and message.step <= member.resumed_at:
-            logger.debug("%s: ignored Activations of step %d: Start has answered it meanwhile", name, message.step)
+        if isinstance(message, Activations | HiddenGradient) and message.step <= member.resumed_at:
+            kind = type(message).__name__
+            logger.debug("%s: ignored %s of step %d: Start has answered it meanwhile", name, kind, message.step)
             return []
+        if isinstance(message, HiddenGradient):
+            return self._take_hidden_gradient(name, message, now)
         return self._observe(name, message, now) + self._take(name, message, now)
 
     def _observe(self, name: str, message: StepQuestion, now: float) -> list[Action]:
@@ -264,6 +303,9 @@ class Federation:
             if question.micro_batch not in member.questions and not isinstance(message, Done):
                 self.timing.question((name, question.micro_batch), message.seconds, now)
             member.questions[question.micro_batch] = message
+            asked_back = self._present_step.asked_back_of(question.micro_batch)
+            if asked_back is not None and asked_back.waits_for(name):  # it is back on another connection
+                return [self._ask_back(name, asked_back.hidden_states[name], now)]
             return self._advance(now)
         if is_current and question in member.answers:
             self.timing.replied(name, now)
@@ -272,10 +314,30 @@ class Federation:
         told_already = is_current and member.told == (member.resumes_after(), self.round)
         if told_already or not member.is_behind(question, self.step):
             raise RemoteProtocolError(f"expected {member.next_question}, got {question}")
-        # Activations and a gradient belong to a step that is being done, all else to one that its client has finished.
-        member.remembers = message.step - 1 if isinstance(message, Activations | AdapterGradient) else message.step
-        member.asked_from_behind()
+        # Activations and gradients belong to a step that is being done, all else to one that its client has finished.
+        of_step_under_way = isinstance(message, Activations | AdapterGradient)
+        return self._find_behind(name, message.step - 1 if of_step_under_way else message.step, now)
+
+    def _find_behind(self, name: str, remembers: int, now: float) -> list[Action]:
+        """What it says shows that it has to be told where to go on, and that it has finished this step."""
+        self.members[name].remembers = remembers
+        self.members[name].asked_from_behind()
         return self._tell_where_to_go_on(name, now)
+
+    def _take_hidden_gradient(self, name: str, message: HiddenGradient, now: float) -> list[Action]:
+        """What a member replies when it is asked back: its micro-batch waits for it, or the run has left the step behind."""
+        is_of_this_step = message.step == self.step + 1
+        if self.members[name].presence.is_overtaken and message.step <= self.step + 1:
+            return self._find_behind(name, message.step - 1, now)
+        asked_back = self._present_step.asked_back_of(message.micro_batch) if is_of_this_step else None
+        if asked_back is None or not asked_back.waits_for(name):
+            raise RemoteProtocolError(f"HiddenGradient of step {message.step}, micro-batch {message.micro_batch}, out of turn")
+        check_hidden_gradient(name, message, asked_back.hidden_states[name], self.settings)
+        question = (name, message.micro_batch)
+        self.deadline.observe(HiddenGradient, self.timing.thought(question, now))
+        self.timing.question(question, message.seconds, now)
+        asked_back.gradients[name] = message
+        return self._advance(now)
 
     def disconnected(self, name: str, now: float) -> None:
         """A client's connection is lost. Once the run has started it keeps its place."""
@@ -297,7 +359,7 @@ class Federation:
 
     def expires(self) -> float | None:
         """When `tick` should be called, if nothing else happens before."""
-        if self._gathering is None or not self.members:
+        if self._gathering is None or self.phase not in WAITED_FOR or not self.members:
             return None
         return self._gathering.expires()
 
@@ -305,8 +367,8 @@ class Federation:
         """The members that everybody waits for, and since how many seconds; nobody while the server computes."""
         if self.phase is Phase.FINISHED:
             return self.unfinished(), now - self._since
-        asked: dict[str, Message] = {} if self._gathering is None else self._asked(self._gathering.kind)
-        names = [name for name in self._wanted() if name not in asked]
+        came = self._came()
+        names = [name for name in self._wanted() if name not in came]
         return names, now - self._since if names else 0.0
 
     def unfinished(self) -> list[str]:
@@ -342,19 +404,44 @@ class Federation:
         saved = SaveCodecState(state=self.codec_policy.state())
         return [saved] if note is None else [saved, Report(text=note)]
 
+    def forwarded(self, hidden: dict[str, Array], seconds: float, now: float) -> list[Action]:
+        """The last `Forward` is computed: by client, hidden states (M, d). It took so many ``seconds``."""
+        present = self._present_step
+        present.server_compute += seconds
+        micro_batch = present.next_forward
+        asked_back = AskedBack(
+            {
+                name: HiddenStates(
+                    step=self.step + 1,
+                    micro_batch=micro_batch,
+                    values=values,
+                    queue_seconds=self.timing.queued((name, micro_batch)),
+                    compute_seconds=seconds,
+                )
+                for name, values in hidden.items()
+            }
+        )
+        present.asked_back.append(asked_back)
+        actions: list[Action] = [self._ask_back(name, states, now) for name, states in asked_back.hidden_states.items()]
+        if self._gathering is None:
+            self._enter(Phase.HIDDEN_GRADIENTS, now)
+        else:
+            self.phase = Phase.HIDDEN_GRADIENTS  # where it has waited all the time
+        return actions + self._advance(now)
+
     def trained(self, trained: Trained, seconds: float, now: float) -> list[Action]:
-        """The last `Train` is computed; it took so many ``seconds``."""
+        """The last `Train` or `Backward` is computed; it took so many ``seconds``."""
         present = self._present_step
         ends_step = present.micro_batch + 1 == self.settings.micro_batches
         present.loss, present.labelled_tokens = trained.loss, trained.labelled_tokens
         present.server_compute += seconds
         actions = self._answer_activations(trained, seconds, now, ends_step=ends_step)
         if not ends_step:
-            present.micro_batch += 1
-            self._enter(Phase.ACTIVATIONS, now)
+            present.micro_batch_is_answered()
+            self._enter(Phase.HIDDEN_GRADIENTS if present.asked_back else Phase.ACTIVATIONS, now)
             return actions + self._advance(now)
         self.step += 1
-        present.micro_batch = 0
+        present.goes_on_from(0)
         for name, num_labels in present.labels_of.items():
             member = self.members[name]
             if not member.presence.is_overtaken:  # else it takes the step back
@@ -417,12 +504,21 @@ class Federation:
 
     def evaluated(self, name: str, batch: Evaluation, summed_loss: float, now: float) -> list[Action]:
         """The loss of an `Evaluate` is computed. A client that has come back meanwhile asks again, or something else."""
+        return self._answer_evaluation(name, batch, EvaluationLoss(index=batch.index, summed_loss=summed_loss), now)
+
+    def inferred(self, name: str, batch: Evaluation, hidden: Array, now: float) -> list[Action]:
+        """The hidden states (M, d) of an `Evaluate` are computed; as `evaluated`."""
+        return self._answer_evaluation(name, batch, EvaluationStates(index=batch.index, values=hidden), now)
+
+    def _answer_evaluation(
+        self, name: str, batch: Evaluation, answer: EvaluationLoss | EvaluationStates, now: float
+    ) -> list[Action]:
         member = self.members[name]
         if member.evaluation is not batch:
             return []
         member.evaluation = None
         self.timing.replied(name, now)  # the time of an evaluation belongs to no step
-        return [Reply(client=name, message=EvaluationLoss(index=batch.index, summed_loss=summed_loss))]
+        return [Reply(client=name, message=answer)]
 
     # What follows from it
 
@@ -432,6 +528,8 @@ class Federation:
             return self._await_newcomers(now)
         if self.phase is Phase.ACTIVATIONS:
             return self._advance_activations(now)
+        if self.phase is Phase.HIDDEN_GRADIENTS:
+            return self._advance_hidden_gradients(now)
         if self.phase is Phase.CONTRIBUTIONS:
             return self._advance_contributions(now)
         if self.phase is Phase.FINISHED:
@@ -447,7 +545,18 @@ class Federation:
         ready, notes = self._gathered(wanted, now)
         # If all that began a step have gone, it ends with the micro-batches that there are.
         is_due = bool(ready) or not wanted
-        return actions + notes + ([self._train(ready, now)] if is_due else [])
+        return actions + notes + ([self._compute_micro_batch(ready, now)] if is_due else [])
+
+    def _advance_hidden_gradients(self, now: float) -> list[Action]:
+        wanted = self._wanted()
+        ready, notes = self._gathered(wanted, now)
+        if ready or not wanted:
+            return [*notes, self._backward(ready, now)]
+        # While some are waited for, the next micro-batch is computed if it is complete; nobody is overtaken for its sake.
+        ahead = self._present_step.next_forward
+        asked = self._roster.asked(Activations, ahead)
+        is_complete = ahead < self.settings.micro_batches and asked.keys() >= set(wanted)
+        return [*notes, self._forward(wanted, now)] if is_complete else notes
 
     def _advance_contributions(self, now: float) -> list[Action]:
         wanted = self._wanted()
@@ -463,8 +572,7 @@ class Federation:
         Those of ``wanted`` with whom the step can go on, and what the operator is told; nobody as long as the step has to wait.
         """
         assert self._gathering is not None
-        asked: dict[str, Message] = self._asked(self._gathering.kind)
-        verdict = self._gathering.verdict(self._step_under_way, wanted, asked, self.members, now)
+        verdict = self._gathering.verdict(self._step_under_way, wanted, self._came(), self.members, now)
         return verdict.go, _reports(verdict)
 
     def _await_newcomers(self, now: float) -> list[Action]:
@@ -481,23 +589,19 @@ class Federation:
             actions += self._tell_where_to_go_on(name, now)
         return actions
 
+    def _compute_micro_batch(self, participants: list[str], now: float) -> Train | Forward | Backward:
+        """The next micro-batch of these, or of nobody, which ends the step."""
+        if self.settings.labels == "server":
+            return self._train(participants, now)
+        return self._forward(participants, now) if participants else self._backward(participants, now)
+
     def _train(self, participants: list[str], now: float) -> Train:
         """The micro-batch of these, or of nobody, which ends the step."""
-        if not self._present_step.micro_batch:
-            with_data = [name for name, member in self._roster if member.last_step > self.step]
-            self._overtake(set(with_data).difference(participants))
-            self._present_step = StepInProgress()
-        else:
-            self._overtake(self._present_step.labels_of.keys() - set(participants))
+        batches = self._admit(participants, now)
         self._enter(Phase.TRAINING, now)
         if not participants:
-            self._present_step.micro_batch = self.settings.micro_batches - 1
-        asked, step, micro_batch = self._asked(Activations), self.step + 1, self._present_step.micro_batch
-        batches = {name: asked[name] for name in participants}
-        self._present_step.add(batches)
-        for name in participants:
-            self.members[name].in_round = True
-        self.timing.computing([(name, micro_batch) for name in participants], now)
+            self._present_step.goes_on_from(self.settings.micro_batches - 1)
+        step, micro_batch = self.step + 1, self._present_step.micro_batch
         policy = self.codec_policy if not micro_batch and self.settings.checks_codec(step) else None
         return Train(
             step=step,
@@ -506,6 +610,44 @@ class Federation:
             codecs_to_try=None if policy is None else policy.alternatives(step),
             batches=batches,
         )
+
+    def _forward(self, participants: list[str], now: float) -> Forward:
+        """The first half of a micro-batch of these, perhaps ahead of a gradient that is waited for."""
+        micro_batch, batches = self._present_step.next_forward, self._admit(participants, now)
+        if self.phase is Phase.HIDDEN_GRADIENTS:
+            self.phase = Phase.TRAINING  # and the gathering stays
+        else:
+            self._enter(Phase.TRAINING, now)
+        return Forward(step=self.step + 1, micro_batch=micro_batch, batches=batches)
+
+    def _backward(self, ready: list[str], now: float) -> Backward:
+        """The second half of a micro-batch with the gradients of these, or of nobody, which ends the step."""
+        present = self._present_step
+        self._overtake(present.labels_of.keys() - set(ready))
+        self._enter(Phase.TRAINING, now)
+        if not ready:
+            present.goes_on_from(self.settings.micro_batches - 1)
+        gradients = {name: present.asked_back[0].gradients[name] for name in ready}
+        present.add_labels(gradients)
+        self.timing.computing([(name, present.micro_batch) for name in ready], now)
+        return Backward(step=self.step + 1, total_steps=self.total_steps, micro_batch=present.micro_batch, gradients=gradients)
+
+    def _admit(self, participants: list[str], now: float) -> dict[str, Activations]:
+        """What these have asked of the next micro-batch. The step goes on without the others."""
+        micro_batch = self._present_step.next_forward
+        if not micro_batch:
+            with_data = [name for name, member in self._roster if member.last_step > self.step]
+            self._overtake(set(with_data).difference(participants))
+            self._present_step = StepInProgress()
+        else:
+            self._overtake(self._present_step.labels_of.keys() - set(participants))
+        asked = self._roster.asked(Activations, micro_batch)
+        batches = {name: asked[name] for name in participants}
+        self._present_step.add(batches)
+        for name in participants:
+            self.members[name].in_round = True
+        self.timing.computing([(name, micro_batch) for name in participants], now)
+        return batches
 
     def _aggregate(self, contributors: list[str], now: float) -> Aggregate:
         self._enter(Phase.AGGREGATING, now)
@@ -569,6 +711,10 @@ class Federation:
         self.timing.replied(name, now)
         return Reply(client=name, message=message)
 
+    def _ask_back(self, name: str, states: HiddenStates, now: float) -> Reply:
+        self.timing.asked_back((name, states.micro_batch), now)
+        return Reply(client=name, message=states)
+
     def _enter(self, phase: Phase, now: float) -> None:
         self.phase, self._since, kind = phase, now, WAITED_FOR.get(phase)
         quorum = None if phase is Phase.JOINING else self.quorum  # a run starts with all of its clients
@@ -612,22 +758,31 @@ class Federation:
 
     @property
     def _step_under_way(self) -> int:
-        return self.step + 1 if self.phase is Phase.ACTIVATIONS else self.step
+        return self.step + 1 if self.phase in (Phase.ACTIVATIONS, Phase.HIDDEN_GRADIENTS) else self.step
 
     @property
     def _is_ending(self) -> bool:
         return self.phase in (Phase.SAVING, Phase.FINISHED)
 
     def _wanted(self) -> list[str]:
-        """Clients whose questions the present phase waits for."""
+        """Clients that the present phase waits for."""
         if self.phase is Phase.CONTRIBUTIONS:
             return self._roster.contributors()
-        if self.phase is not Phase.ACTIVATIONS:
+        if self.phase not in (Phase.ACTIVATIONS, Phase.HIDDEN_GRADIENTS):
             return []
-        if self._present_step.micro_batch:
+        if self._present_step.next_forward:
             taking_part = self._present_step.labels_of
             return [name for name in taking_part if self.members[name].presence.takes_part]
         return self._roster.participants(self.step + 1)
+
+    def _came(self) -> Container[str]:
+        """Clients that have sent what the present phase waits for."""
+        if self._gathering is None:
+            return ()
+        if self._gathering.kind is HiddenGradient:
+            return self._present_step.asked_back[0].gradients
+        asked: dict[str, Message] = self._asked(self._gathering.kind)
+        return asked
 
     def _asked(self, kind: type[Asked]) -> dict[str, Asked]:
         """The open questions of this kind, and of the present micro-batch, by client."""

@@ -17,6 +17,8 @@ from protocol import (
     Done,
     Evaluation,
     Hello,
+    HiddenGradient,
+    HiddenStates,
     Join,
     RemoteProtocolError,
     RunSettings,
@@ -29,7 +31,15 @@ from terminal import count
 
 from .member import Member
 
-__all__ = ["ModelLimits", "StepQuestion", "check_hello", "check_newcomer", "check_question", "check_same_data"]
+__all__ = [
+    "ModelLimits",
+    "StepQuestion",
+    "check_hello",
+    "check_hidden_gradient",
+    "check_newcomer",
+    "check_question",
+    "check_same_data",
+]
 
 StepQuestion = Activations | AdapterGradient | AdapterWeights | Done
 
@@ -52,13 +62,19 @@ class ModelLimits:
     """Whether a client without a model is handed its part."""
 
 
-def check_hello(hello: Hello, limits: ModelLimits, codecs: set[str]) -> None:
+WITHOUT_ABILITY = {"device-labels": "with --labels server", "noise": "without noise and clipping"}
+"""For each of `protocol.settings.ABILITIES`: how to start a run in which a client without it can take part."""
+
+
+def check_hello(hello: Hello, limits: ModelLimits, codecs: set[str], abilities: set[str]) -> None:
     """
     Args:
         codecs: all that the run may come to use.
+        abilities: what the run's settings ask of a client.
 
     Raises:
-        RemoteProtocolError: the client has another model, or none and is handed none, or does not know one of the codecs.
+        RemoteProtocolError: the client has another model, or none and is handed none, or does not know one of the codecs or
+            abilities.
     """
     if not hello.fingerprint and not limits.hands_over_part:
         raise RemoteProtocolError(
@@ -77,14 +93,20 @@ def check_hello(hello: Hello, limits: ModelLimits, codecs: set[str]) -> None:
             f"{hello.name} does not offer the codec {', '.join(sorted(missing))}, which this run uses; "
             f"update splitlora-edge there, or start the run with --codec float32"
         )
+    for ability in sorted(abilities.difference(hello.abilities)):
+        raise RemoteProtocolError(
+            f"{hello.name} does not know {ability}, which this run uses; "
+            f"update splitlora-edge there, or start the run {WITHOUT_ABILITY[ability]}"
+        )
 
 
 def check_newcomer(member: Member, limits: ModelLimits) -> None:
     """
     Raises:
-        RemoteProtocolError: the client's batches are too large for the model or the server, or its data for the wire.
+        RemoteProtocolError: the client's batches are too large for the model or the server, or its data for the wire, or too
+            little for the run's delta.
     """
-    join = member.join
+    join, settings = member.join, member.itinerary.settings
     if join.longest > limits.num_positions:
         raise RemoteProtocolError(
             f"sequences are up to {join.longest} tokens long, and the model has {limits.num_positions} positions; "
@@ -97,6 +119,11 @@ def check_newcomer(member: Member, limits: ModelLimits) -> None:
         )
     if member.last_step > LARGEST_COUNT:
         raise RemoteProtocolError(f"{join.num_samples} samples take {member.last_step} steps; at most {LARGEST_COUNT} can be")
+    if (settings.activation_noise or settings.gradient_noise) and settings.noise_delta * join.num_samples >= 1:
+        raise RemoteProtocolError(
+            f"delta is {settings.noise_delta:g}, and with {count(join.num_samples, 'sample')} it must be below "
+            f"{1 / join.num_samples:.3g}, else one of them may be told whole; start the run with a smaller --noise-delta"
+        )
 
 
 def check_same_data(name: str, before: Join, now: Join) -> None:
@@ -118,15 +145,39 @@ def check_question(name: str, question: StepQuestion | Evaluation, member: Membe
         RemoteProtocolError: sizes are not what the client announced, a label is no token, or a number is too large.
     """
     if isinstance(question, Activations):
-        _check_batch(name, question, member.join, limits)
+        _check_batch(name, question, member, limits)
         _check_micro_batch(name, question, member.join, member.itinerary.settings)
     elif isinstance(question, Evaluation):
-        _check_batch(name, question, member.join, limits)
+        _check_batch(name, question, member, limits)
     elif not isinstance(question, Done):
         _check_adapter(name, question, member.matrix_shapes)
 
 
-def _check_batch(name: str, batch: Activations | Evaluation, join: Join, limits: ModelLimits) -> None:
+def check_hidden_gradient(name: str, gradient: HiddenGradient, states: HiddenStates, settings: RunSettings) -> None:
+    """
+    Args:
+        states: what it replies to.
+
+    Raises:
+        RemoteProtocolError: it is of another size, a number is too large, or it counts other tokens than there are.
+    """
+    if gradient.values.shape != states.values.shape:
+        raise RemoteProtocolError(f"the gradient at hidden states {list(states.values.shape)} is {list(gradient.values.shape)}")
+    _check_size(gradient.values, _sent(name, gradient))
+    rows = len(gradient.values)
+    least = rows if settings.label_rows == "shown" else 0
+    if not least <= gradient.labelled_tokens <= rows:
+        which = f"{least} to {rows}" if least < rows else f"{rows}"
+        raise RemoteProtocolError(f"{gradient.labelled_tokens} tokens are labelled, expected {which}")
+    most = LARGEST_VALUE * gradient.labelled_tokens
+    if not 0 <= gradient.summed_loss <= most:
+        raise RemoteProtocolError(
+            f"the loss of {count(gradient.labelled_tokens, 'token')} is {gradient.summed_loss}, expected 0 to {most:g}"
+        )
+
+
+def _check_batch(name: str, batch: Activations | Evaluation, member: Member, limits: ModelLimits) -> None:
+    join = member.join
     rows = join.batch_size * join.longest
     if batch.values.shape[1] != limits.width:
         raise RemoteProtocolError(f"values are {batch.values.shape[1]} wide, the model is {limits.width}")
@@ -138,6 +189,8 @@ def _check_batch(name: str, batch: Activations | Evaluation, join: Join, limits:
         raise RemoteProtocolError(f"the batch has {sequences}; at most {join.batch_size} were announced")
     if batch.lengths.max(initial=0) > join.longest:
         raise RemoteProtocolError(f"a sequence has {batch.lengths.max()} tokens; at most {join.longest} were announced")
+    if member.itinerary.settings.label_rows == "hidden" and (batch.label_counts != batch.lengths).any():
+        raise RemoteProtocolError("label counts say which rows have a label; in this run they are the lengths (--label-rows)")
     wrong = batch.labels[(batch.labels < 0) | (batch.labels >= limits.vocabulary_size)]
     if len(wrong):
         raise RemoteProtocolError(f"a label is {wrong[0]}; this model's tokens are 0 to {limits.vocabulary_size - 1}")
@@ -167,11 +220,15 @@ def _check_adapter(name: str, contribution: AdapterGradient | AdapterWeights, ex
         _check_size(tensor, _sent(name, contribution))
 
 
-def _sent(name: str, message: Activations | Evaluation | AdapterGradient | AdapterWeights) -> str:
+def _sent(name: str, message: Activations | Evaluation | HiddenGradient | AdapterGradient | AdapterWeights) -> str:
     """Who sent the numbers, and what they are."""
     if isinstance(message, Evaluation):
         return f"{name} sent activations of a held-out batch"
-    kinds: dict[type, str] = {AdapterGradient: "an adapter gradient", AdapterWeights: "an adapter"}
+    kinds: dict[type, str] = {
+        HiddenGradient: "a gradient at the hidden states",
+        AdapterGradient: "an adapter gradient",
+        AdapterWeights: "an adapter",
+    }
     return f"{name} sent {kinds.get(type(message), 'activations')} of step {message.step}"
 
 

@@ -1,12 +1,13 @@
 """A step while it is computed, and what is recorded of it afterwards."""
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from protocol import Activations, Seconds
+from protocol import Activations, HiddenGradient, HiddenStates, Seconds
 
-__all__ = ["StepInProgress", "StepRecord"]
+__all__ = ["AskedBack", "StepInProgress", "StepRecord"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +34,27 @@ class StepRecord:
 
 
 @dataclass
+class AskedBack:
+    """A micro-batch between its forward and its backward computation, where devices have the labels."""
+
+    hidden_states: dict[str, HiddenStates]
+    """What each of its clients was asked back with."""
+    gradients: dict[str, HiddenGradient] = field(default_factory=dict)
+    """What of it they have replied."""
+
+    def waits_for(self, client: str) -> bool:
+        return client in self.hidden_states and client not in self.gradients
+
+
+@dataclass
 class StepInProgress:
-    """The sums of one step, from its first micro-batch until it is recorded."""
+    """What one step has come to, from its first micro-batch until it is recorded."""
 
     micro_batch: int = 0
-    """The one that is gathered or computed; 0 again once the last is computed, as of all questions without micro-batches."""
+    """The first that is not answered; 0 again once the last is, as of all questions without micro-batches."""
+    asked_back: deque[AskedBack] = field(default_factory=deque)
+    """This micro-batch and those after it whose clients are asked back, in their order; always empty where the server has the
+    labels."""
     labels_of: dict[str, int] = field(default_factory=dict)
     """Members whose first micro-batch is computed, and the labelled tokens of each so far. Nobody enters a step later."""
     tokens: int = 0
@@ -48,11 +65,40 @@ class StepInProgress:
     server_compute: float = 0.0
     """Seconds of the engine, the aggregation's included."""
 
+    @property
+    def next_forward(self) -> int:
+        """The first micro-batch of which nothing is computed."""
+        return self.micro_batch + len(self.asked_back)
+
+    def asked_back_of(self, micro_batch: int) -> AskedBack | None:
+        """None if its clients are not asked back yet, or are answered."""
+        place = micro_batch - self.micro_batch
+        return self.asked_back[place] if 0 <= place < len(self.asked_back) else None
+
     def add(self, batches: Mapping[str, Activations]) -> None:
         """A micro-batch is going to be computed. The first one says who is in the step."""
         for name, batch in batches.items():
-            self.labels_of[name] = self.labels_of.get(name, 0) + len(batch.labels)
+            self._add_labels(name, len(batch.labels))  # none where devices have them: they tell their number later
             self.tokens += len(batch.values)
+
+    def add_labels(self, gradients: Mapping[str, HiddenGradient]) -> None:
+        """The gradients of a micro-batch have come."""
+        for name, gradient in gradients.items():
+            self._add_labels(name, gradient.labelled_tokens)
+
+    def _add_labels(self, name: str, num_labels: int) -> None:
+        self.labels_of[name] = self.labels_of.get(name, 0) + num_labels
+
+    def micro_batch_is_answered(self) -> None:
+        """The next one is the first that is not."""
+        self.micro_batch += 1
+        if self.asked_back:
+            self.asked_back.popleft()
+
+    def goes_on_from(self, micro_batch: int) -> None:
+        """Nothing that is computed of other micro-batches is of use any more."""
+        self.micro_batch = micro_batch
+        self.asked_back.clear()
 
     def record(self, number: int, *, seconds: dict[str, Seconds], deadline: float, codec: str) -> StepRecord:
         """What is told of the step once its round's adapter, if it ends one, is made."""

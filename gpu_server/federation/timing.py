@@ -17,6 +17,7 @@ class StepTiming:
         self._replied: dict[str, float] = {}
         self._asked: dict[ClientMicroBatch, float] = {}
         self._queued: dict[ClientMicroBatch, float] = {}
+        self._asked_back: dict[ClientMicroBatch, float] = {}
         self._spent: defaultdict[str, Seconds] = defaultdict(Seconds)
         self._link_seconds = self._all_seconds = 0.0
         """Of all clients, since `take_link_share` was called last."""
@@ -24,6 +25,15 @@ class StepTiming:
     def away(self, client: str, now: float) -> float:
         """Seconds since the client's last reply."""
         return now - self._replied.get(client, now)
+
+    def asked_back(self, question: ClientMicroBatch, now: float) -> None:
+        """Its client has been asked for something before the answer."""
+        self._asked_back[question] = now
+        self.replied(question[0], now)
+
+    def thought(self, question: ClientMicroBatch, now: float) -> float:
+        """Seconds since its client was asked back."""
+        return now - self._asked_back.pop(question, now)
 
     def question(self, question: ClientMicroBatch, spent: Seconds, now: float) -> None:
         """It has come, with what its client spent since the one before."""

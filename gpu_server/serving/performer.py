@@ -15,11 +15,13 @@ from ..engine import Engine
 from ..federation import (
     Action,
     Aggregate,
+    Backward,
     Checkpoint,
     Evaluate,
     Federation,
     FinishRun,
     FinishStep,
+    Forward,
     Reply,
     Report,
     SaveCodecState,
@@ -72,6 +74,8 @@ class Performer:
             FinishStep: self._finish_step,
             Checkpoint: self._checkpoint,
             Train: self._train,
+            Forward: self._forward,
+            Backward: self._backward,
             Aggregate: self._aggregate,
             Evaluate: self._evaluate,
             FinishRun: self._finish_run,
@@ -144,6 +148,20 @@ class Performer:
         now = time.monotonic()
         self.perform(federation.trained(trained, now - started, now))
 
+    async def _forward(self, action: Forward, _: Replies) -> None:
+        started = time.monotonic()
+        hidden = await self._compute(self._engine.forward, action.step, action.micro_batch, action.batches)
+        now = time.monotonic()
+        self.perform(self._federation.forwarded(hidden, now - started, now))
+
+    async def _backward(self, action: Backward, _: Replies) -> None:
+        started = time.monotonic()
+        trained = await self._compute(
+            self._engine.backward, action.step, action.total_steps, action.micro_batch, action.gradients
+        )
+        now = time.monotonic()
+        self.perform(self._federation.trained(trained, now - started, now))
+
     async def _save_codec_state(self, action: SaveCodecState, _: Replies) -> None:
         await asyncio.wrap_future(self._journal.write_codec_state(action.state))
 
@@ -157,8 +175,13 @@ class Performer:
         self.perform(self._federation.aggregated(adapter, now - started, now))
 
     async def _evaluate(self, action: Evaluate, _: Replies) -> None:
-        summed_loss = await self._compute(self._engine.evaluate, action.batch)
-        self.perform(self._federation.evaluated(action.client, action.batch, summed_loss, time.monotonic()))
+        federation, engine = self._federation, self._engine
+        if federation.settings.labels == "server":
+            summed_loss = await self._compute(engine.evaluate, action.batch)
+            self.perform(federation.evaluated(action.client, action.batch, summed_loss, time.monotonic()))
+        else:
+            hidden = await self._compute(engine.infer, action.batch)
+            self.perform(federation.inferred(action.client, action.batch, hidden, time.monotonic()))
 
     async def _finish_run(self, _: FinishRun, __: Replies) -> None:
         await self._checkpoints.finish()
