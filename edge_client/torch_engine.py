@@ -20,6 +20,7 @@ from split_model import (
     choose_dtype,
     optimiser_state,
     restore_optimiser,
+    summed_cross_entropy,
     take_step,
 )
 from storage import ModelError
@@ -50,6 +51,12 @@ class TorchEngine:
         self._dropout, self._cut_layer = lora.dropout, settings.cut_layer
         self._adapted = adapted_layers(model.config, lora)
         self._part = EdgePart(model, settings.cut_layer, lora, weight_dtype=DTYPES[dtype], device=choose_device(device))
+        # On the CPU a head in the dtype in which it is stored is not copied: it is mapped, like every weight.
+        self._head = (
+            model.tensors[model.config.head_name].view().to(self._part.device, DTYPES[dtype])  # (V, d)
+            if settings.labels == "device"
+            else None
+        )
         # In rounds of one step the server has the optimiser, for everybody; importing torch's would cost 70 MB for nothing.
         self._optimiser = (
             adamw(self._part.matrices().values(), OptimiserConfig(**settings.optimiser()))
@@ -91,6 +98,19 @@ class TorchEngine:
         self._part.eval()
         return _to_array(self._run_finite(batch))
 
+    def loss_and_gradient(self, hidden: Array, labels: Array) -> tuple[float, Array]:
+        states = _to_tensor(hidden).to(self._part.device).requires_grad_()
+        loss = self._summed_loss(states, labels)
+        torch.autograd.backward(loss)
+        assert states.grad is not None
+        if not torch.isfinite(states.grad).all():
+            raise TrainingDiverged("the gradient of this device's loss is no longer finite; try a lower --lr on the server")
+        return loss.item(), _to_array(states.grad)
+
+    @torch.no_grad()
+    def loss(self, hidden: Array, labels: Array) -> float:
+        return self._summed_loss(_to_tensor(hidden).to(self._part.device), labels).item()
+
     def take_step(self, learning_rate: float) -> None:
         if self._optimiser is None:
             raise RuntimeError("in rounds of one step, the server takes it")
@@ -119,6 +139,16 @@ class TorchEngine:
         self.load_adapter({name.removeprefix(ADAPTER): value for name, value in state.items() if name.startswith(ADAPTER)})
         learnt = {name.removeprefix(OPTIMISER): value for name, value in state.items() if name.startswith(OPTIMISER)}
         restore_optimiser(self._optimiser, {name: _to_tensor(value) for name, value in learnt.items()})
+
+    def _summed_loss(self, hidden: torch.Tensor, labels: Array) -> torch.Tensor:
+        if self._head is None:
+            raise RuntimeError("the server has the labels, and the head")
+        loss = summed_cross_entropy(hidden, self._head, _to_tensor(labels).long().to(hidden.device))
+        if torch.isfinite(loss):
+            return loss
+        if not torch.isfinite(self._head).all():
+            raise self._model.not_finite("losses")
+        raise TrainingDiverged(f"the loss of this device's labels is {loss.item()}; try a lower --lr on the server")
 
     def _masks(self, seed: int, num_rows: int) -> Iterator[torch.Tensor]:
         """Of all adapted layers, in the order of the forward pass, (N, in) each; drawn block by block as they are asked for."""

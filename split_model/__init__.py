@@ -3,6 +3,7 @@
 from .adapter_folder import load_adapter, save_adapter
 from .generation import continue_greedily
 from .lora import Adapter, LoraConfig, adapted_layers, adapter_shapes, initial_adapter
+from .loss import summed_cross_entropy
 from .model_config import ModelConfig
 from .optimisation import OptimiserConfig, adamw, optimiser_state, restore_optimiser, take_step
 from .parts import EdgePart, ServerPart, check_cut_layer
@@ -34,5 +35,6 @@ __all__ = [
     "restore_optimiser",
     "save_adapter",
     "seal",
+    "summed_cross_entropy",
     "take_step",
 ]

@@ -509,7 +509,7 @@ NAMES = {
             "restore_optimiser",
             "seal",
         ),
-        *("save_adapter", "take_step"),
+        *("save_adapter", "summed_cross_entropy", "take_step"),
     ],
     "storage": [
         *(
