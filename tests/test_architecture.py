@@ -10,8 +10,9 @@ import pytest
 from conftest import REPOSITORY
 
 STDLIB = sys.stdlib_module_names | {"tomllib"}  # of 3.11 and later
-OURS = {"protocol", "split_model", "storage", "terminal"}
+OURS = {"privacy", "protocol", "split_model", "storage", "terminal"}
 MAY_IMPORT = {
+    "privacy": {"dp_accounting", "numpy"},
     "protocol": {"backports", "compression", "msgpack", "numpy"},
     "split_model": {"storage", "numpy", "safetensors", "tokenizers", "torch"},
     "storage": {"huggingface_hub", "numpy", "tokenizers"},
@@ -30,6 +31,7 @@ ROOMS = {
     "gpu_server/federation": {"numpy", "protocol", "storage", "terminal"},
 }
 ONLY_IN = {
+    "dp_accounting": {"privacy/accounting.py"},
     "websockets": {"edge_client/connection.py", "gpu_server/serving/http_handshake.py", "gpu_server/serving/peer.py"},
     "asyncio": {
         *("gpu_server/serving/http_handshake.py", "gpu_server/serving/conversation.py", "gpu_server/serving/handing_over.py"),
@@ -108,7 +110,7 @@ def test_neither_side_imports_transformers_or_peft(package: str) -> None:
     subprocess.run([sys.executable, "-c", check], check=True)
 
 
-NOT_ON_A_DEVICE = ("torch", "safetensors", "transformers", "onnx", "huggingface_hub")
+NOT_ON_A_DEVICE = ("torch", "safetensors", "transformers", "onnx", "huggingface_hub", "dp_accounting")
 
 
 def modules_of(package: str) -> list[str]:
@@ -118,7 +120,9 @@ def modules_of(package: str) -> list[str]:
 
 def test_device_needs_nothing_that_the_base_package_does_not_bring() -> None:
     """Every module of a device, but for the engine with torch, is imported where nothing else is installed."""
-    modules = [name for package in ("protocol", "storage", "terminal", "edge_client") for name in modules_of(package)]
+    modules = [
+        name for package in ("privacy", "protocol", "storage", "terminal", "edge_client") for name in modules_of(package)
+    ]
     modules.remove("edge_client.torch_engine")
     assert len(modules) > 50
     check = f"""

@@ -1,0 +1,7 @@
+"""Noise on what a device sends, and what it is worth."""
+
+from .accounting import NoiseWorth, worth
+from .centre import Centre, public_token_ids
+from .noise import SECRET_BYTES, GaussianNoise, clipped
+
+__all__ = ["SECRET_BYTES", "Centre", "GaussianNoise", "NoiseWorth", "clipped", "public_token_ids", "worth"]
