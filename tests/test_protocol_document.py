@@ -49,7 +49,7 @@ from protocol.codecs import Coded
 from protocol.encoding import MAX_ELEMENTS, MAX_TENSOR_ELEMENTS, MAX_TEXT
 from protocol.invitation import FORM
 from protocol.rounding import Dither, to_bfloat16
-from protocol.settings import BOUNDS
+from protocol.settings import ABILITIES, BOUNDS
 from split_model import LoraConfig, PretrainedModel, adapted_layers
 from split_model.families.gpt2 import GPT2Config
 from split_model.optimisation import OptimiserConfig, adamw, take_step
@@ -227,6 +227,19 @@ def test_it_names_the_codecs_that_a_client_has_to_offer() -> None:
         settings = dataclasses.replace(SETTINGS, activation_codec=codec, gradient_codec=gradient_codec(codec))
         assert documented.pop(codec) == (settings.codecs() | CodecPolicy(codec, 0.01).may_use()) - {EXACT}
     assert not documented
+
+
+def test_it_names_the_abilities_and_the_settings_that_need_them() -> None:
+    (rows,) = tables(DOCUMENT, "ability", "a client that says it", "needed where")
+    assert tuple(ability.strip("`") for ability, _, _ in rows) == ABILITIES
+    for ability, _, where in rows:
+        for name in re.findall(r"`(\w+)`", where.partition(" is ")[0].replace("one of", "")):
+            changes: dict[str, Any] = {"labels": "device", "check_codec_every": 0}
+            if name != "labels":
+                changes |= {f"{kind}_clip": 1.0 for kind in ("activation", "gradient") if name == f"{kind}_noise"}
+                changes |= {name: 1.0}
+            assert dataclasses.replace(SETTINGS, **changes).abilities() == {"device-labels", ability.strip("`")}, name
+    assert SETTINGS.abilities() == set()
 
 
 # The files of a part
