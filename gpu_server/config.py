@@ -4,6 +4,7 @@ import difflib
 import ipaddress
 import math
 import os
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from protocol import CODECS, DELTA, EXACT, RunSettings, gradient_codec
-from protocol.settings import BOUNDS, FLOAT32, LARGEST_COUNT, codec_named, out_of_bounds
+from protocol.settings import FLOAT32, LARGEST_COUNT, codec_named
 from terminal import user_path, user_text_path
 
 from .errors import ConfigError
@@ -84,7 +85,10 @@ class ServerConfig:
         choices=("auto", FLOAT32, *CODECS, DELTA),
     )
     codec_tolerance: float = option("nats/token by which a codec may change the loss before a richer one is used", 0.01)
-    check_codec_every: int = option("steps between two checks of that; 0 never checks", 100)
+    check_codec_every: int | None = option(
+        "steps between two checks of that; 0 never checks (default: 100; 0 where devices keep the labels, for the server then "
+        "computes no loss)"
+    )
     cache_bytes: int = option("bytes of a device's samples that each side keeps on its disk, for codec delta", 2**30)
     labels: str = option(
         "who has the tokens to predict: the server, or each device, which then computes the loss itself and sends no labels",
@@ -92,15 +96,27 @@ class ServerConfig:
         choices=("server", "device"),
     )
     label_rows: str = option(
-        "whether the server knows which rows have a label; hidden costs bytes, and needs gradient noise",
+        "where devices keep the labels, whether the server knows which rows have one; hidden sends all rows alike, which costs "
+        "bytes, and needs --gradient-noise",
         "shown",
         choices=("shown", "hidden"),
     )
-    activation_noise: float = option("noise that devices add to activations, in multiples of the clip", 0.0)
-    activation_clip: float = option("how far a row of activations may be from the centre; what is beyond is cut", 0.0)
-    gradient_noise: float = option("noise that devices add to their gradients, in multiples of the clip", 0.0)
-    gradient_clip: float = option("how long a row of a device's gradient may be; what is beyond is cut", 0.0)
-    noise_delta: float = option("delta of the (epsilon, delta) that is reported of the noise", 1e-6)
+    activation_noise: float = option(
+        "standard deviation of the Gaussian noise that devices add to every element of their activations, in multiples of "
+        "--activation-clip; 0: none",
+        0.0,
+    )
+    activation_clip: float = option(
+        "largest distance of a row of activations from a public centre (Euclidean norm); longer ones are shortened; 0: none is",
+        0.0,
+    )
+    gradient_noise: float = option(
+        "the same for gradients that devices send where they keep the labels, in multiples of --gradient-clip; 0: none", 0.0
+    )
+    gradient_clip: float = option("largest norm of a row of such a gradient; longer ones are shortened; 0: none is", 0.0)
+    noise_delta: float = option(
+        "delta of the (epsilon, delta) that the noise is reported to be worth; below 1 / samples of every device", 1e-6
+    )
     host: str = option("address to listen on", "127.0.0.1")
     port: int = option("port to listen on; 0 takes a free one", 8765)
     resume: bool = option("go on with the run in --run-dir; its settings need not be given again", False)
@@ -123,10 +139,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ConfigError("give either steps or epochs" if self.steps is None else "give steps or epochs, not both")
-        for name in [name for name in BOUNDS if name != "cut_layer"]:  # of which the model says more
-            value = getattr(self, name)
-            if value is not None and (wrong := out_of_bounds(name, value)):
-                raise ConfigError(f"{_flag(name)} {wrong}")
+        self._shared("float64" if self.dtype == "float64" else "float32", cut_layer=1)  # of which the model says more
         for name in COUNTS:
             self._require(name, lambda value: value is None or 1 <= value <= LARGEST_COUNT, f"1 to {LARGEST_COUNT}")
         self._require("codec_tolerance", lambda value: value >= 0, "at least 0")
@@ -145,12 +158,20 @@ class ServerConfig:
 
     def settled(self, dtype: str) -> "ServerConfig":
         """
-        The same with what was left open: ``dtype``, as it was chosen, and the number of micro-batches, which is chosen here.
+        The same with what was left open: ``dtype``, as it was chosen; the number of micro-batches, and how often the codec is
+        checked, which are chosen here.
         """
-        return replace(self, dtype=dtype, micro_batches=self.micro_batches or (1 if is_loopback(self.host) else 2))
+        checks = self.check_codec_every
+        if checks is None:
+            checks = 0 if self.labels == "device" else 100
+        micro_batches = self.micro_batches or (1 if is_loopback(self.host) else 2)
+        return replace(self, dtype=dtype, micro_batches=micro_batches, check_codec_every=checks)
 
     def settings(self, precision: str) -> RunSettings:
         """What every client is told of these settings, which are `settled`."""
+        return self._shared(precision)
+
+    def _shared(self, precision: str, **instead: Any) -> RunSettings:
         shared = {item.name: getattr(self, item.name) for item in fields(RunSettings) if item.name not in DERIVED}
         codec = codec_named(self.codec)
         if codec == "auto" and precision == "float64":
@@ -161,14 +182,12 @@ class ServerConfig:
             raise ConfigError(f"codec {codec} is for runs in float32; a run in float64 has --codec float32, which is exact")
         if precision == "float64" and self.edge_weights != "float32":
             raise ConfigError(f"edge-weights {self.edge_weights} is for runs in float32; in float64 every device has a model")
-        if self.labels == "device":
-            shared["check_codec_every"] = 0  # the server has no loss to compare
         shared |= {"precision": precision, "activation_codec": codec, "gradient_codec": gradient_codec(codec)}
         try:
-            return RunSettings(**shared)
+            return RunSettings(**{**shared, **instead})
         except ValueError as error:
-            name, _, wrong = str(error).partition(" ")
-            raise ConfigError(f"{_flag(name)} {wrong}") from None
+            known = "|".join(item.name for item in fields(RunSettings))
+            raise ConfigError(re.sub(rf"\b({known})\b", lambda name: _flag(name[0]), str(error))) from None
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "ServerConfig":
@@ -225,10 +244,13 @@ def resumed(options: Mapping[str, Any], previous: Mapping[str, Any]) -> dict[str
     options = {name: value for name, value in options.items() if (name, value) != ("dtype", "auto")}
     where = options["run_dir"]
     another = f"or start another run from its adapter: --init-adapter {where}/adapter with another --run-dir"
-    for name in OF_THE_RUN & options.keys() & previous.keys():
-        given, before = options[name], previous[name]
-        if isinstance(before, list):
-            given = list(_typed(name, given, tuple[str, ...], {"choices": None}))
+    # What an earlier version did not record is what it has been by default since.
+    defaults = {item.name: item.default for item in fields(ServerConfig) if item.default is not None}
+    recorded = {**defaults, **previous}
+    for name in OF_THE_RUN & options.keys() & recorded.keys():
+        given, before = options[name], recorded[name]
+        if isinstance(before, list | tuple):
+            given, before = list(_typed(name, given, tuple[str, ...], {"choices": None})), list(before)
         if given == before:
             continue
         if name == "steps" and type(given) is type(before) is int:

@@ -10,6 +10,7 @@ import numpy
 import torch
 
 from protocol import EXACT, RunSettings
+from protocol.settings import codec_named
 from split_model import (
     DTYPES,
     Adapter,
@@ -180,6 +181,8 @@ def _settled(options: Mapping[str, Any], previous: RunDescription | None) -> tup
         alone = "only this machine reaches the server, so both sides share its cores"
         apart = "while one is on its way, a device computes the next"
         choices.append(f"micro-batches {config.micro_batches}: {alone if is_loopback(config.host) else apart}")
+    if config.labels == "device" and codec_named(config.codec) != EXACT:
+        choices.append(f"codec {config.codec} is not checked: devices keep the labels, so the server has no loss to compare")
     return config, choices, device
 
 

@@ -192,3 +192,16 @@ def test_metrics_call_a_codec_what_the_flag_calls_it(
         (record,) = server.train()
     (row,) = metrics(Path(options["run_dir"]))
     assert record.codec == row["codec"] == "float32"
+
+
+# What cannot be checked
+
+
+def test_codec_that_the_server_cannot_check_is_named(options: dict[str, Any]) -> None:
+    with GpuServer(**options, steps=3, labels="device", codec="int8") as server:
+        assert "codec int8 is not checked: devices keep the labels, so the server has no loss to compare" in server.choices
+        server.suspend()
+    assert recorded(options)["check_codec_every"] == 0
+    options["run_dir"] += "-exact"
+    with GpuServer(**options, steps=3, labels="device") as server:
+        assert not any("is not checked" in choice for choice in server.choices)

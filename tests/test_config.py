@@ -21,6 +21,7 @@ from protocol import CODECS, RunSettings
 from protocol.settings import BOUNDS
 
 REQUIRED = {"model": "gpt2", "run_dir": "runs/demo", "steps": 10}
+NOISE = {"labels", "label_rows", "activation_noise", "activation_clip", "gradient_noise", "gradient_clip", "noise_delta"}
 
 
 def config(**options: Any) -> ServerConfig:
@@ -79,6 +80,61 @@ def test_run_cannot_go_on_as_another_one(name: str, given: Any, before: Any) -> 
         f"r holds a run with {flag} {before}; it cannot go on with {flag} {shown}. Leave --{flag} out, "
         "or start another run from its adapter: --init-adapter r/adapter with another --run-dir"
     )
+
+
+def test_run_of_an_earlier_version_goes_on_with_what_that_version_did() -> None:
+    recorded = dataclasses.asdict(config())
+    for name in ("labels", "gradient_noise", "micro_batches"):
+        del recorded[name]
+    assert (
+        resumed({"run_dir": "r", "labels": "server", "gradient_noise": 0, "micro_batches": 2}, recorded)["labels"] == "server"
+    )
+    with pytest.raises(
+        ConfigError, match=r"^r holds a run with labels server; it cannot go on with labels device. Leave --labels"
+    ):
+        resumed({"run_dir": "r", "labels": "device"}, recorded)
+
+
+@pytest.mark.parametrize("name", sorted(NOISE))
+def test_noise_is_of_the_run(name: str) -> None:
+    flag = name.replace("_", "-")
+    with pytest.raises(ConfigError, match=f"^r holds a run with {flag} .*; it cannot go on with {flag} "):
+        going_on({}, **{name: OTHER_VALUES[name]})
+
+
+# Labels and noise
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation_noise": 0.5}, "activation-noise 0.5 is a multiple of activation-clip, which is not given"),
+        ({"labels": "device", "gradient_noise": 0.5}, "gradient-noise 0.5 is a multiple of gradient-clip, which is not given"),
+        ({"gradient_noise": 0.5, "gradient_clip": 1.0}, "gradient-noise needs labels device: "),
+        ({"gradient_clip": 1.0}, "gradient-clip needs labels device: "),
+        ({"label_rows": "hidden"}, "label-rows hidden needs labels device: "),
+        ({"label_rows": "hidden", "labels": "device"}, "label-rows hidden needs gradient-noise: "),
+        (
+            {"activation_noise": 0.5, "activation_clip": 1.0, "codec": "delta"},
+            "activation-noise 0.5 does not go with codec delta",
+        ),
+        ({"labels": "device", "check_codec_every": 5}, "check-codec-every must be 0 where labels stay on the device, got 5"),
+        ({"activation_clip": -1.0}, "activation-clip must be 0 to 1000000, got -1.0"),
+        ({"noise_delta": 0.0}, "noise-delta must be 1e-30 to 0.999, got 0.0"),
+        ({"noise_delta": 1.0}, "noise-delta must be 1e-30 to 0.999, got 1.0"),
+        ({"labels": "nobody"}, "labels must be one of server, device; got 'nobody'"),
+    ],
+)
+def test_noise_and_labels_that_do_not_go_together_are_refused_before_a_model_is_loaded(
+    options: dict[str, Any], message: str
+) -> None:
+    assert refused(**options).startswith(message)
+
+
+def test_codec_is_checked_where_the_server_has_a_loss() -> None:
+    assert config().settled("float32").check_codec_every == 100
+    assert config(labels="device").settled("float32").settings("float32").check_codec_every == 0
+    assert config(check_codec_every=7).settled("float32").check_codec_every == 7
 
 
 def going_on(before: dict[str, Any], **given: Any) -> dict[str, Any]:
@@ -287,7 +343,7 @@ OTHER_VALUES: dict[str, Any] = {
     "edge_weights": "int8",
     "codec": "int4",
     "codec_tolerance": 0.05,
-    "check_codec_every": 10,
+    "check_codec_every": 0,
     "cache_bytes": 1000,
     "labels": "device",
     "label_rows": "hidden",
@@ -315,10 +371,20 @@ OTHER_VALUES: dict[str, Any] = {
 }
 
 
+NEEDED: dict[str, dict[str, Any]] = {
+    "label_rows": {"labels": "device", "gradient_noise": 1.0, "gradient_clip": 1.0},
+    "activation_noise": {"activation_clip": 1.0},
+    "gradient_noise": {"labels": "device", "gradient_clip": 1.0},
+    "gradient_clip": {"labels": "device"},
+}
+"""What a setting does not go without."""
+
+
 @pytest.mark.parametrize("name", OTHER_VALUES)
 def test_every_setting_is_a_flag(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     value = OTHER_VALUES[name]
-    options = {"model": "gpt2", "run_dir": "a", **({} if name == "epochs" else {"steps": 1}), name: value}
+    length = {} if name == "epochs" else {"steps": 1}
+    options = {"model": "gpt2", "run_dir": "a", **length, **NEEDED.get(name, {}), name: value}
     arguments = []
     for key, given in options.items():
         arguments.append(f"--{key.replace('_', '-')}")
@@ -342,7 +408,7 @@ def test_clients_are_told_the_settings_of_the_run() -> None:
     assert told.precision == "float32"
     assert {told.activation_codec, told.gradient_codec} == {OTHER_VALUES["codec"]}
     for item in dataclasses.fields(RunSettings):
-        if item.name not in ("precision", "epochs", "activation_codec", "gradient_codec", "check_codec_every"):
+        if item.name not in ("precision", "epochs", "activation_codec", "gradient_codec"):
             assert getattr(told, item.name) == OTHER_VALUES[item.name]
 
 
