@@ -118,14 +118,13 @@ class Disclosure:
 
     def __str__(self) -> str:
         """A sentence for the user."""
-        sent = [f"activations {self._described('activation')}"]
+        activations = f"activations ({self._described('activation')})"
         if self._settings.labels == "server":
-            return f"this device sends {sent[0]}, and the labels as token ids"
-        sent.append(f"gradients at the hidden states {self._described('gradient')}")
-        return f"this device keeps the labels, and sends {' and '.join(sent)}"
+            return f"this device sends {activations}, and the labels as token ids"
+        gradients = f"gradients at the hidden states ({self._described('gradient')})"
+        return f"this device keeps the labels, and sends {activations} and {gradients}"
 
     def _described(self, kind: str) -> str:
         clip, noise = (getattr(self._settings, f"{kind}_{what}") for what in ("clip", "noise"))
-        if not clip:
-            return "without noise"
-        return f"clipped to {clip:g} {f'with noise of {noise:g} times that' if noise else 'without noise'}"
+        described = f"noise {noise:g} times that" if noise else "no noise"
+        return f"clipped to {clip:g}, {described}" if clip else described

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from protocol_samples import SETTINGS
 
-from edge_client.data import Batch, Batches, Dataset, Sample, pack
+from edge_client.data import Batch, Batches, Dataset, Sample
 from edge_client.disclosure import Disclosure
 from edge_client.membership import Membership
 from edge_client.saved_steps import SavedStep, SavedSteps
@@ -379,20 +379,3 @@ def test_perplexity_is_the_same_wherever_the_labels_are(labels: str) -> None:
     assert membership.stopwatch.lap().edge_compute == pytest.approx(2.0)  # an evaluation belongs to no step
     if isinstance(server, Asking):
         assert server.of(Evaluation)[0].labels.tolist() == []
-
-
-def test_rows_with_a_label_are_the_last_of_every_sequence() -> None:
-    samples = [
-        Sample(np.arange(5, dtype=np.int32), 2),
-        Sample(np.array([8, 9], np.int32), 1),
-        Sample(np.arange(3, dtype=np.int32), 0),
-    ]
-    batch = pack(samples)
-    hidden = Disclosure(replace(AT_HOME, label_rows="hidden", gradient_noise=1.0, gradient_clip=1.0), b"s" * 32)
-    rows = np.arange(7, dtype=np.float32)[:, None]
-    assert hidden.of_labelled_rows(rows, batch).ravel().tolist() == [2, 3, 4]
-    assert hidden.of_all_rows(np.ones((3, 1), np.float32), batch).ravel().tolist() == [0, 0, 1, 1, 1, 0, 0]
-    shown = Disclosure(AT_HOME)
-    assert np.array_equal(shown.of_labelled_rows(rows[:3], batch), rows[:3])
-    assert np.array_equal(shown.of_all_rows(rows[:3], batch), rows[:3])
-    assert shown.of_all_rows(rows[:0], pack([])).shape == (0, 1)
