@@ -7,7 +7,6 @@ if TYPE_CHECKING:
     from .client_state import StateError
     from .connection import ConnectionFailed, Refused
     from .data import DataError
-    from .disclosure import TooMuchDisclosed
     from .enrolment import EnrolmentError
     from .generation import ExportedModelError, GenerationError, Generator, RuntimeMissing, Sampling
     from .pinning import CertificateChanged
@@ -29,7 +28,6 @@ __all__ = [
     "ServerStatus",
     "StateError",
     "Step",
-    "TooMuchDisclosed",
     "ping",
 ]
 
@@ -48,7 +46,6 @@ _HOMES = {
     "Sampling": "generation",
     "ServerStatus": "server_status",
     "Step": "training",
-    "TooMuchDisclosed": "disclosure",
     "ping": "server_status",
 }
 

@@ -1,0 +1,120 @@
+"""Attacks on what crosses the wire find all without noise, and no more than a guess behind much of it."""
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model
+
+from edge_client.data import Sample
+from edge_client.leak.attacks import Attack, Recovered
+from edge_client.leak.attacks.labels import LabelRows, LabelsFromGradient, LabelsRead
+from edge_client.leak.cut_model import CutModel
+from edge_client.leak.knowledge import Knowledge
+from edge_client.leak.observation import NO_TOKEN, Observations, Setting, Target, truth
+from split_model import LoraConfig, PretrainedModel, initial_adapter
+
+LORA = LoraConfig(rank=4, targets=("c_attn",))
+SECRET = bytes(range(32))
+CODECS = ("float32", "int8", "int4")
+
+
+def some_texts(count: int, seed: int) -> list[Sample]:
+    """Of a language whose tokens are chosen by the one before, with some chance; the second half is the completion."""
+    rng = np.random.default_rng(seed)
+    texts = []
+    for _ in range(count):
+        tokens = [int(rng.integers(600))]
+        for _ in range(int(rng.integers(8, 14))):
+            tokens.append((7 * tokens[-1] + int(rng.integers(12))) % 600)
+        texts.append(Sample(np.array(tokens, np.int32), len(tokens) // 2))
+    return texts
+
+
+TEXTS, OWN = some_texts(6, seed=1), some_texts(48, seed=2)
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> CutModel:
+    """The tiny model behind its second block, with an adapter that has been trained for some steps."""
+    model = PretrainedModel(make_model(tmp_path_factory.mktemp("cut")))
+    generator = torch.Generator().manual_seed(0)
+    adapter = {
+        name: matrix if ".lora_A." in name else 0.01 * torch.randn(matrix.shape, generator=generator)
+        for name, matrix in initial_adapter(model.config, LORA, 0).items()
+    }
+    return CutModel(model, adapter, LORA, 2)
+
+
+def attacked(attack: Attack, cut: CutModel, **settings: Any) -> Recovered:
+    setting = Setting(cut_layer=2, batch_size=3, **settings)
+    assert not attack.why_not(setting)
+    observations = Observations.of(TEXTS, cut, setting, SECRET)
+    return attack.run(observations, Knowledge(cut, setting, OWN), np.random.default_rng(0))
+
+
+def share(recovered: Recovered) -> float:
+    """Of what there is to be found, the part that was."""
+    found, true = np.concatenate(recovered.guesses), np.concatenate(truth(recovered.target, TEXTS, 3))
+    return float(np.mean((found == true)[true != NO_TOKEN]))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_every_label_is_found_in_its_gradient(cut: CutModel, codec: str, clip: float) -> None:
+    assert share(attacked(LabelsFromGradient(), cut, labels="device", codec=codec, gradient_clip=clip)) == 1
+
+
+def test_labels_that_are_sent_are_read(cut: CutModel) -> None:
+    assert share(attacked(LabelsRead(), cut)) == 1
+
+
+def test_labels_behind_much_noise_are_only_guessed(cut: CutModel) -> None:
+    noise = {"labels": "device", "gradient_noise": 100.0, "gradient_clip": 1.0}
+    assert share(attacked(LabelsFromGradient(), cut, **noise)) < 0.15
+
+
+def test_rows_with_a_label_are_known_however_they_are_hidden_by_little_noise(cut: CutModel) -> None:
+    hidden = {"labels": "device", "label_rows": "hidden", "gradient_clip": 1.0}
+    probabilities = attacked(LabelRows(), cut, **hidden, gradient_noise=1e-3).guesses
+    assert (np.concatenate(probabilities) > 0.5).tolist() == np.concatenate(truth(Target.LABEL_ROWS, TEXTS, 3)).tolist()
+
+
+def test_rows_with_a_label_behind_much_noise_are_those_that_lengths_and_sums_suggest(cut: CutModel) -> None:
+    setting = Setting(cut_layer=2, batch_size=3, labels="device", label_rows="hidden", gradient_clip=1.0, gradient_noise=100.0)
+    observations, knowledge = Observations.of(TEXTS, cut, setting, SECRET), Knowledge(cut, setting, OWN)
+    rng = np.random.default_rng(0)
+    found, guessed = LabelRows().run(observations, knowledge, rng), LabelRows().baseline(observations, knowledge, rng)
+    assert np.concatenate(found.guesses) == pytest.approx(np.concatenate(guessed.guesses), abs=0.2)
+
+
+def test_rows_with_a_label_are_told_where_they_are_shown(cut: CutModel) -> None:
+    probabilities = attacked(LabelRows(), cut, labels="device").guesses
+    assert np.concatenate(probabilities).tolist() == np.concatenate(truth(Target.LABEL_ROWS, TEXTS, 3)).tolist()
+
+
+def arrays_in(value: Any) -> Sequence[np.ndarray[Any, Any]]:
+    if isinstance(value, np.ndarray):
+        return [value]
+    if is_dataclass(value):
+        return [array for field in fields(value) for array in arrays_in(getattr(value, field.name))]
+    return [array for item in value for array in arrays_in(item)] if isinstance(value, tuple) else []
+
+
+@pytest.mark.parametrize("labels", ["server", "device"])
+def test_observations_hold_no_token_but_labels_that_were_sent(cut: CutModel, labels: str) -> None:
+    observed = Observations.of(TEXTS, cut, Setting(cut_layer=2, batch_size=3, labels=labels), SECRET)
+    for exchange in observed.exchanges:
+        known = [exchange.lengths, exchange.label_counts] + ([exchange.labels] if exchange.labels is not None else [])
+        assert len([array for array in arrays_in(exchange) if array.dtype.kind == "i"]) == len(known)
+        assert (exchange.labels is None) == (labels == "device")
+
+
+def test_a_setting_that_no_run_has_is_refused_in_the_words_of_a_run() -> None:
+    with pytest.raises(ValueError, match="activation_noise"):
+        Setting(cut_layer=2, activation_noise=0.1)
+    with pytest.raises(ValueError, match="codec must be one of float32, bfloat16, int8, int4, got delta"):
+        Setting(cut_layer=2, codec="delta")
