@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from .client_state import StateError
     from .connection import ConnectionFailed, Refused
     from .data import DataError
+    from .disclosure import TooMuchDisclosed
     from .enrolment import EnrolmentError
     from .generation import ExportedModelError, GenerationError, Generator, RuntimeMissing, Sampling
     from .pinning import CertificateChanged
@@ -28,6 +29,7 @@ __all__ = [
     "ServerStatus",
     "StateError",
     "Step",
+    "TooMuchDisclosed",
     "ping",
 ]
 
@@ -46,6 +48,7 @@ _HOMES = {
     "Sampling": "generation",
     "ServerStatus": "server_status",
     "Step": "training",
+    "TooMuchDisclosed": "disclosure",
     "ping": "server_status",
 }
 

@@ -199,6 +199,20 @@ def _add_training_flags(command: argparse.ArgumentParser) -> None:
         "first (default: 4 GiB)",
     )
     command.add_argument(
+        "--labels",
+        choices=("server", "device"),
+        default="server",
+        help="device: take part in no run that sends the labels, token ids of what is learnt, to the server (default: any run)",
+    )
+    for kind, what in (("activation", "activations"), ("gradient", "gradients at the hidden states")):
+        command.add_argument(
+            f"--{kind}-noise",
+            type=float,
+            default=0.0,
+            metavar="SIGMA",
+            help=f"take part in no run with less noise on {what} than this times the run's clip (default: any run)",
+        )
+    command.add_argument(
         "--state-dir",
         metavar="DIR",
         help="folder for this device's enrolments, for what servers hand over, and for what it needs to go on after it was "
@@ -275,6 +289,9 @@ def _training_options(options: argparse.Namespace) -> dict[str, Any]:
         "in_flight": options.in_flight,
         "cache_bytes": options.cache_bytes,
         "part_bytes": options.part_bytes,
+        "labels": options.labels,
+        "activation_noise": options.activation_noise,
+        "gradient_noise": options.gradient_noise,
     }
 
 
@@ -406,7 +423,7 @@ def _introduction(client: "EdgeClient") -> str:
     return (
         f"run {client.welcome.run}, device {client.name}: {_described(client.data)}{held_out}; "
         f"{f'blocks 0 to {last}' if last else 'block 0'}; engine {client.engine}: {client.engine_choice}; "
-        f"dtype {client.dtype}: {client.choice}; "
+        f"dtype {client.dtype}: {client.choice}; {client.disclosure}; "
         f"the run waits for {count(settings.clients, 'device')}"
     )
 
@@ -458,6 +475,7 @@ def _errors_of_train() -> tuple[type[Exception], ...]:
 
     from .client_state import StateError
     from .data import DataError
+    from .disclosure import TooMuchDisclosed
 
-    ours = (DataError, StateError, InvalidInvitation, InvalidName)
+    ours = (DataError, TooMuchDisclosed, StateError, InvalidInvitation, InvalidName)
     return (*_errors_of_ping(), *ours, AdapterError, ModelError, TrainingDiverged)

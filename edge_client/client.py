@@ -8,8 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Union
 
+import numpy as np
 from tokenizers import Tokenizer
 
+from privacy import Centre, public_token_ids
 from protocol import (
     CODECS,
     DELTA,
@@ -23,13 +25,15 @@ from protocol import (
     largest_message_bytes,
 )
 from protocol.invitation import Invitation
+from protocol.settings import ABILITIES
 from storage import ModelError, NamedFiles, find_model
 from terminal import importing, user_path, user_text_path
 
 from .access import Access, default_name
 from .client_state import ClientState, DeviceCache, WayToCompute, allowed_cache_bytes
 from .connection import Refused
-from .data import Batches, DataError, Dataset, check_file
+from .data import Batch, Batches, DataError, Dataset, check_file
+from .disclosure import Demands, Disclosure
 from .engine import Engine
 from .engine_choice import ENGINES, TORCH, choose_engine
 from .enrolment import state_folder, store
@@ -86,12 +90,16 @@ class EdgeClient:
         cache_bytes: with the codec delta, how much of the samples' activations is kept in ``state_dir``; None is as much as the
             server keeps, and at most 1 GiB.
         part_bytes: how much of what servers hand over is kept in ``state_dir``; a larger part is refused. None is 4 GiB.
+        labels: "device" takes part in no run in which labels leave this device; "server" in any.
+        activation_noise, gradient_noise: the least noise of a run in which this device takes part, in units of the run's clip;
+            see `RunSettings`.
         report: called while this device makes itself ready, with what it is at, how many bytes of it are done, and of how many.
 
     Raises:
         DataError, ModelError, InvalidName, EnrolmentError: a file or the name cannot be used.
         ConnectionFailed, Refused, RemoteProtocolError: the server cannot be used, on entering and later.
-        StateError: the folder for this device's state cannot be written.
+        TooMuchDisclosed: on entering, before any data is sent: the run does not keep to ``labels`` or the noise.
+        StateError: the folder for this device's state cannot be written, or what is in it cannot be trusted.
         PackageMissing: what computes is not installed; the message says what installs it.
     """
 
@@ -106,6 +114,8 @@ class EdgeClient:
     """On entering: of the frozen weights."""
     choice: str
     """On entering: why."""
+    disclosure: Disclosure
+    """On entering: what of the data leaves this device."""
 
     def __init__(
         self,
@@ -126,6 +136,9 @@ class EdgeClient:
         in_flight: int = 2,
         cache_bytes: int | None = None,
         part_bytes: int | None = None,
+        labels: str = "server",
+        activation_noise: float = 0.0,
+        gradient_noise: float = 0.0,
         report: Callable[[str, int, int], object] | None = None,
     ) -> None:
         if batch_size < 1:
@@ -142,6 +155,10 @@ class EdgeClient:
             raise DataError(f"engine must be {', '.join(ENGINES[:-1])} or {ENGINES[-1]}, got {engine!r}")
         if engine == TORCH and model is None:
             raise ModelError("the torch engine computes with a model of this device's own: give --model, or leave --engine out")
+        try:
+            self._demands = Demands(labels, activation_noise, gradient_noise)
+        except ValueError as error:
+            raise DataError(str(error)) from None
         self.server, self.batch_size, self.shuffle = server, batch_size, shuffle
         state = state_folder(state_dir)
         data, held_out = user_path(data), None if eval_data is None else user_path(eval_data)
@@ -223,7 +240,12 @@ class EdgeClient:
         self._wait_reports = WaitReports(lambda: reason_to_wait(self._access.connect, self.name))
         self._membership = Membership(
             self._access.connect,
-            Hello(name=self.name, fingerprint=self._model.fingerprint() if self._model else "", codecs=(*CODECS, DELTA)),
+            Hello(
+                name=self.name,
+                fingerprint=self._model.fingerprint() if self._model else "",
+                codecs=(*CODECS, DELTA),
+                abilities=ABILITIES,
+            ),
             give_up_after=self._give_up_after,
             # The address of a run in which this device was is right, and who says how long to try means to wait.
             server_may_be_away=self._state.is_in_a_run or self._give_up_after is not None,
@@ -241,6 +263,7 @@ class EdgeClient:
         return self
 
     def _make_ready(self, settings: RunSettings) -> None:
+        self._demands.check(settings, self.welcome.run)
         before = self._state.way_to_compute(self.welcome.run)
         self.engine, self.engine_choice = choose_engine(
             self._asked_engine,
@@ -260,6 +283,7 @@ class EdgeClient:
             self.dtype, self.choice = choose_weight_dtype(self._dtype, self._device, settings, before=dtype_before)
             self._enter_run(WayToCompute(TORCH, self.dtype, part="", data=self._described_data()), before, self._model.config)
             self._engine = TorchEngine(self._model, settings, self._device, self.dtype)
+            self.disclosure = self._disclosure(settings, self._model.config)
             return
         from .onnx_engine import OnnxEngine
 
@@ -277,6 +301,7 @@ class EdgeClient:
             self._read_data(part.tokenizer(), part.description, part.files.path)
         self._enter_run(WayToCompute(self.engine, self.dtype, digest, self._described_data()), before, part.description)
         self._engine = OnnxEngine(part, settings)
+        self.disclosure = self._disclosure(settings, part.description)
 
     def _fetch_part(self) -> "tuple[DevicePart, str]":
         """The part that the server hands over, and its digest."""
@@ -314,6 +339,17 @@ class EdgeClient:
         self._state.enter(self.welcome, way, model=self._hub_name)
         self._width = config.width
         self._batches, self._activation_cache = self._divide(self.welcome.settings)
+
+    def _disclosure(self, settings: RunSettings, config: "Described") -> Disclosure:
+        """To be called before the engine has an adapter: the centre is one of the base model."""
+        secret, centre = None, None
+        if "noise" in settings.abilities():
+            secret = self._state.noise_secret()
+        if settings.activation_clip:
+            ids, lengths = public_token_ids(config.vocabulary_size, config.num_positions)
+            batch = Batch(ids, lengths, label_counts=np.zeros_like(lengths), labels=ids[:0])
+            centre = Centre.of(self._engine.infer(batch), lengths)
+        return Disclosure(settings, secret, centre)
 
     def _divide(self, settings: RunSettings) -> tuple[Batches, DeviceCache | None]:
         """The data as batches of this run, and the activation cache of those samples that both sides keep, if they keep any."""
@@ -363,6 +399,7 @@ class EdgeClient:
             self._engine,
             self._batches,
             self.start(),
+            disclosure=self.disclosure,
             saved_steps=self._state.saved_steps,
             in_flight=self._in_flight,
         )
@@ -383,7 +420,8 @@ class EdgeClient:
         while True:
             try:
                 found = math.nan  # of no batches, which no data set has
-                for found in perplexity(self._membership, self._engine, self.eval_data, self.batch_size):
+                estimates = perplexity(self._membership, self._engine, self.eval_data, self.batch_size, self.disclosure)
+                for found in estimates:
                     if on_batch is not None:
                         on_batch(found)
                 return found

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import os
 import shutil
+import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from privacy import SECRET_BYTES
 from protocol import Array, RunSettings, Welcome
 from protocol.limits import CACHES_ON_DEVICE
 from storage import CacheFolder, is_hub_name, remove_unfinished, replace_file
@@ -15,7 +18,7 @@ from .saved_steps import SavedSteps, StateError, readable_errors
 
 __all__ = ["ClientState", "DeviceCache", "StateError", "WayToCompute", "allowed_cache_bytes"]
 
-FOLDER, NOTE, CACHE = "places", "place.json", "samples"
+FOLDER, NOTE, CACHE, SECRET = "places", "place.json", "samples", "noise"
 """Names on the disk are those of earlier versions: a device that was killed under one of them finds back."""
 MOST_CACHE_BYTES = 2**30
 """Where the user says nothing. A server does not decide how much of a device's disk it fills."""
@@ -37,7 +40,8 @@ class WayToCompute:
 class ClientState:
     """
     A folder for each server and client name, which is there as long as this client belongs to an unfinished run. It holds a
-    note of which run that is, the saved steps of a run with long rounds, and the activation cache of a run in `DELTA`.
+    note of which run that is, the saved steps of a run with long rounds, the activation cache of a run in `DELTA`, and the
+    secret of a run with noise.
 
     Args:
         state_folder: of everything that this device keeps, for all servers.
@@ -106,6 +110,25 @@ class ClientState:
         with readable_errors(self._folder):
             return DeviceCache(self._folder / CACHE, CACHES_ON_DEVICE * cache_bytes)
 
+    def noise_secret(self) -> bytes:
+        """
+        From what this device draws its noise in this run: made once, so that a step that is repeated after a kill has the same.
+
+        Raises:
+            StateError: it cannot be written, or is not what was written.
+        """
+        path = self._folder / SECRET
+        with readable_errors(self._folder):
+            if not os.path.lexists(path):
+                replace_file(path, os.urandom(SECRET_BYTES))
+        secret = _read_private(path, SECRET_BYTES)
+        if secret is None:
+            raise StateError(
+                f"{path} is not the secret that this device has made for its noise, or others may read it; delete it, then "
+                "steps that are repeated get new noise"
+            )
+        return secret
+
     def delete(self) -> None:
         """The run is over for this client."""
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -117,6 +140,20 @@ class ClientState:
         except (OSError, ValueError, RecursionError):
             return {}
         return note if isinstance(note, dict) else {}
+
+
+def _read_private(path: Path, size: int) -> bytes | None:
+    """A file's content; None if it is no file of that size which its owner alone may read."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        with open(os.open(path, flags), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or (os.name == "posix" and stat.S_IMODE(status.st_mode) & 0o077):
+                return None
+            content = file.read(size + 1)
+    except OSError:
+        return None
+    return content if len(content) == size else None
 
 
 class DeviceCache(CacheFolder):

@@ -83,8 +83,10 @@ class Handshake(ClientConnection):
 
 @dataclass(frozen=True)
 class Sent:
-    """A question that has no answer yet."""
+    """A question that has no answer yet, or the reply with which it goes on waiting for one."""
 
+    micro_batch: int
+    """0 where it is of none."""
     at: float
     """When it was encoded, in seconds of the stopwatch's clock."""
     num_bytes: int
@@ -118,7 +120,7 @@ class Connection:
         self._open = ExitStack()
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="sender")
         self._sent: deque[Sent] = deque()
-        """In the order in which they were asked, which is that of the answers."""
+        """In the order in which they were sent: one of each micro-batch."""
         self._last_sending: Future[None] = Future()
         """See `Sent.sending`, of the last question."""
         self._last_sending.set_result(None)
@@ -172,14 +174,14 @@ class Connection:
         return self.answer(*answer_kinds, within=within)
 
     def ask(self, message: Message) -> None:
-        """Have a question sent. If the connection is lost, `answer` will say so."""
+        """Have a question sent, or a reply where the server asks back. If the connection is lost, `answer` will say so."""
         began = self.stopwatch.now()
         data = self.session.send(message)
         encoded = self.stopwatch.now()
         self.stopwatch.add(encode=encoded - began)
         self.num_bytes += len(data)
         self._last_sending = self._sender.submit(self._send, data)
-        self._sent.append(Sent(encoded, len(data), self._last_sending))
+        self._sent.append(Sent(getattr(message, "micro_batch", 0), encoded, len(data), self._last_sending))
 
     def _send(self, data: bytes) -> None:
         try:
@@ -189,7 +191,7 @@ class Connection:
 
     def answer(self, *kinds: type[Answer], within: float | None = None) -> Answer:
         """
-        Wait for the answer to the earliest question that has none.
+        Wait for the answer to the earliest question that has none, or for what the server asks back about any.
 
         Args:
             within: seconds to wait for each message; None waits as long as it takes.
@@ -226,8 +228,7 @@ class Connection:
             except RemoteProtocolError as error:
                 raise RemoteProtocolError(f"{self.url} does not keep to the protocol: {error}") from None
         decoded = self.stopwatch.now()
-        if self._sent:  # else the server refuses a client that has asked nothing
-            question = self._sent.popleft()
+        if question := self._take_sent(reply):
             question.sending.result()
             if isinstance(reply, Start):
                 self._sent.clear()  # one Start answers all open questions
@@ -239,6 +240,18 @@ class Connection:
             )
         self.stopwatch.add(decode=decoded - arrived)
         return reply
+
+    def _take_sent(self, reply: Message) -> Sent | None:
+        """
+        To what the server replies: of several micro-batches to the one that it names, else to the earliest. None where it
+        refuses a client that has asked nothing.
+        """
+        named = getattr(reply, "micro_batch", None)
+        for number, sent in enumerate(self._sent):
+            if named in (None, sent.micro_batch):
+                del self._sent[number]
+                return sent
+        return None
 
     def close(self) -> None:
         """Leave the run: say Goodbye if the server still listens, then close."""

@@ -14,6 +14,8 @@ from protocol import (
     EdgeAdapter,
     Evaluation,
     Hello,
+    HiddenGradient,
+    HiddenStates,
     Itinerary,
     Join,
     Message,
@@ -23,6 +25,7 @@ from protocol import (
     RemoteProtocolError,
     Start,
     Welcome,
+    identity,
 )
 from protocol.agreement import changed_settings
 from storage import ModelError
@@ -188,15 +191,18 @@ class Membership:
             return answer
 
     def exchange(self, question: Message, answer_kind: type[Answer]) -> Answer:
-        """A question's answer; raises what `exchange_each` does."""
+        """The answer to a question about which the server asks nothing back; raises what `exchange_each` does."""
         ((_, answer),) = self.exchange_each([question], answer_kind)
-        return answer
+        return cast(Answer, answer)
 
     def exchange_each(
         self, questions: Iterable[Question], answer_kind: type[Answer], in_flight: int = 1
-    ) -> Iterator[tuple[Question, Answer]]:
+    ) -> Iterator[tuple[Question, Answer | HiddenStates]]:
         """
         The questions with their answers, in their order, however often they have to be asked.
+
+        Where labels stay on the device, a question comes with `HiddenStates` before: the server asks back, and gives no answer
+        until it has a `reply`. It may come so again, on another connection.
 
         Args:
             questions: the next one is made when fewer than ``in_flight`` wait for their answers.
@@ -212,10 +218,15 @@ class Membership:
             waiting.append(question)
             if self._server.is_connected:  # if not, it is asked when there is a connection again
                 self._server.connection.ask(question)
-            if len(waiting) >= in_flight:
-                yield waiting[0], self._answer(waiting, answer_kind)
+            while len(waiting) >= in_flight:
+                yield self._hear(waiting, answer_kind)
         while waiting:
-            yield waiting[0], self._answer(waiting, answer_kind)
+            yield self._hear(waiting, answer_kind)
+
+    def reply(self, reply: HiddenGradient) -> None:
+        """Give the server what it has asked back. Where the connection is lost, it asks back again on the next one."""
+        if self._server.is_connected:
+            self._server.connection.ask(reply)
 
     def next_index(self) -> int:
         """
@@ -243,27 +254,27 @@ class Membership:
 
     # Asking, until there is an answer
 
-    def _answer(self, waiting: deque[Question], answer_kind: type[Answer]) -> Answer:
-        """The answer to the first of the waiting questions, which is taken out."""
+    def _hear(self, waiting: deque[Question], answer_kind: type[Answer]) -> tuple[Question, Answer | HiddenStates]:
+        """What the server says next of a waiting question: the answer to the first, which is taken out, or a question."""
         while True:
             try:
                 connection = self._server.connection
                 with self._while_waiting:
-                    answer = connection.answer(answer_kind, Start)
+                    answer = connection.answer(answer_kind, HiddenStates, Start)
             except ConnectionFailed as error:
                 self._ask_again(waiting, error)
                 continue
+            if isinstance(answer, HiddenStates):
+                return _asked_back_about(waiting, answer), answer
             question = waiting.popleft()
             if isinstance(answer, Start):  # the run has gone on without this client, and none of its questions will be answered
                 _log_missed_steps(question, answer)
                 self._redirect(answer, question)
-            self._server.made_progress()  # a Welcome and a Start alone would be none
-            if isinstance(question, Evaluation):
-                self.stopwatch.lap()  # an evaluation belongs to no step
+            self._server.made_progress()  # what the server says after each connection, such as a Welcome, would be none
             if isinstance(answer, EdgeAdapter):
                 self.position.round = answer.step
                 self.position.checkpoint = max(self.position.checkpoint, answer.checkpoint)
-            return cast(Answer, answer)
+            return question, cast(Answer, answer)
 
     def _ask_again(self, waiting: deque[Question], error: ConnectionFailed) -> None:
         """Ask the waiting questions on a new connection, unless the run has left them behind."""
@@ -362,6 +373,19 @@ class Membership:
             "connected again; the run goes on after step %d, this device had finished step %d", start.step, self.position.step
         )
         return start
+
+
+def _asked_back_about(waiting: Iterable[Question], states: HiddenStates) -> Question:
+    """
+    Raises:
+        RemoteProtocolError: none of the waiting questions is of that micro-batch.
+    """
+    for question in waiting:
+        if identity(question)[1:] == identity(states)[1:]:
+            return question
+    raise RemoteProtocolError(
+        f"got the hidden states of micro-batch {states.micro_batch} of step {states.step}, which this device waits for no more"
+    )
 
 
 def _check_same_run(before: Welcome, now: Welcome) -> None:

@@ -128,6 +128,14 @@ class OnnxEngine:
         for name, matrix in self._matrices.items():
             matrix[...] = tensors[name]
 
+    # The head
+
+    def loss_and_gradient(self, hidden: Array, labels: Array) -> tuple[float, Array]:
+        raise NotImplementedError
+
+    def loss(self, hidden: Array, labels: Array) -> float:
+        raise NotImplementedError
+
     # Held-out texts
 
     def infer(self, batch: Batch) -> Array:

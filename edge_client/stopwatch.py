@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from protocol import ActivationGradient, EdgeAdapter, Message, Seconds
+from protocol import ActivationGradient, EdgeAdapter, HiddenStates, Message, Seconds
 
 __all__ = ["Stopwatch", "difference"]
 
@@ -46,6 +46,8 @@ class Stopwatch:
         """
         Divide the time in which this side only waited for an answer.
 
+        So is the time until the server asks back, and that from this side's reply to the answer: each is a way of its own.
+
         A question's whole way is uplink, queue, the server's computing, downlink. This side computes during the first part of
         it and waits during the last, so the wait is filled from the way's end.
 
@@ -55,7 +57,7 @@ class Stopwatch:
             share_up: the question's share of the bytes of both; links are taken to be as fast in both directions.
         """
         queue, server_compute = 0.0, 0.0
-        if isinstance(answer, ActivationGradient | EdgeAdapter):
+        if isinstance(answer, HiddenStates | ActivationGradient | EdgeAdapter):
             queue, server_compute = answer.queue_seconds, answer.compute_seconds
         link = max(0.0, under_way - queue - server_compute)
         left = waited

@@ -7,6 +7,7 @@ connections that takes. Only one thing may come instead of an answer: `Redirecte
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from protocol import (
@@ -18,6 +19,9 @@ from protocol import (
     EdgeAdapter,
     Evaluation,
     EvaluationLoss,
+    EvaluationStates,
+    HiddenGradient,
+    HiddenStates,
     Itinerary,
     QuestionId,
     RemoteProtocolError,
@@ -30,6 +34,7 @@ from protocol import (
 )
 
 from .data import Batch, Batches, Dataset, pack
+from .disclosure import Disclosure
 from .engine import Engine
 from .membership import Membership, Redirected
 from .saved_steps import SavedStep, SavedSteps
@@ -62,6 +67,7 @@ def train(
     batches: Batches,
     start: Start,
     *,
+    disclosure: Disclosure,
     saved_steps: SavedSteps,
     in_flight: int = 2,
 ) -> Iterator[Step]:
@@ -72,6 +78,7 @@ def train(
 
     Args:
         start: where the run stands.
+        disclosure: what the server gets to see.
         in_flight: micro-batches of a step that are under way at once: while one travels, or is computed on the server, this
             side computes the next. The result is the same to the bit, however many they are.
     """
@@ -89,11 +96,17 @@ def train(
 
                 # Forward to the cut, micro-batch by micro-batch; the server does the rest and sends back the loss's gradients.
                 engine.begin_step()
-                questions = _activations(step, batches, engine, membership)
+                questions = _activations(step, batches, engine, membership, disclosure)
                 for sent, answer in membership.exchange_each(questions, ActivationGradient, in_flight):
-                    _check_answer(sent, answer)
+                    if isinstance(answer, HiddenStates):
+                        # The labels stay here: the server's blocks end with hidden states, and the loss is computed from these.
+                        batch = batches.micro_batch(step, answer.micro_batch)
+                        membership.reply(_hidden_gradient(answer, batch, engine, membership, disclosure))
+                        continue
+                    _check_gradient(sent, answer)
                     engine.backward(answer.values)
-                engine.end_step(answer.labelled_tokens)
+                    loss, labelled_tokens = answer.loss, answer.labelled_tokens
+                engine.end_step(labelled_tokens)
 
                 if settings.aggregate_every == 1:
                     # The server sums the gradients of all clients and takes the optimiser's step for everybody.
@@ -109,7 +122,7 @@ def train(
 
                 yield Step(
                     number=step,
-                    loss=answer.loss,
+                    loss=loss,
                     tokens=batches.num_tokens(step),
                     num_bytes=membership.num_bytes - bytes_before,
                     seconds=difference(membership.stopwatch.read(), seconds_before),
@@ -123,29 +136,54 @@ def train(
             return
 
 
-def _activations(step: int, batches: Batches, engine: Engine, membership: Membership) -> Iterator[Activations]:
+def _activations(
+    step: int, batches: Batches, engine: Engine, membership: Membership, disclosure: Disclosure
+) -> Iterator[Activations]:
     """The questions of a step, one for each micro-batch. Each is computed when it is asked for, and not before."""
     settings = membership.welcome.settings
     for number in range(settings.micro_batches):
         batch = batches.micro_batch(step, number)
-        try:
+        with _diverging_in(step):
             # Seeded by what it is for, so that a repeated step draws the same noise.
             values = engine.forward(batch, derive_seed(settings.seed, batches.name, "dropout", step, number))
-        except TrainingDiverged as error:
-            raise TrainingDiverged(f"in step {step} {error}") from None
         yield Activations(
             step=step,
             micro_batch=number,
-            seconds=membership.stopwatch.lap(),
             lengths=batch.lengths,
-            label_counts=batch.label_counts,
-            labels=batch.labels,
-            values=values,
+            label_counts=disclosure.label_counts(batch),
+            labels=disclosure.labels(batch),
+            values=disclosure.activations(values, batch, step, number),
             samples=batches.cached_samples(step, number),
+            seconds=membership.stopwatch.lap(),
         )
 
 
-def _check_answer(question: Activations, answer: ActivationGradient) -> None:
+def _hidden_gradient(
+    asked: HiddenStates, batch: Batch, engine: Engine, membership: Membership, disclosure: Disclosure
+) -> HiddenGradient:
+    """The loss at the rows of a micro-batch that have a label, and its gradient at all rows that the server has sent."""
+    with _diverging_in(asked.step):
+        summed_loss, gradient = engine.loss_and_gradient(disclosure.of_labelled_rows(asked.values, batch), batch.labels)
+    values = disclosure.of_all_rows(gradient, batch)
+    return HiddenGradient(
+        step=asked.step,
+        micro_batch=asked.micro_batch,
+        summed_loss=summed_loss,
+        labelled_tokens=len(batch.labels),
+        values=disclosure.gradient(values, asked.step, asked.micro_batch),
+        seconds=membership.stopwatch.lap(),
+    )
+
+
+@contextmanager
+def _diverging_in(step: int) -> Iterator[None]:
+    try:
+        yield
+    except TrainingDiverged as error:
+        raise TrainingDiverged(f"in step {step} {error}") from None
+
+
+def _check_gradient(question: Activations, answer: ActivationGradient) -> None:
     asked, got = [
         f"micro-batch {message.micro_batch} of step {message.step}, {list(message.values.shape)}"
         for message in (question, answer)
@@ -196,7 +234,9 @@ def _save(step: int, engine: Engine, membership: Membership, saved_steps: SavedS
     position.step = step
 
 
-def perplexity(membership: Membership, engine: Engine, data: Dataset, batch_size: int) -> Iterator[float]:
+def perplexity(
+    membership: Membership, engine: Engine, data: Dataset, batch_size: int, disclosure: Disclosure
+) -> Iterator[float]:
     """
     Token-weighted perplexity through both parts, exp(summed loss / labelled tokens).
 
@@ -208,22 +248,30 @@ def perplexity(membership: Membership, engine: Engine, data: Dataset, batch_size
     summed_loss, num_labels = 0.0, 0
     for index in range(data.num_batches(batch_size)):
         batch = pack(data.samples[index * batch_size : (index + 1) * batch_size])
-        summed_loss += _evaluate(membership, engine, batch)
+        summed_loss += _evaluate(membership, engine, batch, disclosure)
         num_labels += len(batch.labels)
         mean_loss = summed_loss / max(1, num_labels)
         yield math.exp(mean_loss) if mean_loss < LARGEST_EXPONENT else math.inf
 
 
-def _evaluate(membership: Membership, engine: Engine, batch: Batch) -> float:
+def _evaluate(membership: Membership, engine: Engine, batch: Batch, disclosure: Disclosure) -> float:
     """The summed loss of a held-out batch, in nats."""
+    index = membership.next_index()
     question = Evaluation(
-        index=membership.next_index(),
+        index=index,
         lengths=batch.lengths,
-        label_counts=batch.label_counts,
-        labels=batch.labels,
-        values=engine.infer(batch),
+        label_counts=disclosure.label_counts(batch),
+        labels=disclosure.labels(batch),
+        values=disclosure.activations(engine.infer(batch), batch, "held out", index),
     )
-    answer = membership.exchange(question, EvaluationLoss)
-    if answer.index != question.index:
-        raise RemoteProtocolError(f"expected the loss of batch {question.index}, got that of batch {answer.index}")
-    return answer.summed_loss
+    answer: EvaluationLoss | EvaluationStates
+    if membership.welcome.settings.labels == "server":
+        answer = membership.exchange(question, EvaluationLoss)
+        summed_loss = answer.summed_loss
+    else:
+        answer = membership.exchange(question, EvaluationStates)
+        summed_loss = engine.loss(disclosure.of_labelled_rows(answer.values, batch), batch.labels)
+    if answer.index != index:
+        raise RemoteProtocolError(f"expected what becomes of batch {index}, got that of batch {answer.index}")
+    membership.stopwatch.lap()  # an evaluation belongs to no step
+    return summed_loss

@@ -1,6 +1,7 @@
 """Frames that are nearly messages, without end, and what the decoder, the session and the federation make of them."""
 
 import copy
+import dataclasses
 import random
 import struct
 from collections import Counter
@@ -11,7 +12,7 @@ import msgpack
 import numpy as np
 import protocol_samples
 
-from gpu_server.federation import Federation, ModelLimits
+from gpu_server.federation import Federation, ModelLimits, Trained
 from protocol import (
     CODECS,
     PROTOCOL_VERSION,
@@ -38,6 +39,7 @@ from protocol import (
     zstd,
 )
 from protocol.session import Codecs
+from protocol.settings import ABILITIES
 
 MAX_BYTES = 2**20
 EDGES = [0, 1, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1]
@@ -253,7 +255,7 @@ class Judge:
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
-        self._run = _a_run()
+        self._run, self._asking_back = _a_run(), _a_run_that_asks_back()
         self.outcomes: Counter[str] = Counter()
 
     def judge(self, frame: bytes) -> None:
@@ -320,6 +322,8 @@ class Judge:
                 actions = run.join("member", message, 1.0)
             elif isinstance(message, Activations | Contribution | Evaluation | Done):
                 actions = run.receive("member", message, 1.0)
+            elif isinstance(message, HiddenGradient) and self._asking_back.receive("member", message, 1.0):
+                self._asking_back = _a_run_that_asks_back()
         except RemoteProtocolError:
             outcome = "message that does not fit the run"
         if actions or isinstance(message, Hello | Join):
@@ -334,7 +338,26 @@ def _outcome(error: RemoteProtocolError) -> str:
     return next((outcome for start, outcome in OUTCOMES.items() if text.startswith(start)), "a wrong field")
 
 
-def _a_run() -> Federation:
+def _a_run_that_asks_back() -> Federation:
+    """One that fits the samples: its only member is to reply what the last micro-batch of step 1 has lost."""
+    run = _a_run(labels="device", check_codec_every=0)
+    states, gradient, batch = (protocol_samples.SAMPLES[kind] for kind in ("HiddenStates", "HiddenGradient", "Activations"))
+    assert isinstance(states, HiddenStates)
+    assert isinstance(gradient, HiddenGradient)
+    assert isinstance(batch, Activations)
+    for part in (0, 1):
+        fitting = {"values": np.zeros_like(batch.values), "labels": np.empty(0, np.int32), "samples": None, "exact": None}
+        asked = dataclasses.replace(batch, micro_batch=part, **fitting)  # type: ignore[arg-type]
+        run.receive("member", asked, 0.0)
+        run.forwarded({"member": states.values}, 0.1, 0.0)
+        if part == 0:
+            run.receive("member", dataclasses.replace(gradient, micro_batch=0), 0.0)
+            trained = Trained(loss=1.0, labelled_tokens=1, gradients={"member": batch.values})
+            run.trained(trained, 0.1, 0.0)
+    return run
+
+
+def _a_run(**changes: Any) -> Federation:
     """One that fits the samples: its only member is to send the batch of step 1."""
     batch = protocol_samples.SAMPLES["Activations"]
     assert isinstance(batch, Activations)
@@ -348,9 +371,9 @@ def _a_run() -> Federation:
         max_batch_tokens=65536,
         edge_shapes={name: tensor.shape for name, tensor in gradient.tensors.items()},
     )
-    settings = vars(protocol_samples.SETTINGS) | {"clients": 1}
+    settings = dataclasses.replace(protocol_samples.SETTINGS, clients=1, **changes)
     zeros = {name: np.zeros_like(tensor) for name, tensor in gradient.tensors.items()}
-    run = Federation("run", type(protocol_samples.SETTINGS)(**settings), limits, zeros)
-    run.welcome(Hello(name="member", fingerprint=limits.fingerprint, codecs=CODECS))
+    run = Federation("run", settings, limits, zeros)
+    run.welcome(Hello(name="member", fingerprint=limits.fingerprint, codecs=CODECS, abilities=ABILITIES))
     run.join("member", Join(num_samples=1000, batch_size=8, longest=512), 0.0)
     return run

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import run_in_thread
+from conftest import permissions, run_in_thread
 from protocol_samples import SETTINGS
 from safetensors.numpy import save_file
 
@@ -249,3 +249,59 @@ def test_rounds_ends_are_known_again_after_a_restart(state: ClientState, tmp_pat
     again = ClientState(tmp_path, "ws://here", "a")
     keep(again, 4)
     assert [path.name for path in files(tmp_path)[:-1]] == ["0000000002.npz", "0000000004.npz"]
+
+
+# The secret of the noise
+
+
+def test_noise_has_a_secret_that_outlives_a_kill_and_not_the_run(state: ClientState, tmp_path: Path) -> None:
+    secret = state.noise_secret()
+    assert len(secret) == 32
+    assert ClientState(tmp_path, "ws://here", "a").noise_secret() == secret
+    state.enter(welcome("run", restarts=1), WAY)
+    assert state.noise_secret() == secret
+    (path,) = (path for path in files(tmp_path) if path.name == "noise")
+    assert permissions(path) == 0o600
+    state.enter(welcome("next"), WAY)
+    assert state.noise_secret() != secret
+    state.delete()
+    assert files(tmp_path) == []
+
+
+def test_every_device_has_a_secret_of_its_own(state: ClientState, tmp_path: Path) -> None:
+    other = ClientState(tmp_path, "ws://here", "b")
+    other.enter(welcome("run"), WAY)
+    assert other.noise_secret() != state.noise_secret()
+
+
+@pytest.mark.parametrize("what", ["empty", "short", "long", "open to others", "link", "folder", "pipe"])
+def test_secret_that_this_device_has_not_made_is_not_used(state: ClientState, tmp_path: Path, what: str) -> None:
+    secret = state.noise_secret()
+    (path,) = (path for path in files(tmp_path) if path.name == "noise")
+    path.unlink()
+    if what == "link":
+        (tmp_path / "theirs").write_bytes(secret)
+        (tmp_path / "theirs").chmod(0o600)
+        path.symlink_to(tmp_path / "theirs")
+    elif what == "folder":
+        path.mkdir(mode=0o700)
+    elif what == "pipe":
+        os.mkfifo(path, 0o600)  # opening it must not wait for a writer
+    else:
+        path.write_bytes({"empty": b"", "short": secret[:31], "long": secret + b"x"}.get(what, secret))
+        path.chmod(0o644 if what == "open to others" else 0o600)
+    with pytest.raises(StateError, match=r"noise is not the secret that this device has made .* delete it") as caught:
+        state.noise_secret()
+    assert secret.hex() not in str(caught.value)
+
+
+def test_disk_that_is_full_has_room_for_no_secret(state: ClientState, monkeypatch: Any, tmp_path: Path) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StateError, match="free some space there"):
+            state.noise_secret()
+    assert [path.name for path in files(tmp_path)] == ["place.json"]
+    assert len(state.noise_secret()) == 32

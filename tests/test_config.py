@@ -443,6 +443,7 @@ def test_clients_are_not_told_where_things_lie() -> None:
 TRAINING = {
     *("--batch-size", "--data", "--device", "--dtype", "--eval-data", "--give-up-after", "--help", "--max-length", "--model"),
     *("--cache-bytes", "--engine", "--in-flight", "--no-shuffle", "--part-bytes", "--state-dir", "-h"),
+    *("--activation-noise", "--gradient-noise", "--labels"),
 }
 SOURCE = {"--adapter", "--help", "--model", "--output", "--overwrite", "--run-dir", "-h"}
 FLAGS = {
@@ -486,6 +487,7 @@ NAMES = {
     "edge_client": [
         *("CertificateChanged", "ConnectionFailed", "DataError", "EdgeClient", "EnrolmentError", "ExportedModelError"),
         *("GenerationError", "Generator", "Refused", "RuntimeMissing", "Sampling", "ServerStatus", "StateError", "Step"),
+        "TooMuchDisclosed",
         "ping",
     ],
     "export": ["Agreement", "Disagreement", "ExportError", "export_onnx", "merge", "verify"],

@@ -10,11 +10,13 @@ from usual_settings import settings
 from gpu_server.federation import (
     Action,
     Aggregate,
+    Backward,
     Checkpoint,
     CodecPolicy,
     Federation,
     FinishRun,
     FinishStep,
+    Forward,
     ModelLimits,
     NameInUse,
     Phase,
@@ -32,6 +34,8 @@ from protocol import (
     EdgeAdapter,
     Evaluation,
     Hello,
+    HiddenGradient,
+    HiddenStates,
     Join,
     Message,
     RemoteProtocolError,
@@ -39,6 +43,7 @@ from protocol import (
     Seconds,
     Start,
 )
+from protocol.settings import ABILITIES
 
 WIDTH, ROWS = 4, 3
 NO_TIME = Seconds()
@@ -59,28 +64,42 @@ class Table:
         self.federation = Federation("run", settings(clients=len(samples), **changes), LIMITS, tensors(), quorum=quorum)
         self.now = 0.0
         for name in samples:
-            self.federation.welcome(Hello(name=name, fingerprint="f"))
+            self.federation.welcome(Hello(name=name, fingerprint="f", abilities=ABILITIES))
         self.started = [a for name, count in samples.items() for a in self.join(name, count)]
 
     def join(self, name: str, num_samples: int, step: int = 0) -> list[Action]:
         return self.federation.join(name, Join(num_samples=num_samples, batch_size=1, longest=ROWS, step=step), self.now)
 
     def come_back(self, name: str, step: int = 0) -> list[Action]:
-        self.federation.welcome(Hello(name=name, fingerprint="f"))
+        self.federation.welcome(Hello(name=name, fingerprint="f", abilities=ABILITIES))
         return self.join(name, self.federation.members[name].join.num_samples, step)
 
-    def activations(self, name: str, step: int, seconds: Seconds = NO_TIME, micro_batch: int = 0) -> list[Action]:
-        ints = {"lengths": [ROWS], "label_counts": [2], "labels": [5, 6]}
+    def batch(self) -> dict[str, Any]:
+        labels = [5, 6] if self.federation.settings.labels == "server" else []
+        ints = {"lengths": [ROWS], "label_counts": [2], "labels": labels}
         arrays = {field: np.array(values, np.int32) for field, values in ints.items()}
-        values = np.zeros((ROWS, WIDTH), np.float32)
-        message = Activations(step=step, micro_batch=micro_batch, seconds=seconds, values=values, **arrays)
+        return {"values": np.zeros((ROWS, WIDTH), np.float32), **arrays}
+
+    def activations(self, name: str, step: int, seconds: Seconds = NO_TIME, micro_batch: int = 0) -> list[Action]:
+        message = Activations(step=step, micro_batch=micro_batch, seconds=seconds, **self.batch())
         return self.federation.receive(name, message, self.now)
 
     def evaluation(self, name: str, index: int) -> list[Action]:
-        ints = {"lengths": [ROWS], "label_counts": [2], "labels": [5, 6]}
-        arrays = {field: np.array(values, np.int32) for field, values in ints.items()}
-        message = Evaluation(index=index, values=np.zeros((ROWS, WIDTH), np.float32), **arrays)
-        return self.federation.receive(name, message, self.now)
+        return self.federation.receive(name, Evaluation(index=index, **self.batch()), self.now)
+
+    def reply(self, name: str, step: int, seconds: Seconds = NO_TIME, micro_batch: int = 0) -> list[Action]:
+        """To what it was asked back, where devices have the labels."""
+        number: dict[str, int] = {"step": step, "micro_batch": micro_batch}
+        loss: dict[str, Any] = {"summed_loss": 3.0, "labelled_tokens": 2, "values": np.zeros((2, WIDTH), np.float32)}
+        return self.federation.receive(name, HiddenGradient(**number, **loss, seconds=seconds), self.now)
+
+    def forwarded(self, *names: str) -> list[Action]:
+        return self.federation.forwarded({name: np.zeros((2, WIDTH), np.float32) for name in names}, 0.1, self.now)
+
+    def asked_back(self, *names: str, step: int = 1, micro_batch: int = 0) -> list[Action]:
+        for name in names:
+            self.activations(name, step, micro_batch=micro_batch)
+        return self.forwarded(*names)
 
     def contribute(self, name: str, step: int, kind: type = AdapterGradient, seconds: Seconds = NO_TIME) -> list[Action]:
         return self.federation.receive(name, kind(step=step, seconds=seconds, tensors=tensors()), self.now)
@@ -944,3 +963,222 @@ def test_rounds_between_checkpoints_are_counted_and_not_steps() -> None:
                 written.append(action.step)
                 table.federation.checkpointed(action.step)
     assert written == [4, 7]
+
+
+def of_two(**changes: Any) -> Table:
+    return Table({"a": 4, "b": 4}, labels="device", **changes)
+
+
+def numbers(actions: list[Action], kind: type) -> list[tuple[int, list[str]]]:
+    """Micro-batch and clients of what is to be computed, all of this kind."""
+    computed = [action for action in actions if isinstance(action, Train | Forward | Backward)]
+    assert all(isinstance(action, kind) for action in computed), kinds(actions)
+    return [
+        (action.micro_batch, list(action.gradients if isinstance(action, Backward) else action.batches)) for action in computed
+    ]
+
+
+def test_devices_that_have_the_labels_are_asked_back_in_the_order_of_names_and_answered_with_their_gradients() -> None:
+    table = of_two()
+    table.activations("b", 1)
+    assert numbers(table.activations("a", 1), Forward) == [(0, ["a", "b"])]
+    assert told(table.forwarded("a", "b"), HiddenStates) == ["a", "b"]
+    assert table.reply("b", 1) == []
+    assert numbers(table.reply("a", 1), Backward) == [(0, ["a", "b"])]
+    assert told(table.trained("a", "b"), ActivationGradient) == ["a", "b"]
+    assert table.federation.phase is Phase.CONTRIBUTIONS
+
+
+def test_next_micro_batch_is_computed_ahead_if_everybody_has_asked_it_and_a_backward_goes_first() -> None:
+    table = of_two(micro_batches=3)
+    table.asked_back("a", "b")
+    assert table.activations("a", 1, micro_batch=1) == []
+    assert numbers(table.activations("b", 1, micro_batch=1), Forward) == [(1, ["a", "b"])]
+    for name in ("a", "b"):
+        assert numbers(table.activations(name, 1, micro_batch=2) + table.reply(name, 1), Forward) == []  # the server computes
+    assert numbers(table.forwarded("a", "b"), Backward) == [(0, ["a", "b"])]
+    assert numbers(table.trained("a", "b"), Forward) == [(2, ["a", "b"])]
+    assert numbers(table.forwarded("a", "b"), Forward) == []
+    for micro_batch in (2, 1):  # a reply waits until it is its turn
+        for name in ("a", "b"):
+            actions = table.reply(name, 1, micro_batch=micro_batch)
+    assert numbers(actions, Backward) == [(1, ["a", "b"])]
+    assert numbers(table.trained("a", "b"), Backward) == [(2, ["a", "b"])]
+    table.trained("a", "b")
+    assert (table.federation.phase, table.federation.step) == (Phase.CONTRIBUTIONS, 1)
+
+
+def test_micro_batch_beyond_the_last_is_not_waited_for() -> None:
+    table = of_two(micro_batches=2)
+    for micro_batch in (0, 1):
+        table.asked_back("a", "b", micro_batch=micro_batch)
+    assert table.reply("a", 1) == []
+    assert numbers(table.reply("b", 1), Backward) == [(0, ["a", "b"])]
+    assert kinds(table.trained("a", "b")) == [Reply, Reply]
+    assert table.federation.phase is Phase.HIDDEN_GRADIENTS
+
+
+def test_while_a_gradient_is_awaited_a_later_micro_batch_overtakes_nobody() -> None:
+    table = Table({"a": 4, "b": 4, "c": 4}, quorum=2, labels="device", micro_batches=2)
+    table.asked_back("a", "b", "c")
+    table.activations("a", 1, micro_batch=1)
+    table.activations("b", 1, micro_batch=1)
+    table.reply("a", 1)
+    table.now = 1e6
+    table.federation.tick(table.now)
+    assert set(table.federation.status().members.values()) == {"here"}
+    assert numbers(table.reply("c", 1), Backward) == [(0, ["a", "c"])]  # a quorum, after the deadline
+    assert table.federation.status().members == {"a": "here", "b": "behind", "c": "here"}
+
+
+def test_deadline_that_passes_while_a_micro_batch_is_computed_ahead_counts_afterwards() -> None:
+    table = of_two(quorum=1, micro_batches=2)
+    table.asked_back("a", "b")
+    table.reply("a", 1)
+    expires = table.federation.expires()
+    for name in ("a", "b"):
+        table.activations(name, 1, micro_batch=1)
+    table.now = 1e6
+    assert table.federation.waits_for(table.now) == ([], 0.0)
+    assert expires is not None
+    assert table.federation.expires() is None
+    assert table.federation.tick(table.now) == []
+    actions = table.forwarded("a", "b")
+    assert kinds(actions) == [Reply, Reply, Report, Backward]
+    assert numbers(actions, Backward) == [(0, ["a"])]
+
+
+def test_wait_for_a_gradient_begins_when_it_is_its_turn() -> None:
+    table = of_two(micro_batches=2)
+    for micro_batch in (0, 1):
+        table.asked_back("a", "b", micro_batch=micro_batch)
+        table.now += 10.0
+    assert table.federation.waits_for(table.now) == (["a", "b"], 20.0)
+    for name in ("a", "b"):
+        table.reply(name, 1)
+    table.trained("a", "b")
+    table.now += 3.0
+    assert table.federation.waits_for(table.now) == (["a", "b"], 3.0)
+
+
+def test_labelled_tokens_are_those_that_devices_report_and_a_step_without_them_weighs_nothing() -> None:
+    table = of_two(micro_batches=2, aggregate_every=2, quorum=1)
+    table.asked_back("a", "b")
+    table.reply("a", 1)
+    table.reply("b", 1)
+    table.trained("a", "b")
+    table.asked_back("a", "b", micro_batch=1)
+    table.reply("a", 1, micro_batch=1)
+    table.federation.tick(1e6)  # b is overtaken in the midst of the step
+    table.trained("a")
+    assert told(table.reply("b", 1, micro_batch=1), Start) == ["b"]
+    for micro_batch in (0, 1):
+        table.asked_back("a", "b", step=2, micro_batch=micro_batch)
+        table.reply("a", 2, micro_batch=micro_batch)
+        table.reply("b", 2, micro_batch=micro_batch)
+        table.trained("a", "b")
+    table.contribute("a", 2, AdapterWeights)
+    (aggregate,) = table.contribute("b", 2, AdapterWeights)
+    assert aggregate.weights == {"a": 8, "b": 4}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("moment", ["before it replies", "after it has replied", "while the next one is computed ahead"])
+def test_device_that_leaves_has_no_part_in_what_is_computed_from_then_on(moment: str) -> None:
+    table = Table({"a": 4, "b": 4, "c": 4}, labels="device", micro_batches=2)
+    table.asked_back("a", "b", "c")
+    table.reply("a", 1)
+    if moment == "after it has replied":
+        table.reply("c", 1)
+    for name in "abc":
+        ahead = table.activations(name, 1, micro_batch=1)
+    assert numbers(ahead, Forward) == [(1, ["a", "b", "c"])]
+    if moment == "while the next one is computed ahead":
+        assert table.federation.leave("c", 0.0) == []
+        table.forwarded("a", "b", "c")
+    else:
+        table.forwarded("a", "b", "c")
+        assert table.federation.leave("c", 0.0) == []
+    assert numbers(table.reply("b", 1), Backward) == [(0, ["a", "b"])]
+    assert table.federation.status().members["c"] == "gone"
+
+
+def test_device_that_leaves_before_the_next_micro_batch_is_computed_ahead_is_not_in_it() -> None:
+    table = Table({"a": 4, "b": 4, "c": 4}, labels="device", micro_batches=2)
+    table.asked_back("a", "b", "c")
+    table.activations("a", 1, micro_batch=1)
+    table.activations("b", 1, micro_batch=1)
+    assert numbers(table.federation.leave("c", 0.0), Forward) == [(1, ["a", "b"])]
+    assert table.federation.status().members["c"] == "gone"
+
+
+def test_device_that_leaves_and_comes_back_before_the_backward_goes_on_with_its_step() -> None:
+    table = of_two(quorum=1)
+    table.asked_back("a", "b")
+    assert table.federation.leave("b", 0.0) == []
+    assert told(table.come_back("b"), Start) == ["b"]
+    assert told(table.activations("b", 1), HiddenStates) == ["b"]
+    table.reply("a", 1)
+    assert numbers(table.reply("b", 1), Backward) == [(0, ["a", "b"])]
+
+
+def test_step_that_everybody_leaves_before_a_reply_ends_without_any() -> None:
+    table = of_two(micro_batches=3)
+    table.asked_back("a", "b")
+    table.federation.leave("a", 0.0)
+    (backward,) = table.federation.leave("b", 0.0)
+    assert numbers([backward], Backward) == [(2, [])]
+    table.trained()
+    assert (table.federation.step, table.federation.phase) == (1, Phase.SAVING)
+
+
+def test_time_of_both_halves_is_told_and_added_up() -> None:
+    table = of_two()
+    table.activations("a", 1, Seconds(edge_compute=1.0))
+    table.now = 3.0
+    table.activations("b", 1)
+    states = [action.message for action in table.forwarded("a", "b") if isinstance(action, Reply)]
+    assert [(one.queue_seconds, one.compute_seconds) for one in states] == [(3.0, 0.1), (0.0, 0.1)]  # type: ignore[union-attr]
+    table.reply("b", 1, Seconds(uplink=2.0))
+    table.now = 5.0
+    table.reply("a", 1, Seconds(edge_compute=4.0))
+    answers = [action.message for action in table.trained("a", "b") if isinstance(action, Reply)]
+    assert [one.queue_seconds for one in answers] == [0.0, 2.0]  # type: ignore[union-attr]
+    table.contribute("a", 1)
+    table.contribute("b", 1)
+    (record,) = [action.record for action in table.aggregated() if isinstance(action, FinishStep)]
+    assert record.seconds == {"a": Seconds(edge_compute=5.0), "b": Seconds(uplink=2.0)}
+    assert record.server_compute == pytest.approx(0.3)
+    assert (record.labelled_tokens, record.tokens) == (4, 2 * ROWS)
+
+
+def test_deadline_of_a_reply_is_that_of_replies() -> None:
+    table = of_two(quorum=1, steps=9, epochs=None)
+    for step in (1, 2, 3):
+        for name in ("a", "b"):
+            table.activations(name, step)
+        table.forwarded("a", "b")
+        table.now += 20.0  # all take so long for a reply, and no time for anything else
+        for name in ("a", "b"):
+            table.reply(name, step)
+        table.trained("a", "b")
+        for name in ("a", "b"):
+            table.contribute(name, step)
+        table.aggregated()
+    started = table.now
+    assert table.federation.expires() == started + 1.0
+    table.asked_back("a", "b", step=4)
+    table.now += 1.0
+    assert table.federation.expires() == started + 20.0
+
+
+def test_device_that_does_not_know_the_mode_is_refused_and_takes_no_place() -> None:
+    federation = Federation("run", settings(clients=1, labels="device"), LIMITS, tensors())
+    with pytest.raises(RemoteProtocolError, match="a does not know device-labels"):
+        federation.welcome(Hello(name="a", fingerprint="f"))
+    federation.welcome(Hello(name="a", fingerprint="f", abilities=ABILITIES))
+
+
+def test_delta_that_is_too_large_for_a_device_is_refused() -> None:
+    noise: dict[str, Any] = {"activation_noise": 1.0, "activation_clip": 1.0, "noise_delta": 0.5}
+    with pytest.raises(RemoteProtocolError, match=r"delta is 0\.5, and with 2 samples"):
+        Table({"a": 2}, **noise)

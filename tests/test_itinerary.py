@@ -15,10 +15,12 @@ from usual_settings import settings
 from gpu_server.federation import (
     Action,
     Aggregate,
+    Backward,
     Checkpoint,
     Evaluate,
     Federation,
     FinishRun,
+    Forward,
     ModelLimits,
     Phase,
     Reply,
@@ -33,7 +35,10 @@ from protocol import (
     EdgeAdapter,
     Evaluation,
     EvaluationLoss,
+    EvaluationStates,
     Hello,
+    HiddenGradient,
+    HiddenStates,
     Itinerary,
     Join,
     Message,
@@ -46,11 +51,13 @@ from protocol import (
     Start,
     identity,
 )
+from protocol.settings import ABILITIES
 
 LIMITS = ModelLimits(
     fingerprint="f", width=1, vocabulary_size=9, num_positions=9, max_batch_tokens=9, edge_shapes={"A": (1, 1)}
 )
 ONE = np.ones(1, np.int32)
+NONE = np.empty(0, np.int32)
 BATCH = {"lengths": ONE, "label_counts": ONE, "labels": ONE, "values": np.zeros((1, 1), np.float32)}
 
 
@@ -59,7 +66,10 @@ def adapter_of(num_steps: int) -> dict[str, Any]:
     return {"A": np.array([[num_steps]], np.float32)}
 
 
-ANSWERS: dict[type, type] = {**{leg.question: leg.answer for leg in LEGS}, Evaluation: EvaluationLoss}
+ANSWERS: dict[type, set[type]] = {
+    **{leg.question: {leg.answer} for leg in LEGS},
+    Evaluation: {EvaluationLoss, EvaluationStates},
+}
 
 
 class Device:
@@ -83,6 +93,8 @@ class Device:
         self.outbox: deque[Message] = deque()
         self.awaited: deque[Message] = deque()
         """Questions that the server has got on the present connection, and not answered."""
+        self.asked_back: dict[tuple[int, int], bool] = {}
+        """Steps and micro-batches that the server has asked back on the present connection: whether it has the reply."""
         self.start_process()
 
     def start_process(self) -> None:
@@ -111,24 +123,38 @@ class Device:
         self.inbox.clear()
         self.outbox.clear()
         self.awaited.clear()
+        self.asked_back.clear()
 
     def awaits(self, answer: Message) -> bool:
         """Whether the server's session may send this: a device that is back may not have asked again yet."""
         if isinstance(answer, Start):
             self.awaited.clear()
+            self.asked_back.clear()
             return True
-        if not self.awaited or ANSWERS[type(self.awaited[0])] is not type(answer):
+        number = identity(answer)[1:]
+        if isinstance(answer, HiddenStates):
+            is_open = any(isinstance(asked, Activations) and identity(asked)[1:] == number for asked in self.awaited)
+            if is_open and number not in self.asked_back:
+                self.asked_back[number] = False
+                return True
             return False
-        if isinstance(answer, ActivationGradient) and identity(answer)[1:] != identity(self.awaited[0])[1:]:
+        if not self.awaited or type(answer) not in ANSWERS[type(self.awaited[0])]:
             return False
+        if isinstance(answer, ActivationGradient):
+            if number != identity(self.awaited[0])[1:] or not self.asked_back.get(number, True):
+                return False
+            self.asked_back.pop(number, None)
         self.awaited.popleft()
         return True
 
     def question(self, wanted: QuestionId) -> Message:
         kind, step, micro_batch = wanted
         if kind is Activations:
-            return Activations(step=step, micro_batch=micro_batch, seconds=Seconds(), **BATCH)
+            return Activations(step=step, micro_batch=micro_batch, seconds=Seconds(), **self.batch())
         return Done(step=step) if kind is Done else kind(step=step, seconds=Seconds(), tensors=adapter_of(self.num_steps))
+
+    def batch(self) -> dict[str, Any]:
+        return BATCH if self.settings.labels == "server" else {**BATCH, "labels": NONE}
 
     def may_ask(self) -> bool:
         is_here = self.alive and self.connected and not self.is_joining
@@ -152,7 +178,7 @@ class Device:
 
     def evaluate(self) -> None:
         self.num_evaluations += 1
-        self.put(Evaluation(index=self.num_evaluations, **BATCH))
+        self.put(Evaluation(index=self.num_evaluations, **self.batch()))
 
     def put(self, question: Message) -> None:
         self.open.append(question)
@@ -170,7 +196,14 @@ class Device:
 
     def hear(self, message: Message) -> None:
         if isinstance(message, Start):
+            # What it has not sent yet belongs to what it asked before.
+            self.outbox = deque(unsent for unsent in self.outbox if not isinstance(unsent, HiddenGradient))
             self.hear_start(message)
+            return
+        if isinstance(message, HiddenStates):
+            number = {"step": message.step, "micro_batch": message.micro_batch}
+            loss = {"summed_loss": 1.0, "labelled_tokens": 1, "values": message.values}
+            self.outbox.append(HiddenGradient(**number, **loss, seconds=Seconds()))
             return
         question = self.open.popleft()
         if isinstance(message, ActivationGradient):
@@ -213,15 +246,21 @@ class Device:
 class History:
     """One federation and three devices, to which anything may happen."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, labels: str) -> None:
         self.random = random.Random(seed)
         choose = self.random.choice
-        self.settings = settings(clients=3, aggregate_every=choose([1, 1, 2, 3, 5]), micro_batches=choose([1, 1, 2, 3]))
+        mode = {"labels": labels, "check_codec_every": 0}
+        self.settings = settings(clients=3, aggregate_every=choose([1, 1, 2, 3, 5]), micro_batches=choose([1, 1, 2, 3]), **mode)
         self.quorum = choose([None, 1, 2])
         self.checkpoint_every = choose([1, 2])
         self.now = 0.0
         self.num_starts = 0
+        self.num_asked_again = 0
+        """Micro-batches that a device was asked back once more, since its connection was lost."""
+        self.have_asked_back: set[tuple[str, int, int]] = set()
         self.computing: deque[Action] = deque()
+        self.in_forward: dict[int, list[str]] = {}
+        """Clients of each micro-batch whose forward was computed last."""
         self.checkpoints: list[tuple[int, dict[str, Any]]] = []
         self.federation = Federation("run", self.settings, LIMITS, adapter_of(0), self.quorum, self.checkpoint_every)
         self.devices = {name: Device(name, self.random.randint(1, 7), self.settings) for name in "abc"}
@@ -237,11 +276,15 @@ class History:
                 if device.connected and device.awaits(action.message):
                     if isinstance(action.message, Start):
                         self.agree(device, action.message)
+                    elif isinstance(action.message, HiddenStates):
+                        micro_batch = (device.name, *identity(action.message)[1:])
+                        self.num_asked_again += micro_batch in self.have_asked_back
+                        self.have_asked_back.add(micro_batch)
                     device.inbox.append(action.message)
             elif isinstance(action, Checkpoint):
                 self.checkpoints = [*self.checkpoints[-1:], (self.federation.round, self.federation.membership())]
                 self.federation.checkpointed(self.federation.round)
-            elif isinstance(action, Train | Aggregate | FinishRun | Evaluate):
+            elif isinstance(action, Train | Forward | Backward | Aggregate | FinishRun | Evaluate):
                 self.computing.append(action)
 
     def agree(self, device: Device, start: Start) -> None:
@@ -258,8 +301,13 @@ class History:
 
     def compute(self) -> None:
         action, federation = self.computing.popleft(), self.federation
-        if isinstance(action, Train):
-            gradients = dict.fromkeys(action.batches, BATCH["values"])
+        if isinstance(action, Forward):
+            self.in_forward[action.micro_batch] = list(action.batches)
+            hidden = dict.fromkeys(action.batches, BATCH["values"])
+            self.perform(federation.forwarded(hidden, 0.1, self.now))
+        elif isinstance(action, Train | Backward):
+            clients = action.batches if isinstance(action, Train) else self.in_forward.get(action.micro_batch, [])
+            gradients = dict.fromkeys(clients, BATCH["values"])
             trained = Trained(loss=1.0, labelled_tokens=0, gradients=gradients)
             self.perform(federation.trained(trained, 0.1, self.now))
         elif isinstance(action, Aggregate):
@@ -269,7 +317,10 @@ class History:
                 assert weights == num_steps, f"{num_steps} steps were done, {weights} are counted"
             self.perform(federation.aggregated(adapter_of(0), 0.1, self.now))
         elif isinstance(action, Evaluate):
-            self.perform(federation.evaluated(action.client, action.batch, 0.0, self.now))
+            if self.settings.labels == "server":
+                self.perform(federation.evaluated(action.client, action.batch, 0.0, self.now))
+            else:
+                self.perform(federation.inferred(action.client, action.batch, BATCH["values"], self.now))
         else:
             self.perform(federation.saved(self.now))
 
@@ -299,7 +350,7 @@ class History:
         if member is not None and member.presence.has_left and self.federation.phase in (Phase.SAVING, Phase.FINISHED):
             device.ended = True  # the run is over for it
             return
-        self.federation.welcome(Hello(name=device.name, fingerprint="f"))
+        self.federation.welcome(Hello(name=device.name, fingerprint="f", abilities=ABILITIES))
         join = device.dial(self.federation.restarts)
         device.outbox.clear()
         self.perform(self.federation.join(device.name, join, self.now))
@@ -341,8 +392,12 @@ class History:
 
     def upload(self, device: Device) -> None:
         question, member = device.outbox.popleft(), self.federation.members[device.name]
-        if not (isinstance(question, Activations) and question.step <= member.resumed_at):
-            device.awaited.append(question)
+        if not (isinstance(question, Activations | HiddenGradient) and question.step <= member.resumed_at):
+            if isinstance(question, HiddenGradient):
+                assert device.asked_back[identity(question)[1:]] is False, "nobody asked for it, or it was given"
+                device.asked_back[identity(question)[1:]] = True
+            else:
+                device.awaited.append(question)
         self.perform(self.federation.receive(device.name, question, self.now))
 
     def run(self) -> None:
@@ -365,13 +420,16 @@ class History:
         raise AssertionError(f"hangs in {self.federation.phase.value}: {waiting}")
 
 
-def test_both_sides_agree_after_every_start_and_every_run_ends() -> None:
-    num_starts = 0
-    for seed in range(1500):
-        history = History(seed)
+@pytest.mark.parametrize(("labels", "histories"), [("server", 1500), ("device", 750)])
+def test_both_sides_agree_after_every_start_and_every_run_ends(labels: str, histories: int) -> None:
+    num_starts = num_asked_again = 0
+    for seed in range(histories):
+        history = History(seed, labels)
         try:
             history.run()
         except (AssertionError, RemoteProtocolError) as error:
             pytest.fail(f"history {seed}: {error}")
         num_starts += history.num_starts
-    assert num_starts >= 10_000
+        num_asked_again += history.num_asked_again
+    assert num_starts >= 7 * histories
+    assert num_asked_again >= (histories if labels == "device" else 0)

@@ -12,7 +12,6 @@ from protocol_samples import SETTINGS
 
 from edge_client.connection import ConnectionFailed, Refused
 from edge_client.membership import Membership, Redirected
-from edge_client.stopwatch import Stopwatch
 from protocol import (
     ActivationGradient,
     Activations,
@@ -21,6 +20,8 @@ from protocol import (
     Evaluation,
     EvaluationLoss,
     Hello,
+    HiddenGradient,
+    HiddenStates,
     Join,
     Message,
     Piece,
@@ -466,15 +467,107 @@ def test_all_open_questions_are_asked_again_in_their_order(world: MakeWorld) -> 
     assert [message for message in here.made[2].asked if isinstance(message, Activations)] == questions[1:]
 
 
-def test_time_of_an_evaluation_is_told_of_no_step(world: MakeWorld) -> None:
-    here = world([welcome(), start(), EvaluationLoss(index=1, summed_loss=1.0), gradient(1)])
-    now = [0.0]
-    member = here.member(stopwatch=Stopwatch(lambda: now[0]))
+# A server that asks back
+
+
+def states(step: int, micro_batch: int = 0) -> HiddenStates:
+    return HiddenStates(step=step, micro_batch=micro_batch, values=VALUES)
+
+
+def reply(asked: HiddenStates) -> HiddenGradient:
+    return HiddenGradient(
+        step=asked.step,
+        micro_batch=asked.micro_batch,
+        seconds=Seconds(),
+        summed_loss=1.0,
+        labelled_tokens=2,
+        values=VALUES,
+    )
+
+
+def heard(member: Membership, questions: list[Activations], in_flight: int = 1) -> list[str]:
+    """What a device hears that replies to everything, as the micro-batch of its own question and the kind."""
+    log = []
+    for question, answer in member.exchange_each(questions, ActivationGradient, in_flight):
+        log.append(f"{question.micro_batch} {type(answer).__name__}")
+        if isinstance(answer, HiddenStates):
+            member.reply(reply(answer))
+    return log
+
+
+def said(here: World, connection: int) -> list[str]:
+    """What the device has said on a connection since it joined."""
+    return [f"{getattr(message, 'micro_batch', '')} {type(message).__name__}" for message in here.made[connection].asked[2:]]
+
+
+def test_question_stays_open_while_the_server_asks_back(world: MakeWorld) -> None:
+    here = world([welcome(), start(), states(1), states(1, 1), gradient(1), gradient(1, 1)])
+    member = here.member()
     member.start(JOIN)
-    now[0] = 5.0
-    member.exchange(evaluation(1), EvaluationLoss)
-    now[0] = 7.0
-    assert member.stopwatch.lap().edge_compute == pytest.approx(2.0)
+    assert heard(member, [activations(1), activations(1, 1)], in_flight=2) == [
+        *["0 HiddenStates", "1 HiddenStates", "0 ActivationGradient", "1 ActivationGradient"]
+    ]
+    assert said(here, 0) == ["0 Activations", "1 Activations", "0 HiddenGradient", "1 HiddenGradient"]
+
+
+def test_reply_that_was_lost_is_asked_back_again(world: MakeWorld) -> None:
+    here = world([welcome(), start(), states(1), LOST], [welcome(), start(), states(1), gradient(1)])
+    member = here.member()
+    member.start(JOIN)
+    assert heard(member, [activations(1)]) == ["0 HiddenStates", "0 HiddenStates", "0 ActivationGradient"]
+    assert said(here, 1) == ["0 Activations", "0 HiddenGradient"]
+
+
+def test_server_that_has_the_reply_answers_at_once_on_the_next_connection(world: MakeWorld) -> None:
+    """It may still ask back about a later micro-batch, before or after."""
+    here = world(
+        [welcome(), start(), states(1), LOST],
+        [welcome(), start(), states(1, 1), gradient(1), LOST],
+        [welcome(), start(), gradient(1, 1)],
+    )
+    member = here.member()
+    member.start(JOIN)
+    assert heard(member, [activations(1), activations(1, 1)], in_flight=2) == [
+        *["0 HiddenStates", "1 HiddenStates", "0 ActivationGradient", "1 ActivationGradient"]
+    ]
+    assert said(here, 2) == ["1 Activations"]
+
+
+def test_reply_without_a_connection_is_not_sent(world: MakeWorld) -> None:
+    here = world([welcome(), start(), states(1)], [welcome(), start(), states(1), gradient(1)])
+    member = here.member()
+    member.start(JOIN)
+    pairs = member.exchange_each([activations(1)], ActivationGradient)
+    next(pairs)
+    member.hang_up()
+    member.reply(reply(states(1)))
+    assert [type(answer) for _, answer in pairs] == [HiddenStates, ActivationGradient]
+    assert said(here, 0) == ["0 Activations"]
+
+
+def test_run_may_go_on_while_a_device_computes_the_loss(world: MakeWorld) -> None:
+    here = world([welcome(), start(), states(1), start(2)])
+    member = here.member()
+    member.start(JOIN)
+    with pytest.raises(Redirected, match="go on after step 2"):
+        heard(member, [activations(1)])
+
+
+def test_being_asked_back_is_no_progress(world: MakeWorld) -> None:
+    """A link that always breaks with the reply is given up."""
+    here = world([welcome(), start(), states(1), LOST], *([welcome(), start(), states(1), LOST] for _ in range(200)))
+    member = here.member(give_up_after=100.0)
+    member.start(JOIN)
+    with pytest.raises(ConnectionFailed, match="gave up after 100 s"):
+        heard(member, [activations(1)])
+
+
+def test_hidden_states_that_nobody_waits_for_are_an_error(world: MakeWorld) -> None:
+    here = world([welcome(), start(), states(1, 1)])
+    member = here.member()
+    member.start(JOIN)
+    with pytest.raises(RemoteProtocolError, match="micro-batch 1 of step 1, which this device waits for no more"):
+        heard(member, [activations(1)])
 
 
 def test_run_of_another_model_is_not_entered(world: MakeWorld) -> None:

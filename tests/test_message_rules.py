@@ -8,7 +8,14 @@ import pytest
 from usual_settings import settings
 
 from gpu_server.federation.member import Member
-from gpu_server.federation.message_rules import ModelLimits, check_hello, check_newcomer, check_question, check_same_data
+from gpu_server.federation.message_rules import (
+    ModelLimits,
+    check_hello,
+    check_hidden_gradient,
+    check_newcomer,
+    check_question,
+    check_same_data,
+)
 from protocol import (
     Activations,
     AdapterGradient,
@@ -16,14 +23,17 @@ from protocol import (
     Done,
     Evaluation,
     Hello,
+    HiddenGradient,
+    HiddenStates,
     Itinerary,
     Join,
     Message,
     RemoteProtocolError,
+    RunSettings,
     Seconds,
 )
 from protocol.limits import LARGEST_VALUE
-from protocol.settings import LARGEST_COUNT
+from protocol.settings import ABILITIES, LARGEST_COUNT
 
 SHAPES = {"A": (2, 4), "B": (12, 2)}
 LIMITS = ModelLimits(
@@ -33,7 +43,8 @@ JOIN = Join(num_samples=9, batch_size=3, longest=8)
 
 
 def member(join: Join = JOIN, **changes: Any) -> Member:
-    of_run = settings(**{"micro_batches": 2, "check_codec_every": 4, **changes})
+    checked = 0 if changes.get("labels") == "device" else 4
+    of_run = settings(**{"micro_batches": 2, "check_codec_every": checked, **changes})
     return Member(join, Itinerary(of_run, of_run.steps_of_client(join.num_samples, join.batch_size)), SHAPES)
 
 
@@ -156,6 +167,105 @@ def test_client_that_comes_back_has_the_data_it_joined_with_wherever_it_stands()
             RemoteProtocolError, match="a joined this run with 9 samples of up to 8 tokens in batches of 3, and"
         ):
             check_same_data("a", JOIN, replace(JOIN, **change))
+
+
+@pytest.mark.parametrize(
+    ("ability", "instead"), [("device-labels", "with --labels server"), ("noise", "without noise and clipping")]
+)
+def test_client_that_lacks_an_ability_is_told_what_helps(ability: str, instead: str) -> None:
+    others = tuple(other for other in ABILITIES if other != ability)
+    check_hello(Hello(name="a", fingerprint=LIMITS.fingerprint), LIMITS, set(), set())
+    check_hello(Hello(name="a", fingerprint=LIMITS.fingerprint, abilities=ABILITIES), LIMITS, set(), set(ABILITIES))
+    why = f"^a does not know {ability}, which this run uses; update splitlora-edge there, or start the run {instead}$"
+    with pytest.raises(RemoteProtocolError, match=why):
+        check_hello(Hello(name="a", fingerprint=LIMITS.fingerprint, abilities=others), LIMITS, set(), set(ABILITIES))
+
+
+NOISE: list[dict[str, Any]] = [
+    {"activation_noise": 1.0, "activation_clip": 1.0},
+    {"gradient_noise": 1.0, "gradient_clip": 1.0, "labels": "device"},
+]
+
+
+@pytest.mark.parametrize("noise", NOISE)
+def test_delta_of_noise_is_below_one_in_the_number_of_samples(noise: dict[str, Any]) -> None:
+    join = Join(num_samples=100, batch_size=1, longest=1)
+    check_newcomer(member(join, noise_delta=0.0099, **noise), LIMITS)
+    check_newcomer(member(join, noise_delta=0.5), LIMITS)  # there is no noise
+    why = "delta is 0.01, and with 100 samples it must be below 0.01, .* start the run with a smaller --noise-delta"
+    with pytest.raises(RemoteProtocolError, match=why):
+        check_newcomer(member(join, noise_delta=0.01, **noise), LIMITS)
+
+
+HIDDEN = HiddenStates(step=3, values=np.zeros((2, 4), np.float32))
+
+
+def hidden_gradient(rows: int = 2, width: int = 4, value: float = 0.0, **changes: Any) -> HiddenGradient:
+    reply: dict[str, Any] = {"step": 3, "seconds": Seconds(), "summed_loss": 1.5, "labelled_tokens": rows}
+    return HiddenGradient(**{**reply, **changes}, values=np.full((rows, width), value, np.float32))
+
+
+def of_hidden_rows() -> RunSettings:
+    return settings(labels="device", label_rows="hidden", gradient_noise=1.0, gradient_clip=1.0)
+
+
+@pytest.mark.parametrize(
+    "gradient",
+    [
+        hidden_gradient(value=LARGEST_VALUE),
+        hidden_gradient(summed_loss=0.0),
+        hidden_gradient(summed_loss=2 * LARGEST_VALUE),
+    ],
+)
+def test_gradient_at_the_hidden_states_may_be_as_large_as_is_allowed(gradient: HiddenGradient) -> None:
+    check_hidden_gradient("a", gradient, HIDDEN, settings(labels="device"))
+
+
+@pytest.mark.parametrize(
+    ("gradient", "why"),
+    [
+        (hidden_gradient(rows=1), r"the gradient at hidden states \[2, 4\] is \[1, 4\]"),
+        (hidden_gradient(width=5), r"the gradient at hidden states \[2, 4\] is \[2, 5\]"),
+        (
+            hidden_gradient(value=-2 * LARGEST_VALUE),
+            r"a sent a gradient at the hidden states of step 3 with values up to 2e\+06; beyond 1e\+06 training has diverged",
+        ),
+        (hidden_gradient(labelled_tokens=1), "the number of labelled tokens is 1, expected 2$"),
+        (hidden_gradient(summed_loss=-0.1), r"the loss of 2 tokens is -0.1, expected 0 to 2e\+06"),
+        (hidden_gradient(summed_loss=2.1 * LARGEST_VALUE), r"the loss of 2 tokens is 2100000.0, expected 0 to 2e\+06"),
+        (hidden_gradient(summed_loss=float("nan")), r"the loss of 2 tokens is nan, expected 0 to 2e\+06"),
+    ],
+)
+def test_gradient_at_the_hidden_states_is_of_what_was_asked(gradient: HiddenGradient, why: str) -> None:
+    with pytest.raises(RemoteProtocolError, match=why):
+        check_hidden_gradient("a", gradient, HIDDEN, settings(labels="device"))
+
+
+def test_where_label_rows_are_hidden_only_the_number_of_labels_is_told() -> None:
+    for labelled in (0, 1, 2):
+        loss = 1.5 if labelled else 0.0
+        gradient = hidden_gradient(labelled_tokens=labelled, summed_loss=loss)
+        check_hidden_gradient("a", gradient, HIDDEN, of_hidden_rows())
+    with pytest.raises(RemoteProtocolError, match="the number of labelled tokens is -1, expected 0 to 2"):
+        check_hidden_gradient("a", hidden_gradient(labelled_tokens=-1), HIDDEN, of_hidden_rows())
+    with pytest.raises(RemoteProtocolError, match=r"the loss of 0 tokens is 1.5, expected 0 to 0"):
+        check_hidden_gradient("a", hidden_gradient(labelled_tokens=0), HIDDEN, of_hidden_rows())
+
+
+@pytest.mark.parametrize("kind", [Activations, Evaluation])
+def test_label_counts_tell_nothing_where_label_rows_are_hidden(kind: type) -> None:
+    lengths = np.array([3, 2], np.int32)
+
+    def asked(label_counts: list[int]) -> Any:
+        arrays = {"lengths": lengths, "label_counts": np.array(label_counts, np.int32), "labels": lengths[:0]}
+        which: dict[str, Any] = {"index": 1} if kind is Evaluation else {"step": 1, "seconds": Seconds()}
+        return kind(**which, **arrays, values=np.zeros((5, 4), np.float32))
+
+    hidden = member(label_rows="hidden", labels="device", gradient_noise=1.0, gradient_clip=1.0)
+    check_question("a", asked([3, 2]), hidden, LIMITS)
+    check_question("a", asked([3, 1]), member(labels="device"), LIMITS)
+    with pytest.raises(RemoteProtocolError, match=r"label counts say which rows have a label; .* the lengths \(--label-rows\)"):
+        check_question("a", asked([3, 1]), hidden, LIMITS)
 
 
 def test_codecs_that_are_missing_are_told_in_one_order() -> None:

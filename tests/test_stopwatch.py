@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_client.stopwatch import Stopwatch, difference
-from protocol import ActivationGradient, Seconds
+from protocol import ActivationGradient, HiddenStates, Seconds
 
 seconds = st.floats(0, 1000)
 
@@ -41,6 +41,18 @@ def test_all_of_the_way_is_divided_where_nothing_else_was_done() -> None:
 )
 def test_what_is_hidden_by_the_devices_own_work_is_the_first_of_the_way(waited: float, spent: Seconds) -> None:
     assert of_waiting(waited, under_way=10.0, queue=1.0, compute=3.0, share_up=0.75) == spent
+
+
+def test_time_until_the_server_asks_back_is_divided_as_that_until_its_answer() -> None:
+    asked = HiddenStates(step=1, values=np.zeros((1, 1), np.float32), queue_seconds=1.0, compute_seconds=3.0)
+    clock = Clock()
+    stopwatch = Stopwatch(clock)
+    clock.now = 10.0
+    stopwatch.answered(asked, waited=10.0, under_way=10.0, share_up=0.75)
+    clock.now = 17.0  # seven seconds for the loss
+    clock.now = 20.0
+    stopwatch.answered(answer(queue=0.5, compute=1.5), waited=3.0, under_way=3.0, share_up=0.5)
+    assert stopwatch.read() == Seconds(edge_compute=7.0, uplink=5.0, queue=1.5, server_compute=4.5, downlink=2.0)
 
 
 @given(seconds, seconds, seconds, seconds, st.floats(0, 1))

@@ -42,3 +42,15 @@ def test_share_of_the_links_is_of_all_steps_since_it_was_taken_last() -> None:
     timing.question(("b", 0), Seconds(queue=99.0), 0.0)  # of a step that is not finished
     assert timing.take_link_share() == 0.3
     assert timing.take_link_share() == 0.0
+
+
+def test_client_thinks_since_it_was_asked_back_whatever_it_was_sent_meanwhile() -> None:
+    timing = StepTiming()
+    timing.asked_back(("a", 0), 10.0)
+    timing.asked_back(("a", 1), 12.0)
+    timing.replied("a", 13.0)
+    assert timing.thought(("a", 0), 15.0) == 5.0
+    assert timing.thought(("a", 1), 15.0) == 3.0
+    assert timing.away("a", 15.0) == 2.0
+    timing.asked_back(("a", 0), 20.0)
+    assert timing.away("a", 21.0) == 1.0  # it is a reply, too

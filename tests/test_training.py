@@ -10,10 +10,12 @@ import pytest
 from protocol_samples import SETTINGS
 
 from edge_client.data import Batch, Batches, Dataset, Sample
+from edge_client.disclosure import Disclosure
 from edge_client.membership import Membership
 from edge_client.saved_steps import SavedStep, SavedSteps
+from edge_client.stopwatch import Stopwatch
 from edge_client.token_file import Samples
-from edge_client.training import Step, train
+from edge_client.training import Step, perplexity, train
 from protocol import (
     ActivationGradient,
     Activations,
@@ -22,7 +24,12 @@ from protocol import (
     Array,
     Done,
     EdgeAdapter,
+    Evaluation,
+    EvaluationLoss,
+    EvaluationStates,
     Hello,
+    HiddenGradient,
+    HiddenStates,
     Join,
     Message,
     RemoteProtocolError,
@@ -37,6 +44,7 @@ from protocol import (
 
 RUN = replace(SETTINGS, steps=3, lr=0.1, lr_schedule="linear", warmup_steps=0, check_codec_every=0)
 TENSORS = {"m": np.zeros((1, 1), np.float32)}
+DATA = Dataset(Samples.of([Sample(np.array([1, 2, 3], np.int32), 2)] * 3))
 
 
 class NotingEngine:
@@ -82,8 +90,16 @@ class NotingEngine:
     def load_adapter(self, tensors: Tensors) -> None:
         self._note("load adapter")
 
+    def loss_and_gradient(self, hidden: Array, labels: Array) -> tuple[float, Array]:
+        self._note(f"loss of {labels.tolist()}")
+        return float(hidden.sum()), hidden + 1
+
+    def loss(self, hidden: Array, labels: Array) -> float:
+        self._note(f"loss of {labels.tolist()}")
+        return float(hidden.sum())
+
     def infer(self, batch: Batch) -> Array:
-        raise NotImplementedError
+        return np.zeros((len(batch.tokens), 2), np.float32)
 
 
 class Server:
@@ -107,11 +123,14 @@ class Server:
     def ask(self, message: Message) -> None:
         self._asked.append(message)
         if not isinstance(message, Hello | Join):
-            part = f".{message.micro_batch}" if isinstance(message, Activations) else ""
-            self._log.append(f"ask {type(message).__name__} {message.step}{part}")  # type: ignore[attr-defined]
+            part = f".{message.micro_batch}" if isinstance(message, Activations | HiddenGradient) else ""
+            verb = "reply" if isinstance(message, HiddenGradient) else "ask"
+            self._log.append(f"{verb} {type(message).__name__} {getattr(message, 'step', '')}{part}")
 
     def answer(self, *_: type) -> Message:
-        question = self._asked.pop(0)
+        # As the server: the backward pass of a micro-batch first, then the forward pass of the next one.
+        question = min(self._asked, key=lambda message: not isinstance(message, HiddenGradient))
+        self._asked.remove(question)
         if isinstance(question, Hello):
             return Welcome(run="r", settings=self._settings, fingerprint="f")
         return self._start if isinstance(question, Join) else self._answer(question)
@@ -124,6 +143,8 @@ def usual_answer(question: Message) -> Message:
     if isinstance(question, Activations):
         fields = {"step": question.step, "micro_batch": question.micro_batch, "values": question.values}
         return ActivationGradient(**fields, loss=question.step / 2, labelled_tokens=5)
+    if isinstance(question, Evaluation):
+        return EvaluationLoss(index=question.index, summed_loss=float(len(question.labels)))
     if isinstance(question, AdapterGradient | AdapterWeights):
         return EdgeAdapter(step=question.step, tensors=TENSORS)
     assert isinstance(question, Done)
@@ -153,9 +174,9 @@ def run(tmp_path: Path) -> Run:
             saved_steps.save(saved, keep_from=0, is_round_end=True)
         membership = Membership(lambda: server, Hello(name="a", fingerprint="f"))
         membership.start(Join(num_samples=3, batch_size=3, longest=2))
-        data = Dataset(Samples.of([Sample(np.array([1, 2, 3], np.int32), 2)] * 3))
-        batches = Batches(data=data, name="a", batch_size=3, shuffle=True, seed=settings.seed, num_parts=settings.micro_batches)
-        steps = list(train(membership, NotingEngine(log), batches, start, saved_steps=saved_steps, in_flight=in_flight))
+        batches = Batches(data=DATA, name="a", batch_size=3, shuffle=True, seed=settings.seed, num_parts=settings.micro_batches)
+        more = {"disclosure": Disclosure(settings, b"s" * 32), "saved_steps": saved_steps, "in_flight": in_flight}
+        steps = list(train(membership, NotingEngine(log), batches, start, **more))
         return log, steps
 
     return run
@@ -247,3 +268,114 @@ def test_adapter_is_of_the_step_that_was_asked_for(run: Run, step: int, is_taken
     else:
         with pytest.raises(RemoteProtocolError, match=f"expected the adapter of step 2, got that of step {step}"):
             run(settings, answer=answer)
+
+
+# Labels that stay on the device
+
+
+AT_HOME = replace(RUN, labels="device", activation_codec="exact", gradient_codec="exact", steps=1, aggregate_every=1)
+TWO_OF_THREE = Dataset(Samples.of([Sample(np.array([7, 1, 2, 3], np.int32), 2)]))
+
+
+class Asking:
+    """A server that asks back about every micro-batch, and keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.heard: list[Message] = []
+        self.open: dict[int, Activations] = {}
+
+    def __call__(self, message: Message) -> Message:
+        self.heard.append(message)
+        if isinstance(message, Activations):
+            self.open[message.micro_batch] = message
+            return hidden_states(message)
+        if isinstance(message, HiddenGradient):
+            return usual_answer(self.open.pop(message.micro_batch))
+        if isinstance(message, Evaluation):
+            return EvaluationStates(index=message.index, values=np.ones((message.num_labelled, 2), np.float32))
+        return usual_answer(message)
+
+    def of(self, kind: type) -> list[Any]:
+        return [message for message in self.heard if isinstance(message, kind)]
+
+
+def hidden_states(question: Activations) -> HiddenStates:
+    """Its rows are numbered."""
+    values = np.arange(question.num_labelled, dtype=np.float32)[:, None].repeat(2, 1)
+    return HiddenStates(step=question.step, micro_batch=question.micro_batch, values=values)
+
+
+def test_device_that_keeps_its_labels_computes_the_loss_between_forward_and_backward(run: Run) -> None:
+    server = Asking()
+    log, steps = run(replace(AT_HOME, micro_batches=1), answer=server)
+    assert log[2:8] == [
+        *["forward", "ask Activations 1.0", "loss of [2, 3, 2, 3, 2, 3]", "reply HiddenGradient 1.0", "backward"],
+        "divide by 5",
+    ]
+    assert [step.loss for step in steps] == [0.5]  # of all clients, as the server says
+    (asked,), (replied,) = server.of(Activations), server.of(HiddenGradient)
+    assert (asked.labels.tolist(), asked.label_counts.tolist()) == ([], [2, 2, 2])
+    assert (replied.summed_loss, replied.labelled_tokens) == (30.0, 6)
+    assert np.array_equal(replied.values, hidden_states(asked).values + 1)
+
+
+def test_device_computes_the_next_micro_batch_before_the_server_asks_back_about_the_first(run: Run) -> None:
+    log, _ = run(replace(AT_HOME, micro_batches=3), in_flight=2, answer=Asking())
+    assert [line for line in log[2:-3] if not line.startswith("loss")] == [
+        *["forward", "ask Activations 1.0", "forward", "ask Activations 1.1"],
+        *["reply HiddenGradient 1.0", "backward", "forward", "ask Activations 1.2"],
+        *["reply HiddenGradient 1.1", "backward", "reply HiddenGradient 1.2", "backward", "divide by 5"],
+        "ask AdapterGradient 1",
+    ]
+
+
+def test_gradient_of_rows_without_a_label_is_zero_where_the_server_does_not_know_them(run: Run, monkeypatch: Any) -> None:
+    monkeypatch.setattr(f"{__name__}.DATA", TWO_OF_THREE)
+    before: list[Array] = []
+    monkeypatch.setattr(Disclosure, "gradient", lambda self, values, *purpose: before.append(values) or values + 0.5)
+    server = Asking()
+    log, _ = run(replace(AT_HOME, micro_batches=1, label_rows="hidden", gradient_noise=1.0, gradient_clip=1.0), answer=server)
+    assert "loss of [2, 3]" in log
+    (asked,), (replied,) = server.of(Activations), server.of(HiddenGradient)
+    assert asked.label_counts.tolist() == asked.lengths.tolist() == [3]
+    assert before[0].tolist() == [[0, 0], [2, 2], [3, 3]]
+    assert np.array_equal(replied.values, before[0] + 0.5)
+    assert (replied.summed_loss, replied.labelled_tokens) == (6.0, 2)
+
+
+def test_step_that_is_repeated_sends_the_same_noise(run: Run) -> None:
+    noise = {"activation_noise": 0.5, "activation_clip": 2.0, "gradient_noise": 0.5, "gradient_clip": 2.0}
+    sent = []
+    for _ in range(2):
+        server = Asking()
+        run(replace(AT_HOME, micro_batches=2, steps=2, **noise), answer=server)
+        sent.append([message.values.tobytes() for message in [*server.of(Activations), *server.of(HiddenGradient)]])
+    assert sent[0] == sent[1]
+    assert len(set(sent[0])) == 8
+
+
+def test_server_that_asks_back_about_what_was_not_asked_is_in_error(run: Run) -> None:
+    def answer(question: Message) -> Message:
+        assert isinstance(question, Activations)
+        return replace(hidden_states(question), micro_batch=1)
+
+    with pytest.raises(RemoteProtocolError, match="hidden states of micro-batch 1 of step 1, which this device waits for no"):
+        run(replace(AT_HOME, micro_batches=2), answer=answer)
+
+
+@pytest.mark.parametrize("labels", ["server", "device"])
+def test_perplexity_is_the_same_wherever_the_labels_are(labels: str) -> None:
+    settings = replace(AT_HOME, labels=labels)
+    server, log = Asking() if labels == "device" else usual_answer, list[str]()
+    now = [0.0]
+    connection: Any = Server(settings, Start(step=0, total_steps=1, adapter=TENSORS, round=0), log, server)
+    membership = Membership(lambda: connection, Hello(name="a", fingerprint="f"), stopwatch=Stopwatch(lambda: now[0]))
+    membership.start(Join(num_samples=3, batch_size=3, longest=2))
+    now[0] = 5.0
+    found = list(perplexity(membership, NotingEngine(log), TWO_OF_THREE, 2, Disclosure(settings)))
+    assert found == pytest.approx([np.exp(2.0) if labels == "device" else np.exp(1.0)])
+    assert ("loss of [2, 3]" in log) is (labels == "device")
+    now[0] = 7.0
+    assert membership.stopwatch.lap().edge_compute == pytest.approx(2.0)  # an evaluation belongs to no step
+    if isinstance(server, Asking):
+        assert server.of(Evaluation)[0].labels.tolist() == []

@@ -168,7 +168,7 @@ def check_hidden_gradient(name: str, gradient: HiddenGradient, states: HiddenSta
     least = rows if settings.label_rows == "shown" else 0
     if not least <= gradient.labelled_tokens <= rows:
         which = f"{least} to {rows}" if least < rows else f"{rows}"
-        raise RemoteProtocolError(f"{gradient.labelled_tokens} tokens are labelled, expected {which}")
+        raise RemoteProtocolError(f"the number of labelled tokens is {gradient.labelled_tokens}, expected {which}")
     most = LARGEST_VALUE * gradient.labelled_tokens
     if not 0 <= gradient.summed_loss <= most:
         raise RemoteProtocolError(
