@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
+
 from protocol import (
     ActivationGradient,
     Activations,
@@ -163,12 +165,12 @@ def _hidden_gradient(
 ) -> HiddenGradient:
     """The loss at the rows of a micro-batch that have a label, and its gradient at all rows that the server has sent."""
     with _diverging_in(asked.step):
-        summed_loss, gradient = engine.loss_and_gradient(disclosure.of_labelled_rows(asked.values, batch), batch.labels)
+        losses, gradient = engine.loss_and_gradient(disclosure.of_labelled_rows(asked.values, batch), batch.labels)
     values = disclosure.of_all_rows(gradient, batch)
     return HiddenGradient(
         step=asked.step,
         micro_batch=asked.micro_batch,
-        summed_loss=summed_loss,
+        summed_loss=disclosure.summed_loss(losses, asked.step, asked.micro_batch),
         labelled_tokens=len(batch.labels),
         values=disclosure.gradient(values, asked.step, asked.micro_batch),
         seconds=membership.stopwatch.lap(),
@@ -270,7 +272,7 @@ def _evaluate(membership: Membership, engine: Engine, batch: Batch, disclosure: 
         summed_loss = answer.summed_loss
     else:
         answer = membership.exchange(question, EvaluationStates)
-        summed_loss = engine.loss(disclosure.of_labelled_rows(answer.values, batch), batch.labels)
+        summed_loss = float(np.sum(engine.loss(disclosure.of_labelled_rows(answer.values, batch), batch.labels)))
     if answer.index != index:
         raise RemoteProtocolError(f"expected what becomes of batch {index}, got that of batch {answer.index}")
     membership.stopwatch.lap()  # an evaluation belongs to no step

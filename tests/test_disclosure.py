@@ -15,7 +15,7 @@ import edge_client.cli
 from edge_client import DataError, EdgeClient, TooMuchDisclosed
 from edge_client.client_state import ClientState
 from edge_client.data import Batch, Sample, pack
-from edge_client.disclosure import Demands, Disclosure
+from edge_client.disclosure import LOSS_CAP, Demands, Disclosure
 from gpu_server import GpuServer
 from privacy import Centre
 from protocol import RunSettings
@@ -83,6 +83,19 @@ def test_what_is_sent_for_one_thing_has_no_noise_of_another() -> None:
         for other in sent[:number]:
             assert (one != other).all()
     assert np.array_equal(sent[0], Disclosure(NOISY, SECRET).activations(zeros, batch(), 1, 0))
+
+
+def test_sum_of_losses_has_noise_where_the_gradient_has() -> None:
+    losses, exact, noisy = np.array([1.5, 30.0, 2.0], np.float32), Disclosure(KEPT), Disclosure(NOISY, SECRET)
+    assert exact.summed_loss(losses, 1, 0) == 33.5
+    clipped_alone = Disclosure(replace(KEPT, gradient_clip=2.0), SECRET)
+    assert clipped_alone.summed_loss(losses, 1, 0) == 33.5
+    draws = np.array([noisy.summed_loss(losses, 1, number) for number in range(400)])
+    spread = NOISY.gradient_noise * LOSS_CAP
+    assert abs(draws.mean() - (1.5 + LOSS_CAP + 2.0)) < 4 * spread / 20  # a label counts no more than the cap
+    assert 0.85 * spread < draws.std() < 1.15 * spread
+    assert noisy.summed_loss(losses, 1, 0) == draws[0]
+    assert noisy.summed_loss(losses[:0], 1, 0) != 0.0  # whether there was any label is not told either
 
 
 # What a user demands
