@@ -379,7 +379,7 @@ class HiddenGradient:
 
     def __post_init__(self) -> None:
         _check_step(self.step)
-        if self.labelled_tokens > len(self.values):
+        if not 0 <= self.labelled_tokens <= len(self.values):
             raise ValueError(f"{self.labelled_tokens} labelled tokens, and a gradient of {len(self.values)} rows")
 
 

@@ -193,9 +193,10 @@ def test_all_rows_of_a_gradient_have_a_label_unless_that_is_hidden(
         assert talk.refusal(Side.CLIENT, gradient) == "HiddenGradient of 2 rows and 1 labelled tokens, expected as many"
 
 
-def test_more_labelled_tokens_than_rows_cannot_be() -> None:
-    with pytest.raises(ValueError, match="2 labelled tokens, and a gradient of 1 rows"):
-        replace(SAMPLES["HiddenGradient"], labelled_tokens=2)  # type: ignore[call-arg, type-var]
+@pytest.mark.parametrize("labelled", [2, -1])
+def test_labelled_tokens_are_as_many_as_rows_at_most(labelled: int) -> None:
+    with pytest.raises(ValueError, match=f"{labelled} labelled tokens, and a gradient of 1 rows"):
+        replace(SAMPLES["HiddenGradient"], labelled_tokens=labelled)  # type: ignore[call-arg, type-var]
 
 
 @pytest.mark.parametrize(

@@ -332,7 +332,7 @@ class Federation:
         asked_back = self._present_step.asked_back_of(message.micro_batch) if is_of_this_step else None
         if asked_back is None or not asked_back.waits_for(name):
             raise RemoteProtocolError(f"HiddenGradient of step {message.step}, micro-batch {message.micro_batch}, out of turn")
-        check_hidden_gradient(name, message, asked_back.hidden_states[name], self.settings)
+        check_hidden_gradient(name, message, asked_back.hidden_states[name])
         question = (name, message.micro_batch)
         self.deadline.observe(HiddenGradient, self.timing.thought(question, now))
         self.timing.question(question, message.seconds, now)
