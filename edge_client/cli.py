@@ -15,6 +15,7 @@ from terminal import (
     Progress,
     count,
     duration,
+    importing,
     listed,
     plain,
     run_program,
@@ -23,6 +24,8 @@ from terminal import (
     version,
     where_time_went,
 )
+
+from .leak.flags import add_flags as add_leak_flags
 
 if TYPE_CHECKING:
     from .client import EdgeClient
@@ -91,6 +94,15 @@ def build_parser() -> Parser:
         "--state-dir", metavar="DIR", help="folder of this device's enrolments (default: the user's folder for state)"
     )
     ping.set_defaults(run=run_ping, errors=_errors_of_ping)
+
+    leak = commands.add_parser(
+        "leak",
+        help="measure what a server could recover of your texts",
+        description="Measure on this machine, on your own texts, what a curious server could recover of them from what crosses "
+        "the wire, and what codecs and noise cost. Sends nothing. Needs splitlora[leak].",
+    )
+    add_leak_flags(leak)
+    leak.set_defaults(run=run_leak, errors=_errors_of_leak)
 
     generate = commands.add_parser(
         "generate",
@@ -367,6 +379,13 @@ def run_ping(options: argparse.Namespace) -> None:
         print(f"the run has waited {duration(pong.waiting_seconds)} for {plain(listed(pong.waiting_for))}")  # noqa: T201
 
 
+def run_leak(options: argparse.Namespace) -> None:
+    with importing("the meter", install="splitlora[leak]"):
+        from .leak.program import run
+
+    run(options)
+
+
 def run_generate(options: argparse.Namespace) -> None:
     from .generation import Generator, Sampling
 
@@ -466,6 +485,15 @@ def _errors_of_generate() -> tuple[type[Exception], ...]:
     from .generation import ExportedModelError, GenerationError
 
     return (ExportedModelError, GenerationError)
+
+
+def _errors_of_leak() -> tuple[type[Exception], ...]:
+    from storage import AdapterError, ModelError
+
+    from .data import DataError
+    from .leak.program import ControlsFailed, MeterError
+
+    return (DataError, ModelError, AdapterError, ControlsFailed, MeterError)
 
 
 def _errors_of_train() -> tuple[type[Exception], ...]:

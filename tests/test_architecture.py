@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "storage": {"huggingface_hub", "numpy", "tokenizers"},
     "graphs": {"storage", "split_model", "ml_dtypes", "numpy", "onnx", "safetensors"},
     "terminal": {"onnxruntime", "tqdm"},
-    "edge_client": OURS | {"numpy", "onnxruntime", "platformdirs", "tokenizers", "torch", "websockets"},
+    "edge_client": OURS | {"numpy", "onnxruntime", "platformdirs", "tokenizers", "torch", "websockets"} | {"matplotlib"},
     "export": {
         *("graphs", "split_model", "storage", "terminal"),
         *("ml_dtypes", "numpy", "onnx", "onnxruntime", "peft", "safetensors", "tokenizers", "torch", "transformers"),
@@ -38,6 +38,7 @@ ONLY_IN = {
         "gpu_server/serving/lifetime.py",
         *("gpu_server/serving/peer.py", "gpu_server/serving/performer.py", "gpu_server/serving/run_server.py"),
     },
+    "matplotlib": {"edge_client/leak/picture.py"},
     "onnxruntime": {"terminal/packages.py"},
     "peft": {"export/peft_merge.py"},
     "transformers": {"export/peft_merge.py"},
@@ -123,7 +124,8 @@ def test_device_needs_nothing_that_the_base_package_does_not_bring() -> None:
     modules = [
         name for package in ("privacy", "protocol", "storage", "terminal", "edge_client") for name in modules_of(package)
     ]
-    modules = [name for name in modules if name != "edge_client.torch_engine" and not name.startswith("edge_client.leak")]
+    with_torch = ("edge_client.torch_engine", "edge_client.leak.")
+    modules = [name for name in modules if not name.startswith(with_torch) or name == "edge_client.leak.flags"]
     assert len(modules) > 50
     check = f"""
 import importlib, sys
@@ -147,6 +149,12 @@ def test_engine_with_torch_is_known_only_where_it_is_made() -> None:
     assert {name for name, text in files.items() if "TorchEngine" in text} == {*made, "engine.py", "torch_engine.py"}
     importing = {name for name, text in files.items() if re.search(r"from \.+torch_engine import", text)}
     assert importing == made
+
+
+def test_nothing_of_a_device_imports_the_meter() -> None:
+    """But for the program that has it among its commands, and imports it when it is asked for."""
+    files = [file for file in (REPOSITORY / "edge_client").glob("*.py") if ".leak" in file.read_text(encoding="utf-8")]
+    assert [file.name for file in files] == ["cli.py"]
 
 
 def test_every_file_that_the_architecture_names_is_there() -> None:

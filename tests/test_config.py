@@ -467,6 +467,12 @@ FLAGS = {
             *("--top-p", "-h"),
         },
         "prepare": {"--help", "-h"},
+        "leak": {
+            *("--help", "-h", "--data", "--model", "--adapter", "--cut-layer", "--codec", "--labels", "--label-rows"),
+            *("--activation-noise", "--activation-clip", "--gradient-noise", "--gradient-clip", "--noise-delta"),
+            *("--batch-size", "--max-length", "--sequences", "--attacker-texts", "--training-steps"),
+            *("--seed", "--seeds", "--json", "--output"),
+        },
     },
     "splitlora-server": {
         "": {"--help", "-h", "--version"},
