@@ -1,5 +1,6 @@
 """A client's membership in a run, which outlives its connections."""
 
+import hashlib
 import logging
 import time
 from collections import deque
@@ -136,6 +137,8 @@ class Membership:
         self._join: Join | None = None
         """What this client has joined with; None before `start`."""
         self._largest_message = HANDSHAKE_BYTES
+        self._asked_back: dict[tuple[int, int], bytes] = {}
+        """By step and micro-batch of what `exchange_each` exchanges now: a digest of the hidden states."""
         self._num_indices = 0
         """Of this process; see `next_index`."""
         self.edge_weights = ""
@@ -213,6 +216,7 @@ class Membership:
             Refused, RemoteProtocolError: as `Connection.answer`.
         """
         waiting: deque[Question] = deque()
+        self._asked_back.clear()
         for question in questions:
             self._follow_postponed_start(question)
             waiting.append(question)
@@ -265,7 +269,7 @@ class Membership:
                 self._ask_again(waiting, error)
                 continue
             if isinstance(answer, HiddenStates):
-                return _asked_back_about(waiting, answer), answer
+                return self._asked_back_about(waiting, answer), answer
             question = waiting.popleft()
             if isinstance(answer, Start):  # the run has gone on without this client, and none of its questions will be answered
                 _log_missed_steps(question, answer)
@@ -275,6 +279,23 @@ class Membership:
                 self.position.round = answer.step
                 self.position.checkpoint = max(self.position.checkpoint, answer.checkpoint)
             return question, cast(Answer, answer)
+
+    def _asked_back_about(self, waiting: Iterable[Question], states: HiddenStates) -> Question:
+        """
+        The waiting question to which the hidden states belong.
+
+        Raises:
+            RemoteProtocolError: there is none, or they are others than before. A server that could have the gradient at many
+                points would average its noise away.
+        """
+        micro_batch = f"micro-batch {states.micro_batch} of step {states.step}"
+        digest = hashlib.sha256(states.values.tobytes()).digest()
+        if self._asked_back.setdefault((states.step, states.micro_batch), digest) != digest:
+            raise RemoteProtocolError(f"the server asks back about {micro_batch} with other hidden states than before")
+        for question in waiting:
+            if identity(question)[1:] == identity(states)[1:]:
+                return question
+        raise RemoteProtocolError(f"got the hidden states of {micro_batch}, which this device waits for no more")
 
     def _ask_again(self, waiting: deque[Question], error: ConnectionFailed) -> None:
         """Ask the waiting questions on a new connection, unless the run has left them behind."""
@@ -373,19 +394,6 @@ class Membership:
             "connected again; the run goes on after step %d, this device had finished step %d", start.step, self.position.step
         )
         return start
-
-
-def _asked_back_about(waiting: Iterable[Question], states: HiddenStates) -> Question:
-    """
-    Raises:
-        RemoteProtocolError: none of the waiting questions is of that micro-batch.
-    """
-    for question in waiting:
-        if identity(question)[1:] == identity(states)[1:]:
-            return question
-    raise RemoteProtocolError(
-        f"got the hidden states of micro-batch {states.micro_batch} of step {states.step}, which this device waits for no more"
-    )
 
 
 def _check_same_run(before: Welcome, now: Welcome) -> None:

@@ -562,6 +562,27 @@ def test_being_asked_back_is_no_progress(world: MakeWorld) -> None:
         heard(member, [activations(1)])
 
 
+def test_server_that_asks_back_with_other_hidden_states_gets_no_second_gradient(world: MakeWorld) -> None:
+    other = replace(states(1), values=VALUES + 1)
+    here = world([welcome(), start(), states(1), LOST], [welcome(), start(), other])
+    member = here.member()
+    member.start(JOIN)
+    with pytest.raises(RemoteProtocolError, match="asks back about micro-batch 0 of step 1 with other hidden states"):
+        heard(member, [activations(1)])
+    assert said(here, 1) == ["0 Activations"]
+
+
+def test_step_that_is_done_again_may_have_other_hidden_states(world: MakeWorld) -> None:
+    """A server that was started again has another adapter."""
+    again = [welcome(restarts=1), start(), replace(states(1), values=VALUES + 1), gradient(1)]
+    here = world([welcome(), start(), states(1), LOST], again)
+    member = here.member()
+    member.start(JOIN)
+    with pytest.raises(Redirected):
+        heard(member, [activations(1)])
+    assert heard(member, [activations(1)]) == ["0 HiddenStates", "0 ActivationGradient"]
+
+
 def test_hidden_states_that_nobody_waits_for_are_an_error(world: MakeWorld) -> None:
     here = world([welcome(), start(), states(1, 1)])
     member = here.member()
