@@ -15,6 +15,8 @@ from split_model import PretrainedModel
 from storage import load_tokenizer
 
 CODECS = ("float32", "bfloat16", "int8", "int4", "delta")
+ON_DEVICE = {"labels": "device", "check_codec_every": 0}
+NOISE = {"activation_noise": 0.01, "activation_clip": 50.0, "gradient_noise": 0.1, "gradient_clip": 1.0}
 
 
 def options(model: Path, run_dir: Path, **more: Any) -> dict[str, Any]:
@@ -22,11 +24,25 @@ def options(model: Path, run_dir: Path, **more: Any) -> dict[str, Any]:
     return {"model": str(model), "run_dir": str(run_dir), **usual, **more}
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(
+    "mode",
+    [
+        *({"codec": codec} for codec in CODECS),
+        {"codec": "delta", **ON_DEVICE},
+        {"codec": "int4", **ON_DEVICE, **NOISE, "label_rows": "hidden"},
+    ],
+    ids=lambda mode: "-".join([mode["codec"], *mode.keys() & {"labels", "label_rows"}]),
+)
 @pytest.mark.parametrize("aggregate_every", [1, 2])
 def test_run_is_the_same_to_the_bit_however_many_are_in_flight(
-    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], codec: str, aggregate_every: int
+    tiny_model: Path,
+    tmp_path: Path,
+    pairs_file: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    mode: dict[str, Any],
+    aggregate_every: int,
 ) -> None:
+    monkeypatch.setattr("edge_client.client_state.ClientState.noise_secret", lambda _: b"s" * 32)  # else every run has its own
     files = {name: pairs_file(name, count, 100 * i) for i, (name, count) in enumerate({"a": 11, "b": 13}.items())}
     outcomes = []
     for in_flight in (1, 2, 5):
@@ -36,7 +52,9 @@ def test_run_is_the_same_to_the_bit_however_many_are_in_flight(
             for name, file in files.items()
         }
         settings = options(
-            tiny_model, run_dir, aggregate_every=aggregate_every, codec=codec, check_codec_every=2, codec_tolerance=1e9
+            tiny_model,
+            run_dir,
+            **{"aggregate_every": aggregate_every, "check_codec_every": 2, "codec_tolerance": 1e9, **mode},
         )
         outcomes.append((run_split(settings, clients).losses, adapter_bytes(run_dir)))
     assert outcomes[0] == outcomes[1] == outcomes[2]
