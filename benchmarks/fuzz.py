@@ -14,11 +14,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import contestants  # first: it finds the tests' modules
 
 from edge_client.generation import process_memory
+
+if TYPE_CHECKING:
+    from attacks import Trial
 
 FRAMES, SECONDS, CHUNK = 1_500_000, 200.0, 2_000
 DEVICES, SECONDS_OF_DEVICES = 2_000, 40.0
@@ -108,20 +113,28 @@ def fuzz_here(work: tuple[int, int, float]) -> tuple[Counter[str], Counter[str],
 
 
 def attack(seed: int) -> None:
-    """The attacks of the tests, more of each, against a server in a process of its own."""
-    from attacks import TRIALS, besieged
+    """The attacks of the tests, more of each, against servers in processes of their own."""
+    from attacks import TRIALS, TRIALS_OF_LABELS_ON_DEVICE
+
+    besiege(seed, "server", TRIALS)
+    besiege(seed, "device", TRIALS_OF_LABELS_ON_DEVICE)
+
+
+def besiege(seed: int, labels: str, trials: Mapping[str, "Trial"]) -> None:
+    """One server, whose clients keep their labels or do not."""
+    from attacks import besieged
 
     rows = []
-    with tempfile.TemporaryDirectory() as scratch, besieged(Path(scratch), seed) as siege:
+    with tempfile.TemporaryDirectory() as scratch, besieged(Path(scratch), seed, labels) as siege:
         before = siege.resident
-        for name, trial in TRIALS.items():
+        for name, trial in trials.items():
             print(f"{name} ...", file=sys.stderr, flush=True)
             began = time.monotonic()
             counts, steps = siege.suffer(trial.attack, trial.long)
             what = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(counts.items()))
             rows.append([name, what, steps, f"{time.monotonic() - began:.0f}", f"{siege.growth() / 1e6:+.1f}"])
         files = siege.server.open_files() - siege.open_files
-    header = ["attack", "what became of it", "honest steps", "s", "memory since the beginning, MB"]
+    header = [f"attack, labels on the {labels}", "what became of it", "honest steps", "s", "memory since the beginning, MB"]
     print("\n" + contestants.markdown(header, rows))
     print(f"\nThe server's resident memory was {before / 1e6:.0f} MB before; it has {files:+} files and sockets open.")
 

@@ -39,6 +39,8 @@ from protocol import (
     Failure,
     Goodbye,
     Hello,
+    HiddenGradient,
+    HiddenStates,
     Join,
     Message,
     Part,
@@ -50,6 +52,7 @@ from protocol import (
     zstd,
 )
 from protocol.invitation import Invitation
+from protocol.settings import ABILITIES
 from split_model import PretrainedModel
 
 SECONDS = 60.0  # after which whoever waits is wrong
@@ -265,6 +268,8 @@ class Siege:
     """Of an enrolled client that means harm."""
     fingerprint: str
     seed: int
+    labels: str
+    """Who has them, "server" or "device"."""
     resident: int = 0
     """Bytes that the server used before anything happened."""
     open_files: int = 0
@@ -290,11 +295,18 @@ class Siege:
         """Mallory without a model, who may ask for her part of it."""
         while True:
             with self.stranger() as client:
-                client.say(Hello(name=self.mallory.name, fingerprint=""))
-                if isinstance(client.hear(), Failure):
-                    continue  # her last connection is not forgotten yet
+                if not self._let_in(client, ""):
+                    continue
                 yield client
                 return
+
+    def _let_in(self, client: RawClient, fingerprint: str) -> bool:
+        """Whether Mallory is welcome: she is not while her last connection is not forgotten yet."""
+        abilities = ABILITIES if self.labels == "device" else ()
+        client.say(Hello(name=self.mallory.name, fingerprint=fingerprint, abilities=abilities))
+        answer = client.hear()
+        assert not isinstance(answer, Failure) or answer.retry_after, answer.reason
+        return not isinstance(answer, Failure)
 
     def part(self) -> Part:
         """What the server hands over."""
@@ -309,9 +321,8 @@ class Siege:
         """Mallory in the run, with batches of 2 x 4 rows; and the step after which she goes on."""
         while True:
             with RawClient(self.port, self.mallory, **options) as client:
-                client.say(Hello(name=self.mallory.name, fingerprint=self.fingerprint))
-                if isinstance(client.hear(), Failure):
-                    continue  # her last connection is not forgotten yet
+                if not self._let_in(client, self.fingerprint):
+                    continue
                 client.say(Join(num_samples=4, batch_size=2, longest=4))
                 start = client.hear()
                 assert isinstance(start, Start)
@@ -320,7 +331,7 @@ class Siege:
 
 
 @contextmanager
-def besieged(folder: Path, seed: int) -> Iterator[Siege]:
+def besieged(folder: Path, seed: int, labels: str = "server") -> Iterator[Siege]:
     """A guarded server, encrypted, of a run for two clients that goes on with one."""
     model = make_model(folder)
     run_dir, port = folder / "run", free_port()
@@ -336,7 +347,7 @@ def besieged(folder: Path, seed: int) -> Iterator[Siege]:
         f"--step-deadline={STEP_DEADLINE}",
         f"--handshake-seconds={HANDSHAKE_SECONDS}",
         *["--host=0.0.0.0", "--clients=2", "--quorum=1", "--steps=1000000", "--checkpoint-every=100", "--micro-batches=1"],
-        *["--cut-layer=1", "--lora-rank=2", "--device=cpu", "--dtype=float32"],
+        *["--cut-layer=1", "--lora-rank=2", "--device=cpu", "--dtype=float32", f"--labels={labels}"],
     ]
     with ExitStack() as stack:
         server = ServerProcess(*flags)
@@ -345,7 +356,7 @@ def besieged(folder: Path, seed: int) -> Iterator[Siege]:
         client = EdgeClient(
             honest.url, engine="torch", model=str(model), data=data, batch_size=2, state_dir=folder / "state", give_up_after=1.0
         )
-        siege = Siege(server, HonestClient(client), port, mallory, PretrainedModel(model).fingerprint(), seed)
+        siege = Siege(server, HonestClient(client), port, mallory, PretrainedModel(model).fingerprint(), seed, labels)
         with siege.member() as (first, _):
             first.say(Goodbye())
         siege.part()  # it is made
@@ -474,6 +485,58 @@ def a_batch(step: int) -> Activations:
     lengths, label_counts, labels = (np.array(values, np.int32) for values in ([4, 3], [2, 1], [1, 2, 3]))
     values = np.random.default_rng(step).standard_normal((7, WIDTH)).astype(np.float32)
     return Activations(step=step, seconds=Seconds(), lengths=lengths, label_counts=label_counts, labels=labels, values=values)
+
+
+def replies(siege: Siege, amount: int) -> "Counter[str]":
+    """A member that keeps its labels: what it replies when it is asked back, unasked, twice, and wrong in every way."""
+    counts: Counter[str] = Counter()
+    for _ in range(amount):
+        with siege.member() as (client, step):
+            states = asked_back(client, step + 1)
+        with siege.member() as (client, step):
+            again = asked_back(client, step + 1)
+            counts["asked back again"] += states.step != again.step or states.values.tobytes() == again.values.tobytes()
+            reply = encode(a_reply(again))
+            client.say(reply)
+            client.say(reply)
+            counts["replied twice, answered once"] += isinstance(client.hear(), ActivationGradient)
+            counts[client.end(frame_header(BINARY, encode(a_reply(again, micro_batch=1))))] += 1
+        for change in WRONG_REPLIES:
+            with siege.member() as (client, step):
+                states = asked_back(client, step + 1)
+                counts[client.end(frame_header(BINARY, change(states)))] += 1
+        for batch in (a_batch, lambda step: a_reply(HiddenStates(step=step, values=np.zeros((3, WIDTH), np.float32)))):
+            with siege.member() as (client, step):  # labels that nobody wants to know; a reply to nothing
+                counts[client.end(frame_header(BINARY, encode(batch(step + 1))))] += 1
+    return counts
+
+
+def asked_back(client: RawClient, step: int) -> HiddenStates:
+    client.say(replace(a_batch(step), labels=np.empty(0, np.int32)))
+    states = client.hear()
+    assert isinstance(states, HiddenStates)
+    assert states.values.shape == (3, WIDTH)
+    return states
+
+
+def a_reply(states: HiddenStates, **fields: Any) -> HiddenGradient:
+    loss = {"summed_loss": 9.0, "labelled_tokens": len(states.values), "values": states.values * np.float32(0.01)}
+    return HiddenGradient(**{"step": states.step, "micro_batch": 0, "seconds": Seconds(), **loss, **fields})
+
+
+WRONG_REPLIES: list[Callable[[HiddenStates], bytes]] = [
+    lambda states: encode(a_reply(states, labelled_tokens=2)),
+    lambda states: encode(a_reply(states, values=states.values[:2], labelled_tokens=2)),
+    lambda states: encode(a_reply(states, values=states.values[:, :-1])),
+    lambda states: encode(a_reply(states, values=states.values.astype(np.float64))),
+    lambda states: encode(a_reply(states, values=states.values + np.float32(1e30))),
+    lambda states: encode(a_reply(states, values=states.values * np.float32("nan"))),
+    lambda states: encode(a_reply(states, summed_loss=1e300)),
+    lambda states: encode(a_reply(states, summed_loss=float("nan"))),
+    lambda states: encode(a_reply(states, step=states.step + 1)),
+    lambda states: encode(a_reply(states), "int4"),
+    lambda states: encode(a_gradient(states.step)),
+]
 
 
 def a_gradient(step: int) -> AdapterGradient:
@@ -655,3 +718,8 @@ TRIALS = {
     "secrets of others": Trial(secrets_of_others, 100, 3_000, {"HTTP 401"}),
     "pumps that never read": Trial(pumps, 2, 20, {"stopped", "MB taken"}),
 }
+TRIALS_OF_LABELS_ON_DEVICE = {
+    "replies": Trial(replies, 1, 50, {"asked back again", "replied twice, answered once", "refused"}),
+    "frames of a member": Trial(frames_of_a_member, 30, 1_000, {"refused", "cut off"}),
+}
+"""Of a server whose clients keep their labels."""

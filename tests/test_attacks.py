@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from attacks import TRIALS, Siege, besieged
+from attacks import TRIALS, TRIALS_OF_LABELS_ON_DEVICE, Siege, besieged
 from hostile_server import Ambush
 from mutation import Judge, Mutator
 
@@ -61,6 +61,15 @@ def test_attack_is_fended_off_while_the_honest_client_trains(siege: Siege, name:
     counts, _ = siege.suffer(trial.attack, trial.short)
     assert counts.keys() <= trial.ends
     assert sum(counts.values()) >= trial.short
+
+
+def test_attacks_on_a_server_whose_devices_keep_their_labels_are_fended_off(tmp_path: Path) -> None:
+    with besieged(tmp_path, SEED, labels="device") as siege:
+        for trial in TRIALS_OF_LABELS_ON_DEVICE.values():
+            counts, _ = siege.suffer(trial.attack, trial.short)
+            assert counts.keys() <= trial.ends
+            assert sum(counts.values()) >= trial.short
+        assert "Traceback" not in "".join(siege.server.said)
 
 
 def test_after_all_attacks_the_server_is_as_before_and_has_said_no_secret(siege: Siege) -> None:
