@@ -1,14 +1,16 @@
 """What of a device's texts leaves it: what a run may take, what it is given, and what the user is told."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import adapter_bytes, run_in_thread
 from protocol_samples import SETTINGS
 
 import edge_client.cli
@@ -16,8 +18,9 @@ from edge_client import DataError, EdgeClient, TooMuchDisclosed
 from edge_client.client_state import ClientState
 from edge_client.data import Batch, Sample, pack
 from edge_client.disclosure import LOSS_CAP, Demands, Disclosure
+from edge_client.membership import Membership
 from gpu_server import GpuServer
-from privacy import Centre
+from privacy import SECRET_BYTES, Centre
 from protocol import RunSettings
 
 SECRET = b"s" * 32
@@ -161,7 +164,7 @@ def serve(tiny_model: Path, tmp_path: Path) -> Serve:
     @contextmanager
     def serve(**settings: Any) -> Iterator[GpuServer]:
         usual = {"cut_layer": 1, "steps": 1, "port": 0, "dtype": "float32"}
-        with GpuServer(model=str(tiny_model), run_dir=tmp_path / "run", **{**usual, **settings}) as server:
+        with GpuServer(model=str(tiny_model), **{**usual, "run_dir": tmp_path / "run", **settings}) as server:
             yield server
             server.stop()
 
@@ -209,6 +212,50 @@ def test_refusing_is_one_sentence_at_the_command_line(
     assert re.search(
         r"run [\w-]+ puts no noise on gradients at the hidden states, .* demands --gradient-noise 0\.5; start", line
     )
+
+
+# A device that is killed
+
+
+class Killed(BaseException):
+    """Nothing of the device's own catches it."""
+
+
+@pytest.mark.parametrize("aggregate_every", [1, 2])
+def test_device_that_is_killed_while_it_replies_sends_the_same_noise_when_it_is_back(
+    serve: Serve, tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], monkeypatch: Any, aggregate_every: int
+) -> None:
+    settings = {
+        f"{kind}_{what}": value for kind in ("activation", "gradient") for what, value in (("noise", 0.1), ("clip", 5.0))
+    }
+    settings.update(labels="device", label_rows="hidden", steps=4, micro_batches=2, aggregate_every=aggregate_every)
+    reply, draw, outcomes = Membership.reply, os.urandom, []
+    for killed in (False, True):
+        secrets = iter([b"s" * 32, b"t" * 32])  # whoever makes a second one has lost the first
+        monkeypatch.setattr(os, "urandom", lambda size, own=secrets: next(own) if size == SECRET_BYTES else draw(size))
+        replies = 0
+
+        def counted(membership: Membership, message: Any, killed: bool = killed) -> None:
+            nonlocal replies
+            replies += 1
+            if killed and replies == 6:  # the second of step 3
+                raise Killed
+            reply(membership, message)
+
+        monkeypatch.setattr(Membership, "reply", counted)
+        options = {"model": str(tiny_model), "engine": "torch", "dtype": "float32", "state_dir": tmp_path / f"state-{killed}"}
+        device = {"data": pairs_file("a", 5), "batch_size": 2, "name": "a", **options}
+        run_dir = tmp_path / f"run-{killed}"
+        with serve(run_dir=run_dir, **settings) as server:
+            ended = run_in_thread(lambda server=server: list(server.train()))
+            with suppress(Killed), EdgeClient(server.url, **device) as client:
+                list(client.train())
+            if killed:
+                assert not ended.done()
+                with EdgeClient(server.url, **device) as client:
+                    list(client.train())
+            outcomes.append(([record.loss for record in ended.result(timeout=60)], adapter_bytes(run_dir)))
+    assert outcomes[0] == outcomes[1]
 
 
 # What a user is told
