@@ -248,23 +248,23 @@ def perplexity(
         Redirected: the server has gone back to a checkpoint meanwhile: the batches before had another adapter.
     """
     summed_loss, num_labels = 0.0, 0
-    for index in range(data.num_batches(batch_size)):
-        batch = pack(data.samples[index * batch_size : (index + 1) * batch_size])
-        summed_loss += _evaluate(membership, engine, batch, disclosure)
+    for number in range(data.num_batches(batch_size)):
+        batch = pack(data.samples[number * batch_size : (number + 1) * batch_size])
+        summed_loss += _evaluate(membership, engine, number, batch, disclosure)
         num_labels += len(batch.labels)
         mean_loss = summed_loss / max(1, num_labels)
         yield math.exp(mean_loss) if mean_loss < LARGEST_EXPONENT else math.inf
 
 
-def _evaluate(membership: Membership, engine: Engine, batch: Batch, disclosure: Disclosure) -> float:
-    """The summed loss of a held-out batch, in nats."""
+def _evaluate(membership: Membership, engine: Engine, number: int, batch: Batch, disclosure: Disclosure) -> float:
+    """The summed loss of a held-out batch, in nats. It is known by its number in the data, whenever it is asked about."""
     index = membership.next_index()
     question = Evaluation(
         index=index,
         lengths=batch.lengths,
         label_counts=disclosure.label_counts(batch),
         labels=disclosure.labels(batch),
-        values=disclosure.activations(engine.infer(batch), batch, "held out", index),
+        values=disclosure.activations(engine.infer(batch), batch, "held out", number),
     )
     answer: EvaluationLoss | EvaluationStates
     if membership.welcome.settings.labels == "server":

@@ -364,6 +364,19 @@ def test_server_that_asks_back_about_what_was_not_asked_is_in_error(run: Run) ->
         run(replace(AT_HOME, micro_batches=2), answer=answer)
 
 
+def test_held_out_text_that_is_asked_about_again_has_the_same_noise() -> None:
+    """Else whoever asks often enough would know it by the mean."""
+    settings, server = replace(AT_HOME, activation_noise=0.5, activation_clip=2.0), Asking()
+    connection: Any = Server(settings, Start(step=0, total_steps=1, adapter=TENSORS, round=0), [], server)
+    membership = Membership(lambda: connection, Hello(name="a", fingerprint="f"))
+    membership.start(Join(num_samples=3, batch_size=3, longest=2))
+    for _ in range(2):
+        assert len(list(perplexity(membership, NotingEngine([]), DATA, 2, Disclosure(settings, b"s" * 32)))) == 2
+    first, second, *again = (message.values.tobytes() for message in server.of(Evaluation))
+    assert again == [first, second]
+    assert first[: len(second)] != second
+
+
 @pytest.mark.parametrize("labels", ["server", "device"])
 def test_perplexity_is_the_same_wherever_the_labels_are(labels: str) -> None:
     settings = replace(AT_HOME, labels=labels)
