@@ -9,6 +9,7 @@ from typing import Any
 import numpy
 import torch
 
+from privacy import worth
 from protocol import EXACT, RunSettings
 from protocol.settings import codec_named
 from split_model import (
@@ -32,8 +33,9 @@ from .door import Door, open_door
 from .edge_part import EdgePartStore
 from .errors import ConfigError, ServerError
 from .federation import CodecPolicy, Deadline, Federation, ModelLimits
+from .noise_observer import NoiseObserver
 from .run_directory import RunDirectory
-from .serving import Journal
+from .serving import Journal, Observer
 from .torch_engine import TorchEngine
 
 __all__ = ["Run", "set_up"]
@@ -53,6 +55,8 @@ class Run:
     engine: TorchEngine
     federation: Federation
     journal: Journal
+    observers: list[Observer]
+    """Of what the run has to tell beside its steps."""
     steps_before: int | None
     """``steps`` of a resumed run, as it was served the last time."""
 
@@ -88,6 +92,7 @@ def set_up(options: Mapping[str, Any]) -> Run:
         config=asdict(config),
         device=str(device),
         dtype=config.dtype,
+        noise=previous.noise if previous else None,
         versions={"splitlora": version(), "torch": str(torch.__version__), "numpy": numpy.__version__},
     )
     journal = Journal(directory, description, model.config, lora, config.model)
@@ -111,6 +116,7 @@ def set_up(options: Mapping[str, Any]) -> Run:
         engine=engine,
         federation=federation,
         journal=journal,
+        observers=_observers(settings, federation, journal),
         steps_before=previous.config.get("steps") if previous else None,
     )
 
@@ -207,6 +213,14 @@ def _codec_policy(config: ServerConfig, settings: RunSettings, directory: RunDir
     if state is not None:
         policy.restore(state)
     return policy
+
+
+def _observers(settings: RunSettings, federation: Federation, journal: Journal) -> list[Observer]:
+    if not (settings.activation_noise or settings.gradient_noise):
+        return []
+    with importing("what noise is worth", install="splitlora[server]"):
+        worth(1.0, 1, settings.noise_delta)  # loads its library, for which no device should have to wait later
+    return [NoiseObserver(federation, journal)]
 
 
 def _check_same_model(config: ServerConfig, before: str, now: str) -> None:

@@ -110,7 +110,7 @@ class GpuServer:
             run.engine,
             door=run.door,
             journal=run.journal,
-            observers=[self._steps, *self._observers],
+            observers=[self._steps, *run.observers, *self._observers],
             model_name="" if Path(self.config.model).is_dir() else self.config.model,
             grace_period=self.config.linger,
             caches=functools.cache(self._cache_of) if run.federation.settings.activation_codec == DELTA else None,

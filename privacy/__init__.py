@@ -3,5 +3,16 @@
 from .accounting import NoiseWorth, worth
 from .centre import Centre, public_token_ids
 from .noise import SECRET_BYTES, GaussianNoise, clipped
+from .report import NoiseReport, visits_of
 
-__all__ = ["SECRET_BYTES", "Centre", "GaussianNoise", "NoiseWorth", "clipped", "public_token_ids", "worth"]
+__all__ = [
+    "SECRET_BYTES",
+    "Centre",
+    "GaussianNoise",
+    "NoiseReport",
+    "NoiseWorth",
+    "clipped",
+    "public_token_ids",
+    "visits_of",
+    "worth",
+]

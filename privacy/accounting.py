@@ -8,6 +8,9 @@ Gaussian mechanisms. Their composition is one with less noise, exactly so (Dong,
 each depends on what was sent before; its epsilon has a closed form (Balle and Wang, 2018), which `dp_accounting` solves. Its
 accountants of Renyi divergences and of privacy loss distributions give a little more for the same mechanism.
 
+Beside gradients at the hidden states a device sends the sum of a micro-batch's losses, each between 0 and a cap, with noise of
+``sigma`` times the cap. Another label moves the sum by one cap at most, other labels in all rows of a text by as many caps.
+
 Nothing is gained by sampling: batches are shuffled, so that every row comes once an epoch, while the theorems on sampling ask
 for draws that are independent.
 
@@ -15,19 +18,22 @@ What the figures do not cover:
 
 - A token of a text changes the activations of its own row and of all rows behind it. So for activations a figure of one row
   says nothing of a token; that of a text does. Of gradients at the hidden states, a label changes one row.
-- Lengths, label counts, sums of losses, and the edge adapter's gradients or matrices are sent without noise.
+- Lengths, label counts, and the edge adapter's gradients or matrices are sent without noise.
+- A server that breaks the rules: one that cuts a connection, and then asks for the same micro-batch with other hidden states,
+  gets further releases of its gradients.
 - Steps that are done again with another adapter, after a restart in which a device was missing, are further visits.
 - Held-out texts are sent with the noise of activations, before and after training, as often as their loss is asked.
 - They hold for whoever cannot tell SHAKE-256 from chance, and for real numbers: see `privacy.noise`.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["NoiseWorth", "worth"]
+__all__ = ["NoiseWorth", "apart_in_activations", "apart_in_gradients", "worth"]
 
-LEAST_NOISE = 1e-6
-"""In units of the distance that it is to hide. An epsilon of less, 5e11 and more, is a way of saying infinite."""
+MOST_DISTANCE = 1e6
+"""In units of the noise. Epsilons of more, beyond 5e11, are called infinite."""
 
 
 def worth(sigma: float, releases: int, delta: float, rows: int = 1) -> float:
@@ -41,14 +47,32 @@ def worth(sigma: float, releases: int, delta: float, rows: int = 1) -> float:
     Raises:
         ImportError: dp-accounting is not installed.
     """
+    return _epsilon(math.sqrt(releases) * apart_in_activations(sigma, rows), delta) if sigma else math.inf
+
+
+def apart_in_activations(sigma: float, rows: int) -> float:
+    """
+    The distance, in units of the noise, of what is sent once of ``rows`` rows from what may be sent of others.
+
+    Those of several releases add up as sides of a right triangle do.
+    """
+    return math.sqrt(rows) * 2 / sigma
+
+
+def apart_in_gradients(sigma: float, rows: int) -> float:
+    """The same of gradients at the hidden states, and of the sum of losses that is sent with them."""
+    return math.hypot(math.sqrt(rows) * 2, rows) / sigma
+
+
+def _epsilon(distance: float, delta: float) -> float:
+    """Of a Gaussian mechanism by which two inputs are this far apart in units of its noise."""
     import dp_accounting  # takes most of a second, and devices need not have it
 
-    noise = sigma / (2 * math.sqrt(releases * rows))
-    if noise < LEAST_NOISE:
-        return math.inf
-    if noise * delta > 1:
+    if distance < delta:
         return 0.0  # the two are told apart with a probability of less than delta
-    return float(dp_accounting.get_epsilon_gaussian(noise, delta))
+    if distance > MOST_DISTANCE:
+        return math.inf
+    return float(dp_accounting.get_epsilon_gaussian(1 / distance, delta))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +87,14 @@ class NoiseWorth:
     """All rows of the longest text at all its visits; no other text's is larger."""
 
     @classmethod
-    def of(cls, sigma: float, *, visits: int, longest: int, delta: float) -> "NoiseWorth":
+    def of(cls, apart: Callable[[int], float], *, visits: int, longest: int, delta: float) -> "NoiseWorth":
         """
         Args:
+            apart: the distance of so many rows, sent once; see `apart_in_activations`.
             visits: how often each text is sent in the run.
             longest: rows of the longest text.
         """
+        releases_and_rows = {"row_once": (1, 1), "row": (visits, 1), "text": (visits, longest)}
         return cls(
-            row_once=worth(sigma, 1, delta), row=worth(sigma, visits, delta), text=worth(sigma, visits, delta, rows=longest)
+            **{name: _epsilon(math.sqrt(times) * apart(rows), delta) for name, (times, rows) in releases_and_rows.items()}
         )

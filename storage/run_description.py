@@ -32,6 +32,8 @@ class RunDescription:
     """Of splitlora and of the libraries that compute."""
     url: str = ""
     """Where the server listens, or did when it was last started."""
+    noise: dict[str, Any] | None = None
+    """By client: what the noise that it adds is worth, as ``privacy.NoiseReport`` says it. None in a run without noise."""
     adapter: dict[str, Any] | None = None
     """
     Which ``step`` ``of`` how many the adapter in the folder has reached. None while the run is served, and after its server was
@@ -51,7 +53,7 @@ class RunDescription:
             return None
         # What the first versions did not write, as they meant it.
         raw = {"restarts": 0, "device": "", "versions": {}, "url": ""} | files.read_json(RUN_FILE)
-        adapter = None if raw.get("adapter") is None else _member(files, raw, "adapter", dict)
+        noise, adapter = (None if raw.get(key) is None else _member(files, raw, key, dict) for key in ("noise", "adapter"))
         if adapter is not None:
             step, last = (_member(files, adapter, key, int) for key in ("step", "of"))
             if not 0 <= step <= last:
@@ -65,6 +67,7 @@ class RunDescription:
             dtype=_member(files, raw, "dtype", str),
             versions=_member(files, raw, "versions", dict),
             url=_member(files, raw, "url", str),
+            noise=noise,
             adapter=adapter,
         )
 
@@ -73,11 +76,14 @@ class RunDescription:
         Raises:
             OSError: it cannot be written.
         """
-        content = {name: value for name, value in asdict(self).items() if name != "adapter" or value is not None}
+        content = {name: value for name, value in asdict(self).items() if value is not None}
         replace_file(run_dir / RUN_FILE, (json.dumps(content, indent=2) + "\n").encode())
 
     def served_at(self, url: str) -> "RunDescription":
         return replace(self, url=url)
+
+    def with_noise(self, noise: dict[str, Any]) -> "RunDescription":
+        return replace(self, noise=noise)
 
     def with_adapter(self, *, step: int, of: int) -> "RunDescription":
         return replace(self, adapter={"step": step, "of": of})

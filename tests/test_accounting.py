@@ -1,15 +1,27 @@
 """What noise is worth, against the definition of (epsilon, delta), computed apart."""
 
+import json
 import math
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from decimal import Decimal
+from functools import partial
+from typing import Any
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
+from protocol_samples import SETTINGS
+
+from edge_client.data import Dataset
+from edge_client.disclosure import LOSS_CAP, Disclosure
 
 dp_accounting = pytest.importorskip("dp_accounting")
 
-from privacy import NoiseWorth, worth  # noqa: E402
+from privacy import SECRET_BYTES, NoiseReport, NoiseWorth, visits_of, worth  # noqa: E402
+from privacy.accounting import apart_in_activations, apart_in_gradients  # noqa: E402
 
 
 def delta_of(epsilon: float, sigma: float, releases: int, rows: int) -> float:
@@ -73,10 +85,10 @@ def test_epsilon_is_computed_for_any_sigma_without_a_warning(sigma: float, expec
 
 
 def test_figures_of_a_device_are_of_a_row_once_at_its_visits_and_of_a_text() -> None:
-    figures = NoiseWorth.of(4.0, visits=10, longest=54, delta=1e-6)
+    figures = NoiseWorth.of(partial(apart_in_activations, 4.0), visits=10, longest=54, delta=1e-6)
     assert figures.row_once == worth(4.0, 1, 1e-6) == pytest.approx(2.23, abs=0.2)
-    assert figures.row == worth(4.0, 10, 1e-6)
-    assert figures.text == worth(4.0, 540, 1e-6)
+    assert figures.row == pytest.approx(worth(4.0, 10, 1e-6), rel=1e-12)
+    assert figures.text == pytest.approx(worth(4.0, 540, 1e-6), rel=1e-12)
     assert figures.row_once < figures.row < figures.text
 
 
@@ -84,3 +96,81 @@ def test_figures_of_a_device_are_of_a_row_once_at_its_visits_and_of_a_text() -> 
 def test_who_adds_no_noise_does_not_wait_for_the_accountant(module: str) -> None:
     check = f"import sys, {module}; sys.exit(bool({{'dp_accounting', 'scipy'}} & sys.modules.keys()))"
     subprocess.run([sys.executable, "-c", check], check=True)
+
+
+# What a device is told
+
+
+def report(**changes: Any) -> NoiseReport:
+    usual = {"activation_noise": 4.0, "gradient_noise": 3.0, "labels": "device", "delta": 1e-6, "visits": 10, "longest": 54}
+    return NoiseReport.of(**{**usual, **changes})
+
+
+def test_report_is_of_each_thing_that_is_sent_with_noise_and_of_both_together() -> None:
+    figures = report().worth
+    assert figures["activations"].text == worth(4.0, 10, 1e-6, rows=54)
+    # What is released of two texts at ten visits, as one vector each: every row is 2 clips from the other text's, and every sum
+    # of losses 54 caps.
+    rows, losses = np.full(540, 2.0), np.full(10, 54.0)
+    gradients = np.concatenate((rows, losses)) / 3.0
+    apart = float(np.linalg.norm(gradients))
+    assert figures["gradients"].text == pytest.approx(worth(2 / apart, 1, 1e-6), rel=1e-9)
+    apart = float(np.linalg.norm(np.concatenate((rows / 4.0, gradients))))
+    assert figures["both together"].text == pytest.approx(worth(2 / apart, 1, 1e-6), rel=1e-9)
+    assert figures["gradients"].row_once == pytest.approx(worth(3.0 * 2 / math.sqrt(5), 1, 1e-6), rel=1e-9)
+
+
+def test_another_label_moves_what_is_sent_of_it_no_further_than_the_figures_assume() -> None:
+    settings = replace(SETTINGS, labels="device", check_codec_every=0, gradient_noise=1e-9, gradient_clip=2.0)
+    of_device = Disclosure(settings, bytes(SECRET_BYTES))
+    rows = [of_device.gradient(np.full((1, 4), value), 1, 0) / 2.0 for value in (-1e9, 1e9)]
+    sums = [of_device.summed_loss(np.array([value, 3.0]), 1, 0) / LOSS_CAP for value in (0.0, 1e9)]
+    moved = math.hypot(float(np.linalg.norm(rows[1] - rows[0])), sums[1] - sums[0])
+    assert moved == pytest.approx(apart_in_gradients(1.0, 1), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "of", "not_covered"),
+    [
+        ({}, {"activations", "gradients", "both together"}, []),
+        ({"activation_noise": 0.0}, {"gradients"}, ["activations, which give the text back"]),
+        ({"gradient_noise": 0.0}, {"activations"}, ["gradients at the hidden states, which name the labels"]),
+        ({"gradient_noise": 0.0, "labels": "server"}, {"activations"}, ["the labels, which the server reads"]),
+    ],
+)
+def test_report_names_what_is_sent_without_noise(changes: dict[str, Any], of: set[str], not_covered: list[str]) -> None:
+    made = report(**changes)
+    assert made.worth.keys() == of
+    assert list(made.not_covered) == [*not_covered, "lengths and numbers of labels", "the adapter's gradients"]
+    assert str(made).endswith(f". Not covered: {'; '.join(made.not_covered)}")
+
+
+def test_report_is_a_sentence_and_a_table() -> None:
+    made = report(activation_noise=0.0, gradient_noise=0.5, visits=1)
+    figures = made.worth["gradients"]
+    once, text = figures.row_once, figures.text
+    assert figures.row == once
+    assert str(made).startswith(
+        f"what its noise is worth, as epsilons at delta 1e-06: gradients, a row sent once {once:.3g}, a row in the run "
+        f"{once:.3g}, a text of 54 rows {text:,.0f} (beyond 10 it promises next to nothing). Not covered: activations"
+    )
+    assert json.loads(json.dumps(made.as_json(), allow_nan=False)) == {
+        "delta": 1e-6,
+        "visits": 1,
+        "longest": 54,
+        "worth": {"gradients": {"row_once": once, "row": once, "text": text}},
+        "not_covered": list(made.not_covered),
+    }
+    assert report(gradient_noise=0.0, activation_noise=1e-6).as_json()["worth"]["activations"]["text"] is None
+
+
+@pytest.mark.parametrize("changes", [{"steps": 10}, {"epochs": 3}])
+@pytest.mark.parametrize(("num_samples", "batch_size"), [(9, 4), (8, 4), (3, 4), (1, 1)])
+def test_visits_are_those_of_the_batches(changes: dict[str, int], num_samples: int, batch_size: int) -> None:
+    settings = replace(SETTINGS, **{"steps": None, "epochs": None, **changes})
+    last_step = settings.steps_of_client(num_samples, batch_size)
+    visits: Counter[int] = Counter()
+    samples = MagicMock(folder=None, __len__=lambda _: num_samples)
+    for step in range(1, last_step + 1):
+        visits.update(Dataset(samples).order(step, batch_size, ("order",)))
+    assert visits_of(last_step, num_samples, batch_size) == max(visits.values())

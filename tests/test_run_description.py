@@ -15,9 +15,12 @@ DESCRIPTION = RunDescription(
 )
 
 
+WITH_NOISE = DESCRIPTION.with_noise({"kitchen": {"delta": 1e-6}})
+
+
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert RunDescription.read(tmp_path, ServerError) is None
-    for description in (DESCRIPTION, DESCRIPTION.served_at("ws://a:1"), DESCRIPTION.with_adapter(step=3, of=5)):
+    for description in (DESCRIPTION, DESCRIPTION.served_at("ws://a:1"), DESCRIPTION.with_adapter(step=3, of=5), WITH_NOISE):
         description.write(tmp_path)
         assert RunDescription.read(tmp_path, ServerError) == description
 
@@ -41,7 +44,7 @@ def test_what_is_no_object_is_one_sentence(tmp_path: Path, content: str) -> None
     ("changes", "message"),
     [
         *(({name: None}, f"{name} is null; a text is expected") for name in ("run", "fingerprint", "dtype", "device", "url")),
-        *(({name: [1]}, rf"{name} is \[1\]; an object is expected") for name in ("config", "versions", "adapter")),
+        *(({name: [1]}, rf"{name} is \[1\]; an object is expected") for name in ("config", "versions", "noise", "adapter")),
         ({"restarts": 1.5}, r"restarts is 1\.5; a whole number is expected"),
         ({"adapter": {"step": 3}}, '"of" is missing'),
         ({"adapter": {"step": 3, "of": True}}, "of is true; a whole number is expected"),

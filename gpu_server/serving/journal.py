@@ -53,6 +53,11 @@ class Journal:
     def write_codec_state(self, state: dict[str, Any]) -> "Future[None]":
         return self._small.submit(self._directory.write_codec_state, state)
 
+    def write_noise(self, noise: dict[str, Any]) -> "Future[None]":
+        """Say in run.json what it is worth. See `RunDescription.noise`."""
+        self._description = self._description.with_noise(noise)
+        return self._large.submit(self._directory.describe, self._description)  # as whoever else writes this file
+
     def write_adapter(self, adapter: Adapter, step: int, total_steps: int) -> "Future[None]":
         """And say in run.json which step it has reached."""
 

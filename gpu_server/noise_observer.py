@@ -1,0 +1,52 @@
+"""Tells, and writes to run.json, what the noise of every device is worth."""
+
+import logging
+from concurrent.futures import Future
+
+from privacy import NoiseReport, visits_of
+from protocol import RunSettings
+
+from .federation import Federation, Member, RunStatus
+from .serving import Journal, Observer
+
+__all__ = ["NoiseObserver"]
+
+logger = logging.getLogger("gpu_server")
+
+
+class NoiseObserver(Observer):
+    """
+    Of a run with noise. How much data a device has, in which batches, and how long its texts are, is known when it has joined.
+
+    Raises:
+        ServerError: run.json cannot be written; from the status after that.
+    """
+
+    def __init__(self, federation: Federation, journal: Journal) -> None:
+        self._federation, self._journal = federation, journal
+        self._reports: dict[str, NoiseReport] = {}
+        self._written: Future[None] | None = None
+
+    def status_changed(self, status: RunStatus) -> None:
+        if self._written is not None and self._written.done():
+            self._written.result()
+        members, before = self._federation.members, self._reports
+        if members.keys() == before.keys():
+            return  # what a member has joined with stays
+        settings = self._federation.settings
+        self._reports = {name: before.get(name) or _report(settings, member) for name, member in members.items()}
+        for name in members.keys() - before.keys():
+            logger.info("%s: %s", name, self._reports[name])
+        self._written = self._journal.write_noise({name: report.as_json() for name, report in self._reports.items()})
+
+
+def _report(settings: RunSettings, member: Member) -> NoiseReport:
+    join = member.join
+    return NoiseReport.of(
+        activation_noise=settings.activation_noise,
+        gradient_noise=settings.gradient_noise,
+        labels=settings.labels,
+        delta=settings.noise_delta,
+        visits=visits_of(member.last_step, join.num_samples, join.batch_size),
+        longest=join.longest,
+    )
