@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from conftest import make_model, run_in_thread
 from device_parts import make_part
 from folder_mutation import FolderMutator
@@ -22,10 +23,16 @@ import edge_client.cli
 from edge_client import EdgeClient
 from protocol import (
     PIECE_BYTES,
+    ActivationGradient,
+    Activations,
+    AdapterGradient,
     AskPart,
     AskPiece,
+    EdgeAdapter,
     Failure,
     Hello,
+    HiddenGradient,
+    HiddenStates,
     Join,
     Message,
     Part,
@@ -34,6 +41,7 @@ from protocol import (
     Ping,
     Pong,
     RunSettings,
+    Start,
     Welcome,
     decode,
     encode,
@@ -41,6 +49,7 @@ from protocol import (
 from split_model import PretrainedModel
 
 PIECE = 5_000  # bytes
+WIDTH, STEPS = 16, 3
 SECONDS = 0.5  # after which a device that says nothing has been told nothing that it can answer
 ENOUGH, SILENT = "that is enough", "this device says nothing"
 REASONS = {ENOUGH: "believed", SILENT: "waits for a right answer"}
@@ -72,13 +81,20 @@ class HostileServer:
     Args:
         offer: what is handed over.
         say: an answer as a frame, right or wrong.
+        trains: it goes on for some steps of a device that keeps its labels, and refuses what follows.
     """
 
     def __init__(self, run: RunSettings, fingerprint: str, offer: Offer) -> None:
         self.offer, self.say = offer, encode
+        self.trains = False
         self.asked_for: Counter[str] = Counter()
         """Questions, by their kind; bytes that were sent, as "bytes"."""
         self._welcome = Welcome(run="r", settings=run, fingerprint=fingerprint)
+        self._of_training = replace(self._welcome, settings=replace(run, labels="device"))
+        width, rank = WIDTH, run.lora_rank
+        name = "base_model.model.transformer.h.0.attn.c_attn.lora_"
+        shapes = {f"{name}A.weight": (rank, width), f"{name}B.weight": (3 * width, rank)}
+        self._adapter = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
 
     @contextmanager
     def listening(self) -> Iterator[str]:
@@ -109,13 +125,22 @@ class HostileServer:
         if isinstance(question, Ping):
             return Pong(index=question.index, software="0", run="r", clients=1, joined=0, step=0, edge_weights="float32")
         if isinstance(question, Hello):
-            return self._welcome
+            return self._of_training if self.trains else self._welcome
         if isinstance(question, AskPart):
             return Part(index=question.index, files=self.offer.files)
         if isinstance(question, AskPiece):
             content = self.offer.contents.get(question.sha256, b"")[question.offset :] or b"?" * PIECE
             return Piece(index=question.index, data=content[:PIECE])
-        assert isinstance(question, Join)
+        if isinstance(question, Join) and self.trains:
+            return Start(step=0, total_steps=100, adapter=self._adapter)
+        if isinstance(question, Activations):
+            self._rows = question.values.shape
+            return HiddenStates(step=question.step, values=np.ones((question.num_labelled, WIDTH), np.float32))
+        if isinstance(question, HiddenGradient):
+            nothing = np.zeros(self._rows, np.float32)
+            return ActivationGradient(step=question.step, loss=1.0, labelled_tokens=1, values=nothing)
+        if isinstance(question, AdapterGradient) and question.step < STEPS:
+            return EdgeAdapter(step=question.step, tensors=self._adapter)
         return Failure(reason=ENOUGH)
 
 
@@ -127,9 +152,10 @@ class Ambush:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder, base, run = folder, folder / "base", settings(lora_dropout=0.1)
+        self._folder, base, run = folder, folder / "base", settings(lora_dropout=0.1, epochs=None, steps=100)
         base.mkdir()
-        make_model(base, n_layer=2, n_embd=16, n_head=2, n_positions=64)
+        make_model(base, n_layer=2, n_embd=WIDTH, n_head=2, n_positions=64)
+        self._model = str(base)
         part = make_part(folder / "part", base, run, "int8")
         self.contents = {path.name: path.read_bytes() for path in sorted(part.iterdir())}
         self.server = HostileServer(run, PretrainedModel(base).fingerprint(), Offer.of(self.contents))
@@ -142,6 +168,7 @@ class Ambush:
             "manifest": self._manifest,
             "pieces": self._pieces,
             "contents": self._contents,
+            "training": self._training,
         }
 
     def lay(self, url: str, seed: int, number: int) -> None:
@@ -150,16 +177,21 @@ class Ambush:
         mutator = Mutator(seed * 1_000_003 + number)
         kind = folders.random.choice(list(self.kinds))
         self.server.offer, self.server.say = Offer.of(self.contents), encode
+        self.server.trains = False
         self.kinds[kind](mutator, folders)
         self.outcomes[f"{kind}: {self.visit(url)}"] += 1
 
     def visit(self, url: str) -> str:
-        """What becomes of a device that comes for the first time."""
+        """What becomes of a device that comes for the first time; with a model where it is to train, else for its part."""
         shutil.rmtree(state := self._folder / "state", ignore_errors=True)
         self.server.asked_for.clear()
+        has = {"engine": "torch", "model": self._model} if self.server.trains else {}
+        options: dict[str, Any] = {"data": self._data, "batch_size": 2, "name": "visitor", "state_dir": state, **has}
         try:
-            with EdgeClient(url, data=self._data, batch_size=2, name="visitor", state_dir=state, give_up_after=0.01) as client:
+            with EdgeClient(url, give_up_after=0.01, **options) as client:
                 client.start()
+                for _ in client.train():
+                    pass
         except self._expected as error:
             sentence, kind = str(error), type(error).__name__
         else:
@@ -170,6 +202,11 @@ class Ambush:
     def _messages(self, mutator: Mutator, folders: FolderMutator) -> None:
         number = folders.random.randrange(12)
         self.server.say = _at(number, mutator.nearly)
+
+    def _training(self, mutator: Mutator, folders: FolderMutator) -> None:
+        """Of what a device that keeps its labels is told while it trains."""
+        self.server.trains = True
+        self.server.say = _at(folders.random.randrange(2, 2 + 3 * STEPS), mutator.nearly)
 
     def _manifest(self, mutator: Mutator, folders: FolderMutator) -> None:
         draw, files = folders.random, list(self.server.offer.files)
