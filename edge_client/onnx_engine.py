@@ -14,6 +14,7 @@ from .data import Batch
 from .dropout import dropout_masks
 from .part.device_part import DevicePart
 from .part.grids import Grid, grids
+from .part.head import Head
 from .part.reused_memory import Buffer, ReusedMemory
 from .part.runtime import Graph, Value, Values, give_back_freed_memory
 
@@ -131,15 +132,20 @@ class OnnxEngine:
     # The head
 
     def loss_and_gradient(self, hidden: Array, labels: Array) -> tuple[float, Array]:
-        raise NotImplementedError
+        return self._head().loss_and_gradient(hidden, labels)
 
     def loss(self, hidden: Array, labels: Array) -> float:
-        raise NotImplementedError
+        return self._head().loss(hidden, labels)
 
     # Held-out texts
 
     def infer(self, batch: Batch) -> Array:
         return self._finite(batch, self._activations(self._infer(batch, self._adapter), batch))
+
+    def _head(self) -> Head:
+        if self._graphs.head is None:
+            raise RuntimeError("the server has the labels, and the head")
+        return self._graphs.head
 
     # The algorithm
 

@@ -151,7 +151,7 @@ def _edge_part(
 ) -> EdgePartStore | None:
     if settings.precision == "float64":
         return None
-    fingerprint = model.fingerprint()
+    fingerprint, with_head = model.fingerprint(), settings.labels == "device"
 
     def build(folder: Path) -> None:
         with importing("the devices' part of the model", install="splitlora[server]"):
@@ -169,10 +169,13 @@ def _edge_part(
             precision=config.edge_weights,
             fingerprint=fingerprint,
             tokenizer_folder=model.folder,
+            with_head=with_head,
         )
 
     # A newer version may write other graphs.
     wanted = {"fingerprint": fingerprint, "cut_layer": settings.cut_layer, **settings.lora(), "splitlora": version()}
+    if with_head:
+        wanted["head"] = True
     return EdgePartStore(directory.edge_part_folder, config.edge_weights, wanted, build)
 
 

@@ -1,5 +1,5 @@
 """
-The layers of a block, each with its forward and its backward pass side by side.
+The layers of a block, each with its forward and its backward pass side by side, and the head.
 
 N rows of a packed batch, one for each token; B sequences, and T columns of the grid in which attention sees them; H heads of D
 elements, d = H D. dx is the gradient of the loss by x. ∘ multiplies element by element.
@@ -10,8 +10,10 @@ import numpy as np
 from .matrix_formats import MatrixFormat
 from .part_graph import PartGraph
 
-__all__ = ["CausalAttention", "LayerNorm", "Linear"]
+__all__ = ["CausalAttention", "Head", "LayerNorm", "Linear"]
 
+TOKENS = "tokens"
+"""The table of tokens, by its name in files of weights."""
 HIDDEN = -1e30
 """Added to a score that must not be seen: its exponential is 0 in float32."""
 
@@ -181,3 +183,29 @@ class CausalAttention:
 
     def _scaled(self, scores: str) -> str:
         return self.graph.node("Mul", scores, self.graph.constant(self.head_width**-0.5, np.float32))
+
+
+class Head:
+    """
+    The logits z = h Tᵀ of hidden states h (N, d), for a slice T (V', d) of the head's table of V tokens. All logits of a batch
+    would be by far the largest of its values, so a slice gives, of each row, what the slices' results are put together from:
+
+        m = max z, (N, 1)        s = sum e, (N, 1)        g = e T, (N, d)        with e = exp(z - m)
+
+    With exp(m) s and exp(m) g added up over the slices, S and G, the cross-entropy of a label l is log S - z_l, and its
+    gradient by h is G / S - T_l. Every logit is computed once, for both.
+    """
+
+    def __init__(self, graph: PartGraph, width: int, form: MatrixFormat) -> None:
+        self.graph, self.form, self.width, self.shape = graph, form, width, ("tokens", width)
+
+    def sums(self, hidden: str, *, with_gradient: bool) -> None:
+        """(N, d) -> the outputs "largest", m, and "sum", s; with the gradient, "product", g, too."""
+        node, each_row = self.graph.node, self.graph.constant([-1])
+        logits = self.form.table_product(self.graph, TOKENS, self.shape, hidden)
+        largest = self.graph.rows_output("largest", node("ReduceMax", logits, each_row), 1)
+        exponentials = node("Exp", node("Sub", logits, largest))
+        self.graph.rows_output("sum", node("ReduceSum", exponentials, each_row), 1)
+        if with_gradient:
+            product = self.form.transposed_table_product(self.graph, TOKENS, self.shape, exponentials)
+            self.graph.rows_output("product", product, self.width)

@@ -8,6 +8,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from storage import ModelError
 
+from .graph import Shape
 from .part_graph import PartGraph
 from .weights import Floats
 
@@ -22,7 +23,8 @@ SMALLEST = 1e-20
 class MatrixFormat(ABC):
     """
     One of `storage.EDGE_WEIGHTS`. Of a linear layer's matrix W (in, out) it knows what the file of weights holds, the product
-    x W, and dy Wᵀ for the gradient by x. All products are computed in float32.
+    x W, and dy Wᵀ for the gradient by x; of a table T (V, d) of tokens, the products x Tᵀ and p T. All products are computed in
+    float32.
     """
 
     @abstractmethod
@@ -46,6 +48,14 @@ class MatrixFormat(ABC):
     def transposed_product(self, graph: PartGraph, name: str, shape: tuple[int, int], dy: str) -> str:
         """dy Wᵀ: (N, out) -> (N, in)."""
 
+    @abstractmethod
+    def table_product(self, graph: PartGraph, name: str, shape: Shape, x: str) -> str:
+        """x Tᵀ: (N, d) -> (N, V)."""
+
+    @abstractmethod
+    def transposed_table_product(self, graph: PartGraph, name: str, shape: Shape, p: str) -> str:
+        """p T: (N, V) -> (N, d)."""
+
 
 class Floating(MatrixFormat):
     """As numbers of ``dtype``."""
@@ -65,7 +75,13 @@ class Floating(MatrixFormat):
     def transposed_product(self, graph: PartGraph, name: str, shape: tuple[int, int], dy: str) -> str:
         return graph.node("Gemm", dy, self._matrix(graph, name, shape), transB=1)
 
-    def _matrix(self, graph: PartGraph, name: str, shape: tuple[int, int]) -> str:
+    def table_product(self, graph: PartGraph, name: str, shape: Shape, x: str) -> str:
+        return graph.node("Gemm", x, self._matrix(graph, name, shape), transB=1)
+
+    def transposed_table_product(self, graph: PartGraph, name: str, shape: Shape, p: str) -> str:
+        return graph.node("Gemm", p, self._matrix(graph, name, shape))
+
+    def _matrix(self, graph: PartGraph, name: str, shape: Shape) -> str:
         weight = graph.weight_input(name, self.dtype, shape)
         return weight if self.dtype == np.float32 else graph.cast(weight, np.float32)
 
@@ -76,7 +92,10 @@ class Integers(MatrixFormat):
 
         x W + b = (x Q + b / s) diag(s)        dy Wᵀ = (dy diag(s)) Qᵀ
 
-    so that of the matrix only Q in float32 exists, for as long as the product takes.
+    so that of the matrix only Q in float32 exists, for as long as the product takes. A table has a scale for each row instead,
+    T = diag(s) Q:
+
+        x Tᵀ = (x Qᵀ) diag(s)        p T = (p diag(s)) Q
     """
 
     def store(self, name: str, matrix: Floats, *, shared_scale: int = 0) -> Tensors:
@@ -87,16 +106,24 @@ class Integers(MatrixFormat):
         return {name: integers, scale_name(name): scale.reshape(-1)}
 
     def product(self, graph: PartGraph, name: str, shape: tuple[int, int], x: str, bias: str) -> str:
-        integers, scale = self._inputs(graph, name, shape)
+        integers, scale = self._inputs(graph, name, shape, shape[1:])
         product = graph.node("Gemm", x, graph.cast(integers, np.float32), graph.node("Div", bias, scale))
         return graph.node("Mul", product, scale)
 
     def transposed_product(self, graph: PartGraph, name: str, shape: tuple[int, int], dy: str) -> str:
-        integers, scale = self._inputs(graph, name, shape)
+        integers, scale = self._inputs(graph, name, shape, shape[1:])
         return graph.node("Gemm", graph.node("Mul", dy, scale), graph.cast(integers, np.float32), transB=1)
 
-    def _inputs(self, graph: PartGraph, name: str, shape: tuple[int, int]) -> tuple[str, str]:
-        return graph.weight_input(name, np.int8, shape), graph.weight_input(scale_name(name), np.float32, shape[1:])
+    def table_product(self, graph: PartGraph, name: str, shape: Shape, x: str) -> str:
+        integers, scale = self._inputs(graph, name, shape, shape[:1])
+        return graph.node("Mul", graph.node("Gemm", x, graph.cast(integers, np.float32), transB=1), scale)
+
+    def transposed_table_product(self, graph: PartGraph, name: str, shape: Shape, p: str) -> str:
+        integers, scale = self._inputs(graph, name, shape, shape[:1])
+        return graph.node("Gemm", graph.node("Mul", p, scale), graph.cast(integers, np.float32))
+
+    def _inputs(self, graph: PartGraph, name: str, shape: Shape, num_scales: Shape) -> tuple[str, str]:
+        return graph.weight_input(name, np.int8, shape), graph.weight_input(scale_name(name), np.float32, num_scales)
 
 
 def scale_name(name: str) -> str:

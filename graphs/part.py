@@ -9,10 +9,16 @@ The same graph is run for each block with that block's weights. Of a packed batc
     backward.onnx         gradient (N, d) by the output, and all of these       -> gradients by LoRA matrices and input
     first_backward.onnx   the same for the first block                          -> gradients by LoRA matrices
 
+Where labels stay on the devices, they have the head, too; of a slice of its table of tokens:
+
+    head.onnx             hidden (M, d), after the final norm                   -> what loss and gradient are put together from
+    head_loss.onnx        the same                                              -> what the loss is put together from
+
 Nothing goes on below the first block, so first_backward.onnx computes nothing below the first adapted layer.
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from storage import GRAPH_FILES, TOKENIZER_FILES, Folder, ModelError, PartDescription
-from storage.part_description import INFERENCE_GRAPH
+from storage import HEAD_WEIGHTS, TOKENIZER_FILES, Folder, ModelError, PartDescription
+from storage.part_description import EMBEDDING_WEIGHTS
 
 from .families import Block, family_of
+from .layers import TOKENS, Head
 from .matrix_formats import MATRIX_FORMATS, MatrixFormat, check_finite
 from .part_graph import Adaptation, PartGraph
 from .weights import Weights
@@ -33,10 +40,9 @@ if TYPE_CHECKING:  # a graph is built without torch, which split_model imports
 
 __all__ = ["build_part"]
 
+INFERENCE = "inference"
 ONNXRUNTIME = "1.23"
 """The lowest version that the graphs are tested with."""
-TOKENS = "tokens"
-"""The tokens' table, by its name in the embedding's file."""
 
 
 def build_part(
@@ -49,6 +55,7 @@ def build_part(
     precision: str,
     fingerprint: str,
     tokenizer_folder: Path,
+    with_head: bool = False,
 ) -> PartDescription:
     """
     Write all files of blocks [0, cut_layer) into an empty folder.
@@ -59,6 +66,7 @@ def build_part(
             biases and positions are float32.
         fingerprint: of model and tokenizer.
         tokenizer_folder: the model's, or any other with the files of its tokenizer.
+        with_head: whether the devices compute the loss themselves. A head that is no table of its own costs no byte of weights.
 
     Raises:
         ModelError: a value is too large for the precision, or no number.
@@ -79,12 +87,15 @@ def build_part(
         adapter_prefix=f"base_model.model.{config.stored_name(config.blocks)}.{{block}}.",
         adapted=adaptation.layers,
         onnxruntime=ONNXRUNTIME,
+        head=(EMBEDDING_WEIGHTS if config.tied_head else HEAD_WEIGHTS) if with_head else "",
     )
-    write_graphs(folder, config, adaptation, precision)
+    write_graphs(folder, config, adaptation, precision, with_head=with_head)
     embedding, *blocks = description.weight_files
     save_file(_embedding(config, weights, form), folder / embedding)
     for index, name in enumerate(blocks):
         save_file(_block(config, weights, form, index), folder / name)
+    if description.head == HEAD_WEIGHTS:
+        save_file(form.store(TOKENS, weights.read(config.head_name), shared_scale=1), folder / HEAD_WEIGHTS)
     tokenizer = Folder(tokenizer_folder, ModelError)
     for name in TOKENIZER_FILES:
         if path := tokenizer.find(name):
@@ -93,14 +104,24 @@ def build_part(
     return description
 
 
-def write_graphs(folder: Path, config: "ModelConfig", adaptation: Adaptation, precision: str) -> None:
+def write_graphs(
+    folder: Path, config: "ModelConfig", adaptation: Adaptation, precision: str, *, with_head: bool = False
+) -> None:
     """The graphs of a part; no weight is read for them."""
     graphs = _Graphs(config, MATRIX_FORMATS[precision])
-    fill = (graphs.embedding, graphs.forward, graphs.forward, graphs.backward, graphs.first_backward)
-    for name, fill_in in zip(GRAPH_FILES, fill, strict=True):
-        graph = PartGraph(folder / name, adaptation, trains=name != INFERENCE_GRAPH)
+    fill: dict[str, Callable[[PartGraph], None]] = {
+        "embedding": graphs.embedding,
+        "forward": graphs.forward,
+        INFERENCE: graphs.forward,
+        "backward": graphs.backward,
+        "first_backward": graphs.first_backward,
+    }
+    if with_head:
+        fill |= {"head": graphs.head, "head_loss": graphs.head_loss}
+    for name, fill_in in fill.items():
+        graph = PartGraph(folder / f"{name}.onnx", adaptation, trains=name != INFERENCE)
         fill_in(graph)
-        graph.write(name.removesuffix(".onnx"))
+        graph.write(name)
 
 
 class _Graphs:
@@ -121,6 +142,16 @@ class _Graphs:
 
     def first_backward(self, graph: PartGraph) -> None:
         self._backward(graph)
+
+    def head(self, graph: PartGraph) -> None:
+        self._head(graph, with_gradient=True)
+
+    def head_loss(self, graph: PartGraph) -> None:
+        self._head(graph, with_gradient=False)
+
+    def _head(self, graph: PartGraph, *, with_gradient: bool) -> None:
+        hidden = graph.given_rows("hidden", self.config.width)
+        Head(graph, self.config.width, self.form).sums(hidden, with_gradient=with_gradient)
 
     def _backward(self, graph: PartGraph) -> str:
         return self._block(graph).backward(self._input(graph), graph.given_rows("gradient", self.config.width))

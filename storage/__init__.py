@@ -8,7 +8,15 @@ from .exported_manifest import ExportedManifest
 from .fingerprint import fingerprint, part_that_differs
 from .folder import Folder, NamedFiles, shown
 from .model_folder import FILES_BESIDE_WEIGHTS, find_model, is_hub_name
-from .part_description import EDGE_WEIGHTS, GRAPH_FILES, PART_FILE, PartDescription, required_files
+from .part_description import (
+    EDGE_WEIGHTS,
+    GRAPH_FILES,
+    HEAD_GRAPH_FILES,
+    HEAD_WEIGHTS,
+    PART_FILE,
+    PartDescription,
+    required_files,
+)
 from .run_description import RunDescription
 from .tokenizer import TOKENIZER_FILES, encode, load_tokenizer
 
@@ -16,6 +24,8 @@ __all__ = [
     "EDGE_WEIGHTS",
     "FILES_BESIDE_WEIGHTS",
     "GRAPH_FILES",
+    "HEAD_GRAPH_FILES",
+    "HEAD_WEIGHTS",
     "PART_FILE",
     "TOKENIZER_FILES",
     "AdapterError",

@@ -14,13 +14,15 @@ from .atomic_file import replace_file
 from .errors import ModelError
 from .folder import Folder, Member, shown
 
-__all__ = ["EDGE_WEIGHTS", "GRAPH_FILES", "PART_FILE", "PartDescription", "required_files"]
+__all__ = ["EDGE_WEIGHTS", "GRAPH_FILES", "HEAD_GRAPH_FILES", "HEAD_WEIGHTS", "PART_FILE", "PartDescription", "required_files"]
 
 PART_FILE, FORMAT = "part.json", 1
 EDGE_WEIGHTS = ("float32", "float16", "int8")
 """How the frozen matrices of a part can be stored."""
-INFERENCE_GRAPH = "inference.onnx"
-GRAPH_FILES = ("embedding.onnx", "forward.onnx", INFERENCE_GRAPH, "backward.onnx", "first_backward.onnx")
+GRAPH_FILES = ("embedding.onnx", "forward.onnx", "inference.onnx", "backward.onnx", "first_backward.onnx")
+HEAD_GRAPH_FILES = ("head.onnx", "head_loss.onnx")
+"""Of a part that has the head, too."""
+EMBEDDING_WEIGHTS, HEAD_WEIGHTS = "embedding.safetensors", "head.safetensors"
 LARGEST = (1 << 31) - 1
 MOST_BLOCKS, MOST_LAYERS, LONGEST_NAME = 10_000, 64, 200
 REMEDY = "; the server's splitlora has to hand the part over again"
@@ -55,6 +57,8 @@ class PartDescription:
     """The adapted layers of a block, by name, in the order of the forward pass: (in, out)."""
     onnxruntime: str
     """The lowest version that runs the graphs, such as "1.23"."""
+    head: str = ""
+    """The file of weights whose table of tokens is the head's; empty where the labels, and so the head, are on the server."""
 
     @classmethod
     def read(cls, folder: Path | Folder, *, onnxruntime: str | None = None) -> "PartDescription":
@@ -97,6 +101,9 @@ class PartDescription:
             ),
             adapted=values.layers("adapted"),
             onnxruntime=needed,
+            head=values.matching("head", f"{EMBEDDING_WEIGHTS}|{HEAD_WEIGHTS}", f"{EMBEDDING_WEIGHTS} or {HEAD_WEIGHTS}")
+            if "head" in raw
+            else "",
         )
 
     def write(self, folder: Path) -> None:
@@ -105,6 +112,8 @@ class PartDescription:
             OSError: it cannot be written.
         """
         content = {"format": FORMAT, **asdict(self)}
+        if not self.head:  # a part of the same bytes as before there were heads on devices
+            del content["head"]
         replace_file(folder / PART_FILE, (json.dumps(content, indent=2) + "\n").encode())
 
     @property
@@ -117,13 +126,16 @@ class PartDescription:
         return f"{self.adapter_prefix.replace('{block}', str(block))}{layer}.lora_{matrix}.weight"
 
 
-def required_files(cut_layer: int) -> tuple[str, ...]:
-    """The files of a part of so many blocks, but for those of the tokenizer, of which not every folder has all."""
-    return (PART_FILE, *GRAPH_FILES, *_weight_files(cut_layer))
+def required_files(cut_layer: int, *, with_head: bool = False) -> tuple[str, ...]:
+    """
+    The files of a part of so many blocks, but for those that not every part has: the tokenizer's, and the weights of a head
+    that is not the table of the token embeddings.
+    """
+    return (PART_FILE, *GRAPH_FILES, *(HEAD_GRAPH_FILES if with_head else ()), *_weight_files(cut_layer))
 
 
 def _weight_files(cut_layer: int) -> tuple[str, ...]:
-    return ("embedding.safetensors", *(f"block-{block}.safetensors" for block in range(cut_layer)))
+    return (EMBEDDING_WEIGHTS, *(f"block-{block}.safetensors" for block in range(cut_layer)))
 
 
 class _Values:

@@ -21,5 +21,6 @@ def make_part(folder: Path, base: Path, settings: RunSettings, precision: str = 
         precision=precision,
         fingerprint=model.fingerprint(),
         tokenizer_folder=base,
+        with_head=settings.labels == "device",
     )
     return folder

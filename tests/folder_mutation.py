@@ -39,7 +39,7 @@ from export.run_directory import RunDirectory
 from gpu_server.config import ServerConfig, options_from_toml
 from protocol.invitation import Invitation
 from split_model import EdgePart, LoraConfig, PretrainedModel, load_adapter
-from storage import GRAPH_FILES, PART_FILE, load_tokenizer
+from storage import GRAPH_FILES, HEAD_GRAPH_FILES, PART_FILE, load_tokenizer
 
 SECONDS = 30
 """That a mutant may take, on a busy machine too."""
@@ -280,7 +280,7 @@ class Judge:
             pass
         export_onnx(str(self._model), self._kept, precisions=["fp32"], adapter=self._adapter, keep_adapter=True)
         self._base = PretrainedModel(self._model)
-        self._run_settings = settings(lora_targets=("c_attn", "c_proj"), lora_dropout=0.1)
+        self._run_settings = settings(labels="device", lora_targets=("c_attn", "c_proj"), lora_dropout=0.1)
         self._part = make_part(scratch / "part", self._model, self._run_settings, "int8")
         self._tokenizer, self._config = load_tokenizer(self._model), self._base.config
         self._run = scratch / "run"
@@ -410,7 +410,7 @@ class Judge:
                 Generator(folder, num_threads=1).text("The", max_new_tokens=3)
 
     def _part_graphs(self, mutator: FolderMutator) -> None:
-        path = self._part / mutator.random.choice(GRAPH_FILES)
+        path = self._part / mutator.random.choice((*GRAPH_FILES, *HEAD_GRAPH_FILES))
         with changed(path, mutator.graph(path.read_bytes())):
             self._use_part()
 
@@ -425,7 +425,10 @@ class Judge:
         batch = pack([Sample(np.arange(length + 1, dtype=np.int32), 1) for length in (3, 1, 4)])
         engine.infer(batch)
         engine.begin_step()
-        engine.backward(engine.forward(batch, 1))
+        activations = engine.forward(batch, 1)
+        engine.backward(activations)
+        engine.loss_and_gradient(activations, batch.tokens)
+        engine.loss(activations, batch.tokens)
 
     def _toml(self, mutator: FolderMutator) -> None:
         path = self._scratch / "run.toml"

@@ -595,6 +595,8 @@ NAMES = {
             "FILES_BESIDE_WEIGHTS",
             "Folder",
             "GRAPH_FILES",
+            "HEAD_GRAPH_FILES",
+            "HEAD_WEIGHTS",
             "ModelError",
             "NamedFiles",
             "PART_FILE",

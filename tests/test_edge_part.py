@@ -49,6 +49,7 @@ from protocol import (
     Start,
     Welcome,
 )
+from protocol.settings import ABILITIES
 from split_model import PretrainedModel
 from storage import EDGE_WEIGHTS, ModelError, PartDescription, load_tokenizer, required_files
 
@@ -304,7 +305,7 @@ class Device(RawClient):
         return self.hear()
 
     def greet(self, name: str = "a", fingerprint: str = "") -> Any:
-        return self.ask(Hello(name=name, fingerprint=fingerprint))
+        return self.ask(Hello(name=name, fingerprint=fingerprint, abilities=ABILITIES))
 
     def ask_part(self) -> Any:
         self.index += 1
@@ -550,9 +551,16 @@ def test_precision_of_the_part_stays_when_a_run_goes_on(tiny_model: Path, tmp_pa
 
 
 @pytest.mark.parametrize("weights", EDGE_WEIGHTS)
-def test_part_that_is_handed_over_is_that_of_the_run(tiny_model: Path, tmp_path: Path, weights: str) -> None:
+@pytest.mark.parametrize("labels", ["server", "device"])
+def test_part_that_is_handed_over_is_that_of_the_run(tiny_model: Path, tmp_path: Path, weights: str, labels: str) -> None:
     settings = options(
-        tiny_model, tmp_path, cut_layer=2, edge_weights=weights, lora_targets=("c_attn", "c_fc"), lora_dropout=0.1
+        tiny_model,
+        tmp_path,
+        cut_layer=2,
+        edge_weights=weights,
+        lora_targets=("c_attn", "c_fc"),
+        lora_dropout=0.1,
+        labels=labels,
     )
     folder = tmp_path / "device"
     folder.mkdir()
@@ -562,7 +570,10 @@ def test_part_that_is_handed_over_is_that_of_the_run(tiny_model: Path, tmp_path:
         for file in device.ask_part().files:
             (folder / file.name).write_bytes(device.fetch(file))
     part, base = PartDescription.read(folder), PretrainedModel(tiny_model)
-    assert {path.name for path in folder.iterdir()} == {*required_files(part.cut_layer), "tokenizer.json"}
+    with_head = labels == "device"
+    names = {*required_files(part.cut_layer, with_head=with_head), "tokenizer.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert part.head == ("embedding.safetensors" if with_head else "")
     assert (part.fingerprint, part.weights, part.cut_layer) == (base.fingerprint(), weights, 2)
     assert (part.lora_rank, part.lora_alpha, part.lora_dropout) == (2, 32.0, 0.1)
     assert part.adapted == {"attn.c_attn": (32, 96), "mlp.c_fc": (32, 128)}

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edge_client.part.graph_inspection import MOST_GRAPH_BYTES, OPERATORS, OPSETS, inspect_graph
 from edge_client.part.model_proto import read_model_proto
-from storage import EDGE_WEIGHTS, GRAPH_FILES, ModelError
+from storage import EDGE_WEIGHTS, GRAPH_FILES, HEAD_GRAPH_FILES, ModelError
 
 SEED = 20_260_101
 Change = Callable[[onnx.ModelProto], object]
@@ -104,8 +104,8 @@ def test_every_graph_that_a_server_writes_passes_and_is_read_as_onnx_reads_it(pr
     config = PretrainedModel(make_model(tmp_path)).config
     lora = LoraConfig(rank=2, alpha=4.0, dropout=0.1, targets=("c_attn", "c_proj", "c_fc"))
     adaptation = Adaptation(layers=adapted_layers(config, lora), rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout)
-    write_graphs(tmp_path, config, adaptation, precision)
-    for name in GRAPH_FILES:
+    write_graphs(tmp_path, config, adaptation, precision, with_head=True)
+    for name in (*GRAPH_FILES, *HEAD_GRAPH_FILES):
         data = (tmp_path / name).read_bytes()
         inspect_graph(data, name)
         assert without_absent(read_model_proto(data)) == plain(onnx.load_from_string(data))

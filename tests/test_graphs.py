@@ -20,6 +20,7 @@ from part_runner import Array, Batch, Masks, PartRunner
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from reference import load_base
+from safetensors.numpy import load_file
 from torch import nn
 
 from edge_client.part.graph_inspection import OPERATORS
@@ -27,7 +28,7 @@ from graphs import Adaptation, StoredWeights, build_part
 from graphs.matrix_formats import MATRIX_FORMATS
 from graphs.part import write_graphs
 from split_model import EdgePart, LoraConfig, PretrainedModel, adapted_layers, adapter_shapes
-from storage import EDGE_WEIGHTS, GRAPH_FILES, ModelError, PartDescription, required_files
+from storage import EDGE_WEIGHTS, GRAPH_FILES, HEAD_GRAPH_FILES, HEAD_WEIGHTS, ModelError, PartDescription, required_files
 
 TOLERANCE = 1e-5
 RANK, ALPHA = 4, 8.0
@@ -41,7 +42,9 @@ def lora_of(targets: Sequence[str], dropout: float = 0.0) -> LoraConfig:
     return LoraConfig(rank=RANK, alpha=ALPHA, dropout=dropout, targets=tuple(targets))
 
 
-def build(folder: Path, base: Path, lora: LoraConfig, cut_layer: int, precision: str = "float32") -> PartDescription:
+def build(
+    folder: Path, base: Path, lora: LoraConfig, cut_layer: int, precision: str = "float32", *, with_head: bool = False
+) -> PartDescription:
     model = PretrainedModel(base)
     folder.mkdir()
     layers = adapted_layers(model.config, lora)
@@ -55,6 +58,7 @@ def build(folder: Path, base: Path, lora: LoraConfig, cut_layer: int, precision:
         precision=precision,
         fingerprint=model.fingerprint(),
         tokenizer_folder=base,
+        with_head=with_head,
     )
 
 
@@ -343,8 +347,8 @@ def every_graph(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> l
     for precision, activation, targets, dropout in choices:
         layers = adapted_layers(config, lora_of(targets))
         adaptation = Adaptation(layers=layers, rank=RANK, alpha=ALPHA, dropout=dropout)
-        write_graphs(folder, replace(config, activation=activation), adaptation, precision)
-        graphs += [onnx.load(folder / name) for name in GRAPH_FILES]
+        write_graphs(folder, replace(config, activation=activation), adaptation, precision, with_head=True)
+        graphs += [onnx.load(folder / name) for name in (*GRAPH_FILES, *HEAD_GRAPH_FILES)]
     return graphs
 
 
@@ -419,6 +423,29 @@ def test_part_is_described_and_its_files_are_those_it_names(part: Path, tiny_mod
     names = {path.name for path in part.iterdir()}
     assert names == {*required_files(description.cut_layer), "tokenizer.json"}
     assert (part / "tokenizer.json").read_bytes() == (tiny_model / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("precision", EDGE_WEIGHTS)
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_head_is_added_to_a_part_and_changes_nothing_else_of_it(tmp_path: Path, is_tied: bool, precision: str) -> None:
+    base = tmp_path / "model"
+    base.mkdir()
+    make_model(base, tie_word_embeddings=is_tied)
+    folders = tmp_path / "without", tmp_path / "with"
+    for folder, with_head in zip(folders, (False, True), strict=True):
+        build(folder, base, lora_of(("c_attn",)), 2, precision, with_head=with_head)
+    without, whole = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
+    assert whole.keys() - without.keys() == {*HEAD_GRAPH_FILES, *(() if is_tied else (HEAD_WEIGHTS,))}
+    described = {name: json.loads(files.pop("part.json")) for name, files in (("without", without), ("whole", whole))}
+    assert described["whole"] == described["without"] | {"head": "embedding.safetensors" if is_tied else HEAD_WEIGHTS}
+    assert "head" not in described["without"]
+    assert without.items() <= whole.items()
+    if not is_tied:
+        head, form = load_file(folders[1] / HEAD_WEIGHTS), {"float32": np.float32, "float16": np.float16, "int8": np.int8}
+        stored = head["tokens"].astype(np.float32) * head.get("tokens.scale", np.float32(1))[..., None]
+        assert head["tokens"].dtype == form[precision]
+        expected = load_base(base).lm_head.weight.detach()
+        assert np.allclose(stored, expected if precision == "float32" else rounded(expected, precision, 1), atol=1e-6)
 
 
 # How onnxruntime goes through them

@@ -1,27 +1,34 @@
 """The head on a device: the loss of hidden states by its labels, and its gradient, are those of torch in float64."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from conftest import REPOSITORY, make_model
+from device_parts import make_part
 from spoiling import change_weights
 from torch.nn import functional as F
 from usual_settings import settings
 
 from edge_client.engine import Engine
+from edge_client.onnx_engine import OnnxEngine
+from edge_client.part import head
+from edge_client.part.device_part import DevicePart
 from edge_client.torch_engine import TorchEngine
 from protocol import Array, TrainingDiverged
 from split_model import PretrainedModel
 from split_model.loss import CHUNK_ROWS
-from storage import ModelError
+from storage import EDGE_WEIGHTS, ModelError
 
 WIDTH, VOCABULARY = 32, 600
 RUN = settings(labels="device")
 
-Engines = Callable[[Path], Engine]
+Engines = Callable[[Path, Path], Engine]
+"""Makes one, given a model's folder, and another one to write into."""
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
@@ -32,11 +39,31 @@ def base(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
 
 def of_torch(dtype: str) -> Engines:
     run = settings(labels="device", precision="float64" if dtype == "float64" else "float32")
-    return lambda base: TorchEngine(PretrainedModel(base), run, "cpu", dtype)
+    return lambda base, _: TorchEngine(PretrainedModel(base), run, "cpu", dtype)
 
 
-ENGINES = {f"torch-{dtype}": of_torch(dtype) for dtype in ("float32", "float64", "bfloat16")}
-TOLERANCES = {"torch-float32": 1e-5, "torch-float64": 1e-12, "torch-bfloat16": 2e-2}
+def of_onnxruntime(precision: str) -> Engines:
+    return lambda base, folder: OnnxEngine(DevicePart(make_part(folder / "part", base, RUN, precision)), RUN)
+
+
+ENGINES = {
+    **{f"torch-{dtype}": of_torch(dtype) for dtype in ("float32", "float64", "bfloat16")},
+    **{f"onnxruntime-{precision}": of_onnxruntime(precision) for precision in EDGE_WEIGHTS},
+}
+TOLERANCES = {
+    "torch-float32": 1e-5,
+    "torch-float64": 1e-12,
+    "torch-bfloat16": 2e-2,
+    "onnxruntime-float32": 1e-5,
+    "onnxruntime-float16": 1e-3,
+    "onnxruntime-int8": 2e-2,
+}
+
+
+@pytest.fixture(autouse=True)
+def _several_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the tiny vocabulary, the last one shorter than the others."""
+    monkeypatch.setattr(head, "SLICE_FLOATS", 256 * WIDTH)
 
 
 def states(num_rows: int, dtype: str = "float32") -> tuple[Array, Array]:
@@ -61,11 +88,11 @@ def relative(found: Array, expected: Array) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize("num_rows", [1, 37, CHUNK_ROWS + 7])
+@pytest.mark.parametrize("num_rows", [1, 37, CHUNK_ROWS + 7, head.MOST_ROWS + 9])
 @pytest.mark.parametrize("name", ENGINES)
-def test_loss_and_gradient_are_those_of_torch_in_float64(base: Path, name: str, num_rows: int) -> None:
+def test_loss_and_gradient_are_those_of_torch_in_float64(base: Path, tmp_path: Path, name: str, num_rows: int) -> None:
     dtype = "float64" if name == "torch-float64" else "float32"
-    engine, (hidden, labels) = ENGINES[name](base), states(num_rows, dtype)
+    engine, (hidden, labels) = ENGINES[name](base, tmp_path), states(num_rows, dtype)
     expected_loss, expected_gradient = by_torch(base, hidden, labels)
     loss, gradient = engine.loss_and_gradient(hidden, labels)
     assert loss == pytest.approx(expected_loss, rel=TOLERANCES[name])
@@ -75,8 +102,10 @@ def test_loss_and_gradient_are_those_of_torch_in_float64(base: Path, name: str, 
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_what_was_computed_of_the_head_is_equal_to_the_bit_and_leaves_no_gradient_behind(base: Path, name: str) -> None:
-    engine, (hidden, labels) = ENGINES[name](base), states(20, "float64" if name == "torch-float64" else "float32")
+def test_what_was_computed_of_the_head_is_equal_to_the_bit_and_leaves_no_gradient_behind(
+    base: Path, tmp_path: Path, name: str
+) -> None:
+    engine, (hidden, labels) = ENGINES[name](base, tmp_path), states(20, "float64" if name == "torch-float64" else "float32")
     before = hidden.copy()
     first, second = (engine.loss_and_gradient(hidden, labels) for _ in range(2))
     assert first[0] == second[0]
@@ -86,30 +115,84 @@ def test_what_was_computed_of_the_head_is_equal_to_the_bit_and_leaves_no_gradien
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_without_labelled_rows_the_loss_is_zero(base: Path, name: str) -> None:
-    engine, (hidden, labels) = ENGINES[name](base), states(0, "float64" if name == "torch-float64" else "float32")
+def test_without_labelled_rows_the_loss_is_zero(base: Path, tmp_path: Path, name: str) -> None:
+    engine, (hidden, labels) = ENGINES[name](base, tmp_path), states(0, "float64" if name == "torch-float64" else "float32")
     loss, gradient = engine.loss_and_gradient(hidden, labels)
     assert (loss, gradient.shape, engine.loss(hidden, labels)) == (0, (0, WIDTH), 0)
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_loss_that_is_no_number_ends_the_training(base: Path, name: str) -> None:
-    engine, (hidden, labels) = ENGINES[name](base), states(3, "float64" if name == "torch-float64" else "float32")
+def test_loss_that_is_no_number_ends_the_training(base: Path, tmp_path: Path, name: str) -> None:
+    engine, (hidden, labels) = ENGINES[name](base, tmp_path), states(3, "float64" if name == "torch-float64" else "float32")
     hidden[1, 2] = np.inf
     for compute in (engine.loss_and_gradient, engine.loss):
         with pytest.raises(TrainingDiverged, match="the loss of this device's labels is nan; try a lower --lr on the server"):
             compute(hidden, labels)
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_head_that_is_no_number_is_named_rather_than_the_learning_rate(model: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in ENGINES if name.startswith("torch")])
+def test_head_that_is_no_number_is_named_rather_than_the_learning_rate(model: Path, tmp_path: Path, name: str) -> None:
     change_weights(model, lambda weights: weights["transformer.wte.weight"][5].fill_(float("nan")))
-    engine, (hidden, labels) = ENGINES[name](model), states(3, "float64" if name == "torch-float64" else "float32")
+    engine, (hidden, labels) = ENGINES[name](model, tmp_path), states(3, "float64" if name == "torch-float64" else "float32")
     with pytest.raises(ModelError, match="without an adapter, gives losses that are not finite numbers"):
         engine.loss_and_gradient(hidden, labels)
 
 
-def test_head_is_held_only_where_the_labels_are(tiny_model: Path) -> None:
-    engine = TorchEngine(PretrainedModel(tiny_model), settings(), "cpu", "float32")
-    with pytest.raises(RuntimeError, match="the server has the labels, and the head"):
-        engine.loss(*states(3))
+def test_head_is_held_only_where_the_labels_are(tiny_model: Path, tmp_path: Path) -> None:
+    run = settings()
+    for engine in (
+        TorchEngine(PretrainedModel(tiny_model), run, "cpu", "float32"),
+        OnnxEngine(DevicePart(make_part(tmp_path / "part", tiny_model, run)), run),
+    ):
+        with pytest.raises(RuntimeError, match="the server has the labels, and the head"):
+            engine.loss(*states(3))
+
+
+def test_part_of_a_run_with_other_labels_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    with_head, without = (make_part(tmp_path / labels, tiny_model, settings(labels=labels)) for labels in ("device", "server"))
+    for part, run, message in (
+        (without, RUN, "has labels on the server, the run has device; the server has to hand this run's part over"),
+        (with_head, settings(), "has labels on the device, the run has server"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            OnnxEngine(DevicePart(part), run)
+
+
+@pytest.mark.parametrize("precision", EDGE_WEIGHTS)
+def test_no_logits_of_the_whole_vocabulary_and_no_copy_of_the_table_are_in_memory(tmp_path: Path, precision: str) -> None:
+    """Of 30,000 tokens the table has 31 MB in float32, and 400 rows of logits 48 MB."""
+    base = make_model(tmp_path, n_layer=2, n_embd=256, vocab_size=30_000)
+    part = make_part(tmp_path / "part", base, RUN, precision)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(part)], capture_output=True, text=True, check=True, cwd=REPOSITORY
+    )
+    assert int(done.stdout) < 12e6
+
+
+MEASURE = """
+import sys
+sys.path.append("tests")
+import numpy as np
+from pathlib import Path
+from usual_settings import settings
+from edge_client.onnx_engine import OnnxEngine
+from edge_client.part import head
+from edge_client.part.device_part import DevicePart
+
+def peak():
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    found = int(status.read_text().partition("VmHWM:")[2].split()[0])
+    Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * found
+
+head.SLICE_FLOATS = 1024 * 256
+engine = OnnxEngine(DevicePart(Path(sys.argv[1])), settings(labels="device"))
+hidden, labels = np.ones((400, 256), np.float32), np.arange(400, dtype=np.int32)
+engine.loss(hidden[:1], labels[:1])
+peak()
+before = peak()
+engine.loss_and_gradient(hidden, labels)
+print(peak() - before)
+"""

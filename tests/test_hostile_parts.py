@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from edge_client.data import Sample, pack
 from edge_client.onnx_engine import OnnxEngine
 from edge_client.part.device_part import DevicePart
 from edge_client.part.graph_inspection import inspect_graph
-from protocol import RunSettings
+from protocol import RunSettings, TrainingDiverged
 from storage import ModelError
 
 Spoil = Callable[[Path], object]
+WITH_HEAD = settings(cut_layer=2, lora_targets=("c_attn", "c_proj"), labels="device")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,11 @@ def part(base: Path, tmp_path: Path, run: RunSettings) -> Path:
     return make_part(tmp_path / "part", base, run, "int8")
 
 
+@pytest.fixture
+def part_with_head(base: Path, tmp_path: Path) -> Path:
+    return make_part(tmp_path / "part", base, WITH_HEAD, "int8")
+
+
 def use(part: Path, run: RunSettings) -> None:
     """All that a run does with a part."""
     device_part = DevicePart(part)
@@ -53,6 +60,10 @@ def use(part: Path, run: RunSettings) -> None:
     assert activations.shape == (8, 16)
     engine.backward(np.ones_like(activations))
     engine.end_step(3)
+    if run.labels == "device":
+        labels = np.array([1, 2, 599], np.int32)
+        engine.loss(activations[:3], labels)
+        engine.loss_and_gradient(activations[:3], labels)
 
 
 def graph(name: str, change: Callable[[onnx.GraphProto], object]) -> Spoil:
@@ -100,15 +111,18 @@ def halved(graph: onnx.GraphProto) -> None:
     graph.node[-1].CopyFrom(helper.make_node("Cast", ["real"], ["output"], "odd", to=TensorProto.FLOAT16))
 
 
-def bomb(graph: onnx.GraphProto, size: int = 2**20) -> None:
+def bomb(graph: onnx.GraphProto, size: int = 2**20, output: str = "output") -> None:
     """4 TB of a constant, or what else the square of ``size`` comes to, and their sum."""
     sizes = {"one": np.float32(1), "sizes": np.array([size, size]), "axes": np.array([0, 1])}
     graph.initializer.extend(numpy_helper.from_array(np.array(value), name) for name, value in sizes.items())
     graph.node.extend(
-        [helper.make_node("Expand", ["one", "sizes"], ["huge"]), helper.make_node("ReduceSum", ["huge", "axes"], ["sum"])]
+        [
+            helper.make_node("Expand", ["one", "sizes"], ["huge"]),
+            helper.make_node("ReduceSum", ["huge", "axes"], ["sum of ones"]),
+        ]
     )
-    computing("output", "Add", np.float32(0))(graph)
-    graph.node[-1].input[1] = "sum"
+    computing(output, "Add", np.float32(0))(graph)
+    graph.node[-1].input[1] = "sum of ones"
 
 
 def header(name: str, change: Callable[[dict[str, Any]], object]) -> Spoil:
@@ -242,6 +256,65 @@ def test_spoilt_part_is_refused_in_one_sentence(part: Path, run: RunSettings, wh
         use(part, run)
     assert str(caught.value).isprintable()
     assert peak_memory() - before < 100e6
+
+
+HEAD_SPOILS: dict[str, tuple[Spoil, str]] = {
+    "no sum": (graph("head.onnx", renamed("sum", "other")), r"does not compute 'sum' as float32 of shape \[3, 1\]"),
+    "no gradient": (graph("head.onnx", renamed("product", "other")), r"'product' as float32 of shape \[3, 16\]"),
+    "one number for all": (graph("head_loss.onnx", computing("sum", "ReduceSum", [0])), r"'sum' as float32 of shape \[3, 1\]"),
+    "a graph that asks for the labels": (graph("head.onnx", renamed("hidden", "labels")), "head.onnx .* it asks for 'labels'"),
+    "more memory than any machine has": (
+        graph("head.onnx", partial(bomb, output="sum")),
+        "head.onnx .* cannot be computed: .*llocat",
+    ),
+    "a maximum over no axis that there is": (
+        graph("head_loss.onnx", computing("largest", "ReduceMax", [1 << 20])),
+        "does not load head_loss.onnx|head_loss.onnx .* cannot be computed",
+    ),
+    "an operator that is not allowed": (
+        graph("head.onnx", lambda graph: graph.node.append(helper.make_node("Loop", ["hidden"], ["x"], "odd"))),
+        'the graph head.onnx of the server.s part of the model is refused: node "odd" is the operator "Loop"',
+    ),
+    "no graph": (lambda part: (part / "head.onnx").unlink(), "head.onnx"),
+    "no weights": (description(head="head.safetensors"), "head.safetensors"),
+    "weights elsewhere": (description(head="../head.safetensors"), "embedding.safetensors or head.safetensors is expected"),
+    "no head": (description(head="embedding.safetensors\n"), "embedding.safetensors or head.safetensors is expected"),
+    "a table without scales": (
+        header("embedding.safetensors", lambda entries: entries.pop("tokens.scale")),
+        "it asks for 'weight:tokens.scale'",
+    ),
+    "scales that are no numbers": (numbers("embedding.safetensors", "tokens.scale", np.nan), "without an adapter, gives"),
+}
+
+
+@pytest.mark.parametrize("what", HEAD_SPOILS)
+def test_spoilt_head_is_refused_in_one_sentence(part_with_head: Path, what: str) -> None:
+    use(part_with_head, WITH_HEAD)
+    spoil, expected = HEAD_SPOILS[what]
+    spoil(part_with_head)
+    before = peak_memory(begin_anew=True)
+    with pytest.raises(ModelError, match=expected) as caught:
+        use(part_with_head, WITH_HEAD)
+    assert str(caught.value).isprintable()
+    assert peak_memory() - before < 100e6
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "kind", "message"),
+    [
+        ("tokens.scale", np.inf, ModelError, "the head in the server's part of the model has numbers that are not finite"),
+        ("tokens.scale", 3e38, TrainingDiverged, "the loss of this device's labels is .*; try a lower --lr"),
+    ],
+)
+def test_head_of_its_own_that_is_no_number_is_named(
+    tmp_path: Path, name: str, number: float, kind: type[Exception], message: str
+) -> None:
+    base = make_model(tmp_path, n_layer=3, n_embd=16, n_head=2, tie_word_embeddings=False)
+    part = make_part(tmp_path / "part", base, WITH_HEAD, "int8")
+    use(part, WITH_HEAD)
+    numbers("head.safetensors", name, number)(part)
+    with pytest.raises(kind, match=message):
+        use(part, WITH_HEAD)
 
 
 LOADS_MUCH = """

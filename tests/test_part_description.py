@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from storage import GRAPH_FILES, ModelError, PartDescription, required_files
+from storage import GRAPH_FILES, HEAD_GRAPH_FILES, HEAD_WEIGHTS, ModelError, PartDescription, required_files
 
 DESCRIPTION = PartDescription(
     fingerprint="0f" * 16,
@@ -41,7 +41,12 @@ def written(folder: Path) -> dict[str, Any]:
 
 
 def test_what_is_written_is_read_again_and_the_layers_keep_their_order(tmp_path: Path) -> None:
-    for description in (DESCRIPTION, replace(DESCRIPTION, weights="float32", lora_dropout=0.0)):
+    for description in (
+        DESCRIPTION,
+        replace(DESCRIPTION, weights="float32", lora_dropout=0.0),
+        replace(DESCRIPTION, head="embedding.safetensors"),
+        replace(DESCRIPTION, head=HEAD_WEIGHTS),
+    ):
         description.write(tmp_path)
         found = PartDescription.read(tmp_path, onnxruntime="1.23.2")
         assert found == description
@@ -56,6 +61,8 @@ def test_what_a_later_version_adds_is_left_alone(tmp_path: Path) -> None:
 def test_a_part_knows_the_names_of_its_files_and_its_matrices() -> None:
     assert DESCRIPTION.weight_files == ("embedding.safetensors", "block-0.safetensors", "block-1.safetensors")
     assert required_files(DESCRIPTION.cut_layer) == ("part.json", *GRAPH_FILES, *DESCRIPTION.weight_files)
+    with_head = required_files(DESCRIPTION.cut_layer, with_head=True)
+    assert with_head == ("part.json", *GRAPH_FILES, *HEAD_GRAPH_FILES, *DESCRIPTION.weight_files)
     assert DESCRIPTION.adapter_name(1, "mlp.c_fc", "A") == "base_model.model.transformer.h.1.mlp.c_fc.lora_A.weight"
 
 
@@ -83,8 +90,8 @@ def test_what_is_no_object_is_one_sentence(tmp_path: Path, content: str) -> None
         PartDescription.read(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["format", *DESCRIPTION.__dataclass_fields__])
-def test_every_member_is_required(tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize("key", ["format", *(key for key in DESCRIPTION.__dataclass_fields__ if key != "head")])
+def test_every_member_but_the_head_is_required(tmp_path: Path, key: str) -> None:
     content = written(tmp_path)
     del content[key]
     assert f'part.json: "{key}" is missing; the server' in refusal(tmp_path, content)
@@ -109,6 +116,11 @@ def test_every_member_is_required(tmp_path: Path, key: str) -> None:
         ("onnxruntime", "1", 'onnxruntime is "1"; a version such as 1.23 is expected'),
         ("onnxruntime", "9" * 5000, "; a version such as 1.23 is expected"),
         *(("adapter_prefix", prefix, "{block} among them") for prefix in ("h.", "{block}{block}", "{block!r}", "{0}{block}")),
+        *(
+            ("head", head, "; embedding.safetensors or head.safetensors is expected")
+            for head in ("", "block-0.safetensors", "../head.safetensors")
+        ),
+        ("head", None, "head is null; a text is expected"),
         *(("adapted", value, "an object is expected") for value in ([], "c_attn", None)),
         ("adapted", {}, "adapted has 0 layers; 1 to 64 are expected"),
         ("adapted", {f"l{i}": [1, 1] for i in range(65)}, "adapted has 65 layers"),

@@ -37,7 +37,8 @@ from protocol import (
     Side,
     Welcome,
 )
-from storage import ModelError, required_files
+from protocol.settings import ABILITIES
+from storage import HEAD_GRAPH_FILES, HEAD_WEIGHTS, ModelError, required_files
 
 PIECE = 1000  # bytes; servers decide how many
 ROOM = 10**6
@@ -93,7 +94,12 @@ class Server:
         return Piece(index=question.index, data=self.spoil(data))
 
     def member(self) -> Membership:
-        return Membership(self.dial, Hello(name="a", fingerprint="", codecs=CODECS), wants_part=True, sleep=lambda _: None)
+        return Membership(
+            self.dial,
+            Hello(name="a", fingerprint="", codecs=CODECS, abilities=ABILITIES),
+            wants_part=True,
+            sleep=lambda _: None,
+        )
 
 
 class Link:
@@ -163,6 +169,23 @@ def test_another_part_takes_over_what_is_the_same(server: Server, files: dict[st
     assert fetched(other, folder)["block-0.safetensors"] == b"other weights"
     assert other.num_bytes == len(b"other weights")
     assert part_digest(other.files) != part_digest(server.files) == part_digest(tuple(reversed(server.files)))
+
+
+@pytest.mark.parametrize("more", [(), (HEAD_WEIGHTS,)])
+def test_head_is_fetched_where_the_labels_are_on_devices_and_nothing_else_again(
+    files: dict[str, bytes], folder: Path, more: tuple[str, ...]
+) -> None:
+    fetched(Server(files), folder)
+    head = {name: name.encode() for name in (*HEAD_GRAPH_FILES, *more)}
+    server = Server({**files, "part.json": b"with a head", **head})
+    assert fetched(server, folder) == {**files, "part.json": b"with a head"}, "of a run with the labels on the server"
+    server.settings = replace(SETTINGS, labels="device", check_codec_every=0)
+    assert fetched(server, folder) == {**files, "part.json": b"with a head", **head}
+    assert server.num_bytes == len(b"with a head") + total(head)
+    lacking = Server(files)
+    lacking.settings = server.settings
+    with pytest.raises(RemoteProtocolError, match=r"the server's part of the model for cut layer \d lacks head.onnx"):
+        fetched(lacking, folder)
 
 
 def test_progress_counts_what_was_lacking(server: Server, files: dict[str, bytes], folder: Path) -> None:

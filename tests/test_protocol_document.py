@@ -53,7 +53,7 @@ from protocol.settings import ABILITIES, BOUNDS
 from split_model import LoraConfig, PretrainedModel, adapted_layers
 from split_model.families.gpt2 import GPT2Config
 from split_model.optimisation import OptimiserConfig, adamw, take_step
-from storage import EDGE_WEIGHTS, GRAPH_FILES, PART_FILE, PartDescription
+from storage import EDGE_WEIGHTS, GRAPH_FILES, HEAD_GRAPH_FILES, HEAD_WEIGHTS, PART_FILE, PartDescription
 from storage.tokenizer import tokenizer_digest
 
 DOCUMENT = (Path(__file__).parent.parent / "PROTOCOL.md").read_text(encoding="utf-8")
@@ -251,10 +251,12 @@ def test_it_names_the_files_of_a_part() -> None:
     assert named == [
         PART_FILE,
         *GRAPH_FILES,
+        *HEAD_GRAPH_FILES,
         "embedding.safetensors",
         "block-0.safetensors",
         "block-1.safetensors",
         "cut_layer",
+        HEAD_WEIGHTS,
     ]
 
 
@@ -270,8 +272,8 @@ def test_it_names_what_goes_into_the_graphs_of_a_part_and_what_comes_out(tmp_pat
     shape = {"vocabulary_size": 3, "num_layers": 2, "width": 4, "num_heads": 1, "inner_width": 16, "num_positions": 4}
     config = GPT2Config(**shape, norm_epsilon=1e-5, activation="gelu_new", tied_head=True, end_token=2)
     layers = adapted_layers(config, LoraConfig(rank=1, alpha=1.0, dropout=0.5, targets=("c_attn", "c_proj", "c_fc")))
-    write_graphs(tmp_path, config, Adaptation(layers=layers, rank=1, alpha=1.0, dropout=0.5), weights)
-    graphs = [onnx.load(tmp_path / name) for name in GRAPH_FILES]
+    write_graphs(tmp_path, config, Adaptation(layers=layers, rank=1, alpha=1.0, dropout=0.5), weights, with_head=True)
+    graphs = [onnx.load(tmp_path / name) for name in (*GRAPH_FILES, *HEAD_GRAPH_FILES)]
     for what, values in (
         ("input", [graph.graph.input for graph in graphs]),
         ("output", [graph.graph.output for graph in graphs]),

@@ -3,17 +3,18 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from tokenizers import Tokenizer
 
-from protocol import Array, RunSettings
-from storage import Folder, ModelError, PartDescription, load_tokenizer
+from protocol import RunSettings
+from storage import HEAD_WEIGHTS, Folder, ModelError, PartDescription, load_tokenizer
 
 from .graph_inspection import MOST_GRAPH_BYTES, inspect_graph
+from .head import Head
 from .runtime import Graph, Runtime, Value, Values, has_memory_for
-from .weights_file import Rows, WeightsFile
+from .token_table import TokenTable
+from .weights_file import WeightsFile
 
-__all__ = ["DevicePart", "Graphs", "TokenTable"]
+__all__ = ["DevicePart", "Graphs"]
 
 
 class DevicePart:
@@ -53,6 +54,7 @@ class DevicePart:
             ("LoRA rank", found.lora_rank, settings.lora_rank),
             ("LoRA alpha", found.lora_alpha, settings.lora_alpha),
             ("LoRA dropout", found.lora_dropout, settings.lora_dropout),
+            ("labels on the", "device" if found.head else "server", settings.labels),
             ("LoRA targets", ", ".join(sorted(targets)), ", ".join(sorted(set(settings.lora_targets)))),
         ):
             if of_part != of_run:
@@ -85,8 +87,13 @@ class DevicePart:
             return self.runtime.open(f"{name}.onnx", content)
 
         embedding, *blocks = (WeightsFile(self.files.require(name)) for name in self.description.weight_files)
+        tokens, head = TokenTable(embedding, self.description), None
+        if self.description.head:
+            is_tied = self.description.head != HEAD_WEIGHTS
+            table = tokens if is_tied else TokenTable(WeightsFile(self.files.require(HEAD_WEIGHTS)), self.description)
+            head = Head(self.runtime, table, graph("head"), graph("head_loss"))
         return Graphs(
-            tokens=TokenTable(embedding, self.description),
+            tokens=tokens,
             embedding=graph("embedding"),
             embedding_weights=self._mapped(embedding, embedding.names - TokenTable.NAMES),
             forward=graph("forward"),
@@ -94,6 +101,7 @@ class DevicePart:
             backward=graph("backward"),
             first_backward=graph("first_backward"),
             blocks=[self._mapped(block, block.names) for block in blocks],
+            head=head,
         )
 
     def _mapped(self, weights: WeightsFile, names: frozenset[str]) -> dict[str, Value]:
@@ -117,39 +125,5 @@ class Graphs:
     """The same of block 0, whose input nobody asks the gradient of."""
     blocks: list[Values]
     """Each block's weights."""
-
-
-class TokenTable:
-    """
-    The token embeddings, of which only the rows that a batch uses are read.
-
-    Raises:
-        ModelError: the file has no such table.
-    """
-
-    NAMES = frozenset({"tokens", "tokens.scale"})
-
-    def __init__(self, weights: WeightsFile, description: PartDescription) -> None:
-        self._rows: Rows = weights.rows("tokens")
-        shape = (description.vocabulary_size, description.width)
-        if self._rows.shape != shape:
-            raise ModelError(f"the part's table of tokens has shape {list(self._rows.shape)}; {list(shape)} is expected")
-        self._scales = weights.map("tokens.scale") if "tokens.scale" in weights.names else None
-        if self._scales is not None and self._scales.shape != shape[:1]:
-            raise ModelError(
-                f"the part's table of tokens has {self._scales.shape} scales; one for each of its rows is expected"
-            )
-
-    def embed(self, tokens: Array) -> Array:
-        """
-        (N,) ids -> (N, d) float32.
-
-        Raises:
-            ModelError: the vocabulary has no such token, or the file cannot be read.
-        """
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._rows.shape[0]:
-            raise ModelError(f"token {int(tokens.max())} is not in the model's vocabulary of {self._rows.shape[0]}")
-        rows: Array = self._rows.gather(tokens).astype(np.float32)
-        if self._scales is not None:
-            rows *= self._scales[tokens, None]
-        return rows
+    head: Head | None
+    """Where the labels are on the device."""

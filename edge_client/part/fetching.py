@@ -7,7 +7,7 @@ from pathlib import Path
 
 from protocol import AskPart, AskPiece, Part, PartFile, Piece, RemoteProtocolError
 from protocol.limits import MAX_PART_FILE_BYTES
-from storage import PART_FILE, TOKENIZER_FILES, required_files
+from storage import HEAD_WEIGHTS, PART_FILE, TOKENIZER_FILES, required_files
 from terminal import count
 
 from ..membership import Membership
@@ -43,7 +43,8 @@ def fetch_part(
         ConnectionFailed, Refused: as `Membership.ask`.
     """
     answer = membership.ask(AskPart(index=membership.next_index()), Part)
-    files = _wanted(answer, membership.welcome.settings.cut_layer)
+    settings = membership.welcome.settings
+    files = _wanted(answer, settings.cut_layer, with_head=settings.labels == "device")
     contents = {file.sha256: file for file in files}
     found = {digest: cache.find(file) for digest, file in contents.items()}
     lacking = [file for digest, file in contents.items() if found[digest] is None]
@@ -96,7 +97,7 @@ class _Fetching:
                 unfinished.append(data)
 
 
-def _wanted(part: Part, cut_layer: int) -> tuple[PartFile, ...]:
+def _wanted(part: Part, cut_layer: int, *, with_head: bool) -> tuple[PartFile, ...]:
     """
     The files that a part has. What else a server may offer is not fetched.
 
@@ -106,11 +107,12 @@ def _wanted(part: Part, cut_layer: int) -> tuple[PartFile, ...]:
     if cut_layer > len(part.files):  # a server says how many blocks there are: as many names may be more than memory holds
         size = count(len(part.files), "file")
         raise RemoteProtocolError(f"the server's part of the model has {size}, too few for cut layer {cut_layer}")
-    required, offered = required_files(cut_layer), {file.name: file for file in part.files}
+    required, offered = required_files(cut_layer, with_head=with_head), {file.name: file for file in part.files}
+    optional = (*TOKENIZER_FILES, *((HEAD_WEIGHTS,) if with_head else ()))
     for name in required:
         if name not in offered:
             raise RemoteProtocolError(f"the server's part of the model for cut layer {cut_layer} lacks {name}")
-    files = tuple(offered[name] for name in (*required, *TOKENIZER_FILES) if name in offered)
+    files = tuple(offered[name] for name in (*required, *optional) if name in offered)
     for file in files:
         if file.size > (most := _most_bytes(file.name)):
             raise RemoteProtocolError(

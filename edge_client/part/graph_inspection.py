@@ -43,9 +43,8 @@ class Operator:
 # other things than its operator defines.
 OPERATORS = {
     **dict.fromkeys(("Erf", "Exp", "Relu", "Sigmoid"), Operator((1,))),
-    **dict.fromkeys(
-        ("Add", "Div", "Expand", "Greater", "MatMul", "Mul", "ReduceMean", "ReduceSum", "Reshape", "Sub"), Operator((2,))
-    ),
+    **dict.fromkeys(("Add", "Div", "Expand", "Greater", "MatMul", "Mul", "Reshape", "Sub"), Operator((2,))),
+    **dict.fromkeys(("ReduceMax", "ReduceMean", "ReduceSum"), Operator((2,))),
     "Cast": Operator((1,), attributes={"to": INTEGER}),
     "Concat": Operator((2, 3), attributes={"axis": INTEGER}),
     "Gather": Operator((2,)),

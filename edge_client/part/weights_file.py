@@ -5,6 +5,7 @@ the data. They come from a server, so no number in them is used before it is kno
 
 import json
 import math
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 from protocol import Array
 from storage import ModelError, shown
 
-__all__ = ["Rows", "WeightsFile"]
+__all__ = ["Rows", "WeightsFile", "give_back_pages"]
 
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I8": np.dtype("i1")}
 """In the words of safetensors: the ones that a part's weights can have."""
@@ -147,6 +148,16 @@ class Rows:
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             self._file.close()
+
+
+def give_back_pages(mapped: Array) -> None:
+    """
+    Take the pages of a mapped file out of this process's memory. They stay in the system's cache of files, as long as that has
+    room for them; what is read again comes from there.
+    """
+    pages = getattr(mapped, "_mmap", None)  # numpy's, which has no other name
+    if pages is not None and hasattr(mmap, "MADV_DONTNEED"):
+        pages.madvise(mmap.MADV_DONTNEED)
 
 
 @contextmanager
