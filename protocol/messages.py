@@ -371,7 +371,7 @@ class HiddenGradient:
     micro_batch: int = 0
     seconds: Seconds
     summed_loss: float
-    """Nats, summed over the rows that have a label."""
+    """Nats, summed over the rows that have a label; with noise in runs whose gradients have it, and then perhaps negative."""
     labelled_tokens: int
     """How many have one: all M, unless `RunSettings.label_rows` hides which."""
     values: CodedFloats

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from .limits import LARGEST_VALUE
+
 __all__ = [
     "ABILITIES",
     "BOUNDS",
@@ -51,6 +53,9 @@ TARGETS = ("c_attn", "c_proj", "c_fc")
 """Names of layers that may be adapted, of all model families. Whether a model has them, is checked where it is split."""
 LARGEST_COUNT = 2**31 - 1  # far below the largest integer that a message may hold
 
+LARGEST_NOISE = LARGEST_VALUE / 10
+"""The most that a standard deviation may be: no Gaussian number is ten of these from its mean, and the server takes it."""
+
 BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("cut_layer", "lora_rank", "clients", "steps", "epochs", "aggregate_every"), (1, LARGEST_COUNT)),
     "micro_batches": (1, 1024),  # each is a message, and both sides prepare for all of them
@@ -59,7 +64,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "lora_dropout": (0, 0.999),  # what is kept of an input is multiplied by a thousand at most
     **dict.fromkeys(("warmup_steps", "seed", "check_codec_every"), (0, LARGEST_COUNT)),
     "cache_bytes": (0, 2**50),
-    **dict.fromkeys(("activation_noise", "activation_clip", "gradient_noise", "gradient_clip"), (0, 1e6)),
+    **dict.fromkeys(("activation_noise", "activation_clip", "gradient_noise", "gradient_clip"), (0, 1e4)),
     "noise_delta": (1e-30, 0.999),
 }
 """The least and the most that a setting may be. What the model has to say of it (blocks, width) comes on top."""
@@ -154,6 +159,11 @@ class RunSettings:
             if noise and not clip:
                 raise ValueError(
                     f"{kind}_noise {noise:g} is a multiple of {kind}_clip, which is not given; choose how far a row may reach"
+                )
+            if noise * clip > LARGEST_NOISE:
+                raise ValueError(
+                    f"{kind}_noise {noise:g} times {kind}_clip {clip:g} is more than {LARGEST_NOISE:g}: training would seem to "
+                    f"diverge"
                 )
         if self.activation_noise and self.activation_codec == DELTA:
             raise ValueError(

@@ -232,6 +232,10 @@ def test_client_leaves_a_run_that_needs_what_it_cannot(settings: RunSettings, of
             {"activation_codec": DELTA, "activation_noise": 0.5, "activation_clip": 1.0},
             "activation_noise 0.5 does not go with codec delta",
         ),
+        (
+            {"activation_noise": 2000.0, "activation_clip": 100.0},
+            "activation_noise 2000 times activation_clip 100 is more than 100000: training would seem to diverge",
+        ),
         ({"noise_delta": 0.0}, "noise_delta must be 1e-30 to 0.999, got 0.0"),
         ({"noise_delta": 1.0}, "noise_delta must be 1e-30 to 0.999, got 1.0"),
     ],

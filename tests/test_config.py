@@ -119,7 +119,7 @@ def test_noise_is_of_the_run(name: str) -> None:
             "activation-noise 0.5 does not go with codec delta",
         ),
         ({"labels": "device", "check_codec_every": 5}, "check-codec-every must be 0 where labels stay on the device, got 5"),
-        ({"activation_clip": -1.0}, "activation-clip must be 0 to 1000000, got -1.0"),
+        ({"activation_clip": -1.0}, "activation-clip must be 0 to 10000, got -1.0"),
         ({"noise_delta": 0.0}, "noise-delta must be 1e-30 to 0.999, got 0.0"),
         ({"noise_delta": 1.0}, "noise-delta must be 1e-30 to 0.999, got 1.0"),
         ({"labels": "nobody"}, "labels must be one of server, device; got 'nobody'"),
