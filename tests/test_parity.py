@@ -53,13 +53,14 @@ class Federation:
         self.pairs = [rows(size, offset=sum(sizes[:i])) for i, size in enumerate(sizes)]
         self.files = [write_pairs(tmp_path / f"client-{i}.jsonl", pairs) for i, pairs in enumerate(self.pairs)]
 
-    def clients(self, engines: Sequence[str] = ("torch",)) -> dict[str, dict[str, Any]]:
+    def clients(self, engines: Sequence[str] = ("torch",), **options: Any) -> dict[str, dict[str, Any]]:
         """
         Args:
             engines: of the clients, as often as there are more of these.
+            options: of all of them.
         """
         return {
-            f"client-{i}": {"data": file, "batch_size": size, "shuffle": False, "engine": engine}
+            f"client-{i}": {"data": file, "batch_size": size, "shuffle": False, "engine": engine, **options}
             for i, (file, size, engine) in enumerate(zip(self.files, self.batch_sizes, itertools.cycle(engines)))
         }
 
@@ -86,6 +87,7 @@ def assert_equals_centralised(
     dtype: str,
     tolerance: tuple[float, float],
     engines: Sequence[str] = ("torch",),
+    in_flight: int = 2,
     **options: Any,
 ) -> None:
     federation = Federation(tmp_path, batch_sizes, steps)
@@ -102,7 +104,7 @@ def assert_equals_centralised(
         **lora,
         **options,
     }
-    result = run_split(server, federation.clients(engines))
+    result = run_split(server, federation.clients(engines, in_flight=in_flight))
     schedule = None
     if options.get("lr_schedule") == "linear":
         warmup = options["warmup_steps"]
@@ -144,8 +146,9 @@ def test_run_equals_centralised_lora_with_all_targets_and_a_linear_schedule(four
     )
 
 
+@pytest.mark.parametrize("labels", ["server", "device"])
 @pytest.mark.parametrize("engines", [("torch",), ("torch", "onnxruntime")], ids=["torch", "one device of each kind"])
-def test_run_equals_centralised_lora_in_float32(four_blocks: Path, tmp_path: Path, engines: Sequence[str]) -> None:
+def test_run_equals_centralised_lora_in_float32(four_blocks: Path, tmp_path: Path, engines: Sequence[str], labels: str) -> None:
     assert_equals_centralised(
         four_blocks,
         tmp_path,
@@ -155,7 +158,47 @@ def test_run_equals_centralised_lora_in_float32(four_blocks: Path, tmp_path: Pat
         tolerance=FLOAT32_TOLERANCE,
         engines=engines,
         cut_layer=2,
+        labels=labels,
     )
+
+
+# Each number of devices, cut, number of micro-batches and number in flight once with most of the others.
+@pytest.mark.parametrize(
+    ("batch_sizes", "cut_layer", "micro_batches", "in_flight"),
+    [([3], 1, 1, 1), ([3], 3, 3, 2), ([2, 2], 3, 1, 2), ([2, 2, 2], 1, 2, 1), ([4, 1], 3, 3, 3), ([4, 1], 1, 2, 2)],
+)
+def test_run_whose_labels_stay_on_the_devices_equals_centralised_lora(
+    four_blocks: Path, tmp_path: Path, batch_sizes: list[int], cut_layer: int, micro_batches: int, in_flight: int
+) -> None:
+    assert_equals_centralised(
+        four_blocks,
+        tmp_path,
+        batch_sizes=batch_sizes,
+        steps=100,
+        dtype="float64",
+        tolerance=FLOAT64_TOLERANCE,
+        cut_layer=cut_layer,
+        micro_batches=micro_batches,
+        in_flight=in_flight,
+        labels="device",
+    )
+
+
+@pytest.mark.parametrize("aggregate_every", [1, 5])
+@pytest.mark.parametrize(("batch_sizes", "cut_layer"), [([3], 3), ([2, 2], 1), ([2, 3, 1], 3)], ids=["one", "two", "three"])
+def test_run_is_the_same_whoever_has_the_labels(
+    four_blocks: Path, tmp_path: Path, batch_sizes: list[int], cut_layer: int, aggregate_every: int
+) -> None:
+    federation = Federation(tmp_path, batch_sizes, 100)
+    losses, adapters = [], []
+    for labels in ("server", "device"):
+        run_dir = tmp_path / labels
+        server = {"model": str(four_blocks), "run_dir": str(run_dir), "steps": 100, "lr": LEARNING_RATE, "dtype": "float64"}
+        more = {"lora_dropout": 0.1, "cut_layer": cut_layer, "aggregate_every": aggregate_every, "labels": labels}
+        losses.append(run_split({**server, **more}, federation.clients()).losses)
+        adapters.append(reference.read_adapter(run_dir / "adapter"))
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) <= FLOAT64_TOLERANCE[0]
+    assert reference.largest_difference(*adapters) <= FLOAT64_TOLERANCE[1]
 
 
 @pytest.mark.shared
