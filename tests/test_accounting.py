@@ -11,17 +11,15 @@ from functools import partial
 from typing import Any
 from unittest.mock import MagicMock
 
+import dp_accounting
 import numpy as np
 import pytest
 from protocol_samples import SETTINGS
 
 from edge_client.data import Dataset
 from edge_client.disclosure import LOSS_CAP, Disclosure
-
-dp_accounting = pytest.importorskip("dp_accounting")
-
-from privacy import SECRET_BYTES, NoiseReport, NoiseWorth, visits_of, worth  # noqa: E402
-from privacy.accounting import apart_in_activations, apart_in_gradients  # noqa: E402
+from privacy import SECRET_BYTES, NoiseReport, NoiseWorth, visits_of, worth
+from privacy.accounting import apart_in_activations, apart_in_gradients
 
 
 def delta_of(epsilon: float, sigma: float, releases: int, rows: int) -> float:
@@ -64,7 +62,7 @@ def test_epsilon_is_the_smallest_with_that_delta(sigma: float, releases: int, ro
         )
 
 
-@pytest.mark.parametrize(("sigma", "releases"), [(2.0, 1), (2.0, 30), (10.0, 300)])
+@pytest.mark.parametrize(("sigma", "releases"), [(2.0, 1), (2.0, 5), (20.0, 300)])
 def test_epsilon_is_not_more_than_either_accountant_of_compositions_says(sigma: float, releases: int) -> None:
     one = dp_accounting.GaussianDpEvent(sigma / 2)
     exact = worth(sigma, releases, 1e-6)
@@ -94,6 +92,8 @@ def test_figures_of_a_device_are_of_a_row_once_at_its_visits_and_of_a_text() -> 
 
 @pytest.mark.parametrize("module", ["privacy", "edge_client.client", "gpu_server.sdk"])
 def test_who_adds_no_noise_does_not_wait_for_the_accountant(module: str) -> None:
+    if module.startswith("gpu_server"):
+        pytest.importorskip("torch")
     check = f"import sys, {module}; sys.exit(bool({{'dp_accounting', 'scipy'}} & sys.modules.keys()))"
     subprocess.run([sys.executable, "-c", check], check=True)
 

@@ -7,10 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-
-pytest.importorskip("torch")
-pytest.importorskip("dp_accounting")
-
 from usual_settings import settings
 
 from edge_client import EdgeClient
