@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -14,6 +15,7 @@ from unittest.mock import MagicMock
 import dp_accounting
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from protocol_samples import SETTINGS
 
 from edge_client.data import Dataset
@@ -71,6 +73,20 @@ def test_epsilon_is_not_more_than_either_accountant_of_compositions_says(sigma: 
     divergences = dp_accounting.rdp.RdpAccountant(neighboring_relation=relation).compose(one, releases).get_epsilon(1e-6)
     assert exact == pytest.approx(losses, rel=1e-6)
     assert exact < divergences < 1.1 * exact
+
+
+def test_figures_of_the_documentation_are_those_of_the_accountant() -> None:
+    text = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
+    table = re.findall(
+        r"^\| ([\d.]+) \| ([\d.,]+) \| ([\d.,]+) \| ([\d.,]+) \| ([\d.,]+) \| ([\d.,]+) \| ([\d.,]+) \|$", text, re.M
+    )
+    assert len(table) == 6
+    for sigma, *written in table:
+        made = report(activation_noise=float(sigma), gradient_noise=float(sigma), visits=5)
+        figures = [epsilon for what in ("activations", "gradients") for epsilon in vars(made.worth[what]).values()]
+        for epsilon, shown in zip(figures, written, strict=True):
+            places = len(shown.partition(".")[2])
+            assert float(shown.replace(",", "")) == round(epsilon, places), sigma
 
 
 def test_epsilon_without_noise_is_infinite() -> None:
