@@ -103,7 +103,7 @@ class Disclosure:
         """The gradient at the hidden states (R, d) as it may leave this device."""
         return self._noise["gradient"](values, ("gradient", *purpose)) if "gradient" in self._noise else values
 
-    def summed_loss(self, losses: Array | float, *purpose: int | str) -> float:
+    def summed_loss(self, losses: Array, *purpose: int | str) -> float:
         """
         The sum of a micro-batch's losses as it may leave this device, in nats; with noise it may be negative.
 

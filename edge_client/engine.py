@@ -95,27 +95,27 @@ class Engine(Protocol):
 
     # The head, in runs whose labels stay on the device
 
-    def loss_and_gradient(self, hidden: Array, labels: Array) -> tuple[float, Array]:
+    def losses_and_gradient(self, hidden: Array, labels: Array) -> tuple[Array, Array]:
         """
-        The head and the loss at the rows that have a label. Logits of a few rows exist at a time, never of all.
+        The head and the losses at the rows that have a label. Logits of a few rows exist at a time, never of all.
 
         Args:
             hidden: (M, d) hidden states behind the final norm, as the server has sent them; M may be 0.
             labels: (M,) int32, the tokens that follow.
 
         Returns:
-            The summed loss in nats, and its gradient at ``hidden``, (M, d).
+            Each row's loss in nats, (M,), and the gradient of their sum at ``hidden``, (M, d).
 
         Raises:
             TrainingDiverged: one of them is not finite.
         """
 
-    def loss(self, hidden: Array, labels: Array) -> float:
+    def losses(self, hidden: Array, labels: Array) -> Array:
         """
-        The summed loss alone, of held-out texts; arguments as of `loss_and_gradient`.
+        The losses alone, of held-out texts; arguments as of `losses_and_gradient`.
 
         Raises:
-            TrainingDiverged: it is not finite.
+            TrainingDiverged: one is not finite.
         """
 
     # Held-out texts

@@ -131,11 +131,11 @@ class OnnxEngine:
 
     # The head
 
-    def loss_and_gradient(self, hidden: Array, labels: Array) -> tuple[float, Array]:
-        return self._head().loss_and_gradient(hidden, labels)
+    def losses_and_gradient(self, hidden: Array, labels: Array) -> tuple[Array, Array]:
+        return self._head().losses_and_gradient(hidden, labels)
 
-    def loss(self, hidden: Array, labels: Array) -> float:
-        return self._head().loss(hidden, labels)
+    def losses(self, hidden: Array, labels: Array) -> Array:
+        return self._head().losses(hidden, labels)
 
     # Held-out texts
 

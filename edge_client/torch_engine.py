@@ -18,9 +18,9 @@ from split_model import (
     check_cut_layer,
     choose_device,
     choose_dtype,
+    cross_entropies,
     optimiser_state,
     restore_optimiser,
-    summed_cross_entropy,
     take_step,
 )
 from storage import ModelError
@@ -98,18 +98,18 @@ class TorchEngine:
         self._part.eval()
         return _to_array(self._run_finite(batch))
 
-    def loss_and_gradient(self, hidden: Array, labels: Array) -> tuple[float, Array]:
+    def losses_and_gradient(self, hidden: Array, labels: Array) -> tuple[Array, Array]:
         states = _to_tensor(hidden).to(self._part.device).requires_grad_()
-        loss = self._summed_loss(states, labels)
-        torch.autograd.backward(loss)
+        losses = self._losses(states, labels)
+        torch.autograd.backward(losses.sum())
         assert states.grad is not None
         if not torch.isfinite(states.grad).all():
             raise TrainingDiverged("the gradient of this device's loss is no longer finite; try a lower --lr on the server")
-        return loss.item(), _to_array(states.grad)
+        return _to_array(losses), _to_array(states.grad)
 
     @torch.no_grad()
-    def loss(self, hidden: Array, labels: Array) -> float:
-        return self._summed_loss(_to_tensor(hidden).to(self._part.device), labels).item()
+    def losses(self, hidden: Array, labels: Array) -> Array:
+        return _to_array(self._losses(_to_tensor(hidden).to(self._part.device), labels))
 
     def take_step(self, learning_rate: float) -> None:
         if self._optimiser is None:
@@ -140,15 +140,15 @@ class TorchEngine:
         learnt = {name.removeprefix(OPTIMISER): value for name, value in state.items() if name.startswith(OPTIMISER)}
         restore_optimiser(self._optimiser, {name: _to_tensor(value) for name, value in learnt.items()})
 
-    def _summed_loss(self, hidden: torch.Tensor, labels: Array) -> torch.Tensor:
+    def _losses(self, hidden: torch.Tensor, labels: Array) -> torch.Tensor:
         if self._head is None:
             raise RuntimeError("the server has the labels, and the head")
-        loss = summed_cross_entropy(hidden, self._head, _to_tensor(labels).long().to(hidden.device))
-        if torch.isfinite(loss):
-            return loss
+        losses = cross_entropies(hidden, self._head, _to_tensor(labels).long().to(hidden.device))
+        if torch.isfinite(losses).all():
+            return losses
         if not torch.isfinite(self._head).all():
             raise self._model.not_finite("losses")
-        raise TrainingDiverged(f"the loss of this device's labels is {loss.item()}; try a lower --lr on the server")
+        raise TrainingDiverged(f"the loss of this device's labels is {losses.sum().item()}; try a lower --lr on the server")
 
     def _masks(self, seed: int, num_rows: int) -> Iterator[torch.Tensor]:
         """Of all adapted layers, in the order of the forward pass, (N, in) each; drawn block by block as they are asked for."""

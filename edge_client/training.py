@@ -165,7 +165,7 @@ def _hidden_gradient(
 ) -> HiddenGradient:
     """The loss at the rows of a micro-batch that have a label, and its gradient at all rows that the server has sent."""
     with _diverging_in(asked.step):
-        losses, gradient = engine.loss_and_gradient(disclosure.of_labelled_rows(asked.values, batch), batch.labels)
+        losses, gradient = engine.losses_and_gradient(disclosure.of_labelled_rows(asked.values, batch), batch.labels)
     values = disclosure.of_all_rows(gradient, batch)
     return HiddenGradient(
         step=asked.step,
@@ -272,7 +272,9 @@ def _evaluate(membership: Membership, engine: Engine, number: int, batch: Batch,
         summed_loss = answer.summed_loss
     else:
         answer = membership.exchange(question, EvaluationStates)
-        summed_loss = float(np.sum(engine.loss(disclosure.of_labelled_rows(answer.values, batch), batch.labels)))
+        summed_loss = float(
+            engine.losses(disclosure.of_labelled_rows(answer.values, batch), batch.labels).sum(dtype=np.float64)
+        )
     if answer.index != index:
         raise RemoteProtocolError(f"expected what becomes of batch {index}, got that of batch {answer.index}")
     membership.stopwatch.lap()  # an evaluation belongs to no step

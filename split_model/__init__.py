@@ -3,7 +3,7 @@
 from .adapter_folder import load_adapter, save_adapter
 from .generation import continue_greedily
 from .lora import Adapter, LoraConfig, adapted_layers, adapter_shapes, initial_adapter
-from .loss import summed_cross_entropy
+from .loss import cross_entropies, summed_cross_entropy
 from .model_config import ModelConfig
 from .optimisation import OptimiserConfig, adamw, optimiser_state, restore_optimiser, take_step
 from .parts import EdgePart, ServerPart, check_cut_layer
@@ -28,6 +28,7 @@ __all__ = [
     "choose_device",
     "choose_dtype",
     "continue_greedily",
+    "cross_entropies",
     "initial_adapter",
     "load_adapter",
     "optimiser_state",

@@ -10,31 +10,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["summed_cross_entropy"]
+__all__ = ["cross_entropies", "summed_cross_entropy"]
 
 CHUNK_ROWS = 256  # 256 x 50,257 logits in float32 are 51 MB
 ALIGNMENT = 64  # elements, whole cache lines in every precision
 
 
 def summed_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """The sum of the `cross_entropies`."""
+    return cross_entropies(hidden, head, labels).sum()
+
+
+def cross_entropies(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     """
-    Sum over rows of -log softmax(hidden head^T)[label], in nats. The head is frozen.
+    Of each row -log softmax(hidden head^T)[label], (M,), in nats. The head is frozen.
 
     Args:
         hidden: (M, d), normalised.
         head: (V, d), in the dtype of the product.
         labels: (M,) ids below V.
     """
-    return _SummedCrossEntropy.apply(hidden, head, labels)  # type: ignore[no-any-return, no-untyped-call]
+    return _CrossEntropies.apply(hidden, head, labels)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
+class _CrossEntropies(torch.autograd.Function):
     # The gradient by a row of ``hidden`` is (softmax(logits) - onehot(label)) head. The forward pass computes it chunk by chunk
     # from logits that are there anyhow; backward, which would have to compute these a second time, only scales it.
 
     @staticmethod
     def forward(context: Any, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-        total = hidden.new_zeros(())
+        losses = hidden.new_empty(len(labels))
         gradient = torch.empty_like(hidden) if context.needs_input_grad[0] else None
         for start in range(0, len(labels), CHUNK_ROWS):
             chunk, targets = slice(start, start + CHUNK_ROWS), labels[start : start + CHUNK_ROWS]
@@ -46,14 +51,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
             logits -= logits.amax(1, keepdim=True)  # exp of what is left cannot overflow; in place, as all that follows
             of_labels = logits[rows, targets]
             sums = logits.exp_().sum(1, keepdim=True)
-            total += (sums.log().squeeze(1) - of_labels).sum()
+            losses[chunk] = sums.log().squeeze(1) - of_labels
             if gradient is not None:
                 difference = logits.div_(sums)  # softmax, (rows, V)
                 difference[rows, targets] -= 1
                 gradient[chunk] = (difference.to(head.dtype) @ head).to(hidden.dtype)
         context.gradient = gradient
-        return total
+        return losses
 
     @staticmethod
     def backward(context: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
-        return upstream[0] * context.gradient, None, None
+        return upstream[0].unsqueeze(1) * context.gradient, None, None

@@ -427,8 +427,8 @@ class Judge:
         engine.begin_step()
         activations = engine.forward(batch, 1)
         engine.backward(activations)
-        engine.loss_and_gradient(activations, batch.tokens)
-        engine.loss(activations, batch.tokens)
+        engine.losses_and_gradient(activations, batch.tokens)
+        engine.losses(activations, batch.tokens)
 
     def _toml(self, mutator: FolderMutator) -> None:
         path = self._scratch / "run.toml"

@@ -576,6 +576,7 @@ NAMES = {
         *("ServerPart", "adamw", "adapted_layers", "adapter_shapes", "check_cut_layer", "choose_device", "choose_dtype"),
         *(
             "continue_greedily",
+            "cross_entropies",
             "initial_adapter",
             "load_adapter",
             "optimiser_state",

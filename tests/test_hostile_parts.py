@@ -62,8 +62,8 @@ def use(part: Path, run: RunSettings) -> None:
     engine.end_step(3)
     if run.labels == "device":
         labels = np.array([1, 2, 599], np.int32)
-        engine.loss(activations[:3], labels)
-        engine.loss_and_gradient(activations[:3], labels)
+        engine.losses(activations[:3], labels)
+        engine.losses_and_gradient(activations[:3], labels)
 
 
 def graph(name: str, change: Callable[[onnx.GraphProto], object]) -> Spoil:

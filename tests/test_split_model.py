@@ -28,7 +28,7 @@ from split_model import (
     load_adapter,
     save_adapter,
 )
-from split_model.loss import CHUNK_ROWS, summed_cross_entropy
+from split_model.loss import CHUNK_ROWS, cross_entropies, summed_cross_entropy
 from split_model.packing import Packing, labelled_positions
 from storage import ModelError, find_model
 
@@ -87,6 +87,18 @@ def test_summed_cross_entropy_and_its_gradient_are_torchs_over_several_chunks() 
     loss = summed_cross_entropy(hidden, head, labels)
     (found,) = torch.autograd.grad(loss * 3, hidden)
     assert loss.item() == pytest.approx(F.cross_entropy(hidden @ head.T, labels, reduction="sum").item(), rel=1e-12)
+    assert torch.allclose(found, expected, atol=1e-12)
+
+
+def test_cross_entropies_are_torchs_row_by_row() -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows = CHUNK_ROWS + 7
+    hidden = torch.randn(rows, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    head, weights = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((50, 8), (rows,)))
+    labels = torch.randint(50, (rows,), generator=generator)
+    losses, of_torch = cross_entropies(hidden, head, labels), F.cross_entropy(hidden @ head.T, labels, reduction="none")
+    assert torch.allclose(losses, of_torch, rtol=1e-12)
+    found, expected = (torch.autograd.grad((each * weights).sum(), hidden)[0] for each in (losses, of_torch))
     assert torch.allclose(found, expected, atol=1e-12)
 
 

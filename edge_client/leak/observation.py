@@ -282,11 +282,11 @@ class _Device:
         ends = zip(np.cumsum(label_counts).tolist(), batch.label_counts.tolist(), strict=True)
         labelled = np.concatenate([np.arange(end - labels, end) for end, labels in ends])
         gradient = np.zeros_like(states)
-        loss, gradient[labelled] = self.engine.loss_and_gradient(states[labelled], batch.labels)
+        losses, gradient[labelled] = self.engine.losses_and_gradient(states[labelled], batch.labels)
         return HiddenGradient(
             step=STEP + number,
             seconds=Seconds(),
-            summed_loss=loss,
+            summed_loss=float(losses.sum()),
             labelled_tokens=len(batch.labels),
             values=self.gradient_noise(gradient, ("hidden gradient", number)),
         )

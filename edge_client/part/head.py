@@ -33,36 +33,36 @@ class Head:
         self._runtime, self._table, self._graph, self._loss_graph = runtime, table, graph, loss_graph
         self._slice_rows = max(1, SLICE_FLOATS // table.width)
 
-    def loss_and_gradient(self, hidden: Array, labels: Array) -> tuple[float, Array]:
-        """See `Engine.loss_and_gradient`."""
+    def losses_and_gradient(self, hidden: Array, labels: Array) -> tuple[Array, Array]:
+        """See `Engine.losses_and_gradient`."""
         gradient = np.empty_like(hidden)
-        summed = self._summed_loss(hidden, labels, gradient)
+        losses = self._losses(hidden, labels, gradient)
         if not np.isfinite(gradient).all():
             raise TrainingDiverged("the gradient of this device's loss is no longer finite; try a lower --lr on the server")
-        return summed, gradient
+        return losses, gradient
 
-    def loss(self, hidden: Array, labels: Array) -> float:
-        """See `Engine.loss`."""
-        return self._summed_loss(hidden, labels, None)
+    def losses(self, hidden: Array, labels: Array) -> Array:
+        """See `Engine.losses`."""
+        return self._losses(hidden, labels, None)
 
     @np.errstate(all="ignore")  # what is not finite is refused, and not warned of
-    def _summed_loss(self, hidden: Array, labels: Array, gradient: Array | None) -> float:
+    def _losses(self, hidden: Array, labels: Array, gradient: Array | None) -> Array:
         """
         Args:
             gradient: where the gradient goes, (M, d), if it is asked for.
         """
-        summed = 0.0
+        losses = np.empty(len(hidden))
         for begin in range(0, len(hidden), MOST_ROWS):
             rows = slice(begin, begin + MOST_ROWS)
             states, of_labels = np.ascontiguousarray(hidden[rows]), self._table.embed(labels[rows])
             sums = self._sums(states, with_gradient=gradient is not None)
-            summed += sums.loss(np.einsum("nd,nd->n", states, of_labels, dtype=np.float64))
+            losses[rows] = sums.losses(np.einsum("nd,nd->n", states, of_labels, dtype=np.float64))
             if gradient is not None:
                 gradient[rows] = sums.product / sums.total - of_labels
-        if not np.isfinite(summed):
+        if not np.isfinite(losses).all():
             self._check_table()
-            raise TrainingDiverged(f"the loss of this device's labels is {summed}; try a lower --lr on the server")
-        return summed
+            raise TrainingDiverged(f"the loss of this device's labels is {losses.sum()}; try a lower --lr on the server")
+        return losses
 
     def _sums(self, states: Array, *, with_gradient: bool) -> "_Sums":
         """Of these rows, (N, d), over the whole vocabulary."""
@@ -117,6 +117,7 @@ class _Sums:
             self.product *= old
             self.product += product * new
 
-    def loss(self, of_labels: Array) -> float:
-        """The sum of the cross-entropies, in nats, where (N,) the logits of the labels are these."""
-        return float((self.largest[:, 0] + np.log(self.total[:, 0]) - of_labels).sum())
+    def losses(self, of_labels: Array) -> Array:
+        """The cross-entropies (N,) in nats, where the logits of the labels are these, (N,)."""
+        found: Array = self.largest[:, 0] + np.log(self.total[:, 0]) - of_labels
+        return found
