@@ -113,8 +113,7 @@ class Disclosure:
         if "loss" not in self._noise:
             return float(np.sum(losses, dtype=np.float64))
         summed = np.sum(np.minimum(losses, LOSS_CAP), dtype=np.float64).reshape(1, 1)
-        # It is its own centre: what was capped label by label is not clipped again as a sum.
-        return float(self._noise["loss"](summed, ("loss", *purpose), summed).item())
+        return float(self._noise["loss"].on_bounded(summed, ("loss", *purpose)).item())
 
     def of_labelled_rows(self, states: Array, batch: Batch) -> Array:
         """What the server answers, (R, d), without the rows that have no label: (M, d)."""

@@ -7,14 +7,15 @@ a broken link makes a device send twice is the same message, and tells nothing m
 noise, which their difference would be free of.
 
 What the figures of `accounting` assume, and floating-point numbers give only nearly (Mironov, CCS 2012): that noise may be any
-real number. Here it has 2^53 possible radii and as many angles, and is never beyond 8.6 standard deviations. The sum is rounded
-once, to the precision of the values. Who knows how the noise is drawn can in principle rule out values by the lowest bits of a
-float64; in float32, and in the codecs, many possible sums fall together on each number that is sent.
+real number. Here it has 2^53 possible radii and as many angles, and is never beyond 8.6 standard deviations, which adds 1e-16 a
+number to delta. By the lowest bits of a sum, whoever knows how noise is drawn could rule out values. So these bits do not
+leave: a sum is rounded to a grid of about a millionth of the noise's deviation, where very many sums fall on each point.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,6 +25,7 @@ __all__ = ["SECRET_BYTES", "Array", "GaussianNoise", "clipped"]
 Array: TypeAlias = np.ndarray[Any, Any]
 
 SECRET_BYTES = 32
+GRID_BITS = 20
 ELEMENTS_AT_ONCE = 2**16
 """
 Computed together: they and their noise stay in a processor's cache, and a large batch takes no more memory than a small one.
@@ -65,16 +67,27 @@ class GaussianNoise:
         """
         if not self._clip:
             return values
-        noisy = np.empty_like(values)
+        return self._hide(values, purpose, centre, lambda rows: clipped(rows, self._clip))
+
+    def on_bounded(self, values: Array, purpose: tuple[str | int, ...]) -> Array:
+        """As `__call__`, for values that are not to be clipped: two of them are never further apart than two clips."""
+        return self._hide(values, purpose, None, lambda rows: rows)
+
+    def _hide(
+        self, values: Array, purpose: tuple[str | int, ...], centre: Array | None, bounded: Callable[[Array], Array]
+    ) -> Array:
+        hidden = np.empty_like(values)
         centre = np.broadcast_to(np.float64(0) if centre is None else centre, values.shape)
         key = self._key(values, purpose, centre) if self._sigma else b""
         for number, rows in enumerate(_blocks(values)):
-            block = clipped(np.subtract(values[rows], centre[rows], dtype=np.float64), self._clip)
+            block = bounded(np.subtract(values[rows], centre[rows], dtype=np.float64))
             if self._sigma:
-                block += self._sigma * self._clip * _normal(key + number.to_bytes(8, "big"), block.size).reshape(block.shape)
-            block += centre[rows]
-            noisy[rows] = block
-        return noisy
+                deviation = self._sigma * self._clip
+                block = block + deviation * _normal(key + number.to_bytes(8, "big"), block.size).reshape(block.shape)
+                grid = 2.0 ** (math.frexp(deviation)[1] - GRID_BITS)
+                block = np.rint(block / grid) * grid
+            hidden[rows] = block + centre[rows]
+        return hidden
 
     def _key(self, values: Array, purpose: tuple[str | int, ...], centre: Array) -> bytes:
         """Of everything that the result depends on, so that two results that differ have independent noise."""

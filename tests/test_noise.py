@@ -102,6 +102,29 @@ def test_noise_of_elements_rows_and_blocks_is_independent() -> None:
         assert abs(((one**2 - 1) * (other**2 - 1)).mean()) < 2 * bound * math.sqrt(added.size / 2 / one.size)
 
 
+@pytest.mark.parametrize("sigma", [1e-3, 0.7, 30.0])
+def test_lowest_bits_of_what_is_sent_tell_nothing_of_the_value(sigma: float) -> None:
+    """All that is sent lies on one grid, of powers of two, that is fine beside the noise."""
+    noise, values = GaussianNoise(SECRET, sigma=sigma, clip=4.0), rows(8)
+    grid = sigma * 4.0 * 2.0**-20
+    for sent in (noise(values, PURPOSE), noise.on_bounded(values, PURPOSE), noise(values / 3, PURPOSE)):
+        exponents = [math.frexp(number)[1] - 53 + trailing_zeros(number) for number in sent.ravel() if number]
+        assert grid / 2 < 2.0 ** min(exponents) <= 2 * grid
+
+
+def trailing_zeros(number: float) -> int:
+    """Of the 53 bits of a float's significand."""
+    significand = int(math.ldexp(math.frexp(abs(number))[0], 53))
+    return (significand & -significand).bit_length() - 1
+
+
+def test_what_is_bounded_by_itself_gets_noise_and_is_not_clipped() -> None:
+    sums = np.full((1, 10_000), 500.0)
+    added = GaussianNoise(SECRET, sigma=0.5, clip=20.0).on_bounded(sums, PURPOSE) - sums
+    assert abs(added.mean()) < 5 * 10.0 / 100
+    assert abs(added.std() / 10.0 - 1) < 5 / math.sqrt(2 * 10_000)
+
+
 def test_an_odd_number_of_elements_is_noised_to_the_last() -> None:
     assert (noise_on(rows(3, 5)) != 0).all()
     assert noise_on(rows(1, 1)).shape == (1, 1)
