@@ -93,7 +93,8 @@ def check_hello(hello: Hello, limits: ModelLimits, codecs: set[str], abilities: 
             f"{hello.name} does not offer the codec {', '.join(sorted(missing))}, which this run uses; "
             f"update splitlora-edge there, or start the run with --codec float32"
         )
-    for ability in sorted(abilities.difference(hello.abilities)):
+    if unknown := abilities.difference(hello.abilities):
+        ability = min(unknown)
         raise RemoteProtocolError(
             f"{hello.name} does not know {ability}, which this run uses; "
             f"update splitlora-edge there, or start the run {WITHOUT_ABILITY[ability]}"
