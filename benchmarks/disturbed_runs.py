@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from chaos import DEVICES, MODES_WITH_CODECS, Scene
+from chaos import ALL_MODES, DEVICES, Scene
 
 from terminal import Progress
 
@@ -42,7 +42,7 @@ def main() -> int:
         folder = Path(name)
         scene = Scene(folder, make_model(folder, n_layer=2, n_embd=16, n_head=2))
         expected = {
-            mode: scene.run(_made(folder / mode), mode, [], engine=options.engine).to_its_end() for mode in MODES_WITH_CODECS
+            mode: scene.run(_made(folder / mode), mode, [], engine=options.engine).to_its_end() for mode in ALL_MODES
         }
         for seed in range(options.seed, options.seed + options.runs):
             more = {"quorum": 1, "step_deadline": 0.03} if options.quorum else {}

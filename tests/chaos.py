@@ -46,10 +46,19 @@ MODES: dict[str, dict[str, Any]] = {
 }
 # Longer ones, in which samples come again. Of a model so small a codec may change the loss as it likes.
 DELTA: dict[str, Any] = {"epochs": 2, "codec": "delta", "check_codec_every": 3, "codec_tolerance": 1e9}
-MODES_WITH_CODECS: dict[str, dict[str, Any]] = {
+# With every codec that dithers, and noise that is secret: what is said again has to be the same.
+ON_DEVICE: dict[str, Any] = {
+    "labels": "device",
+    "codec": "int8",
+    **dict.fromkeys(("activation_noise", "gradient_noise"), 0.1),
+    **dict.fromkeys(("activation_clip", "gradient_clip"), 1.0),
+}
+ALL_MODES: dict[str, dict[str, Any]] = {
     **MODES,
     "delta, rounds of one step": {**DELTA, "aggregate_every": 1},
     "delta, rounds of two steps": {**DELTA, "aggregate_every": 2},
+    "labels on the device, rounds of one step": {**ON_DEVICE, **MODES["rounds of one step"]},
+    "labels on the device, rounds of two steps": {**ON_DEVICE, **MODES["rounds of two steps"], "label_rows": "hidden"},
 }
 DEVICES: dict[str, dict[str, Any]] = {"torch": {"engine": "torch", "dtype": "float32"}, "onnxruntime": {}}
 """Those with onnxruntime fetch their part of the model, and share what they have fetched."""
@@ -61,13 +70,16 @@ NUM_EVALUATIONS = {"a": 2, "b": 0}  # one before the training and one after it, 
 
 def num_answers(mode: str) -> dict[str, int]:
     """How many messages the server sends to each client in a run that nobody disturbs."""
-    of_run = {name: value for name, value in MODES_WITH_CODECS[mode].items() if name in ("steps", "epochs", "aggregate_every")}
+    of_run = {name: value for name, value in ALL_MODES[mode].items() if name in ("steps", "epochs", "aggregate_every")}
+    asks_back = ALL_MODES[mode].get("labels") == "device"
     of_mode = settings(clients=len(NUM_SAMPLES), micro_batches=MICRO_BATCHES, **{"epochs": None, **of_run})
     counts = {}
     for name, num_samples in NUM_SAMPLES.items():
         itinerary = Itinerary(of_mode, of_mode.steps_of_client(num_samples, BATCH_SIZE[name]))
         of_handshake = 2  # to Hello and Join
-        counts[name] = of_handshake + NUM_EVALUATIONS[name] + len(list(questions(itinerary)))
+        asked = list(questions(itinerary))
+        num_asked_back = sum(question.kind is Activations for question in asked) if asks_back else 0
+        counts[name] = of_handshake + NUM_EVALUATIONS[name] + len(asked) + num_asked_back
     return counts
 
 
@@ -162,13 +174,13 @@ class Scene:
         through: int | None = None,
         **options: Any,
     ) -> "Run":
-        usual = {"checkpoint_every": 1, **self.options, **MODES_WITH_CODECS[mode]}
+        usual = {"checkpoint_every": 1, **self.options, **ALL_MODES[mode]}
         return Run(folder, {**usual, **options}, self.clients, faults, engine, through)
 
     def run_at_random(self, folder: Path, seed: int, *, engine: str = "torch", **more: Any) -> tuple[str, Outcome]:
         """A run with faults of all kinds, the same for the same seed; its mode, and what is left of it."""
         draw = random.Random(seed)
-        mode = draw.choice(list(MODES_WITH_CODECS))
+        mode = draw.choice(list(ALL_MODES))
         answers = num_answers(mode)
         numbers = {**answers, "server": sum(answers.values())}
         kills = [
@@ -292,6 +304,9 @@ def serve(options: dict[str, Any], watch: "Watch", told: Any) -> None:
 
 def take_part(url: str, options: dict[str, Any], watch: "Watch", perplexity: Path) -> None:
     """A client's process."""
+    name = str(options["name"])
+    # Of one client it is the same in every run, so that runs with noise can be compared.
+    os.urandom = lambda size: (size * name.encode())[:size]  # type: ignore[assignment]
     come_back_within(0.2)
     watch_client(watch)
     try:

@@ -178,7 +178,7 @@ def test_client_that_lacks_an_ability_is_told_what_helps(ability: str, instead: 
     why = f"^a does not know {ability}, which this run uses; update splitlora-edge there, or start the run {instead}$"
     with pytest.raises(RemoteProtocolError, match=why):
         check_hello(Hello(name="a", fingerprint=LIMITS.fingerprint, abilities=others), LIMITS, set(), set(ABILITIES))
-    with pytest.raises(RemoteProtocolError, match="^a does not know device-labels"):
+    with pytest.raises(RemoteProtocolError, match=r"^a does not know device-labels"):
         check_hello(Hello(name="a", fingerprint=LIMITS.fingerprint), LIMITS, set(), set(ABILITIES))
 
 
