@@ -41,9 +41,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name, Progress(options.runs, unit="run") as progress:
         folder = Path(name)
         scene = Scene(folder, make_model(folder, n_layer=2, n_embd=16, n_head=2))
-        expected = {
-            mode: scene.run(_made(folder / mode), mode, [], engine=options.engine).to_its_end() for mode in ALL_MODES
-        }
+        expected = {mode: scene.run(_made(folder / mode), mode, [], engine=options.engine).to_its_end() for mode in ALL_MODES}
         for seed in range(options.seed, options.seed + options.runs):
             more = {"quorum": 1, "step_deadline": 0.03} if options.quorum else {}
             mode, outcome = scene.run_at_random(_made(folder / str(seed)), seed, engine=options.engine, **more)

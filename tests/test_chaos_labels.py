@@ -18,13 +18,16 @@ KINDS = {
 
 
 def faults(mode: str) -> list[Fault]:
-    """At every message that client a sends or receives, and that the server sends to both: each kind of fault in its turn."""
+    """
+    At what client a sends or receives, and what the server sends to both: each kind of fault in its turn. At every message,
+    but for half of them in the one mode and for the others in the other.
+    """
     answers = num_answers(mode)
     counts = {"a": answers["a"], "server": sum(answers.values())}
     return [
-        Fault(process, event, number, kinds[number % len(kinds)])
+        Fault(process, event, number, kinds[number // 2 % len(kinds)])
         for (process, event), kinds in KINDS.items()
-        for number in range(1, counts[process] + 1)
+        for number in range(1 + MODES.index(mode), counts[process] + 1, 2)
     ]
 
 
