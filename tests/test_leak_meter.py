@@ -384,6 +384,7 @@ def test_program_prints_a_report_and_writes_it_in_all_forms(
     assert status == 0
     assert out.startswith("Controls passed")
     assert "Cut 1, int8, no noise, labels on the device" in out
+    assert err.startswith("2 settings, 1 seed, 8 texts each: about ")
     assert "measurement" in err
     assert {path.name for path in folder.iterdir()} == {"report.txt", "report.json", "picture.svg", "picture.png"}
     assert json.loads((tmp_path / "a.json").read_text()) == json.loads((folder / "report.json").read_text())

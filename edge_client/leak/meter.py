@@ -34,6 +34,8 @@ __all__ = ["QUANTILES", "Cost", "Findings", "Measured", "Plan", "Reading", "meas
 
 MOST_TEXTS = 5000
 """Of the file: enough to know which tokens are rare."""
+ATTACKS_LEARN, ATTACKS_READ = 60, 10
+"""Of all attacks together: as long as the messages of so many texts, once, and for each. Measured on GPT-2 small's shape."""
 QUANTILES = (0.05, 0.5, 0.95, 1.0)
 
 
@@ -267,10 +269,17 @@ def _adapter(subject: Subject, seed: int) -> tuple[Adapter, LoraConfig]:
     return load_adapter(subject.adapter, config, lora), lora
 
 
-def measure(subject: Subject, plan: Plan, report: "Callable[[str, int, int], object]") -> Findings:
+def measure(
+    subject: Subject,
+    plan: Plan,
+    report: Callable[[str, int, int], object],
+    *,
+    expect: Callable[[float], object] = lambda seconds: None,
+) -> Findings:
     """
     Args:
         report: called with what is at work, how many pieces of work are done, and how many there are.
+        expect: called once, soon, with how many seconds it will take, roughly.
 
     Raises:
         DataError: there are too few texts.
@@ -278,6 +287,7 @@ def measure(subject: Subject, plan: Plan, report: "Callable[[str, int, int], obj
     """
     began = monotonic()
     measurement = _Measurement(subject, plan, report)
+    expect(measurement.expected_seconds())
     measured = tuple(measurement.all())
     summary = subject.dataset.samples.summary
     return Findings(
@@ -362,6 +372,20 @@ class _Measurement:
             + (plan.steps(setting) > 0)
             for setting in plan.settings
         )
+
+    def expected_seconds(self) -> float:
+        """From the time that the messages of one micro-batch take here."""
+        plan, began = self.plan, monotonic()
+        setting = plan.settings[0]
+        texts = self.texts[0].attacked[: setting.batch_size]
+        Observations.of(texts, self._cut(setting.cut_layer, plan.seeds[0]), _opened(setting), _secret(0))
+        one_text = (monotonic() - began) / len(texts)
+        attacks = ATTACKS_LEARN + (ATTACKS_READ + 1) * plan.num_texts
+        number = sum(
+            plan.num_own + attacks * (2 if _is_open(setting) else 1) + 2 * plan.steps(setting) * setting.batch_size
+            for setting in plan.settings
+        )
+        return number * len(plan.seeds) * one_text
 
     def all(self) -> Iterator[Measured]:
         by_cut: dict[int, list[Setting]] = {}

@@ -3,11 +3,12 @@
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
 from privacy import worth
 from storage.model_folder import find_model
-from terminal import Progress, importing, user_path, user_text_path
+from terminal import Progress, count, duration, importing, user_path, user_text_path
 
 from .meter import Findings, Plan, measure, open_subject, settings_of
 from .report import as_json, as_text
@@ -41,8 +42,13 @@ def run(options: argparse.Namespace) -> None:
     subject = open_subject(
         user_path(options.data), find_model(user_text_path(options.model)), adapter, max_length=options.max_length
     )
+
+    def expect(seconds: float) -> None:
+        extent = f"{count(len(plan.settings), 'setting')}, {count(len(plan.seeds), 'seed')}, {plan.num_texts} texts each"
+        print(f"{extent}: about {duration(seconds)}", file=sys.stderr, flush=True)  # noqa: T201
+
     with _Shown() as shown:
-        findings = measure(subject, plan, shown)
+        findings = measure(subject, plan, shown, expect=expect)
     try:
         _write(findings, output, None if options.json is None else user_path(options.json))
     except OSError as error:
