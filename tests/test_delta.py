@@ -21,6 +21,8 @@ from protocol import (
     EdgeAdapter,
     Evaluation,
     Hello,
+    HiddenGradient,
+    HiddenStates,
     Join,
     LocalProtocolError,
     Message,
@@ -38,6 +40,7 @@ from protocol.codecs import Coded, quantised_parts
 from protocol.delta import arrived, coded
 from protocol.rounding import from_bfloat16, to_bfloat16
 from protocol.session import Codecs
+from protocol.settings import ABILITIES
 from storage import CacheFolder
 
 WIDTH, MAX_BYTES = 24, 2**22
@@ -363,9 +366,9 @@ def test_more_than_may_be_kept_is_refused(tmp_path: Path) -> None:
 # In a conversation
 
 
-@pytest.fixture
-def talk(ends: Ends) -> Callable[[Side, Message], Message | None]:
-    """What one side says, as the other hears it."""
+@pytest.fixture(params=["server", "device"])
+def talk(ends: Ends, request: pytest.FixtureRequest) -> Callable[[Side, Message], Message | None]:
+    """What one side says, as the other hears it; wherever the labels are, of which these batches have none."""
     sessions = {side: Session(side, MAX_BYTES) for side in Side}
     sessions[Side.CLIENT].activation_cache, sessions[Side.SERVER].activation_cache = ends.device, ends.server
 
@@ -375,7 +378,9 @@ def talk(ends: Ends) -> Callable[[Side, Message], Message | None]:
     settings = dataclasses.replace(
         protocol_samples.SETTINGS, activation_codec=DELTA, gradient_codec="int4", check_codec_every=3, cache_bytes=10**6
     )
-    say(Side.CLIENT, Hello(name="a", fingerprint="f", codecs=(*CODECS, DELTA)))
+    if request.param == "device":
+        settings = dataclasses.replace(settings, labels="device", check_codec_every=0)
+    say(Side.CLIENT, Hello(name="a", fingerprint="f", codecs=(*CODECS, DELTA), abilities=ABILITIES))
     say(Side.SERVER, Welcome(run="r", settings=settings, fingerprint="f"))
     say(Side.CLIENT, Join(num_samples=4, batch_size=2, longest=9))
     say(Side.SERVER, Start(step=0, total_steps=100, adapter={}))
@@ -421,6 +426,21 @@ def test_what_a_start_takes_back_the_server_keeps_until_it_knows_that_the_start_
     assert ends.server.version(0, 3) is None
 
 
+@pytest.mark.parametrize("talk", ["device"], indirect=True)
+def test_what_goes_back_and_forth_between_question_and_answer_leaves_the_versions(talk: Talk, ends: Ends) -> None:
+    nothing = np.empty((0, WIDTH), np.float32)
+    for step in (1, 2):
+        message = batch(step, [0, 1])
+        assert error(talk(Side.CLIENT, message), message) < 0.1
+        talk(Side.SERVER, HiddenStates(step=step, values=nothing))
+        talk(Side.CLIENT, HiddenGradient(step=step, seconds=Seconds(), summed_loss=0.0, labelled_tokens=0, values=nothing))
+        assert ends.device.version(0, step) is ends.server.version(0, step) is None
+        talk(Side.SERVER, gradient(step, message))
+        assert ends.device.version(0, step) is not None
+        assert ends.server.version(0, step) is not None
+
+
+@pytest.mark.parametrize("talk", ["server"], indirect=True)
 def test_steps_that_check_the_codec_come_nearly_exactly_as_well(talk: Talk) -> None:
     for step in (1, 2, 3, 4):
         message = batch(step, [0, 1])
