@@ -9,6 +9,7 @@ Attention needs grids (B', T): sequences of about the same length share one, who
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 __all__ = ["Packing", "labelled_positions"]
 
@@ -46,9 +47,20 @@ class Packing:
         parts = torch.split(cells, [sequences * longest for sequences, longest in self.grids])
         return [part.view(*grid, -1) for part, grid in zip(parts, self.grids, strict=True)]
 
+    def attend(self, qkv: Tensor, num_heads: int) -> Tensor:
+        """Causal attention of every sequence to itself: queries, keys and values (N, 3d) -> (N, d)."""
+        return self.pack([_attend(grid, num_heads) for grid in self.pad(qkv)])
+
     def pack(self, grids: list[Tensor]) -> Tensor:
         """Each grid (B', T, w) -> rows (N, w), without the padding."""
         return torch.cat([grid.flatten(0, 1) for grid in grids]).index_select(0, self.cells)
+
+
+def _attend(qkv: Tensor, num_heads: int) -> Tensor:  # (B, T, 3d) -> (B, T, d)
+    heads = (*qkv.shape[:2], num_heads, -1)
+    query, key, value = (part.view(heads).transpose(1, 2) for part in qkv.chunk(3, 2))  # (B, H, T, d/H)
+    # No mask for the padding: it comes after a sequence's tokens, so no token sees it, and `pack` drops what it gives.
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
 
 
 def _of_about_the_same_length(lengths: list[int]) -> list[list[int]]:

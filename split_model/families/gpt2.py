@@ -115,7 +115,7 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention of H heads, (N, d) -> (N, d); the only place where a batch is padded."""
+    """Causal self-attention of H heads, (N, d) -> (N, d)."""
 
     def __init__(self, num_heads: int, c_attn: LoraLinear, c_proj: LoraLinear) -> None:
         super().__init__()
@@ -125,15 +125,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         # Queries, keys and values are rounded to the dtype of the weights, as the inputs of every other large product are:
         # with bfloat16 weights, attention, too, then runs on the processor's instructions for bfloat16.
-        grids = packing.pad(self.c_attn(x).to(self.c_attn.weight.dtype))  # (B, T, 3d) each
-        mixed = packing.pack([self._attend(grid) for grid in grids])  # (N, d)
+        mixed = packing.attend(self.c_attn(x).to(self.c_attn.weight.dtype), self.num_heads)
         return self.c_proj(mixed.to(x.dtype))  # type: ignore[no-any-return]
-
-    def _attend(self, qkv: Tensor) -> Tensor:  # (B, T, 3d) -> (B, T, d)
-        heads = (*qkv.shape[:2], self.num_heads, -1)
-        query, key, value = (part.view(heads).transpose(1, 2) for part in qkv.chunk(3, 2))  # (B, H, T, d/H)
-        # No mask for the padding: it comes after a sequence's tokens, so no token sees it, and `pack` drops what it gives.
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
