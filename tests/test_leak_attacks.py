@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,13 @@ from conftest import make_model
 
 from edge_client.data import Sample
 from edge_client.leak.attacks import Attack, Recovered
+from edge_client.leak.attacks.activations_exact import SearchedActivations
 from edge_client.leak.attacks.labels import LabelRows, LabelsFromGradient, LabelsRead
+from edge_client.leak.attacks.linear_inversion import Inversion, InvertedActivations, InvertedGradients
 from edge_client.leak.cut_model import CutModel
 from edge_client.leak.knowledge import Knowledge
 from edge_client.leak.observation import NO_TOKEN, Observations, Setting, Target, truth
+from edge_client.leak.prefixes import Prefixes
 from split_model import LoraConfig, PretrainedModel, initial_adapter
 
 LORA = LoraConfig(rank=4, targets=("c_attn",))
@@ -94,6 +98,61 @@ def test_rows_with_a_label_behind_much_noise_are_those_that_lengths_and_sums_sug
 def test_rows_with_a_label_are_told_where_they_are_shown(cut: CutModel) -> None:
     probabilities = attacked(LabelRows(), cut, labels="device").guesses
     assert np.concatenate(probabilities).tolist() == np.concatenate(truth(Target.LABEL_ROWS, TEXTS, 3)).tolist()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_token_is_found_in_activations(cut: CutModel, codec: str) -> None:
+    assert share(attacked(SearchedActivations(), cut, codec=codec)) == 1
+
+
+def test_every_token_is_found_in_clipped_activations_behind_little_noise(cut: CutModel) -> None:
+    assert share(attacked(SearchedActivations(), cut, activation_clip=5.0, activation_noise=1e-3)) == 1
+
+
+def test_tokens_behind_much_noise_are_those_that_are_expected_without_looking(cut: CutModel) -> None:
+    noise = {"activation_clip": 5.0, "activation_noise": 1e4}
+    setting = Setting(cut_layer=2, batch_size=3, **noise)
+    unseen = SearchedActivations().baseline(
+        Observations.of(TEXTS, cut, setting, SECRET), Knowledge(cut, setting, OWN), np.random.default_rng(0)
+    )
+    assert share(unseen) < 0.1
+    assert share(attacked(SearchedActivations(), cut, **noise)) < 0.15
+    assert share(attacked(InvertedActivations(), cut, **noise)) < 0.15
+
+
+def test_gradients_at_the_hidden_states_tell_the_tokens_that_noisy_activations_do_not(cut: CutModel) -> None:
+    noise = {"labels": "device", "activation_clip": 5.0, "activation_noise": 1e4}
+    both = SearchedActivations(with_gradients=True)
+    found = np.concatenate(attacked(both, cut, **noise).guesses)
+    is_label = np.concatenate([[False, *rows[:-1]] for rows in truth(Target.LABEL_ROWS, TEXTS, 3)])
+    assert (found == np.concatenate(truth(Target.TOKENS, TEXTS, 3)))[is_label].all()
+
+
+def test_a_linear_map_finds_tokens_whose_embeddings_are_mixed_linearly_with_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    table, mixing = (torch.randn(shape, generator=generator) for shape in ((600, 32), (32, 32)))
+    tokens = torch.randint(600, (2000,), generator=generator)
+    rows = table[tokens] @ mixing + 0.3 * torch.randn(2000, 32, generator=generator)
+    inversion = Inversion.learn(rows[:1500], tokens[:1500], tokens[:1500], table)
+    assert float(np.mean(inversion.guess(rows[1500:].numpy()) == tokens[1500:].numpy())) > 0.9
+
+
+def test_a_linear_map_finds_labels_in_gradients_at_the_cut(cut: CutModel) -> None:
+    assert share(attacked(InvertedGradients(), cut)) > 0.2
+
+
+def test_continued_prefixes_give_the_activations_of_whole_texts(cut: CutModel) -> None:
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(600, size=(2, 5)))
+    prefixes = Prefixes(cut.edge.blocks, 2)
+    for position in range(5):
+        candidates = torch.stack([tokens[:, position], 599 - tokens[:, position]], 1).flatten()  # two for each prefix
+        lengths = torch.tensor([position + 1] * 4)
+        texts = torch.cat([torch.cat([tokens[row // 2, :position], candidates[row : row + 1]]) for row in range(4)])
+        with torch.no_grad():
+            expected = cut.edge(texts, lengths)[lengths.cumsum(0) - 1]
+            inputs = cut.edge.embedding(candidates, SimpleNamespace(positions=torch.full((4,), position)))
+            torch.testing.assert_close(prefixes.extended(inputs), expected, rtol=1e-5, atol=1e-5)
+        prefixes = prefixes.chosen(torch.tensor([0, 2]), per_prefix=2)
 
 
 def arrays_in(value: Any) -> Sequence[np.ndarray[Any, Any]]:

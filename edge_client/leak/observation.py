@@ -12,7 +12,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from privacy import GaussianNoise
 from protocol import (
     CODECS,
     EXACT,
@@ -35,6 +34,7 @@ from protocol.settings import FLOAT32, codec_named
 from split_model import LoraConfig, summed_cross_entropy
 
 from ..data import Batch, Sample, pack
+from ..disclosure import Disclosure
 from ..torch_engine import TorchEngine
 from .cut_model import CutModel
 
@@ -222,8 +222,7 @@ class _Device:
             (HiddenStates, HiddenGradient, ActivationGradient), settings.gradient_codec
         )
         self.codecs[Activations] = settings.activation_codec
-        self.activation_noise = GaussianNoise(secret, sigma=setting.activation_noise, clip=setting.activation_clip)
-        self.gradient_noise = GaussianNoise(secret, sigma=setting.gradient_noise, clip=setting.gradient_clip)
+        self.disclosure = Disclosure(settings, secret, cut.centre if setting.activation_clip else None)
         self.frame_bytes: dict[str, int] = {}
 
     def exchange(self, batch: Batch, number: int) -> Exchange:
@@ -231,15 +230,15 @@ class _Device:
         at_device, step = setting.labels == "device", STEP + number
         self.engine.begin_step()
         computed = self.engine.forward(batch, derive_seed(0, "dropout", number))
-        label_counts = batch.lengths if setting.label_rows == "hidden" else batch.label_counts
+        label_counts = self.disclosure.label_counts(batch)
         sent = self._sent(
             Activations(
                 step=step,
                 seconds=Seconds(),
                 lengths=batch.lengths,
                 label_counts=label_counts,
-                labels=batch.labels[:0] if at_device else batch.labels,
-                values=self._noisy_activations(computed, batch.lengths, number),
+                labels=self.disclosure.labels(batch),
+                values=self.disclosure.activations(computed, batch, step, 0),
             )
         )
         activations = torch.from_numpy(sent.values).requires_grad_()
@@ -247,7 +246,7 @@ class _Device:
         states, gradient, labelled_tokens = hidden.detach().numpy(), None, len(batch.labels)
         if at_device:
             states = self._sent(HiddenStates(step=step, values=states)).values
-            answer = self._sent(self._hidden_gradient(batch, states, label_counts, number))
+            answer = self._sent(self._hidden_gradient(batch, states, step))
             gradient, labelled_tokens = answer.values, answer.labelled_tokens
             loss = (hidden * torch.from_numpy(gradient)).sum()
         else:
@@ -272,23 +271,14 @@ class _Device:
             frame_bytes=self.frame_bytes,
         )
 
-    def _noisy_activations(self, values: Array, lengths: Array, number: int) -> Array:
-        if not self.setting.activation_clip:
-            return values
-        return self.activation_noise(values, ("activations", number), self.cut.centre.rows(lengths))
-
-    def _hidden_gradient(self, batch: Batch, states: Array, label_counts: Array, number: int) -> HiddenGradient:
-        """Zero at the rows of ``states`` (M, d) without a label, of which there are some if which ones is hidden."""
-        ends = zip(np.cumsum(label_counts).tolist(), batch.label_counts.tolist(), strict=True)
-        labelled = np.concatenate([np.arange(end - labels, end) for end, labels in ends])
-        gradient = np.zeros_like(states)
-        losses, gradient[labelled] = self.engine.losses_and_gradient(states[labelled], batch.labels)
+    def _hidden_gradient(self, batch: Batch, states: Array, step: int) -> HiddenGradient:
+        losses, gradient = self.engine.losses_and_gradient(self.disclosure.of_labelled_rows(states, batch), batch.labels)
         return HiddenGradient(
-            step=STEP + number,
+            step=step,
             seconds=Seconds(),
-            summed_loss=float(losses.sum()),
+            summed_loss=self.disclosure.summed_loss(losses, step, 0),
             labelled_tokens=len(batch.labels),
-            values=self.gradient_noise(gradient, ("hidden gradient", number)),
+            values=self.disclosure.gradient(self.disclosure.of_all_rows(gradient, batch), step, 0),
         )
 
     def _sent(self, message: Sent) -> Sent:

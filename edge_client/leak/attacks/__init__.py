@@ -1,8 +1,18 @@
 """Attacks, a module each: from what is seen and known to guesses. None of them is given the texts."""
 
+from .activations_exact import SearchedActivations
 from .attack import Attack, Recovered
 from .labels import LabelRows, LabelsFromGradient, LabelsRead
+from .linear_inversion import InvertedActivations, InvertedGradients
 
 __all__ = ["ATTACKS", "Attack", "Recovered"]
 
-ATTACKS: tuple[Attack, ...] = (LabelsRead(), LabelsFromGradient(), LabelRows())
+ATTACKS: tuple[Attack, ...] = (
+    SearchedActivations(),
+    SearchedActivations(with_gradients=True),
+    InvertedActivations(),
+    LabelsRead(),
+    LabelsFromGradient(),
+    LabelRows(),
+    InvertedGradients(),
+)
