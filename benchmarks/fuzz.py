@@ -130,13 +130,16 @@ def besiege(seed: int, labels: str, trials: Mapping[str, "Trial"]) -> None:
         for name, trial in trials.items():
             print(f"{name} ...", file=sys.stderr, flush=True)
             began = time.monotonic()
-            counts, steps = siege.suffer(trial.attack, trial.long)
-            what = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(counts.items()))
-            rows.append([name, what, steps, f"{time.monotonic() - began:.0f}", f"{siege.growth() / 1e6:+.1f}"])
-        files = siege.server.open_files() - siege.open_files
-    header = [f"attack, labels on the {labels}", "what became of it", "honest steps", "s", "memory since the beginning, MB"]
+            suffered = siege.suffer(trial.attack, trial.long)
+            what = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(suffered.counts.items()))
+            grown = [f"{num_bytes / 1e6:+.1f}" for num_bytes in suffered.grown]
+            rows.append([name, what, suffered.honest_steps, f"{time.monotonic() - began:.0f}", *grown])
+        files, after = siege.server.open_files() - siege.open_files, siege.server.resident()
+    header = [f"attack, labels on the {labels}", "what became of it", "honest steps", "s", "MB more, first half", "second half"]
     print("\n" + contestants.markdown(header, rows))
-    print(f"\nThe server's resident memory was {before / 1e6:.0f} MB before; it has {files:+} files and sockets open.")
+    print(
+        f"\nThe server's resident memory: {before / 1e6:.0f} MB before, {after / 1e6:.0f} after; {files:+} files and sockets."
+    )
 
 
 def resident() -> int:
