@@ -352,6 +352,8 @@ def _train(device: "EdgeClient", shown: _Preparations) -> None:
     with device as client:
         shown.close()
         _say(_introduction(client))
+        if report := client.noise_report():
+            _say(f"device {client.name}: {report}")
         start = client.start()
         _show_perplexity(client, "before")
         spent = Seconds()

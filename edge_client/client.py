@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Union
 import numpy as np
 from tokenizers import Tokenizer
 
-from privacy import Centre, public_token_ids
+from privacy import Centre, NoiseReport, public_token_ids, visits_of
 from protocol import (
     CODECS,
     DELTA,
@@ -377,14 +377,13 @@ class EdgeClient:
     def start(self) -> Start:
         """Join the run and wait until it starts, with all of its clients. `train` and `perplexity` do so themselves."""
         if self._start is None:
-            longest = max(data.longest for data in (self.data, self.eval_data) if data is not None)
             largest_message = largest_message_bytes(
-                rows=self.batch_size * longest,
+                rows=self.batch_size * self._longest,
                 width=self._width,
                 precision=self.welcome.settings.precision,
                 adapter_elements=self._engine.num_adapter_elements,
             )
-            join = Join(num_samples=len(self.data.samples), batch_size=self.batch_size, longest=longest)
+            join = Join(num_samples=len(self.data.samples), batch_size=self.batch_size, longest=self._longest)
             # What is on the disk decides where the server lets this client go on.
             self._membership.position.step = self._state.saved_steps.last_step()
             cache = self._activation_cache
@@ -431,6 +430,28 @@ class EdgeClient:
     def _go_to(self, start: Start) -> None:
         self._start = start
         self._engine.load_adapter(start.adapter)
+
+    def noise_report(self) -> NoiseReport | None:
+        """What the noise on what this device sends is worth; None in a run without noise, and without dp-accounting."""
+        settings = self.welcome.settings
+        if not (settings.activation_noise or settings.gradient_noise):
+            return None
+        try:
+            return NoiseReport.of(
+                activation_noise=settings.activation_noise,
+                gradient_noise=settings.gradient_noise,
+                labels=settings.labels,
+                delta=settings.noise_delta,
+                visits=visits_of(self.num_steps, len(self.data.samples), self.batch_size),
+                longest=self._longest,
+            )
+        except ImportError:
+            return None
+
+    @property
+    def _longest(self) -> int:
+        """Rows of the longest text that this device sends."""
+        return max(data.longest for data in (self.data, self.eval_data) if data is not None)
 
     @property
     def num_steps(self) -> int:

@@ -1,7 +1,9 @@
 """What of a device's texts leaves it: what a run may take, what it is given, and what the user is told."""
 
+import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -279,6 +281,42 @@ def test_device_that_is_killed_while_it_replies_sends_the_same_noise_when_it_is_
 )
 def test_what_leaves_the_device_is_said_in_one_sentence(settings: RunSettings, said: str) -> None:
     assert str(Disclosure(settings, SECRET)) == said
+
+
+def test_device_says_what_its_noise_is_worth_as_the_server_does(
+    serve: Serve, tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], monkeypatch: Any
+) -> None:
+    pytest.importorskip("dp_accounting")
+    options = {"model": str(tiny_model), "engine": "torch", "dtype": "float32", "state_dir": tmp_path / "state", "name": "a"}
+    with serve(labels="device", gradient_noise=1.0, gradient_clip=2.0, steps=7) as server:
+        ended = run_in_thread(lambda: list(server.train()))
+        with EdgeClient(server.url, data=pairs_file("a", 6), batch_size=2, **options) as client:
+            report = client.noise_report()
+            assert report is not None
+            assert (report.visits, report.longest) == (3, client.data.longest)
+            with monkeypatch.context() as without:
+                without.setitem(sys.modules, "dp_accounting", None)
+                assert client.noise_report() is None
+            list(client.train())
+        ended.result(timeout=60)
+    assert json.loads((tmp_path / "run/run.json").read_text())["noise"] == {"a": report.as_json()}
+
+
+def test_run_without_noise_has_none_to_report(
+    serve: Serve, tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", str(tiny_model), "--engine", "torch", "--dtype", "float32", "--state-dir", str(tmp_path / "state")]
+    with serve(labels="device") as server:
+        ended = run_in_thread(lambda: list(server.train()))
+        data = str(pairs_file("a", 2))
+        assert edge_client.cli.main(["train", "--server", server.url, "--name", "a", "--data", data, *words]) == 0
+        ended.result(timeout=60)
+    said = capsys.readouterr().err
+    assert (
+        "; this device keeps the labels, and sends activations (no noise) and gradients at the hidden states (no noise);"
+        in said
+    )
+    assert "epsilon" not in said
 
 
 def test_centre_of_activations_tells_nothing_of_the_data(
