@@ -1171,6 +1171,32 @@ def test_deadline_of_a_reply_is_that_of_replies() -> None:
     assert table.federation.expires() == started + 20.0
 
 
+def test_reply_of_another_step_or_micro_batch_is_refused_and_changes_nothing() -> None:
+    table = of_two(micro_batches=2)
+    table.asked_back("a", "b")
+    for step, micro_batch in ((2, 0), (1, 1)):
+        with pytest.raises(RemoteProtocolError, match=f"HiddenGradient of step {step}, micro-batch {micro_batch}, out of turn"):
+            table.reply("a", step, micro_batch=micro_batch)
+    assert table.federation.waits_for(0.0) == (["a", "b"], 0.0)
+
+
+def test_steps_before_the_one_that_went_on_without_a_device_still_count() -> None:
+    table = of_two(aggregate_every=3, quorum=1)
+    for step in (1, 2, 3):
+        table.asked_back("a", "b", step=step)
+        table.reply("a", step)
+        if step == 2:
+            table.federation.tick(1e6)
+            assert told(table.reply("b", 2), Start) == []
+            assert told(table.trained("a"), Start) == ["b"]
+        else:
+            table.reply("b", step)
+            table.trained("a", "b")
+    table.contribute("a", 3, AdapterWeights)
+    (aggregate,) = table.contribute("b", 3, AdapterWeights)
+    assert aggregate.weights == {"a": 6, "b": 4}  # type: ignore[union-attr]
+
+
 def test_device_that_does_not_know_the_mode_is_refused_and_takes_no_place() -> None:
     federation = Federation("run", settings(clients=1, labels="device"), LIMITS, tensors())
     with pytest.raises(RemoteProtocolError, match="a does not know device-labels"):
