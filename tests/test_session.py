@@ -560,6 +560,21 @@ def test_start_that_is_sent_while_a_gradient_is_decoded_answers_it() -> None:
     assert pair.walk((Side.CLIENT, Done)).state is State.AWAITING_END
 
 
+@pytest.mark.parametrize("late", [Activations, HiddenGradient])
+def test_what_crosses_a_start_may_be_in_the_codec_from_before_it(late: type) -> None:
+    pair = Pair(most_open=2, labels="device")
+    client, server = asked_back(pair)
+    client.receive(server.send(replace(pair.message(Start), step=6, codec="int8")))
+    server.receive(client.send(of_part(pair, Activations, 0)))
+    if late is HiddenGradient:
+        client.receive(server.send(of_part(pair, HiddenStates, 0)))
+    data = client.send(of_part(pair, late, 1 if late is Activations else 0))
+    client.receive(server.send(replace(pair.message(Start), step=7, codec="bfloat16")))
+    with pytest.raises(RemoteProtocolError, match="a tensor in int8, which was not agreed on"):
+        decode(data, HANDSHAKE_BYTES, server.codecs.of_side(Side.CLIENT))
+    assert server.receive(data) is None
+
+
 def test_gradient_of_a_step_that_its_client_knows_to_be_behind_is_refused() -> None:
     pair = Pair(most_open=1, labels="device")
     client, server = asked_back(pair, 0)
