@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Union
 import numpy as np
 from tokenizers import Tokenizer
 
-from privacy import Centre, NoiseReport, public_token_ids, visits_of
+from privacy import Centre, NoiseReport, public_token_ids
 from protocol import (
     CODECS,
     DELTA,
@@ -433,16 +433,12 @@ class EdgeClient:
 
     def noise_report(self) -> NoiseReport | None:
         """What the noise on what this device sends is worth; None in a run without noise, and without dp-accounting."""
-        settings = self.welcome.settings
-        if not (settings.activation_noise or settings.gradient_noise):
-            return None
         try:
-            return NoiseReport.of(
-                activation_noise=settings.activation_noise,
-                gradient_noise=settings.gradient_noise,
-                labels=settings.labels,
-                delta=settings.noise_delta,
-                visits=visits_of(self.num_steps, len(self.data.samples), self.batch_size),
+            return NoiseReport.in_run(
+                self.welcome.settings,
+                steps=self.num_steps,
+                num_samples=len(self.data.samples),
+                batch_size=self.batch_size,
                 longest=self._longest,
             )
         except ImportError:

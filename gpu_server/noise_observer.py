@@ -3,7 +3,7 @@
 import logging
 from concurrent.futures import Future
 
-from privacy import NoiseReport, visits_of
+from privacy import NoiseReport
 from protocol import RunSettings
 
 from .federation import Federation, Member, RunStatus
@@ -42,11 +42,12 @@ class NoiseObserver(Observer):
 
 def _report(settings: RunSettings, member: Member) -> NoiseReport:
     join = member.join
-    return NoiseReport.of(
-        activation_noise=settings.activation_noise,
-        gradient_noise=settings.gradient_noise,
-        labels=settings.labels,
-        delta=settings.noise_delta,
-        visits=visits_of(member.last_step, join.num_samples, join.batch_size),
+    report = NoiseReport.in_run(
+        settings,
+        steps=member.last_step,
+        num_samples=join.num_samples,
+        batch_size=join.batch_size,
         longest=join.longest,
     )
+    assert report is not None  # this run has noise
+    return report

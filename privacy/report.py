@@ -4,11 +4,24 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from .accounting import NoiseWorth, apart_in_activations, apart_in_gradients
 
 __all__ = ["NoiseReport", "visits_of"]
+
+
+class NoiseSettings(Protocol):
+    """What a run says of noise, as `NoiseReport.of` takes it."""
+
+    @property
+    def activation_noise(self) -> float: ...
+    @property
+    def gradient_noise(self) -> float: ...
+    @property
+    def labels(self) -> str: ...
+    @property
+    def noise_delta(self) -> float: ...
 
 
 def visits_of(steps: int, num_samples: int, batch_size: int) -> int:
@@ -66,6 +79,32 @@ class NoiseReport:
             longest=longest,
             worth={name: NoiseWorth.of(each, visits=visits, longest=longest, delta=delta) for name, each in apart.items()},
             not_covered=(*open_to_all, "lengths and numbers of labels", "the adapter's gradients"),
+        )
+
+    @classmethod
+    def in_run(
+        cls, settings: NoiseSettings, *, steps: int, num_samples: int, batch_size: int, longest: int
+    ) -> "NoiseReport | None":
+        """
+        None in a run without noise.
+
+        Args:
+            steps: in which the device takes part.
+            num_samples, batch_size: of the device.
+            longest: rows of its longest text.
+
+        Raises:
+            ImportError: dp-accounting is not installed.
+        """
+        if not (settings.activation_noise or settings.gradient_noise):
+            return None
+        return cls.of(
+            activation_noise=settings.activation_noise,
+            gradient_noise=settings.gradient_noise,
+            labels=settings.labels,
+            delta=settings.noise_delta,
+            visits=visits_of(steps, num_samples, batch_size),
+            longest=longest,
         )
 
     def as_json(self) -> dict[str, Any]:

@@ -190,3 +190,8 @@ def test_visits_are_those_of_the_batches(changes: dict[str, int], num_samples: i
     for step in range(1, last_step + 1):
         visits.update(Dataset(samples).order(step, batch_size, ("order",)))
     assert visits_of(last_step, num_samples, batch_size) == max(visits.values())
+
+
+def test_run_without_noise_has_no_report() -> None:
+    client = {"steps": 9, "num_samples": 9, "batch_size": 4, "longest": 54}
+    assert NoiseReport.in_run(replace(SETTINGS, activation_clip=1.0, activation_noise=0.0), **client) is None

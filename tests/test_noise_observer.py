@@ -118,7 +118,10 @@ def test_run_whose_description_cannot_be_written_fails(
 
 
 def test_run_says_what_its_noise_is_worth_and_still_does_when_it_goes_on(
-    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], caplog: pytest.LogCaptureFixture
+    tiny_model: Path,
+    tmp_path: Path,
+    pairs_file: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "gpu_server")
     options: dict[str, Any] = {"run_dir": str(tmp_path / "run"), "port": 0, "device": "cpu"}
@@ -128,8 +131,11 @@ def test_run_says_what_its_noise_is_worth_and_still_does_when_it_goes_on(
         GpuServer(**options, **lora, **NOISE) as server,
         EdgeClient(server.url, **device, batch_size=4, state_dir=tmp_path / "state", device="cpu") as client,
     ):
+        report = client.noise_report()
         assert len(list(client.train())) == 5
     figures = recorded(tmp_path)["noise"]["a"]
+    assert report is not None
+    assert figures == report.as_json()
     assert (figures["delta"], figures["visits"]) == (1e-6, 2)
     assert figures["worth"].keys() == {"activations", "gradients", "both together"}
     assert [

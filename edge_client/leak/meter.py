@@ -8,6 +8,7 @@ first in the open setting, without codec and noise: costs are compared with it, 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from time import monotonic
@@ -542,19 +543,19 @@ def _secret(seed: int) -> bytes:
 def _epsilons(setting: Setting, texts: Sequence[_Texts], delta: float) -> dict[str, float]:
     """
     What the noise is worth, each at the given delta: "activations, a row" sent once, "activations, a text" of the longest text
-    attacked, sent once; and the same of gradients.
+    attacked, sent once; and the same of gradients with their sums of losses.
     """
-    from privacy.accounting import worth
+    from privacy.accounting import NoiseWorth, apart_in_activations, apart_in_gradients
 
     found: dict[str, float] = {}
     attacked = [sample for each in texts for sample in each.attacked]
     rows = max(len(sample.tokens) - 1 for sample in attacked)
     labelled = rows if setting.label_rows == "hidden" else max(sample.num_labels for sample in attacked)
-    for name, sigma, longest in (
-        ("activations", setting.activation_noise, rows),
-        ("gradients", setting.gradient_noise, labelled),
+    for name, sigma, apart, longest in (
+        ("activations", setting.activation_noise, apart_in_activations, rows),
+        ("gradients", setting.gradient_noise, apart_in_gradients, labelled),
     ):
         if sigma:
-            found[f"{name}, a row"] = worth(sigma, 1, delta)
-            found[f"{name}, a text"] = worth(sigma, 1, delta, rows=longest)
+            worth = NoiseWorth.of(partial(apart, sigma), visits=1, longest=longest, delta=delta)
+            found |= {f"{name}, a row": worth.row_once, f"{name}, a text": worth.text}
     return found
