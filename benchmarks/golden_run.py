@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "int8 that is left": {"steps": 6, "codec": "int8", "check_codec_every": 2, "codec_tolerance": 1e-9, "micro_batches": 3},
     "delta": {"epochs": 3, "codec": "delta"},
     "delta in long rounds": {"epochs": 2, "codec": "delta", "aggregate_every": 2, "micro_batches": 2},
+    "labels on the device": {"steps": 4, "labels": "device", "codec": "int8", "micro_batches": 2},
     "a device comes back": {"steps": 6, "micro_batches": 2},
     "a device comes back in a long round": {"steps": 8, "aggregate_every": 3, "micro_batches": 2},
 }
