@@ -3,6 +3,10 @@ A device's engine without torch: its speed beside the engine with torch, and whe
 after block 3, batches of 8 E2E rows. `device_weight.py` measures the whole program.
 
 Speed: one process on two cores. The engines take turns, a batch each; a batch's forward and backward pass are timed.
+
+Labels: the same where the labels are on the device, whose head computes the loss and its gradient between the two passes.
+Counted is the time of the processor, that of both cores together, which other programs hardly lengthen. Memory is
+what one process for each case has resident at most (VmHWM).
 """
 
 import argparse
@@ -23,19 +27,22 @@ import numpy as np
 from protocol import RunSettings
 from storage import EDGE_WEIGHTS
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's threads wait at full speed, which counts as computing
+
 BATCH_SIZE, CUT_LAYER, RANK = 8, 3, 8
 TARGETS = {"c_attn": ("c_attn",), "all": ("c_attn", "c_proj", "c_fc")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[[], "speed", "memory"], help="all, if none is named")
+    parser.add_argument("parts", nargs="*", choices=[[], "speed", "memory", "labels"], help="all, if none is named")
     parser.add_argument("--rounds", type=int, default=30, help="batches that each engine computes")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--cuts", nargs="+", type=int, default=[1, 3, 6], help="of the part about labels")
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
     options = parser.parse_args()
     contestants.keep_to(sorted(os.sched_getaffinity(0))[:2])
-    measures: dict[str, Callable[[Path, argparse.Namespace], None]] = {"speed": speed, "memory": memory}
+    measures: dict[str, Callable[[Path, argparse.Namespace], None]] = {"speed": speed, "memory": memory, "labels": labels}
     with tempfile.TemporaryDirectory() as scratch:
         (model := Path(scratch) / "model").mkdir()
         contestants.make_gpt2_small(model)
@@ -109,10 +116,82 @@ def batches(folder: Path, count: int) -> Any:
     return [pack(samples[index * BATCH_SIZE : (index + 1) * BATCH_SIZE]) for index in range(count)]
 
 
-def run_settings(targets: tuple[str, ...], dropout: float) -> RunSettings:
+def run_settings(targets: tuple[str, ...], dropout: float, **more: Any) -> RunSettings:
     from usual_settings import settings
 
-    return settings(cut_layer=CUT_LAYER, lora_rank=RANK, lora_alpha=32.0, lora_targets=targets, lora_dropout=dropout)
+    lora = {"lora_rank": RANK, "lora_alpha": 32.0, "lora_targets": targets, "lora_dropout": dropout}
+    return settings(**{"cut_layer": CUT_LAYER, **lora, **more})
+
+
+def labels(model: Path, options: argparse.Namespace) -> None:
+    """A step where the labels, and the head, are on the server, and where they are on the device."""
+    rows = []
+    for cut in options.cuts:
+        for name, engine in [("torch, float32", "torch"), *((f"onnxruntime, {weights}", weights) for weights in EDGE_WEIGHTS)]:
+            found = {where: labels_case(model, cut, engine, where, options.rounds) for where in ("server", "device")}
+            passes, head = (1e3 * found["device"][key] for key in ("passes", "head"))
+            peaks = [found[where]["peak"] / 1e6 for where in ("server", "device")]
+            times = [f"{value:.0f}" for value in (passes, head, passes + head)]
+            rows.append([cut, name, *times, f"{1 + head / passes:.1f}", *(f"{peak:.0f}" for peak in peaks)])
+    header = ["cut", "engine, weights", "ms, labels on the server", "ms, head", "ms, on the device", "times"]
+    print(contestants.markdown([*header, "MB, on the server", "MB, on the device"], rows))
+
+
+LABELS = """
+import json, sys
+sys.path[:0] = {paths!r}
+from edge_engine import labels_process
+print(json.dumps(labels_process({model!r}, {cut}, {engine!r}, {where!r}, {rounds})))
+"""
+
+
+def labels_case(model: Path, cut: int, engine: str, where: str, rounds: int) -> dict[str, float]:
+    """What `labels_process` finds in a process of its own."""
+    paths = [str(path) for path in (contestants.REPOSITORY / name for name in ("", "tests", "benchmarks"))]
+    with tempfile.TemporaryDirectory() as scratch:
+        run = run_settings(("c_attn",), 0.0, cut_layer=cut, labels=where)
+        folder = model
+        if engine != "torch":
+            from device_parts import make_part
+
+            folder = make_part(Path(scratch) / "part", model, run, engine)
+        program = LABELS.format(paths=paths, model=str(folder), cut=cut, engine=engine, where=where, rounds=rounds)
+        done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def labels_process(folder: str, cut: int, engine: str, where: str, rounds: int) -> dict[str, float]:
+    """Seconds of the processor for a batch's passes, and its head, each the median; bytes resident at most."""
+    run = run_settings(("c_attn",), 0.0, cut_layer=cut, labels=where)
+    computer: Any
+    if engine == "torch":
+        from edge_client.torch_engine import TorchEngine
+        from split_model import PretrainedModel
+
+        computer = TorchEngine(PretrainedModel(Path(folder)), run, "cpu", "float32")
+    else:
+        from edge_client.onnx_engine import OnnxEngine
+        from edge_client.part.device_part import DevicePart
+
+        computer = OnnxEngine(DevicePart(Path(folder)), run)
+    seconds: dict[str, list[float]] = {"passes": [], "head": []}
+    source = np.random.default_rng(0)
+    for number, batch in enumerate(batches(Path(folder), rounds + 1)):
+        hidden = source.normal(0, 1, (len(batch.labels), 768)).astype(np.float32)  # as after the final norm
+        computer.begin_step()
+        began = time.process_time()
+        activations = computer.forward(batch, number)
+        forward = time.process_time()
+        if where == "device":
+            computer.losses_and_gradient(hidden, batch.labels)
+        head = time.process_time()
+        computer.backward(activations)
+        if number:  # the first one makes room
+            seconds["head"].append(head - forward)
+            seconds["passes"].append(time.process_time() - began - (head - forward))
+    peak = 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+    return {"peak": peak, **{name: statistics.median(values) for name, values in seconds.items()}}
 
 
 def memory(model: Path, _: argparse.Namespace) -> None:

@@ -166,7 +166,7 @@ def test_no_logits_of_the_whole_vocabulary_and_no_copy_of_the_table_are_in_memor
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(part)], capture_output=True, text=True, check=True, cwd=REPOSITORY
     )
-    assert int(done.stdout) < 12e6
+    assert int(done.stdout) < 20e6
 
 
 MEASURE = """
