@@ -13,8 +13,10 @@ from conftest import make_model
 from edge_client.data import Sample
 from edge_client.leak.attacks import Attack, Recovered
 from edge_client.leak.attacks.activations_exact import SearchedActivations
+from edge_client.leak.attacks.adapter_gradient import BagFromAdapterGradient
 from edge_client.leak.attacks.labels import LabelRows, LabelsFromGradient, LabelsRead
 from edge_client.leak.attacks.linear_inversion import Inversion, InvertedActivations, InvertedGradients
+from edge_client.leak.attacks.sizes import LabelsFromSizes, RowsFromSizes
 from edge_client.leak.cut_model import CutModel
 from edge_client.leak.knowledge import Knowledge
 from edge_client.leak.observation import NO_TOKEN, Observations, Setting, Target, truth
@@ -139,6 +141,36 @@ def test_a_linear_map_finds_tokens_whose_embeddings_are_mixed_linearly_with_othe
 
 def test_a_linear_map_finds_labels_in_gradients_at_the_cut(cut: CutModel) -> None:
     assert share(attacked(InvertedGradients(), cut)) > 0.2
+
+
+def bags(cut: CutModel, length: int) -> tuple[float, float]:
+    """Of texts cut to a length, each a micro-batch of its own: the part of tokens found in their bags, and guessed."""
+    short, own = ([Sample(text.tokens[: length + 1], 2) for text in texts] for texts in (TEXTS, OWN))
+    setting = Setting(cut_layer=2, batch_size=1)
+    observations, knowledge = Observations.of(short, cut, setting, SECRET), Knowledge(cut, setting, own)
+    attack, rng = BagFromAdapterGradient(), np.random.default_rng(0)
+    recovered = attack.run(observations, knowledge, rng), attack.baseline(observations, knowledge, rng)
+    pairs = [list(zip(each.guesses, truth(Target.BAG, short, 1), strict=True)) for each in recovered]
+    found, guessed = (np.mean([np.isin(true, guess).mean() for guess, true in some]) for some in pairs)
+    return float(found), float(guessed)
+
+
+def test_tokens_no_more_than_the_adapters_rank_are_found_in_its_gradient(cut: CutModel) -> None:
+    found, guessed = bags(cut, LORA.rank)
+    assert found > 0.9
+    assert guessed < 0.2
+
+
+def test_the_adapters_gradient_says_nothing_in_a_runs_first_step(cut: CutModel) -> None:
+    fresh = CutModel(cut.model, initial_adapter(cut.config, LORA, 0), LORA, 2)
+    found, guessed = bags(fresh, LORA.rank)
+    assert found == pytest.approx(guessed, abs=0.1)
+
+
+def test_sizes_of_frames_tell_about_how_many_rows_and_labels_there_are(cut: CutModel) -> None:
+    for attack in (RowsFromSizes(), LabelsFromSizes()):
+        found = np.concatenate(attacked(attack, cut, labels="device").guesses)
+        assert found == pytest.approx(np.concatenate(truth(attack.target, TEXTS, 3)), abs=2)
 
 
 def test_continued_prefixes_give_the_activations_of_whole_texts(cut: CutModel) -> None:
