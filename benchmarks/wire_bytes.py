@@ -5,6 +5,9 @@ gpt2-mini on shuffled rows of E2E's train.txt, batches of 8, cut after block 3, 
 a run of its own; delta goes through its samples twice. The codec policy is told to let int4 and delta be. The reference pads
 every sample to 512 tokens and sends float32; its bytes are computed, of activations and gradients alone, as are those of
 16-bit floats without padding.
+
+With --labels device the labels stay on the device: hidden states come down and their gradients go up, in the same codecs, of
+the labelled rows or, with noise on the gradients, of all rows; bytes are also given for each element of the activations.
 """
 
 import argparse
@@ -30,7 +33,11 @@ BATCH_SIZE, REFERENCE_LENGTH, BYTES_OF_A_FLOAT = 8, 512, 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--steps", type=int, default=66, help="an epoch")
+    parser.add_argument("--labels", choices=("server", "device"), default="server")
     options = parser.parse_args()
+    if options.labels == "device":
+        of_labels_on_the_device(options.steps)
+        return
     model = contestants.shared("models/gpt2-mini")
     num_samples = BATCH_SIZE * options.steps
     width = PretrainedModel(model).config.width
@@ -52,6 +59,31 @@ def main() -> None:
                 of_16_bits.append([name, f"{100 * up / unpadded:.1f} %", f"{100 * (up + down) / (2 * unpadded):.1f} %"])
     print(contestants.markdown(["kB a sample", "up", "down", "both", "of the reference"], rows), end="\n\n")
     print(contestants.markdown(["of 16-bit floats without padding", "up", "both ways"], of_16_bits))
+
+
+def of_labels_on_the_device(steps: int) -> None:
+    """The table of runs whose labels stay on the device, beside those of a server that has them."""
+    model = contestants.shared("models/gpt2-mini")
+    num_samples, width = BATCH_SIZE * steps, PretrainedModel(model).config.width
+    modes: dict[str, dict[str, Any]] = {
+        "server": {},
+        "device": {"labels": "device"},
+        "device, rows hidden": {"labels": "device", "label_rows": "hidden", "gradient_noise": 0.3, "gradient_clip": 1.5},
+    }
+    codecs, rows = ("float32", *CODECS), []
+    with tempfile.TemporaryDirectory() as scratch, Progress(len(modes) * len(codecs) * steps) as progress:
+        folder = Path(scratch)
+        data = contestants.write_rows(folder / "rows.txt", contestants.e2e_rows("train", slice(0, num_samples)))
+        for codec in codecs:
+            for mode, labels in modes.items():
+                settings = {"model": str(model), "epochs": 1, "aggregate_every": steps, "codec": codec, "check_codec_every": 0}
+                counts = bytes_of_run(folder / f"{codec}-{mode}", {**settings, **labels}, data, steps, progress)
+                ((up, down),) = counts.epochs
+                elements = counts.tokens * width
+                kilobytes = (f"{number / num_samples / 1e3:.1f}" for number in (up, down, up + down))
+                rows.append([codec, mode, *kilobytes, f"{(up + down) / elements:.2f}"])
+    header = ["codec", "labels", "kB a sample up", "down", "both", "bytes an element, all directions"]
+    print(contestants.markdown(header, rows))
 
 
 def row(name: str, up: float, down: float, reference: float) -> list[str]:
