@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument(
         "--codecs", default=",".join(("float32", *CODECS, DELTA)), help="the first is the measure of the others"
     )
+    parser.add_argument("--labels", choices=("server", "device"), default="server")
     options = parser.parse_args()
     torch.set_num_threads(1)
     codecs = options.codecs.split(",")
@@ -46,6 +47,7 @@ def main() -> None:
         for seed in range(options.seeds):
             for codec in codecs:
                 settings = {"epochs": options.epochs, "seed": seed, "codec": codec, "lr_schedule": options.lr_schedule}
+                settings |= {"labels": options.labels, "check_codec_every": 0 if options.labels == "device" else 10}
                 perplexity, change = run(folder / f"{seed}-{codec}", settings, options.rows, progress)
                 found[codec].append(perplexity)
                 changes[codec].append(change)
@@ -57,7 +59,7 @@ def run(folder: Path, settings: dict[str, Any], rows: int, progress: Progress) -
     folder.mkdir()
     model = str(contestants.shared("models/gpt2-mini"))
     valid = contestants.write_rows(folder / "valid.txt", contestants.e2e_rows("valid", slice(None, None, 12)))
-    training = {"cut_layer": 3, "lr": 2e-3, "dtype": "float32", "codec_tolerance": 1e9, "check_codec_every": 10}
+    training = {"cut_layer": 3, "lr": 2e-3, "dtype": "float32", "codec_tolerance": 1e9}
     perplexity: list[float] = []
     with GpuServer(model=model, run_dir=str(folder / "run"), port=0, clients=CLIENTS, **training, **settings) as server:
 
