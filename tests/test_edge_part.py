@@ -156,7 +156,9 @@ def test_files_that_are_not_whole_are_made_anew(tmp_path: Path, how: str) -> Non
     assert {file.name: fetched(file, again.piece) for file in files} == FILES
 
 
-@pytest.mark.parametrize("other", [{"weights": "int8"}, {"fingerprint": "g"}, {"targets": ("c_fc",)}, {"cut_layer": 2}])
+@pytest.mark.parametrize(
+    "other", [{"weights": "int8"}, {"fingerprint": "g"}, {"targets": ("c_fc",)}, {"cut_layer": 2}, {"head": True}]
+)
 def test_files_that_follow_from_something_else_are_made_anew(tmp_path: Path, other: dict[str, Any]) -> None:
     store_in(tmp_path, Builder()).make()
     (tmp_path / "edge-part" / "block-9.safetensors").write_bytes(b"of another cut")

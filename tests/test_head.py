@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, make_model
+from conftest import REPOSITORY, make_model, run_split
 from device_parts import make_part
 from spoiling import change_weights
 from torch.nn import functional as F
@@ -146,6 +146,19 @@ def test_head_is_held_only_where_the_labels_are(tiny_model: Path, tmp_path: Path
     ):
         with pytest.raises(RuntimeError, match="the server has the labels, and the head"):
             engine.losses(*states(3))
+
+
+def test_run_learns_the_same_wherever_the_labels_are_with_a_head_of_its_own_too(
+    base: Path, tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    results = []
+    for labels, name in (("server", "torch"), ("device", "onnxruntime")):
+        device = {"data": pairs_file("train", 9), "eval_data": pairs_file("valid", 4, 30), "batch_size": 3, "engine": name}
+        device |= {"state_dir": tmp_path / f"state-{labels}", "dtype": "float32"}
+        server = {"model": str(base), "cut_layer": 2, "steps": 3, "lora_dropout": 0.1, "run_dir": str(tmp_path / labels)}
+        results.append(run_split({**server, "labels": labels}, {"a": device}))
+    assert results[1].losses == pytest.approx(results[0].losses, rel=1e-5)
+    assert results[1].perplexity["a"] == pytest.approx(results[0].perplexity["a"], rel=1e-5)
 
 
 def test_part_of_a_run_with_other_labels_is_refused(tiny_model: Path, tmp_path: Path) -> None:
