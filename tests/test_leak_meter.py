@@ -205,6 +205,12 @@ def test_texts_are_recovered_where_nothing_is_masked_and_the_controls_pass(subje
     assert "Controls passed" in report.as_text(findings, width=80)
 
 
+def test_attacks_of_one_name_on_two_channels_are_told_apart(subject: Subject) -> None:
+    (measured,) = measure(subject, plan(Exact(), Exact(channel="all channels")), quietly).measured
+    assert [reading.channel for reading in measured.readings] == ["activations", "all channels"]
+    assert all(len(reading.by_seed) == 1 for reading in measured.readings)
+
+
 def test_an_attack_that_finds_nothing_is_said_to_be_blind_and_is_no_control(subject: Subject) -> None:
     findings = measure(subject, plan(Exact(), Blind()), quietly)
     assert not findings.failures

@@ -33,8 +33,8 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     add("--noise-delta", type=float, default=1e-6, metavar="DELTA", help="at which epsilon is given (default: %(default)s)")
     add("--batch-size", type=int, default=8, help="texts in a micro-batch (default: %(default)s)")
     add("--max-length", type=int, default=64, help="tokens after which a text is cut (default: %(default)s)")
-    add("--sequences", type=int, default=16, metavar="COUNT", help="texts that are attacked (default: %(default)s)")
-    add("--attacker-texts", type=int, default=64, metavar="COUNT", help="others, which the attacker has (default: %(default)s)")
+    add("--sequences", type=int, default=12, metavar="COUNT", help="texts that are attacked (default: %(default)s)")
+    add("--attacker-texts", type=int, default=48, metavar="COUNT", help="others, which the attacker has (default: %(default)s)")
     add(
         "--training-steps",
         type=int,

@@ -51,9 +51,9 @@ class Plan:
 
     settings: tuple[Setting, ...]
     """Of each cut, the open one first."""
-    num_texts: int = 16
+    num_texts: int = 12
     """How many are attacked, for each seed."""
-    num_own: int = 64
+    num_own: int = 48
     """How many texts of the same kind the attacker has."""
     seeds: tuple[int, ...] = (0,)
     training_steps: int | None = None
@@ -176,7 +176,7 @@ class Measured:
     setting: Setting
     readings: tuple[Reading, ...]
     not_attacked: tuple[tuple[str, str], ...]
-    """Attacks, by name, for which there was nothing under this setting, and why."""
+    """Attacks, by channel and name, for which there was nothing under this setting, and why."""
     cost: Cost
     epsilons: dict[str, float]
     """What noise is worth; see `_epsilons`. Empty without noise."""
@@ -400,7 +400,7 @@ class _Measurement:
         open_predictions: list[Prediction] = []
         open_trained: dict[int, list[Prediction]] = {}
         for setting in settings:
-            pieces = {attack.name: _Pieces(attack) for attack in self.plan.attacks if not _why_not(attack, setting)}
+            pieces = [_Pieces(attack) for attack in self.plan.attacks if not _why_not(attack, setting)]
             predictions, sizes = [], []
             for seed, texts, cut in zip(self.plan.seeds, self.texts, cuts, strict=True):
                 observations = self._observe(texts.attacked, cut, setting, seed)
@@ -409,10 +409,10 @@ class _Measurement:
                 if _is_open(setting):
                     self._note_norms(cut, observations, is_first=seed == self.plan.seeds[0])
                 knowledge = Knowledge(cut, setting, texts.own)
-                for each in pieces.values():
+                for each in pieces:
                     self._attack(each, observations, knowledge, texts, seed)
                 if _is_open(setting):
-                    self._plant(list(pieces.values()), cut, setting, texts, seed)
+                    self._plant(pieces, cut, setting, texts, seed)
             open_predictions = open_predictions or predictions
             self.nats.setdefault(
                 cut_layer, sum(p.nats.sum() for p in predictions) / sum(p.num_labels.sum() for p in predictions)
@@ -431,9 +431,11 @@ class _Measurement:
                 trained = _joined(after, open_trained[steps])
             yield Measured(
                 setting=setting,
-                readings=tuple(each.reading() for each in pieces.values()),
+                readings=tuple(each.reading() for each in pieces),
                 not_attacked=tuple(
-                    (attack.name, _why_not(attack, setting)) for attack in self.plan.attacks if _why_not(attack, setting)
+                    (f"{attack.channel}: {attack.name}", _why_not(attack, setting))
+                    for attack in self.plan.attacks
+                    if _why_not(attack, setting)
                 ),
                 cost=Cost(_joined(predictions, open_predictions), trained, steps),
                 epsilons=_epsilons(setting, self.texts, self.plan.noise_delta),

@@ -42,7 +42,7 @@ def draw(findings: Findings, paths: list[Path]) -> None:
             if estimate is not None:
                 bounds = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
                 costs.errorbar(estimate.value, row, xerr=bounds, fmt=marker, color="black", markersize=4)
-    costs.set_xlabel("nats a label more\n(o same adapter, ^ after training)")
+    costs.set_xlabel("nats a label more\n(o same adapter,\n^ after training)")
     costs.axvline(0, color="grey", linewidth=0.5)
     figure.legend(*shares.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7)
     if findings.failures:
