@@ -60,6 +60,7 @@ bench: bench-links
 	$(BIN)/python benchmarks/codecs.py
 	$(BIN)/python benchmarks/wire_bytes.py
 	$(BIN)/python benchmarks/codec_quality.py
+	$(BIN)/python benchmarks/labels_over_links.py
 	$(BIN)/python benchmarks/few_rows.py
 	$(BIN)/python benchmarks/e2e.py
 
