@@ -13,9 +13,12 @@ import pytest
 pytest.importorskip("torch")
 
 import edge_client.cli
+from edge_client.data import pack
 from edge_client.leak import meter, program, report
 from edge_client.leak.attacks import Recovered
 from edge_client.leak.controls import masked, planted, planted_texts, shuffled
+from edge_client.leak.cost import train
+from edge_client.leak.cut_model import CutModel
 from edge_client.leak.knowledge import Knowledge
 from edge_client.leak.meter import Findings, Plan, Subject, measure, open_subject, settings_of
 from edge_client.leak.observation import Observations, Setting, Target, truth
@@ -297,6 +300,34 @@ def test_noise_in_gradients_costs_what_a_training_with_it_costs(subject: Subject
     assert quiet.value == 0
     assert noisy is not None
     assert abs(noisy.value) > 1e-4
+
+
+def test_a_short_training_trains_both_parts_as_if_they_were_one(subject: Subject) -> None:
+    import torch
+
+    from split_model import OptimiserConfig, adamw, take_step
+
+    (adapter, lora), texts = meter._adapter(subject, 0), meter._Texts.drawn(subject, plan(Blind()), 0).own
+    cut = CutModel(subject.model, adapter, lora, 2)
+    setting = Setting(cut_layer=2, labels="device", batch_size=4)
+    train(cut, setting, texts, bytes(32), steps=2)
+
+    whole = CutModel(subject.model, adapter, lora, 2)
+    parts = (whole.edge, whole.server)
+    optimiser = adamw([matrix for part in parts for matrix in part.matrices().values()], OptimiserConfig(learning_rate=1e-3))
+    for step in range(2):
+        batch = pack(texts[4 * step : 4 * step + 4])
+        tokens, lengths, counts, labels = (
+            torch.from_numpy(array).long() for array in (batch.tokens, batch.lengths, batch.label_counts, batch.labels)
+        )
+        (whole.server.summed_loss(whole.edge(tokens, lengths), lengths, counts, labels) / len(labels)).backward()
+        take_step(optimiser, 1e-3)
+    for ours, reference in zip((cut.edge, cut.server), parts, strict=True):
+        for name, matrix in reference.adapter().items():
+            assert not torch.equal(matrix, adapter[name])
+            torch.testing.assert_close(
+                ours.adapter()[name], matrix, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 # Settings

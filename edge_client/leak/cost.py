@@ -83,7 +83,9 @@ def train(
         start = step % batches * setting.batch_size
         cut.server.clear_gradients()
         (exchange,) = Observations.of(samples[start : start + setting.batch_size], cut, setting, secret).exchanges
-        cut.server.divide_gradients(max(1, exchange.labelled_tokens))  # the edge's are divided already, as a device does it
+        cut.server.divide_gradients(max(1, exchange.labelled_tokens))
+        for name, matrix in cut.edge.matrices().items():
+            matrix.grad = torch.from_numpy(exchange.adapter_gradient[name])  # which a device has divided already
         for optimiser in optimisers:
             take_step(optimiser, LEARNING_RATE)
         report(step + 1)
