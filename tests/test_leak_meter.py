@@ -292,6 +292,13 @@ def test_noise_changes_the_loss_and_is_said_to_be_worth_an_epsilon(subject: Subj
     assert noisy.readings[0].counts.tokens.value < quiet.readings[0].counts.tokens.value
 
 
+def test_an_infinite_epsilon_is_null_in_json(subject: Subject) -> None:
+    settings = settings_of(**{**GRID, "activation_noises": [0.0, 1e-7], "activation_clip": 5.0})
+    found = report.as_json(measure(subject, plan(Blind(), settings=settings), quietly))
+    json.dumps(found, allow_nan=False)
+    assert found["settings"][1]["epsilon"] == {"activations, a row": None, "activations, a text": None}
+
+
 def test_noise_in_gradients_costs_what_a_training_with_it_costs(subject: Subject) -> None:
     settings = settings_of(**{**GRID, "gradient_noises": [0.0, 1000.0], "gradient_clip": 1.0})
     findings = measure(subject, plan(Blind(), settings=settings, training_steps=4), quietly)

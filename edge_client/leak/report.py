@@ -1,5 +1,6 @@
 """What was measured, for whoever reads it in a terminal, and as JSON for programs."""
 
+import math
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -24,6 +25,7 @@ NOT_MEASURED = (
     "a server that does not follow the protocol, and sends weights or gradients that make devices tell more",
     "neural networks trained to invert activations or gradients, and language models larger than this one as a prior",
     "other adapters than the one given, other texts than those drawn, and texts longer than --max-length",
+    "the sum of losses that a device sends with its gradients, held-out texts, and adapters that are sent after several steps",
     "when messages come, how long they take, and who sends them",
     "what other devices, and users of the finished adapter, can learn from it",
     "dropout, which changes activations in training",
@@ -192,7 +194,10 @@ def _norms(findings: Findings) -> Iterator[str]:
 
 
 def as_json(findings: Findings) -> dict[str, Any]:
-    """Shares are from 0 to 1; every estimate has its value and the bounds of its 95 % interval over texts."""
+    """
+    Shares are from 0 to 1; every estimate has its value and the bounds of its 95 % interval over texts. An infinite epsilon is
+    null.
+    """
     plan = findings.plan
     return {
         "splitlora": version(),
@@ -223,7 +228,7 @@ def _measured(measured: Measured, nats: float) -> dict[str, Any]:
         "extra_nats": _estimate(cost.forward),
         "extra_nats_after_training": None if cost.trained is None else _estimate(cost.trained),
         "training_steps": cost.training_steps,
-        "epsilon": measured.epsilons,
+        "epsilon": {what: epsilon if math.isfinite(epsilon) else None for what, epsilon in measured.epsilons.items()},
         "frame_bytes": measured.frame_bytes,
     }
 
