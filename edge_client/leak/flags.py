@@ -16,7 +16,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     add("--model", required=True, help="the base model: a Hugging Face folder, or a hub name such as gpt2")
     add("--adapter", metavar="DIR", help="a PEFT folder as a run leaves it (default: the adapter with which a run begins)")
     add("--cut-layer", type=_list(int), default=[3], metavar="LAYER", help=f"blocks on the device (default: 3){several}")
-    add("--codec", type=_list(str), default=["float32", "int8", "int4"], help=f"default: float32,int8,int4{several}")
+    add("--codec", type=_list(str), default=["float32", "int4"], help=f"default: float32,int4{several}")
     add("--labels", type=_list(str), default=["device"], help=f"who has them: device or server (default: device){several}")
     add(
         "--label-rows", type=_list(str), default=["shown"], help="shown or hidden (default: shown); hidden needs gradient noise"

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 from terminal import count as counted
-from terminal import duration, listed, plain, version
+from terminal import duration, plain, version
 
 from .controls import Planted, Shuffled
 from .meter import QUANTILES, Cost, Findings, Measured, Reading
-from .observation import Setting
+from .observation import Setting, Target
 from .statistics import Counts, Estimate, Ratio
 
 __all__ = ["as_json", "as_text", "title_of"]
@@ -71,13 +71,11 @@ def _verdict(findings: Findings) -> Iterator[str]:
             f"Controls passed: of a planted leak of {_percent(dose)} of the tokens, attacks found {_percent(least)} to "
             f"{_percent(most)}, as much as they find where nothing is masked; on shuffled texts none reads more than guesses."
         )
-    blind = sorted(
-        {f"{reading.channel} ({reading.attack})" for control, reading in _planted(findings) if reading.finds_nothing}
-    )
+    blind = sorted({_name(reading) for control, reading in _planted(findings) if reading.finds_nothing})
     if blind:
         yield (
             f"No better than guesses even without codec and noise, so their figures tell nothing of these channels: "
-            f"{listed(blind)}."
+            f"{'; '.join(blind)}."
         )
     yield ""
 
@@ -135,7 +133,7 @@ def _setting(findings: Findings, measured: Measured, width: int) -> Iterator[str
     room = width - sum(WIDTHS) - 2
     yield "  " + " " * room + _cells(HEADINGS)
     for reading in measured.readings:
-        what = textwrap.wrap(f"{reading.channel}: {reading.attack}", room - 1, subsequent_indent=" ")
+        what = textwrap.wrap(_name(reading), room - 1, subsequent_indent=" ")
         yield f"  {what[0]:{room}}{_cells(_figures(reading))}"
         yield from (f"  {line}" for line in what[1:])
     if measured.not_attacked:
@@ -145,6 +143,11 @@ def _setting(findings: Findings, measured: Measured, width: int) -> Iterator[str
         worth = "; ".join(f"{what}: {epsilon:.3g}" for what, epsilon in measured.epsilons.items())
         yield f"  noise is worth, sent once, at delta {findings.plan.noise_delta:g}, an epsilon of: {worth}"
     yield ""
+
+
+def _name(reading: Reading) -> str:
+    name = f"{reading.channel}: {reading.attack}"
+    return name if reading.target in (Target.TOKENS, Target.LABELS) else f"{name}, {reading.target.value}"
 
 
 def _cells(values: tuple[str, ...]) -> str:
