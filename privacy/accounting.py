@@ -19,8 +19,8 @@ What the figures do not cover:
 - A token of a text changes the activations of its own row and of all rows behind it. So for activations a figure of one row
   says nothing of a token; that of a text does. Of gradients at the hidden states, a label changes one row.
 - Lengths, label counts, and the edge adapter's gradients or matrices are sent without noise.
-- A server that breaks the rules: one that cuts a connection, and then asks for the same micro-batch with other hidden states,
-  gets further releases of its gradients.
+- A server that breaks the rules: one that sends a device back to a step (`protocol.Start`) with another adapter gets further
+  releases, as often as it likes.
 - Steps that are done again with another adapter, after a restart in which a device was missing, are further visits.
 - Held-out texts are sent with the noise of activations, before and after training, as often as their loss is asked.
 - They hold for whoever cannot tell SHAKE-256 from chance, and for real numbers: see `privacy.noise`.
