@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def _name(reading: dict[str, Any]) -> str:
-    return f"{reading['channel']}: {reading['attack']}"
+    return f"{reading['channel']}: {reading['attack']}, {reading['target']}"
 
 
 def _noise(setting: dict[str, Any]) -> str:
