@@ -147,12 +147,18 @@ def test_run_equals_centralised_lora_with_all_targets_and_a_linear_schedule(four
 
 
 @pytest.mark.parametrize("labels", ["server", "device"])
-@pytest.mark.parametrize("engines", [("torch",), ("torch", "onnxruntime")], ids=["torch", "one device of each kind"])
-def test_run_equals_centralised_lora_in_float32(four_blocks: Path, tmp_path: Path, engines: Sequence[str], labels: str) -> None:
+@pytest.mark.parametrize(
+    ("engines", "batch_sizes"),
+    [(("torch",), [2, 2]), (("onnxruntime",), [3]), (("onnxruntime", "torch", "onnxruntime"), [2, 1, 2])],
+    ids=["torch", "onnxruntime", "devices of each kind"],
+)
+def test_run_equals_centralised_lora_in_float32(
+    four_blocks: Path, tmp_path: Path, engines: Sequence[str], batch_sizes: list[int], labels: str
+) -> None:
     assert_equals_centralised(
         four_blocks,
         tmp_path,
-        batch_sizes=[2, 2],
+        batch_sizes=batch_sizes,
         steps=100,
         dtype="float32",
         tolerance=FLOAT32_TOLERANCE,
