@@ -125,7 +125,7 @@ class ClientState:
         if secret is None:
             raise StateError(
                 f"{path} is not the secret that this device has made for its noise, or others may read it; delete it, then "
-                "steps that are repeated get new noise"
+                "steps that are repeated get new noise, which tells the server more of them"
             )
         return secret
 

@@ -272,7 +272,7 @@ class Membership:
                 return self._asked_back_about(waiting, answer), answer
             question = waiting.popleft()
             if isinstance(answer, Start):  # the run has gone on without this client, and none of its questions will be answered
-                _log_missed_steps(question, answer)
+                _log_where_to(question, answer)
                 self._redirect(answer, question)
             self._server.made_progress()  # what the server says after each connection, such as a Welcome, would be none
             if isinstance(answer, EdgeAdapter):
@@ -407,9 +407,14 @@ def _check_same_run(before: Welcome, now: Welcome) -> None:
         )
 
 
-def _log_missed_steps(question: Message, start: Start) -> None:
-    """Where a question came too late, and the run has gone on without this device."""
+def _log_where_to(question: Message, start: Start) -> None:
+    """
+    Where a question came too late, and the run has gone on without this device; or where the server takes back what this
+    device has sent, which no run has to do often: with another adapter, what is sent again tells more of the same texts.
+    """
     first = getattr(question, "step", start.step + 1)
     if first <= start.step:
         steps = f"step {first}" if first == start.step else f"steps {first} to {start.step}"
         logger.info("the run has gone on without this device, which has missed %s", steps)
+    else:
+        logger.info("the server sends this device back: what it has sent of step %d it sends again", first)

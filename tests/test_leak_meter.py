@@ -224,6 +224,21 @@ def test_an_attack_that_finds_nothing_is_said_to_be_blind_and_is_no_control(subj
     assert alone.failures == ["no attack finds anything where nothing is masked, so nothing was controlled"]
 
 
+class OfMaskedOnes(Exact):
+    """Has nothing to add where activations have no noise."""
+
+    def why_not(self, setting: Setting) -> str:
+        return "" if setting.activation_noise else "activations say all"
+
+
+def test_an_attack_for_which_no_leak_was_planted_is_named(subject: Subject) -> None:
+    open_one = Setting(cut_layer=2, labels="device", batch_size=4)
+    settings = (open_one, replace(open_one, activation_noise=0.01, activation_clip=100.0))
+    findings = measure(subject, plan(Exact(), OfMaskedOnes(channel="all channels"), settings=settings), quietly)
+    text = " ".join(report.as_text(findings, width=80).split())
+    assert "hence without a planted leak to find: all channels: nearest row. " in text
+
+
 class Careless(Exact):
     """Takes what it remembers for what it sees, so it finds a leak where there is none."""
 

@@ -614,6 +614,7 @@ def test_steps_that_were_missed_are_said(world: MakeWorld, caplog: pytest.LogCap
     assert [record.getMessage() for record in caplog.records] == [
         "the run has gone on without this device, which has missed steps 1 to 3",
         "the run has gone on without this device, which has missed step 4",
+        "the server sends this device back: what it has sent of step 5 it sends again",
     ]
 
 

@@ -77,6 +77,10 @@ def _verdict(findings: Findings) -> Iterator[str]:
             f"No better than guesses even without codec and noise, so their figures tell nothing of these channels: "
             f"{'; '.join(blind)}."
         )
+    controlled = {_name(reading) for _, reading in _planted(findings)}
+    others = sorted({_name(reading) for each in findings.measured for reading in each.readings} - controlled)
+    if others:
+        yield f"Tried only where something is masked, hence without a planted leak to find: {'; '.join(others)}."
     yield ""
 
 
