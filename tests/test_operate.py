@@ -30,7 +30,12 @@ def test_settings_of_the_service_are_settings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("document", "program", "count"),
-    [("operate", "splitlora-server", 4), ("devices", "splitlora-edge", 5), ("training", "splitlora-edge", 1)],
+    [
+        ("operate", "splitlora-server", 4),
+        ("devices", "splitlora-edge", 5),
+        ("training", "splitlora-edge", 2),
+        ("privacy", "splitlora-edge", 2),
+    ],
 )
 def test_commands_are_commands(document: str, program: str, count: int) -> None:
     text = (REPOSITORY / f"docs/{document}.md").read_text(encoding="utf-8")
