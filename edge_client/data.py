@@ -244,7 +244,7 @@ def pack(samples: Sequence[Sample]) -> Batch:
         tokens=np.concatenate([nothing, *(sample.tokens[:-1] for sample in samples)]),
         lengths=np.array([len(sample.tokens) - 1 for sample in samples], np.int32),
         label_counts=np.array([sample.num_labels for sample in samples], np.int32),
-        labels=np.concatenate([nothing, *(sample.tokens[len(sample.tokens) - sample.num_labels :] for sample in samples)]),
+        labels=np.concatenate([nothing, *(sample.labels for sample in samples)]),
     )
 
 

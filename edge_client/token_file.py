@@ -57,6 +57,11 @@ class Sample(NamedTuple):
     tokens: Array
     num_labels: int
 
+    @property
+    def labels(self) -> Array:
+        """(num_labels,) those that are predicted."""
+        return self.tokens[len(self.tokens) - self.num_labels :]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:

@@ -47,7 +47,7 @@ def predict(observations: Observations, samples: Sequence[Sample], head: Tensor)
     ]
     for sample, states in zip(samples, sent, strict=True):
         count = sample.num_labels
-        labels = torch.from_numpy(sample.tokens[len(sample.tokens) - count :].astype(np.int64))
+        labels = torch.from_numpy(sample.labels.astype(np.int64))
         logits = torch.from_numpy(states[len(states) - count :]) @ head.T  # with hidden rows, states of all rows are sent
         nats.append(torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item() if count else 0.0)
     return Prediction(np.array(nats), np.array([sample.num_labels for sample in samples]))

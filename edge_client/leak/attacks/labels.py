@@ -59,7 +59,7 @@ class GradientReader:
     @cached_property
     def _of_own_labels(self) -> Tensor:
         """(V,) how often tokens are labels in the attacker's own texts; a token that is not there, half as often as once."""
-        labels = np.concatenate([sample.tokens[len(sample.tokens) - sample.num_labels :] for sample in self._knowledge.samples])
+        labels = np.concatenate([sample.labels for sample in self._knowledge.samples])
         counts = torch.bincount(torch.from_numpy(labels).long(), minlength=len(self._head)) + UNSEEN / len(self._head)
         return counts / counts.sum()
 
@@ -81,7 +81,7 @@ class GradientReader:
             expected = torch.zeros_like(came)
             for end, sample in zip(np.cumsum(counts).tolist(), (next(samples) for _ in counts), strict=True):
                 rows = slice(end - sample.num_labels, end)
-                labels = torch.from_numpy(sample.tokens[len(sample.tokens) - sample.num_labels :]).long()
+                labels = torch.from_numpy(sample.labels).long()
                 expected[rows] = self._clipped(
                     self._mean(torch.from_numpy(exchange.hidden_states[rows]))[1] - self._head[labels]
                 )
