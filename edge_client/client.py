@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Union
 import numpy as np
 from tokenizers import Tokenizer
 
-from privacy import Centre, NoiseReport, public_token_ids
+from privacy import Centre, NoiseReport
 from protocol import (
     CODECS,
     DELTA,
+    Array,
     Hello,
     Join,
     RunSettings,
@@ -346,9 +347,11 @@ class EdgeClient:
         if "noise" in settings.abilities():
             secret = self._state.noise_secret()
         if settings.activation_clip:
-            ids, lengths = public_token_ids(config.vocabulary_size, config.num_positions)
-            batch = Batch(ids, lengths, label_counts=np.zeros_like(lengths), labels=ids[:0])
-            centre = Centre.of(self._engine.infer(batch), lengths)
+
+            def activations(ids: Array, lengths: Array) -> Array:
+                return self._engine.infer(Batch(ids, lengths, label_counts=np.zeros_like(lengths), labels=ids[:0]))
+
+            centre = Centre.of_model(config.vocabulary_size, config.num_positions, activations)
         return Disclosure(settings, secret, centre)
 
     def _divide(self, settings: RunSettings) -> tuple[Batches, DeviceCache | None]:

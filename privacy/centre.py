@@ -7,6 +7,7 @@ blocks everybody has. Nothing of a device's text is in it, or it would itself ha
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +56,18 @@ class Centre:
         first, later = activations[is_first], activations[~is_first]
         later = later if len(later) else first  # a model of one position will never have any
         return cls(*(rows.mean(0, dtype=np.float64).astype(activations.dtype) for rows in (first, later)))
+
+    @classmethod
+    def of_model(cls, vocabulary_size: int, num_positions: int, activations: Callable[[Array, Array], Array]) -> "Centre":
+        """
+        Of a base model.
+
+        Args:
+            vocabulary_size, num_positions: the model's.
+            activations: gives (N, d) at the cut, without an adapter, of ids (N,) in sequences of lengths (B,).
+        """
+        ids, lengths = public_token_ids(vocabulary_size, num_positions)
+        return cls.of(activations(ids, lengths), lengths)
 
     def rows(self, lengths: Array) -> Array:
         """(B,) lengths of packed sequences -> (N, d), the centre of each of their rows."""

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from privacy import Centre, public_token_ids
+from privacy import Centre
 from protocol import Array
 from split_model import Adapter, EdgePart, LoraConfig, PretrainedModel, ServerPart, adapter_shapes
 
@@ -44,9 +44,8 @@ class CutModel:
     @cached_property
     def centre(self) -> Centre:
         """Around which activations are clipped."""
-        tokens, lengths = public_token_ids(self.config.vocabulary_size, self.config.num_positions)
         with torch.no_grad(), self.edge.without_adapter():
-            return Centre.of(self._activations(tokens, lengths), lengths)
+            return Centre.of_model(self.config.vocabulary_size, self.config.num_positions, self._activations)
 
     @torch.no_grad()
     def activations(self, tokens: Sequence[Array]) -> Array:
