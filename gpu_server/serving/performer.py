@@ -138,41 +138,29 @@ class Performer:
     # What takes time
 
     async def _train(self, action: Train, _: Replies) -> None:
-        federation, engine, started = self._federation, self._engine, time.monotonic()
+        federation, engine = self._federation, self._engine
         if action.codecs_to_try is not None:
             changes = await self._compute(engine.check, list(action.batches.values()), action.codecs_to_try)
             came = federation.codec_of(action.step)
             await self._perform_in_turn(federation.checked({codec or came: change for codec, change in changes.items()}))
-            started = time.monotonic()
-        trained = await self._compute(engine.train, action.step, action.total_steps, action.micro_batch, action.batches)
-        now = time.monotonic()
-        self.perform(federation.trained(trained, now - started, now))
+        done = self._timed(engine.train, action.step, action.total_steps, action.micro_batch, action.batches)
+        self.perform(federation.trained(*await done))
 
     async def _forward(self, action: Forward, _: Replies) -> None:
-        started = time.monotonic()
-        hidden = await self._compute(self._engine.forward, action.step, action.micro_batch, action.batches)
-        now = time.monotonic()
-        self.perform(self._federation.forwarded(hidden, now - started, now))
+        done = self._timed(self._engine.forward, action.step, action.micro_batch, action.batches)
+        self.perform(self._federation.forwarded(*await done))
 
     async def _backward(self, action: Backward, _: Replies) -> None:
-        started = time.monotonic()
-        trained = await self._compute(
-            self._engine.backward, action.step, action.total_steps, action.micro_batch, action.gradients
-        )
-        now = time.monotonic()
-        self.perform(self._federation.trained(trained, now - started, now))
+        done = self._timed(self._engine.backward, action.step, action.total_steps, action.micro_batch, action.gradients)
+        self.perform(self._federation.trained(*await done))
 
     async def _save_codec_state(self, action: SaveCodecState, _: Replies) -> None:
         await asyncio.wrap_future(self._journal.write_codec_state(action.state))
 
     async def _aggregate(self, action: Aggregate, _: Replies) -> None:
-        started = time.monotonic()
-        adapter = await self._compute(
-            self._engine.aggregate, action.step, action.total_steps, action.contributions, action.weights
-        )
-        now = time.monotonic()
+        done = await self._timed(self._engine.aggregate, action.step, action.total_steps, action.contributions, action.weights)
         self._checkpoints.round_ended(action.step, self._engine.round_end)
-        self.perform(self._federation.aggregated(adapter, now - started, now))
+        self.perform(self._federation.aggregated(*done))
 
     async def _evaluate(self, action: Evaluate, _: Replies) -> None:
         federation, engine = self._federation, self._engine
@@ -194,6 +182,13 @@ class Performer:
         adapter = await self._compute(self._engine.adapter)
         reached, of = self._federation.round, self._federation.total_steps
         await asyncio.wrap_future(self._journal.write_adapter(adapter, reached, of))
+
+    async def _timed(self, function: Callable[..., Result], *arguments: Any) -> tuple[Result, float, float]:
+        """What is computed, how many seconds it took, and when it was done."""
+        started = time.monotonic()
+        result = await self._compute(function, *arguments)
+        now = time.monotonic()
+        return result, now - started, now
 
     async def _compute(self, function: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
