@@ -6,7 +6,7 @@ reads a hidden state has its weights divided unequally among the three copies, a
 the tied head adds them up; so the wide model computes the small one's logits. Then all matrices get noise, and the three copies
 are no longer equal. The model's perplexity on E2E is printed before and after.
 
-    .venv/bin/python benchmarks/widened_model.py --output /tmp/gpt2-widened
+    .venv/bin/python benchmarks/widened_model.py --output gpt2-widened
 """
 
 import argparse
