@@ -6,7 +6,7 @@ connections that takes. Only one thing may come instead of an answer: `Redirecte
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -42,7 +42,7 @@ from .membership import Membership, Redirected
 from .saved_steps import SavedStep, SavedSteps
 from .stopwatch import difference
 
-__all__ = ["Step", "perplexity", "train"]
+__all__ = ["Step", "hidden_gradient", "perplexity", "train"]
 
 LARGEST_EXPONENT = 700.0  # exp() of more is no float
 
@@ -103,7 +103,7 @@ def train(
                     if isinstance(answer, HiddenStates):
                         # The labels stay here: the server's blocks end with hidden states, and the loss is computed from these.
                         batch = batches.micro_batch(step, answer.micro_batch)
-                        membership.reply(_hidden_gradient(answer, batch, engine, membership, disclosure))
+                        membership.reply(hidden_gradient(answer, batch, engine, disclosure, lap=membership.stopwatch.lap))
                         continue
                     _check_gradient(sent, answer)
                     engine.backward(answer.values)
@@ -160,10 +160,15 @@ def _activations(
         )
 
 
-def _hidden_gradient(
-    asked: HiddenStates, batch: Batch, engine: Engine, membership: Membership, disclosure: Disclosure
+def hidden_gradient(
+    asked: HiddenStates, batch: Batch, engine: Engine, disclosure: Disclosure, *, lap: Callable[[], Seconds]
 ) -> HiddenGradient:
-    """The loss at the rows of a micro-batch that have a label, and its gradient at all rows that the server has sent."""
+    """
+    The loss at the rows of a micro-batch that have a label, and its gradient at all rows that the server has sent.
+
+    Args:
+        lap: asked, when all is computed, for the time since the question before.
+    """
     with _diverging_in(asked.step):
         losses, gradient = engine.losses_and_gradient(disclosure.of_labelled_rows(asked.values, batch), batch.labels)
     values = disclosure.of_all_rows(gradient, batch)
@@ -173,7 +178,7 @@ def _hidden_gradient(
         summed_loss=disclosure.summed_loss(losses, asked.step, asked.micro_batch),
         labelled_tokens=len(batch.labels),
         values=disclosure.gradient(values, asked.step, asked.micro_batch),
-        seconds=membership.stopwatch.lap(),
+        seconds=lap(),
     )
 
 

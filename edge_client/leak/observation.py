@@ -36,6 +36,7 @@ from split_model import LoraConfig, summed_cross_entropy
 from ..data import Batch, Sample, pack
 from ..disclosure import Disclosure
 from ..torch_engine import TorchEngine
+from ..training import hidden_gradient
 from .cut_model import CutModel
 
 __all__ = ["NO_TOKEN", "Exchange", "Observations", "Setting", "Target", "truth"]
@@ -245,9 +246,9 @@ class _Device:
         hidden = cut.server.hidden(activations, torch.from_numpy(sent.lengths).long(), torch.from_numpy(label_counts).long())
         states, gradient, labelled_tokens = hidden.detach().numpy(), None, len(batch.labels)
         if at_device:
-            states = self._sent(HiddenStates(step=step, values=states)).values
-            answer = self._sent(self._hidden_gradient(batch, states, step))
-            gradient, labelled_tokens = answer.values, answer.labelled_tokens
+            asked = self._sent(HiddenStates(step=step, values=states))
+            reply = self._sent(hidden_gradient(asked, batch, self.engine, self.disclosure, lap=Seconds))
+            states, gradient, labelled_tokens = asked.values, reply.values, reply.labelled_tokens
             loss = (hidden * torch.from_numpy(gradient)).sum()
         else:
             loss = summed_cross_entropy(hidden, cut.head, torch.from_numpy(batch.labels).long())
@@ -269,16 +270,6 @@ class _Device:
             activation_gradient=down.values,
             adapter_gradient=adapter_gradient.tensors,
             frame_bytes=self.frame_bytes,
-        )
-
-    def _hidden_gradient(self, batch: Batch, states: Array, step: int) -> HiddenGradient:
-        losses, gradient = self.engine.losses_and_gradient(self.disclosure.of_labelled_rows(states, batch), batch.labels)
-        return HiddenGradient(
-            step=step,
-            seconds=Seconds(),
-            summed_loss=self.disclosure.summed_loss(losses, step, 0),
-            labelled_tokens=len(batch.labels),
-            values=self.disclosure.gradient(self.disclosure.of_all_rows(gradient, batch), step, 0),
         )
 
     def _sent(self, message: Sent) -> Sent:
