@@ -12,7 +12,7 @@ import gpu_server.cli
 from gpu_server import ServerConfig
 from gpu_server.config import options_from_toml
 
-DOCUMENT = (REPOSITORY / "docs/operate.md").read_text(encoding="utf-8")
+DOCUMENT = (REPOSITORY / "docs/operating.md").read_text(encoding="utf-8")
 SERVICES = REPOSITORY / "services"
 PARSERS = {"splitlora-edge": edge_client.cli.build_parser(), "splitlora-server": gpu_server.cli.build_parser()}
 
@@ -31,7 +31,7 @@ def test_settings_of_the_service_are_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("document", "program", "count"),
     [
-        ("operate", "splitlora-server", 4),
+        ("operating", "splitlora-server", 4),
         ("devices", "splitlora-edge", 5),
         ("training", "splitlora-edge", 2),
         ("privacy", "splitlora-edge", 2),
