@@ -1,7 +1,6 @@
 """From what a run goes on after its server was killed. A file is there whole, or not at all."""
 
 import json
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ from split_model import DamagedFile, read_sealed, seal
 from storage import replace_file
 
 from .errors import ServerError
+from .history import tell
 
 __all__ = ["Checkpoints", "SavedRound"]
 
-logger = logging.getLogger("gpu_server")
 
 FORMAT = 1
 FILES = 2
@@ -66,7 +65,7 @@ class Checkpoints:
             try:
                 saved = _read(self._path(step))
             except DamagedFile as error:
-                logger.warning("checkpoint %s is damaged: %s; trying the one before", self._path(step), error)
+                tell("note", f"checkpoint {self._path(step)} is damaged: {error}; trying the one before", level="warning")
                 # Under another name it does not count as one of the two, and nothing is written over it.
                 with _readable_errors(self.folder):
                     self._path(step).rename(self._path(step).with_suffix(".damaged"))

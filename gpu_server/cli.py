@@ -1,6 +1,7 @@
 """The command splitlora-server. Its flags are the fields of `ServerConfig`."""
 
 import argparse
+import logging
 import signal
 import sys
 import threading
@@ -51,6 +52,9 @@ def build_parser() -> Parser:
             default=argparse.SUPPRESS,
             help=text + _default(item.default),
         )
+    serve.add_argument(
+        "--log-format", choices=("text", "json"), default="text", help="json: a line an event on standard error (default: text)"
+    )
     serve.set_defaults(run=run_serve)
 
     enrol = commands.add_parser(
@@ -125,26 +129,28 @@ def run_serve(options: argparse.Namespace) -> None:
 
     from .sdk import GpuServer
 
-    given = {name: value for name, value in vars(options).items() if name not in ("command", "run", "config")}
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "run", "config", "log_format")}
     from_file = options_from_toml(options.config) if options.config else {}
     for flag, opposite in (("steps", "epochs"), ("epochs", "steps")):
         if flag in given:
             from_file.pop(opposite, None)
-    with show_log("gpu_server"), GpuServer(**{**from_file, **given}) as server:
+    as_json = options.log_format == "json"
+    with show_log("gpu_server", options.log_format), GpuServer(**{**from_file, **given}) as server:
         devices = count(server.config.clients, "device")
-        _say(f"listening on {server.url} for {devices}; the run goes to {server.config.run_dir}; {'; '.join(server.choices)}")
+        say = _log if as_json else _say
+        say(f"listening on {server.url} for {devices}; the run goes to {server.config.run_dir}; {'; '.join(server.choices)}")
         spent = Seconds()
         with ExitStack() as shown:
             progress = None
             for step in server.train():
                 if progress is None:
-                    progress = shown.enter_context(Progress(server.total_steps, step.number - 1))
+                    progress = shown.enter_context(Progress(server.total_steps, step.number - 1, silent=as_json))
                 num_bytes = sum(step.bytes_up.values()) + sum(step.bytes_down.values())
                 progress.update(step=step.number, loss=step.loss, tokens=step.tokens, num_bytes=num_bytes)
                 spent = sum(step.seconds.values(), spent)
         if where := where_time_went(vars(spent), ADVICE):
-            _say(f"all devices' {where}")
-        _say(f"done: the adapter is in {server.adapter_folder}")
+            say(f"all devices' {where}")
+        say(f"done: the adapter is in {server.adapter_folder}")
 
 
 def run_enrol(options: argparse.Namespace) -> None:
@@ -194,6 +200,10 @@ def _default(value: Any) -> str:
     if value is None:
         return ""
     return f" (default: {','.join(value) if isinstance(value, tuple) else value})"
+
+
+def _log(line: str) -> None:
+    logging.getLogger("gpu_server").info("%s", line)
 
 
 def _say(line: str) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import time
@@ -18,10 +17,10 @@ from storage import ModelError, replace_file
 from terminal import PackageMissing, count
 
 from .errors import ServerError
+from .history import tell
 
 __all__ = ["EdgePartStore", "PartUnavailable", "remove_unfinished_part"]
 
-logger = logging.getLogger("gpu_server")
 
 MANIFEST = "manifest.json"
 
@@ -133,12 +132,8 @@ class EdgePartStore:
             raise PartUnavailable(str(error), may_be_mended=False) from None
         finally:
             remove_unfinished_part(self.folder)
-        logger.info(
-            "the devices' part of the model was made in %.1f s: %s, %.1f MB",
-            time.monotonic() - began,
-            count(len(files), "file"),
-            sum(file.size for file in files) / 1e6,
-        )
+        made = f"{count(len(files), 'file')}, {sum(file.size for file in files) / 1e6:.1f} MB"
+        tell("note", f"the devices' part of the model was made in {time.monotonic() - began:.1f} s: {made}")
         return files
 
 

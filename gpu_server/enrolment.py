@@ -4,7 +4,6 @@ import difflib
 import hashlib
 import hmac
 import json
-import logging
 import os
 import secrets
 from collections.abc import Iterator
@@ -21,10 +20,10 @@ from storage import remove_unfinished, replace_file
 from terminal import listed
 
 from .errors import ConfigError, ServerError
+from .history import tell
 
 __all__ = ["Enrolments"]
 
-logger = logging.getLogger("gpu_server")
 
 FORMAT = 1
 NOBODYS_HASH = bytes(32)  # compared with where a name is unknown
@@ -132,7 +131,7 @@ class Enrolments:
             self._admitted, self._seen = {}, None
             if not self._complained:
                 reason = f"{self.path} cannot be read: {error.strerror}" if isinstance(error, OSError) else error
-                logger.error("%s; no device is admitted until it can be read", reason)
+                tell("note", f"{reason}; no device is admitted until it can be read", level="error")
             self._complained = True
         else:
             self._complained = False

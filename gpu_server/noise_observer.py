@@ -1,17 +1,15 @@
 """Tells, and writes to run.json, what the noise of every device is worth."""
 
-import logging
 from concurrent.futures import Future
 
 from privacy import NoiseReport
 from protocol import RunSettings
 
 from .federation import Federation, Member, RunStatus
+from .history import tell
 from .serving import Journal, Observer
 
 __all__ = ["NoiseObserver"]
-
-logger = logging.getLogger("gpu_server")
 
 
 class NoiseObserver(Observer):
@@ -36,7 +34,7 @@ class NoiseObserver(Observer):
         settings = self._federation.settings
         self._reports = {name: before.get(name) or _report(settings, member) for name, member in members.items()}
         for name in members.keys() - before.keys():
-            logger.info("%s: %s", name, self._reports[name])
+            tell("noise", f"{name}: {self._reports[name]}", client=name)
         self._written = self._journal.write_noise({name: report.as_json() for name, report in self._reports.items()})
 
 

@@ -1,6 +1,5 @@
 """How a run goes on that was served before."""
 
-import logging
 import time
 
 from protocol import DELTA
@@ -8,11 +7,10 @@ from terminal import count, listed
 
 from .errors import ConfigError
 from .federation import Action
+from .history import tell
 from .run_setup import Run
 
 __all__ = ["go_back", "start_from"]
-
-logger = logging.getLogger("gpu_server")
 
 
 def go_back(run: Run) -> list[Action]:
@@ -55,15 +53,11 @@ def _tell_where_it_goes_on(run: Run) -> None:
     here = federation.unfinished()
     if federation.step == federation.total_steps:
         may_be_longer = config.lr_schedule == "constant" and config.steps and _may_go_on_after_the_end(run)
-        logger.info(
-            "all %s of this run are done, and its adapter is in %s; to train further: %sanother run with --init-adapter %s",
-            count(federation.step, "step"),
-            folder,
-            "a larger --steps, or " if may_be_longer else "",
-            folder,
-        )
+        longer = "a larger --steps, or " if may_be_longer else ""
+        done = f"all {count(federation.step, 'step')} of this run are done, and its adapter is in {folder}"
+        tell("note", f"{done}; to train further: {longer}another run with --init-adapter {folder}")
     elif here:
-        logger.info("going on after step %d; waiting for %s to come back", federation.step, listed(here))
+        tell("note", f"going on after step {federation.step}; waiting for {listed(here)} to come back", step=federation.step)
 
 
 def _may_go_on_after_the_end(run: Run) -> bool:

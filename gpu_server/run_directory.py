@@ -1,4 +1,4 @@
-"""What a run leaves behind: run.json, metrics.jsonl, checkpoints/ and adapter/."""
+"""What a run leaves behind: run.json, metrics.jsonl, events.jsonl, evaluations.jsonl, checkpoints/ and adapter/."""
 
 import json
 import os
@@ -11,7 +11,6 @@ from typing import Any
 from filelock import Timeout
 from safetensors import SafetensorError
 
-from protocol import Seconds
 from split_model import Adapter, LoraConfig, ModelConfig, save_adapter
 from storage import CacheFolder, RunDescription, remove_unfinished, replace_file
 from storage.run_description import RUN_FILE
@@ -20,11 +19,13 @@ from .checkpoints import Checkpoints
 from .edge_part import remove_unfinished_part
 from .errors import ConfigError, ServerError
 from .federation import StepRecord
+from .history import EvaluationRecord, RunEvent, row_of
+from .history.run_files import EVALUATIONS, EVENTS, METRICS
 from .run_lock import lock_of
 
 __all__ = ["RunDirectory"]
 
-CODECS, METRICS = "codecs.json", "metrics.jsonl"
+CODECS = "codecs.json"
 SECONDS_TO_ASK = 1.0
 
 
@@ -75,6 +76,8 @@ class RunDirectory:
                 raise ServerError(f"{self.path} is in use by another server") from None
             remove_unfinished(self.checkpoints.folder)
             remove_unfinished_part(self.edge_part_folder)
+            for name in (EVENTS, EVALUATIONS):
+                self._drop_torn_line(name)
             for name in (RUN_FILE, CODECS, METRICS):  # not clients.json: `splitlora-server enrol` may be writing it just now
                 remove_unfinished(self.path, name)
 
@@ -123,8 +126,28 @@ class RunDirectory:
 
     def append_metrics(self, record: StepRecord) -> None:
         """Add a step's line to metrics.jsonl."""
-        with self._writing(), open(self._metrics, "a", encoding="utf-8", opener=_private) as file:
-            file.write(json.dumps(_row(record)) + "\n")
+        self._append(METRICS, row_of(record))
+
+    def append_event(self, event: RunEvent) -> None:
+        """Add a line to events.jsonl."""
+        self._append(EVENTS, event.as_json())
+
+    def append_evaluation(self, record: EvaluationRecord) -> None:
+        """Add a line to evaluations.jsonl."""
+        self._append(EVALUATIONS, record.as_json())
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        with self._writing(), open(self.path / name, "a", encoding="utf-8", opener=_private) as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _drop_torn_line(self, name: str) -> None:
+        """What a crash has cut off would spoil the line that is written next."""
+        path = self.path / name
+        if not path.exists():
+            return
+        with path.open("rb+") as file:
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)
 
     def sync_metrics(self) -> None:
         """Have all lines of metrics on the disk: a checkpoint must not know of more steps than they do."""
@@ -171,27 +194,6 @@ class RunDirectory:
             reason = getattr(error, "strerror", None) or error
             later = "; when that is mended, --resume goes on with its run" if self.holds_run(self.path) else ""
             raise ServerError(f"run directory {self.path} cannot be written: {reason}{later}") from None
-
-
-def _row(record: StepRecord) -> dict[str, Any]:
-    """A step as metrics.jsonl has it."""
-    return {
-        "step": record.number,
-        "loss": record.loss,
-        "labelled_tokens": record.labelled_tokens,
-        "tokens": record.tokens,
-        "deadline": round(record.deadline, 3),
-        "codec": record.codec,
-        "server_compute": round(record.server_compute, 6),
-        "clients": {
-            name: {
-                "bytes_up": record.bytes_up[name],
-                "bytes_down": record.bytes_down[name],
-                "seconds": {part: round(value, 6) for part, value in vars(record.seconds.get(name, Seconds())).items()},
-            }
-            for name in record.bytes_up
-        },
-    }
 
 
 def _private(path: str, flags: int) -> int:

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -17,13 +16,12 @@ from storage import CacheFolder
 
 from .config import ServerConfig, described
 from .federation import Action, StepRecord
+from .history import telling_to
 from .resuming import go_back, start_from
 from .run_setup import set_up
-from .serving import Observer, RunServer
+from .serving import EventRelay, Observer, RunServer
 
 __all__ = ["GpuServer", "RunEndedEarly"]
-
-logger = logging.getLogger("gpu_server")
 
 
 class RunEndedEarly(RuntimeError):
@@ -105,18 +103,22 @@ class GpuServer:
 
     def _begin(self) -> "GpuServer":
         run, self._steps = self._run, _StepQueue()
+        observers = [self._steps, *run.observers, *self._observers]
+        self._events = EventRelay(run.journal, observers)
         self._server = RunServer(
             run.federation,
             run.engine,
             door=run.door,
             journal=run.journal,
-            observers=[self._steps, *run.observers, *self._observers],
+            observers=observers,
+            events=self._events,
             model_name="" if Path(self.config.model).is_dir() else self.config.model,
             grace_period=self.config.linger,
             caches=functools.cache(self._cache_of) if run.federation.settings.activation_codec == DELTA else None,
             edge_part=run.edge_part,
         )
-        actions = go_back(run) if run.federation.restarts else []
+        with telling_to(self._events):
+            actions = go_back(run) if run.federation.restarts else []
         listening: Future[str] = Future()
         self._thread = threading.Thread(target=self._serve, args=(listening, actions), name="server")
         self._thread.start()
@@ -135,7 +137,8 @@ class GpuServer:
             listening.set_result(url)
 
         try:
-            self._server.run(begin, actions)
+            with telling_to(self._events):
+                self._server.run(begin, actions)
         except Exception as error:
             if not listening.done():
                 listening.set_exception(error)

@@ -1,5 +1,6 @@
 """A bar where somebody watches, plain lines where nobody does."""
 
+import json
 import logging
 import os
 import signal
@@ -32,11 +33,13 @@ class Progress:
         total: how many units there are.
         done: units finished before this program started to look.
         unit: what is counted.
+        silent: show nothing: standard error is read by a program.
     """
 
-    def __init__(self, total: int, done: int = 0, unit: str = "step") -> None:
+    def __init__(self, total: int, done: int = 0, unit: str = "step", *, silent: bool = False) -> None:
+        self._is_silent = silent
         watched = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        self._bar = _Bar(total=total, initial=done, disable=not watched, file=sys.stderr)
+        self._bar = _Bar(total=total, initial=done, disable=silent or not watched, file=sys.stderr)
         self._total, self._done, self._unit = total, done, unit
         self._first: tuple[int, float] | None = None
         """
@@ -79,7 +82,8 @@ class Progress:
             figures = ", ".join([first, f"{duration((self._total - self._done) * seconds / since_first)} left", *others])
         self._bar.figures = figures
         self._bar.update(units)
-        if self._bar.disable and (now - self._last_line > SECONDS_BETWEEN_LINES or self._done == self._total):
+        is_due = now - self._last_line > SECONDS_BETWEEN_LINES or self._done == self._total
+        if self._bar.disable and not self._is_silent and is_due:
             self._last_line = now
             print(f"{self._unit} {self._done}/{self._total}: {figures}", file=sys.stderr, flush=True)  # noqa: T201
 
@@ -159,6 +163,19 @@ def _follow_width(bar: _Bar) -> Callable[[], None]:
     return stop
 
 
+class _Json(logging.Formatter):
+    """A line an event, for log collectors."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = plain(record.getMessage())
+        event = {"time": round(record.created, 6), "kind": "note", "level": record.levelname.lower(), "text": text}
+        return json.dumps({**event, **getattr(record, "event", {})})
+
+
+def _is_event(record: logging.LogRecord) -> bool:
+    return hasattr(record, "event") or record.levelno >= logging.INFO
+
+
 class _Plain(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         return plain(super().formatMessage(record))
@@ -170,14 +187,23 @@ class _AboveTheBar(logging.Handler):
 
 
 @contextmanager
-def show_log(name: str) -> Iterator[None]:
+def show_log(name: str, form: str = "text") -> Iterator[None]:
     """
     Show what the logger ``name`` has to say meanwhile, without disturbing a bar: from INFO on, or from DEBUG on where the
     environment has SPLITLORA_LOG=debug. Then messages are seen that the protocol's rules ignore, with the reason.
+
+    Args:
+        form: "text", or "json": an object a line, and of records that have an ``event``, whatever their level, that.
     """
-    level = logging.DEBUG if os.environ.get("SPLITLORA_LOG", "").lower() == "debug" else logging.INFO
+    is_debugged = os.environ.get("SPLITLORA_LOG", "").lower() == "debug"
+    level = logging.DEBUG if is_debugged or form == "json" else logging.INFO
     handler = _AboveTheBar()
-    handler.setFormatter(_Plain("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    if form == "json":
+        handler.setFormatter(_Json())
+        if not is_debugged:
+            handler.addFilter(_is_event)
+    else:
+        handler.setFormatter(_Plain("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     before = [(logger, logger.level) for logger in (logging.getLogger(name), logging.getLogger("protocol"))]
     for logger, _ in before:
         logger.addHandler(handler)

@@ -35,7 +35,7 @@ ONLY_IN = {
     "websockets": {"edge_client/connection.py", "gpu_server/serving/http_handshake.py", "gpu_server/serving/peer.py"},
     "asyncio": {
         *("gpu_server/serving/http_handshake.py", "gpu_server/serving/conversation.py", "gpu_server/serving/handing_over.py"),
-        "gpu_server/serving/lifetime.py",
+        *("gpu_server/serving/event_relay.py", "gpu_server/serving/lifetime.py"),
         *("gpu_server/serving/peer.py", "gpu_server/serving/performer.py", "gpu_server/serving/run_server.py"),
     },
     "matplotlib": {"edge_client/leak/picture.py"},

@@ -476,7 +476,7 @@ FLAGS = {
     },
     "splitlora-server": {
         "": {"--help", "-h", "--version"},
-        "serve": {"--help", "-h", "--config", *(f"--{name.replace('_', '-')}" for name in OTHER_VALUES)},
+        "serve": {"--help", "-h", "--config", "--log-format", *(f"--{name.replace('_', '-')}" for name in OTHER_VALUES)},
         "enrol": {"--help", "-h", "--run-dir", "--clients-file", "--address", "--tls-cert", "--insecure"},
         "revoke": {"--help", "-h", "--run-dir", "--clients-file"},
         "clients": {"--help", "-h", "--run-dir", "--clients-file"},

@@ -31,7 +31,9 @@ def test_all_that_are_wanted_are_enough() -> None:
 def test_without_a_quorum_one_that_is_missing_is_waited_for_long_after_the_deadline() -> None:
     one = gathering()
     assert verdict(one, "a", "b", 159.0) == WAIT
-    assert verdict(one, "a", "b", 1000.0) == Verdict(say="step 7 waits for b, silent for 15 min; 1 of 2 devices ready")
+    assert verdict(one, "a", "b", 1000.0) == Verdict(
+        say="step 7 waits for b, silent for 15 min; 1 of 2 devices ready", silent=("b",)
+    )
 
 
 def test_without_a_quorum_even_an_absent_one_is_needed() -> None:
@@ -41,7 +43,7 @@ def test_without_a_quorum_even_an_absent_one_is_needed() -> None:
 def test_quorum_is_not_enough_before_the_deadline_and_is_from_then_on() -> None:
     one = gathering(quorum=1)
     assert verdict(one, "a", "bc", 159.9) == WAIT
-    goes_on = Verdict(go=["a"], say="step 7 goes on without b (not connected), silent for 60 s")
+    goes_on = Verdict(go=["a"], say="step 7 goes on without b (not connected), silent for 60 s", silent=("b",))
     assert verdict(one, "a", "bc", 160.0, absent="c", away="b") == goes_on
 
 
@@ -53,9 +55,11 @@ def test_fewer_than_the_quorum_are_waited_for_after_the_deadline_too() -> None:
     one = gathering(quorum=2)
     assert one.expires() == 160.0
     waits = "step 7 waits for b and c (not connected), silent for 70 s; 1 of 3 devices ready, 2 needed"
-    assert verdict(one, "a", "bc", 170.0, absent="c") == Verdict(say=waits)
+    assert verdict(one, "a", "bc", 170.0, absent="c") == Verdict(say=waits, silent=("b", "c"))
     assert one.expires() == 240.0  # only to tell so again: nothing else comes with time
-    assert verdict(one, "ab", "c", 171.0) == Verdict(go=["a", "b"], say="step 7 goes on without c, silent for 71 s")
+    assert verdict(one, "ab", "c", 171.0) == Verdict(
+        go=["a", "b"], say="step 7 goes on without c, silent for 71 s", silent=("c",)
+    )
 
 
 def test_of_fewer_than_the_quorum_all_are_enough() -> None:

@@ -16,6 +16,7 @@ from ports import free_port
 from edge_client import ConnectionFailed, EdgeClient
 from gpu_server import GpuServer, Observer, RunStatus, ServerError, StepRecord
 from gpu_server.federation import Action, FinishStep, Phase, SaveCodecState, Train, Trained
+from gpu_server.history import RunEvent
 from gpu_server.run_directory import RunDirectory
 from gpu_server.serving.journal import Journal
 from gpu_server.serving.lifetime import Lifetime
@@ -32,12 +33,20 @@ class Watching(Observer):
     def __init__(self) -> None:
         self.steps: list[StepRecord] = []
         self.statuses: list[RunStatus] = []
+        self.events: list[RunEvent] = []
+        self.checkpoints: list[int] = []
 
     def step_finished(self, record: StepRecord) -> None:
         self.steps.append(record)
 
     def status_changed(self, status: RunStatus) -> None:
         self.statuses.append(status)
+
+    def event_happened(self, event: RunEvent) -> None:
+        self.events.append(event)
+
+    def checkpoint_written(self, step: int) -> None:
+        self.checkpoints.append(step)
 
 
 @pytest.fixture
@@ -81,9 +90,12 @@ def test_everybody_who_watches_a_run_is_told_the_same(run: Callable[..., list[St
     assert told == sorted(told, key=lambda status: (status[2], status[0]))
     assert first.statuses[-1].unfinished == ()
     assert len(told) == 1 + STEPS + 2  # it joined; every step; the run is complete; it left
+    assert first.events == second.events
+    assert first.checkpoints == second.checkpoints
+    assert first.checkpoints[-1] == STEPS
 
 
-@pytest.mark.parametrize("method", ["step_finished", "status_changed"])
+@pytest.mark.parametrize("method", ["step_finished", "status_changed", "event_happened", "checkpoint_written"])
 def test_what_an_observer_raises_ends_the_run_and_is_told(run: Callable[..., list[StepRecord]], method: str) -> None:
     class Failing(Watching):
         def fail(self, _: object) -> None:

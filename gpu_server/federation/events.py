@@ -1,6 +1,6 @@
 """What the federation wants done: actions are data, and whoever performs them does so in their order."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from protocol import Activations, Array, Evaluation, HiddenGradient, Message, Tensors
@@ -143,7 +143,13 @@ class SaveCodecState:
 class Report:
     """Tell the operator."""
 
+    kind: str
+    """Of event; see `history.EVENT_KINDS`."""
     text: str
+    client: str | None = None
+    """Whom it is about, if it is one client."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """Figures and names, as JSON has them."""
 
 
 Action = (

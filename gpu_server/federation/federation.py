@@ -292,7 +292,9 @@ class Federation:
         if not derived or kind is not Activations:
             return []
         unused = "" if self.quorum is not None else " (acts only with --quorum)"
-        return [Report(text=f"step deadline {duration(self.deadline.seconds(kind))}, measured{unused}")]
+        seconds = self.deadline.seconds(kind)
+        text = f"step deadline {duration(seconds)}, measured{unused}"
+        return [Report(kind="deadline", text=text, details={"seconds": seconds})]
 
     def _take(self, name: str, message: StepQuestion, now: float) -> list[Action]:
         """A question is new, or was answered, or the run has left it behind; see `Theory of operation`."""
@@ -402,7 +404,8 @@ class Federation:
             return []
         note = self.codec_policy.update(self.step + 1, changes, self.timing.take_link_share())
         saved = SaveCodecState(state=self.codec_policy.state())
-        return [saved] if note is None else [saved, Report(text=note)]
+        codec = codec_name(self.codec_of(self.step + 2))
+        return [saved] if note is None else [saved, Report(kind="codec", text=note, details={"codec": codec})]
 
     def forwarded(self, hidden: dict[str, Array], seconds: float, now: float) -> list[Action]:
         """The last `Forward` is computed: by client, hidden states (M, d). It took so many ``seconds``."""
@@ -573,13 +576,13 @@ class Federation:
         """
         assert self._gathering is not None
         verdict = self._gathering.verdict(self._step_under_way, wanted, self._came(), self.members, now)
-        return verdict.go, _reports(verdict)
+        return verdict.go, _reports(verdict, now - self._since)
 
     def _await_newcomers(self, now: float) -> list[Action]:
         if self._gathering is None:
             return []
         verdict = self._gathering.newcomers(self.members, self.settings.clients, now)
-        return self._start(now) if verdict.go else _reports(verdict)
+        return self._start(now) if verdict.go else _reports(verdict, now - self._since)
 
     def _start(self, now: float) -> list[Action]:
         self._enter(Phase.ACTIVATIONS, now)
@@ -749,7 +752,8 @@ class Federation:
                 missed = (
                     f"step {self.step}" if member.missed_from == self.step else f"steps {member.missed_from} to {self.step}"
                 )
-                actions.append(Report(text=f"{name} takes part again; {missed} went on without it"))
+                text = f"{name} takes part again; {missed} went on without it"
+                actions.append(Report(kind="takes_part_again", text=text, client=name))
             member.catches_up(self.step)
             actions += self._tell_where_to_go_on(name, now)
         return actions
@@ -789,5 +793,10 @@ class Federation:
         return self._roster.asked(kind, self._present_step.micro_batch)
 
 
-def _reports(verdict: Verdict) -> list[Action]:
-    return [Report(text=verdict.say)] if verdict.say else []
+def _reports(verdict: Verdict, seconds: float) -> list[Action]:
+    """What the operator is told of a wait that has lasted so many ``seconds``."""
+    if not verdict.say:
+        return []
+    kind = "overtaken" if verdict.go else "late"
+    client = verdict.silent[0] if len(verdict.silent) == 1 else None
+    return [Report(kind=kind, text=verdict.say, client=client, details={"clients": list(verdict.silent), "seconds": seconds})]

@@ -22,6 +22,8 @@ class Verdict:
     """Clients with whom to go on; empty: wait."""
     say: str = ""
     """What the operator is told: that the wait has become long, or without whom the run goes on."""
+    silent: tuple[str, ...] = ()
+    """Whom that is about."""
 
 
 @dataclass
@@ -67,12 +69,13 @@ class Gathering:
         self._is_late = self.quorum is not None and now - self.since >= self.deadline.seconds(self.kind)
         if enough and self._is_late:
             silent = f"{_listed(awaited, members)}, silent for {duration(now - self.since)}"
-            return Verdict(go=ready, say=f"step {step} goes on without {silent}")
+            return Verdict(go=ready, say=f"step {step} goes on without {silent}", silent=tuple(awaited))
         if not self._is_worth_telling(now):
             return Verdict()
         silent = f"{_listed(missing, members)}, silent for {duration(now - self.since)}"
         least = "" if self.quorum is None else f", {needed} needed"
-        return Verdict(say=f"step {step} waits for {silent}; {len(ready)} of {count(len(wanted), 'device')} ready{least}")
+        ready_of = f"{len(ready)} of {count(len(wanted), 'device')} ready"
+        return Verdict(say=f"step {step} waits for {silent}; {ready_of}{least}", silent=tuple(missing))
 
     def newcomers(self, joined: Collection[str], clients: int, now: float) -> Verdict:
         """

@@ -1,7 +1,8 @@
 """The run on the network: connections, what is said over them, and what the federation wants done."""
 
+from .event_relay import EventRelay
 from .journal import Journal
 from .observer import Observer
 from .run_server import RunServer
 
-__all__ = ["Journal", "Observer", "RunServer"]
+__all__ = ["EventRelay", "Journal", "Observer", "RunServer"]

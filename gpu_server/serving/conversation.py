@@ -25,6 +25,7 @@ from terminal import count, duration, version
 from ..door import Door
 from ..edge_part import EdgePartStore, PartUnavailable
 from ..federation import Federation, NameInUse
+from ..history import tell
 from ..listener import Listener
 from .handing_over import HandingOver
 from .http_handshake import SECONDS_TO_TRY_AGAIN
@@ -111,7 +112,7 @@ class Conversations:
             # Else it was closed from this side, which has said why.
             is_lost = self._is_current(peer) and not self._lifetime.is_over
             if is_lost and peer.has_joined and not self._lifetime.is_saved:
-                logger.info("%s: connection lost", peer)
+                tell("lost", f"{peer}: connection lost", client=peer.name)
         finally:
             self._forget(peer)
 
@@ -147,7 +148,7 @@ class Conversations:
         if self._door.admits is not None and hello.name != (owner := peer.connection.username):
             raise RemoteProtocolError(f"the secret is that of {owner}; it does not open the run for {hello.name}")
         if (before := self._peers.get(hello.name)) is not None and not await before.lives():
-            logger.info("%s: its earlier connection is dead", before)
+            tell("note", f"{before}: its earlier connection is dead", client=hello.name)
             self._forget(before)
             before.drop()
         welcome = self._federation.welcome(hello)
@@ -163,10 +164,12 @@ class Conversations:
             if not self._is_current(peer):
                 return  # its client was revoked meanwhile, or is back on another connection
         if peer.handed_over:
-            logger.info("%s has fetched its part of the model, %.1f MB", peer, peer.handed_over / 1e6)
+            fetched = f"{peer} has fetched its part of the model, {peer.handed_over / 1e6:.1f} MB"
+            tell("part_fetched", fetched, client=peer.name, bytes=peer.handed_over)
             peer.take_counts()  # these bytes belong to no step
         now = time.monotonic()
         before = federation.members.get(peer.name)
+        was_started = federation.total_steps > 0
         actions = federation.join(peer.name, join, now)
         peer.has_joined = True
         peer.expect(self._largest_message(join.batch_size * join.longest), answers=federation.settings.micro_batches)
@@ -175,7 +178,16 @@ class Conversations:
         else:
             came = "is back" if before.lost_at is None else f"is back after {duration(now - before.lost_at)}"
         status = federation.status()
-        logger.info("%s %s; %d of %s connected", peer, came, status.connected, count(status.clients, "device"))
+        tell(
+            "joined" if before is None else "back",
+            f"{peer} {came}; {status.connected} of {count(status.clients, 'device')} connected",
+            client=peer.name,
+            samples=join.num_samples,
+            batch_size=join.batch_size,
+        )
+        if status.step == 0 and not was_started and federation.total_steps:
+            steps = federation.total_steps
+            tell("training_started", f"training starts: {count(steps, 'step')}", step=0, quiet=True, total_steps=steps)
         self._performer.perform(actions)
         self._performer.tell_status()
 
@@ -233,7 +245,7 @@ class Conversations:
         endings = [peer.send_away() if to_be_continued else peer.refuse(reason) for peer in self._peers.values()]
         for error in await asyncio.gather(*endings, return_exceptions=True):
             if isinstance(error, Exception):  # one device must not keep the others from hearing, nor the run from being saved
-                logger.error("a device could not be dismissed: %r", error)
+                tell("note", f"a device could not be dismissed: {error!r}", level="error")
 
     def _forget(self, peer: Peer, for_good: str | None = None) -> bool:
         """
@@ -265,7 +277,8 @@ class Conversations:
         federation = self._federation
         told = name in federation.members and federation.total_steps > 0 and not self._lifetime.is_saved
         if told:
-            logger.warning("%s has left the run after step %d: %s", peer or name, federation.step, reason)
+            text = f"{peer or name} has left the run after step {federation.step}: {reason}"
+            tell("left", text, level="warning", client=name, step=federation.step)
         self._performer.perform(federation.leave(name, time.monotonic()))
         self._performer.tell_status()
         return told
@@ -277,7 +290,8 @@ class Conversations:
             told: whether it was logged already.
         """
         if not told:
-            logger.warning("%s refused%s: %s", peer, " for now" if retry_after else "", reason)
+            refusal = f"{peer} refused{' for now' if retry_after else ''}: {reason}"
+            tell("refused", refusal, level="warning", client=peer.name)
         await peer.refuse(reason, retry_after=retry_after)
 
 

@@ -13,12 +13,12 @@ from protocol import HANDSHAKE_BYTES, SECONDS_BETWEEN_PINGS, SECONDS_TO_PONG, co
 
 from ..door import Door
 from ..errors import ServerError
+from ..history import tell
 from ..listener import Limits, Listener
 from .peer import SECONDS_TO_CLOSE, CountingConnection
 
 __all__ = ["SECONDS_TO_TRY_AGAIN", "accept_connections", "watch_enrolments"]
 
-logger = logging.getLogger("gpu_server")
 QUIET = logging.getLogger("websockets.server.quiet")
 QUIET.setLevel(logging.INFO)  # below that it would tell the headers, and the secrets in them
 
@@ -127,7 +127,8 @@ class _Admission:
         """Whoever was answered in HTTP has no WebSocket; only the operator can tell why it was refused."""
         if response.status_code != http.HTTPStatus.SWITCHING_PROTOCOLS:
             assert isinstance(connection, CountingConnection)
-            logger.warning("%s refused: HTTP %d, %s", connection.address, response.status_code, _why(request, response))
+            refusal = f"{connection.address} refused: HTTP {response.status_code}, {_why(request, response)}"
+            tell("refused", refusal, level="warning", status=response.status_code)
 
 
 def _why(request: Request, response: Response) -> str:

@@ -8,6 +8,7 @@ from storage import RunDescription
 
 from ..checkpoints import SavedRound
 from ..federation import StepRecord
+from ..history import EvaluationRecord, RunEvent
 from ..run_directory import RunDirectory
 
 __all__ = ["Journal"]
@@ -42,6 +43,12 @@ class Journal:
 
     def write_step(self, record: StepRecord) -> "Future[None]":
         return self._small.submit(self._directory.append_metrics, record)
+
+    def write_event(self, event: RunEvent) -> "Future[None]":
+        return self._small.submit(self._directory.append_event, event)
+
+    def write_evaluation(self, record: EvaluationRecord) -> "Future[None]":
+        return self._small.submit(self._directory.append_evaluation, record)
 
     def write_checkpoint(self, saved: SavedRound) -> "Future[None]":
         def write() -> None:

@@ -1,18 +1,16 @@
 """How long a run is served."""
 
 import asyncio
-import logging
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
 from terminal import duration, listed
 
 from ..federation import Federation, Phase
+from ..history import tell
 from .peer import Peer
 
 __all__ = ["Lifetime"]
-
-logger = logging.getLogger("gpu_server")
 
 
 class Lifetime:
@@ -77,7 +75,7 @@ class Lifetime:
             self._grace_ends.cancel()  # a device has come since, and gets the whole time to come again
         if self._grace_period:
             waited = duration(self._grace_period)
-            logger.info("the run is complete; waiting up to %s for %s to fetch the adapter", waited, listed(unfinished))
+            tell("note", f"the run is complete; waiting up to {waited} for {listed(unfinished)} to fetch the adapter")
         self._grace_ends = self._loop.call_later(self._grace_period, lambda: None if self._peers else self.end())
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -1,6 +1,7 @@
 """Whoever follows a run: the SDK, a page, a test."""
 
 from ..federation import RunStatus, StepRecord
+from ..history import EvaluationRecord, RunEvent
 
 __all__ = ["Observer"]
 
@@ -9,7 +10,7 @@ class Observer:
     """
     Is told how a run goes. Override what you want to hear of; see `GpuServer.observe`.
 
-    Both methods are called on the thread that serves the devices, so they return at once. What they raise ends the run.
+    All methods are called on the thread that serves the devices, so they return at once. What they raise ends the run.
     """
 
     def step_finished(self, record: StepRecord) -> None:
@@ -20,3 +21,12 @@ class Observer:
         A client has joined, is back, is lost or has left; a step is finished, whose record follows by `step_finished`; the run
         is complete. Phases that last for a part of a step are not told.
         """
+
+    def event_happened(self, event: RunEvent) -> None:
+        """Something that an operator would like to be told; see `EVENT_KINDS`."""
+
+    def evaluated(self, record: EvaluationRecord) -> None:
+        """A device has measured its held-out loss."""
+
+    def checkpoint_written(self, step: int) -> None:
+        """The run can go on from the end of this step, whatever happens."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from ..federation import (
     SaveCodecState,
     Train,
 )
+from ..history import tell
 from .journal import Journal
 from .lifetime import Lifetime
 from .observer import Observer
@@ -40,6 +42,7 @@ Replies = dict[str, "asyncio.Task[None]"]
 """Those that are being sent, by client."""
 
 SECONDS_FOR_REPLIES = 1.0
+SECONDS_BETWEEN_TOLD_CHECKPOINTS = 60.0
 
 
 class Performer:
@@ -64,7 +67,7 @@ class Performer:
         self._peers, self._lifetime = peers, lifetime
         self._observers = observers
         self._steps = _StepWriter(journal, observers, peers, lifetime)
-        self._checkpoints = _CheckpointWriter(federation, engine, journal, self._steps, lifetime)
+        self._checkpoints = _CheckpointWriter(federation, engine, journal, observers, self._steps, lifetime)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._alarm: asyncio.TimerHandle | None = None
         # What returns a coroutine takes time: the actions after it do not wait for it.
@@ -126,7 +129,7 @@ class Performer:
             replies[action.client] = self._lifetime.spawn(_send(peer, action))
 
     def _report(self, action: Report, _: Replies) -> None:
-        logger.info("%s", action.text)
+        tell(action.kind, action.text, client=action.client, step=self._federation.step, **action.details)
 
     def _finish_step(self, action: FinishStep, replies: Replies) -> None:
         self._steps.write(action, list(replies.values()))
@@ -175,6 +178,7 @@ class Performer:
         await self._checkpoints.finish()
         await self._save_adapter()
         self.perform(self._federation.saved(time.monotonic()))
+        tell("complete", "the adapter is saved", step=self._federation.step, quiet=True)
         self.tell_status()
         self._lifetime.end_if_all_have_left()
 
@@ -259,9 +263,16 @@ class _CheckpointWriter:
     """One checkpoint at a time: who asks while one is written has that one, or the next, written after."""
 
     def __init__(
-        self, federation: Federation, engine: Engine, journal: Journal, steps: _StepWriter, lifetime: Lifetime
+        self,
+        federation: Federation,
+        engine: Engine,
+        journal: Journal,
+        observers: Sequence[Observer],
+        steps: _StepWriter,
+        lifetime: Lifetime,
     ) -> None:
         self._federation, self._journal, self._steps, self._lifetime = federation, journal, steps, lifetime
+        self._observers, self._told = observers, -math.inf
         self._round_end: tuple[int, Adapter] = (federation.round, engine.round_end)
         """What the last round ended with: its step, and `Engine.round_end` as it was then."""
         self._to_write: tuple[int, Adapter] | None = None
@@ -290,6 +301,11 @@ class _CheckpointWriter:
             saved = SavedRound(run=self._federation.run, step=step, membership=self._federation.membership(), state=state)
             await asyncio.wrap_future(self._journal.write_checkpoint(saved))
             self._federation.checkpointed(step)
+            for observer in self._observers:
+                observer.checkpoint_written(step)
+            if time.monotonic() - self._told >= SECONDS_BETWEEN_TOLD_CHECKPOINTS:
+                self._told = time.monotonic()
+                tell("checkpoint", f"a checkpoint of step {step} is written", step=step, quiet=True)
 
 
 async def _send(peer: Peer, action: Reply) -> None:

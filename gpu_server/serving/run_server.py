@@ -2,18 +2,20 @@
 
 import asyncio
 import gc
-import logging
 from collections.abc import Callable, Sequence
 
 from protocol import TrainingDiverged
 from storage import CacheFolder, ModelError
+from terminal import count
 
 from ..door import Door
 from ..edge_part import EdgePartStore
 from ..engine import Engine
 from ..federation import Action, Federation
+from ..history import tell
 from ..listener import Limits, Listener
 from .conversation import Conversations
+from .event_relay import EventRelay
 from .http_handshake import accept_connections, watch_enrolments
 from .journal import Journal
 from .lifetime import Lifetime
@@ -22,8 +24,6 @@ from .peer import CountingConnection, Peer
 from .performer import Performer
 
 __all__ = ["RunServer"]
-
-logger = logging.getLogger("gpu_server")
 
 SECONDS_TO_FINISH = 10.0
 
@@ -47,13 +47,14 @@ class RunServer:
         door: Door,
         journal: Journal,
         observers: Sequence[Observer],
+        events: EventRelay,
         model_name: str,
         grace_period: float,
         caches: Callable[[str], CacheFolder] | None,
         edge_part: EdgePartStore | None,
     ) -> None:
         self._federation, self._engine, self._door = federation, engine, door
-        self._journal, self._observers = journal, observers
+        self._journal, self._observers, self._events = journal, observers, events
         self._model_name, self._grace_period, self._caches = model_name, grace_period, caches
         self._edge_part = edge_part
         self._loop: asyncio.AbstractEventLoop
@@ -115,8 +116,13 @@ class RunServer:
             gc.collect()
             gc.freeze()  # the listener collects often: it need not look at all that was here before
             listening(self._url(listener))
+            self._events.connect(lifetime)
+            restarts = self._federation.restarts
+            again = f", restarted {count(restarts, 'time')}" if restarts else ""
+            started = f"the server listens on {self._url(listener)}{again}"
+            tell("server_started", started, step=self._federation.step, quiet=True, restarts=restarts)
             for notice in self._door.notices:
-                logger.warning("%s", notice)
+                tell("note", notice, level="warning")
             watch = self._loop.create_task(watch_enrolments(self._door, conversations.expel_revoked))
             try:
                 performer.perform(first)
@@ -130,9 +136,8 @@ class RunServer:
     def _limits(self) -> Limits:
         limits = self._door.limits.within_open_files(self._federation.settings.clients)
         if limits.connections < self._door.limits.connections:
-            logger.warning(
-                "at most %d connections at a time, by the number of files that this process may open", limits.connections
-            )
+            most = f"at most {limits.connections} connections at a time"
+            tell("note", f"{most}, by the number of files that this process may open", level="warning")
         return limits
 
     async def _until_end(self, lifetime: Lifetime, performer: Performer, conversations: Conversations) -> None:
@@ -142,6 +147,7 @@ class RunServer:
             await lifetime.finish_tasks(SECONDS_TO_FINISH)
             # Numbers that are none come again. A disk that is full, or a defect, may be mended: then the run can go on.
             is_lasting = isinstance(error, TrainingDiverged | ModelError)
+            tell("failed", str(error) or repr(error), level="error", step=self._federation.step, quiet=True)
             await conversations.dismiss(str(error) if is_lasting else "the server failed", to_be_continued=not is_lasting)
             raise
         await lifetime.finish_tasks(SECONDS_TO_FINISH)
@@ -156,15 +162,12 @@ class RunServer:
             return
         if not federation.total_steps:
             if to_be_continued:
-                logger.info("stopped before the run started; --resume waits for its devices again")
+                tell("stopped", "stopped before the run started; --resume waits for its devices again", step=0)
             return
         await performer.save_unfinished()
-        logger.info(
-            "stopped after step %d of %d; its adapter is saved%s",
-            federation.round,
-            federation.total_steps,
-            "; --resume goes on from there" if to_be_continued else "",
-        )
+        goes_on = "; --resume goes on from there" if to_be_continued else ""
+        reached = f"step {federation.round} of {federation.total_steps}"
+        tell("stopped", f"stopped after {reached}; its adapter is saved{goes_on}", step=federation.round)
 
     def _url(self, listener: Listener) -> str:
         host, port = listener.getsockname()[:2]

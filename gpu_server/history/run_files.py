@@ -1,0 +1,83 @@
+"""Reads what a run has written, while it is served and afterwards."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from storage import RunDescription
+
+from ..errors import ServerError
+from ..federation import StepRecord
+from ..run_lock import is_served
+from .events import RunEvent
+from .records import EvaluationRecord, record_of
+
+__all__ = ["EVALUATIONS", "EVENTS", "METRICS", "HistoryError", "RunFiles"]
+
+METRICS, EVENTS, EVALUATIONS = "metrics.jsonl", "events.jsonl", "evaluations.jsonl"
+
+Line = TypeVar("Line")
+
+
+class HistoryError(ServerError):
+    """A folder holds no run, or a file of it cannot be read."""
+
+
+class RunFiles:
+    """
+    The files of one run. Nothing is read before it is asked for; a line that is being written just now is left out.
+
+    Raises:
+        HistoryError: the folder holds no run.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir
+        description = RunDescription.read(run_dir, HistoryError) if run_dir.is_dir() else None
+        if description is None:
+            raise HistoryError(f"{run_dir} holds no run; give the folder that a server has as --run-dir")
+        self.description: RunDescription = description
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a server has the run just now."""
+        return is_served(self.path)
+
+    def steps(self) -> Iterator[StepRecord]:
+        """
+        In their order; none where no step is finished yet.
+
+        Raises:
+            HistoryError: a line cannot be read.
+        """
+        return self._lines(METRICS, record_of)
+
+    def events(self) -> Iterator[RunEvent]:
+        """The earliest first; none of a run of before there was events.jsonl. Raises as `steps`."""
+        return self._lines(EVENTS, RunEvent.from_json)
+
+    def evaluations(self) -> Iterator[EvaluationRecord]:
+        """In the order in which they came; raises as `steps`."""
+        return self._lines(EVALUATIONS, EvaluationRecord.from_json)
+
+    def _lines(self, name: str, parse: Callable[[Mapping[str, Any]], Line]) -> Iterator[Line]:
+        path = self.path / name
+        try:
+            if not path.exists():
+                return
+            with path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    if not line.endswith(b"\n"):
+                        return  # it is being written, or its writing was cut off
+                    try:
+                        parsed = parse(json.loads(line))
+                    except (ValueError, KeyError, TypeError, AttributeError):
+                        served_with = self.description.versions.get("splitlora", "unknown")
+                        raise HistoryError(
+                            f"{path}, line {number} is nothing that this version reads; the run was served with version "
+                            f"{served_with}: use that one, or a later one"
+                        ) from None
+                    yield parsed
+        except OSError as error:
+            raise HistoryError(f"{path} cannot be read: {error.strerror or error}") from None

@@ -1,0 +1,172 @@
+"""What happened in a run, told once: to the log, to the files, to whoever follows it; and read again from the files."""
+
+import json
+import logging
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import permissions
+
+from gpu_server.federation import StepRecord
+from gpu_server.history import EvaluationRecord, HistoryError, RunEvent, RunFiles, record_of, row_of, tell, telling_to
+from gpu_server.run_directory import RunDirectory
+from protocol import Seconds
+from storage import RunDescription
+from terminal import show_log
+
+DESCRIPTION = RunDescription(run="r", fingerprint="f", config={}, dtype="float32", versions={"splitlora": "9.9"})
+
+
+def step(number: int, **more: Any) -> StepRecord:
+    usual: dict[str, Any] = {
+        "loss": 2.5 - number / 100,
+        "labelled_tokens": 12,
+        "tokens": 30,
+        "seconds": {"a": Seconds(edge_compute=0.25), "b": Seconds(uplink=0.5)},
+        "deadline": 60.0,
+        "codec": "int8",
+        "server_compute": 0.125,
+        "bytes_up": {"a": 100, "b": 200},
+        "bytes_down": {"a": 300, "b": 400},
+    }
+    return StepRecord(number=number, **{**usual, **more})
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    directory = RunDirectory(tmp_path / "run")
+    directory.describe(DESCRIPTION)
+    return directory
+
+
+# Telling
+
+
+def test_what_is_told_is_in_the_log_and_with_who_follows(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[RunEvent] = []
+    with telling_to(told.append), caplog.at_level(logging.INFO, "gpu_server"):
+        tell("back", "kitchen is back", client="kitchen", step=3, seconds=4.5)
+    (event,) = told
+    assert (event.kind, event.text, event.client, event.step, event.details) == (
+        "back", "kitchen is back", "kitchen", 3, {"seconds": 4.5}
+    )  # fmt: skip
+    assert caplog.messages == ["kitchen is back"]
+    assert RunEvent.from_json(json.loads(json.dumps(event.as_json()))) == event
+
+
+def test_nobody_hears_what_is_told_of_another_run() -> None:
+    first: list[RunEvent] = []
+    second: list[RunEvent] = []
+
+    def serve(sink: Callable[[RunEvent], None], text: str) -> None:
+        with telling_to(sink):
+            both.wait()
+            tell("note", text)
+
+    both = threading.Barrier(2)
+    threads = [threading.Thread(target=serve, args=(sink.append, text)) for sink, text in ((first, "a"), (second, "b"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [event.text for event in first] == ["a"]
+    assert [event.text for event in second] == ["b"]
+
+
+def test_a_strangers_words_are_made_plain_and_lose_their_secret() -> None:
+    told: list[RunEvent] = []
+    with telling_to(told.append):
+        tell("refused", "it sent \x1b[2J and splitlora://h:1#a/SECRET?pin=x", level="warning")
+    assert "\x1b" not in told[0].text
+    assert "SECRET" not in told[0].text
+
+
+def test_log_in_json_has_a_line_an_event_with_what_is_quiet_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    with show_log("gpu_server", "json"):
+        tell("checkpoint", "a checkpoint of step 4 is written", step=4, quiet=True)
+        logging.getLogger("gpu_server").info("%s", "told\nby nobody")
+        logging.getLogger("gpu_server").debug("only for who debugs")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(line["kind"], line["level"], line["text"]) for line in lines] == [
+        ("checkpoint", "info", "a checkpoint of step 4 is written"),
+        ("note", "info", "told\\nby nobody"),
+    ]
+    assert lines[0]["step"] == 4
+    assert all(line["time"] > 1.7e9 for line in lines)
+
+
+# Files
+
+
+def test_a_runs_files_say_what_was_written(directory: RunDirectory) -> None:
+    steps, events = [step(1), step(2)], [RunEvent(time=1.5, kind="note", text="é\u2028")]
+    held_out = EvaluationRecord(step=2, time=3.0, client="a", loss=math.log(8), labelled_tokens=40)
+    for each in steps:
+        directory.append_metrics(each)
+    directory.append_event(events[0])
+    directory.append_evaluation(held_out)
+    files = RunFiles(directory.path)
+    assert list(files.steps()) == steps
+    assert list(files.events()) == events
+    assert list(files.evaluations()) == [held_out]
+    assert held_out.perplexity == pytest.approx(8)
+    assert files.description == DESCRIPTION
+    assert not files.is_served
+    assert {permissions(directory.path / name) for name in ("metrics.jsonl", "events.jsonl", "evaluations.jsonl")} == {0o600}
+
+
+def test_a_run_that_has_done_nothing_yet_has_no_lines(directory: RunDirectory) -> None:
+    files = RunFiles(directory.path)
+    assert [*files.steps(), *files.events(), *files.evaluations()] == []
+
+
+def test_line_that_is_being_written_is_left_out(directory: RunDirectory) -> None:
+    directory.append_metrics(step(1))
+    with (directory.path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row_of(step(2)))[:40])
+    assert [record.number for record in RunFiles(directory.path).steps()] == [1]
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "evaluations.jsonl"])
+def test_line_that_a_crash_has_torn_does_not_spoil_the_next(directory: RunDirectory, name: str) -> None:
+    (directory.path / name).write_text('{"torn": ')
+    directory.hold()
+    directory.append_event(RunEvent(time=1.0, kind="note", text="after"))
+    directory.append_evaluation(EvaluationRecord(step=1, time=1.0, client="a", loss=1.0, labelled_tokens=1))
+    directory.release()
+    files = RunFiles(directory.path)
+    assert [event.text for event in files.events()] == ["after"]
+    assert len(list(files.evaluations())) == 1
+
+
+@pytest.mark.parametrize("line", ["{}", "[]", "nothing", '{"step": 1, "loss": {}, "clients": []}'])
+def test_line_of_a_later_version_is_refused_in_a_sentence(directory: RunDirectory, line: str) -> None:
+    directory.append_metrics(step(1))
+    with (directory.path / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(HistoryError, match=r"metrics\.jsonl, line 2 is nothing that this version reads; .* version 9\.9"):
+        list(RunFiles(directory.path).steps())
+
+
+def test_members_of_a_later_version_are_left_out() -> None:
+    row = row_of(step(1))
+    row["weather"], row["clients"]["a"]["mood"] = "fine", 1
+    assert record_of(row) == step(1)
+
+
+def test_line_of_an_earlier_version_has_the_rest_by_default() -> None:
+    row = {"step": 1, "loss": 2.0, "labelled_tokens": 3, "tokens": 4, "clients": {"a": {"bytes_up": 1, "bytes_down": 2}}}
+    record = record_of(row)
+    assert (record.number, record.loss, record.bytes_up) == (1, 2.0, {"a": 1})
+    assert record.seconds == {"a": Seconds()}
+
+
+@pytest.mark.parametrize("where", ["nowhere", "empty"])
+def test_folder_without_a_run_is_named(tmp_path: Path, where: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(HistoryError, match=f"{where} holds no run"):
+        RunFiles(tmp_path / where)
