@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import contestants  # first: it finds the tests' modules
+import harness  # first: it finds the tests' modules
 import numpy as np
 import reference
 
@@ -35,7 +35,7 @@ def main() -> None:
         folder = Path(name)
         base = folder / "base"
         base.mkdir()
-        contestants.make_gpt2_small(base)
+        harness.make_gpt2_small(base)
         for title, targets in TARGETS.items():
             adapter = reference.make_adapter(base, folder / title, rank=8, targets=targets)
             for kept in (False, True):
@@ -47,7 +47,7 @@ def main() -> None:
                 merged, kept_apart = (statistics.median(column) * 1000 for column in zip(*seconds, strict=True))
                 cost = statistics.median(apart / whole for whole, apart in seconds) - 1
                 rows.append([title, precision, f"{merged:.2f}", f"{kept_apart:.2f}", f"{cost:+.1%}"])
-    print(contestants.markdown(["adapter in", "precision", "merged, ms a token", "kept apart, ms a token", "cost"], rows))
+    print(harness.markdown(["adapter in", "precision", "merged, ms a token", "kept apart, ms a token", "cost"], rows))
 
 
 def race(generators: list[Generator], rounds: int, what: str) -> list[list[float]]:

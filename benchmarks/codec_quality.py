@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import contestants
+import harness
 import torch
 
 from edge_client import EdgeClient
@@ -57,15 +57,15 @@ def main() -> None:
 def run(folder: Path, settings: dict[str, Any], rows: int, progress: Progress) -> tuple[float, float]:
     """Perplexity after the run, and by how many nats/token the codec changed the loss in the last check."""
     folder.mkdir()
-    model = str(contestants.shared("models/gpt2-mini"))
-    valid = contestants.write_rows(folder / "valid.txt", contestants.e2e_rows("valid", slice(None, None, 12)))
+    model = str(harness.shared("models/gpt2-mini"))
+    valid = harness.write_rows(folder / "valid.txt", harness.e2e_rows("valid", slice(None, None, 12)))
     training = {"cut_layer": 3, "lr": 2e-3, "dtype": "float32", "codec_tolerance": 1e9}
     perplexity: list[float] = []
     with GpuServer(model=model, run_dir=str(folder / "run"), port=0, clients=CLIENTS, **training, **settings) as server:
 
         def take_part(number: int) -> None:
-            third = contestants.e2e_rows("train", slice(number * THIRD, number * THIRD + rows))
-            data = contestants.write_rows(folder / f"{number}.txt", third)
+            third = harness.e2e_rows("train", slice(number * THIRD, number * THIRD + rows))
+            data = harness.write_rows(folder / f"{number}.txt", third)
             own = {
                 "batch_size": BATCH_SIZE,
                 "engine": "torch",
@@ -106,7 +106,7 @@ def report(found: dict[str, list[float]], changes: dict[str, list[float]], what:
         shown = ", ".join(f"{perplexity:.3f}" for perplexity in perplexities)
         rows.append([codec, shown, f"{statistics.mean(against):+.2f} %", each, f"{statistics.mean(changes[codec]):+.4f}"])
     header = [f"after {what}", "perplexity, by seed", "against the first", "each, %", "change of the loss that was seen"]
-    print(contestants.markdown(header, rows), flush=True)
+    print(harness.markdown(header, rows), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import contestants
+import harness
 import numpy as np
 import torch
 from tokenizers import Tokenizer
@@ -214,7 +214,7 @@ def main() -> None:
 
 
 def gpt2(num_batches: int, steps: int) -> tuple[Model, list[Batch]]:
-    folder = contestants.shared("models/gpt2-mini")
+    folder = harness.shared("models/gpt2-mini")
     batches = e2e_batches(load_tokenizer(folder), PretrainedModel(folder).config.end_token, num_batches + steps)
     model = Gpt2(folder)
     with Progress(steps) as progress:
@@ -229,7 +229,7 @@ def llama(folder: Path, num_batches: int) -> tuple[Model, list[Batch]]:
 
 def e2e_batches(tokenizer: Tokenizer, end_token: int, count: int) -> list[Batch]:
     with tempfile.TemporaryDirectory() as scratch:
-        rows = contestants.write_rows(Path(scratch) / "rows.txt", contestants.e2e_rows("train", slice(0, 14_020)))
+        rows = harness.write_rows(Path(scratch) / "rows.txt", harness.e2e_rows("train", slice(0, 14_020)))
         data = Dataset.load(rows, tokenizer, end_token, 512)
     return [data.batch(step, BATCH_SIZE, (0, "benchmark", "order")) for step in range(1, count + 1)]
 
@@ -255,9 +255,9 @@ def report(model: Model, examples: list[Example], costs: list[Cost], limits: dic
         of_kind = [cost for cost in costs if cost.gradients is gradients]
         effects = gradient_errors(model, examples, of_kind) if gradients else loss_changes(model, examples, of_kind)
         rows = [cost.row(effect) for cost, effect in zip(of_kind, effects, strict=True)]
-        print(contestants.markdown(["gradients" if gradients else "activations", *header, last], rows), end="\n\n")
+        print(harness.markdown(["gradients" if gradients else "activations", *header, last], rows), end="\n\n")
     rows = [[name, f"{statistics.median(speeds):,.0f}"] for name, speeds in limits.items()]
-    print(contestants.markdown(["limit", "MB/s of float32"], rows))
+    print(harness.markdown(["limit", "MB/s of float32"], rows))
 
 
 def loss_changes(model: Model, examples: list[Example], costs: list[Cost]) -> list[str]:

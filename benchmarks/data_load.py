@@ -18,7 +18,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import contestants
+import harness
 
 SPARE_BYTES = 512 * 2**20
 BATCH_SIZE, STEPS = 8, 2000
@@ -47,7 +47,7 @@ def main() -> None:
         with path.open("rb") as file:
             few.write_bytes(b"".join(file.readlines(min(COMPARED_BYTES, options.megabytes * 10**6))))
         listed = in_a_process("list", few, Path(name) / "few-tokens")
-        e2e = in_a_process("load", contestants.shared("data/e2e/train.txt"), Path(name) / "tokens")
+        e2e = in_a_process("load", harness.shared("data/e2e/train.txt"), Path(name) / "tokens")
     rows = [
         [f"first start: peak memory beyond the imports, {first['samples']:,} samples", mega(first["loaded_peak"]), "150 MB"],
         [f"... with {STEPS} batches", mega(first["peak"]), "150 MB"],
@@ -61,7 +61,7 @@ def main() -> None:
         ["making a batch of 8", f"{later['step'] * 1e6:.0f} us", ""],
         ["... from a list of arrays in memory", f"{listed['step'] * 1e6:.0f} us", ""],
     ]
-    print(contestants.markdown([f"{options.megabytes} MB of JSONL", "", "at most / at least"], rows))
+    print(harness.markdown([f"{options.megabytes} MB of JSONL", "", "at most / at least"], rows))
 
 
 def mega(num_bytes: int) -> str:
@@ -108,7 +108,7 @@ def measure_load(path: Path, folder: Path) -> dict[str, float]:
     from edge_client.generation import process_memory
     from storage import load_tokenizer
 
-    tokenizer = load_tokenizer(contestants.shared("tokenizers/gpt2"))
+    tokenizer = load_tokenizer(harness.shared("tokenizers/gpt2"))
     limit = (process_memory("VmData") or 0) + SPARE_BYTES
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     before, anonymous = process_memory("VmRSS") or 0, process_memory("RssAnon") or 0
@@ -138,7 +138,7 @@ def measure_list(path: Path, folder: Path) -> dict[str, float]:
     from edge_client.text_file import read_texts
     from storage import encode, load_tokenizer
 
-    tokenizer = load_tokenizer(contestants.shared("tokenizers/gpt2"))
+    tokenizer = load_tokenizer(harness.shared("tokenizers/gpt2"))
     samples = Dataset.load(path, tokenizer, END_TOKEN, MAX_LENGTH, folder=folder).samples[:]
     order = list(range(len(samples)))
     random.Random(0).shuffle(order)

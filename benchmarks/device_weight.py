@@ -16,7 +16,7 @@ import venv
 from collections import Counter
 from pathlib import Path
 
-import contestants
+import harness
 
 from edge_client.generation import process_memory
 from gpu_server import GpuServer
@@ -51,9 +51,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         environment = plain_environment(Path(scratch) / "environment")
         sizes = installed(environment)
-        plain, with_torch = environment / "bin", contestants.PROGRAMS
-        model = contestants.make_gpt2_small(Path(scratch))
-        data = contestants.write_rows(Path(scratch) / "rows.txt", contestants.e2e_rows("train", slice(0, 8 * STEPS)))
+        plain, with_torch = environment / "bin", harness.PROGRAMS
+        model = harness.make_gpt2_small(Path(scratch))
+        data = harness.write_rows(Path(scratch) / "rows.txt", harness.e2e_rows("train", slice(0, 8 * STEPS)))
         rows = []
         for engine, weights, programs in [
             *(("onnxruntime", weights, plain) for weights in ("float32", "float16", "int8")),
@@ -76,17 +76,17 @@ def main() -> None:
             ["`import torch`", f"{median_seconds(sys.executable, '-c', 'import torch'):.1f} s", ""],
         ]
     total = f"{sizes.total() / 1e6:.0f} MB"
-    print(contestants.markdown(["", "measured", "goal"], [["installed, without pip", total, GOALS["installed"]], *starts]))
+    print(harness.markdown(["", "measured", "goal"], [["installed, without pip", total, GOALS["installed"]], *starts]))
     print("\nof that: " + ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sizes.most_common(12)) + "\n")
     heads = ["engine", "weights", "kept in the state folder", f"start (goal {GOALS['start']})", "peak memory", "goal"]
-    print(contestants.markdown(heads, rows))
+    print(harness.markdown(heads, rows))
 
 
 def plain_environment(folder: Path) -> Path:
     """What `pip install splitlora` makes."""
     venv.create(folder, with_pip=True)
     pip = [str(folder / "bin/python"), "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
-    subprocess.run([*pip, str(contestants.REPOSITORY)], check=True)
+    subprocess.run([*pip, str(harness.REPOSITORY)], check=True)
     return folder
 
 

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import contestants
+import harness
 import reference
 import torch
 from tqdm import tqdm
@@ -38,20 +38,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--valid-every", type=int, default=1, help="use every n-th row of valid.txt")
     options = parser.parse_args()
-    base = contestants.shared("models/gpt2-mini")
+    base = harness.shared("models/gpt2-mini")
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        thirds = [contestants.e2e_rows("train", slice(i * THIRD, (i + 1) * THIRD)) for i in range(3)]
-        files = [contestants.write_rows(scratch / f"third-{i}.txt", rows) for i, rows in enumerate(thirds)]
-        valid = contestants.e2e_rows("valid", slice(None, None, options.valid_every))
+        thirds = [harness.e2e_rows("train", slice(i * THIRD, (i + 1) * THIRD)) for i in range(3)]
+        files = [harness.write_rows(scratch / f"third-{i}.txt", rows) for i, rows in enumerate(thirds)]
+        valid = harness.e2e_rows("valid", slice(None, None, options.valid_every))
         start = scratch / "start"
         config = PretrainedModel(base).config
         save_adapter(start, initial_adapter(config, LORA, SEED), config, LORA, str(base))
 
         began = time.perf_counter()
-        before, split_after = run_split(
-            base, scratch, files, contestants.write_rows(scratch / "valid.txt", valid), options.steps
-        )
+        before, split_after = run_split(base, scratch, files, harness.write_rows(scratch / "valid.txt", valid), options.steps)
         split_seconds = time.perf_counter() - began
         began = time.perf_counter()
         central_after = run_centralised(base, start, files, valid, options.steps)
@@ -63,7 +61,7 @@ def main() -> None:
             ["centralised LoRA, transformers + PEFT", f"{central_after:.3f}", f"{central_seconds:.0f}", ""],
             ["split, a server and three clients", f"{split_after:.3f}", f"{split_seconds:.0f}", f"{difference:+.4%}"],
         ]
-        print(contestants.markdown(["after " + f"{options.steps} steps of 3 x 8", "perplexity", "seconds", "difference"], rows))
+        print(harness.markdown(["after " + f"{options.steps} steps of 3 x 8", "perplexity", "seconds", "difference"], rows))
         print(
             "\n"
             + "\n".join(
@@ -77,17 +75,17 @@ def run_split(base: Path, scratch: Path, files: list[Path], valid: Path, steps: 
     """Perplexity before and after."""
     training = f"--steps {steps} --lr {LEARNING_RATE} --cut-layer {CUT_LAYER} --dtype float32 --seed {SEED}"
     # The evaluation rows go to one client only; its perplexity is of the whole split model.
-    run = contestants.SplitRun(
+    run = harness.SplitRun(
         base, scratch / "run", files, training, f"--batch-size {BATCH_SIZE} --dtype float32", f"--eval-data {valid}"
     )
-    return contestants.perplexities(run.wait()[0])
+    return harness.perplexities(run.wait()[0])
 
 
 def run_centralised(base: Path, start: Path, files: list[Path], valid: list[tuple[str, str]], steps: int) -> float:
     """Perplexity after training on the batches that the clients drew."""
     tokenizer, model = load_tokenizer(base), PretrainedModel(base)
     datasets = [Dataset.load(file, tokenizer, model.config.end_token, 512) for file in files]
-    samples = [reference.encode(contestants.read_rows(file), base) for file in files]
+    samples = [reference.encode(harness.read_rows(file), base) for file in files]
     union = []
     for step in range(1, steps + 1):
         orders = [data.order(step, BATCH_SIZE, (SEED, f"client-{i}", "order")) for i, data in enumerate(datasets)]

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import contestants
+import harness
 import numpy as np
 
 from protocol import RunSettings
@@ -41,11 +41,11 @@ def main() -> None:
     parser.add_argument("--cuts", nargs="+", type=int, default=[1, 3, 6], help="of the part about labels")
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
     options = parser.parse_args()
-    contestants.keep_to(sorted(os.sched_getaffinity(0))[:2])
+    harness.keep_to(sorted(os.sched_getaffinity(0))[:2])
     measures: dict[str, Callable[[Path, argparse.Namespace], None]] = {"speed": speed, "memory": memory, "labels": labels}
     with tempfile.TemporaryDirectory() as scratch:
         (model := Path(scratch) / "model").mkdir()
-        contestants.make_gpt2_small(model)
+        harness.make_gpt2_small(model)
         for name, measure in measures.items():
             if not options.parts or name in options.parts:
                 print(f"\n{name}\n")
@@ -64,7 +64,7 @@ def speed(model: Path, options: argparse.Namespace) -> None:
                 ratios = [f"{median / torch_median:.2f}", f"{least / torch_least:.2f}"]
                 rows.append([targets, dropout, name, *milliseconds, *ratios])
     header = ["LoRA on", "dropout", "engine, weights", "ms, median", "ms, least", "of torch's median", "of torch's least"]
-    print(contestants.markdown(header, rows))
+    print(harness.markdown(header, rows))
 
 
 def race(model: Path, settings: RunSettings, rounds: int) -> dict[str, list[float]]:
@@ -109,7 +109,7 @@ def batches(folder: Path, count: int) -> Any:
     tokenizer = load_tokenizer(folder)
     end = tokenizer.token_to_id("<|endoftext|>")
     samples = []
-    for prompt, completion in contestants.e2e_rows("train", slice(0, BATCH_SIZE * count)):
+    for prompt, completion in harness.e2e_rows("train", slice(0, BATCH_SIZE * count)):
         ids = tokenizer.encode(" " + completion.strip()).ids
         tokens = [*tokenizer.encode(prompt.strip()).ids, end, *ids, end]
         samples.append(Sample(np.array(tokens, np.int32), len(ids) + 1))
@@ -134,7 +134,7 @@ def labels(model: Path, options: argparse.Namespace) -> None:
             times = [f"{value:.0f}" for value in (passes, head, passes + head)]
             rows.append([cut, name, *times, f"{1 + head / passes:.1f}", *(f"{peak:.0f}" for peak in peaks)])
     header = ["cut", "engine, weights", "ms, labels on the server", "ms, head", "ms, on the device", "times"]
-    print(contestants.markdown([*header, "MB, on the server", "MB, on the device"], rows))
+    print(harness.markdown([*header, "MB, on the server", "MB, on the device"], rows))
 
 
 LABELS = """
@@ -147,7 +147,7 @@ print(json.dumps(labels_process({model!r}, {cut}, {engine!r}, {where!r}, {rounds
 
 def labels_case(model: Path, cut: int, engine: str, where: str, rounds: int) -> dict[str, float]:
     """What `labels_process` finds in a process of its own."""
-    paths = [str(path) for path in (contestants.REPOSITORY / name for name in ("", "tests", "benchmarks"))]
+    paths = [str(path) for path in (harness.REPOSITORY / name for name in ("", "tests", "benchmarks"))]
     with tempfile.TemporaryDirectory() as scratch:
         run = run_settings(("c_attn",), 0.0, cut_layer=cut, labels=where)
         folder = model
@@ -204,7 +204,7 @@ def memory(model: Path, _: argparse.Namespace) -> None:
             values = [0, *found.values()]
             row += [f"{values[number + 1] / 1e6:.0f}", f"{(values[number + 1] - values[number]) / 1e6:+.0f}"]
         rows.append(row)
-    print(contestants.markdown(["stage", *(cell for weights in stages for cell in (f"MB, {weights}", "more"))], rows))
+    print(harness.markdown(["stage", *(cell for weights in stages for cell in (f"MB, {weights}", "more"))], rows))
 
 
 STAGES = """
@@ -256,7 +256,7 @@ def stages_of(model: Path, weights: str) -> dict[str, int]:
 
     with tempfile.TemporaryDirectory() as scratch:
         part = make_part(Path(scratch) / "part", model, run_settings(("c_attn",), 0.0), weights)
-        folder = contestants.REPOSITORY
+        folder = harness.REPOSITORY
         paths = [str(path) for path in (folder, folder / "tests", folder / "benchmarks")]
         program = STAGES.format(paths=paths, part=str(part))
         done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import contestants
+import harness
 import numpy as np
 from numpy.typing import NDArray
 
@@ -50,12 +50,12 @@ def main() -> None:
             model, out = make_model(Path(scratch) / "model", SHAPES[name]), Path(scratch) / "out"
             for precision in ("fp32", "q8", "q4"):
                 command = f"onnx --model {model} --output {out} --overwrite --precision {precision}"
-                seconds, resident, anonymous = watched([str(contestants.PROGRAMS / "splitlora-export"), *command.split()])
+                seconds, resident, anonymous = watched([str(harness.PROGRAMS / "splitlora-export"), *command.split()])
                 size = sum(json.loads((out / "splitlora.json").read_text())["precisions"][precision]["bytes"].values())
                 cells = [name, precision, f"{size / 1e6:.1f} MB", f"{seconds:.0f} s", f"{anonymous / 1e9:.2f} GB"]
                 rows.append([*cells, f"{resident / 1e9:.2f} GB"])
     header = ["shape", "precision", "graph and weights", "whole export", "peak anonymous memory", "peak resident memory"]
-    print(contestants.markdown(header, rows))
+    print(harness.markdown(header, rows))
 
 
 def make_model(folder: Path, shape: dict[str, int]) -> Path:
@@ -63,7 +63,7 @@ def make_model(folder: Path, shape: dict[str, int]) -> Path:
     config = {"model_type": "gpt2", "n_positions": 1024, "vocab_size": 50257, "eos_token_id": 50256, **shape}
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("vocab.json", "merges.txt"):
-        (folder / name).write_bytes(contestants.shared(f"tokenizers/gpt2/{name}").read_bytes())
+        (folder / name).write_bytes(harness.shared(f"tokenizers/gpt2/{name}").read_bytes())
     described = read_config(folder / "config.json")
     write_checkpoint(folder / "model.safetensors", described, RandomWeights(described))
     return folder

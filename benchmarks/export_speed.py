@@ -20,14 +20,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import contestants
+import harness
 from export_contestants import NEW_TOKENS, PROMPT_TOKENS
 
 from edge_client.generation import open_exported, prepare
 from terminal import Progress
 
 HERE = Path(__file__).parent
-OTHER_PYTHON = contestants.REPOSITORY / ".venv-runtimes/bin/python"
+OTHER_PYTHON = harness.REPOSITORY / ".venv-runtimes/bin/python"
 HARDLY = 0.03
 """The share of the processors that others may have."""
 KEY_VALUE_ELEMENTS = 2 * 12 * 768 * (PROMPT_TOKENS + NEW_TOKENS // 2)
@@ -100,7 +100,7 @@ def make_models(folder: Path) -> None:
 
 def make_base(folder: Path) -> None:
     (folder / "base").mkdir(parents=True)
-    contestants.make_gpt2_small(folder / "base")
+    harness.make_gpt2_small(folder / "base")
 
 
 def make_exported(folder: Path) -> None:
@@ -208,9 +208,9 @@ def report(models: Path, figures: Figures) -> None:
             ]
         )
     header = ["", "MB", "prompt, tokens/s", "decoding, tokens/s", "times transformers", "GB/s read"]
-    print(contestants.markdown([*header, "load, s", "anonymous MB by loading", "peak MB", "others' processor time"], rows))
+    print(harness.markdown([*header, "load, s", "anonymous MB by loading", "peak MB", "others' processor time"], rows))
     print(f"\nTwo threads read {bandwidth / 1e9:.0f} GB/s from this machine's memory.\n")
-    print(contestants.markdown(["", "measured", "goal", ""], list(goals(figures))))
+    print(harness.markdown(["", "measured", "goal", ""], list(goals(figures))))
 
 
 def goals(figures: Figures) -> list[list[str]]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-import contestants
+import harness
 import torch
 from federated import WholeModel
 
@@ -23,7 +23,7 @@ from split_model import LoraConfig
 from terminal import Progress, count
 
 BATCH_SIZE, HELD_OUT = 8, 80
-EXAMPLES = contestants.REPOSITORY / "examples"
+EXAMPLES = harness.REPOSITORY / "examples"
 GUIDES = EXAMPLES / "restaurants"
 
 
@@ -58,16 +58,16 @@ def numbers(kind: type) -> object:
 
 def tasks(folder: Path, rows: int) -> Iterator[tuple[str, Path, Path, Path]]:
     """What, base model, rows to learn, held-out rows."""
-    pairs = contestants.e2e_rows("train", slice(None, None, 42_061 // rows))[:rows]
-    held_out = contestants.e2e_rows("valid", slice(None, None, 4_672 // HELD_OUT))[:HELD_OUT]
-    train, valid = contestants.write_rows(folder / "train.txt", pairs), contestants.write_rows(folder / "valid.txt", held_out)
-    yield "gpt2-mini on E2E", contestants.shared("models/gpt2-mini"), train, valid
+    pairs = harness.e2e_rows("train", slice(None, None, 42_061 // rows))[:rows]
+    held_out = harness.e2e_rows("valid", slice(None, None, 4_672 // HELD_OUT))[:HELD_OUT]
+    train, valid = harness.write_rows(folder / "train.txt", pairs), harness.write_rows(folder / "valid.txt", held_out)
+    yield "gpt2-mini on E2E", harness.shared("models/gpt2-mini"), train, valid
     lines = (GUIDES / "client-0.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     guide = folder / "guide.jsonl"
     guide.write_text("".join(lines[:rows]), encoding="utf-8")
     yield (
         "examples/base_model on examples/restaurants",
-        contestants.REPOSITORY / "examples/base_model",
+        harness.REPOSITORY / "examples/base_model",
         guide,
         GUIDES / "valid.jsonl",
     )

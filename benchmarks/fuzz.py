@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import contestants  # first: it finds the tests' modules
+import harness  # first: it finds the tests' modules
 
 from edge_client.generation import process_memory
 
@@ -58,7 +58,7 @@ def hand_over(devices: int, seconds: float, seed: int) -> None:
                     raise RuntimeError(f"seed {seed}, device {number}") from error
     logging.disable(logging.NOTSET)
     rows = [[*outcome.split(": "), f"{count:,}"] for outcome, count in sorted(ambush.outcomes.items())]
-    print("\n" + contestants.markdown(["what a server makes nearly right", "what became of it", "devices"], rows))
+    print("\n" + harness.markdown(["what a server makes nearly right", "what became of it", "devices"], rows))
 
 
 def fuzz(frames: int, seconds: float, seed: int) -> None:
@@ -79,7 +79,7 @@ def fuzz(frames: int, seconds: float, seed: int) -> None:
     took = time.monotonic() - began
     total = sum(outcomes.values())
     for title, counts in (("how it was made", made), ("what became of it", outcomes)):
-        print("\n" + contestants.markdown([title, "frames"], [[name, f"{count:,}"] for name, count in counts.most_common()]))
+        print("\n" + harness.markdown([title, "frames"], [[name, f"{count:,}"] for name, count in counts.most_common()]))
     grown = ", ".join(f"{before / 1e6:.1f} -> {after / 1e6:.1f} MB" for before, after in memory)
     print(f"\n{total:,} frames in {took:.0f} s, {total / took:,.0f} a second; resident memory of each process {grown}")
 
@@ -136,7 +136,7 @@ def besiege(seed: int, labels: str, trials: Mapping[str, "Trial"]) -> None:
             rows.append([name, what, suffered.honest_steps, f"{time.monotonic() - began:.0f}", *grown])
         files, after = siege.server.open_files() - siege.open_files, siege.server.resident()
     header = [f"attack, labels on the {labels}", "what became of it", "honest steps", "s", "MB more, first half", "second half"]
-    print("\n" + contestants.markdown(header, rows))
+    print("\n" + harness.markdown(header, rows))
     print(
         f"\nThe server's resident memory: {before / 1e6:.0f} MB before, {after / 1e6:.0f} after; {files:+} files and sockets."
     )

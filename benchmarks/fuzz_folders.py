@@ -21,7 +21,7 @@ from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 
-import contestants  # first: it finds the tests' modules
+import harness  # first: it finds the tests' modules
 from fuzz import resident
 
 from edge_client.generation import process_memory
@@ -65,7 +65,7 @@ def fuzz(mutants: int, seed: int) -> None:
                 sys.exit(f"a process has ended; seed {seed}, and one of the mutants {', '.join(last)}: see --only")
     took = time.monotonic() - began
     rows = [[*name.split(": "), f"{count:,}"] for name, count in sorted(outcomes.items())]
-    print("\n" + contestants.markdown(["mutated", "what became of it", "mutants"], rows))
+    print("\n" + harness.markdown(["mutated", "what became of it", "mutants"], rows))
     total = sum(outcomes.values())
     defects = sum(count for name, count in outcomes.items() if name.startswith("A DEFECT"))
     print(f"\n{total:,} mutants in {took:.0f} s, {total / took:,.0f} a second; memory of each process {', '.join(memory)}")

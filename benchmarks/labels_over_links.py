@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import contestants
+import harness
 from shaped_link import LINKS, ShapedLink
 
 from edge_client import EdgeClient
@@ -28,7 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     links, rows = options.links.split(","), []
     with tempfile.TemporaryDirectory() as scratch, Progress(2 * len(links) * options.steps) as progress:
-        data = contestants.write_rows(Path(scratch) / "rows.txt", contestants.e2e_rows("train", slice(0, 8 * options.steps)))
+        data = harness.write_rows(Path(scratch) / "rows.txt", harness.e2e_rows("train", slice(0, 8 * options.steps)))
         for link in links:
             seconds = {
                 labels: steps_of(Path(scratch) / f"{link}-{labels}", link, labels, data, options.steps, progress)
@@ -37,12 +37,12 @@ def main() -> None:
             medians = {labels: statistics.median(found[1:]) for labels, found in seconds.items()}
             ratio = f"{medians['device'] / medians['server']:.2f}"
             rows.append([link, *(f"{median:.2f}" for median in medians.values()), ratio])
-    print(contestants.markdown(["link", "s a step, labels on the server", "on the device", "times"], rows))
+    print(harness.markdown(["link", "s a step, labels on the server", "on the device", "times"], rows))
 
 
 def steps_of(folder: Path, link: str, labels: str, data: Path, steps: int, progress: Progress) -> list[float]:
     """Seconds of each step."""
-    model = str(contestants.shared("models/gpt2-mini"))
+    model = str(harness.shared("models/gpt2-mini"))
     settings = {"labels": labels, "codec": CODEC, "check_codec_every": 0, "micro_batches": 2, "cut_layer": 3, "steps": steps}
     found = []
     with GpuServer(model=model, run_dir=str(folder / "run"), port=0, clients=1, dtype="float32", **settings) as server:

@@ -12,7 +12,7 @@ import threading
 import time
 from contextlib import nullcontext
 
-import contestants
+import harness
 from shaped_link import LINKS, LinkProfile, ShapedLink
 
 from terminal import Progress
@@ -37,7 +37,7 @@ def main() -> None:
         megabits, milliseconds = (statistics.median(column) for column in zip(*found[name], strict=True))
         wanted = [f"{profile.up / 1e6:g}", f"{profile.round_trip * 1e3:g}"] if name in LINKS and profile else ["", ""]
         rows.append([name, f"{megabits:,.1f}", wanted[0], f"{milliseconds:.2f}", wanted[1]])
-    print(contestants.markdown(["", "Mbit/s", "of", "round trip, ms", "of"], rows))
+    print(harness.markdown(["", "Mbit/s", "of", "round trip, ms", "of"], rows))
 
 
 def measure(profile: LinkProfile | None) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import contestants
+import harness
 
 from terminal import Progress
 
@@ -51,16 +51,16 @@ class Contestant:
         core_of_server, core_of_edge = two_cores()
         self._metrics = folder / "metrics.jsonl"
         server = {**settings, "run_dir": str(folder), "lora_rank": RANK, "checkpoint_every": 10**6, **options["server"]}
-        self._server, url = contestants.start_server(server, core_of_server)
+        self._server, url = harness.start_server(server, core_of_server)
         edge = {"model": settings["model"], "data": str(data), "batch_size": BATCH_SIZE, "shuffle": False, **options["edge"]}
-        self._pipe, there = contestants.PROCESSES.Pipe()
+        self._pipe, there = harness.PROCESSES.Pipe()
         arguments = (
             url,
             {**edge, "engine": "torch", "dtype": "float32", "state_dir": str(folder / "state")},
             core_of_edge,
             there,
         )
-        self._edge = contestants.PROCESSES.Process(target=take_steps, args=arguments, daemon=True)
+        self._edge = harness.PROCESSES.Process(target=take_steps, args=arguments, daemon=True)
         self._edge.start()
         there.close()
         self._seconds: list[float] = []
@@ -86,7 +86,7 @@ class Contestant:
 
 def take_steps(url: str, options: dict[str, Any], core: set[int], pipe: Any) -> None:
     """The edge's process: takes a step and says how long it took, as often as it is told."""
-    contestants.keep_to(core)
+    harness.keep_to(core)
     from edge_client import EdgeClient
 
     with EdgeClient(url, **options) as client:
@@ -146,14 +146,14 @@ def main() -> None:
     rows = []
     total = len(options.cut_layers) * options.turns * len(IN_FLIGHT)
     with tempfile.TemporaryDirectory() as scratch, Progress(total, unit="turn") as progress:
-        model = contestants.make_gpt2_small(Path(scratch))
-        pairs = contestants.e2e_rows("train", slice(0, BATCH_SIZE * options.steps * options.turns))
-        data = contestants.write_rows(Path(scratch) / "rows.txt", pairs)
+        model = harness.make_gpt2_small(Path(scratch))
+        pairs = harness.e2e_rows("train", slice(0, BATCH_SIZE * options.steps * options.turns))
+        data = harness.write_rows(Path(scratch) / "rows.txt", pairs)
         for cut_layer in options.cut_layers:
             steps = race(model, data, cut_layer, options, progress)
             rows += [row_of(cut_layer, in_flight, of_contestant) for in_flight, of_contestant in steps.items()]
     header = ["cut after block", "in flight", "seconds a step", "edge computes", "server computes", "of the larger", "of both"]
-    print(contestants.markdown(header, rows))
+    print(harness.markdown(header, rows))
     print(f"\ngoal with 2 in flight: at most {MOST_OF_THE_LARGER} of the larger")
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import contestants  # first: it finds the tests' modules
+import harness  # first: it finds the tests' modules
 import numpy as np
 
 from edge_client.connection import Connection
@@ -114,7 +114,7 @@ def take_part(run: Run, number: int) -> tuple[list[float], list[float]]:
 
 def take_part_together(run: Run, numbers: range, cores: set[int], told: Any) -> None:
     """The process of several clients; tells what became of each, by number."""
-    contestants.keep_to(cores)
+    harness.keep_to(cores)
     threads = [
         threading.Thread(target=lambda number: told.put((number, *take_part(run, number))), args=(number,))
         for number in numbers
@@ -162,16 +162,16 @@ def measure(model: Path, fingerprint: str, clients: int, batch_size: int, second
     cores_of_server, cores_of_clients = halves(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         settings = {**RUN, "model": str(model), "run_dir": f"{folder}/run", "clients": clients}
-        server, url = contestants.start_server(settings, cores_of_server)
+        server, url = harness.start_server(settings, cores_of_server)
         run, told, looks = (
             Run(url, fingerprint, clients, batch_size, seconds + SECONDS_OF_WARM_UP),
-            contestants.PROCESSES.Queue(),
+            harness.PROCESSES.Queue(),
             [],
         )
         for first in range(0, clients, CLIENTS_A_PROCESS):
             numbers = range(first, min(first + CLIENTS_A_PROCESS, clients))
             arguments = (run, numbers, cores_of_clients, told)
-            contestants.PROCESSES.Process(target=take_part_together, args=arguments, daemon=True).start()
+            harness.PROCESSES.Process(target=take_part_together, args=arguments, daemon=True).start()
         while told.empty():
             looks.append(Look.at(server.pid))
             if not server.is_alive():
@@ -229,7 +229,7 @@ def report(measured: dict[int, Measured], shared: dict[int, Measured]) -> None:
         for clients, run in measured.items()
     ]
     header = ["clients", "tokens/s", "latency, median ms", "99th percentile", "of a step, arithmetic", "server's cores busy"]
-    print(contestants.markdown([*header, "server's memory, MB", f"{SEQUENCES_TO_SHARE} sequences shared, MB"], rows))
+    print(harness.markdown([*header, "server's memory, MB", f"{SEQUENCES_TO_SHARE} sequences shared, MB"], rows))
     question = Batch.drawn(0).question(1)
     print(
         f"\nits queue, one message of {len(question.values)} x {MODEL['n_embd']}: {question.values.nbytes / 1e6:.3f} MB, "

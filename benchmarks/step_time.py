@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import contestants
+import harness
 import torch
 
 BATCH_SIZE, RANK, LEARNING_RATE = 8, 4, 2e-4
@@ -27,9 +27,9 @@ def main() -> None:
     parser.add_argument("--cut-layer", type=int, default=3)
     parser.add_argument("--micro-batches", type=int, default=1, help="more than 1 pay where the sides do not share their cores")
     options = parser.parse_args()
-    pairs = contestants.e2e_rows("train", slice(0, BATCH_SIZE * options.rounds))
+    pairs = harness.e2e_rows("train", slice(0, BATCH_SIZE * options.rounds))
     with tempfile.TemporaryDirectory() as scratch:
-        model = contestants.make_gpt2_small(Path(scratch))
+        model = harness.make_gpt2_small(Path(scratch))
         tokens = count_tokens(model, pairs)
         dtypes = ["float32", *(["bfloat16"] if has_bfloat16() else [])]
         racers: dict[str, Iterator[float]] = {"transformers + PEFT, one process": centralised(model, pairs)}
@@ -65,7 +65,7 @@ def split(model: Path, pairs: list[tuple[str, str]], dtype: str, options: argpar
     """Seconds of each step: the server is a process, the edge is this one, which asks only when it is its turn."""
     from edge_client import EdgeClient
 
-    data = contestants.write_rows(scratch / "rows.txt", pairs)
+    data = harness.write_rows(scratch / "rows.txt", pairs)
     settings = {
         "model": str(model),
         "run_dir": str(scratch / dtype),
@@ -73,7 +73,7 @@ def split(model: Path, pairs: list[tuple[str, str]], dtype: str, options: argpar
         "cut_layer": options.cut_layer,
         "micro_batches": options.micro_batches,
     }
-    server, url = contestants.start_server({**settings, "lora_rank": RANK, "dtype": dtype})
+    server, url = harness.start_server({**settings, "lora_rank": RANK, "dtype": dtype})
     with EdgeClient(
         url, engine="torch", model=str(model), data=data, batch_size=BATCH_SIZE, shuffle=False, dtype=dtype
     ) as client:
@@ -108,7 +108,7 @@ def report(seconds: dict[str, list[float]], tokens: int) -> None:
         rows.append(
             [name, f"{median:.2f}", f"{min(values):.2f} - {max(values):.2f}", f"{rate:.0f}", f"{baseline / median:.2f} x"]
         )
-    print(contestants.markdown(["", "seconds a step, median", "range", "tokens/s", "against the first"], rows))
+    print(harness.markdown(["", "seconds a step, median", "range", "tokens/s", "against the first"], rows))
     print(
         f"\n{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}; bfloat16 pays here: {has_bfloat16()}"
     )

@@ -44,8 +44,8 @@ from typing import Any
 
 os.environ["OMP_WAIT_POLICY"] = "passive"  # as the programs do; it has to be said before torch is imported
 
-import contestants
 import federated
+import harness
 import torch
 from chaos import PROCESSES
 from shaped_link import LINKS, LinkProfile, ShapedLink
@@ -77,10 +77,10 @@ class Scene:
 
     def __post_init__(self) -> None:
         for client in range(CLIENTS):
-            rows = contestants.e2e_rows("train", slice(client * THIRD, (client + 1) * THIRD))
-            self.thirds.append(contestants.write_rows(self.scratch / f"third-{client}.txt", rows))
-        drawn = random.Random(SEED).sample(contestants.e2e_rows("valid", slice(None)), VALIDATION_ROWS)
-        self.valid = contestants.write_rows(self.scratch / "valid.txt", drawn)
+            rows = harness.e2e_rows("train", slice(client * THIRD, (client + 1) * THIRD))
+            self.thirds.append(harness.write_rows(self.scratch / f"third-{client}.txt", rows))
+        drawn = random.Random(SEED).sample(harness.e2e_rows("valid", slice(None)), VALIDATION_ROWS)
+        self.valid = harness.write_rows(self.scratch / "valid.txt", drawn)
         self._folders = count()
 
     def new_folder(self) -> Path:
@@ -127,7 +127,7 @@ def main() -> None:
             parser.error(f"there is no link {name!r}; there are {', '.join(LINKS)}")
     links = {name: replace(LINKS[name], jitter=options.jitter / 1e3, loss=options.loss) for name in options.links.split(",")}
     with tempfile.TemporaryDirectory() as scratch:
-        scene = Scene(contestants.shared("models/gpt2-mini"), Path(scratch), options.steps)
+        scene = Scene(harness.shared("models/gpt2-mini"), Path(scratch), options.steps)
         torch.set_num_threads(SERVER_THREADS)
         curves = {
             1: learning_curve("centralised", centralised_models(scene), scene, options),
@@ -199,9 +199,7 @@ def centralised_cost(scene: Scene, what: str) -> Cost:
     import reference  # loads transformers, which the other processes, that import this file too, must not
 
     start = reference.make_adapter(scene.base, scene.new_folder(), rank=LORA.rank, alpha=int(LORA.alpha), targets=LORA.targets)
-    rows = [
-        reference.encode(contestants.read_rows(path)[: BATCH_SIZE * (scene.steps + 1)], scene.base) for path in scene.thirds
-    ]
+    rows = [reference.encode(harness.read_rows(path)[: BATCH_SIZE * (scene.steps + 1)], scene.base) for path in scene.thirds]
     moments: list[float] = []
 
     def batches() -> Iterator[Sequence[Any]]:
@@ -374,7 +372,7 @@ def report_curves(curves: dict[int, dict[int, float]], steps: dict[int, int], ta
         [names[length], *(f"{curve[step]:.1f}" if step in curve else "" for step in looks), steps[length]]
         for length, curve in curves.items()
     ]
-    print(contestants.markdown(["perplexity after steps", *looks, f"steps to {target:g}"], rows))
+    print(harness.markdown(["perplexity after steps", *looks, f"steps to {target:g}"], rows))
 
 
 def report_link(name: str, profile: LinkProfile, costs: dict[str, Cost], steps: dict[int, int], text_bytes: int) -> None:
@@ -395,7 +393,7 @@ def report_link(name: str, profile: LinkProfile, costs: dict[str, Cost], steps: 
         rows.append([contestant, f"{cost.seconds:.2f}", *megabytes, needed, f"{seconds:.0f} s", ratio, loses])
     title = f"{name}: {profile.up / 1e6:g} up, {profile.down / 1e6:g} Mbit/s down, {profile.round_trip * 1e3:g} ms"
     header = [title, "s a step", "MB up", "MB down", "steps", "to the target", "against split", ""]
-    print("\n" + contestants.markdown(header, rows))
+    print("\n" + harness.markdown(header, rows))
 
 
 def report_goals(pairs: dict[str, tuple[Cost, Cost]]) -> None:
@@ -417,7 +415,7 @@ def report_goals(pairs: dict[str, tuple[Cost, Cost]]) -> None:
         "naive split to split",
         "goal",
     ]
-    print("\n" + contestants.markdown(header, rows))
+    print("\n" + harness.markdown(header, rows))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from contestants import SHARED
+from harness import SHARED
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import contestants
+import harness
 
 from edge_client import EdgeClient
 from edge_client.enrolment import store
@@ -38,14 +38,14 @@ def main() -> None:
     if options.labels == "device":
         of_labels_on_the_device(options.steps)
         return
-    model = contestants.shared("models/gpt2-mini")
+    model = harness.shared("models/gpt2-mini")
     num_samples = BATCH_SIZE * options.steps
     width = PretrainedModel(model).config.width
     reference = 2 * REFERENCE_LENGTH * BYTES_OF_A_FLOAT * width
     rows, of_16_bits = [row("reference: float32, padded to 512", reference / 2, reference / 2, reference)], []
     with tempfile.TemporaryDirectory() as scratch, Progress((3 + len(CODECS)) * options.steps) as progress:
         folder = Path(scratch)
-        data = contestants.write_rows(folder / "rows.txt", contestants.e2e_rows("train", slice(0, num_samples)))
+        data = harness.write_rows(folder / "rows.txt", harness.e2e_rows("train", slice(0, num_samples)))
         for codec in ("float32", *CODECS, DELTA):
             epochs = 2 if codec == DELTA else 1
             settings = {"model": str(model), "epochs": epochs, "aggregate_every": options.steps, "codec": codec}
@@ -57,13 +57,13 @@ def main() -> None:
                 rows.append(row(name, up / num_samples, down / num_samples, reference))
                 unpadded = 2 * counts.tokens * width
                 of_16_bits.append([name, f"{100 * up / unpadded:.1f} %", f"{100 * (up + down) / (2 * unpadded):.1f} %"])
-    print(contestants.markdown(["kB a sample", "up", "down", "both", "of the reference"], rows), end="\n\n")
-    print(contestants.markdown(["of 16-bit floats without padding", "up", "both ways"], of_16_bits))
+    print(harness.markdown(["kB a sample", "up", "down", "both", "of the reference"], rows), end="\n\n")
+    print(harness.markdown(["of 16-bit floats without padding", "up", "both ways"], of_16_bits))
 
 
 def of_labels_on_the_device(steps: int) -> None:
     """The table of runs whose labels stay on the device, beside those of a server that has them."""
-    model = contestants.shared("models/gpt2-mini")
+    model = harness.shared("models/gpt2-mini")
     num_samples, width = BATCH_SIZE * steps, PretrainedModel(model).config.width
     modes: dict[str, dict[str, Any]] = {
         "server": {},
@@ -73,7 +73,7 @@ def of_labels_on_the_device(steps: int) -> None:
     codecs, rows = ("float32", *CODECS), []
     with tempfile.TemporaryDirectory() as scratch, Progress(len(modes) * len(codecs) * steps) as progress:
         folder = Path(scratch)
-        data = contestants.write_rows(folder / "rows.txt", contestants.e2e_rows("train", slice(0, num_samples)))
+        data = harness.write_rows(folder / "rows.txt", harness.e2e_rows("train", slice(0, num_samples)))
         for codec in codecs:
             for mode, labels in modes.items():
                 settings = {"model": str(model), "epochs": 1, "aggregate_every": steps, "codec": codec, "check_codec_every": 0}
@@ -83,7 +83,7 @@ def of_labels_on_the_device(steps: int) -> None:
                 kilobytes = (f"{number / num_samples / 1e3:.1f}" for number in (up, down, up + down))
                 rows.append([codec, mode, *kilobytes, f"{(up + down) / elements:.2f}"])
     header = ["codec", "labels", "kB a sample up", "down", "both", "bytes an element, all directions"]
-    print(contestants.markdown(header, rows))
+    print(harness.markdown(header, rows))
 
 
 def row(name: str, up: float, down: float, reference: float) -> list[str]:
@@ -104,7 +104,7 @@ class Counts:
 def bytes_of_run(folder: Path, settings: dict[str, Any], data: Path, steps: int, progress: Progress) -> Counts:
     from test_run import tapped
 
-    run_dir, port = str(folder / "run"), contestants.free_port()
+    run_dir, port = str(folder / "run"), harness.free_port()
     totals, tokens = [(0, 0)], 0
     with tapped(port) as tap:
         address = tap.url.removeprefix("ws://")
