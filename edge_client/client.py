@@ -32,7 +32,7 @@ from terminal import importing, user_path, user_text_path
 
 from .access import Access, default_name
 from .client_state import ClientState, DeviceCache, WayToCompute, allowed_cache_bytes
-from .connection import Refused
+from .connection import Refused, SecretRefused
 from .data import Batch, Batches, DataError, Dataset, check_file
 from .disclosure import Demands, Disclosure
 from .engine import Engine
@@ -475,11 +475,11 @@ class EdgeClient:
         self._membership.hang_up()
         if self._start is None:
             return  # this client was in no run yet, so there is nothing to go on with, and nothing to say
-        if issubclass(kind, Refused):
+        if issubclass(kind, Refused) and not issubclass(kind, SecretRefused):
             self._state.delete()  # the server will not take this device back
-        else:
-            run = self.welcome.run
-            logger.info("this device stays in run %s: started again with the same command, it goes on there", run)
+            return
+        how = "joined with its new invitation" if issubclass(kind, SecretRefused) else "started again with the same command"
+        logger.info("this device stays in run %s: %s, it goes on there", self.welcome.run, how)
 
 
 Described = Union["ModelConfig", "PartDescription"]

@@ -34,7 +34,7 @@ from protocol.limits import limited_frames
 from .pinning import CertificateChanged
 from .stopwatch import Stopwatch
 
-__all__ = ["Connection", "ConnectionFailed", "Dial", "Refused"]
+__all__ = ["Connection", "ConnectionFailed", "Dial", "Refused", "SecretRefused"]
 
 Answer = TypeVar("Answer", bound=Message)
 Dial = Callable[[], "Connection"]
@@ -61,6 +61,10 @@ class ConnectionFailed(ConnectionError):
 
 class Refused(ConnectionError):
     """The server refuses this client for good. The message is the server's reason."""
+
+
+class SecretRefused(Refused):
+    """The server does not let this device in with the secret that it has. Joined with another invitation, it may be."""
 
 
 class AnsweredInHttp(InvalidHandshake):
@@ -107,7 +111,7 @@ class Connection:
 
     Raises:
         ConnectionFailed: nobody answers there, or not as a WebSocket.
-        Refused: the server does not accept the credentials.
+        SecretRefused: the server does not accept the credentials.
         CertificateChanged: it is not the server that this device was enrolled with.
     """
 
@@ -282,7 +286,7 @@ def _not_opened(url: str, credentials: tuple[str, str] | None, response: Respons
     """What an HTTP response means that opens no WebSocket. Only a wrong secret is final; the rest may change with time."""
     status = response.status_code
     if status == UNAUTHORISED:
-        return Refused(_why_unauthorised(url, credentials))
+        return SecretRefused(_why_unauthorised(url, credentials))
     if status in (TOO_MANY_REQUESTS, SERVICE_UNAVAILABLE):
         why = "it has as many connections of this device as it takes" if status == TOO_MANY_REQUESTS else "it is stopping"
         return ConnectionFailed(f"the server at {url} has no time now (HTTP {status}): {why}", _seconds_to_wait(response))
@@ -302,4 +306,8 @@ def _seconds_to_wait(response: Response) -> float:
 def _why_unauthorised(url: str, credentials: tuple[str, str] | None) -> str:
     if credentials is None:
         return f"the server at {url} takes enrolled devices only: splitlora-server enrol NAME prints what to join with"
-    return f"the server at {url} does not know {credentials[0]} with this secret; it may have been revoked: enrol it again"
+    name = credentials[0]
+    return (
+        f"the server at {url} does not know {name} with this secret: {name} was revoked, or has a new one. Join with the "
+        f"invitation that splitlora-server enrol {name} prints there, with --renew where {name} is still enrolled"
+    )

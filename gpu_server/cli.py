@@ -5,20 +5,27 @@ import logging
 import signal
 import sys
 import threading
+import time
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from terminal import Parser, Progress, count, run_program, show_log, version, where_time_went
+from terminal import Parser, Progress, count, run_program, show_log, user_path, version, where_time_went
 
 from .config import ServerConfig, options_from_toml
+
+if TYPE_CHECKING:
+    from .attendance import Seen
+    from .enrolment import Enrolments
 
 __all__ = ["build_parser", "main"]
 
 PROGRAM = "splitlora-server"
+SECONDS_A_DAY = 86400.0
 
 ADVICE = {
     "edge_compute": "a smaller --cut-layer leaves devices less to compute",
@@ -67,6 +74,12 @@ def build_parser() -> Parser:
     )
     enrol.add_argument("--tls-cert", metavar="FILE", help="the server's certificate, if it is started with --tls-cert")
     enrol.add_argument("--insecure", action="store_true", help="the server is started with --insecure: no encryption")
+    enrol.add_argument(
+        "--renew",
+        action="store_true",
+        help="give a device that is enrolled already a new secret; the old one is worth nothing from then on, and the device "
+        "keeps its place in the run",
+    )
     enrol.set_defaults(run=run_enrol)
 
     revoke = commands.add_parser(
@@ -74,11 +87,22 @@ def build_parser() -> Parser:
         help="revoke a device's enrolment",
         description="Revoke a device's enrolment. If a run is under way, the device has left it within a second.",
     )
-    revoke.add_argument("name", metavar="NAME", help="name of the device in the run")
+    who = revoke.add_mutually_exclusive_group(required=True)
+    who.add_argument("name", metavar="NAME", nargs="?", help="name of the device in the run")
+    who.add_argument(
+        "--not-seen-for",
+        type=int,
+        metavar="DAYS",
+        help="every device that was not in the run of --run-dir for so many days, nor enrolled or renewed since",
+    )
     _add_where(revoke)
     revoke.set_defaults(run=run_revoke)
 
-    clients = commands.add_parser("clients", help="list the enrolled devices", description="List the enrolled devices.")
+    clients = commands.add_parser(
+        "clients",
+        help="list the enrolled devices",
+        description="List the enrolled devices: since when and by whom, and when each was in the run of --run-dir last.",
+    )
     _add_where(clients)
     clients.set_defaults(run=run_clients)
     return parser
@@ -164,11 +188,13 @@ def run_enrol(options: argparse.Namespace) -> None:
         address=options.address,
         tls_cert=options.tls_cert,
         insecure=options.insecure,
+        renew=options.renew,
     )
     try:
         print(invitation.text(), flush=True)  # noqa: T201
     except OSError:
-        enrolments.revoke(options.name)  # nobody has seen its secret, and nobody will
+        if not options.renew:
+            enrolments.revoke(options.name)  # nobody has seen its secret, and nobody will
         raise
     _say(
         f"whoever has this invitation is {options.name}. On the device: splitlora-edge join - --data FILE, and paste it; "
@@ -179,15 +205,63 @@ def run_enrol(options: argparse.Namespace) -> None:
 def run_revoke(options: argparse.Namespace) -> None:
     from .door import enrolments_of
 
-    enrolments_of(options.run_dir, options.clients_file).revoke(options.name)
-    _say(f"the enrolment of {options.name} is revoked")
+    enrolments = enrolments_of(options.run_dir, options.clients_file)
+    names = [options.name] if options.not_seen_for is None else _not_seen_for(options, enrolments)
+    for name in names:
+        enrolments.revoke(name)
+        _say(f"the enrolment of {name} is revoked")
+    if not names:
+        _say(f"every device was in the run within the last {count(options.not_seen_for, 'day')}")
+
+
+def _not_seen_for(options: argparse.Namespace, enrolments: "Enrolments") -> list[str]:
+    from .attendance import not_seen_since
+    from .errors import ConfigError
+    from .history import RunFiles
+
+    if options.run_dir is None:
+        raise ConfigError("--not-seen-for needs --run-dir: the run's files say when its devices were seen")
+    if options.not_seen_for < 0:
+        raise ConfigError(f"--not-seen-for takes a number of days from 0 on, got {options.not_seen_for}")
+    files = RunFiles(user_path(options.run_dir))
+    if enrolments.path.parent.resolve() != files.path.resolve():
+        raise ConfigError(
+            f"{enrolments.path} may be that of other runs, too, in which its devices were seen: revoke them one by one"
+        )
+    return not_seen_since(time.time() - options.not_seen_for * SECONDS_A_DAY, enrolments.clients(), files)
 
 
 def run_clients(options: argparse.Namespace) -> None:
-    from .door import enrolments_of
+    from storage.run_description import RUN_FILE
 
-    for name, since in enrolments_of(options.run_dir, options.clients_file).clients().items():
-        print(f"{name:<24} enrolled {since:%Y-%m-%d %H:%M} UTC")  # noqa: T201
+    from .attendance import attendance
+    from .door import enrolments_of
+    from .history import RunFiles
+
+    clients = enrolments_of(options.run_dir, options.clients_file).clients()
+    folder = None if options.run_dir is None else user_path(options.run_dir)
+    # Devices are enrolled before a run is served for the first time.
+    seen = None if folder is None or not (folder / RUN_FILE).exists() else attendance(RunFiles(folder))
+    for name, client in clients.items():
+        what = [f"enrolled {_date(client.enrolled.timestamp())}" + (f" by {client.enrolled_by}" if client.enrolled_by else "")]
+        if client.renewed is not None:
+            what.append(f"a new secret {_date(client.renewed.timestamp())}")
+        if seen is not None:
+            what.append(_when_seen(seen.get(name)))
+        print(f"{name:<24} {', '.join(what)}")  # noqa: T201
+
+
+def _when_seen(seen: "Seen | None") -> str:
+    if seen is None:
+        return "never seen"
+    whence = f" at {seen.address}" if seen.address else ""
+    if seen.is_connected:
+        return f"connected{whence}"
+    return f"last seen {_date(seen.time)}{whence}" if seen.time else "seen before it was noted when"
+
+
+def _date(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%d %H:%M} UTC"
 
 
 def _flag_type(kind: Any) -> type:

@@ -5,7 +5,6 @@ import socket
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -15,7 +14,7 @@ from terminal import user_path
 
 from .certificates import Certificate, given_certificate, own_certificate
 from .config import ServerConfig, is_loopback
-from .enrolment import Enrolments
+from .enrolment import Enrolment, Enrolments
 from .errors import ConfigError, ServerError
 from .listener import Limits
 from .run_lock import is_served
@@ -34,13 +33,13 @@ class Door:
     port: int
     limits: Limits
     encryption: ssl.SSLContext | None = None
-    admits: Callable[[str, str], datetime | None] | None = None
+    admits: Callable[[str, str], Enrolment | None] | None = None
     """
-    Called with a name and a secret: when that device was enrolled, or None if it was not, or not with this secret. Without it
-    everybody is let in.
+    Called with a name and a secret: that device's enrolment, or None if it has none, or another secret. Without it everybody is
+    let in.
     """
-    enrolled: Callable[[], Mapping[str, datetime]] | None = None
-    """By name, when each device was enrolled that may still be in the run."""
+    enrolled: Callable[[], Mapping[str, Enrolment]] | None = None
+    """By name, the devices that may still be in the run."""
     notices: tuple[str, ...] = ()
     """What the operator is told once the server listens."""
 
@@ -145,11 +144,13 @@ def invite(
     address: str | None = None,
     tls_cert: str | None = None,
     insecure: bool = False,
+    renew: bool = False,
 ) -> Invitation:
     """
     Enrol a device; give the string it joins with.
 
     Args:
+        renew: give a device that is enrolled already a new secret, instead of enrolling one that is not.
         run_dir: the run's folder, whose run.json says where its server listens and how.
         address: HOST:PORT where devices reach the server; the default is where it listens, at this machine's own address.
 
@@ -166,7 +167,8 @@ def invite(
     else:
         host, port = _own_address(), DEFAULT_PORT
     normal_host(host)  # before the name is taken
-    return Invitation(host=host, port=port, name=name, secret=enrolments.enrol(name), pin=pin)
+    secret = enrolments.renew(name) if renew else enrolments.enrol(name)
+    return Invitation(host=host, port=port, name=name, secret=secret, pin=pin)
 
 
 def _pin_of(served: Served | None, folder: Path, tls_cert: str | None, insecure: bool) -> str | None:

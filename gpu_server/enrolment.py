@@ -1,6 +1,7 @@
 """The enrolled devices' names and the hashes of their secrets, in a file that commands change while the server runs."""
 
 import difflib
+import getpass
 import hashlib
 import hmac
 import json
@@ -8,7 +9,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from filelock import FileLock
 
 from protocol import check_name
 from storage import remove_unfinished, replace_file
-from terminal import listed
+from terminal import listed, plain
 
 from .errors import ConfigError, ServerError
 from .history import tell
 
-__all__ = ["Enrolments"]
+__all__ = ["Enrolment", "Enrolments"]
 
 
 FORMAT = 1
@@ -30,12 +31,20 @@ NOBODYS_HASH = bytes(32)  # compared with where a name is unknown
 
 
 @dataclass(frozen=True)
-class Client:
+class Enrolment:
     """What the file says of an enrolled device."""
 
     secret_sha256: bytes = field(repr=False)
     enrolled: datetime
     """When, to the microsecond: so a device differs from one that had its name before."""
+    enrolled_by: str = ""
+    """The user of this machine who typed the command; empty where no name is known."""
+    renewed: datetime | None = None
+    """When it was given the secret that it has now; None where that is its first one."""
+
+    def is_same_device(self, other: "Enrolment | None") -> bool:
+        """Whether both speak of one device, which may have had a new secret in between."""
+        return other is not None and self.enrolled == other.enrolled
 
 
 class Enrolments:
@@ -45,7 +54,7 @@ class Enrolments:
         self.path = path
         self._seen: tuple[int, ...] | None = None
         """What the file looked like when it was last read without fault."""
-        self._admitted: dict[str, Client] = {}
+        self._admitted: dict[str, Enrolment] = {}
         self._complained = False
 
     def enrol(self, name: str) -> str:
@@ -61,8 +70,27 @@ class Enrolments:
         secret = secrets.token_urlsafe(32)
         with self._changing() as clients:
             if name in clients:
-                raise ConfigError(f"{name} is enrolled already; revoke it first")
-            clients[name] = Client(_sha256(secret), datetime.now(timezone.utc))
+                raise ConfigError(
+                    f"{name} is enrolled already: to give this device a new secret, add --renew; to give the name to another "
+                    "device, revoke it first"
+                )
+            clients[name] = Enrolment(_sha256(secret), datetime.now(timezone.utc), _user())
+        return secret
+
+    def renew(self, name: str) -> str:
+        """
+        Give an enrolled device a new secret, which is stored nowhere. It stays the same device, with its place in the run, and
+        its old secret opens nothing any more.
+
+        Raises:
+            ConfigError: it is not enrolled.
+            ServerError: the file cannot be read or written.
+        """
+        self._require(name, self._read())  # see `revoke`
+        secret = secrets.token_urlsafe(32)
+        with self._changing() as clients:
+            self._require(name, clients)
+            clients[name] = replace(clients[name], secret_sha256=_sha256(secret), renewed=datetime.now(timezone.utc))
         return secret
 
     def revoke(self, name: str) -> None:
@@ -79,14 +107,14 @@ class Enrolments:
             self._require(name, clients)
             del clients[name]
 
-    def clients(self) -> dict[str, datetime]:
+    def clients(self) -> dict[str, Enrolment]:
         """
-        By name, when each was enrolled.
+        The enrolled devices, by their names and in the order of these.
 
         Raises:
             ServerError: the file cannot be read.
         """
-        return {name: client.enrolled for name, client in sorted(self._read().items())}
+        return dict(sorted(self._read().items()))
 
     def exists(self) -> bool:
         """
@@ -97,16 +125,16 @@ class Enrolments:
         """
         return bool(self._read())
 
-    def admits(self, name: str, secret: str) -> datetime | None:
+    def admits(self, name: str, secret: str) -> Enrolment | None:
         """
-        When this device was enrolled, according to the file as it is now; None if it is not, or has another secret. Which of
-        the two it is cannot be told from how long the answer takes.
+        This device's enrolment, according to the file as it is now; None if it has none, or another secret. Which of the two it
+        is cannot be told from how long the answer takes.
         """
         client = self._current().get(name)
         same = hmac.compare_digest(NOBODYS_HASH if client is None else client.secret_sha256, _sha256(secret))
-        return client.enrolled if same and client is not None else None
+        return client if same else None
 
-    def _require(self, name: str, clients: dict[str, Client]) -> None:
+    def _require(self, name: str, clients: dict[str, Enrolment]) -> None:
         if name not in clients:
             nearest = difflib.get_close_matches(name, clients, n=1)
             if nearest:
@@ -115,7 +143,7 @@ class Enrolments:
                 hint = f"the devices that are: {listed(sorted(clients))}" if clients else f"nobody is in {self.path}"
             raise ConfigError(f"{name[:80]!r} is not enrolled; {hint}")
 
-    def _current(self) -> dict[str, Client]:
+    def _current(self) -> dict[str, Enrolment]:
         """
         The clients of the file, which is read again if it has changed. While it cannot be read there are none, which is logged
         once.
@@ -137,12 +165,12 @@ class Enrolments:
             self._complained = False
         return self._admitted
 
-    def _read(self) -> dict[str, Client]:
+    def _read(self) -> dict[str, Enrolment]:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
                 raise ServerError(f"{self.path} is of format {content['format']!r}, this version reads format {FORMAT}")
-            return {check_name(name): _client(entry) for name, entry in content["clients"].items()}
+            return {check_name(name): _enrolment(entry) for name, entry in content["clients"].items()}
         except FileNotFoundError:
             return {}  # nobody was ever enrolled
         except OSError as error:
@@ -155,7 +183,7 @@ class Enrolments:
             ) from None
 
     @contextmanager
-    def _changing(self) -> Iterator[dict[str, Client]]:
+    def _changing(self) -> Iterator[dict[str, Enrolment]]:
         """The file's content for the block to change. It is written when the block ends without an error."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,16 +202,34 @@ def _sha256(secret: str) -> bytes:
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
 
 
-def _client(entry: Any) -> Client:
-    client = Client(bytes.fromhex(entry["secret_sha256"]), datetime.fromisoformat(entry["enrolled"]))
-    if len(client.secret_sha256) != len(NOBODYS_HASH) or client.enrolled.tzinfo is None:
+def _user() -> str:
+    """Who types the command; with sudo, who has typed that."""
+    try:
+        return plain(os.environ.get("SUDO_USER") or getpass.getuser())[:64]
+    except (KeyError, OSError, ImportError):  # a user id without a name, as in a container
+        return ""
+
+
+def _enrolment(entry: Any) -> Enrolment:
+    renewed = entry.get("renewed")
+    enrolment = Enrolment(
+        bytes.fromhex(entry["secret_sha256"]),
+        datetime.fromisoformat(entry["enrolled"]),
+        plain(str(entry.get("enrolled_by", ""))),
+        None if renewed is None else datetime.fromisoformat(renewed),
+    )
+    times = [enrolment.enrolled, *([] if enrolment.renewed is None else [enrolment.renewed])]
+    if len(enrolment.secret_sha256) != len(NOBODYS_HASH) or any(time.tzinfo is None for time in times):
         raise ValueError("no SHA-256, or a time of no time zone")
-    return client
+    return enrolment
 
 
-def _json(clients: dict[str, Client]) -> bytes:
-    entries = {
-        name: {"secret_sha256": client.secret_sha256.hex(), "enrolled": client.enrolled.isoformat()}
-        for name, client in sorted(clients.items())
-    }
+def _json(clients: dict[str, Enrolment]) -> bytes:
+    entries = {}
+    for name, client in sorted(clients.items()):
+        entries[name] = {"secret_sha256": client.secret_sha256.hex(), "enrolled": client.enrolled.isoformat()}
+        if client.enrolled_by:
+            entries[name]["enrolled_by"] = client.enrolled_by
+        if client.renewed is not None:
+            entries[name]["renewed"] = client.renewed.isoformat()
     return (json.dumps({"format": FORMAT, "clients": entries}, indent=2) + "\n").encode()

@@ -477,8 +477,8 @@ FLAGS = {
     "splitlora-server": {
         "": {"--help", "-h", "--version"},
         "serve": {"--help", "-h", "--config", "--log-format", *(f"--{name.replace('_', '-')}" for name in OTHER_VALUES)},
-        "enrol": {"--help", "-h", "--run-dir", "--clients-file", "--address", "--tls-cert", "--insecure"},
-        "revoke": {"--help", "-h", "--run-dir", "--clients-file"},
+        "enrol": {"--help", "-h", "--run-dir", "--clients-file", "--address", "--tls-cert", "--insecure", "--renew"},
+        "revoke": {"--help", "-h", "--run-dir", "--clients-file", "--not-seen-for"},
         "clients": {"--help", "-h", "--run-dir", "--clients-file"},
     },
     "splitlora-export": {

@@ -20,9 +20,13 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from edge_client import EdgeClient
+from edge_client.connection import SecretRefused
 from edge_client.enrolment import store
 from gpu_server import GpuServer
 from gpu_server.door import enrolments_of, invite
+from gpu_server.enrolment import Enrolments
+from gpu_server.history import RunEvent
+from gpu_server.serving import Observer
 from protocol import Failure, Goodbye, Hello, Join, Welcome
 from protocol.invitation import Invitation
 from split_model import PretrainedModel
@@ -90,7 +94,8 @@ def test_device_joins_by_its_invitation_and_trains_to_the_end_encrypted(
     assert modes(run_dir, "clients.json", "server-key.pem", "server-certificate.pem") == {0o600}
     assert modes(state, "*.json") == {0o600}
     listed = command("gpu_server", "clients", "--run-dir", run_dir)
-    assert re.fullmatch(r"phone +enrolled \d{4}-\d\d-\d\d \d\d:\d\d UTC\n", listed.stdout)
+    date = r"\d{4}-\d\d-\d\d \d\d:\d\d UTC"
+    assert re.fullmatch(rf"phone +enrolled {date}( by \S+)?, last seen {date} at 127\.0\.0\.1:\d+\n", listed.stdout)
 
 
 def test_revoked_device_has_left_at_once_and_the_run_goes_on(
@@ -123,8 +128,9 @@ def test_revoked_device_has_left_at_once_and_the_run_goes_on(
         again = command("edge_client", *words)
         assert again.returncode == 1
         assert again.stderr == (
-            f"splitlora-edge: the server at {goes.url} does not know goes with this secret; it may have been revoked: "
-            "enrol it again\n"
+            f"splitlora-edge: the server at {goes.url} does not know goes with this secret: goes was revoked, or has "
+            "a new one. Join with the invitation that splitlora-server enrol goes prints there, with --renew where goes "
+            "is still enrolled\n"
         )
         assert command("gpu_server", "clients", "--run-dir", run_dir).stdout.split()[0] == "stays"
         honest.goes_on(5)
@@ -380,6 +386,57 @@ def test_new_secret_ends_the_connection_of_the_old_one(guarded: Guarded) -> None
         owner, answer = guarded.greeted(alice)
         with owner:
             assert isinstance(answer, Welcome)
+
+
+class Losses(Observer):
+    """Knows when a device has lost its connection."""
+
+    def __init__(self) -> None:
+        self.happened = threading.Event()
+
+    def event_happened(self, event: RunEvent) -> None:
+        if event.kind == "lost":
+            self.happened.set()
+
+
+def test_device_with_a_renewed_secret_goes_on_where_it_was_and_the_old_secret_opens_nothing(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    # Within a round of three steps: what the device has learnt in it stands in its own folder only.
+    settings = {**SETTINGS, "model": str(tiny_model), "clients": 1, "steps": 6, "aggregate_every": 3, "port": 0}
+    data, results = pairs_file("alice", 9), []
+    for name, is_disturbed in (("calm", False), ("disturbed", True)):
+        run_dir, lost = tmp_path / name, Losses()
+        enrolments = enrolments_of(str(run_dir), None)
+        enrolments.enrol("alice")
+        server = GpuServer(run_dir=str(run_dir), **settings)
+        server.observe(lost)
+        with server:
+
+            def join(server: GpuServer = server, enrolments: Enrolments = enrolments, name: str = name) -> EdgeClient:
+                address = server.url.partition("//")[2]
+                invitation = invite(enrolments, "alice", run_dir=str(tmp_path / name), address=address, renew=True)
+                state = tmp_path / f"state-{name}"
+                return EdgeClient.join(invitation.text(), model=str(tiny_model), engine="torch", data=data, state_dir=state)
+
+            with ExitStack() as stack:
+                first = stack.enter_context(join())
+                steps = first.train()
+                if is_disturbed:
+                    for _ in range(4):
+                        next(steps)
+                    second = join()
+                    assert lost.happened.wait(SECONDS)
+                    with pytest.raises(SecretRefused) as caught, first:
+                        next(steps)
+                    assert "has a new one" in str(caught.value)
+                    stack.pop_all()
+                    steps = stack.enter_context(second).train()
+                done = [step.number for step in steps]
+            assert done == ([5, 6] if is_disturbed else [1, 2, 3, 4, 5, 6])
+            assert len(list(server.train())) == 6
+        results.append((run_dir / "adapter/adapter_model.safetensors").read_bytes())
+    assert results[0] == results[1]
 
 
 def test_file_that_cannot_be_read_for_a_while_keeps_nobody_from_being_revoked(guarded: Guarded) -> None:

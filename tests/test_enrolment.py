@@ -74,7 +74,7 @@ def test_file_holds_the_hash_and_never_the_secret(enrolments: Enrolments, path: 
     content = json.loads(text)
     assert content["format"] == 1
     (entry,) = content["clients"].values()
-    assert entry.keys() == {"secret_sha256", "enrolled"}
+    assert entry.keys() == {"secret_sha256", "enrolled", "enrolled_by"}
     assert entry["secret_sha256"] == hashlib.sha256(secret.encode()).hexdigest()
     assert before <= datetime.fromisoformat(entry["enrolled"]) <= datetime.now(timezone.utc)
 
@@ -117,14 +117,50 @@ def test_clients_are_listed_by_name_with_their_time(enrolments: Enrolments) -> N
         enrolments.enrol(name)
     assert enrolments.exists()
     assert list(enrolments.clients()) == ["a", "b", "c"]
-    assert all(abs(datetime.now(timezone.utc) - enrolled) < timedelta(minutes=5) for enrolled in enrolments.clients().values())
+    for client in enrolments.clients().values():
+        assert abs(datetime.now(timezone.utc) - client.enrolled) < timedelta(minutes=5)
 
 
 def test_name_is_enrolled_once(enrolments: Enrolments) -> None:
     secret = enrolments.enrol("phone-1")
-    with pytest.raises(ConfigError, match=r"^phone-1 is enrolled already; revoke it first$"):
+    with pytest.raises(ConfigError, match=r"^phone-1 is enrolled already: .* add --renew; .* revoke it first$"):
         enrolments.enrol("phone-1")
     assert enrolments.admits("phone-1", secret)
+
+
+def test_renewed_secret_is_the_only_one_and_the_device_is_the_same(enrolments: Enrolments, path: Path) -> None:
+    first, other = enrolments.enrol("phone-1"), enrolments.enrol("phone-2")
+    before, others = enrolments.clients().values()
+    second = Enrolments(path).renew("phone-1")
+    assert not enrolments.admits("phone-1", first)
+    after = enrolments.admits("phone-1", second)
+    assert after is not None
+    assert before.renewed is None
+    assert after.renewed is not None
+    assert before.enrolled < after.renewed <= datetime.now(timezone.utc)
+    assert before.is_same_device(after)
+    assert before != after
+    assert enrolments.admits("phone-2", other) == others
+    assert second not in path.read_text()
+    enrolments.revoke("phone-1")
+    enrolments.enrol("phone-1")
+    assert not before.is_same_device(enrolments.clients()["phone-1"])
+    assert not before.is_same_device(None)
+
+
+def test_only_an_enrolled_device_is_given_a_new_secret(enrolments: Enrolments, path: Path) -> None:
+    with pytest.raises(ConfigError, match="'phone-1' is not enrolled; nobody is in "):
+        enrolments.renew("phone-1")
+    assert not path.parent.exists()
+
+
+def test_whoever_has_typed_sudo_has_enrolled_the_device(enrolments: Enrolments, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUDO_USER", "anna")
+    enrolments.enrol("phone-1")
+    monkeypatch.delenv("SUDO_USER")
+    monkeypatch.setattr("getpass.getuser", lambda: (_ for _ in ()).throw(KeyError("no such user")))
+    enrolments.enrol("phone-2")
+    assert [client.enrolled_by for client in enrolments.clients().values()] == ["anna", ""]
 
 
 def test_name_that_cannot_be_one_is_refused_before_anything_is_written(enrolments: Enrolments, path: Path) -> None:
@@ -250,6 +286,7 @@ ENTRY = {"secret_sha256": "00" * 32, "enrolled": "2026-01-01T00:00:00+00:00"}
         json.dumps({"format": 1, "clients": {"a": {**ENTRY, "secret_sha256": 5}}}),
         json.dumps({"format": 1, "clients": {"a": {**ENTRY, "enrolled": "yesterday"}}}),
         json.dumps({"format": 1, "clients": {"a": {**ENTRY, "enrolled": "2026-01-01T00:00:00"}}}),
+        json.dumps({"format": 1, "clients": {"a": {**ENTRY, "renewed": "2026-01-01T00:00:00"}}}),
         json.dumps({"format": 2, "clients": {}}),
     ],
 )

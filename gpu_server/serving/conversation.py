@@ -4,7 +4,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from datetime import datetime
 
 from protocol import (
     AskPart,
@@ -24,6 +23,7 @@ from terminal import count, duration, version
 
 from ..door import Door
 from ..edge_part import EdgePartStore, PartUnavailable
+from ..enrolment import Enrolment
 from ..federation import Federation, NameInUse
 from ..history import tell
 from ..listener import Listener
@@ -184,6 +184,7 @@ class Conversations:
             client=peer.name,
             samples=join.num_samples,
             batch_size=join.batch_size,
+            address=peer.connection.address,
         )
         if status.step == 0 and not was_started and federation.total_steps:
             steps = federation.total_steps
@@ -218,21 +219,29 @@ class Conversations:
 
     # Ends
 
-    def expel_revoked(self, enrolled: Mapping[str, datetime]) -> None:
+    def apply_enrolments(self, enrolled: Mapping[str, Enrolment]) -> None:
         """
-        A device that is revoked has left the run, connected or not; also where its name has a new secret by now.
+        A device that is revoked has left the run, connected or not; also where its name is another device's by now. One that
+        has a new secret keeps its place, and loses the connection that it made with the old one.
 
         Args:
-            enrolled: by name, since when.
+            enrolled: by name.
         """
-        here = {name for name, peer in self._peers.items() if peer.connection.enrolled != enrolled.get(name)}
-        away = {name for name in self._federation.unfinished() if name not in enrolled}
-        for name in here | away:
+        gone = {name for name in self._federation.unfinished() if name not in enrolled}
+        for name, peer in list(self._peers.items()):
+            before, now = peer.connection.enrolment, enrolled.get(name)
+            if before is None or not before.is_same_device(now):
+                gone.add(name)
+            elif before != now:
+                tell("lost", f"{peer}: has a new secret, and has to join with its new invitation", client=name)
+                self._forget(peer)
+                peer.drop()
+        for name in gone:
             reason = f"the enrolment of {name} was revoked"
-            peer = self._peers.pop(name, None)
-            told = self._leave(name, peer, reason)
-            if peer is not None:
-                self._lifetime.spawn(self._refuse(peer, reason, told=told))
+            left = self._peers.pop(name, None)
+            told = self._leave(name, left, reason)
+            if left is not None:
+                self._lifetime.spawn(self._refuse(left, reason, told=told))
             self._lifetime.end_if_all_have_left()
 
     async def dismiss(self, reason: str, *, to_be_continued: bool = False) -> None:

@@ -4,7 +4,6 @@ import asyncio
 import http
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from datetime import datetime
 
 from websockets.asyncio.server import Server, ServerConnection, basic_auth, serve
 from websockets.http11 import Request, Response
@@ -12,6 +11,7 @@ from websockets.http11 import Request, Response
 from protocol import HANDSHAKE_BYTES, SECONDS_BETWEEN_PINGS, SECONDS_TO_PONG, compressed_bound
 
 from ..door import Door
+from ..enrolment import Enrolment
 from ..errors import ServerError
 from ..history import tell
 from ..listener import Limits, Listener
@@ -69,12 +69,12 @@ async def accept_connections(
     return server
 
 
-async def watch_enrolments(door: Door, expel_revoked: Callable[[Mapping[str, datetime]], None]) -> None:
+async def watch_enrolments(door: Door, apply: Callable[[Mapping[str, Enrolment]], None]) -> None:
     """
     Look every second who is enrolled, where devices are; without end.
 
     Args:
-        expel_revoked: called with the enrolled devices' names, and since when they are.
+        apply: called with the enrolled devices, by name.
     """
     while door.enrolled is not None:
         await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
@@ -82,7 +82,7 @@ async def watch_enrolments(door: Door, expel_revoked: Callable[[Mapping[str, dat
             enrolled = await asyncio.to_thread(door.enrolled)
         except ServerError:
             continue  # until the file can be read, newcomers are refused, of which the operator is told, and those inside stay
-        expel_revoked(enrolled)
+        apply(enrolled)
 
 
 class _Admission:
@@ -107,11 +107,11 @@ class _Admission:
         return None
 
     async def _check_secret(
-        self, connection: CountingConnection, request: Request, admits: Callable[[str, str], datetime | None]
+        self, connection: CountingConnection, request: Request, admits: Callable[[str, str], Enrolment | None]
     ) -> Response | None:
         def admit(name: str, secret: str) -> bool:
-            connection.enrolled = admits(name, secret)
-            return connection.enrolled is not None
+            connection.enrolment = admits(name, secret)
+            return connection.enrolment is not None
 
         refusal = await basic_auth("splitlora", check_credentials=admit)(connection, request)
         if refusal is not None:

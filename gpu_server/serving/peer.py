@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed, ProtocolError
@@ -12,6 +11,7 @@ from websockets.exceptions import ConnectionClosed, ProtocolError
 from protocol import Failure, LocalProtocolError, Message, Session, Side, compressed_bound
 from protocol.limits import limited_frames
 
+from ..enrolment import Enrolment
 from ..errors import ServerError
 from ..listener import RateLimiter
 
@@ -43,8 +43,8 @@ class CountingConnection(ServerConnection):
     bytes_up = 0
     """From the device."""
     bytes_down = 0
-    enrolled: datetime | None = None
-    """When its device was enrolled; None where the run takes everybody."""
+    enrolment: Enrolment | None = None
+    """With which its device was let in; None where the run takes everybody."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)

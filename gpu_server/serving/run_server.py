@@ -123,7 +123,7 @@ class RunServer:
             tell("server_started", started, step=self._federation.step, quiet=True, restarts=restarts)
             for notice in self._door.notices:
                 tell("note", notice, level="warning")
-            watch = self._loop.create_task(watch_enrolments(self._door, conversations.expel_revoked))
+            watch = self._loop.create_task(watch_enrolments(self._door, conversations.apply_enrolments))
             try:
                 performer.perform(first)
                 await self._until_end(lifetime, performer, conversations)
