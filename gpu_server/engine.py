@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from protocol import Activations, Array, Evaluation, HiddenGradient, Tensors
 
-from .federation import Trained
+from .federation import Aggregated, Trained
 
 if TYPE_CHECKING:
     from split_model import Adapter
@@ -38,7 +38,7 @@ class Engine(Protocol):
             batches: by client, in the order of the union batch: values (N, d).
 
         Returns:
-            The loss and the labels of the step so far, and the gradients of this micro-batch.
+            The loss and the labels of the step so far, and the losses and gradients of this micro-batch.
 
         Raises:
             TrainingDiverged: the loss is not finite.
@@ -70,7 +70,7 @@ class Engine(Protocol):
                 and its gradient is zero. If all are, the micro-batch need not have had a `forward`.
 
         Returns:
-            The loss and the labels of the step so far, and the gradients of this micro-batch for those who gave theirs.
+            The loss and the labels of the step so far, and losses and gradients of this micro-batch for those who gave theirs.
 
         Raises:
             TrainingDiverged: a gradient is not finite.
@@ -89,7 +89,7 @@ class Engine(Protocol):
             a label.
         """
 
-    def aggregate(self, step: int, total_steps: int, contributions: dict[str, Tensors], weights: dict[str, int]) -> Tensors:
+    def aggregate(self, step: int, total_steps: int, contributions: dict[str, Tensors], weights: dict[str, int]) -> Aggregated:
         """
         The edge adapter after a round.
 
@@ -97,9 +97,6 @@ class Engine(Protocol):
             contributions: by client, a tensor in the shape of every LoRA matrix of the edge part: gradients to be summed where
                 a round is one step, else matrices to be averaged.
             weights: labelled tokens of each client in the round, for the average.
-
-        Returns:
-            A copy of the edge part's LoRA matrices.
 
         Raises:
             TrainingDiverged: the adapter is not finite.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy
 import torch
 from torch import nn
 
@@ -26,13 +27,14 @@ from split_model import (
     ServerPart,
     adamw,
     adapter_shapes,
+    gradient_norm,
     optimiser_state,
     restore_optimiser,
     take_step,
 )
 from storage import AdapterError
 
-from .federation import Trained
+from .federation import Aggregated, Trained
 
 __all__ = ["TorchEngine"]
 
@@ -98,7 +100,8 @@ class TorchEngine:
     def train(self, step: int, total_steps: int, micro_batch: int, batches: dict[str, Activations]) -> Trained:
         if not micro_batch:
             self._begin_step()
-        return self._trained(step, total_steps, micro_batch, self._gradients(step, micro_batch, batches))
+        gradients, summed_losses = self._gradients(step, micro_batch, batches)
+        return self._trained(step, total_steps, micro_batch, gradients, summed_losses)
 
     def forward(self, step: int, micro_batch: int, batches: dict[str, Activations]) -> dict[str, Array]:
         if not micro_batch:
@@ -119,7 +122,7 @@ class TorchEngine:
 
     def backward(self, step: int, total_steps: int, micro_batch: int, gradients: dict[str, HiddenGradient]) -> Trained:
         if not gradients:
-            return self._trained(step, total_steps, micro_batch, {})
+            return self._trained(step, total_steps, micro_batch, {}, {})
         graph = self._graphs.pop(micro_batch)
         zeros = graph.hidden.new_zeros(1, graph.hidden.shape[1])
         upstream = [
@@ -127,34 +130,51 @@ class TorchEngine:
             for client, rows in graph.num_labelled.items()
         ]
         torch.autograd.backward(graph.hidden, torch.cat(upstream))
-        self._summed += sum(gradient.summed_loss for gradient in gradients.values())
+        summed_losses = {client: gradient.summed_loss for client, gradient in gradients.items()}
+        self._summed += sum(summed_losses.values())
         self._labelled_tokens += sum(gradient.labelled_tokens for gradient in gradients.values())
         of_all = _by_client(self._gradient_of(graph.activations, step), graph.num_rows)
-        return self._trained(step, total_steps, micro_batch, {client: of_all[client] for client in gradients})
+        return self._trained(step, total_steps, micro_batch, {client: of_all[client] for client in gradients}, summed_losses)
 
     def _begin_step(self) -> None:
         self._summed, self._labelled_tokens = 0.0, 0
         self._graphs.clear()
 
-    def _trained(self, step: int, total_steps: int, micro_batch: int, gradients: dict[str, Array]) -> Trained:
+    def _trained(
+        self, step: int, total_steps: int, micro_batch: int, gradients: dict[str, Array], summed_losses: dict[str, float]
+    ) -> Trained:
         """With a step's last micro-batch, update the server part."""
+        norm = 0.0
         # A step without any label has gradients of 0: it teaches nothing, and divides by 1.
         labelled_tokens = max(1, self._labelled_tokens)
         if micro_batch + 1 == self._settings.micro_batches:
             self._graphs.clear()
             self._part.divide_gradients(labelled_tokens)
+            norm = gradient_norm(self._part.matrices().values())
             take_step(self._server_optimiser, self._settings.learning_rate_at(step, total_steps))
-        return Trained(loss=self._summed / labelled_tokens, labelled_tokens=self._labelled_tokens, gradients=gradients)
+        return Trained(
+            loss=self._summed / labelled_tokens,
+            labelled_tokens=self._labelled_tokens,
+            gradients=gradients,
+            summed_losses=summed_losses,
+            gradient_norm=norm,
+        )
 
-    def _gradients(self, step: int, micro_batch: int, batches: dict[str, Activations]) -> dict[str, Array]:
-        """Of the micro-batch's summed loss by each client's values, (N, d). Adds its loss and its labels to the step's."""
+    def _gradients(
+        self, step: int, micro_batch: int, batches: dict[str, Activations]
+    ) -> tuple[dict[str, Array], dict[str, float]]:
+        """
+        Of the micro-batch's summed loss by each client's values, (N, d), and its share of that loss. Adds the loss and its
+        labels to the step's.
+        """
         union = list(batches.values())
         if not sum(len(batch.values) for batch in union):
-            return {client: batch.values for client, batch in batches.items()}
+            return {client: batch.values for client, batch in batches.items()}, dict.fromkeys(batches, 0.0)
         activations = self._as_leaf(step, micro_batch, union)
         labels = self._join([batch.labels for batch in union]).long()
         # The sum, since how many labels the step has is known only with its last micro-batch.
-        loss = self._summed_loss(activations, union, labels)
+        losses = self._part.losses(activations, *self._shape(union), labels)
+        loss = losses.sum()
         if not torch.isfinite(loss):
             self._check_base("losses", lambda: self._summed_loss(activations, union, labels))
             raise TrainingDiverged(f"the loss of step {step} is {loss.item()}; try a lower --lr")
@@ -162,7 +182,9 @@ class TorchEngine:
         gradient = self._gradient_of(activations, step)
         self._summed += loss.item()
         self._labelled_tokens += len(labels)
-        return _by_client(gradient, {client: len(batch.values) for client, batch in batches.items()})
+        of_rows = _by_client(losses.detach(), {client: len(batch.labels) for client, batch in batches.items()})
+        summed_losses = {client: float(rows.sum(dtype=numpy.float64)) for client, rows in of_rows.items()}
+        return _by_client(gradient, {client: len(batch.values) for client, batch in batches.items()}), summed_losses
 
     def _as_leaf(self, step: int, micro_batch: int, union: list[Activations]) -> torch.Tensor:
         """The values of all, (N, d), for a forward pass with this micro-batch's dropout and for a backward pass."""
@@ -201,10 +223,12 @@ class TorchEngine:
         labels = self._join([batch.labels for batch in union]).long()
         return self._summed_loss(self._join([batch.values for batch in union]), union, labels).item()
 
-    def aggregate(self, step: int, total_steps: int, contributions: dict[str, Tensors], weights: dict[str, int]) -> Tensors:
+    def aggregate(self, step: int, total_steps: int, contributions: dict[str, Tensors], weights: dict[str, int]) -> Aggregated:
+        norm = 0.0
         if self._settings.aggregate_every == 1:
             for name, matrix in self._edge.items():
                 matrix.grad = torch.stack([_tensor(tensors[name]) for tensors in contributions.values()]).sum(0)
+            norm = gradient_norm(self._edge.values())
             take_step(self._edge_optimiser, self._settings.learning_rate_at(step, total_steps))
         else:
             # FedAvg (arXiv 1602.05629). A round without any label has taught nobody anything: all count alike.
@@ -217,7 +241,7 @@ class TorchEngine:
         if not all(torch.isfinite(matrix).all() for matrix in self._edge.values()):
             raise TrainingDiverged(f"the edge adapter of step {step} is not finite; try a lower --lr")
         self.round_end = self._state()
-        return self.edge_adapter()
+        return Aggregated(edge_adapter=self.edge_adapter(), gradient_norm=norm)
 
     def restore(self, state: Adapter) -> None:
         adapter = {name.removeprefix(ADAPTER): tensor for name, tensor in state.items() if name.startswith(ADAPTER)}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["OptimiserConfig", "adamw", "optimiser_state", "restore_optimiser", "take_step"]
+__all__ = ["OptimiserConfig", "adamw", "gradient_norm", "optimiser_state", "restore_optimiser", "take_step"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,14 @@ class OptimiserConfig:
 
 def adamw(parameters: Iterable[nn.Parameter], config: OptimiserConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
+    """Euclidean, of all their gradients together; 0 if they have none."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return 0.0
+    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])))
 
 
 def take_step(optimiser: torch.optim.AdamW, learning_rate: float) -> None:

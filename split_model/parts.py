@@ -14,7 +14,7 @@ from storage import AdapterError, ModelError
 
 from .families import family_of
 from .lora import Adapter, LoraConfig, LoraLinear, SeededDropout, adapted_layers, adapter_name
-from .loss import summed_cross_entropy
+from .loss import cross_entropies
 from .packing import Packing, labelled_positions
 from .placement import Placement
 from .pretrained_model import PretrainedModel
@@ -186,15 +186,19 @@ class ServerPart(Part):
         labelled: Tensor = self.final_norm(hidden.index_select(0, labelled_positions(lengths, label_counts)))
         return labelled
 
-    def summed_loss(self, activations: Tensor, lengths: Tensor, label_counts: Tensor, labels: Tensor) -> Tensor:
+    def losses(self, activations: Tensor, lengths: Tensor, label_counts: Tensor, labels: Tensor) -> Tensor:
         """
-        Sum of the cross-entropies of all labels, in nats.
+        Cross-entropies of all labels, (M,), in nats.
 
         Args:
             activations, lengths, label_counts: see `hidden`.
             labels: (M,) the next token at the labelled rows.
         """
-        return summed_cross_entropy(self.hidden(activations, lengths, label_counts), self.head, labels)
+        return cross_entropies(self.hidden(activations, lengths, label_counts), self.head, labels)
+
+    def summed_loss(self, activations: Tensor, lengths: Tensor, label_counts: Tensor, labels: Tensor) -> Tensor:
+        """The sum of the `losses`."""
+        return self.losses(activations, lengths, label_counts, labels).sum()
 
     def logits(self, activations: Tensor, lengths: Tensor) -> Tensor:
         """Activations (N, d) -> logits (N, V). For generation and for tests; training never holds them all."""

@@ -577,6 +577,7 @@ NAMES = {
         *(
             "continue_greedily",
             "cross_entropies",
+            "gradient_norm",
             "initial_adapter",
             "load_adapter",
             "optimiser_state",

@@ -10,6 +10,7 @@ from usual_settings import settings
 from gpu_server.federation import (
     Action,
     Aggregate,
+    Aggregated,
     Backward,
     Checkpoint,
     CodecPolicy,
@@ -109,7 +110,10 @@ class Table:
 
     def trained(self, *names: str) -> list[Action]:
         gradients = {name: np.zeros((ROWS, WIDTH), np.float32) for name in names}
-        return self.federation.trained(Trained(loss=1.5, labelled_tokens=4, gradients=gradients), 0.1, self.now)
+        trained = Trained(
+            loss=1.5, labelled_tokens=4, gradients=gradients, summed_losses=dict.fromkeys(names, 3.0), gradient_norm=3.0
+        )
+        return self.federation.trained(trained, 0.1, self.now)
 
     def ask(self, name: str, kind: type, step: int) -> list[Action]:
         if kind is Activations:
@@ -123,7 +127,7 @@ class Table:
         return self.aggregated() if isinstance(action, Aggregate) else self.federation.saved(self.now)
 
     def aggregated(self) -> list[Action]:
-        return self.federation.aggregated(tensors(1.0), 0.1, self.now)
+        return self.federation.aggregated(Aggregated(edge_adapter=tensors(1.0), gradient_norm=4.0), 0.1, self.now)
 
 
 def told(actions: list[Action], kind: type) -> list[str]:
@@ -303,6 +307,39 @@ def test_time_in_the_queue_is_told_with_the_answer_and_the_clients_own_is_added_
     table.contribute("b", 1)
     (finished,) = [action for action in table.aggregated() if isinstance(action, FinishStep)]
     assert finished.record.seconds == {"a": Seconds(edge_compute=7.0, uplink=1.0, downlink=4.0), "b": Seconds()}
+
+
+def test_record_of_a_step_says_what_is_known_of_it() -> None:
+    table = Table({"a": 2, "b": 1, "c": 2}, lr=0.5, lr_schedule="linear", micro_batches=2)
+    for step, names in ((1, "abc"), (2, "ac")):
+        for micro_batch in (0, 1):
+            for name in names:
+                table.activations(name, step, micro_batch=micro_batch)
+            table.now += 1.5
+            table.trained(*names)
+        for name in names:
+            table.contribute(name, step)
+        table.now += 0.25
+        (record,) = [action.record for action in table.aggregated() if isinstance(action, FinishStep)]
+        assert (record.number, record.step_seconds, record.learning_rate) == (step, 3.25, 0.5 / step)
+        assert record.losses == dict.fromkeys(names, 1.5)
+        assert record.labelled == dict.fromkeys(names, 4)
+        assert record.samples == dict.fromkeys(names, 2)
+        assert record.gradient_norm == 5.0  # sides of 3 and 4
+
+
+def test_time_of_a_resumed_runs_first_step_begins_when_it_goes_on() -> None:
+    before = Table({"a": 2})
+    table = Table({"a": 2})
+    table.now = 100.0
+    table.federation.restore(0, 0, before.federation.membership(), tensors(), table.now)
+    table.come_back("a")
+    table.now = 107.0
+    table.activations("a", 1)
+    table.trained("a")
+    table.contribute("a", 1)
+    (record,) = [action.record for action in table.aggregated() if isinstance(action, FinishStep)]
+    assert record.step_seconds == 7.0
 
 
 def test_time_of_an_evaluation_makes_no_client_late() -> None:
@@ -1149,6 +1186,7 @@ def test_time_of_both_halves_is_told_and_added_up() -> None:
     assert record.seconds == {"a": Seconds(edge_compute=5.0), "b": Seconds(uplink=2.0)}
     assert record.server_compute == pytest.approx(0.3)
     assert (record.labelled_tokens, record.tokens) == (4, 2 * ROWS)
+    assert (record.labelled, record.losses) == ({"a": 2, "b": 2}, {"a": 1.5, "b": 1.5})
 
 
 def test_deadline_of_a_reply_is_that_of_replies() -> None:

@@ -15,6 +15,7 @@ from usual_settings import settings
 from gpu_server.federation import (
     Action,
     Aggregate,
+    Aggregated,
     Backward,
     Checkpoint,
     Evaluate,
@@ -315,7 +316,7 @@ class History:
                 num_steps = {name: int(tensors["A"][0, 0]) for name, tensors in action.contributions.items()}
                 weights = {name: weight // self.settings.micro_batches for name, weight in action.weights.items()}
                 assert weights == num_steps, f"{num_steps} steps were done, {weights} are counted"
-            self.perform(federation.aggregated(adapter_of(0), 0.1, self.now))
+            self.perform(federation.aggregated(Aggregated(edge_adapter=adapter_of(0)), 0.1, self.now))
         elif isinstance(action, Evaluate):
             if self.settings.labels == "server":
                 self.perform(federation.evaluated(action.client, action.batch, 0.0, self.now))

@@ -207,6 +207,35 @@ def test_run_is_the_same_whoever_has_the_labels(
     assert reference.largest_difference(*adapters) <= FLOAT64_TOLERANCE[1]
 
 
+@pytest.mark.parametrize("labels", ["server", "device"])
+def test_figures_of_a_step_equal_those_of_centralised_lora(four_blocks: Path, tmp_path: Path, labels: str) -> None:
+    federation, steps = Federation(tmp_path, [2, 3], 5), 5
+    start = reference.make_adapter(four_blocks, tmp_path / "start", targets=("c_attn",))
+    lora = {"lora_rank": 4, "lora_alpha": 8.0, "init_adapter": str(start)}
+    server = {"model": str(four_blocks), "run_dir": str(tmp_path / "run"), "steps": steps, "dtype": "float64", "labels": labels}
+    schedule = {"lr": LEARNING_RATE, "lr_schedule": "linear", "warmup_steps": 2}
+    records = run_split({**server, **schedule, **lora, "cut_layer": 2}, federation.clients()).records
+    model = reference.load_peft(four_blocks, start, torch.float64, is_trainable=True)
+    matrices = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(matrices, lr=LEARNING_RATE, weight_decay=0.01)
+    scheduler = get_linear_schedule_with_warmup(optimiser, 2, steps)
+    for record, of_clients in zip(records, federation.batches(four_blocks), strict=True):
+        losses = {f"client-{i}": reference.mean_loss(model, samples).item() for i, samples in enumerate(of_clients)}
+        reference.mean_loss(model, [sample for samples in of_clients for sample in samples]).backward()
+        norm = torch.nn.utils.clip_grad_norm_(matrices, torch.inf).item()
+        assert record.losses == pytest.approx(losses, abs=FLOAT64_TOLERANCE[0])
+        assert record.gradient_norm == pytest.approx(norm, rel=1e-9)
+        assert record.learning_rate == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
+        assert record.samples == {f"client-{i}": len(samples) for i, samples in enumerate(of_clients)}
+        assert record.labelled == {
+            f"client-{i}": sum(len(tokens) - unlabelled for tokens, unlabelled in samples)
+            for i, samples in enumerate(of_clients)
+        }
+        optimiser.step()
+        optimiser.zero_grad()
+        scheduler.step()
+
+
 @pytest.mark.shared
 @pytest.mark.parametrize(
     ("dtype", "tolerance", "cut_layer"),

@@ -87,6 +87,10 @@ def empty() -> Activations:
 def assert_same(one: Trained, other: Trained, tolerance: float = 1e-12) -> None:
     assert one.labelled_tokens == other.labelled_tokens
     np.testing.assert_allclose(one.loss, other.loss, rtol=tolerance)
+    np.testing.assert_allclose(one.gradient_norm, other.gradient_norm, rtol=tolerance)
+    assert list(one.summed_losses) == list(other.summed_losses)
+    for name, loss in one.summed_losses.items():
+        np.testing.assert_allclose(loss, other.summed_losses[name], rtol=tolerance)
     assert list(one.gradients) == list(other.gradients)
     for name, gradient in one.gradients.items():
         np.testing.assert_allclose(gradient, other.gradients[name], rtol=tolerance, atol=tolerance)
@@ -106,6 +110,18 @@ def test_two_halves_train_as_one_whole_with_the_same_dropout(tiny_model: Path) -
             replies = halves.forward(step, micro_batch, batches(step, micro_batch))
             assert_same(halves.engine.backward(step, 3, micro_batch, replies), expected)
     assert_same_adapter(halves.engine, whole)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_losses_of_the_devices_are_what_each_would_lose_alone(tiny_model: Path, precision: str) -> None:
+    tolerance = 1e-5 if precision == "float32" else 1e-12
+    engine = engine_of(tiny_model, micro_batches=2)
+    alone = {name: engine_of(tiny_model).train(1, 1, 0, batches(names=name)) for name in "ab"}
+    together = engine.train(1, 1, 0, batches())
+    assert {name: pytest.approx(trained.loss * trained.labelled_tokens, rel=tolerance) for name, trained in alone.items()} == (
+        together.summed_losses
+    )
+    assert together.gradient_norm == 0.0  # the step's gradient is not known yet
 
 
 def test_nothing_depends_on_when_a_micro_batch_had_its_forward(tiny_model: Path) -> None:
@@ -135,10 +151,11 @@ def test_step_goes_on_without_a_device_that_does_not_reply_as_if_it_had_not_been
 def test_step_that_everybody_has_left_ends_with_the_micro_batches_there_are(tiny_model: Path) -> None:
     shorter, given_up = Halves(tiny_model), Halves(tiny_model, micro_batches=3)
     expected = shorter.engine.backward(1, 1, 0, shorter.forward(1, 0, batches()))
-    assert_same(given_up.engine.backward(1, 1, 0, given_up.forward(1, 0, batches())), expected)
+    unfinished = given_up.engine.backward(1, 1, 0, given_up.forward(1, 0, batches()))
+    assert_same(unfinished, replace(expected, gradient_norm=0.0))
     given_up.forward(1, 1, batches(1, 1))
     trained = given_up.engine.backward(1, 1, 2, {})
-    assert (trained.loss, trained.labelled_tokens, trained.gradients) == (expected.loss, expected.labelled_tokens, {})
+    assert_same(trained, replace(expected, gradients={}, summed_losses={}))
     assert_same_adapter(given_up.engine, shorter.engine)
 
 

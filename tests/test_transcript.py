@@ -22,6 +22,7 @@ from usual_settings import settings
 from gpu_server.federation import (
     Action,
     Aggregate,
+    Aggregated,
     Backward,
     Checkpoint,
     CodecPolicy,
@@ -184,7 +185,7 @@ class Story:
             gradients = {name: gradient.values for name, gradient in action.gradients.items()}
             return federation.trained(Trained(loss=1.0, labelled_tokens=1, gradients=gradients), 0.5, self.now)
         if isinstance(action, Aggregate):
-            return federation.aggregated({"A": np.zeros((1, 1), np.float32)}, 0.25, self.now)
+            return federation.aggregated(Aggregated(edge_adapter={"A": np.zeros((1, 1), np.float32)}), 0.25, self.now)
         if isinstance(action, Evaluate) and self.settings.labels == "device":
             return federation.inferred(action.client, action.batch, action.batch.values, self.now)
         if isinstance(action, Evaluate):

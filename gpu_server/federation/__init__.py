@@ -15,18 +15,18 @@ from .events import (
     Report,
     SaveCodecState,
     Train,
-    Trained,
 )
 from .federation import Federation, Phase
 from .member import Member, Presence
 from .message_rules import ModelLimits
 from .roster import NameInUse
 from .run_status import RunStatus
-from .step import StepRecord
+from .step import Aggregated, StepRecord, Trained
 
 __all__ = [
     "Action",
     "Aggregate",
+    "Aggregated",
     "Backward",
     "Checkpoint",
     "CodecPolicy",

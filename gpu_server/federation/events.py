@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from protocol import Activations, Array, Evaluation, HiddenGradient, Message, Tensors
+from protocol import Activations, Evaluation, HiddenGradient, Message, Tensors
 
 from .step import StepRecord
 
@@ -20,7 +20,6 @@ __all__ = [
     "Report",
     "SaveCodecState",
     "Train",
-    "Trained",
 ]
 
 
@@ -73,18 +72,6 @@ class Backward:
     By client, in the order of their names. Clients of its `Forward` that are missing here have a gradient of zero. Empty if
     every client that began the step has left; the step then ends with the micro-batches computed so far.
     """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """What came of a `Train` or a `Backward`."""
-
-    loss: float
-    """Nats per labelled token, over the step's micro-batches so far."""
-    labelled_tokens: int
-    """Of the step's micro-batches so far."""
-    gradients: dict[str, Array]
-    """By client: (N, d), of the micro-batch's summed loss by the client's activations."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,7 +111,6 @@ from .events import (
     Report,
     SaveCodecState,
     Train,
-    Trained,
 )
 from .gathering import Gathering, Verdict
 from .member import Member, Presence
@@ -126,7 +125,7 @@ from .message_rules import (
 )
 from .roster import Asked, Roster
 from .run_status import RunStatus
-from .step import AskedBack, StepInProgress
+from .step import Aggregated, AskedBack, StepInProgress, Trained
 from .timing import StepTiming
 
 __all__ = ["Federation", "Phase"]
@@ -190,6 +189,8 @@ class Federation:
         self._present_step = StepInProgress()
         self._recorded = 0
         """The last step whose record was given out."""
+        self._step_began = 0.0
+        """When the step before was finished; before a server's first step, when the run began, or went on."""
         self._since = 0.0
         """When the present phase began."""
         self._gathering: Gathering | None = None
@@ -224,6 +225,7 @@ class Federation:
         self.step = self.round = self._recorded = step
         self.checkpoints = (earliest, step)
         self.total_steps = self._roster.last_step
+        self._step_began = now
         self._enter(Phase.ACTIVATIONS, now)
         return self._advance(now)
 
@@ -436,8 +438,7 @@ class Federation:
         """The last `Train` or `Backward` is computed; it took so many ``seconds``."""
         present = self._present_step
         ends_step = present.micro_batch + 1 == self.settings.micro_batches
-        present.loss, present.labelled_tokens = trained.loss, trained.labelled_tokens
-        present.server_compute += seconds
+        present.add_trained(trained, seconds)
         actions = self._answer_activations(trained, seconds, now, ends_step=ends_step)
         if not ends_step:
             present.micro_batch_is_answered()
@@ -475,15 +476,15 @@ class Federation:
                 actions.append(self._reply(name, answer, next_question, now))
         return actions
 
-    def aggregated(self, edge_adapter: Tensors, seconds: float, now: float) -> list[Action]:
-        """The edge adapter of the last `Aggregate` is computed."""
-        self.edge_adapter = edge_adapter
-        self._present_step.server_compute += seconds
+    def aggregated(self, aggregated: Aggregated, seconds: float, now: float) -> list[Action]:
+        """The edge adapter of the last `Aggregate` is computed; it took so many ``seconds``."""
+        self.edge_adapter = aggregated.edge_adapter
+        self._present_step.add_aggregated(aggregated, seconds)
         actions: list[Action] = []
         for name in sorted(self._asked(Contribution)):
             answer = EdgeAdapter(
                 step=self.step,
-                tensors=edge_adapter,
+                tensors=self.edge_adapter,
                 checkpoint=self.checkpoints[0],
                 queue_seconds=self.timing.queued((name, 0)),
                 compute_seconds=seconds,
@@ -586,6 +587,7 @@ class Federation:
 
     def _start(self, now: float) -> list[Action]:
         self._enter(Phase.ACTIVATIONS, now)
+        self._step_began = now
         self.total_steps = self._roster.last_step
         actions: list[Action] = [Checkpoint(step=0)]
         for name in self.members:
@@ -670,8 +672,16 @@ class Federation:
         if self._recorded == self.step:  # a last round that is closed early, since those who had steps left have gone
             return []
         self._recorded = self.step
-        deadline, codec = self.deadline.seconds(Activations), codec_name(self.codec_of(self.step))
-        return [FinishStep(record=self._present_step.record(self.step, seconds=seconds, deadline=deadline, codec=codec))]
+        step_seconds, self._step_began = now - self._step_began, now
+        record = self._present_step.record(
+            self.step,
+            seconds=seconds,
+            step_seconds=step_seconds,
+            learning_rate=self.settings.learning_rate_at(self.step, self.total_steps),
+            deadline=self.deadline.seconds(Activations),
+            codec=codec_name(self.codec_of(self.step)),
+        )
+        return [FinishStep(record=record)]
 
     def _close_last_round(self, now: float) -> list[Action]:
         if self._roster.contributors():

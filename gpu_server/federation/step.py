@@ -5,9 +5,9 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from protocol import Activations, HiddenGradient, HiddenStates, Seconds
+from protocol import Activations, Array, HiddenGradient, HiddenStates, Seconds, Tensors
 
-__all__ = ["AskedBack", "StepInProgress", "StepRecord"]
+__all__ = ["Aggregated", "AskedBack", "StepInProgress", "StepRecord", "Trained"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,51 @@ class StepRecord:
     bytes_up: dict[str, int] = field(default_factory=dict)
     """By client, on the socket, WebSocket framing included, since the record before."""
     bytes_down: dict[str, int] = field(default_factory=dict)
+    time: float = 0.0
+    """
+    When it was finished, in seconds since 1970, UTC. Lines of earlier versions have neither this nor what follows: it is 0, NaN
+    or empty.
+    """
+    step_seconds: float = 0.0
+    """Since the step before was finished; a server's first step: since the run began, or went on."""
+    learning_rate: float = math.nan
+    gradient_norm: float = math.nan
+    """
+    Euclidean, of the mean loss by the server's adapter, before the optimiser's step; in rounds of one step, where the edge's
+    gradients are summed, by both adapters together.
+    """
+    losses: dict[str, float] = field(default_factory=dict)
+    """By client: nats per labelled token of its own; nobody without any is in it."""
+    labelled: dict[str, int] = field(default_factory=dict)
+    """By client of this step: its labelled tokens."""
+    samples: dict[str, int] = field(default_factory=dict)
+    """By client of this step: its sequences."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What came of a `Train` or a `Backward`."""
+
+    loss: float
+    """Nats per labelled token, over the step's micro-batches so far."""
+    labelled_tokens: int
+    """Of the step's micro-batches so far."""
+    gradients: dict[str, Array]
+    """By client: (N, d), of the micro-batch's summed loss by the client's activations."""
+    summed_losses: dict[str, float] = field(default_factory=dict)
+    """By client: of the micro-batch, in nats."""
+    gradient_norm: float = 0.0
+    """Euclidean, of the mean loss by the server's adapter; 0 until the step's last micro-batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aggregated:
+    """What came of an `Aggregate`."""
+
+    edge_adapter: Tensors
+    """A copy of the edge part's LoRA matrices."""
+    gradient_norm: float = 0.0
+    """Euclidean, of the mean loss by the edge adapter; 0 where adapters are averaged."""
 
 
 @dataclass
@@ -57,11 +102,17 @@ class StepInProgress:
     labels."""
     labels_of: dict[str, int] = field(default_factory=dict)
     """Members whose first micro-batch is computed, and the labelled tokens of each so far. Nobody enters a step later."""
+    summed_losses: dict[str, float] = field(default_factory=dict)
+    """Nats of these labels, by member."""
+    samples_of: dict[str, int] = field(default_factory=dict)
+    """Sequences computed, by member."""
     tokens: int = 0
     """All rows computed, labelled or not."""
     loss: float = math.nan
     """Nats per labelled token so far; as the engine gives it, which has the sum."""
     labelled_tokens: int = 0
+    gradient_norm: float = 0.0
+    """As far as the step is computed; see `StepRecord`."""
     server_compute: float = 0.0
     """Seconds of the engine, the aggregation's included."""
 
@@ -79,6 +130,7 @@ class StepInProgress:
         """A micro-batch is going to be computed. The first one says who is in the step."""
         for name, batch in batches.items():
             self._add_labels(name, len(batch.labels))  # none where devices have them: they tell their number later
+            self.samples_of[name] = self.samples_of.get(name, 0) + len(batch.lengths)
             self.tokens += len(batch.values)
 
     def add_labels(self, gradients: Mapping[str, HiddenGradient]) -> None:
@@ -88,6 +140,18 @@ class StepInProgress:
 
     def _add_labels(self, name: str, num_labels: int) -> None:
         self.labels_of[name] = self.labels_of.get(name, 0) + num_labels
+
+    def add_trained(self, trained: Trained, seconds: float) -> None:
+        """A micro-batch is computed, which took so many ``seconds``."""
+        self.loss, self.labelled_tokens, self.gradient_norm = trained.loss, trained.labelled_tokens, trained.gradient_norm
+        for name, summed_loss in trained.summed_losses.items():
+            self.summed_losses[name] = self.summed_losses.get(name, 0.0) + summed_loss
+        self.server_compute += seconds
+
+    def add_aggregated(self, aggregated: Aggregated, seconds: float) -> None:
+        """The step ends a round, whose edge adapter is made; that took so many ``seconds``."""
+        self.gradient_norm = math.hypot(self.gradient_norm, aggregated.gradient_norm)
+        self.server_compute += seconds
 
     def micro_batch_is_answered(self) -> None:
         """The next one is the first that is not."""
@@ -100,7 +164,16 @@ class StepInProgress:
         self.micro_batch = micro_batch
         self.asked_back.clear()
 
-    def record(self, number: int, *, seconds: dict[str, Seconds], deadline: float, codec: str) -> StepRecord:
+    def record(
+        self,
+        number: int,
+        *,
+        seconds: dict[str, Seconds],
+        step_seconds: float,
+        learning_rate: float,
+        deadline: float,
+        codec: str,
+    ) -> StepRecord:
         """What is told of the step once its round's adapter, if it ends one, is made."""
         return StepRecord(
             number=number,
@@ -111,4 +184,10 @@ class StepInProgress:
             deadline=deadline,
             codec=codec,
             server_compute=self.server_compute,
+            step_seconds=step_seconds,
+            learning_rate=learning_rate,
+            gradient_norm=self.gradient_norm,
+            losses={name: summed / self.labels_of[name] for name, summed in self.summed_losses.items() if self.labels_of[name]},
+            labelled=dict(self.labels_of),
+            samples=dict(self.samples_of),
         )

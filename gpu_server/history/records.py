@@ -54,22 +54,37 @@ class EvaluationRecord:
 
 def row_of(record: StepRecord) -> dict[str, Any]:
     """A step as metrics.jsonl has it."""
+    names = sorted({*record.bytes_up, *record.seconds, *record.labelled})
     return {
         "step": record.number,
-        "loss": record.loss,
+        "time": round(record.time, 3),
+        "step_seconds": round(record.step_seconds, 6),
+        "loss": _or_none(record.loss),
+        "learning_rate": _or_none(record.learning_rate),
+        "gradient_norm": _or_none(record.gradient_norm),
         "labelled_tokens": record.labelled_tokens,
         "tokens": record.tokens,
         "deadline": round(record.deadline, 3),
         "codec": record.codec,
         "server_compute": round(record.server_compute, 6),
-        "clients": {
-            name: {
-                "bytes_up": record.bytes_up[name],
-                "bytes_down": record.bytes_down[name],
-                "seconds": {part: round(value, 6) for part, value in vars(record.seconds.get(name, Seconds())).items()},
-            }
-            for name in record.bytes_up
-        },
+        "clients": {name: _row_of_client(record, name) for name in names},
+    }
+
+
+def _row_of_client(record: StepRecord, name: str) -> dict[str, Any]:
+    """Who is connected and was not in the step has no loss, labels or samples."""
+    row: dict[str, Any] = {}
+    if name in record.labelled:
+        row = {
+            "loss": record.losses.get(name),
+            "labelled_tokens": record.labelled[name],
+            "samples": record.samples.get(name, 0),
+        }
+    return {
+        **row,
+        "bytes_up": record.bytes_up.get(name, 0),
+        "bytes_down": record.bytes_down.get(name, 0),
+        "seconds": {part: round(value, 6) for part, value in vars(record.seconds.get(name, Seconds())).items()},
     }
 
 
@@ -85,7 +100,11 @@ def record_of(row: Mapping[str, Any]) -> StepRecord:
     spent = {name: client.get("seconds", {}) for name, client in clients.items()}
     return StepRecord(
         number=int(row["step"]),
+        time=float(row.get("time", 0.0)),
+        step_seconds=float(row.get("step_seconds", 0.0)),
         loss=_number(row["loss"]),
+        learning_rate=_number(row.get("learning_rate")),
+        gradient_norm=_number(row.get("gradient_norm")),
         labelled_tokens=int(row["labelled_tokens"]),
         tokens=int(row["tokens"]),
         deadline=float(row.get("deadline", 0.0)),
@@ -94,9 +113,17 @@ def record_of(row: Mapping[str, Any]) -> StepRecord:
         seconds={name: Seconds(**{part: float(parts.get(part, 0.0)) for part in PARTS}) for name, parts in spent.items()},
         bytes_up={name: int(client["bytes_up"]) for name, client in clients.items()},
         bytes_down={name: int(client["bytes_down"]) for name, client in clients.items()},
+        losses={name: float(client["loss"]) for name, client in clients.items() if client.get("loss") is not None},
+        labelled={name: int(client["labelled_tokens"]) for name, client in clients.items() if "labelled_tokens" in client},
+        samples={name: int(client["samples"]) for name, client in clients.items() if "samples" in client},
     )
 
 
+def _or_none(value: float) -> float | None:
+    """JSON has neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
+
+
 def _number(value: Any) -> float:
-    """JSON has no NaN: None stands for it."""
+    """None, which `_or_none` has written, is NaN."""
     return math.nan if value is None else float(value)

@@ -26,6 +26,7 @@ from ..federation import (
     Reply,
     Report,
     SaveCodecState,
+    StepRecord,
     Train,
 )
 from ..history import tell
@@ -227,11 +228,12 @@ class _StepWriter:
             replies: those that have to be sent first: their bytes are the step's.
         """
         self._counted, counted_before = asyncio.Event(), self._counted
-        self.last = self._lifetime.spawn(self._write(action, replies, counted_before, self._counted, self.last))
+        record = replace(action.record, time=time.time())
+        self.last = self._lifetime.spawn(self._write(record, replies, counted_before, self._counted, self.last))
 
     async def _write(
         self,
-        action: FinishStep,
+        record: StepRecord,
         replies: Sequence["asyncio.Task[None]"],
         counted_before: asyncio.Event,
         counted: asyncio.Event,
@@ -245,7 +247,7 @@ class _StepWriter:
             await counted_before.wait()
             counts = {name: peer.take_counts() for name, peer in sorted(self._peers.items())}
             record = replace(
-                action.record,
+                record,
                 bytes_up={name: up for name, (up, _) in counts.items()},
                 bytes_down={name: down for name, (_, down) in counts.items()},
             )
