@@ -3,6 +3,7 @@
 # make test-pythons   what needs no torch, on the other versions of Python that are promised and found here
 # make test-lowest    all tests, or those in TESTS, with the lowest versions that pyproject.toml allows
 # make test-runtimes  load an exported folder with every runtime that people deploy with; needs node
+# make test-page      the live page in Chromium; needs chromium and node
 # make check          lint, format, types
 # make bench          the benchmarks, long
 # make bench-links    how long until a model is good enough, over 3G, 4G, Wi-Fi and a LAN
@@ -25,7 +26,7 @@ FEDERATION_TESTS := $(addprefix tests/test_,message_rules.py member.py roster.py
 # The other versions of Python that are promised.
 PYTHONS := 3.10 3.12 3.13
 
-.PHONY: demo test test-pythons test-lowest test-runtimes check bench bench-links bench-export chaos fuzz fuzz-folders mutants soak arm64
+.PHONY: demo test test-pythons test-lowest test-runtimes test-page check bench bench-links bench-export chaos fuzz fuzz-folders mutants soak arm64
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.runtime .venv-device/.packages
@@ -43,6 +44,9 @@ test-lowest: .venv-lowest/.packages
 
 test-runtimes: $(VENV)/.development .venv-runtimes/.runtimes .venv-node/.packages
 	$(BIN)/python -m pytest tests/runtimes
+
+test-page: $(VENV)/.browser .venv-axe/.packages
+	$(BIN)/python -m pytest tests/page
 
 check: $(VENV)/.development
 	$(BIN)/ruff check .
@@ -98,6 +102,10 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(PIP) install --constraint constraints.txt --editable '.[server,export]'
 	touch $@
 
+$(VENV)/.browser: $(VENV)/.development
+	$(PIP) install --constraint constraints.txt --group browser
+	touch $@
+
 # What a device has, and nothing else.
 .venv-device/.packages: pyproject.toml constraints.txt
 	python3 -m venv .venv-device
@@ -129,9 +137,12 @@ $(VENV)/.development: $(VENV)/.runtime
 		.venv-runtimes/bin/python -m pip --disable-pip-version-check --quiet install --requirement $<
 	touch $@
 
-# Its packages bring what they need; their install scripts would fetch libraries for GPUs.
 .venv-node/.packages: tests/runtimes/package.json
-	mkdir -p .venv-node
-	cp $< .venv-node/
-	npm install --prefix .venv-node --ignore-scripts --no-audit --no-fund
+.venv-axe/.packages: tests/page/package.json
+
+# Packages bring what they need; their install scripts would fetch libraries for GPUs.
+.venv-node/.packages .venv-axe/.packages:
+	mkdir -p $(@D)
+	cp $< $(@D)
+	npm install --prefix $(@D) --ignore-scripts --no-audit --no-fund
 	touch $@
