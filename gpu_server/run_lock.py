@@ -17,8 +17,11 @@ def is_served(run_dir: Path) -> bool:
     Whether a server holds the folder. To find out, the lock is taken for a moment; a server that starts just then waits for it,
     see `RunDirectory.hold`.
     """
+    lock = lock_of(run_dir)
     try:
-        with lock_of(run_dir):
+        if not Path(lock.lock_file).exists():
+            return False  # nobody has served it here, and nothing is written where somebody only looks
+        with lock:
             return False
     except (Timeout, OSError):
         return True

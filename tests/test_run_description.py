@@ -74,6 +74,7 @@ def test_a_folder_is_served_as_long_as_a_server_holds_it(tmp_path: Path) -> None
     from gpu_server.run_directory import RunDirectory
 
     assert not is_served(tmp_path)
+    assert not list(tmp_path.iterdir())  # who only asks leaves nothing behind
     directory = RunDirectory(tmp_path)
     directory.hold()
     assert is_served(tmp_path)
