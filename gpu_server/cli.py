@@ -105,6 +105,17 @@ def build_parser() -> Parser:
     )
     _add_where(clients)
     clients.set_defaults(run=run_clients)
+
+    report = commands.add_parser(
+        "report",
+        help="lay runs side by side: a page, pictures and tables",
+        description="Lay runs side by side: a page, pictures and tables of what they have written. Needs splitlora[report].",
+    )
+    report.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, whether it is served, finished or neither")
+    report.add_argument(
+        "--output", metavar="FOLDER", required=True, help="folder to write; an earlier report in it is replaced"
+    )
+    report.set_defaults(run=run_report)
     return parser
 
 
@@ -262,6 +273,12 @@ def _when_seen(seen: "Seen | None") -> str:
 
 def _date(seconds: float) -> str:
     return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%d %H:%M} UTC"
+
+
+def run_report(options: argparse.Namespace) -> None:
+    from .report import write_report
+
+    _say(f"the report is {write_report([user_path(run) for run in options.runs], user_path(options.output))}")
 
 
 def _flag_type(kind: Any) -> type:

@@ -480,6 +480,7 @@ FLAGS = {
         "enrol": {"--help", "-h", "--run-dir", "--clients-file", "--address", "--tls-cert", "--insecure", "--renew"},
         "revoke": {"--help", "-h", "--run-dir", "--clients-file", "--not-seen-for"},
         "clients": {"--help", "-h", "--run-dir", "--clients-file"},
+        "report": {"--help", "-h", "--output"},
     },
     "splitlora-export": {
         "": {"--help", "-h", "--version"},
