@@ -2,16 +2,15 @@
 
 import platform
 import re
-import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from protocol import check_name
+from protocol import Welcome, check_name
 from protocol.invitation import SCHEME
 
 from .connection import Connection
-from .enrolment import EnrolmentError, find
+from .enrolment import Enrolment, EnrolmentError, find, keep_pins
 from .pinning import PinnedContext
 
 __all__ = ["Access", "default_name"]
@@ -25,12 +24,15 @@ class Access:
         credentials: name and secret, which the server checks.
         encryption: checks the server's key. None leaves that to the certificate authorities that the system trusts; a ws://
             address has no encryption.
+        enrolment: what this device keeps of its invitation in ``state_folder``; None if it is not enrolled.
     """
 
     url: str
     name: str | None = None
     credentials: tuple[str, str] | None = field(default=None, repr=False)
-    encryption: ssl.SSLContext | None = None
+    encryption: PinnedContext | None = None
+    enrolment: Enrolment | None = field(default=None, repr=False)
+    state_folder: Path | None = None
 
     @classmethod
     def to(cls, url: str, state_folder: Path, name: str | None = None) -> "Access":
@@ -55,9 +57,10 @@ class Access:
             raise EnrolmentError(
                 f"a server's address has no user and no password: give {parts.scheme}://{host or 'HOST'}:{port}"
             )
-        invitation = find(state_folder, host, port, name) if host else None
-        if invitation is None:
+        enrolment = find(state_folder, host, port, name) if host else None
+        if enrolment is None:
             return cls(url=url)
+        invitation = enrolment.invitation
         if parts.scheme != urlsplit(invitation.url).scheme:
             # Never the secret in the clear to a server that can encrypt.
             raise EnrolmentError(f"this device is enrolled at {invitation.url}; use that address instead of {url}")
@@ -65,7 +68,9 @@ class Access:
             url=url,
             name=invitation.name,
             credentials=invitation.credentials,
-            encryption=None if invitation.pin is None else PinnedContext(invitation.pin),
+            encryption=None if invitation.pin is None else PinnedContext(*enrolment.pins),
+            enrolment=enrolment,
+            state_folder=state_folder,
         )
 
     def connect(self) -> Connection:
@@ -74,6 +79,22 @@ class Access:
             ConnectionFailed, Refused, CertificateChanged: see `Connection`, `PinnedContext`.
         """
         return Connection(self.url, credentials=self.credentials, encryption=self.encryption)
+
+    def heard(self, connection: Connection, welcome: Welcome) -> None:
+        """
+        Keep which key the server has, and which one it says comes next: from now on these two are accepted, and no earlier one.
+        A server whose own key was not compared has no say in that.
+
+        Raises:
+            EnrolmentError: it cannot be kept.
+        """
+        if self.encryption is None or self.enrolment is None or self.state_folder is None or connection.certificate is None:
+            return
+        has = self.encryption.pin_of(connection.certificate)
+        pins = tuple(dict.fromkeys(pin for pin in (has, welcome.next_pin) if pin))
+        if has is not None and pins != self.encryption.pins:
+            keep_pins(self.state_folder, self.enrolment.invitation, pins)
+            self.encryption.pins = pins
 
 
 def default_name(data: Path) -> str:

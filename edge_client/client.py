@@ -253,6 +253,7 @@ class EdgeClient:
             before=self._state.welcome(),
             wants_part=self._asked_engine != TORCH,
             while_waiting=self._wait_reports,
+            welcomed=self._access.heard,
         )
         self._start: Start | None = None
         self._wait_reports.begin()

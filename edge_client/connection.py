@@ -145,6 +145,8 @@ class Connection:
                 logger=QUIET,
             )
             self._socket = self._open.enter_context(opened)
+            self.certificate = _certificate_of(self._socket.socket)
+            """The server's, in DER; None without encryption."""
             protocol = self._socket.protocol
             protocol.recv_frame = limited_frames(protocol.recv_frame, ProtocolError)  # type: ignore[method-assign, assignment]
         except CertificateChanged:
@@ -280,6 +282,10 @@ class Connection:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
+
+
+def _certificate_of(connected: socket.socket) -> bytes | None:
+    return connected.getpeercert(binary_form=True) if isinstance(connected, ssl.SSLSocket) else None
 
 
 def _not_opened(url: str, credentials: tuple[str, str] | None, response: Response) -> ConnectionError:

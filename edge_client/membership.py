@@ -104,6 +104,7 @@ class Membership:
         before: the run in which this device was when it was killed, as the server had announced it.
         wants_part: whether this device may have its part of the model from the server; then the server is asked before anything
             else whether it hands over any. See `edge_weights`.
+        welcomed: called with every connection and what the server has welcomed this client with.
         stopwatch: divides the time that this client spends.
         sleep: waits for so many seconds.
         clock: gives seconds.
@@ -123,11 +124,13 @@ class Membership:
         before: Welcome | None = None,
         wants_part: bool = False,
         while_waiting: AbstractContextManager[None] | None = None,
+        welcomed: Callable[[Connection, Welcome], None] = lambda connection, welcome: None,
         stopwatch: Stopwatch | None = None,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._hello, self._while_waiting = hello, while_waiting or nullcontext()
+        self._welcomed = welcomed
         self.stopwatch = stopwatch or Stopwatch()
         self._server = Reconnector(
             dial, hello.name, give_up_after=give_up_after, stopwatch=self.stopwatch, sleep=sleep, clock=clock
@@ -360,6 +363,7 @@ class Membership:
         if self._hello.fingerprint not in ("", welcome.fingerprint):
             raise RemoteProtocolError(f"{connection.url} does not keep to the protocol: its run has another base model")
         self._hello = replace(self._hello, fingerprint=welcome.fingerprint)
+        self._welcomed(connection, welcome)
         return welcome
 
     def _ask_for_weights(self, connection: Connection) -> None:

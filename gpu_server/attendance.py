@@ -9,7 +9,7 @@ from .history import RunFiles
 
 __all__ = ["Seen", "attendance", "not_seen_since"]
 
-COMES, SPEAKS, GOES = {"joined", "back"}, {"part_fetched", "takes_part_again"}, {"lost", "left"}
+COMES, SPEAKS, GOES = {"joined", "back"}, {"part_fetched", "takes_part_again", "next_key"}, {"lost", "left"}
 """Kinds of events. The others about a device may be told while it is away."""
 
 

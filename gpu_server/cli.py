@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from terminal import Parser, Progress, count, run_program, show_log, user_path, version, where_time_went
+from terminal import Parser, Progress, count, listed, run_program, show_log, user_path, version, where_time_went
 
 from .config import ServerConfig, options_from_toml
 
@@ -97,6 +97,19 @@ def build_parser() -> Parser:
     )
     _add_where(revoke)
     revoke.set_defaults(run=run_revoke)
+
+    renew_key = commands.add_parser(
+        "renew-key",
+        help="give the server another key",
+        description="Give the server another key, without enrolling its devices again. First the key is announced, and every "
+        "device hears of it when it is connected; this says who has. With --now the server has it.",
+    )
+    _add_where(renew_key)
+    renew_key.add_argument("--now", action="store_true", help="the server has the announced key from now on")
+    renew_key.add_argument(
+        "--force", action="store_true", help="with --now: also where devices have not heard of it, which must be enrolled again"
+    )
+    renew_key.set_defaults(run=run_renew_key)
 
     clients = commands.add_parser(
         "clients",
@@ -260,6 +273,26 @@ def run_clients(options: argparse.Namespace) -> None:
         if seen is not None:
             what.append(_when_seen(seen.get(name)))
         print(f"{name:<24} {', '.join(what)}")  # noqa: T201
+
+
+def run_renew_key(options: argparse.Namespace) -> None:
+    from .errors import ConfigError
+    from .key_change import announce, change
+
+    if options.run_dir is None:
+        raise ConfigError("--run-dir is missing: the run's files say which devices have heard of its server's next key")
+    if options.now:
+        change(options.run_dir, options.clients_file, though_unknown=options.force)
+        _say("the server has its new key; one that runs takes it within a second")
+        return
+    announced = announce(options.run_dir, options.clients_file)
+    _say(f"the next key is {announced.pin[:16]}…")
+    if announced.knowing:
+        _say(f"known to {listed(announced.knowing)}")
+    if announced.unknowing:
+        _say(f"not known to {listed(announced.unknowing)}: devices hear of it when they are connected; ask again later")
+    else:
+        _say("no device needs to hear of it any more: renew-key --now gives it to the server")
 
 
 def _when_seen(seen: "Seen | None") -> str:

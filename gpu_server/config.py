@@ -35,7 +35,7 @@ def option(help: str, default: Any = None, *, choices: tuple[str, ...] | None = 
 DERIVED = {"precision", "activation_codec", "gradient_codec"}
 OF_THE_RUN = {item.name for item in fields(RunSettings)} - DERIVED | {"dtype", "codec", "edge_weights"}
 
-PATHS = {"model", "run_dir", "init_adapter", "tls_cert", "tls_key", "clients_file"}
+PATHS = {"model", "run_dir", "init_adapter", "tls_cert", "tls_key", "next_tls_cert", "clients_file"}
 COUNTS = ("checkpoint_every", "quorum", "max_batch_tokens", "max_connections", "max_strangers", "max_queue")
 
 
@@ -127,6 +127,7 @@ class ServerConfig:
     linger: float = option("grace period: seconds a finished run waits for devices that have not fetched the adapter", 60.0)
     tls_cert: str | None = option("certificate of the server, PEM; it makes its own, if not given")
     tls_key: str | None = option("private key of --tls-cert, PEM")
+    next_tls_cert: str | None = option("certificate, PEM, of the server's next key, of which enrolled devices are told")
     insecure: bool = option("listen without encryption on an address that other machines reach", False)
     clients_file: str | None = option("file of enrolled devices; RUN_DIR/clients.json, if not given")
     max_batch_tokens: int = option("most tokens of one device in one step", 65536)

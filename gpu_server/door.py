@@ -12,7 +12,7 @@ from protocol.invitation import Invitation, normal_host
 from storage import RunDescription
 from terminal import user_path
 
-from .certificates import Certificate, given_certificate, own_certificate
+from .certificates import Certificate, Identity, given_certificate, next_certificate, own_certificate
 from .config import ServerConfig, is_loopback
 from .enrolment import Enrolment, Enrolments
 from .errors import ConfigError, ServerError
@@ -32,7 +32,8 @@ class Door:
     host: str
     port: int
     limits: Limits
-    encryption: ssl.SSLContext | None = None
+    identity: Identity | None = None
+    """By which key devices know the server; without it nothing is encrypted."""
     admits: Callable[[str, str], Enrolment | None] | None = None
     """
     Called with a name and a secret: that device's enrolment, or None if it has none, or another secret. Without it everybody is
@@ -42,6 +43,10 @@ class Door:
     """By name, the devices that may still be in the run."""
     notices: tuple[str, ...] = ()
     """What the operator is told once the server listens."""
+
+    @property
+    def encryption(self) -> ssl.SSLContext | None:
+        return None if self.identity is None else self.identity.context
 
 
 def open_door(config: ServerConfig) -> Door:
@@ -59,6 +64,7 @@ def open_door(config: ServerConfig) -> Door:
     certificate = given
     if given is None and guarded and not config.insecure:
         certificate = own_certificate(enrolments.path.parent)
+    next_file = Path(config.next_tls_cert or next_certificate(enrolments.path.parent).certificate_file)
     notices = []
     if config.insecure and not private:
         what = "passes, secrets too" if guarded else "passes, and joins the run if it likes"
@@ -77,7 +83,7 @@ def open_door(config: ServerConfig) -> Door:
             messages_per_second=config.max_messages_per_second,
             queue=config.max_queue,
         ),
-        encryption=None if certificate is None else certificate.server_context(),
+        identity=None if certificate is None else Identity(certificate, next_file),
         admits=enrolments.admits if guarded else None,
         enrolled=enrolments.clients if guarded else None,
         notices=tuple(notices),

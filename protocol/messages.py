@@ -150,9 +150,13 @@ class Welcome:
     fingerprint: str
     restarts: int = 0
     """How often the server was started again in this run. Progress since its last checkpoint is lost with each."""
+    next_pin: str = ""
+    """SHA-256 of the public key that the server will have next; empty where no change is planned."""
 
     def __post_init__(self) -> None:
         check_name(self.run)  # it names a folder on the device
+        if self.next_pin:
+            _check_sha256(self.next_pin)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

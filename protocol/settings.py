@@ -46,7 +46,10 @@ def gradient_codec(codec: str) -> str:
     return "int4" if codec == DELTA else codec
 
 
-ABILITIES = ("device-labels", "noise")
+NEXT_PIN = "next-pin"
+"""A client that has a pin for the server keeps the one that `Welcome` announces beside it. No run needs this of a client."""
+
+ABILITIES = ("device-labels", "noise", NEXT_PIN)
 """What a client of this release can do for a run, besides what the first ones of this version could."""
 
 TARGETS = ("c_attn", "c_proj", "c_fc")

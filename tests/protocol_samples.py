@@ -104,7 +104,13 @@ SAMPLES: dict[str, Message] = {
             codecs=("bfloat16", "int8"),
             abilities=("device-labels", "noise"),
         ),
-        Welcome(run="20250102-030405", settings=WITH_NOISE, fingerprint="0123456789abcdef0123456789abcdef", restarts=1),
+        Welcome(
+            run="20250102-030405",
+            settings=WITH_NOISE,
+            fingerprint="0123456789abcdef0123456789abcdef",
+            restarts=1,
+            next_pin="ab" * 32,
+        ),
         AskPart(index=4),
         Part(
             index=4,

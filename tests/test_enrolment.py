@@ -17,7 +17,7 @@ from conftest import REPOSITORY, permissions
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_client.enrolment import EnrolmentError, find, state_folder, store
+from edge_client.enrolment import EnrolmentError, find, keep_pins, state_folder, store
 from gpu_server import ConfigError, ServerError
 from gpu_server.enrolment import Enrolments
 from protocol import InvalidName
@@ -362,6 +362,11 @@ def invitation(**changes: object) -> Invitation:
     return Invitation(**parts)  # type: ignore[arg-type]
 
 
+def found(folder: Path, host: str, port: int, name: str | None) -> Invitation | None:
+    kept = find(folder, host, port, name)
+    return kept and kept.invitation
+
+
 def stored_files(folder: Path) -> list[Path]:
     return sorted((folder / "enrolments").iterdir())
 
@@ -371,9 +376,9 @@ def test_what_is_stored_is_found_with_and_without_the_name(tmp_path: Path, chang
     wanted = invitation(**changes)
     store(tmp_path, wanted)
     host = str(changes.get("host", "192.168.1.20"))
-    assert find(tmp_path, host, 8765, "phone-1") == wanted
-    assert find(tmp_path, host, 8765, None) == wanted
-    assert find(tmp_path, host.upper(), 8765, None) == wanted
+    assert found(tmp_path, host, 8765, "phone-1") == wanted
+    assert found(tmp_path, host, 8765, None) == wanted
+    assert found(tmp_path, host.upper(), 8765, None) == wanted
 
 
 def test_another_server_or_name_finds_nothing(tmp_path: Path) -> None:
@@ -389,8 +394,43 @@ def test_another_server_or_name_finds_nothing(tmp_path: Path) -> None:
 def test_enrolling_again_replaces(tmp_path: Path) -> None:
     store(tmp_path, invitation())
     store(tmp_path, renewed := invitation(secret=OTHER_SECRET, pin="cd" * 32))
-    assert find(tmp_path, "192.168.1.20", 8765, None) == renewed
+    assert found(tmp_path, "192.168.1.20", 8765, None) == renewed
     assert len(stored_files(tmp_path)) == 1
+
+
+def test_what_a_device_has_heard_of_its_servers_key_outlives_reading_its_invitation_again(tmp_path: Path) -> None:
+    """As a service does, which is started with the same invitation every time."""
+    old, new, upcoming = "ab" * 32, "cd" * 32, "ef" * 32
+    store(tmp_path, invitation(pin=old))
+    for pins in ((old, new), (new,), (new, upcoming)):
+        keep_pins(tmp_path, invitation(pin=old), pins)
+        store(tmp_path, invitation(pin=old))
+        kept = find(tmp_path, "192.168.1.20", 8765, None)
+        assert kept is not None
+        assert kept.pins == pins
+        assert kept.invitation == invitation(pin=pins[0])
+    store(tmp_path, renewed := invitation(secret=OTHER_SECRET, pin=old))
+    keep_pins(tmp_path, invitation(pin=old), (new,))  # a device that runs with what was its invitation until now
+    kept = find(tmp_path, "192.168.1.20", 8765, None)
+    assert kept is not None
+    assert (kept.invitation, kept.pins) == (renewed, (old,))
+
+
+def test_invitation_replaces_what_cannot_be_read(tmp_path: Path) -> None:
+    store(tmp_path, invitation())
+    (file,) = stored_files(tmp_path)
+    file.write_text("{")
+    store(tmp_path, invitation())
+    assert found(tmp_path, "192.168.1.20", 8765, None) == invitation()
+
+
+@pytest.mark.parametrize("next_pin", [5, "", "ab", "AB" * 32, [], True])
+def test_damaged_next_pin_is_a_damaged_file(tmp_path: Path, next_pin: object) -> None:
+    store(tmp_path, invitation())
+    (file,) = stored_files(tmp_path)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "next_pin": next_pin}))
+    with pytest.raises(EnrolmentError, match="is damaged; delete it and join again"):
+        find(tmp_path, "192.168.1.20", 8765, None)
 
 
 def test_several_names_at_one_server_need_a_choice(tmp_path: Path) -> None:
@@ -399,8 +439,8 @@ def test_several_names_at_one_server_need_a_choice(tmp_path: Path) -> None:
     store(tmp_path, invitation(name="elsewhere", port=8766))
     with pytest.raises(EnrolmentError, match=r"192\.168\.1\.20:8765 as a, b; choose one of them with --name"):
         find(tmp_path, "192.168.1.20", 8765, None)
-    assert find(tmp_path, "192.168.1.20", 8765, "b") == invitation(name="b")
-    assert find(tmp_path, "192.168.1.20", 8766, None) == invitation(name="elsewhere", port=8766)
+    assert found(tmp_path, "192.168.1.20", 8765, "b") == invitation(name="b")
+    assert found(tmp_path, "192.168.1.20", 8766, None) == invitation(name="elsewhere", port=8766)
 
 
 def test_folder_and_files_are_private_whatever_the_umask_and_whatever_was_there(tmp_path: Path) -> None:
@@ -433,7 +473,7 @@ def test_damaged_file_is_named_and_only_where_its_server_is_meant(tmp_path: Path
             find(tmp_path, "192.168.1.20", 8765, name)
         assert str(damaged) in str(caught.value)
         assert SECRET not in str(caught.value)
-    assert find(tmp_path, "192.168.1.20", 8766, None) == elsewhere
+    assert found(tmp_path, "192.168.1.20", 8766, None) == elsewhere
 
 
 @pytest.mark.parametrize("field", ["host", "port", "name", "secret", "pin"])
@@ -455,7 +495,7 @@ def test_failed_write_keeps_the_earlier_one_and_leaves_nothing_else(tmp_path: Pa
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(EnrolmentError, match="No space left on device"):
         store(tmp_path, invitation(secret=OTHER_SECRET))
-    assert find(tmp_path, "192.168.1.20", 8765, None) == invitation()
+    assert found(tmp_path, "192.168.1.20", 8765, None) == invitation()
     assert len(stored_files(tmp_path)) == 1
 
 

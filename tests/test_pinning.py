@@ -80,12 +80,12 @@ def renewed(certificate: Certificate, folder: Path) -> Certificate:
     return Certificate(folder / "renewed.pem", certificate.key_file)
 
 
-def hears(certificate: Certificate, pin: str) -> bytes:
-    """What a server with this certificate hears of a device with this pin."""
+def hears(certificate: Certificate, *pins: str) -> bytes:
+    """What a server with this certificate hears of a device with these pins."""
     with listening_server(certificate.server_context()) as (port, received):
         caller = socket.create_connection(("127.0.0.1", port), timeout=SECONDS)
         try:
-            with PinnedContext(pin).wrap_socket(caller, server_hostname="127.0.0.1") as connection:
+            with PinnedContext(*pins).wrap_socket(caller, server_hostname="127.0.0.1") as connection:
                 connection.sendall(b"the secret")
         except CertificateChanged:
             pass
@@ -95,6 +95,16 @@ def hears(certificate: Certificate, pin: str) -> bytes:
 def test_renewal_with_the_same_key_locks_nobody_out(certificate: Certificate, tmp_path: Path) -> None:
     again = renewed(certificate, tmp_path / "renewed")
     assert hears(again, certificate.pin()) == b"the secret"
+
+
+def test_announced_key_is_accepted_beside_the_one_before(certificate: Certificate, impostor: Certificate) -> None:
+    before, announced = impostor, certificate
+    pins = (before.pin(), announced.pin())
+    assert hears(before, *pins) == hears(announced, *pins) == b"the secret"
+    assert hears(before, announced.pin()) == b""
+    context = PinnedContext(*pins)
+    for each in (before, announced):
+        assert context.pin_of(ssl.PEM_cert_to_DER_cert(each.certificate_file.read_text())) == each.pin()
 
 
 def test_invitation_that_holds_the_certificates_hash_is_still_one(certificate: Certificate, tmp_path: Path) -> None:

@@ -139,7 +139,9 @@ def test_join_keeps_the_invitation_and_refuses_what_is_none(tmp_path: Path) -> N
         EdgeClient.join(TEXT[:-3], model="m", data="d.jsonl", state_dir=tmp_path)
     assert not (tmp_path / "enrolments").exists()
     store(tmp_path, Invitation.parse(TEXT))
-    assert find(tmp_path, "192.168.1.20", 8765, None) == Invitation.parse(TEXT)
+    kept = find(tmp_path, "192.168.1.20", 8765, None)
+    assert kept is not None
+    assert kept.invitation == Invitation.parse(TEXT)
 
 
 def test_process_that_reads_its_invitation_shows_no_secret_among_its_arguments(tmp_path: Path) -> None:

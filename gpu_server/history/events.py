@@ -34,6 +34,7 @@ EVENT_KINDS = {
     "deadline": "it is known how long devices usually take",
     "codec": "the codec policy has decided something",
     "part_fetched": "a device has its part of the model",
+    "next_key": "a device knows the key that the server will have next",
     "noise": "what the noise of a device is worth",
     "checkpoint": "the run can go on from here; told at most once a minute",
     "complete": "the last step is done, and the adapter is saved",

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from protocol import (
     AskPart,
@@ -18,6 +19,7 @@ from protocol import (
     State,
     largest_message_bytes,
 )
+from protocol.settings import NEXT_PIN
 from storage import CacheFolder
 from terminal import count, duration, version
 
@@ -74,6 +76,8 @@ class Conversations:
         self._model_name, self._caches = model_name, caches
         self._edge_weights = "" if edge_part is None else edge_part.weights
         self._handing_over = HandingOver(edge_part)
+        self._told_of_next_key: dict[str, str] = {}
+        """By client, the pin of which it is noted in the events that the client knows it."""
 
     async def converse(self, peer: Peer) -> None:
         """Converse until the connection ends, and log why it did."""
@@ -154,7 +158,8 @@ class Conversations:
         welcome = self._federation.welcome(hello)
         self._listener.admit(peer.connection.descriptor)
         peer.name, self._peers[hello.name] = hello.name, peer
-        await peer.send(welcome)
+        peer.keeps_next_pin, peer.next_pin = NEXT_PIN in hello.abilities, self._next_pin()
+        await peer.send(replace(welcome, next_pin=peer.next_pin))
 
     async def _join(self, peer: Peer, join: Join) -> None:
         assert peer.name is not None
@@ -167,6 +172,9 @@ class Conversations:
             fetched = f"{peer} has fetched its part of the model, {peer.handed_over / 1e6:.1f} MB"
             tell("part_fetched", fetched, client=peer.name, bytes=peer.handed_over)
             peer.take_counts()  # these bytes belong to no step
+        if peer.keeps_next_pin and peer.next_pin and self._told_of_next_key.get(peer.name) != peer.next_pin:
+            self._told_of_next_key[peer.name] = peer.next_pin  # it has kept it, or it would not have come so far
+            tell("next_key", f"{peer} knows the server's next key", client=peer.name, quiet=True, pin=peer.next_pin)
         now = time.monotonic()
         before = federation.members.get(peer.name)
         was_started = federation.total_steps > 0
@@ -191,6 +199,9 @@ class Conversations:
             tell("training_started", f"training starts: {count(steps, 'step')}", step=0, quiet=True, total_steps=steps)
         self._performer.perform(actions)
         self._performer.tell_status()
+
+    def _next_pin(self) -> str:
+        return "" if self._door.identity is None else self._door.identity.next_pin
 
     def _pong(self, ping: Ping) -> Pong:
         status = self._federation.status()
@@ -243,6 +254,15 @@ class Conversations:
             if left is not None:
                 self._lifetime.spawn(self._refuse(left, reason, told=told))
             self._lifetime.end_if_all_have_left()
+
+    def announce_next_key(self) -> None:
+        """Devices that are in the run have not heard of a key that is announced since they came: they are to come again."""
+        next_pin = self._next_pin()
+        for name, peer in list(self._peers.items()):
+            if next_pin and peer.next_pin != next_pin and peer.has_joined and peer.keeps_next_pin:
+                tell("lost", f"{peer}: is to come again, to hear of the server's next key", client=name)
+                self._forget(peer)
+                self._lifetime.spawn(peer.send_away())
 
     async def dismiss(self, reason: str, *, to_be_continued: bool = False) -> None:
         """

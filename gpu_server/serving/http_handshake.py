@@ -1,4 +1,4 @@
-"""Who is let in: the HTTP handshake, and the watch over enrolments. Only this file and peer.py know WebSockets."""
+"""Who is let in: the HTTP handshake, and the watch over enrolments and keys. Only this file and peer.py know WebSockets."""
 
 import asyncio
 import http
@@ -17,7 +17,7 @@ from ..history import tell
 from ..listener import Limits, Listener
 from .peer import SECONDS_TO_CLOSE, CountingConnection
 
-__all__ = ["SECONDS_TO_TRY_AGAIN", "accept_connections", "watch_enrolments"]
+__all__ = ["SECONDS_TO_TRY_AGAIN", "accept_connections", "watch_door"]
 
 QUIET = logging.getLogger("websockets.server.quiet")
 QUIET.setLevel(logging.INFO)  # below that it would tell the headers, and the secrets in them
@@ -69,20 +69,26 @@ async def accept_connections(
     return server
 
 
-async def watch_enrolments(door: Door, apply: Callable[[Mapping[str, Enrolment]], None]) -> None:
+async def watch_door(
+    door: Door, apply_enrolments: Callable[[Mapping[str, Enrolment]], None], announce_next_key: Callable[[], None]
+) -> None:
     """
-    Look every second who is enrolled, where devices are; without end.
+    Look every second which key the server has and who is enrolled, where devices are; without end.
 
     Args:
-        apply: called with the enrolled devices, by name.
+        apply_enrolments: called with the enrolled devices, by name.
+        announce_next_key: called when the next key may be another one.
     """
     while door.enrolled is not None:
         await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+        if door.identity is not None:
+            door.identity.refresh()  # on this thread: nobody shakes hands meanwhile
+            announce_next_key()
         try:
             enrolled = await asyncio.to_thread(door.enrolled)
         except ServerError:
             continue  # until the file can be read, newcomers are refused, of which the operator is told, and those inside stay
-        apply(enrolled)
+        apply_enrolments(enrolled)
 
 
 class _Admission:

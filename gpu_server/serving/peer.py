@@ -116,6 +116,10 @@ class Peer:
         """Questions about its part of the model."""
         self.handed_over = 0
         """Bytes of its part that it has got."""
+        self.keeps_next_pin = False
+        """Whether its device keeps what it is told of the server's next key."""
+        self.next_pin = ""
+        """Of which next key it was told."""
         self._limiter = RateLimiter(max_messages_per_second)
         self._sending = asyncio.Lock()
         """Answers leave in their order, however long each takes to encode."""

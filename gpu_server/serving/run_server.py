@@ -16,7 +16,7 @@ from ..history import tell
 from ..listener import Limits, Listener
 from .conversation import Conversations
 from .event_relay import EventRelay
-from .http_handshake import accept_connections, watch_enrolments
+from .http_handshake import accept_connections, watch_door
 from .journal import Journal
 from .lifetime import Lifetime
 from .observer import Observer
@@ -123,7 +123,9 @@ class RunServer:
             tell("server_started", started, step=self._federation.step, quiet=True, restarts=restarts)
             for notice in self._door.notices:
                 tell("note", notice, level="warning")
-            watch = self._loop.create_task(watch_enrolments(self._door, conversations.apply_enrolments))
+            watch = self._loop.create_task(
+                watch_door(self._door, conversations.apply_enrolments, conversations.announce_next_key)
+            )
             try:
                 performer.perform(first)
                 await self._until_end(lifetime, performer, conversations)
