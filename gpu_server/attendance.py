@@ -46,7 +46,8 @@ def attendance(files: RunFiles) -> dict[str, Seen]:
             seen[event.client] = replace(before, time=event.time, is_connected=is_connected)
     for step in files.steps():
         for name in step.bytes_up:
-            seen.setdefault(name, Seen(time=0.0))
+            before = seen.get(name, Seen(time=0.0))
+            seen[name] = replace(before, time=max(before.time, step.time))
     if not files.is_served:
         seen = {name: replace(one, is_connected=False) for name, one in seen.items()}
     return seen

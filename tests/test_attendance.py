@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from gpu_server.cli import main
 from gpu_server.door import enrolments_of
 from gpu_server.enrolment import Enrolments
 from gpu_server.errors import ConfigError
-from gpu_server.history import RunEvent, RunFiles
+from gpu_server.federation import StepRecord
+from gpu_server.history import RunEvent, RunFiles, row_of
 from gpu_server.run_lock import lock_of
 from storage import RunDescription
 
@@ -67,6 +69,26 @@ def test_nobody_is_connected_where_no_server_is(tmp_path: Path) -> None:
     RunDescription(run="r", fingerprint="f", config={}, dtype="float32", versions={}).write(tmp_path)
     files = written(tmp_path, event(1, "joined", "kitchen", address="10.0.0.1:1"))
     assert attendance(files) == {"kitchen": Seen(time=NOW + 3600, address="10.0.0.1:1")}
+
+
+def test_device_whose_server_was_killed_was_there_until_its_last_step(run_dir: Path) -> None:
+    joined = event(1, "joined", "kitchen", address="10.0.0.1:1")
+    files = written(run_dir, event(0, "server_started"), joined, event(9, "server_started"))
+    record = StepRecord(
+        number=1,
+        loss=1.0,
+        labelled_tokens=1,
+        tokens=1,
+        seconds={},
+        deadline=0.0,
+        codec="exact",
+        server_compute=0.0,
+        bytes_up={"kitchen": 1},
+        bytes_down={"kitchen": 1},
+    )
+    rows = [json.dumps(row_of(replace(record, number=number, time=NOW + 3600 * number))) for number in (1, 2, 3)]
+    (run_dir / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    assert attendance(files)["kitchen"] == Seen(time=NOW + 3 * 3600, address="10.0.0.1:1")
 
 
 def enrolled(run_dir: Path, **days_ago: float) -> Enrolments:
