@@ -394,7 +394,7 @@ const SHAPES = ["circle", "square", "triangle", "diamond"];
  * One picture of lines over steps or time, with a cursor that all charts share.
  *
  * `lines` makes of the run a list of {points: [{step, time, value}], style, band, shape, name}; the cursor stops at the points of
- * the first. `reading` says in words what is at one of these.
+ * the first. `reading` says in words what is at one of these, and if asked to, where that is.
  */
 class Chart {
   constructor(parent, { title, lines, reading, format, fromZero = false, empty = "Nothing yet.", isLarge = false }) {
@@ -469,7 +469,7 @@ class Chart {
   drawCursor() {
     if (this.stops.length === 0) return say(this.text, "");
     const stop = this.stops[this.nearest(view.cursor)];
-    say(this.text, this.reading(stop));
+    say(this.text, view.cursor === null ? `latest: ${this.reading(stop)}` : this.reading(stop, true));
     this.text.classList.toggle("held", view.cursor !== null);
     if (!this.cursor) return;
     this.cursor.replaceChildren();
@@ -526,7 +526,7 @@ class Chart {
       min: this.stops[0].step,
       max: this.stops[this.stops.length - 1].step,
       now: stop.step,
-      text: this.reading(stop),
+      text: this.reading(stop, true),
     };
     for (const [name, value] of Object.entries(values)) this.plot.setAttribute(`aria-value${name}`, value);
   }
@@ -583,7 +583,9 @@ function axes(across, up, { width, height }, format) {
       ? timeTicks(across.domain, width / 110)
       : [ticks(across.domain, width / 90)[0].filter(Number.isInteger), count];
   for (const value of values) {
-    group.append(svg("text", { x: across(value), y: height - 10, "text-anchor": "middle" }, name(value)));
+    const anchor = across(value) > width - 30 ? "end" : "middle";
+    const x = anchor === "end" ? width : across(value);
+    group.append(svg("text", { x, y: height - 10, "text-anchor": anchor }, name(value)));
   }
   return group;
 }
@@ -636,9 +638,12 @@ function marks(across, height) {
   return group;
 }
 
-/** A checkpoint is a tick below the axis; a restart and another codec are lines, dashed with a ring and dotted with a square. */
+/** A checkpoint is a triangle below the axis; a restart and another codec are lines, dashed with a ring and dotted with a square. */
 function markSign(kind, x, baseline, top = GAP.top) {
-  if (kind === "checkpoint") return svg("line", { class: "checkpoint", x1: x, x2: x, y1: baseline, y2: baseline + 6 });
+  if (kind === "checkpoint") {
+    const corners = [x, baseline + 1, x + 3, baseline + 7, x - 3, baseline + 7];
+    return svg("polygon", { class: kind, points: corners.join(" ") });
+  }
   const line = svg("line", { class: kind, x1: x, x2: x, y1: top, y2: baseline });
   const sign =
     kind === "restart"
@@ -703,11 +708,11 @@ function smoothingSpan({ points }) {
 }
 
 function courseReading(format) {
-  return (point) => {
+  return (point, withPlace = false) => {
     const said = [(point.steps > 1 ? "mean " : "") + format(point.value)];
     if (point.steps > 1 && known(point.low)) said.push(`between ${format(point.low)} and ${format(point.high)}`);
     if (known(point.course)) said.push(`smoothed ${format(point.course)}`);
-    return `${where(point)}: ${said.join(", ")}${marksAt(point)}`;
+    return withPlace ? `${where(point)}: ${said.join(", ")}${marksAt(point)}` : said.join(", ");
   };
 }
 
@@ -740,7 +745,7 @@ function heldOut({ evaluations }) {
   return stops.size > 0 ? [{ points: [...stops.values()].sort((a, b) => a.step - b.step), style: "stops" }, ...lines] : [];
 }
 
-function heldOutReading(stop) {
+function heldOutReading(stop, withPlace = false) {
   const values = stop.evaluations.map(({ perplexity }) => perplexity).filter(known);
   const said =
     values.length > SHAPES.length
@@ -750,7 +755,7 @@ function heldOutReading(stop) {
             stop.evaluations.length > 1 ? `${client} ${figure(perplexity)}` : figure(perplexity),
           )
           .join(", ");
-  return `${where(stop)}: ${said}`;
+  return withPlace ? `${where(stop)}: ${said}` : said;
 }
 
 function curveChart(parent, name, title, format, more = {}) {
@@ -779,7 +784,7 @@ function drawMarksLegend() {
     $("marks"),
     kinds.map((kind) => [
       MARK_NAMES[kind],
-      svg("g", { class: "marks" }, markSign(kind, 6, kind === "checkpoint" ? 8 : 20, 10)),
+      svg("g", { class: "marks" }, markSign(kind, 6, kind === "checkpoint" ? 7 : 20, 10)),
     ]),
   );
 }

@@ -251,7 +251,7 @@ def test_checkpoints_restarts_and_codecs_are_marks_with_a_legend(browser: "Brows
     with a_page(browser, live.url) as page:
         shown(page, STEP_214)
         marks = page.get_by_role("slider", name="Loss").locator(".marks")
-        assert {kind: marks.locator(f"line.{kind}").count() for kind in ("checkpoint", "restart", "codec")} == {
+        assert {kind: marks.locator(f".{kind}:is(line, polygon)").count() for kind in ("checkpoint", "restart", "codec")} == {
             "checkpoint": 9,
             "restart": 1,
             "codec": 1,
