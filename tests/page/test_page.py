@@ -422,6 +422,8 @@ def test_nothing_is_wider_than_the_screen(browser: "Browser", width: int) -> Non
         page.get_by_text("Learning rate and gradient norm").click()
         settled(page)
         assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+        for title in page.locator("h2").all():
+            assert title.bounding_box()["height"] < 40  # a line
 
 
 def test_hundred_devices_are_shown(browser: "Browser") -> None:
