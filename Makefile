@@ -4,6 +4,7 @@
 # make test-lowest    all tests, or those in TESTS, with the lowest versions that pyproject.toml allows
 # make test-runtimes  load an exported folder with every runtime that people deploy with; needs node
 # make test-page      the live page in Chromium; needs chromium and node
+# make pictures       those of the live page that the documents show; needs chromium
 # make check          lint, format, types
 # make bench          the benchmarks, long
 # make bench-links    how long until a model is good enough, over 3G, 4G, Wi-Fi and a LAN
@@ -26,7 +27,7 @@ FEDERATION_TESTS := $(addprefix tests/test_,message_rules.py member.py roster.py
 # The other versions of Python that are promised.
 PYTHONS := 3.10 3.12 3.13
 
-.PHONY: demo test test-pythons test-lowest test-runtimes test-page check bench bench-links bench-export chaos fuzz fuzz-folders mutants soak arm64
+.PHONY: demo test test-pythons test-lowest test-runtimes test-page pictures check bench bench-links bench-export chaos fuzz fuzz-folders mutants soak arm64
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.runtime .venv-device/.packages
@@ -47,6 +48,9 @@ test-runtimes: $(VENV)/.development .venv-runtimes/.runtimes .venv-node/.package
 
 test-page: $(VENV)/.browser .venv-axe/.packages
 	$(BIN)/python -m pytest tests/page
+
+pictures: $(VENV)/.browser
+	PYTHONPATH=tests $(BIN)/python tests/page/pictures.py
 
 check: $(VENV)/.development
 	$(BIN)/ruff check .

@@ -234,7 +234,7 @@ function trend(points, name) {
   if (length < 5) return null;
   const [before, now] = [values.slice(-2 * length, -length), values.slice(-length)].map(meanAndError);
   const change = now.mean - before.mean;
-  if (Math.abs(change) < 2 * Math.hypot(before.error, now.error)) return "level";
+  if (Math.abs(change) < 2 * Math.hypot(before.error, now.error)) return "steady";
   return change < 0 ? "falling" : "rising";
 }
 

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -35,13 +36,13 @@ def a_browser() -> Iterator["Browser"]:
 
 @contextmanager
 def a_page(
-    browser: "Browser", url: str, *, width: int = 1280, height: int = 900, own_clock: bool = False, **settings: Any
+    browser: "Browser", url: str, *, width: int = 1280, height: int = 900, now: float | None = None, **settings: Any
 ) -> Iterator["Page"]:
     """
     Open a page, and ask nobody but the server for anything.
 
     Args:
-        own_clock: whether its time is what the test sets.
+        now: what its clock shows at first, in seconds since 1970; the test may let it run. None leaves it as it is.
         settings: of the browser's context, such as color_scheme="dark".
     """
     context = browser.new_context(viewport={"width": width, "height": height}, **settings)
@@ -54,8 +55,8 @@ def a_page(
     page.on("console", lambda message: errors.append(message.text) if _is_complaint(message) else None)
     page.on("dialog", lambda dialog: errors.append(dialog.message))
     page.set_default_timeout(20_000)
-    if own_clock:
-        page.clock.install()
+    if now is not None:
+        page.clock.install(time=datetime.fromtimestamp(now, timezone.utc))
     try:
         page.goto(url)
         yield page

@@ -301,7 +301,7 @@ def test_server_that_is_away_is_said_to_be_and_found_again(browser: "Browser", l
 
 def test_server_that_is_silent_is_away(browser: "Browser", live: FakeLive) -> None:
     """A link that is cut without a word, as when a laptop sleeps."""
-    with a_page(browser, live.url, own_clock=True) as page:
+    with a_page(browser, live.url, now=NOW) as page:
         shown(page, STEP_214)
         page.clock.run_for(14_000)
         assert not page.locator("#away").is_visible()
@@ -312,7 +312,7 @@ def test_server_that_is_silent_is_away(browser: "Browser", live: FakeLive) -> No
 
 
 def test_what_is_read_out_is_news_and_not_every_step(browser: "Browser", live: FakeLive) -> None:
-    with a_page(browser, live.url, own_clock=True) as page:
+    with a_page(browser, live.url, now=NOW) as page:
         shown(page, STEP_214)
         page.evaluate(
             """() => {
