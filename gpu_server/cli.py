@@ -187,6 +187,11 @@ def run_serve(options: argparse.Namespace) -> None:
         devices = count(server.config.clients, "device")
         say = _log if as_json else _say
         say(f"listening on {server.url} for {devices}; the run goes to {server.config.run_dir}; {'; '.join(server.choices)}")
+        if server.page_url:
+            # A log is read by many: it is told where the token is, and not the token.
+            url = server.page_url.partition("?")[0] if as_json and server.config.page_token else server.page_url
+            token = f"; its token is in {server.config.run_dir}/page-token" if url != server.page_url else ""
+            say(f"the run in a browser: {url}{token}")
         spent = Seconds()
         with ExitStack() as shown:
             progress = None

@@ -36,7 +36,7 @@ DERIVED = {"precision", "activation_codec", "gradient_codec"}
 OF_THE_RUN = {item.name for item in fields(RunSettings)} - DERIVED | {"dtype", "codec", "edge_weights"}
 
 PATHS = {"model", "run_dir", "init_adapter", "tls_cert", "tls_key", "next_tls_cert", "clients_file"}
-COUNTS = ("checkpoint_every", "quorum", "max_batch_tokens", "max_connections", "max_strangers", "max_queue")
+COUNTS = ("checkpoint_every", "quorum", "max_batch_tokens", "max_connections", "max_strangers", "max_pages", "max_queue")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +129,22 @@ class ServerConfig:
     tls_key: str | None = option("private key of --tls-cert, PEM")
     next_tls_cert: str | None = option("certificate, PEM, of the server's next key, of which enrolled devices are told")
     insecure: bool = option("listen without encryption on an address that other machines reach", False)
+    page: str = option(
+        "whether a browser sees the run, and Prometheus its metrics: with auto, where only this machine reaches the server, "
+        "or with --page-token",
+        "auto",
+        choices=("auto", "on", "off"),
+    )
+    page_token: bool = option(
+        "show the page only to who has its token, which is part of the URL that is printed; needed where other machines reach "
+        "the server",
+        False,
+    )
     clients_file: str | None = option("file of enrolled devices; RUN_DIR/clients.json, if not given")
     max_batch_tokens: int = option("most tokens of one device in one step", 65536)
     max_connections: int = option("most connections at a time", 256)
     max_strangers: int = option("most connections at a time that have not said who they are", 32)
+    max_pages: int = option("most pages that show the run at a time, in browsers; they come on top of max-connections", 128)
     handshake_seconds: float = option("seconds for each of TLS, HTTP and the first message", 10.0)
     max_messages_per_second: float = option("messages of one device in a second; more have to wait", 1000.0)
     max_queue: int = option("messages of one device that are held before its socket is no longer read", 2)
@@ -151,11 +163,21 @@ class ServerConfig:
         self._require("max_connections", lambda value: value >= needed, f"at least {needed}: one for every device, and a spare")
         self._require("quorum", lambda value: value is None or value <= self.clients, f"at most clients, {self.clients}")
         self._require("port", lambda value: 0 <= value < 65536, "a port, 0 to 65535")
+        if self.page == "on" and not self.page_token and not is_loopback(self.host):
+            raise ConfigError(
+                f"page on, where other machines reach the server (host {self.host}), would show the run to everybody: add "
+                "--page-token, or leave --page out"
+            )
 
     def _require(self, name: str, holds: Any, wanted: str) -> None:
         value = getattr(self, name)
         if (isinstance(value, float) and not math.isfinite(value)) or not holds(value):
             raise ConfigError(f"{_flag(name)} must be {wanted}, got {value}")
+
+    @property
+    def has_page(self) -> bool:
+        """Whether the server shows the run to browsers and to tools that read metrics."""
+        return self.page == "on" or (self.page == "auto" and (self.page_token or is_loopback(self.host)))
 
     def settled(self, dtype: str) -> "ServerConfig":
         """

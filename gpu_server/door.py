@@ -17,6 +17,7 @@ from .config import ServerConfig, is_loopback
 from .enrolment import Enrolment, Enrolments
 from .errors import ConfigError, ServerError
 from .listener import Limits
+from .page.token import own_token
 from .run_lock import is_served
 
 __all__ = ["Door", "enrolments_of", "invite", "open_door"]
@@ -41,12 +42,30 @@ class Door:
     """
     enrolled: Callable[[], Mapping[str, Enrolment]] | None = None
     """By name, the devices that may still be in the run."""
+    has_page: bool = False
+    """Whether the run is shown to browsers and to tools that read metrics."""
+    page_token: str | None = None
+    """What they need to see it. Without it whoever is on this machine may."""
     notices: tuple[str, ...] = ()
     """What the operator is told once the server listens."""
 
     @property
     def encryption(self) -> ssl.SSLContext | None:
         return None if self.identity is None else self.identity.context
+
+    def page_url(self, port: int) -> str | None:
+        """Where the page is, its token included, once the server listens on this port; None where there is none."""
+        if not self.has_page:
+            return None
+        host = self.host
+        if host in EVERY_ADDRESS:
+            try:
+                host = _own_address()
+            except ServerError:  # this machine is in no network
+                host = "127.0.0.1"
+        scheme = "http" if self.encryption is None else "https"
+        query = "" if self.page_token is None else f"?token={self.page_token}"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/{query}"
 
 
 def open_door(config: ServerConfig) -> Door:
@@ -67,7 +86,8 @@ def open_door(config: ServerConfig) -> Door:
     next_file = Path(config.next_tls_cert or next_certificate(enrolments.path.parent).certificate_file)
     notices = []
     if config.insecure and not private:
-        what = "passes, secrets too" if guarded else "passes, and joins the run if it likes"
+        secrets = "secrets too" if guarded or config.page_token else "and joins the run if it likes"
+        what = f"passes, {secrets}"
         notices.append(f"insecure: without encryption whoever shares the network reads what {what}")
     if guarded and not enrolments.exists():
         notices.append(
@@ -82,10 +102,13 @@ def open_door(config: ServerConfig) -> Door:
             handshake_seconds=config.handshake_seconds,
             messages_per_second=config.max_messages_per_second,
             queue=config.max_queue,
+            pages=config.max_pages if config.has_page else 0,
         ),
         identity=None if certificate is None else Identity(certificate, next_file),
         admits=enrolments.admits if guarded else None,
         enrolled=enrolments.clients if guarded else None,
+        has_page=config.has_page,
+        page_token=own_token(Path(config.run_dir)) if config.has_page and config.page_token else None,
         notices=tuple(notices),
     )
 

@@ -33,6 +33,8 @@ class Limits:
     messages_per_second: float
     queue: int
     """Messages of one client that are held before its socket is no longer read."""
+    pages: int = 0
+    """Open pages that show the run; they count for none of the others."""
 
     def within_open_files(self, devices: int) -> "Limits":
         """
@@ -45,17 +47,20 @@ class Limits:
         if resource is None:
             return self
         own = len(os.listdir("/dev/fd")) + FILES_IN_RESERVE
-        allowed = _allow_open_files(own + self.connections)
-        connections, needed = allowed - own, devices + 3
-        if connections >= self.connections:
-            return self
+        allowed = _allow_open_files(own + self.connections + self.pages)
+        free, needed = allowed - own, devices + 3
+        pages = min(self.pages, max(0, free - needed) // 4)
+        connections = min(self.connections, free - pages)
+        if connections == self.connections:
+            return replace(self, pages=min(self.pages, free - connections))
         if connections < needed:
             raise ServerError(
                 f"this process may open {allowed} files, and a run of {count(devices, 'device')} takes {own + needed}: raise "
                 f"the limit, such as by ulimit -n 1024, or by LimitNOFILE=1024 in a unit file"
             )
         # While one stranger is turned away, the next has its connection already.
-        return replace(self, connections=connections, strangers=min(self.strangers, (connections - devices) // 2))
+        strangers = min(self.strangers, (connections - devices) // 2)
+        return replace(self, connections=connections, strangers=strangers, pages=pages)
 
 
 FILES_IN_RESERVE = 12
@@ -68,8 +73,9 @@ class Listener(socket.socket):
     """
     A listening socket that accepts a limited number of connections.
 
-    Beyond ``limits.connections`` a new one is closed at once. Beyond ``limits.strangers`` the oldest of the unauthenticated
-    connections has to go: an honest client authenticates within a moment, so the oldest is one that says nothing.
+    Beyond ``limits.connections`` a new one is closed at once; pages are not counted among them. Beyond ``limits.strangers`` the
+    oldest of the unauthenticated connections has to go: an honest client authenticates within a moment, so the oldest is one
+    that says nothing.
     """
 
     def __init__(self, family: int, limits: Limits) -> None:
@@ -77,6 +83,7 @@ class Listener(socket.socket):
         self._limits = limits
         self._open: dict[int, socket.socket] = {}
         self._strangers: dict[int, socket.socket] = {}  # in the order of their coming
+        self._pages: dict[int, socket.socket] = {}
         self._accepted = 0
         self._is_turn = False
         self._spare = -1
@@ -142,6 +149,18 @@ class Listener(socket.socket):
         """The connection of this file descriptor is authenticated."""
         self._strangers.pop(descriptor, None)
 
+    def admit_page(self, descriptor: int) -> bool:
+        """
+        The connection of this file descriptor shows the run to somebody who may see it, and takes no place of a device's or a
+        stranger's any more. False where there are as many as may be.
+        """
+        self._forget_closed()
+        if descriptor not in self._open or len(self._pages) >= self._limits.pages:
+            return False
+        self.admit(descriptor)
+        self._pages[descriptor] = self._open.pop(descriptor)
+        return True
+
     def _turn_away(self, descriptor: int) -> None:
         try:
             self._strangers.pop(descriptor).shutdown(socket.SHUT_RDWR)  # its owner sees the end, and closes it
@@ -167,7 +186,7 @@ class Listener(socket.socket):
         self._spare = -1
 
     def _forget_closed(self) -> None:
-        for known in (self._open, self._strangers):
+        for known in (self._open, self._strangers, self._pages):
             for descriptor in [number for number, connection in known.items() if connection.fileno() == -1]:
                 del known[descriptor]
 

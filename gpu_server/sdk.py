@@ -19,7 +19,7 @@ from .federation import Action, StepRecord
 from .history import telling_to
 from .resuming import go_back, start_from
 from .run_setup import set_up
-from .serving import EventRelay, Observer, RunServer
+from .serving import EventRelay, Observer, RunServer, Viewers
 
 __all__ = ["GpuServer", "RunEndedEarly"]
 
@@ -69,6 +69,8 @@ class GpuServer:
     Where the server listens, such as ws://127.0.0.1:8765 or wss://0.0.0.0:8765; there is one from the beginning of the ``with``
     block on. Devices elsewhere replace 0.0.0.0, which means all of this machine's addresses, with its name or one of these.
     """
+    page_url: str | None
+    """Where a browser shows the run, the page's token included; from when on as `url`. None where there is no page."""
 
     @_with_settings(ServerConfig)
     def __init__(self, **options: Any) -> None:
@@ -116,6 +118,8 @@ class GpuServer:
             grace_period=self.config.linger,
             caches=functools.cache(self._cache_of) if run.federation.settings.activation_codec == DELTA else None,
             edge_part=run.edge_part,
+            viewers=Viewers(lambda: b'{"kind":"snapshot"}'),
+            metrics=_no_metrics,
         )
         with telling_to(self._events):
             actions = go_back(run) if run.federation.restarts else []
@@ -124,6 +128,7 @@ class GpuServer:
         self._thread.start()
         try:
             self.url = listening.result()
+            self.page_url = run.door.page_url(int(self.url.rpartition(":")[2]))
         except BaseException:
             if listening.exception() is None:  # Ctrl-C or SIGTERM meanwhile
                 self.suspend()
@@ -194,6 +199,10 @@ class GpuServer:
     def _cache_of(self, client: str) -> CacheFolder:
         # Beside a sample's last versions there are those of all steps that the run may go back to; devices keep less.
         return self._run.directory.activation_cache(client, CACHES_ON_SERVER * self.config.cache_bytes)
+
+
+def _no_metrics() -> tuple[bytes, str]:
+    return b"", "text/plain; version=0.0.4; charset=utf-8"
 
 
 class _StepQueue(Observer):

@@ -33,7 +33,10 @@ ROOMS = {
 }
 ONLY_IN = {
     "dp_accounting": {"privacy/accounting.py"},
-    "websockets": {"edge_client/connection.py", "gpu_server/serving/http_handshake.py", "gpu_server/serving/peer.py"},
+    "websockets": {
+        "edge_client/connection.py",
+        *("gpu_server/serving/http_handshake.py", "gpu_server/serving/peer.py", "gpu_server/serving/viewers.py"),
+    },
     "asyncio": {
         *("gpu_server/serving/http_handshake.py", "gpu_server/serving/conversation.py", "gpu_server/serving/handing_over.py"),
         *("gpu_server/serving/event_relay.py", "gpu_server/serving/lifetime.py"),

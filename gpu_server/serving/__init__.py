@@ -4,5 +4,6 @@ from .event_relay import EventRelay
 from .journal import Journal
 from .observer import Observer
 from .run_server import RunServer
+from .viewers import Viewers
 
-__all__ = ["EventRelay", "Journal", "Observer", "RunServer"]
+__all__ = ["EventRelay", "Journal", "Observer", "RunServer", "Viewers"]

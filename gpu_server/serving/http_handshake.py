@@ -1,4 +1,4 @@
-"""Who is let in: the HTTP handshake, and the watch over enrolments and keys. Only this file and peer.py know WebSockets."""
+"""Who is let in: the HTTP handshake, the watch over enrolments and keys. Only it, peer.py and viewers.py know WebSockets."""
 
 import asyncio
 import http
@@ -6,6 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 
 from websockets.asyncio.server import Server, ServerConnection, basic_auth, serve
+from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
 from protocol import HANDSHAKE_BYTES, SECONDS_BETWEEN_PINGS, SECONDS_TO_PONG, compressed_bound
@@ -15,6 +16,7 @@ from ..enrolment import Enrolment
 from ..errors import ServerError
 from ..history import tell
 from ..listener import Limits, Listener
+from ..page.routes import HEADERS, Answer, Asked, Place, Routes
 from .peer import SECONDS_TO_CLOSE, CountingConnection
 
 __all__ = ["SECONDS_TO_TRY_AGAIN", "accept_connections", "watch_door"]
@@ -24,6 +26,8 @@ QUIET.setLevel(logging.INFO)  # below that it would tell the headers, and the se
 
 SECONDS_TO_TRY_AGAIN = 10.0  # after which a device that was late, or has too many connections, is heard again
 SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_TO_TAKE_AN_ANSWER = 10.0  # of a slow link, for the page; the handshake's own time ends it, too
+LARGEST_PONG = 125  # bytes: of a control frame (RFC 6455, section 5.5)
 CONNECTIONS_A_DEVICE = 4  # the one it uses, one or two that it has lost without our knowing, and a ping
 
 WHY = {
@@ -34,19 +38,27 @@ WHY = {
 
 
 async def accept_connections(
-    listener: Listener, door: Door, limits: Limits, converse: Callable[[CountingConnection], Awaitable[None]]
+    listener: Listener,
+    door: Door,
+    limits: Limits,
+    routes: Routes,
+    *,
+    converse: Callable[[CountingConnection], Awaitable[None]],
+    show: Callable[[CountingConnection], Awaitable[None]],
 ) -> Server:
     """
     Accept connections from now on, until the server that is returned is closed.
 
     Args:
-        converse: called for every connection that is let in; when it returns, the connection is closed.
+        routes: what there is beside the run.
+        converse: called for every connection that is let in to the run; when it returns, the connection is closed.
+        show: the same for every page.
     """
-    admission = _Admission(listener, door)
+    admission = _Admission(listener, door, routes)
 
     async def handle(connection: ServerConnection) -> None:
         assert isinstance(connection, CountingConnection)
-        await converse(connection)
+        await (show if connection.shows_run else converse)(connection)
 
     server: Server = await serve(
         handle,
@@ -94,17 +106,35 @@ async def watch_door(
 class _Admission:
     """Answers in HTTP whoever may not speak to the run."""
 
-    def __init__(self, listener: Listener, door: Door) -> None:
-        self._listener, self._door = listener, door
+    def __init__(self, listener: Listener, door: Door, routes: Routes) -> None:
+        self._listener, self._door, self._routes = listener, door, routes
 
     async def authenticate(self, connection: ServerConnection, request: Request) -> Response | None:
-        """The answer to who is not let in. No message has been read yet."""
-        if "Origin" in request.headers:  # no web page may speak to a server on its reader's own machine
-            return connection.respond(http.HTTPStatus.FORBIDDEN, "web pages are not let in\n")
+        """The answer to who is not let in, or asks for no WebSocket. No message has been read yet."""
+        assert isinstance(connection, CountingConnection)
         if len(request.headers.get_all("Authorization")) > 1:
             return connection.respond(http.HTTPStatus.BAD_REQUEST, "one Authorization is enough\n")
+        # Before version 17 websockets knows no other method.
+        method = getattr(request, "method", "GET")
+        found = self._routes.look_up(Asked(method, request.path, request.headers.get_all))
+        if found is Place.LIVE:
+            return self._open_page(connection)
+        if isinstance(found, Answer):
+            return _response(connection, found)
+        return await self._admit_device(connection, request)
+
+    def _open_page(self, connection: CountingConnection) -> Response | None:
+        if not self._listener.admit_page(connection.descriptor):
+            why = "as many pages are open as --max-pages allows; close one"
+            return _response(connection, Answer(http.HTTPStatus.SERVICE_UNAVAILABLE, f"{why}\n".encode(), why=why))
+        connection.shows_run = True
+        connection.protocol.max_message_size = LARGEST_PONG  # a page has nothing else to say
+        return None
+
+    async def _admit_device(self, connection: CountingConnection, request: Request) -> Response | None:
+        if "Origin" in request.headers:  # no web page may speak to a server on its reader's own machine
+            return connection.respond(http.HTTPStatus.FORBIDDEN, "web pages are not let in\n")
         if self._door.admits is not None:
-            assert isinstance(connection, CountingConnection)
             refusal = await self._check_secret(connection, request, self._door.admits)
             if refusal is not None:
                 return refusal
@@ -131,20 +161,28 @@ class _Admission:
 
     async def note_refusal(self, connection: ServerConnection, request: Request, response: Response) -> None:
         """Whoever was answered in HTTP has no WebSocket; only the operator can tell why it was refused."""
-        if response.status_code != http.HTTPStatus.SWITCHING_PROTOCOLS:
+        if response.status_code >= http.HTTPStatus.BAD_REQUEST:
             assert isinstance(connection, CountingConnection)
-            refusal = f"{connection.address} refused: HTTP {response.status_code}, {_why(request, response)}"
+            why = connection.refused_because or self._why(request, response)
+            refusal = f"{connection.address} refused: HTTP {response.status_code}, {why}"
             tell("refused", refusal, level="warning", status=response.status_code)
 
+    def _why(self, request: Request, response: Response) -> str:
+        """What stands in the log beside an HTTP status; a stranger's words are shown in ASCII."""
+        if response.status_code == http.HTTPStatus.FORBIDDEN:
+            return f"a web page of {', '.join(request.headers.get_all('Origin'))[:100]!a}"
+        if response.status_code == http.HTTPStatus.NOT_FOUND:
+            return f"there is nothing at {self._routes.shown(request.path)}"
+        status = http.HTTPStatus(response.status_code)
+        return WHY.get(status, status.phrase)
 
-def _why(request: Request, response: Response) -> str:
-    """What stands in the log beside an HTTP status; a stranger's words are shown in ASCII."""
-    if response.status_code == http.HTTPStatus.FORBIDDEN:
-        return f"a web page of {', '.join(request.headers.get_all('Origin'))[:100]!a}"
-    if response.status_code == http.HTTPStatus.NOT_FOUND:
-        return f"there is nothing at {request.path[:100]!a}"
-    status = http.HTTPStatus(response.status_code)
-    return WHY.get(status, status.phrase)
+
+def _response(connection: CountingConnection, answer: Answer) -> Response:
+    """What is not of the run, as HTTP has it."""
+    connection.refused_because = answer.why
+    connection.close_timeout = SECONDS_TO_TAKE_AN_ANSWER
+    headers = {"Connection": "close", "Content-Length": str(len(answer.body)), "Content-Type": answer.content_type}
+    return Response(answer.status.value, answer.status.phrase, Headers({**headers, **HEADERS, **answer.headers}), answer.body)
 
 
 def _connections_of(device: str, server: Server) -> int:

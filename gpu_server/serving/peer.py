@@ -1,4 +1,4 @@
-"""One connection, and the session that is spoken over it. Only this file and http_handshake.py know WebSockets."""
+"""One connection, and the session that is spoken over it."""
 
 import asyncio
 import time
@@ -45,6 +45,10 @@ class CountingConnection(ServerConnection):
     bytes_down = 0
     enrolment: Enrolment | None = None
     """With which its device was let in; None where the run takes everybody."""
+    shows_run = False
+    """Whether it is a page's, and no device's."""
+    refused_because = ""
+    """For the log, where it was answered in HTTP."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)

@@ -14,6 +14,7 @@ from ..engine import Engine
 from ..federation import Action, Federation
 from ..history import tell
 from ..listener import Limits, Listener
+from ..page.routes import Routes
 from .conversation import Conversations
 from .event_relay import EventRelay
 from .http_handshake import accept_connections, watch_door
@@ -22,6 +23,7 @@ from .lifetime import Lifetime
 from .observer import Observer
 from .peer import CountingConnection, Peer
 from .performer import Performer
+from .viewers import Viewers
 
 __all__ = ["RunServer"]
 
@@ -37,6 +39,8 @@ class RunServer:
         grace_period: seconds that a finished run waits for clients which are away and have not fetched its adapter.
         caches: the activation cache of a client, by its name, where the run has any.
         edge_part: what is handed to devices without a model, where the run has it.
+        viewers: the open pages.
+        metrics: what the run has counted, for tools that read metrics, and its content type.
     """
 
     def __init__(
@@ -52,11 +56,13 @@ class RunServer:
         grace_period: float,
         caches: Callable[[str], CacheFolder] | None,
         edge_part: EdgePartStore | None,
+        viewers: Viewers,
+        metrics: Callable[[], tuple[bytes, str]],
     ) -> None:
         self._federation, self._engine, self._door = federation, engine, door
         self._journal, self._observers, self._events = journal, observers, events
         self._model_name, self._grace_period, self._caches = model_name, grace_period, caches
-        self._edge_part = edge_part
+        self._edge_part, self._viewers, self._metrics = edge_part, viewers, metrics
         self._loop: asyncio.AbstractEventLoop
         self._lifetime: Lifetime
 
@@ -112,7 +118,14 @@ class RunServer:
         async def converse(connection: CountingConnection) -> None:
             await conversations.converse(Peer(connection, max_messages_per_second=limits.messages_per_second))
 
-        async with await accept_connections(listener, self._door, limits, converse) as server:
+        routes = Routes(
+            has_page=self._door.has_page,
+            token=self._door.page_token,
+            is_well=lambda: not lifetime.is_over,
+            metrics=self._metrics,
+        )
+        show = self._viewers.show
+        async with await accept_connections(listener, self._door, limits, routes, converse=converse, show=show) as server:
             gc.collect()
             gc.freeze()  # the listener collects often: it need not look at all that was here before
             listening(self._url(listener))
@@ -132,6 +145,7 @@ class RunServer:
             finally:
                 watch.cancel()
                 gc.unfreeze()
+                self._viewers.end()
                 server.close()
                 performer.close()
 
