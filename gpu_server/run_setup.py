@@ -1,8 +1,10 @@
 """Makes of its settings what a run consists of, before anybody is served: its folder, its door, its model, its federation."""
 
+import platform
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,9 @@ from split_model import (
     load_adapter,
 )
 from storage import RunDescription, find_model, part_that_differs
-from terminal import importing, version
+from terminal import importing, listed, version
 
-from .config import ServerConfig, is_loopback, resumed, with_whole_paths
+from .config import OF_THE_RUN, ServerConfig, is_loopback, resumed, with_whole_paths
 from .door import Door, open_door
 from .edge_part import EdgePartStore
 from .errors import ConfigError, ServerError
@@ -72,6 +74,8 @@ def set_up(options: Mapping[str, Any]) -> Run:
     options = with_whole_paths(options)
     directory = _directory(options)
     previous = RunDescription.read(directory.path, ServerError) if directory.resumes else None
+    if previous:
+        _check_settings_are_known(directory.path, previous)
     config, choices, device = _settled(options, previous)
     door = open_door(config)
     model = PretrainedModel(find_model(config.model))
@@ -85,6 +89,9 @@ def set_up(options: Mapping[str, Any]) -> Run:
     limits = _limits(config, model, lora, hands_over_part=edge_part is not None)
     if previous:
         _check_same_model(config, previous.fingerprint, limits.fingerprint)
+    versions = {"splitlora": version(), "torch": str(torch.__version__), "numpy": numpy.__version__}
+    host, now = platform.node(), datetime.now(timezone.utc).isoformat(timespec="seconds")
+    first = [{"versions": versions, "host": host, "time": now, "restarts": 0}]
     description = RunDescription(
         run=previous.run if previous else uuid.uuid4().hex[:12],
         restarts=previous.restarts + 1 if previous else 0,
@@ -93,7 +100,9 @@ def set_up(options: Mapping[str, Any]) -> Run:
         device=str(device),
         dtype=config.dtype,
         noise=previous.noise if previous else None,
-        versions={"splitlora": version(), "torch": str(torch.__version__), "numpy": numpy.__version__},
+        versions=versions,
+        of_the_run=sorted(OF_THE_RUN & {item.name for item in fields(ServerConfig)}),
+        history=previous.served_with(versions, host, now) if previous else first,
     )
     journal = Journal(directory, description, model.config, lora, config.model)
     federation = Federation(
@@ -186,6 +195,12 @@ def _settled(options: Mapping[str, Any], previous: RunDescription | None) -> tup
     dtype, why = choose_dtype(previous.dtype if previous else given.dtype, device)
     config = given.settled(dtype)
     choices = [f"dtype {dtype}: {'as the run began' if previous else why}"]
+    if previous:
+        mine = {"splitlora": version(), "torch": str(torch.__version__)}
+        changed = [
+            f"{name} {now}, before {then}" for name, now in mine.items() if (then := previous.versions.get(name, now)) != now
+        ]
+        choices.extend(changed)
     if given.micro_batches is None:
         alone = "only this machine reaches the server, so both sides share its cores"
         apart = "while one is on its way, a device computes the next"
@@ -224,6 +239,20 @@ def _observers(settings: RunSettings, federation: Federation, journal: Journal) 
     with importing("what noise is worth", install="splitlora[server]"):
         worth(1.0, 1, settings.noise_delta)  # loads its library, for which no device should have to wait later
     return [NoiseObserver(federation, journal)]
+
+
+def _check_settings_are_known(run_dir: Path, previous: RunDescription) -> None:
+    """
+    Raises:
+        ConfigError: a later version has served the run, with a setting that this one would go on without.
+    """
+    unknown = [name for name in previous.of_the_run if name not in {item.name for item in fields(ServerConfig)}]
+    if unknown:
+        later = previous.versions.get("splitlora", "a later version")
+        raise ConfigError(
+            f"the run in {run_dir} was served by splitlora {later}, and has settings that this version ({version()}) does not "
+            f"know: {listed(unknown)}; go on with splitlora {later} or later"
+        )
 
 
 def _check_same_model(config: ServerConfig, before: str, now: str) -> None:

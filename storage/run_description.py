@@ -1,7 +1,7 @@
 """run.json: what a run is, how and where it is served. The server writes it; its commands and splitlora-export read it."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,14 @@ class RunDescription:
     """Where the server listens, or did when it was last started."""
     noise: dict[str, Any] | None = None
     """By client: what the noise that it adds is worth, as ``privacy.NoiseReport`` says it. None in a run without noise."""
+    of_the_run: list[str] = field(default_factory=list)
+    """Which of the settings decide what comes of the run: a version that does not know one of them cannot go on with it."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """
+    With which ``versions`` and on which ``host`` it was served, the first first: an entry where one of them has changed, with
+    the ``time`` in UTC and how many ``restarts`` there had been. Where earlier versions began the run, the first entry says no
+    more than ``versions``.
+    """
     adapter: dict[str, Any] | None = None
     """
     Which ``step`` ``of`` how many the adapter in the folder has reached. None while the run is served, and after its server was
@@ -52,7 +60,9 @@ class RunDescription:
         if files.find(RUN_FILE) is None:
             return None
         # What the first versions did not write, as they meant it.
-        raw = {"restarts": 0, "device": "", "versions": {}, "url": ""} | files.read_json(RUN_FILE)
+        raw = {"restarts": 0, "device": "", "versions": {}, "url": "", "of_the_run": [], "history": []} | files.read_json(
+            RUN_FILE
+        )
         noise, adapter = (None if raw.get(key) is None else _member(files, raw, key, dict) for key in ("noise", "adapter"))
         if adapter is not None:
             step, last = (_member(files, adapter, key, int) for key in ("step", "of"))
@@ -68,6 +78,8 @@ class RunDescription:
             versions=_member(files, raw, "versions", dict),
             url=_member(files, raw, "url", str),
             noise=noise,
+            of_the_run=[str(name) for name in _member(files, raw, "of_the_run", list)],
+            history=[entry for entry in _member(files, raw, "history", list) if isinstance(entry, dict)],
             adapter=adapter,
         )
 
@@ -78,6 +90,14 @@ class RunDescription:
         """
         content = {name: value for name, value in asdict(self).items() if value is not None}
         replace_file(run_dir / RUN_FILE, (json.dumps(content, indent=2) + "\n").encode())
+
+    def served_with(self, versions: dict[str, Any], host: str, time: str) -> list[dict[str, Any]]:
+        """The history, when the run is served once more."""
+        before = self.history or [{"versions": self.versions}]
+        now = {"versions": versions, "host": host}
+        if {name: before[-1].get(name) for name in now} == now:
+            return before
+        return [*before, {**now, "time": time, "restarts": self.restarts + 1}]
 
     def served_at(self, url: str) -> "RunDescription":
         return replace(self, url=url)

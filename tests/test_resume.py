@@ -356,6 +356,39 @@ def test_folder_without_a_run_is_not_resumed(settings: dict[str, Any], tmp_path:
     assert not (tmp_path / "none").exists()
 
 
+def test_run_of_another_version_goes_on_unless_that_had_settings_which_this_one_would_leave_out(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    with GpuServer(**settings, run_dir=str(run_dir), port=0):
+        pass
+    described = json.loads((run_dir / "run.json").read_text())
+    (began,) = described["history"]
+    assert began.keys() == {"versions", "host", "time", "restarts"}
+    assert began["versions"] == described["versions"]
+    assert "lr" in described["of_the_run"]
+    assert "port" not in described["of_the_run"]
+
+    described["versions"] = {"splitlora": "99.0", "torch": "1.0"}
+    described["config"] |= {"colour": "blue", "page_size": 5}  # which a later version may have
+    described["of_the_run"].append("colour")
+    (run_dir / "run.json").write_text(json.dumps(described))
+    before = contents(run_dir)
+    with pytest.raises(
+        ConfigError, match=r"was served by splitlora 99\.0, and has settings that .* does not know: colour; go on"
+    ):
+        GpuServer(**settings, run_dir=str(run_dir), resume=True)
+    assert contents(run_dir) == before
+
+    described["of_the_run"].remove("colour")
+    (run_dir / "run.json").write_text(json.dumps(described))
+    with GpuServer(resume=True, run_dir=str(run_dir), port=0) as server:
+        assert any(re.fullmatch(r"torch \S+, before 1\.0", choice) for choice in server.choices)
+    now = json.loads((run_dir / "run.json").read_text())
+    assert now["history"] == [began]  # what it says is what it was served with, and that is the same again
+    assert now["config"].keys() == described["config"].keys() - {"colour", "page_size"}
+
+
 def test_one_command_starts_a_run_and_goes_on_with_it(
     settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]
 ) -> None:

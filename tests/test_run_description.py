@@ -1,6 +1,7 @@
 """What run.json says of a run, and how to find out whether a server has it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,21 @@ DESCRIPTION = RunDescription(
 )
 
 
+SERVED = RunDescription(
+    **{**vars(DESCRIPTION), "of_the_run": ["lr"], "history": [{"versions": {"torch": "2"}, "host": "a", "restarts": 0}]}
+)
 WITH_NOISE = DESCRIPTION.with_noise({"kitchen": {"delta": 1e-6}})
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert RunDescription.read(tmp_path, ServerError) is None
-    for description in (DESCRIPTION, DESCRIPTION.served_at("ws://a:1"), DESCRIPTION.with_adapter(step=3, of=5), WITH_NOISE):
+    for description in (
+        DESCRIPTION,
+        DESCRIPTION.served_at("ws://a:1"),
+        DESCRIPTION.with_adapter(step=3, of=5),
+        WITH_NOISE,
+        SERVED,
+    ):
         description.write(tmp_path)
         assert RunDescription.read(tmp_path, ServerError) == description
 
@@ -31,6 +41,18 @@ def test_a_run_of_an_earlier_version_is_read_and_what_a_later_one_adds_is_left_a
     description = RunDescription.read(tmp_path, ServerError)
     assert description is not None
     assert (description.run, description.restarts, description.url) == ("f00", 0, "")
+
+
+def test_history_has_an_entry_for_every_change_of_versions_or_host() -> None:
+    first = {"versions": {"splitlora": "1"}, "host": "a", "time": "t0", "restarts": 0}
+    description = replace(DESCRIPTION, versions={"splitlora": "1"}, history=[first])
+    assert description.served_with({"splitlora": "1"}, "a", "t1") == [first]
+    newer = description.served_with({"splitlora": "2"}, "a", "t1")
+    assert newer == [first, {"versions": {"splitlora": "2"}, "host": "a", "time": "t1", "restarts": 3}]
+    moved = replace(description, history=newer, restarts=7).served_with({"splitlora": "2"}, "b", "t2")
+    assert moved == [*newer, {"versions": {"splitlora": "2"}, "host": "b", "time": "t2", "restarts": 8}]
+    # Of an earlier version, which wrote no history.
+    assert DESCRIPTION.served_with({"torch": "3"}, "a", "t")[0] == {"versions": {"torch": "2"}}
 
 
 @pytest.mark.parametrize("content", ["", "[]", "[" * 200_000, "9" * 5000, "\xff"])
@@ -45,6 +67,7 @@ def test_what_is_no_object_is_one_sentence(tmp_path: Path, content: str) -> None
     [
         *(({name: None}, f"{name} is null; a text is expected") for name in ("run", "fingerprint", "dtype", "device", "url")),
         *(({name: [1]}, rf"{name} is \[1\]; an object is expected") for name in ("config", "versions", "noise", "adapter")),
+        *(({name: 5}, rf"{name} is 5; a list is expected") for name in ("of_the_run", "history")),
         ({"restarts": 1.5}, r"restarts is 1\.5; a whole number is expected"),
         ({"adapter": {"step": 3}}, '"of" is missing'),
         ({"adapter": {"step": 3, "of": True}}, "of is true; a whole number is expected"),
