@@ -11,9 +11,9 @@ import pytest
 from conftest import REPOSITORY
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Locator, Page
 
-__all__ = ["a_browser", "a_page", "violations"]
+__all__ = ["a_browser", "a_page", "figures", "row", "violations"]
 
 AXE = REPOSITORY / ".venv-axe/node_modules/axe-core/axe.min.js"
 
@@ -64,6 +64,16 @@ def a_page(
         context.close()
     assert not elsewhere
     assert not errors
+
+
+def row(page: "Page", name: str) -> "Locator":
+    """What is shown of a device."""
+    return page.locator(".devices > li").filter(has=page.get_by_role("heading", name=name))
+
+
+def figures(place: "Locator") -> dict[str, str]:
+    """Of a list of figures, by their names."""
+    return dict(zip(place.locator("dt").all_inner_texts(), place.locator("dd:not(.more)").all_inner_texts(), strict=True))
 
 
 def violations(page: "Page") -> list[str]:

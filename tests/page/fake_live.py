@@ -16,16 +16,12 @@ from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 from websockets.sync.server import ServerConnection, serve
 
+from gpu_server.page.routes import FILES, HEADERS
+
 __all__ = ["EVENTS", "NOW", "PAGE", "FakeLive", "a_device", "a_snapshot", "an_event", "an_update", "columns", "fake_live"]
 
 Json = dict[str, Any]
 
-FILES = {
-    "/": ("page.html", "text/html; charset=utf-8"),
-    "/page.css": ("page.css", "text/css; charset=utf-8"),
-    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
-}
-POLICY = "default-src 'none'; connect-src 'self'; img-src 'self' data:; script-src 'self'; style-src 'self'; base-uri 'none'"
 PAGE = REPOSITORY / "gpu_server/page"
 NOW = 1_764_338_400.0
 """The clock of the run, in seconds since 1970: it need not be the viewer's."""
@@ -35,7 +31,7 @@ PARTS = ("edge_compute", "encode", "uplink", "queue", "server_compute", "downlin
 
 class FakeLive:
     """
-    Serves the page as the real server does, its Content-Security-Policy included.
+    Serves the page with the headers of the real server.
 
     Args:
         snapshot: what it says first to whoever opens /live.
@@ -98,8 +94,7 @@ class FakeLive:
         if path not in FILES:
             return connection.respond(HTTPStatus.NOT_FOUND, "nothing here\n")
         name, kind = FILES[path]
-        headers = {"Content-Type": kind, "Content-Security-Policy": POLICY, "Cache-Control": "no-store"}
-        return Response(200, "OK", Headers(headers), (PAGE / name).read_bytes())
+        return Response(200, "OK", Headers({**HEADERS, "Content-Type": kind}), (PAGE / name).read_bytes())
 
     def _talk(self, page: ServerConnection) -> None:
         page.send(_text(self.snapshot))

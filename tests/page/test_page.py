@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
-from browser import a_browser, a_page, violations
+from browser import a_browser, a_page, figures, row, violations
 from fake_live import EVENTS, NOW, PAGE, FakeLive, a_device, a_snapshot, an_event, an_update, columns, fake_live
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Locator, Page
+    from playwright.sync_api import Browser, Page
 
 STEP_214 = "Step 214 of 900, 3 of 3 devices, 12 min left."
 MANY_STEPS = 100_000
@@ -26,15 +26,6 @@ def browser() -> Iterator["Browser"]:
 def live() -> Iterator[FakeLive]:
     with fake_live(a_snapshot()) as live:
         yield live
-
-
-def row(page: "Page", name: str) -> "Locator":
-    return page.locator(".devices > li").filter(has=page.get_by_role("heading", name=name))
-
-
-def figures(place: "Locator") -> dict[str, str]:
-    """Of a list of figures, by their names."""
-    return dict(zip(place.locator("dt").all_inner_texts(), place.locator("dd:not(.more)").all_inner_texts(), strict=True))
 
 
 def shown(page: "Page", words: str | re.Pattern[str]) -> None:
