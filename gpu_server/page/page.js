@@ -144,9 +144,7 @@ const VALUES = ["loss", "tokens_per_second", "bytes_per_second", "learning_rate"
 class Curve {
   constructor(columns) {
     this.points = [];
-    this.width = 1;
-    const points = rows(columns);
-    points.forEach((point, index) => this.push(point, index > 0 ? points[index - 1].step : point.step - 1));
+    for (const point of rows(columns)) this.points.push(this.next(point));
     // As fine as the server has made it, so that new steps do not stand out against older ones.
     const widths = this.points.map((point) => point.steps).sort((a, b) => a - b);
     this.width = widths[widths.length >> 1] ?? 1;
@@ -156,10 +154,9 @@ class Curve {
     for (const point of rows(columns)) {
       // A server that went back to its checkpoint repeats steps.
       while (this.points.length > 0 && this.last.step >= point.step) this.points.pop();
-      const before = this.last;
-      if (before && before.steps < this.width) this.points.pop();
-      this.push(point, before ? before.step : point.step - 1);
-      if (before && before.steps < this.width) this.points.push(merged(before, this.points.pop()));
+      const added = this.next(point);
+      if (this.points.length > 0 && this.last.steps < this.width) this.points.push(merged(this.points.pop(), added));
+      else this.points.push(added);
     }
     while (this.points.length > POINTS) this.thin();
   }
@@ -168,11 +165,10 @@ class Curve {
     return this.points[this.points.length - 1];
   }
 
-  push(point, before) {
-    point.steps = Math.max(1, point.step - before);
-    point.loss_low ??= point.loss;
-    point.loss_high ??= point.loss;
-    this.points.push(point);
+  /** It stands for all steps since the last one that is held. */
+  next(point) {
+    const steps = this.points.length > 0 ? Math.max(1, point.step - this.last.step) : 1;
+    return { ...point, steps, loss_low: point.loss_low ?? point.loss, loss_high: point.loss_high ?? point.loss };
   }
 
   thin() {
@@ -286,7 +282,7 @@ const FIRST_WAIT = 1;
 const LONGEST_WAIT = 10;
 const SILENCE = 15; // seconds; the server says something every five
 
-const link = { socket: null, heard: null, awaySince: null, wait: FIRST_WAIT, retry: 0, watchdog: 0 };
+const link = { socket: null, heard: Date.now() / 1000, awaySince: null, wait: FIRST_WAIT, retry: 0, watchdog: 0 };
 
 function connect() {
   clearTimeout(link.retry);
@@ -294,14 +290,14 @@ function connect() {
   address.protocol = address.protocol.replace("http", "ws");
   const socket = new WebSocket(address);
   link.socket = socket;
-  const lost = () => {
-    if (link.socket === socket) reconnect();
+  const lost = (since) => {
+    if (link.socket === socket) reconnect(since);
   };
   const listen = () => {
     clearTimeout(link.watchdog);
-    link.watchdog = setTimeout(lost, 1000 * SILENCE);
+    link.watchdog = setTimeout(() => lost(link.heard), 1000 * SILENCE);
   };
-  socket.onclose = lost;
+  socket.onclose = () => lost(Date.now() / 1000);
   socket.onmessage = ({ data }) => {
     listen();
     link.heard = Date.now() / 1000;
@@ -314,13 +310,13 @@ function connect() {
   listen();
 }
 
-function reconnect() {
+function reconnect(since) {
   const socket = link.socket;
   link.socket = null;
   socket?.close();
   clearTimeout(link.watchdog);
   if (link.awaySince === null) {
-    link.awaySince = Date.now() / 1000;
+    link.awaySince = since;
     announce(awayText());
   }
   clearTimeout(link.retry);
