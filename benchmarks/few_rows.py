@@ -15,8 +15,8 @@ from pathlib import Path
 
 import harness
 import torch
-from federated import WholeModel
 
+from contestants.whole_model import WholeModel
 from edge_client.data import Dataset
 from gpu_server import ServerConfig
 from split_model import LoraConfig
@@ -79,22 +79,22 @@ def run(
     """Perplexity of the held-out rows before, and after each of these numbers of epochs."""
     defaults = {item.name: item.default for item in fields(ServerConfig)}
     lora = LoraConfig(rank=defaults["lora_rank"], alpha=defaults["lora_alpha"], targets=defaults["lora_targets"])
-    whole = WholeModel(model, lora, rate, seed)
-    data, held_out = whole.read(train), whole.read(valid)
+    whole = harness.whole_model(model, lora, rate, seed)
+    data, held_out = harness.read_samples(train, whole), harness.read_samples(valid, whole)
     yield whole.perplexity(held_out)
     trained = 0
     for number in epochs:
-        learn(whole, data, seed, range(trained, number))
+        learn(whole, data, seed, rate, range(trained, number))
         trained = number
         perplexity = whole.perplexity(held_out)
         progress.advance(f"rate {rate:g}, perplexity {perplexity:.2f}")
         yield perplexity
 
 
-def learn(whole: WholeModel, data: Dataset, seed: int, epochs: range) -> None:
+def learn(whole: WholeModel, data: Dataset, seed: int, rate: float, epochs: range) -> None:
     num_batches = data.num_batches(BATCH_SIZE)
     for step in range(epochs.start * num_batches + 1, epochs.stop * num_batches + 1):
-        whole.learn(data.batch(step, BATCH_SIZE, (seed, "device", "order")))
+        whole.learn(data.batch(step, BATCH_SIZE, (seed, "device", "order")), rate)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,18 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # the independent reference: transformers + PEFT
 
 from ports import free_port
 
 from edge_client import ConnectionFailed, ping
+
+if TYPE_CHECKING:
+    from contestants.whole_model import WholeModel
+    from edge_client.data import Dataset
+    from split_model import LoraConfig
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"
@@ -59,6 +64,21 @@ def make_gpt2_small(folder: Path) -> Path:
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(shared(f"tokenizers/gpt2/{name}"), folder / name)
     return folder
+
+
+def whole_model(folder: Path, lora: "LoraConfig", learning_rate: float, seed: int) -> "WholeModel":
+    """A model that is split nowhere, in float32 on the CPU, with a fresh adapter."""
+    from contestants.whole_model import WholeModel
+    from split_model import OptimiserConfig, PretrainedModel, initial_adapter
+
+    base = PretrainedModel(folder)
+    return WholeModel(base, lora, OptimiserConfig(learning_rate=learning_rate), initial_adapter(base.config, lora, seed))
+
+
+def read_samples(path: Path, model: "WholeModel") -> "Dataset":
+    from edge_client.data import Dataset
+
+    return Dataset.load(path, model.base.tokenizer(), model.base.config.end_token, max_length=512)
 
 
 def keep_to(cores: Iterable[int]) -> None:

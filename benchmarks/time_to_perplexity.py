@@ -7,8 +7,8 @@ Every client has a link of its own (benchmarks/shaped_link.py), and every contes
 
 split         three blocks on the devices, nine and the head on the server, rounds of one step.
 naive split   the same, but exact floats, and nobody computes while anything is on the way.
-federated     the whole model on every device, adapters averaged every 12 steps (benchmarks/federated.py). A cut before the last
-              block would not do for it: activations would still cross the link at every step, which federated learning spares.
+federated     the whole model on every device, adapters averaged every 12 steps (contestants/federated.py). A cut before the
+              last block would not do for it: activations would still cross the link at every step, which it spares.
 centralised   transformers + PEFT in one process, on padded batches. The texts have to come there once: time without their
               upload, and with the upload of a client's whole third of train.txt, its bytes through the bandwidth.
 
@@ -35,25 +35,28 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
-from multiprocessing.connection import wait
+from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any
 
 os.environ["OMP_WAIT_POLICY"] = "passive"  # as the programs do; it has to be said before torch is imported
 
-import federated
 import harness
 import torch
 from chaos import PROCESSES
 from shaped_link import LINKS, LinkProfile, ShapedLink
 
+from contestants.federated import mean
+from contestants.whole_model import WholeModel, arrays
 from edge_client import EdgeClient
 from edge_client.data import Batch, pack
 from gpu_server import GpuServer, StepRecord
-from split_model import LoraConfig
+from protocol import AdapterWeights, EdgeAdapter, Seconds, Tensors, decode, encode
+from split_model import Adapter, LoraConfig
 from terminal import Progress
 
 CLIENTS, BATCH_SIZE, CUT_LAYER, LEARNING_RATE, SEED = 3, 8, 3, 2e-3, 0
@@ -61,6 +64,7 @@ THIRD, VALIDATION_ROWS = 14_020, 400
 LORA = LoraConfig(rank=8, alpha=32.0, targets=("c_attn",))
 ROUND = 12  # steps between two exchanges of federated adapters, and between two looks at the perplexity
 SERVER_THREADS, DEVICE_THREADS = 2, 1
+MAX_BYTES = 2**28
 GOALS = {"4g": "naive split takes 3 x", "wifi": "within 10 % of the slower part", "lan": "within 10 % of the slower part"}
 
 
@@ -88,12 +92,12 @@ class Scene:
         folder.mkdir()
         return folder
 
-    def model(self) -> federated.WholeModel:
-        return federated.WholeModel(self.base, LORA, LEARNING_RATE, SEED)
+    def model(self) -> WholeModel:
+        return harness.whole_model(self.base, LORA, LEARNING_RATE, SEED)
 
-    def batches(self, model: federated.WholeModel, *clients: int) -> Iterator[Batch]:
+    def batches(self, model: WholeModel, *clients: int) -> Iterator[Batch]:
         """Of steps 1, 2, ..., those of the given clients together, as they draw them in a split run."""
-        data = {f"client-{client}": model.read(self.thirds[client]) for client in clients}
+        data = {f"client-{client}": harness.read_samples(self.thirds[client], model) for client in clients}
         for step in count(1):
             orders = {name: of_client.order(step, BATCH_SIZE, (SEED, name, "order")) for name, of_client in data.items()}
             yield pack([data[name].samples[row] for name, order in orders.items() for row in order])
@@ -145,34 +149,32 @@ def main() -> None:
 # Perplexity by step
 
 
-def centralised_models(scene: Scene) -> Iterator[federated.WholeModel]:
+def centralised_models(scene: Scene) -> Iterator[WholeModel]:
     """The model after each step on the union of the clients' batches."""
     model = scene.model()
     for batch in scene.batches(model, *range(CLIENTS)):
-        model.learn(batch)
+        model.learn(batch, LEARNING_RATE)
         yield model
 
 
-def federated_models(scene: Scene) -> Iterator[federated.WholeModel]:
+def federated_models(scene: Scene) -> Iterator[WholeModel]:
     """One of the clients' models after each step; at the end of a round all have the mean adapter."""
     models = [scene.model() for _ in range(CLIENTS)]
     batches = [scene.batches(model, client) for client, model in enumerate(models)]
     for step in count(1):
         for model, of_client in zip(models, batches, strict=True):
-            model.learn(next(of_client))
+            model.learn(next(of_client), LEARNING_RATE)
         if step % ROUND == 0:
-            adapter = federated.mean([model.adapter() for model in models])
+            adapter = tensors(mean([arrays(model.adapter()) for model in models]))
             for model in models:
                 model.load_adapter(adapter)
         yield models[0]
 
 
-def learning_curve(
-    name: str, models: Iterator[federated.WholeModel], scene: Scene, options: argparse.Namespace
-) -> dict[int, float]:
+def learning_curve(name: str, models: Iterator[WholeModel], scene: Scene, options: argparse.Namespace) -> dict[int, float]:
     """Perplexity before, and after every so many steps until it is below the target."""
     untrained = scene.model()
-    valid = untrained.read(scene.valid)
+    valid = harness.read_samples(scene.valid, untrained)
     curve = {0: untrained.perplexity(valid)}
     with Progress(options.max_steps) as progress:
         for step in range(1, options.max_steps + 1):
@@ -284,10 +286,10 @@ def federated_cost(scene: Scene, what: str, profile: LinkProfile) -> Cost:
     """
     rounds, steps = 3, max(1, scene.steps // 3)
     with Cast(profile) as cast, Progress(rounds * CLIENTS, unit="client's round") as progress:
-        cast.start(federated.serve, CLIENTS)
+        cast.start(average, CLIENTS)
         for client, link in enumerate(cast.links(cast.listen())):
             cast.start(take_part_whole, scene, client, rounds, steps, link.port)
-        by_client: dict[int, list[federated.Round]] = {client: [] for client in range(CLIENTS)}
+        by_client: dict[int, list[Round]] = {client: [] for client in range(CLIENTS)}
         for _ in range(rounds * CLIENTS):
             client, of_round = cast.listen()
             by_client[client].append(of_round)
@@ -305,8 +307,59 @@ def take_part_whole(scene: Scene, client: int, rounds: int, steps: int, port: in
     """A federated device's process."""
     torch.set_num_threads(DEVICE_THREADS)
     model = scene.model()
-    for of_round in federated.train(model, scene.batches(model, client), rounds, steps, port):
+    for of_round in take_rounds(model, scene.batches(model, client), rounds, steps, port):
         told.send((client, of_round))
+
+
+def average(clients: int, told: Any) -> None:
+    """The federated server's process, until its clients leave: says its port, then averages."""
+    with Listener(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(clients) as pool:
+        told.send(listener.address[1])
+        ends = [listener.accept() for _ in range(clients)]
+        while True:
+            try:
+                messages = list(pool.map(Connection.recv_bytes, ends))  # at once, as their links bring them
+            except EOFError:
+                return
+            contributions = [decode(message, MAX_BYTES) for message in messages]
+            adapter = mean([contribution.tensors for contribution in contributions])  # type: ignore[union-attr]
+            answer = encode(EdgeAdapter(step=contributions[0].step, tensors=adapter))  # type: ignore[union-attr]
+            list(pool.map(Connection.send_bytes, ends, [answer] * clients))
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round took a client."""
+
+    training: float
+    """Seconds of all its steps."""
+    exchange: float
+    """Seconds from the last of them to the mean adapter."""
+    bytes_up: int
+    bytes_down: int
+
+
+def take_rounds(model: WholeModel, batches: Iterator[Batch], rounds: int, steps: int, port: int) -> Iterator[Round]:
+    """A federated client's part in so many rounds of so many steps, over whatever listens at ``port``."""
+    with Client(("127.0.0.1", port)) as server:
+        for number in range(1, rounds + 1):
+            began = time.perf_counter()
+            for _ in range(steps):
+                model.learn(next(batches), LEARNING_RATE)
+            trained = time.perf_counter()
+            question = encode(
+                AdapterWeights(
+                    step=number * steps, seconds=Seconds(edge_compute=trained - began), tensors=arrays(model.adapter())
+                )
+            )
+            server.send_bytes(question)
+            answer = server.recv_bytes()
+            model.load_adapter(tensors(decode(answer, MAX_BYTES).tensors))  # type: ignore[union-attr]
+            yield Round(trained - began, time.perf_counter() - trained, len(question), len(answer))
+
+
+def tensors(adapter: Tensors) -> Adapter:
+    return {name: torch.from_numpy(array) for name, array in adapter.items()}
 
 
 class Cast:

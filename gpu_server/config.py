@@ -20,9 +20,14 @@ from .errors import ConfigError
 __all__ = [
     "ServerConfig",
     "described",
+    "in_one_spelling",
     "is_loopback",
+    "option",
     "options_from_toml",
     "resumed",
+    "toml_table",
+    "typed_settings",
+    "typed_value",
     "with_whole_paths",
 ]
 
@@ -220,16 +225,35 @@ class ServerConfig:
         Raises:
             ConfigError: an unknown name (the nearest known one is named), a value of another type, a required one missing.
         """
-        kinds = get_type_hints(cls)
-        known = {item.name: item for item in fields(cls)}
-        for name in options:
-            if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                raise ConfigError(f"unknown setting {name!r}; the nearest known one is {_flag(nearest)!r}")
-        for name, item in known.items():
-            if item.metadata["required"] and name not in options:
-                raise ConfigError(f"{_flag(name)} is missing: {item.metadata['help']}")
-        return cls(**{name: _typed(name, value, kinds[name], known[name].metadata) for name, value in options.items()})
+        return cls(**typed_settings(cls, options))
+
+
+def typed_settings(table: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The values in the types of a dataclass' fields, each made by `option`.
+
+    Raises:
+        ConfigError: as `typed_value`, or a required value is missing.
+    """
+    typed = {name: typed_value(table, name, value) for name, value in options.items()}
+    for item in fields(table):
+        if item.metadata["required"] and item.name not in options:
+            raise ConfigError(f"{_flag(item.name)} is missing: {item.metadata['help']}")
+    return typed
+
+
+def typed_value(table: Any, name: str, value: Any) -> Any:
+    """
+    The same of one value.
+
+    Raises:
+        ConfigError: the name is unknown (the nearest known one is named), or the value of another type.
+    """
+    known = {item.name: item for item in fields(table)}
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"unknown setting {name!r}; the nearest known one is {_flag(nearest)!r}")
+    return _typed(name, value, get_type_hints(table)[name], known[name].metadata)
 
 
 def with_whole_paths(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -306,10 +330,20 @@ KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or
 
 def options_from_toml(path: Path) -> dict[str, Any]:
     """
-    The settings of a TOML file, under the fields' names; "cut-layer" and "cut_layer" are the same.
+    The settings of a TOML file, under the fields' names.
 
     Raises:
         ConfigError: the file cannot be read, or says a setting twice, in both spellings.
+    """
+    return in_one_spelling(path, toml_table(path))
+
+
+def toml_table(path: Path) -> dict[str, Any]:
+    """
+    What a TOML file holds.
+
+    Raises:
+        ConfigError: it cannot be read.
     """
     try:
         import tomllib
@@ -317,11 +351,20 @@ def options_from_toml(path: Path) -> dict[str, Any]:
         import tomli as tomllib
     try:
         # Some editors begin a file with a byte order mark.
-        table = tomllib.loads(user_path(path).read_text(encoding="utf-8-sig"))
+        return dict(tomllib.loads(user_path(path).read_text(encoding="utf-8-sig")))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, and brackets without end
         raise ConfigError(f"{path} is not TOML: {error}") from None
+
+
+def in_one_spelling(path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The table with "cut_layer" for "cut-layer", which are the same.
+
+    Raises:
+        ConfigError: it says a setting twice, in both spellings.
+    """
     for name in table:
         if "_" in name and _flag(name) in table:
             raise ConfigError(f"{path} gives both {name} and {_flag(name)}, which are the same setting; delete one of them")

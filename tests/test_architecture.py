@@ -12,6 +12,7 @@ from conftest import REPOSITORY
 STDLIB = sys.stdlib_module_names | {"tomllib"}  # of 3.11 and later
 OURS = {"privacy", "protocol", "split_model", "storage", "terminal"}
 MAY_IMPORT = {
+    "contestants": {*("edge_client", "gpu_server", "protocol", "split_model", "storage", "terminal"), *("numpy", "torch")},
     "privacy": {"dp_accounting", "numpy"},
     "protocol": {"backports", "compression", "msgpack", "numpy"},
     "split_model": {"storage", "numpy", "safetensors", "tokenizers", "torch"},
@@ -73,6 +74,19 @@ def test_room_of_a_package_imports_nothing_else_of_the_package(room: str) -> Non
         assert imported_by(file) - STDLIB <= ROOMS[room], file
         around = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
         assert all(node.level < 2 for node in around), file
+
+
+def test_contestants_read_data_as_devices_do_and_write_what_a_server_writes_and_take_part_in_no_run() -> None:
+    allowed = {
+        *("edge_client", "edge_client.data", "gpu_server", "gpu_server.config", "gpu_server.errors", "gpu_server.flags"),
+        *("gpu_server.history", "gpu_server.run_directory", "gpu_server.sweep.settings"),
+    }
+    for file in (REPOSITORY / "contestants").glob("*.py"):
+        nodes = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
+        found = {node.module: {alias.name for alias in node.names} for node in nodes if node.level == 0 and node.module}
+        assert {module for module in found if module.startswith(("edge_client", "gpu_server"))} <= allowed, file
+        names = found.get("edge_client", set()) | found.get("gpu_server", set())
+        assert names <= {"DataError", "StateError", "ServerConfig", "StepRecord"}, file
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
