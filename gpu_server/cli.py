@@ -9,14 +9,14 @@ import time
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING
 
 from terminal import Parser, Progress, count, listed, run_program, show_log, user_path, version, where_time_went
 
 from .config import ServerConfig, options_from_toml
+from .flags import add_flags
 
 if TYPE_CHECKING:
     from .attendance import Seen
@@ -45,20 +45,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", help="serve one run to its end", description="Serve one run to its end.")
     serve.add_argument("--config", type=Path, metavar="FILE", help="TOML file of the same settings; flags override it")
-    kinds = get_type_hints(ServerConfig)
-    for item in fields(ServerConfig):
-        # Left out flags do not appear: the configuration file, and then the defaults, fill them in.
-        flag, text = f"--{item.name.replace('_', '-')}", item.metadata["help"]
-        if kinds[item.name] is bool:
-            serve.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
-            continue
-        serve.add_argument(
-            flag,
-            type=_flag_type(kinds[item.name]),
-            choices=item.metadata["choices"],
-            default=argparse.SUPPRESS,
-            help=text + _default(item.default),
-        )
+    add_flags(serve, ServerConfig)
     serve.add_argument(
         "--log-format", choices=("text", "json"), default="text", help="json: a line an event on standard error (default: text)"
     )
@@ -129,6 +116,16 @@ def build_parser() -> Parser:
         "--output", metavar="FOLDER", required=True, help="folder to write; an earlier report in it is replaced"
     )
     report.set_defaults(run=run_report)
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="run a grid of settings, one run after the other, on this machine",
+        description="Run every combination of the values in a file, with devices as processes of this machine, and lay the "
+        "runs side by side. What is finished is not run again: a sweep that was stopped goes on by the same command.",
+    )
+    sweep.add_argument("file", type=Path, metavar="FILE", help="TOML file of settings; see docs/training.md, Comparing")
+    sweep.add_argument("--output", type=Path, metavar="DIR", help="folder for the runs and their report (default: the file's)")
+    sweep.set_defaults(run=run_sweep)
     return parser
 
 
@@ -143,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 after an error with one sentence on standard error, 130 after Ctrl-C, 143 after SIGTERM."""
     options = build_parser().parse_args(arguments)
     with ExitStack() as signals:
-        if options.command == "serve" and threading.current_thread() is threading.main_thread():
+        if options.command in ("serve", "sweep") and threading.current_thread() is threading.main_thread():
             signals.enter_context(_ending_once())
         return run_program(PROGRAM, lambda: options.run(options), _errors_of_users, install="splitlora[server]")
 
@@ -319,16 +316,10 @@ def run_report(options: argparse.Namespace) -> None:
     _say(f"the report is {write_report([user_path(run) for run in options.runs], user_path(options.output))}")
 
 
-def _flag_type(kind: Any) -> type:
-    if get_origin(kind) is types.UnionType:  # X | None
-        kind = get_args(kind)[0]
-    return str if get_origin(kind) is tuple else kind
+def run_sweep(options: argparse.Namespace) -> None:
+    from .sweep.loop import run_sweep
 
-
-def _default(value: Any) -> str:
-    if value is None:
-        return ""
-    return f" (default: {','.join(value) if isinstance(value, tuple) else value})"
+    run_sweep(options.file, None if options.output is None else user_path(options.output))
 
 
 def _log(line: str) -> None:
@@ -342,15 +333,16 @@ def _say(line: str) -> None:
 def _errors_of_users() -> tuple[type[Exception], ...]:
     from protocol import InvalidName
     from protocol.invitation import InvalidInvitation
+    from storage import ModelError
 
     from .errors import ServerError
 
-    simple = (ServerError, InvalidName, InvalidInvitation)
+    simple = (ServerError, InvalidName, InvalidInvitation, ModelError)
     if "torch" not in sys.modules:
         return simple
     from protocol import TrainingDiverged
-    from storage import AdapterError, ModelError
+    from storage import AdapterError
 
     from .sdk import RunEndedEarly
 
-    return (*simple, ModelError, AdapterError, TrainingDiverged, RunEndedEarly)
+    return (*simple, AdapterError, TrainingDiverged, RunEndedEarly)

@@ -486,6 +486,7 @@ FLAGS = {
         "revoke": {"--help", "-h", "--run-dir", "--clients-file", "--not-seen-for"},
         "clients": {"--help", "-h", "--run-dir", "--clients-file"},
         "report": {"--help", "-h", "--output"},
+        "sweep": {"--help", "--output", "-h"},
     },
     "splitlora-export": {
         "": {"--help", "-h", "--version"},
