@@ -58,6 +58,7 @@ from split_model import PretrainedModel
 SECONDS = 60.0  # after which whoever waits is wrong
 HANDSHAKE_SECONDS = 2.0
 STEP_DEADLINE = 3.0
+MAX_PAGES = 16
 MOST_GROWTH = 10_000_000  # bytes, by an attack that is repeated
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 WIDTH = 32
@@ -73,10 +74,17 @@ class RawClient:
 
     Args:
         invitation: whose secret is used; None has none. Without a pin the server speaks plain ws.
+        asks: what it says in HTTP, if that is not a device's request.
     """
 
     def __init__(
-        self, port: int, invitation: Invitation | None, *, encrypted: bool = True, read_buffer: int | None = None
+        self,
+        port: int,
+        invitation: Invitation | None,
+        *,
+        encrypted: bool = True,
+        read_buffer: int | None = None,
+        asks: bytes | None = None,
     ) -> None:
         self._plain = socket.socket()
         if read_buffer is not None:
@@ -87,14 +95,14 @@ class RawClient:
             self._plain.connect(("127.0.0.1", port))
             if encrypted:
                 self.socket = trusting().wrap_socket(self._plain)
-            self.status = self._upgrade(invitation)
+            self.status = self._upgrade(request(invitation) if asks is None else asks)
             """Of HTTP; 101 opens the WebSocket."""
         except BaseException:
             self.close()
             raise
 
-    def _upgrade(self, invitation: Invitation | None) -> int:
-        self.socket.sendall(request(invitation))
+    def _upgrade(self, asks: bytes) -> int:
+        self.socket.sendall(asks)
         head = b""
         while not head.endswith(b"\r\n\r\n"):
             head += self._read(1)
@@ -162,11 +170,19 @@ def trusting() -> ssl.SSLContext:
 
 
 def request(invitation: Invitation | None) -> bytes:
-    lines = ["GET / HTTP/1.1", "Host: x", "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13"]
-    lines.append(f"Sec-WebSocket-Key: {base64.b64encode(bytes(16)).decode()}")
-    if invitation is not None:
-        lines.append(f"Authorization: Basic {base64.b64encode(':'.join(invitation.credentials).encode()).decode()}")
-    return "\r\n".join([*lines, "", ""]).encode()
+    lines = [] if invitation is None else [f"Authorization: Basic {in_base64(':'.join(invitation.credentials).encode())}"]
+    return opening("/", *lines)
+
+
+def opening(target: str, *lines: str, host: str = "x") -> bytes:
+    """A request for a WebSocket."""
+    first = [f"GET {target} HTTP/1.1", f"Host: {host}", "Upgrade: websocket", "Connection: Upgrade"]
+    key = ["Sec-WebSocket-Version: 13", f"Sec-WebSocket-Key: {in_base64(bytes(16))}"]
+    return "\r\n".join([*first, *key, *lines, "", ""]).encode()
+
+
+def in_base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 def frame_header(opcode: int, payload: bytes, *, claims: int | None = None, last: bool = True) -> bytes:
@@ -278,6 +294,7 @@ class Siege:
     mallory: Invitation
     """Of an enrolled client that means harm."""
     fingerprint: str
+    page_token: str
     draw: random.Random
     labels: str
     """Who has them, "server" or "device"."""
@@ -364,6 +381,7 @@ def besieged(folder: Path, seed: int, labels: str = "server") -> Iterator[Siege]
         f"--handshake-seconds={HANDSHAKE_SECONDS}",
         *["--host=0.0.0.0", "--clients=2", "--quorum=1", "--steps=1000000", "--checkpoint-every=100", "--micro-batches=1"],
         *["--cut-layer=1", "--lora-rank=2", "--device=cpu", "--dtype=float32", f"--labels={labels}"],
+        *["--page-token", f"--max-pages={MAX_PAGES}"],
     ]
     with ExitStack() as stack:
         server = ServerProcess(*flags)
@@ -373,7 +391,8 @@ def besieged(folder: Path, seed: int, labels: str = "server") -> Iterator[Siege]
             honest.url, engine="torch", model=str(model), data=data, batch_size=2, state_dir=folder / "state", give_up_after=1.0
         )
         draw, fingerprint = random.Random(seed), PretrainedModel(model).fingerprint()
-        siege = Siege(server, HonestClient(client), port, mallory, fingerprint, draw, labels)
+        token = (run_dir / "page-token").read_text().strip()
+        siege = Siege(server, HonestClient(client), port, mallory, fingerprint, token, draw, labels)
         with siege.member() as (first, _):
             first.say(Goodbye())
         siege.part()  # it is made
@@ -710,6 +729,79 @@ def pump(client: RawClient, data: bytes, most: int = 2**26) -> int:
     raise AssertionError(f"the server takes {most} bytes from somebody who never reads")
 
 
+# What the page lets in
+
+
+def odd_requests(siege: Siege, amount: int) -> "Counter[str]":
+    """Of HTTP, from who has no token: no answer says anything of the run, and the server keeps nothing of them."""
+    counts: Counter[str] = Counter()
+    draw = siege.draw
+    for _ in range(amount):
+        method = draw.choice(["GET"] * 6 + ["HEAD", "POST", "PUT", "DELETE", "OPTIONS", "TRACE", "CONNECT", "x" * 100])
+        target = draw.choice(
+            ["/", "/live", "/metrics", "/page-token", "/run.json", "/events.jsonl", "//", "/..", "/%2e%2e/", "*"]
+        )
+        target = draw.choice([target, target, f"http://x{target}", f"{target}/" + "y" * 7_000, f"{target}/../page-token", ""])
+        wrong = [siege.page_token[:-1], siege.page_token.swapcase(), siege.mallory.secret, "", "%00", "x" * 4_000]
+        given = draw.choice(wrong)
+        target += draw.choice(["", f"?token={given}", f"?token={given}&token={given}", f"#{given}", f"?{given}"])
+        lines = [f"{method} {target} HTTP/1.1", *draw.choice([["Host: x"], ["Host: 127.0.0.1"], ["Host: x", "Host: y"], []])]
+        lines += draw.choice(
+            [[], [f"Authorization: Bearer {given}"], [f"Authorization: Basic {given}"], ["Authorization: x"] * 2]
+        )
+        lines += draw.choice([[], ["Origin: https://x"], ["Origin: null"], ["Origin: https://evil.example"]])
+        lines += draw.choice(
+            [[], ["Upgrade: websocket", "Connection: Upgrade"], ["Upgrade: h2c"], ["Content-Length: 9", "", "z"]]
+        )
+        lines += draw.choice([[]] * 4 + [["X: " + "x" * 8_000] * 120, ["X: y"] * 1_000, ["X: " + "x" * 100_000], ["\0"]])
+        try:
+            with RawClient(siege.port, None, asks="\r\n".join([*lines, "", ""]).encode()) as client:
+                counts[f"HTTP {client.status}"] += 1
+        except ENDED:
+            counts["cut off"] += 1
+    return counts
+
+
+def open_page(siege: Siege, **options: Any) -> RawClient:
+    return RawClient(siege.port, None, asks=opening(f"/live?token={siege.page_token}"), **options)
+
+
+def pages_that_speak(siege: Siege, amount: int) -> "Counter[str]":
+    """Whoever may see the page says something: it is closed, whatever it was."""
+    counts: Counter[str] = Counter()
+    mutator = Mutator(siege.draw.getrandbits(32))
+    hello = encode(Hello(name=siege.mallory.name, fingerprint=siege.fingerprint))
+    for number in range(amount):
+        said = (hello, b"", b"x" * 100_000, mutator.frame()[1])[number % 4]
+        with open_page(siege) as page:
+            if page.status != 101:  # the last pages are still being closed
+                counts[f"HTTP {page.status}"] += 1
+                continue
+            try:
+                page.send(frame_header((BINARY, TEXT)[number % 2], said))
+                while True:
+                    page.hear()
+            except ENDED:
+                counts["cut off"] += 1
+    return counts
+
+
+def pages_that_never_read(siege: Siege, amount: int) -> "Counter[str]":
+    """As many as may be, and more; some say pings all the while. The steps of which all are told go on."""
+    counts: Counter[str] = Counter()
+    pings = frame_header(PING, b"x" * 125) * 500
+    with ExitStack() as stack:
+        for number in range(amount):
+            page = stack.enter_context(open_page(siege, read_buffer=2**12))
+            counts[f"HTTP {page.status}"] += 1
+            if page.status == 101 and number % 10 == 0:
+                pump(page, pings)
+        siege.honest.goes_on(20)
+        with siege.member():  # and devices find their places
+            counts["a device is let in"] += 1
+    return counts
+
+
 @dataclass(frozen=True)
 class Trial:
     """An attack, how much of it at a time in the tests and in the benchmark, and how it may end."""
@@ -720,6 +812,7 @@ class Trial:
     ends: set[str]
 
 
+REFUSALS = (400, 401, 403, 404, 405, 414, 426, 431, 501, 505)
 TRIALS = {
     "frames of a stranger": Trial(frames_of_a_stranger, 100, 2_500, {"refused", "cut off"}),
     "frames of a member": Trial(frames_of_a_member, 30, 1_000, {"refused", "cut off"}),
@@ -733,6 +826,9 @@ TRIALS = {
     "slow handshakes": Trial(slow_handshakes, 30, 60, {"ended"}),
     "secrets of others": Trial(secrets_of_others, 50, 1_500, {"HTTP 401"}),
     "pumps that never read": Trial(pumps, 2, 10, {"stopped", "MB taken"}),
+    "odd requests of HTTP": Trial(odd_requests, 80, 3_000, {*(f"HTTP {status}" for status in REFUSALS), "cut off"}),
+    "pages that speak": Trial(pages_that_speak, 12, 400, {"cut off", "HTTP 503"}),
+    "pages that never read": Trial(pages_that_never_read, 20, 60, {"HTTP 101", "HTTP 503", "a device is let in"}),
 }
 TRIALS_OF_LABELS_ON_DEVICE = {
     "replies": Trial(replies, 1, 25, {"asked back again", "replied twice, answered once", "refused"}),

@@ -78,6 +78,9 @@ def test_after_all_attacks_the_server_is_as_before_and_has_said_no_secret(siege:
     assert siege.server.open_files() <= siege.open_files + 2
     said = "".join(siege.server.said)
     assert siege.mallory.secret not in said
+    assert siege.page_token not in said.replace(
+        f"?token={siege.page_token}\n", ""
+    )  # but for the line that gives the page's URL
     assert "Traceback" not in said
     assert siege.server.stop() == 143
     assert "stopped after step" in siege.server.said[-1]

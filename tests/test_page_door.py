@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attacks import PING, RawClient, frame_header, pump, trusting
+from attacks import PING, RawClient, frame_header, opening, pump, trusting
 from test_door import SETTINGS, Guarded
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
@@ -439,13 +439,11 @@ def test_token_opens_the_page_beyond_loopback_and_stands_in_no_line(
     assert "HTTP 401" in events
 
 
-def test_page_that_does_not_read_is_dropped_and_the_server_ends_without_it(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_page_that_does_not_read_is_dropped_and_the_server_ends_without_it(tiny_model: Path, tmp_path: Path) -> None:
     """It is sent what it never takes, by its pings too."""
-    monkeypatch.setattr("attacks.request", lambda _: live_request())
     with GpuServer(model=str(tiny_model), run_dir=str(tmp_path / "run"), port=0, steps=1, **SETTINGS) as server:
-        deaf = RawClient(port_of(server), None, encrypted=False, read_buffer=2**12)
+        asks = opening("/live", host="127.0.0.1")
+        deaf = RawClient(port_of(server), None, encrypted=False, read_buffer=2**12, asks=asks)
         with deaf:
             assert deaf.status == 101
             pump(deaf, frame_header(PING, b"x" * 125) * 500)
@@ -453,11 +451,6 @@ def test_page_that_does_not_read_is_dropped_and_the_server_ends_without_it(
             server.stop()
             server._thread.join(60)
             assert not server._thread.is_alive()
-
-
-def live_request() -> bytes:
-    lines = ["GET /live HTTP/1.1", "Host: 127.0.0.1", "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13"]
-    return "\r\n".join([*lines, "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==", "", ""]).encode()
 
 
 def test_page_is_told_that_the_server_ends(tiny_model: Path, tmp_path: Path) -> None:
