@@ -152,6 +152,11 @@ class ServerConfig:
     max_pages: int = option("most pages that show the run at a time, in browsers; they come on top of max-connections", 128)
     handshake_seconds: float = option("seconds for each of TLS, HTTP and the first message", 10.0)
     max_messages_per_second: float = option("messages of one device in a second; more have to wait", 1000.0)
+    report_to: tuple[str, ...] = option(
+        "who else is told of every step: tensorboard, whose files are then in RUN_DIR/tensorboard; none",
+        (),
+        choices=("tensorboard", "none"),
+    )
     max_queue: int = option("messages of one device that are held before its socket is no longer read", 2)
 
     def __post_init__(self) -> None:
@@ -167,6 +172,7 @@ class ServerConfig:
         needed = self.clients + 1
         self._require("max_connections", lambda value: value >= needed, f"at least {needed}: one for every device, and a spare")
         self._require("quorum", lambda value: value is None or value <= self.clients, f"at most clients, {self.clients}")
+        self._require("report_to", lambda value: "none" not in value or value == ("none",), "none alone, or others")
         self._require("port", lambda value: 0 <= value < 65536, "a port, 0 to 65535")
         if self.page == "on" and not self.page_token and not is_loopback(self.host):
             raise ConfigError(
@@ -380,17 +386,25 @@ def _typed(name: str, value: Any, kind: Any, metadata: Mapping[str, Any]) -> Any
     if get_origin(kind) is tuple:
         parts = value.split(",") if isinstance(value, str) else value
         if isinstance(parts, list | tuple) and all(isinstance(part, str) for part in parts):
-            return tuple(part.strip() for part in parts)
+            names = tuple(part.strip() for part in parts)
+            _check_choice(name, names, metadata["choices"])
+            return names
     elif kind is float and type(value) in (int, float):
         try:
             return float(value)
         except OverflowError:
             return float("inf")
     elif type(value) is kind:
-        if metadata["choices"] and value not in metadata["choices"] and not (name == "dtype" and value == "float64"):
-            raise ConfigError(f"{_flag(name)} must be one of {', '.join(metadata['choices'])}; got {value!r}")
+        if not (name == "dtype" and value == "float64"):
+            _check_choice(name, (value,), metadata["choices"])
         return value
     raise ConfigError(f"{_flag(name)} must be {KINDS.get(kind, 'a list of names')}, got {value!r}")
+
+
+def _check_choice(name: str, values: tuple[Any, ...], choices: tuple[str, ...] | None) -> None:
+    for value in values:
+        if choices and value not in choices:
+            raise ConfigError(f"{_flag(name)} must be one of {', '.join(choices)}; got {value!r}")
 
 
 def _flag(name: str) -> str:

@@ -26,7 +26,7 @@ def add_flags(command: argparse.ArgumentParser, table: Any, names: Collection[st
         command.add_argument(
             flag,
             type=_flag_type(kinds[item.name]),
-            choices=item.metadata["choices"],
+            choices=None if isinstance(item.default, tuple) else item.metadata["choices"],  # of a list each is checked later
             default=argparse.SUPPRESS,
             help=text + _default(item.default),
         )

@@ -125,7 +125,7 @@ def set_up(options: Mapping[str, Any]) -> Run:
         engine=engine,
         federation=federation,
         journal=journal,
-        observers=_observers(settings, federation, journal),
+        observers=_observers(config, settings, federation, journal, directory),
         steps_before=previous.config.get("steps") if previous else None,
     )
 
@@ -233,12 +233,19 @@ def _codec_policy(config: ServerConfig, settings: RunSettings, directory: RunDir
     return policy
 
 
-def _observers(settings: RunSettings, federation: Federation, journal: Journal) -> list[Observer]:
-    if not (settings.activation_noise or settings.gradient_noise):
-        return []
-    with importing("what noise is worth", install="splitlora[server]"):
-        worth(1.0, 1, settings.noise_delta)  # loads its library, for which no device should have to wait later
-    return [NoiseObserver(federation, journal)]
+def _observers(
+    config: ServerConfig, settings: RunSettings, federation: Federation, journal: Journal, directory: RunDirectory
+) -> list[Observer]:
+    observers: list[Observer] = []
+    if settings.activation_noise or settings.gradient_noise:
+        with importing("what noise is worth", install="splitlora[server]"):
+            worth(1.0, 1, settings.noise_delta)  # loads its library, for which no device should have to wait later
+        observers.append(NoiseObserver(federation, journal))
+    if "tensorboard" in config.report_to:
+        with importing("--report-to tensorboard", install="splitlora[tensorboard]"):
+            from .tensorboard import TensorBoardObserver
+        observers.append(TensorBoardObserver(directory.path, directory.checkpoints))
+    return observers
 
 
 def _check_settings_are_known(run_dir: Path, previous: RunDescription) -> None:

@@ -208,6 +208,12 @@ def test_value_of_another_type_is_refused(name: str, value: Any, wanted: str) ->
     assert refused(**{name: value}) == f"{name.replace('_', '-')} must be {wanted}, got {value!r}"
 
 
+def test_unknown_or_contradictory_reports_are_refused() -> None:
+    assert refused(report_to="tensorbord") == "report-to must be one of tensorboard, none; got 'tensorbord'"
+    assert refused(report_to="none,tensorboard").startswith("report-to must be none alone, or others, got ")
+    assert config(report_to="tensorboard").report_to == ("tensorboard",)
+
+
 def test_whole_number_will_do_for_a_number() -> None:
     assert config(lora_alpha=32) == config(lora_alpha=32.0)
 
@@ -345,6 +351,7 @@ OTHER_VALUES: dict[str, Any] = {
     "codec_tolerance": 0.05,
     "check_codec_every": 0,
     "cache_bytes": 1000,
+    "report_to": ("tensorboard",),
     "labels": "device",
     "label_rows": "hidden",
     "activation_noise": 0.5,

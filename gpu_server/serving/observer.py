@@ -13,6 +13,12 @@ class Observer:
     All methods are called on the thread that serves the devices, so they return at once. What they raise ends the run.
     """
 
+    def serving_begins(self, step: int) -> None:
+        """The server listens. So many steps are done: none of a new run, those before the checkpoint of one that goes on."""
+
+    def serving_ends(self) -> None:
+        """Nothing follows. It may first finish what it has begun; nobody waits for the server any more."""
+
     def step_finished(self, record: StepRecord) -> None:
         """A step is trained, its replies are sent, and its line of metrics is written."""
 

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from protocol import TrainingDiverged
 from storage import CacheFolder, ModelError
@@ -79,7 +80,8 @@ class RunServer:
             TrainingDiverged: the loss is no longer a number.
             ModelError: the base model gives none.
         """
-        asyncio.run(self._serve(listening, first))
+        with ExitStack() as self._watched:
+            asyncio.run(self._serve(listening, first))
 
     def stop(self) -> None:
         """End the run before its time; its clients are told. From any thread, after `run` called ``listening``."""
@@ -129,6 +131,9 @@ class RunServer:
             gc.collect()
             gc.freeze()  # the listener collects often: it need not look at all that was here before
             listening(self._url(listener))
+            for observer in self._observers:
+                observer.serving_begins(self._federation.step)
+                self._watched.callback(observer.serving_ends)
             self._events.connect(lifetime)
             restarts = self._federation.restarts
             again = f", restarted {count(restarts, 'time')}" if restarts else ""
