@@ -27,17 +27,6 @@ __all__ = ["build_parser", "main"]
 PROGRAM = "splitlora-server"
 SECONDS_A_DAY = 86400.0
 
-ADVICE = {
-    "edge_compute": "a smaller --cut-layer leaves devices less to compute",
-    "encode": "making bytes takes longer than sending them: --codec bfloat16 or float32 takes less",
-    "decode": "reading bytes takes longer than receiving them: --codec bfloat16 or float32 takes less",
-    "uplink": "a leaner --codec (int8, int4, delta), or a higher --aggregate-every, sends less",
-    "downlink": "a leaner --codec (int8, int4, delta), or a higher --aggregate-every, sends less",
-    "queue": "devices wait for slower ones: give those a smaller --batch-size, or the run a --quorum",
-    "server_compute": "a higher --cut-layer moves work to the devices; or give the server a faster processor",
-}
-"""What to change about each part of the time."""
-
 
 def build_parser() -> Parser:
     parser = Parser(prog=PROGRAM, description="Train the server part of a split model for all devices of a run.")
@@ -172,6 +161,7 @@ def _ending_once() -> Iterator[None]:
 def run_serve(options: argparse.Namespace) -> None:
     from protocol import Seconds
 
+    from .history import ADVICE
     from .sdk import GpuServer
 
     given = {name: value for name, value in vars(options).items() if name not in ("command", "run", "config", "log_format")}

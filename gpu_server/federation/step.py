@@ -50,6 +50,8 @@ class StepRecord:
     """By client of this step: its labelled tokens."""
     samples: dict[str, int] = field(default_factory=dict)
     """By client of this step: its sequences."""
+    tokens_of: dict[str, int] = field(default_factory=dict)
+    """By client of this step: its part of ``tokens``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +108,8 @@ class StepInProgress:
     """Nats of these labels, by member."""
     samples_of: dict[str, int] = field(default_factory=dict)
     """Sequences computed, by member."""
-    tokens: int = 0
-    """All rows computed, labelled or not."""
+    tokens_of: dict[str, int] = field(default_factory=dict)
+    """Rows computed, labelled or not, by member."""
     loss: float = math.nan
     """Nats per labelled token so far; as the engine gives it, which has the sum."""
     labelled_tokens: int = 0
@@ -131,7 +133,7 @@ class StepInProgress:
         for name, batch in batches.items():
             self._add_labels(name, len(batch.labels))  # none where devices have them: they tell their number later
             self.samples_of[name] = self.samples_of.get(name, 0) + len(batch.lengths)
-            self.tokens += len(batch.values)
+            self.tokens_of[name] = self.tokens_of.get(name, 0) + len(batch.values)
 
     def add_labels(self, gradients: Mapping[str, HiddenGradient]) -> None:
         """The gradients of a micro-batch have come."""
@@ -179,7 +181,7 @@ class StepInProgress:
             number=number,
             loss=self.loss,
             labelled_tokens=self.labelled_tokens,
-            tokens=self.tokens,
+            tokens=sum(self.tokens_of.values()),
             seconds=seconds,
             deadline=deadline,
             codec=codec,
@@ -190,4 +192,5 @@ class StepInProgress:
             losses={name: summed / self.labels_of[name] for name, summed in self.summed_losses.items() if self.labels_of[name]},
             labelled=dict(self.labels_of),
             samples=dict(self.samples_of),
+            tokens_of=dict(self.tokens_of),
         )

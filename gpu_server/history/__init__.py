@@ -1,13 +1,18 @@
 """What happened in a run: steps, events, held-out losses. As they come, and as files that outlive the server."""
 
+from .curve import Curve
 from .events import EVENT_KINDS, RunEvent, tell, telling_to
+from .overview import ADVICE, Overview
 from .records import EvaluationRecord, record_of, row_of
 from .run_files import HistoryError, RunFiles
 
 __all__ = [
+    "ADVICE",
     "EVENT_KINDS",
+    "Curve",
     "EvaluationRecord",
     "HistoryError",
+    "Overview",
     "RunEvent",
     "RunFiles",
     "record_of",

@@ -79,6 +79,7 @@ def _row_of_client(record: StepRecord, name: str) -> dict[str, Any]:
             "loss": record.losses.get(name),
             "labelled_tokens": record.labelled[name],
             "samples": record.samples.get(name, 0),
+            "tokens": record.tokens_of.get(name, 0),
         }
     return {
         **row,
@@ -116,6 +117,7 @@ def record_of(row: Mapping[str, Any]) -> StepRecord:
         losses={name: float(client["loss"]) for name, client in clients.items() if client.get("loss") is not None},
         labelled={name: int(client["labelled_tokens"]) for name, client in clients.items() if "labelled_tokens" in client},
         samples={name: int(client["samples"]) for name, client in clients.items() if "samples" in client},
+        tokens_of={name: int(client["tokens"]) for name, client in clients.items() if "tokens" in client},
     )
 
 

@@ -192,6 +192,7 @@ class Conversations:
             client=peer.name,
             samples=join.num_samples,
             batch_size=join.batch_size,
+            steps=federation.members[peer.name].last_step,
             address=peer.connection.address,
         )
         if status.step == 0 and not was_started and federation.total_steps:

@@ -1,0 +1,357 @@
+"""How a run stands, in figures and in words: what the page, `splitlora-server status` and /metrics say of it."""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from protocol import Seconds
+from terminal import count, duration, listed
+
+from ..federation import StepRecord
+from .events import RunEvent
+from .records import EvaluationRecord
+
+__all__ = ["ADVICE", "Overview"]
+
+ADVICE = {
+    "edge_compute": "a smaller --cut-layer leaves devices less to compute",
+    "encode": "making bytes takes longer than sending them: --codec bfloat16 or float32 takes less",
+    "decode": "reading bytes takes longer than receiving them: --codec bfloat16 or float32 takes less",
+    "uplink": "a leaner --codec (int8, int4, delta), or a higher --aggregate-every, sends less",
+    "downlink": "a leaner --codec (int8, int4, delta), or a higher --aggregate-every, sends less",
+    "queue": "devices wait for slower ones: give those a smaller --batch-size, or the run a --quorum",
+    "server_compute": "a higher --cut-layer moves work to the devices; or give the server a faster processor",
+}
+"""What to change about each part of the time."""
+
+RECENT = 20
+"""Steps over which speeds and shares are measured."""
+SLOW = 1.25
+"""Times the others' time: from here on a device is called slow."""
+OWN = ("edge_compute", "encode", "uplink", "downlink", "decode")
+"""The parts of a device's time that are its own and its link's; the rest is waiting."""
+USUAL_WAIT = 3.0
+"""Times a usual step: so long a wait is no lateness yet, nor is one of less than `SHORTEST_LATENESS` seconds."""
+SHORTEST_LATENESS = 5.0
+
+
+@dataclass
+class _Device:
+    """What has been heard of one client."""
+
+    state: str = "connected"
+    """connected, lost or left."""
+    since: float = 0.0
+    """When it came into this state, in seconds since 1970."""
+    samples: int | None = None
+    batch_size: int | None = None
+    last_step: int | None = None
+    """Up to which it has data."""
+    loss: float = math.nan
+    num_bytes: tuple[int, int] = (0, 0)
+    """Up and down, since the run began."""
+    heard: float = 0.0
+    missed: int = 0
+    recent: deque[tuple[Seconds, int, float]] = field(default_factory=lambda: deque(maxlen=RECENT))
+    """Of the last steps that it took part in: its time, its tokens, the step's time."""
+
+    def spent(self) -> Seconds:
+        return sum((seconds for seconds, _, _ in self.recent), Seconds())
+
+    def own_seconds(self) -> float | None:
+        """Of its own and its link's, a step; None where it has done none."""
+        if not self.recent:
+            return None
+        spent: dict[str, float] = vars(self.spent())
+        return sum(spent[part] for part in OWN) / len(self.recent)
+
+    def tokens_per_second(self) -> float | None:
+        seconds = sum(seconds for _, _, seconds in self.recent)
+        return sum(tokens for _, tokens, _ in self.recent) / seconds if seconds else None
+
+
+class Overview:
+    """
+    Is given what happens in a run, live or from its files, in the order of time, and says how the run stands.
+
+    Args:
+        run: its identifier.
+        clients: how many it starts with.
+        restarts: how often its server was started again, as far as that is known before the first event.
+    """
+
+    def __init__(self, run: str, clients: int, *, restarts: int = 0, codec: str | None = None) -> None:
+        self.run, self.clients, self.restarts = run, clients, restarts
+        self.step = self.total_steps = 0
+        self.is_served = False
+        """Whether a server has the run; who reads files of a server that was killed knows better than its events."""
+        self.ended: str | None = None
+        """complete, stopped or failed, once it is."""
+        self._started: float | None = None
+        self._codec, self._codec_reason = codec, None if codec is None else ""
+        self._devices: dict[str, _Device] = {}
+        self._recent: deque[StepRecord] = deque(maxlen=RECENT)
+        self._held_out: dict[str, EvaluationRecord] = {}
+        self._checkpoint: tuple[int, float] | None = None
+        self._late: dict[str, float] = {}
+        """Whom the run waits for, and since when (seconds since 1970)."""
+
+    # What happens
+
+    def add_step(self, record: StepRecord) -> None:
+        """A step is finished; an earlier one where the run went back to a checkpoint."""
+        self.step, self._late = record.number, {}
+        self.total_steps = max(self.total_steps, record.number)
+        self._started = self._started or record.time - record.step_seconds or None
+        self._recent.append(record)
+        self._codec = record.codec
+        for name in {*record.bytes_up, *record.labelled}:
+            device = self._devices.setdefault(name, _Device(since=record.time))
+            up, down = device.num_bytes
+            device.num_bytes = up + record.bytes_up.get(name, 0), down + record.bytes_down.get(name, 0)
+            if name not in record.labelled and record.labelled:
+                continue
+            device.heard = max(device.heard, record.time)
+            device.loss = record.losses.get(name, device.loss)
+            device.recent.append((record.seconds.get(name, Seconds()), record.tokens_of.get(name, 0), record.step_seconds))
+        if record.labelled:  # lines of earlier versions do not say who took part
+            for name, device in self._devices.items():
+                has_data = device.last_step is None or record.number <= device.last_step
+                device.missed += name not in record.labelled and device.state != "left" and has_data
+
+    def add_event(self, event: RunEvent) -> None:
+        """Something has happened; what is not about the run's state changes nothing."""
+        kind, details = event.kind, event.details
+        if kind == "server_started":
+            self.is_served, self.ended, self._late = True, None, {}
+            self.restarts = int(details.get("restarts", self.restarts))
+            for device in self._devices.values():
+                if device.state == "connected":
+                    device.state, device.since = "lost", event.time
+        elif kind == "training_started":
+            self._started = event.time
+            self.total_steps = max(self.total_steps, int(details.get("total_steps", 0)))
+        elif kind in ("complete", "stopped", "failed"):
+            self.ended, self._late = kind, {}
+            self.is_served = kind == "complete"  # devices may still fetch the adapter
+        elif kind == "late":
+            since = event.time - float(details.get("seconds", 0.0))
+            self._late = {str(name): since for name in details.get("clients", [])}
+        elif kind == "codec":
+            self._codec, self._codec_reason = str(details.get("codec", self._codec)), event.text
+        elif kind == "checkpoint" and event.step is not None:
+            self.checkpoint_written(event.step, event.time)
+        if event.client is not None:
+            self._hear_of_device(event.client, event)
+
+    def _hear_of_device(self, name: str, event: RunEvent) -> None:
+        state = {"joined": "connected", "back": "connected", "lost": "lost", "left": "left"}.get(event.kind)
+        if state is None:
+            return
+        device = self._devices.setdefault(name, _Device())
+        device.state, device.since = state, event.time
+        if state == "connected":
+            device.heard = event.time
+            device.samples, device.batch_size, device.last_step = (
+                event.details.get(name, before)
+                for name, before in (
+                    ("samples", device.samples),
+                    ("batch_size", device.batch_size),
+                    ("steps", device.last_step),
+                )
+            )
+
+    def add_evaluation(self, record: EvaluationRecord) -> None:
+        self._held_out[record.client] = record
+
+    def checkpoint_written(self, step: int, time: float) -> None:
+        self._checkpoint = step, time
+
+    def waits_for(self, clients: Iterable[str], seconds: float, now: float) -> None:
+        """A live server knows whom it waits for before it tells an operator: these, for so many seconds until ``now``."""
+        limit = max(SHORTEST_LATENESS, USUAL_WAIT * (self._step_seconds() or 0.0))
+        self._late = dict.fromkeys(clients, now - seconds) if seconds > limit and self.step < self.total_steps else {}
+
+    # How it stands
+
+    def as_json(self, now: float) -> dict[str, Any]:
+        """
+        Args:
+            now: seconds since 1970; what is measured until now ("for 12 s") is measured until then.
+
+        Returns:
+            Figures and words, as the page is told them; see docs/operating.md.
+        """
+        connected = sum(device.state == "connected" for device in self._devices.values()) if self.is_served else 0
+        state, step_seconds = self._state(), self._step_seconds()
+        is_going_on = state in ("training", "waiting")
+        left = (self.total_steps - self.step) * step_seconds if step_seconds and is_going_on else None
+        slowness = self._slowness()
+        slowest = max(slowness, key=lambda name: slowness[name], default=None)
+        if slowest is not None and slowness[slowest] < SLOW:
+            slowest = None
+        last = self._recent[-1] if self._recent else None
+        recent_seconds = sum(record.step_seconds for record in self._recent)
+        num_bytes = sum(sum(record.bytes_up.values()) + sum(record.bytes_down.values()) for record in self._recent)
+        return {
+            "run": self.run,
+            "sentence": self._sentence(state, connected, left, now),
+            "state": state,
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "seconds_left": left,
+            "clients": self.clients,
+            "connected": connected,
+            "restarts": self.restarts,
+            "started": self._started,
+            "now": now,
+            "loss": None if last is None else _figure(last.loss),
+            "learning_rate": None if last is None else _figure(last.learning_rate),
+            "held_out": self._held_out_loss(),
+            "tokens_per_second": _rate(sum(record.tokens for record in self._recent), recent_seconds),
+            "bytes_per_second": _rate(num_bytes, recent_seconds),
+            "codec": self._codec,
+            "codec_reason": self._codec_reason or None,
+            "bottleneck": self._bottleneck(slowest, slowness),
+            "waiting_for": [{"client": name, "seconds": now - since} for name, since in self._late.items()],
+            "last_checkpoint": None if self._checkpoint is None else {"step": self._checkpoint[0], "time": self._checkpoint[1]},
+            "devices": [
+                self._device(name, device, slowness.get(name), now, is_slowest=name == slowest)
+                for name, device in sorted(self._devices.items())
+            ],
+        }
+
+    def _state(self) -> str:
+        if self.ended == "complete":
+            return "finished"
+        if self.ended is not None:
+            return "stopped"
+        if not self.is_served:
+            return "not_running"
+        if not self.total_steps:
+            return "joining"
+        if self.step >= self.total_steps:
+            return "saving"
+        return "waiting" if self._late else "training"
+
+    def _sentence(self, state: str, connected: int, left: float | None, now: float) -> str:
+        steps = f"step {self.step:,} of {self.total_steps:,}" if self.total_steps else "before the first step"
+        devices = f"{connected} of {count(self.clients, 'device')}"
+        if state == "finished":
+            return f"the run is complete: {count(self.step, 'step')}"
+        if state == "stopped":
+            return f"stopped after {steps}" if self.ended == "stopped" else f"the server failed after {steps}"
+        if state == "not_running":
+            return f"no server runs; {steps}"
+        if state == "joining":
+            return f"waiting for devices: {devices} joined"
+        if state == "waiting":
+            longest = max(now - since for since in self._late.values())
+            return f"{steps} waits for {listed(self._late)}, for {duration(longest)}; {devices}"
+        if state == "saving":
+            return f"{steps}, {devices}, saving the adapter"
+        return f"{steps}, {devices}" + (f", {duration(left)} left" if left is not None else "")
+
+    def _step_seconds(self) -> float | None:
+        """Of a recent step, usually."""
+        measured = [record.step_seconds for record in self._recent if record.step_seconds > 0]
+        return statistics.fmean(measured) if measured else None
+
+    def _held_out_loss(self) -> dict[str, Any] | None:
+        """Of the last step that was evaluated: of all devices' labels together."""
+        if not self._held_out:
+            return None
+        step = max(record.step for record in self._held_out.values())
+        latest = [record for record in self._held_out.values() if record.step == step]
+        labels = sum(record.labelled_tokens for record in latest)
+        loss = sum(record.loss * record.labelled_tokens for record in latest) / max(1, labels)
+        whole = EvaluationRecord(step=step, time=0.0, client="", loss=loss, labelled_tokens=labels)
+        return {"step": step, "loss": _figure(loss), "perplexity": _figure(whole.perplexity)}
+
+    def _slowness(self) -> dict[str, float]:
+        """By device: its own seconds a step over the median of the others'."""
+        own = {name: seconds for name, device in self._devices.items() if (seconds := device.own_seconds())}
+        slowness = {}
+        for name, seconds in own.items():
+            others = [other for another, other in own.items() if another != name]
+            if others:
+                slowness[name] = seconds / statistics.median(others)
+        return slowness
+
+    def _bottleneck(self, slowest: str | None, slowness: Mapping[str, float]) -> dict[str, Any] | None:
+        spent = vars(sum((device.spent() for device in self._devices.values()), Seconds()))
+        total = sum(spent.values())
+        if total <= 0:
+            return None
+        part = max(spent, key=lambda each: spent[each])
+        if slowest is None or part not in (*OWN, "queue"):
+            sentence = f"{_percent(spent[part] / total)} of the devices' time goes to {_words(part)}"
+            return {
+                "part": part, "client": None, "share": spent[part] / total, "sentence": sentence, "advice": ADVICE[part]
+            }  # fmt: skip
+        of_device = vars(self._devices[slowest].spent())
+        part = max(OWN, key=lambda each: of_device[each])
+        share = of_device[part] / max(sum(of_device.values()), 1e-9)
+        times = f"{slowness[slowest]:.1f} times"
+        sentence = (
+            f"{slowest} is {times} as slow as the others, who wait for it; {_percent(share)} of its time goes to {_words(part)}"
+        )
+        advice = f"give it a smaller --batch-size, or the run a --quorum; {ADVICE[part]}"
+        return {"part": part, "client": slowest, "share": share, "sentence": sentence, "advice": advice}
+
+    def _device(self, name: str, device: _Device, slowness: float | None, now: float, *, is_slowest: bool) -> dict[str, Any]:
+        late = now - self._late[name] if name in self._late else None
+        state = "late" if late is not None and device.state == "connected" else device.state
+        return {
+            "name": name,
+            "state": state,
+            "words": self._words_of(device, state, late, slowness, now, is_slowest=is_slowest),
+            "samples": device.samples,
+            "batch_size": device.batch_size,
+            "loss": _figure(device.loss),
+            "tokens_per_second": _figure(device.tokens_per_second()),
+            "bytes_up": device.num_bytes[0],
+            "bytes_down": device.num_bytes[1],
+            "last_heard": device.heard or None,
+            "missed_steps": device.missed,
+            "late_seconds": late,
+            "slowness": _figure(slowness),
+            "is_slowest": is_slowest,
+            "seconds": {part: round(seconds, 6) for part, seconds in vars(device.spent()).items()},
+        }
+
+    def _words_of(
+        self, device: _Device, state: str, late: float | None, slowness: float | None, now: float, *, is_slowest: bool
+    ) -> str:
+        ago = f"{duration(max(0.0, now - device.since))} ago" if device.since else "some time ago"
+        if state == "left":
+            return "has left" if self.ended != "complete" else "is done"
+        if not self.is_served:
+            return "no server runs"
+        if state == "lost":
+            return f"lost its connection {ago}"
+        if late is not None:
+            return f"is {duration(late)} late"
+        if is_slowest and slowness is not None:
+            return f"takes part, {slowness:.1f} times as slow as the others"
+        return "takes part"
+
+
+def _words(part: str) -> str:
+    return part.replace("_", " ")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _rate(amount: float, seconds: float) -> float | None:
+    return amount / seconds if seconds > 0 else None
+
+
+def _figure(value: float | None) -> float | None:
+    """JSON has neither NaN nor infinity."""
+    return value if value is not None and math.isfinite(value) else None
