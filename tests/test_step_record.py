@@ -44,6 +44,7 @@ def records(draw: st.DrawFn) -> StepRecord:
         losses={name: draw(st.floats(-1e6, 1e6)) for name, num_labels in labelled.items() if num_labels},
         labelled=labelled,
         samples={name: draw(COUNTS) for name in labelled},
+        tokens_of={name: draw(COUNTS) for name in labelled},
     )
 
 
