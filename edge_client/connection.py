@@ -213,7 +213,9 @@ class Connection:
             raise ConnectionFailed(f"the server at {self.url} is silent: no answer within {within:g} s") from None
         except ConnectionClosed as error:
             if error.rcvd is not None and error.rcvd.code == SERVICE_RESTART:
-                raise ConnectionFailed(f"the server at {self.url} has stopped and will be back") from None
+                raise ConnectionFailed(
+                    f"the server at {self.url} has closed the connection, and wants this device to come back"
+                ) from None
             raise ConnectionFailed(f"the connection to {self.url} was lost: {error}") from None
         if isinstance(reply, Failure):
             if reply.retry_after:

@@ -19,7 +19,8 @@ from .words import duration
 
 __all__ = ["Progress", "show_log"]
 
-SECONDS_BETWEEN_LINES = 5.0
+SHORTEST_BETWEEN_LINES, LONGEST_BETWEEN_LINES = 5.0, 600.0
+"""Seconds. A run of weeks leaves no line every five seconds in a journal: the longer it takes, the rarer they are."""
 SHORTEST_BAR = 8  # columns; where the terminal is too narrow for it, figures are left out, then the bar itself
 CLEAR_LINE, UP = "\x1b[K", "\x1b[A"
 DOWN_AND_CLEAR = "\x1b[B\x1b[K"  # line by line: where all of the screen is cleared at once, some keep it in their history
@@ -46,7 +47,7 @@ class Progress:
         The first unit that was finished, and when. Speeds are measured from there: of its own time nothing is known where this
         program began to look when it was over.
         """
-        self._last_line = time.monotonic()
+        self._began = self._last_line = time.monotonic()
         self._tokens = self._bytes = 0
         self._stop_following = _follow_width(self._bar)
 
@@ -82,7 +83,8 @@ class Progress:
             figures = ", ".join([first, f"{duration((self._total - self._done) * seconds / since_first)} left", *others])
         self._bar.figures = figures
         self._bar.update(units)
-        is_due = now - self._last_line > SECONDS_BETWEEN_LINES or self._done == self._total
+        between = min(max(SHORTEST_BETWEEN_LINES, (now - self._began) / 20), LONGEST_BETWEEN_LINES)
+        is_due = now - self._last_line > between or self._done == self._total
         if self._bar.disable and not self._is_silent and is_due:
             self._last_line = now
             print(f"{self._unit} {self._done}/{self._total}: {figures}", file=sys.stderr, flush=True)  # noqa: T201

@@ -156,6 +156,21 @@ def test_file_gets_plain_lines_and_always_the_last_one(capsys: pytest.CaptureFix
     assert said.splitlines()[-1].startswith("step 3/3: loss 2.000, ")
 
 
+def test_lines_of_a_long_run_become_rarer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("terminal.progress.time.monotonic", lambda: now)
+    lines = {}
+    with Progress(10**6) as progress:
+        for hour in range(24):
+            while now < 3600 * (hour + 1):
+                now += 10.0
+                progress.advance("")
+            lines[hour] = len(capsys.readouterr().err.splitlines())
+    assert 50 < lines[0] < 70
+    assert lines[1] < 20
+    assert lines[23] == 6
+
+
 # How a program ends
 
 
