@@ -71,8 +71,7 @@ class PinnedContext(ssl.SSLContext):
         if pin is None:
             raise CertificateChanged(
                 f"the server's key ({public_key_sha256(certificate)[:16]}…) is not the one this device was enrolled with "
-                f"({self.pins[0][:16]}…): "
-                "either somebody is between this device and the server, or the server was set up anew; in the second case "
-                "enrol the device again, with splitlora-server revoke NAME and splitlora-server enrol NAME there, and "
-                "splitlora-edge join INVITATION here"
+                f"({self.pins[0][:16]}…): either somebody is between this device and the server, or the server has another key "
+                "since, of which this device has not heard; in the second case enrol it again, with splitlora-server enrol "
+                "NAME there (and --renew, where it is still enrolled), and splitlora-edge join INVITATION here"
             )

@@ -283,6 +283,8 @@ def run_renew_key(options: argparse.Namespace) -> None:
         _say(f"known to {listed(announced.knowing)}")
     if announced.unknowing:
         _say(f"not known to {listed(announced.unknowing)}: devices hear of it when they are connected; ask again later")
+    elif announced.is_brought:
+        _say("no device needs to hear of it any more: put it and its certificate where --tls-key and --tls-cert are")
     else:
         _say("no device needs to hear of it any more: renew-key --now gives it to the server")
 

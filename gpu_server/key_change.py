@@ -25,6 +25,8 @@ class Announcement:
     knowing: list[str]
     unknowing: list[str]
     """Enrolled devices that would refuse a server with that key."""
+    is_brought: bool
+    """Whether it is the operator who puts keys in their place."""
 
 
 def announce(run_dir: str, clients_file: str | None) -> Announcement:
@@ -48,7 +50,8 @@ def announce(run_dir: str, clients_file: str | None) -> Announcement:
     certificate = Certificate(Path(upcoming), Path(upcoming)) if upcoming else make_next_key(enrolments.path.parent)
     pin, clients = certificate.pin(), enrolments.clients()
     knowing = _knowing(pin, clients, files)
-    return Announcement(pin=pin, knowing=knowing, unknowing=[name for name in clients if name not in knowing])
+    unknowing = [name for name in clients if name not in knowing]
+    return Announcement(pin=pin, knowing=knowing, unknowing=unknowing, is_brought=bool(brought or upcoming))
 
 
 def change(run_dir: str, clients_file: str | None, *, though_unknown: bool = False) -> None:
@@ -63,8 +66,7 @@ def change(run_dir: str, clients_file: str | None, *, though_unknown: bool = Fal
         ServerError: there is no next key, or a file cannot be read or written.
     """
     announcement = announce(run_dir, clients_file)
-    files = _files(run_dir)
-    if files is not None and any(files.description.config.get(name) for name in ("tls_cert", "next_tls_cert")):
+    if announcement.is_brought:
         raise ConfigError(
             f"you bring the keys of {run_dir} yourself: put the next one and its certificate where --tls-key and --tls-cert are"
         )

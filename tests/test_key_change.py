@@ -6,6 +6,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from gpu_server.key_change import announce, change
 from gpu_server.serving import Observer
 from protocol import Join, Start, Welcome
 from protocol.public_key import public_key_sha256
+from storage import RunDescription
 
 # The files
 
@@ -155,6 +157,30 @@ def test_key_is_not_changed_where_a_device_would_be_shut_out(tmp_path: Path, cap
     assert own_certificate(tmp_path).pin() != pin
     assert main(["renew-key"]) == 1
     assert "--run-dir is missing" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_keys_that_the_operator_brings_are_announced_and_left_where_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, brought, upcoming = str(tmp_path), own_certificate(tmp_path / "one"), own_certificate(tmp_path / "two")
+    settings = {"host": "0.0.0.0", "port": 1, "insecure": False, "clients_file": None}
+    settings |= {"tls_cert": str(brought.certificate_file), "tls_key": str(brought.key_file), "next_tls_cert": None}
+    description = RunDescription(run="r", fingerprint="f", config=settings, dtype="float32", versions={}, url="wss://h:1")
+    description.write(tmp_path)
+    assert main(["renew-key", "--run-dir", run]) == 1
+    assert "give serve --next-tls-cert with a certificate of the next one" in capsys.readouterr().err
+    replace(description, config={**settings, "next_tls_cert": str(upcoming.certificate_file)}).write(tmp_path)
+    assert main(["renew-key", "--run-dir", run]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f"the next key is {upcoming.pin()[:16]}…",
+        "no device needs to hear of it any more: put it and its certificate where --tls-key and --tls-cert are",
+    ]
+    assert main(["renew-key", "--run-dir", run, "--now"]) == 1
+    assert "you bring the keys of" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.pem"))
+    replace(description, config={**settings, "insecure": True}).write(tmp_path)
+    assert main(["renew-key", "--run-dir", run]) == 1
+    assert "listens without encryption" in capsys.readouterr().err
 
 
 # A whole run

@@ -17,13 +17,13 @@ SERVICES = REPOSITORY / "services"
 PARSERS = {"splitlora-edge": edge_client.cli.build_parser(), "splitlora-server": gpu_server.cli.build_parser()}
 
 
-def block(language: str) -> str:
-    (found,) = re.findall(rf"```{language}\n(.*?)```", DOCUMENT, re.S)
-    return str(found)
+def blocks(language: str) -> list[str]:
+    return [str(found) for found in re.findall(rf"```{language}\n(.*?)```", DOCUMENT, re.S)]
 
 
 def test_settings_of_the_service_are_settings(tmp_path: Path) -> None:
-    (tmp_path / "run.toml").write_text(block("toml"))
+    (settings,) = blocks("toml")
+    (tmp_path / "run.toml").write_text(settings)
     told = ServerConfig.from_options(options_from_toml(tmp_path / "run.toml"))
     assert (told.clients, told.epochs, told.run_dir) == (3, 10, "runs/kitchens")
 
@@ -31,7 +31,7 @@ def test_settings_of_the_service_are_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("document", "program", "count"),
     [
-        ("operating", "splitlora-server", 4),
+        ("operating", "splitlora-server", 8),
         ("devices", "splitlora-edge", 5),
         ("training", "splitlora-edge", 2),
         ("privacy", "splitlora-edge", 2),
@@ -60,9 +60,25 @@ def test_image_starts_its_program_as_it_can_be_started(image: str, program: str)
     PARSERS[program].parse_args(shlex.split(run))
 
 
+def test_every_command_among_those_of_others_is_one() -> None:
+    lines = "".join(blocks("sh") + blocks("ini"))
+    commands = re.findall(r"/bin/splitlora-server (\S.*)$", lines, re.M)
+    assert len(commands) == 3
+    for command in commands:
+        PARSERS["splitlora-server"].parse_args(shlex.split(command))
+
+
 def test_every_flag_that_is_named_is_one() -> None:
-    known = {f"--{name.replace('_', '-')}" for name in ServerConfig.__dataclass_fields__} | {"--config", "--help", "--address"}
-    commands = edge_client.cli.build_parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr, index]
-    known |= {flag for name in ("train", "ping") for flag in commands[name]._option_string_actions}
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", DOCUMENT)) - {"--now", "--logdir"}  # systemctl's, TensorBoard's
-    assert named <= known
+    commands = [parser._subparsers._group_actions[0].choices for parser in PARSERS.values()]  # type: ignore[union-attr]
+    known = {flag for each in commands for command in each.values() for flag in command._option_string_actions}  # type: ignore[union-attr]
+    ours = re.sub(r"```sh\n.*?```", "", DOCUMENT, flags=re.S)
+    for others in ("certbot --reuse-key", "tensorboard --logdir"):
+        ours = ours.replace(others, "")
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours)) <= known
+
+
+def test_log_that_is_rotated_is_where_the_drop_in_writes_it() -> None:
+    (written,) = re.findall(r"StandardError=append:(\S+)", "".join(blocks("ini")))
+    (rotated,) = re.findall(r"^(\S+) \{$", (SERVICES / "logrotate.conf").read_text(encoding="utf-8"), re.M)
+    assert rotated == written.replace("%i", "*")
+    assert "copytruncate" in (SERVICES / "logrotate.conf").read_text(encoding="utf-8")  # systemd keeps the file open

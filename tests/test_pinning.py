@@ -134,9 +134,9 @@ def test_message_shows_both_fingerprints_and_what_to_do(certificate: Certificate
         certificate.pin()[:16],
         impostor.pin()[:16],
         "somebody is between",
-        "set up anew",
-        "splitlora-server revoke NAME",
+        "another key since",
         "splitlora-server enrol NAME",
+        "--renew",
         "splitlora-edge join",
     ):
         assert part in said
