@@ -4,7 +4,6 @@
 const POINTS = 2000; // beyond so many, neighbouring points of a curve are merged
 const EVENTS = 50;
 const MARKS = 400;
-const SLOW = 1.25; // times the others' time: from here on a device is called slow
 
 const PARTS = [
   // As the bar has them: what is a device's own first, from one common line, and waiting last.
@@ -850,18 +849,17 @@ function total(seconds) {
 
 function drawDevice(shown, device, { now, longest }) {
   const [sign, words] = STATES[device.state] ?? ["?", device.state];
-  const isSlow = isSlowest(device);
   shown.item.dataset.state = device.state;
-  shown.item.classList.toggle("is-slow", isSlow);
+  shown.item.classList.toggle("is-slow", Boolean(device.is_slowest));
   say(shown.sign, sign);
   say(shown.name, device.name);
-  say(shown.slow, isSlow ? `▲ slowest: ${times(device.slowness)} as long as the others` : "");
-  show(shown.slow, isSlow);
+  say(shown.slow, device.is_slowest ? `▲ slowest, ${unit(figure(device.slowness), "times")} the others' time` : "");
+  show(shown.slow, Boolean(device.is_slowest));
   const told = [device.words || words];
-  if (device.late_seconds > 0) told.push(`late by ${duration(device.late_seconds)}`);
   if (device.missed_steps > 0)
     told.push(`missed ${count(device.missed_steps)} ${device.missed_steps === 1 ? "step" : "steps"}`);
-  if (known(device.last_heard)) told.push(`last heard ${ago(device.last_heard, now)}`);
+  if (known(device.last_heard) && ["connected", "late"].includes(device.state))
+    told.push(`last heard ${ago(device.last_heard, now)}`);
   say(shown.words, told.join(", "));
 
   const spent = total(device.seconds);
@@ -883,14 +881,6 @@ function drawDevice(shown, device, { now, longest }) {
     ["up", bytes(device.bytes_up)],
     ["down", bytes(device.bytes_down)],
   ]);
-}
-
-function isSlowest(device) {
-  return Boolean(device.is_slowest) && device.slowness >= SLOW && device.state !== "left";
-}
-
-function times(value) {
-  return unit(value < 10 ? value.toFixed(1) : count(value), "times");
 }
 
 function drawPartsLegend() {
@@ -929,35 +919,21 @@ function drawTitle() {
     document.title = `${link.awaySince === null ? "" : "away: "}${run.overview.sentence ?? ""} · ${run.overview.run ?? "splitlora"}`;
 }
 
-function drawNotices({ devices = [], waiting_for: waiting, bottleneck }) {
+/** Where most of the time goes, and the slowest device, which is a link to its row. */
+function drawNotices({ devices = [], bottleneck }) {
   const notices = [];
-  const slow = devices.find(isSlowest);
-  if (slow) {
-    const name = element("a", { href: `#${shownDevices.get(slow.name).title.id}` }, element("bdi", {}, slow.name));
-    notices.push(
-      element(
-        "p",
-        { class: "notice slow" },
-        element("span", { "aria-hidden": "true" }, "▲ "),
-        name,
-        ` is the slowest device: its own work and its link take ${times(slow.slowness)} as long as those of the others.`,
-      ),
-    );
-  }
-  if (waiting?.length > 0) {
-    const named = waiting.slice(0, 5).map(({ client, seconds }) => `${client} for ${duration(seconds)}`);
-    if (waiting.length > 5) named.push(`${count(waiting.length - 5)} more`);
-    notices.push(element("p", { class: "notice" }, `The run waits for ${named.join(", ")}.`));
+  const slow = devices.find((device) => device.is_slowest);
+  if (slow && bottleneck?.client !== slow.name) {
+    notices.push(slowNotice(linkTo(slow.name), ` is ${unit(figure(slow.slowness), "times")} as slow as the others.`));
   }
   if (bottleneck) {
+    const text = String(bottleneck.sentence ?? "");
+    const isOfDevice = shownDevices.has(bottleneck.client) && text.startsWith(bottleneck.client);
+    const advice = element("em", {}, sentence(bottleneck.advice ?? ""));
     notices.push(
-      element(
-        "p",
-        { class: "notice" },
-        sentence(bottleneck.sentence ?? ""),
-        " ",
-        element("em", {}, sentence(bottleneck.advice ?? "")),
-      ),
+      isOfDevice
+        ? slowNotice(linkTo(bottleneck.client), `${text.slice(bottleneck.client.length)}. `, advice)
+        : element("p", { class: "notice" }, sentence(text), " ", advice),
     );
   }
   const shown = [...$("notices").children];
@@ -966,6 +942,14 @@ function drawNotices({ devices = [], waiting_for: waiting, bottleneck }) {
     else if (!shown[index].isEqualNode(notice)) shown[index].replaceWith(notice); // else a link in it may be in focus
   });
   shown.slice(notices.length).forEach((notice) => notice.remove());
+}
+
+function slowNotice(...said) {
+  return element("p", { class: "notice slow" }, element("span", { "aria-hidden": "true" }, "▲ "), ...said);
+}
+
+function linkTo(name) {
+  return element("a", { href: `#${shownDevices.get(name).title.id}` }, element("bdi", {}, name));
 }
 
 function drawFigures(overview) {

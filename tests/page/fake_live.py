@@ -204,8 +204,9 @@ def an_overview(**changes: Any) -> Json:
             "part": "uplink",
             "client": "garage",
             "share": 0.52,
-            "sentence": "most of the time goes to uplink of garage (52 %)",
-            "advice": "a leaner --codec (int8, int4, delta), or a higher --aggregate-every, sends less",
+            "sentence": "garage is 2.4 times as slow as the others, who wait for it; 52 % of its time goes to uplink",
+            "advice": "give it a smaller --batch-size, or the run a --quorum; a leaner --codec (int8, int4, delta), or a "
+            "higher --aggregate-every, sends less",
         },
         "waiting_for": [],
         "last_checkpoint": {"step": 200, "time": NOW - 11},
@@ -214,6 +215,7 @@ def an_overview(**changes: Any) -> Json:
             a_device(
                 "garage",
                 seconds=(4.0, 0.3, 9.9, 0.3, 2.2, 2.2, 0.2),
+                words="takes part, 2.4 times as slow as the others",
                 slowness=2.42,
                 is_slowest=True,
                 tokens_per_second=388.0,

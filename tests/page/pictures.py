@@ -25,7 +25,7 @@ def main() -> None:
     with fake_live(snapshot) as live, a_browser() as browser:
         for name, settings in SHOTS.items():
             with a_page(browser, live.url, now=NOW, reduced_motion="reduce", **settings) as page:
-                page.get_by_text("is the slowest device").wait_for()
+                page.locator("#notices .slow").wait_for()
                 picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
                 picture.quantize(COLOURS).save(PICTURES / f"{name}.png", optimize=True)
 

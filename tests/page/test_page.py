@@ -84,22 +84,34 @@ def test_figures_are_what_the_server_says(browser: "Browser", live: FakeLive) ->
 
 def test_slow_device_is_named_at_the_top_and_marked_in_its_row(browser: "Browser", live: FakeLive) -> None:
     with a_page(browser, live.url) as page:
-        notice = page.get_by_text("is the slowest device")
+        notice = page.locator("#notices > *")
         notice.wait_for()
-        assert notice.inner_text().startswith("▲ garage is the slowest device")
-        assert row(page, "garage").get_by_text("▲ slowest: 2.4\u00a0times as long as the others").is_visible()
+        assert notice.inner_text().startswith("▲ garage is 2.4 times as slow as the others, who wait for it; 52 % of its time")
+        assert row(page, "garage").get_by_text("▲ slowest, 2.42\u00a0times the others' time").is_visible()
         assert not row(page, "kitchen").get_by_text("slowest").is_visible()
         notice.get_by_role("link").click()
         assert page.evaluate("() => document.activeElement.textContent") == "●garage"
 
 
-def test_devices_that_are_about_as_fast_are_not_called_slow(browser: "Browser", live: FakeLive) -> None:
-    equal = [a_device("kitchen", slowness=1.1, is_slowest=True), a_device("garage", slowness=0.9)]
+def test_slow_device_is_named_where_most_time_goes_elsewhere(browser: "Browser", live: FakeLive) -> None:
+    bottleneck = {
+        "part": "server_compute",
+        "client": None,
+        "share": 0.6,
+        "sentence": "60 % goes to it",
+        "advice": "a faster one",
+    }
     with a_page(browser, live.url) as page:
-        shown(page, "is the slowest device")
-        live.tell(an_update(devices=equal))
-        page.get_by_text("is the slowest device").wait_for(state="detached")
-        assert page.locator(".is-slow").count() == 0
+        page.locator("#notices > *").wait_for()
+        live.tell(an_update(bottleneck=bottleneck))
+        shown(page, "60 % goes to it. A faster one.")
+        assert page.locator("#notices > *").all_inner_texts() == [
+            "▲ garage is 2.42\u00a0times as slow as the others.",
+            "60 % goes to it. A faster one.",
+        ]
+        live.tell(an_update(bottleneck=bottleneck, devices=[a_device("kitchen"), a_device("garage")]))
+        page.locator(".is-slow").wait_for(state="detached")
+        assert page.locator("#notices > *").all_inner_texts() == ["60 % goes to it. A faster one."]
 
 
 def test_bars_show_seconds_on_one_scale_and_say_their_shares(browser: "Browser") -> None:
@@ -135,16 +147,14 @@ def test_no_colour_alone_carries_a_meaning(browser: "Browser") -> None:
         assert len({row(page, state).locator(".words").inner_text() for state in states}) == len(states)
 
 
-def test_late_and_lost_devices_say_for_how_long(browser: "Browser") -> None:
+def test_late_and_lost_devices_say_so(browser: "Browser") -> None:
     devices = [
-        a_device("late", state="late", words="the run waits for it", late_seconds=754.0),
-        a_device("lost", state="lost", words="has lost its connection", last_heard=NOW - 125, missed_steps=3),
+        a_device("late", state="late", words="is 13 min late", late_seconds=754.0),
+        a_device("lost", state="lost", words="lost its connection 2 min ago", last_heard=NOW - 125, missed_steps=3),
     ]
-    waiting = [{"client": "late", "seconds": 754.0}]
-    with fake_live(a_snapshot(devices=devices, waiting_for=waiting)) as live, a_page(browser, live.url) as page:
-        shown(page, "The run waits for late for 13\u00a0min.")
-        shown(page, "the run waits for it, late by 13\u00a0min, last heard just now")
-        shown(page, "has lost its connection, missed 3 steps, last heard 2\u00a0min ago")
+    with fake_live(a_snapshot(devices=devices)) as live, a_page(browser, live.url) as page:
+        shown(page, "is 13 min late, last heard just now")
+        shown(page, "lost its connection 2 min ago, missed 3 steps")
 
 
 def test_words_of_strangers_are_text(browser: "Browser") -> None:
