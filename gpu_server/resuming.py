@@ -27,7 +27,8 @@ def go_back(run: Run) -> list[Action]:
     """
     directory, engine, federation = run.directory, run.engine, run.federation
     saved = directory.checkpoints.latest(federation.run)
-    directory.forget_metrics_after(saved.step if saved else 0)
+    directory.forget_after(saved.step if saved else 0)
+    directory.rotate()
     if saved is None:
         return []
     if saved.step == run.steps_before != run.config.steps and not _may_go_on_after_the_end(run):

@@ -1,7 +1,6 @@
 """What a run leaves behind: run.json, metrics.jsonl, events.jsonl, evaluations.jsonl, checkpoints/ and adapter/."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from .edge_part import remove_unfinished_part
 from .errors import ConfigError, ServerError
 from .federation import StepRecord
 from .history import EvaluationRecord, RunEvent, row_of
+from .history.line_file import LineFile
 from .history.run_files import EVALUATIONS, EVENTS, METRICS
 from .run_lock import lock_of
 
@@ -27,6 +27,7 @@ __all__ = ["RunDirectory"]
 
 CODECS = "codecs.json"
 SECONDS_TO_ASK = 1.0
+SEGMENT_BYTES = 8 * 2**20
 
 
 class RunDirectory:
@@ -44,6 +45,7 @@ class RunDirectory:
     def __init__(self, path: Path, *, resume: bool = False) -> None:
         self.path = path
         self.checkpoints = Checkpoints(path / "checkpoints")
+        self._lines = {name: LineFile(path / name) for name in (METRICS, EVENTS, EVALUATIONS)}
         self._lock = lock_of(path)
         self.resumes = resume
         exists = self.holds_run(path)
@@ -76,9 +78,9 @@ class RunDirectory:
                 raise ServerError(f"{self.path} is in use by another server") from None
             remove_unfinished(self.checkpoints.folder)
             remove_unfinished_part(self.edge_part_folder)
-            for name in (EVENTS, EVALUATIONS):
-                self._drop_torn_line(name)
-            for name in (RUN_FILE, CODECS, METRICS):  # not clients.json: `splitlora-server enrol` may be writing it just now
+            for lines in self._lines.values():
+                lines.mend()
+            for name in (RUN_FILE, CODECS):  # not clients.json: `splitlora-server enrol` may be writing it just now
                 remove_unfinished(self.path, name)
 
     def release(self) -> None:
@@ -137,40 +139,25 @@ class RunDirectory:
         self._append(EVALUATIONS, record.as_json())
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        with self._writing(), open(self.path / name, "a", encoding="utf-8", opener=_private) as file:
-            file.write(json.dumps(line) + "\n")
-
-    def _drop_torn_line(self, name: str) -> None:
-        """What a crash has cut off would spoil the line that is written next."""
-        path = self.path / name
-        if not path.exists():
-            return
-        with path.open("rb+") as file:
-            content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)
+        with self._writing():
+            self._lines[name].append(line)
 
     def sync_metrics(self) -> None:
         """Have all lines of metrics on the disk: a checkpoint must not know of more steps than they do."""
-        if self._metrics.exists():
-            with self._writing(), self._metrics.open("a") as file:
-                os.fsync(file.fileno())
+        with self._writing():
+            self._lines[METRICS].sync()
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Take back the lines of steps that will be done again, and one that a crash has torn."""
-        if not self._metrics.exists():
-            return
-        valid = []
+    def forget_after(self, step: int) -> None:
+        """Take back the lines of steps that will be done again, and of what was held out after them."""
         with self._writing():
-            lines = self._metrics.read_bytes().splitlines(keepends=True)
-        for line in lines:
-            try:
-                if json.loads(line)["step"] > step or not line.endswith(b"\n"):
-                    break
-            except ValueError:
-                break
-            valid.append(line)
+            for name in (METRICS, EVALUATIONS):
+                self._lines[name].forget(lambda line: bool(line["step"] > step))
+
+    def rotate(self) -> None:
+        """Compress the lines of a run that goes on, where they are many."""
         with self._writing():
-            replace_file(self._metrics, b"".join(valid))
+            for lines in self._lines.values():
+                lines.rotate(SEGMENT_BYTES)
 
     def save_adapter(self, adapter: Adapter, config: ModelConfig, lora: LoraConfig, base_model: str) -> Path:
         """Write the adapter of both parts as one PEFT folder; give its path."""
@@ -182,10 +169,6 @@ class RunDirectory:
     def adapter_folder(self) -> Path:
         return self.path / "adapter"
 
-    @property
-    def _metrics(self) -> Path:
-        return self.path / METRICS
-
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
@@ -194,7 +177,3 @@ class RunDirectory:
             reason = getattr(error, "strerror", None) or error
             later = "; when that is mended, --resume goes on with its run" if self.holds_run(self.path) else ""
             raise ServerError(f"run directory {self.path} cannot be written: {reason}{later}") from None
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import permissions
 
+from gpu_server import ServerError
 from gpu_server.federation import StepRecord
 from gpu_server.history import EvaluationRecord, HistoryError, RunEvent, RunFiles, record_of, row_of, tell, telling_to
 from gpu_server.run_directory import RunDirectory
@@ -170,3 +171,35 @@ def test_folder_without_a_run_is_named(tmp_path: Path, where: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(HistoryError, match=f"{where} holds no run"):
         RunFiles(tmp_path / where)
+
+
+def test_lines_of_a_run_that_goes_on_are_compressed_where_they_are_many(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_server.run_directory.SEGMENT_BYTES", 1000)
+    for server in range(3):
+        directory.hold()
+        directory.forget_after(4 * server)
+        directory.rotate()
+        for number in range(4 * server + 1, 4 * server + 6):  # the last will be done again
+            directory.append_metrics(step(number))
+            directory.append_event(RunEvent(time=float(number), kind="note", text=f"step {number}"))
+            directory.append_evaluation(EvaluationRecord(step=number, time=1.0, client="a", loss=1.0, labelled_tokens=1))
+        directory.release()
+    files = RunFiles(directory.path)
+    assert [record.number for record in files.steps()] == list(range(1, 14))
+    assert [record.step for record in files.evaluations()] == list(range(1, 14))
+    assert [event.time for event in files.events()] == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 9, 10, 11, 12, 13]
+    assert (directory.path / "metrics.0002.jsonl.gz").exists()
+    directory.hold()
+    directory.forget_after(3)  # where it goes on if both checkpoints after that are damaged
+    assert [record.number for record in files.steps()] == [1, 2, 3]
+    directory.release()
+
+
+def test_segment_that_is_damaged_is_named(directory: RunDirectory) -> None:
+    (directory.path / "metrics.0001.jsonl.gz").write_bytes(b"nothing")
+    with pytest.raises(HistoryError, match=r"metrics\.jsonl cannot be read: metrics\.0001\.jsonl\.gz is damaged"):
+        list(RunFiles(directory.path).steps())
+    with pytest.raises(ServerError, match=r"metrics\.0001\.jsonl\.gz is damaged"):
+        directory.forget_after(1)

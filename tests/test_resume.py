@@ -615,7 +615,7 @@ def no_room(monkeypatch: Any, function: str, name: str, allowed: int) -> None:
 @pytest.mark.parametrize(
     ("function", "name", "allowed"),
     [
-        ("gpu_server.run_directory._private", "metrics.jsonl", 5),
+        ("gpu_server.history.line_file._private", "metrics.jsonl", 5),
         ("gpu_server.run_directory.replace_file", "codecs.json", 2),
         ("storage.run_description.replace_file", "run.json", 1),
         ("gpu_server.run_directory.save_adapter", "adapter", 0),

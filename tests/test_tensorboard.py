@@ -61,7 +61,7 @@ class Serving:
 
     def __init__(self, directory: RunDirectory, done: int = 0, *, with_tensorboard: bool = True) -> None:
         self.directory, self.number = directory, done
-        directory.forget_metrics_after(done)
+        directory.forget_after(done)
         self.observer = TensorBoardObserver(directory.path, directory.checkpoints) if with_tensorboard else None
         if self.observer:
             self.observer.serving_begins(done)

@@ -11,6 +11,7 @@ from ..errors import ServerError
 from ..federation import StepRecord
 from ..run_lock import is_served
 from .events import RunEvent
+from .line_file import LineFile
 from .records import EvaluationRecord, record_of
 
 __all__ = ["EVALUATIONS", "EVENTS", "METRICS", "HistoryError", "RunFiles"]
@@ -62,22 +63,17 @@ class RunFiles:
         return self._lines(EVALUATIONS, EvaluationRecord.from_json)
 
     def _lines(self, name: str, parse: Callable[[Mapping[str, Any]], Line]) -> Iterator[Line]:
-        path = self.path / name
+        file = LineFile(self.path / name)
         try:
-            if not path.exists():
-                return
-            with path.open("rb") as file:
-                for number, line in enumerate(file, 1):
-                    if not line.endswith(b"\n"):
-                        return  # it is being written, or its writing was cut off
-                    try:
-                        parsed = parse(json.loads(line))
-                    except (ValueError, KeyError, TypeError, AttributeError):
-                        served_with = self.description.versions.get("splitlora", "unknown")
-                        raise HistoryError(
-                            f"{path}, line {number} is nothing that this version reads; the run was served with version "
-                            f"{served_with}: use that one, or a later one"
-                        ) from None
-                    yield parsed
+            for path, number, line in file.lines():
+                try:
+                    parsed = parse(json.loads(line))
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    served_with = self.description.versions.get("splitlora", "unknown")
+                    raise HistoryError(
+                        f"{path}, line {number} is nothing that this version reads; the run was served with version "
+                        f"{served_with}: use that one, or a later one"
+                    ) from None
+                yield parsed
         except OSError as error:
-            raise HistoryError(f"{path} cannot be read: {error.strerror or error}") from None
+            raise HistoryError(f"{file.path} cannot be read: {error.strerror or error}") from None
