@@ -209,7 +209,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "Hello": {"codecs": (), "abilities": ()},
     "Ping": {"index": 0},
     "Pong": {"index": 0, "model": "", "waiting_for": (), "waiting_seconds": 0.0, "edge_weights": ""},
-    "Welcome": {"restarts": 0},
+    "Welcome": {"restarts": 0, "next_pin": ""},
     "Join": {"step": 0},
     "Start": {"round": 0},
     "EdgeAdapter": {"checkpoint": 0},
@@ -380,6 +380,11 @@ def test_a_name_that_cannot_be_is_refused(name: str) -> None:
 @pytest.mark.parametrize("run", ["", "..", "../elsewhere", "a/b", "a\\b", "C:", "a b", "ä", "a\0", "a\n", "a" * 65])
 def test_a_run_that_cannot_name_a_folder_is_refused(run: str) -> None:
     assert refusal(frame_of("Welcome", plain(SAMPLES["Welcome"]) | {"run": run})).startswith("Welcome: ")
+
+
+@pytest.mark.parametrize("pin", ["ab", "AB" * 32, "ab" * 33, "ab" * 31 + "\u0661\u0661", " " + "ab" * 32])
+def test_pin_that_is_none_is_refused(pin: str) -> None:
+    assert "a SHA-256 is 64 of 0-9 a-f" in refusal(frame_of("Welcome", plain(SAMPLES["Welcome"]) | {"next_pin": pin}))
 
 
 @pytest.mark.parametrize(

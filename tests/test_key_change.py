@@ -8,12 +8,14 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from attacks import SECONDS, HonestClient
-from test_door import SETTINGS, Guarded
+from test_door import SETTINGS, Guarded, everything_in
 
 from edge_client import EdgeClient
+from edge_client.access import Access
 from edge_client.enrolment import find, store
 from edge_client.pinning import CertificateChanged
 from gpu_server import ConfigError, GpuServer, ServerError
@@ -24,6 +26,7 @@ from gpu_server.history import RunEvent
 from gpu_server.key_change import announce, change
 from gpu_server.serving import Observer
 from protocol import Join, Start, Welcome
+from protocol.invitation import Invitation
 from protocol.public_key import public_key_sha256
 from storage import RunDescription
 
@@ -181,6 +184,24 @@ def test_keys_that_the_operator_brings_are_announced_and_left_where_they_are(
     replace(description, config={**settings, "insecure": True}).write(tmp_path)
     assert main(["renew-key", "--run-dir", run]) == 1
     assert "listens without encryption" in capsys.readouterr().err
+
+
+# The device
+
+
+@pytest.mark.parametrize("pin", [None, "ab" * 32])
+def test_announcement_counts_only_where_the_servers_own_key_was_compared(tmp_path: Path, pin: str | None) -> None:
+    """Over ws anybody on the way could announce a key, and over wss without a pin any authority could."""
+    invitation = Invitation(host="10.0.0.1", port=1, name="kitchen", secret=43 * "A", pin=pin)
+    store(tmp_path, invitation)
+    enrolled = Access.to(invitation.url, tmp_path)
+    stranger = Access.to("wss://10.0.0.2:1", tmp_path)
+    der = ssl.PEM_cert_to_DER_cert(own_certificate(tmp_path / "server").certificate_file.read_text())
+    welcome = Welcome(run="r", settings=None, fingerprint="f", next_pin="cd" * 32)  # type: ignore[arg-type]
+    before = everything_in(tmp_path / "enrolments")
+    for access, certificate in ((enrolled, None), (enrolled, der), (stranger, der)):
+        access.heard(SimpleNamespace(certificate=certificate), welcome)  # type: ignore[arg-type]
+    assert everything_in(tmp_path / "enrolments") == before
 
 
 # A whole run
