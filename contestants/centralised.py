@@ -41,7 +41,7 @@ class Centralised:
             bytes_up=self._num_bytes if step == 1 else {},
         )
 
-    def evaluate(self, client: str, data: Dataset) -> tuple[float, int]:
+    def evaluate(self, data: Dataset) -> tuple[float, int]:
         return self._model.evaluate(data)
 
     def adapter(self) -> Adapter:

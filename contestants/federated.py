@@ -71,11 +71,8 @@ class Federated:
             return Taken(losses=losses, seconds=seconds, server_compute=0.0)
         return self._end_round(step, losses, seconds)
 
-    def evaluate(self, client: str, data: Dataset) -> tuple[float, int]:
-        if client in self._labelled:  # in the middle of a round
-            self._model.restore(self._states[client])
-        else:
-            self._model.load_adapter(self._adapter)
+    def evaluate(self, data: Dataset) -> tuple[float, int]:
+        self._model.load_adapter(self._adapter)
         return self._model.evaluate(data)
 
     def adapter(self) -> Adapter:

@@ -66,8 +66,8 @@ class Contestant(Protocol):
             ends_round: whether adapters are averaged after it.
         """
 
-    def evaluate(self, client: str, data: Dataset) -> tuple[float, int]:
-        """As `WholeModel.evaluate`, with the adapter that the client has now."""
+    def evaluate(self, data: Dataset) -> tuple[float, int]:
+        """As `WholeModel.evaluate`, with the adapter of the last round's end."""
 
     def adapter(self) -> Adapter:
         """What everybody has at a round's end."""
@@ -90,7 +90,10 @@ class Task:
     """A client's data each."""
     eval_data: Path | None = None
     eval_every: int | None = None
-    """Steps between two evaluations; before the first step and after the last one there always are some."""
+    """
+    Steps between two evaluations, as on a device: each is at the end of the round by which so many more are done. Before the
+    first step and after the last one there always is one.
+    """
     token_folder: Path | None = None
     """Where encoded files are kept for the next who reads them; None keeps none."""
 
@@ -146,6 +149,11 @@ class Task:
     def num_bytes(self) -> dict[str, int]:
         """By client: of its file."""
         return {name: user_path(path).stat().st_size for name, path in zip(self.names, self.files, strict=True)}
+
+    def evaluates_after(self, step: int) -> bool:
+        if self.eval_every is None or not self.settings.ends_round(step):
+            return False
+        return step // self.eval_every > (step - self.settings.aggregate_every) // self.eval_every
 
     def description(self, base: PretrainedModel) -> RunDescription:
         """What run.json says: of the settings only those that the mode knows."""
@@ -208,7 +216,7 @@ def _train(
 
     def evaluate(step: int) -> None:
         if held_out is not None:
-            loss, labelled_tokens = contestant.evaluate(task.names[0], held_out)
+            loss, labelled_tokens = contestant.evaluate(held_out)
             directory.append_evaluation(
                 EvaluationRecord(step=step, time=time.time(), client=task.names[0], loss=loss, labelled_tokens=labelled_tokens)
             )
@@ -228,7 +236,7 @@ def _train(
             directory.append_metrics(record)
             num_bytes = sum(record.bytes_up.values()) + sum(record.bytes_down.values())
             progress.update(step=step, loss=record.loss, tokens=record.tokens, num_bytes=num_bytes)
-            if task.eval_every is not None and step % task.eval_every == 0 and step < total_steps:
+            if step < total_steps and task.evaluates_after(step):
                 evaluate(step)
                 finished = time.perf_counter()  # an evaluation belongs to no step
     evaluate(total_steps)

@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import Timeout
 
+from protocol.settings import LARGEST_COUNT
 from storage import find_model
 from terminal import PackageMissing, Progress, count, duration
 
@@ -26,6 +27,7 @@ from .settings import device_names
 
 __all__ = ["SweepFailed", "run_sweep"]
 
+BEFORE_AND_AFTER = LARGEST_COUNT  # steps between two evaluations, of which no run has so many
 STATE, REPORT = "devices", "report"
 TAIL_BYTES = 2**16
 SECONDS_TO_FIND_THE_SERVER = 3600.0
@@ -117,7 +119,7 @@ def _split(cell: Cell, folder: CellFolder, sweep: Sweep, output: Path) -> list[P
         port = _free_port()
         folder.begin(port=port)
     server = {**cell.server, "clients": len(sweep.data), "run_dir": folder.path, "port": port}
-    programs = [Program("server", ["gpu_server", "serve", *_flags(server), *(["--resume"] if resumes else [])], saves=True)]
+    programs = [Program("server", ["gpu_server", "serve", *_flags(server), *(["--resume"] if resumes else [])], leads=True)]
     for name, data in zip(device_names(len(sweep.data)), sweep.data, strict=True):
         device = {**cell.device, "server": f"ws://127.0.0.1:{port}", "name": name, "data": data, "state_dir": output / STATE}
         device["give_up_after"] = SECONDS_TO_FIND_THE_SERVER
@@ -144,8 +146,9 @@ def _contestant(cell: Cell, folder: CellFolder, sweep: Sweep, output: Path) -> P
 
 
 def _held_out(sweep: Sweep) -> dict[str, Any]:
-    held_out = {"eval_data": sweep.eval_data, "eval_every": sweep.eval_every}
-    return {name: value for name, value in held_out.items() if value is not None}
+    if sweep.eval_data is None:
+        return {}
+    return {"eval_data": sweep.eval_data, "eval_every": sweep.eval_every or BEFORE_AND_AFTER}
 
 
 def _flags(values: Mapping[str, Any]) -> list[str]:

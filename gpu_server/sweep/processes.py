@@ -18,8 +18,8 @@ SECONDS_TO_SAVE = 60.0
 """Until a program that was told to end is killed."""
 SECONDS_TO_FAIL_TOO = 2.0
 """What has gone wrong in one program is often said by the others as well."""
-SECONDS_AFTER_THE_LAST_STEP = 300.0
-"""Between the end of the first program that ended well and that of the last one."""
+SECONDS_TO_FOLLOW = 300.0
+"""Between the end of the program that leads and that of the last one."""
 LINES_OF_AN_ERROR = 12
 
 
@@ -35,13 +35,13 @@ class Program:
     """Of its log, too."""
     words: Sequence[str]
     """A module that Python can run, and its arguments."""
-    saves: bool = False
-    """Whether it has something to save when it is told to end."""
+    leads: bool = False
+    """Whether the others end with it; then it has something to save when it is told to end."""
 
 
 class Processes:
     """
-    All programs of a cell. They are gone when it is left: those that save something are told to, and waited for.
+    All programs of a cell. They are gone when it is left: the one that leads is told to end, and waited for, before the others.
 
     Args:
         folder: for a log of each.
@@ -80,17 +80,17 @@ class Processes:
         Raises:
             CellFailed: one has not.
         """
-        waiting, patience = set(self._running), SECONDS_AFTER_THE_LAST_STEP
+        waiting, patience = set(self._running), SECONDS_TO_FOLLOW
         while waiting:
             look()
             try:
                 program = self._ended.get(timeout=SECONDS_BETWEEN_LOOKS)
             except queue.Empty:
-                if len(waiting) < len(self._running):
+                if any(program.leads for program in self._running.keys() - waiting):
                     patience -= SECONDS_BETWEEN_LOOKS
                 if patience <= 0:
                     late = ", ".join(sorted(program.name for program in waiting))
-                    raise CellFailed(f"{late} did not end with the others") from None
+                    raise CellFailed(f"the run is over, and {late} did not end with it") from None
                 continue
             waiting.discard(program)
             if self._running[program].returncode:
@@ -121,9 +121,9 @@ class Processes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        running = sorted(self._running.items(), key=lambda item: not item[0].saves)
+        running = sorted(self._running.items(), key=lambda item: not item[0].leads)
         for program, process in running:
-            if program.saves and process.poll() is None:
+            if program.leads and process.poll() is None:
                 process.terminate()
                 try:
                     process.wait(SECONDS_TO_SAVE)
