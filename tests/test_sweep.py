@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -181,6 +182,33 @@ def test_file_without_data_or_output_or_toml_is_told(write: Callable[..., Path],
     assert "is not TOML" in capsys.readouterr().err
     assert main(["sweep", str(write(server="model = 'no/such/model'")), "--output", str(tmp_path / "out")]) == 1
     assert "no/such/model" in capsys.readouterr().err
+
+
+def test_example_and_document_are_files_of_which_these_cells_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    assert words(read_sweep(Path("examples/sweep.toml"))) == [
+        *(f"split-cut-layer-{cut}-aggregate-every-{every}" for cut in (1, 2) for every in (1, 10)),
+        *("federated-aggregate-every-1", "federated-aggregate-every-10", "centralised"),
+    ]
+    document = (REPOSITORY / "docs/training.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```toml\n(.*?)```", document, re.S)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweep.toml").write_text(shown)
+    for name in ("a", "b", "held-out"):
+        (tmp_path / f"{name}.jsonl").touch()
+    modes = [cell.mode for cell in read_sweep(tmp_path / "sweep.toml").cells]
+    assert {mode: modes.count(mode) for mode in MODES} == {"split": 24, "federated": 6, "centralised": 3}
+    for said in ("= 24 split runs", "= 6 federated ones and 3 centralised ones"):
+        assert said in " ".join(document.split())
+
+
+def test_document_lists_what_each_mode_knows() -> None:
+    document = (REPOSITORY / "docs/training.md").read_text(encoding="utf-8")
+    row = next(line for line in document.splitlines() if line.startswith("| `federated` |"))
+    listed = set(re.findall(r"`(\w+)`", row.partition("of the server:")[2])) - {"lora_"}
+    assert listed | {name for name in known_of_server("federated") if name.startswith("lora_")} == (
+        known_of_server("federated") | known_of_device("federated")
+    )
 
 
 # Tables that have to agree
