@@ -165,7 +165,10 @@ def _time(runs: Sequence[MeasuredRun], labels: Sequence[str], files: dict[str, b
         ", ".join(f"{name} {cell}" for name, cell in zip(table.header, row, strict=True)) for row in table.rows
     )
     figure = Figure(name=TIME, title=title, svg=for_page(files[f"{TIME}.svg"], TIME, described), table=table)
-    return heading, ["The bars are the time of a device in a step, on average, and what it is made of."], [figure]
+    words = ["The bars are the time of a device in a step, on average, and what it is made of."]
+    if missing := "; ".join(label for label in labels if label not in {each for each, _ in bars}):
+        words.append(f"Of these runs no device's time was recorded: {missing}.")
+    return heading, words, [figure]
 
 
 def _about(axis: Axis, runs: Sequence[MeasuredRun], labels: Sequence[str]) -> list[str]:
