@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import written_runs
 from conftest import metrics, run_split
 from hypothesis import given
 from hypothesis import strategies as st
+from written_runs import ABSENT, PARTS, evaluation, row
 
 pytest.importorskip("matplotlib")
 
@@ -30,73 +32,13 @@ from gpu_server.report.measured_run import MeasuredRun, measure
 from gpu_server.report.pictures import LINES, MARKERS, places_of_labels
 from terminal import PackageMissing
 
-PARTS = ("edge_compute", "encode", "uplink", "queue", "server_compute", "downlink", "decode")
-ABSENT = object()
 PICTURES = [f"{what}-by-{axis}" for what in ("loss", "perplexity") for axis in ("steps", "seconds", "bytes")] + ["time"]
-
-
-def row(step: int, loss: float | None, **changes: Any) -> dict[str, Any]:
-    """A line of metrics.jsonl: two devices, 100 bytes up and 50 down each, half a second of each part."""
-    devices = changes.pop("devices", ("a", "b"))
-    client = {"bytes_up": 100, "bytes_down": 50, "seconds": dict.fromkeys(PARTS, 0.5)}
-    return {
-        "step": step,
-        "time": 1e9 + 3600 * step,  # of which no figure may depend
-        "step_seconds": 2.0,
-        "loss": loss,
-        "labelled_tokens": 10,
-        "tokens": 40,
-        "deadline": 1.0,
-        "codec": "float32",
-        "server_compute": 0.1,
-        "clients": dict.fromkeys(devices, client),
-        **changes,
-    }
-
-
-def evaluation(step: int, client: str, loss: float, labelled_tokens: int) -> dict[str, Any]:
-    return {"step": step, "time": 1e9, "client": client, "loss": loss, "labelled_tokens": labelled_tokens}
 
 
 @pytest.fixture
 def write_run(tmp_path: Path) -> Callable[..., Path]:
-    """Writes the files of a run by hand, as a server would have."""
-
-    def write(
-        name: str,
-        rows: Sequence[dict[str, Any]] = tuple(row(step, 4 / step) for step in range(1, 5)),
-        *,
-        evaluations: Sequence[dict[str, Any]] = (),
-        events: Sequence[dict[str, Any]] = (),
-        restarts: int = 0,
-        **config: Any,
-    ) -> Path:
-        folder = tmp_path / name
-        folder.mkdir(parents=True)
-        settings = {
-            "model": "gpt2",
-            "run_dir": str(folder),
-            "port": 8765,
-            "cut_layer": 3,
-            "codec": "float32",
-            "steps": 4,
-            **config,
-        }
-        description: dict[str, Any] = {
-            "run": name,
-            "restarts": restarts,
-            "fingerprint": "ab" * 32,
-            "dtype": "float32",
-            "versions": {"splitlora": "0.1.0"},
-        }
-        description["config"] = {name: value for name, value in settings.items() if value is not ABSENT}
-        (folder / "run.json").write_text(json.dumps(description))
-        for file, lines in (("metrics", rows), ("evaluations", evaluations), ("events", events)):
-            if lines:
-                (folder / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return folder
-
-    return write
+    """Writes a run into a folder of this name; see `written_runs.write_run`."""
+    return lambda name, *lines, **more: written_runs.write_run(tmp_path / name, *lines, **more)
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -172,8 +114,9 @@ class TestNumbers:
         assert columns["smoothed"][10:-10] == pytest.approx(1.75)  # windows of 50 steps; shorter ones at the ends
         assert (columns["lowest"].min(), columns["highest"].max()) == (1.0, 4.0)
 
-    @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=3 * MOST_POINTS))
-    def test_thinned_curve_has_the_bounds_of_all_steps_and_their_order(self, losses: list[float]) -> None:
+    @given(st.integers(1, 3 * MOST_POINTS), st.integers(0, 2**32 - 1))
+    def test_thinned_curve_has_the_bounds_of_all_steps_and_their_order(self, steps: int, seed: int) -> None:
+        losses = np.random.default_rng(seed).gamma(2.0, size=steps).tolist()
         curve = loss_curve(run_of(losses), "any", 0, AXES[0])
         assert curve is not None
         assert len(curve.x) == min(len(losses), MOST_POINTS)
@@ -319,20 +262,28 @@ def text_of(svg: Path) -> list[str]:
     return ["".join(node.data for node in element.childNodes) for element in document.getElementsByTagName("text")]
 
 
-class TestPage:
-    @pytest.fixture
-    def page(self, write_run: Callable[..., Path], tmp_path: Path) -> Text:
-        runs = [write_run("x", codec="int8", evaluations=[evaluation(4, "a", 1.0, 1)]), write_run("y")]
-        return Text.of(write_report(runs, tmp_path / "report").read_text())
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    measured = written_runs.write_run(folder / "x", codec="int8", evaluations=[evaluation(4, "a", 1.0, 1)])
+    write_report([measured, written_runs.write_run(folder / "y")], folder / "report")
+    return folder / "report"
 
-    def test_page_asks_nobody_for_anything(self, page: Text, tmp_path: Path) -> None:
+
+@pytest.fixture(scope="module")
+def page(report: Path) -> Text:
+    return Text.of((report / "index.html").read_text())
+
+
+class TestPage:
+    def test_page_asks_nobody_for_anything(self, page: Text, report: Path) -> None:
         assert not page.tags.keys() & {"script", "link", "img", "iframe", "object", "embed", "base"}
         for tag, name, value in page.attributes:
             assert not name.startswith("on")
             if name in ("href", "src", "xlink:href", "srcset", "action"):
                 assert value is not None
-                assert value.startswith("#") or (tag == "a" and (tmp_path / "report" / value).is_file())
-        assert not re.search(r"@import|url\((?!#)", (tmp_path / "report/index.html").read_text())
+                assert value.startswith("#") or (tag == "a" and (report / value).is_file())
+        assert not re.search(r"@import|url\((?!#)", (report / "index.html").read_text())
 
     def test_pictures_on_the_page_are_described_and_do_not_share_names(self, page: Text) -> None:
         names = [value for _, name, value in page.attributes if name == "id"]
@@ -344,8 +295,8 @@ class TestPage:
         linked = [value[1:] for _, name, value in page.attributes if name.endswith("href") and value and value[0] == "#"]
         assert {*itertools.chain(*used), *linked} <= set(names)
 
-    def test_colours_are_those_of_day_or_night(self, page: Text, tmp_path: Path) -> None:
-        text = (tmp_path / "report/index.html").read_text()
+    def test_colours_are_those_of_day_or_night(self, report: Path) -> None:
+        text = (report / "index.html").read_text()
         assert "prefers-color-scheme: dark" in text
         style, _, drawn = text.partition("</style>")
         for colour in ("#ffffff", "#1c2024", "#0068b0", "#c34a00"):
@@ -356,14 +307,12 @@ class TestPage:
         looks = [(place % len(LINES), place % len(MARKERS)) for place in range(35)]
         assert len(set(looks)) == 35
 
-    def test_same_runs_give_the_same_bytes(self, write_run: Callable[..., Path], tmp_path: Path) -> None:
-        runs = [write_run("x", evaluations=[evaluation(4, "a", 1.0, 1)]), write_run("y", codec="int8")]
-        for name in ("first", "second"):
-            write_report(runs, tmp_path / name)
-        files = sorted(path.name for path in (tmp_path / "first").iterdir())
+    def test_same_runs_give_the_same_bytes(self, report: Path, tmp_path: Path) -> None:
+        write_report([report.parent / name for name in "xy"], tmp_path / "again")
+        files = sorted(path.name for path in report.iterdir())
         assert len(files) > 20
         for name in files:
-            assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+            assert (tmp_path / "again" / name).read_bytes() == (report / name).read_bytes(), name
 
     def test_what_was_not_measured_is_said(self, write_run: Callable[..., Path], tmp_path: Path) -> None:
         early = [{name: value for name, value in row(1, 2.0).items() if name not in ("time", "step_seconds")}]
@@ -376,7 +325,9 @@ class TestPage:
         assert {line["run"] for line in table(tmp_path / "report/loss-by-bytes.csv")} == {"early"}
 
 
-boxes = st.tuples(st.floats(100, 500), st.floats(20, 150), st.floats(0, 400)).map(lambda box: (box[0], box[0] + box[1], box[2]))
+boxes = st.tuples(st.integers(100, 500), st.integers(20, 150), st.integers(0, 400)).map(
+    lambda box: (float(box[0]), float(box[0] + box[1]), float(box[2]))
+)
 
 
 @given(st.lists(boxes, min_size=1, max_size=10))

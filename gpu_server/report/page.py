@@ -101,7 +101,8 @@ def _table(caption: str, table: Table) -> str:
 
 def _figure(figure: Figure) -> str:
     table = f"<details><summary>In numbers</summary>{_table(figure.title, figure.table)}</details>" if figure.table else ""
-    return f"<figure>\n{figure.svg}\n<figcaption>{_links(figure.name, ('svg', 'png', 'csv'))}</figcaption>{table}</figure>\n"
+    caption = f"<figcaption>{_links(figure.name, ('svg', 'png', 'csv'))}</figcaption>"
+    return f'<figure class="{figure.name}">\n{figure.svg}\n{caption}{table}</figure>\n'
 
 
 def _links(name: str, suffixes: Sequence[str]) -> str:
@@ -136,7 +137,8 @@ thead th { color: var(--c2); font-weight: 500; vertical-align: bottom; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--c0); }
 tbody tr:nth-child(even) > * { background: var(--band); }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 33rem), 1fr)); gap: 1rem 1.5rem; }
-figure { margin: 0; min-width: 0; max-width: 48rem; }
+figure { margin: 0; min-width: 0; max-width: 40rem; }
+figure.time { max-width: 52rem; }
 figure svg { display: block; width: 100%; height: auto; }
 .files { font-size: .85rem; color: var(--c2); }
 details { margin: .75rem 0; }

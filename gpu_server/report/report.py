@@ -39,18 +39,17 @@ ABOUT_RESULTS = (
     "Tokens per second are those of all devices, labelled or not."
 )
 ABOUT = {
-    "steps": [
-        f"A thick line of loss is the mean over {SMOOTHED_PERCENT} % of a run's steps, a thin one shows single steps. Of more "
-        f"than {MOST_POINTS} steps, each point is the mean of several, in a band from the lowest to the highest of them.",
-        "Held-out perplexity is that of texts that are not trained on, over all devices that have some: e to the mean loss in "
-        "nats per token, 1 at best.",
-    ],
-    "seconds": [
-        "Time is that of the steps of which a run consists. Hours in which no server ran are not in it, nor are steps that "
-        "were lost with a server and done again."
-    ],
-    "bytes": ["Bytes are those on the sockets of all devices, both ways."],
+    "steps": f"A thick line of loss is the mean over {SMOOTHED_PERCENT} % of a run's steps, a thin one shows single steps. Of "
+    f"more than {MOST_POINTS} steps, each point is the mean of several, in a band from the lowest to the highest of them.",
+    "seconds": "Time is that of the steps of which a run consists. Hours in which no server ran are not in it, nor are steps "
+    "that were lost with a server and done again.",
+    "bytes": "Bytes are those on the sockets of all devices, both ways.",
 }
+ABOUT_HELD_OUT = (
+    "Held-out perplexity is that of texts that are not trained on, over all devices that have some: e to the mean loss in nats "
+    "per token, 1 at best."
+)
+NO_HELD_OUT = "No held-out perplexity was measured: devices do that with --eval-data and --eval-every."
 ABSENT = {
     "steps": "These runs have no steps",
     "seconds": "Of these runs not all of it was recorded, so they are left out here",
@@ -176,17 +175,17 @@ def _about(axis: Axis, runs: Sequence[MeasuredRun], labels: Sequence[str]) -> li
     named = list(zip(runs, labels, strict=True))
     if missing := "; ".join(label for run, label in named if axis.of(run)[-1] <= 0):
         missing = f"{ABSENT[axis.name]}: {missing}."
-    if axis.name != "steps" or any(len(run.held_out.steps) for run in runs):
-        unmeasured = ""
-    else:
-        unmeasured = "No held-out perplexity was measured: devices do that with --eval-data and --eval-every."
+    held_out = []
+    if axis.name == "steps":
+        is_measured = any(len(run.held_out.steps) for run in runs)
+        held_out = [ABOUT_HELD_OUT if is_measured else NO_HELD_OUT]
     incomplete = [
         f"{label}: perplexities after {count(run.held_out.incomplete, 'step')} are left out, because some of the devices with "
         "held-out texts have none for them."
         for run, label in named
         if axis.name == "steps" and run.held_out.incomplete
     ]
-    return list(filter(None, [*ABOUT[axis.name], missing, unmeasured, *incomplete]))
+    return list(filter(None, [ABOUT[axis.name], missing, *held_out, *incomplete]))
 
 
 def _require_free(output: Path) -> None:
