@@ -21,6 +21,7 @@ from .messages import (
     Done,
     EdgeAdapter,
     Evaluation,
+    HeldOutLoss,
     HiddenGradient,
     HiddenStates,
     Message,
@@ -55,7 +56,10 @@ LEGS = (
     Leg(AdapterWeights, EdgeAdapter),
     Leg(Done, RunEnd, may_be_overtaken=False),
 )
-"""In the order in which a client asks them within a step. `Evaluation` is no leg: it may be asked between any two of them."""
+"""
+In the order in which a client asks them within a step. `Evaluation` and `HeldOutLoss` are no legs: they may be asked between
+any two of them.
+"""
 
 _LEG_OF = {leg.question: leg for leg in LEGS}
 _ORDER = {kind: place for place, kind in enumerate([*(leg.question for leg in LEGS), Evaluation])}
@@ -179,4 +183,6 @@ class Itinerary:
         kind, step, _ = identity(question)
         if kind is Evaluation:
             return True
+        if kind is HeldOutLoss:  # of the run's end, a client's own data may have ended earlier
+            return start.step <= step == start.round
         return step == (start.step + 1 if kind in (Activations, AdapterGradient) else start.step)

@@ -31,12 +31,14 @@ __all__ = [
     "EvaluationStates",
     "Failure",
     "Goodbye",
+    "HeldOutLoss",
     "Hello",
     "HiddenGradient",
     "HiddenStates",
     "Join",
     "LabelledBatch",
     "Message",
+    "Noted",
     "Part",
     "PartFile",
     "Piece",
@@ -152,6 +154,8 @@ class Welcome:
     """How often the server was started again in this run. Progress since its last checkpoint is lost with each."""
     next_pin: str = ""
     """SHA-256 of the public key that the server will have next; empty where no change is planned."""
+    abilities: tuple[str, ...] = ()
+    """What it knows of SERVER_ABILITIES, which earlier releases do not."""
 
     def __post_init__(self) -> None:
         check_name(self.run)  # it names a folder on the device
@@ -473,6 +477,34 @@ class EvaluationStates:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class HeldOutLoss:
+    """client -> server, between two steps: what all my held-out texts lose. For the run's records; changes nothing else."""
+
+    step: int
+    """The last step that is in both parts' adapters; 0 before the first."""
+    loss: float
+    """Nats per labelled token; with noise in runs whose gradients have it, and then perhaps negative."""
+    labelled_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.labelled_tokens < 1:
+            raise ValueError(f"labelled_tokens must be at least 1, got {self.labelled_tokens}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Noted:
+    """server -> client: I have heard of your `HeldOutLoss`."""
+
+    step: int
+    """The question's."""
+    reached: int
+    """
+    The last step that the server's part has been trained in. If it is a later one, the part has changed while the client
+    evaluated: the loss is that of no adapter, and is not kept.
+    """
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Done:
     """client -> server: my data is used up. Answered at the run's end."""
 
@@ -530,6 +562,8 @@ Message = (
     | Evaluation
     | EvaluationLoss
     | EvaluationStates
+    | HeldOutLoss
+    | Noted
     | Done
     | RunEnd
     | Goodbye

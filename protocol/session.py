@@ -33,12 +33,14 @@ from .messages import (
     EvaluationStates,
     Failure,
     Goodbye,
+    HeldOutLoss,
     Hello,
     HiddenGradient,
     HiddenStates,
     Join,
     LabelledBatch,
     Message,
+    Noted,
     Part,
     Piece,
     Ping,
@@ -78,6 +80,7 @@ class State(enum.Enum):
     AWAITING_GRADIENT = "awaiting gradient"
     AWAITING_ADAPTER = "awaiting adapter"
     AWAITING_LOSS = "awaiting loss"
+    AWAITING_NOTE = "awaiting note"
     AWAITING_END = "awaiting the end"
     BROKEN = "broken by an illegal message"
     CLOSED = "closed"
@@ -185,6 +188,8 @@ TRANSITIONS: dict[_Row, State] = {
     (State.READY, Side.CLIENT, Evaluation): State.AWAITING_LOSS,
     (State.AWAITING_LOSS, Side.SERVER, EvaluationLoss): State.READY,
     (State.AWAITING_LOSS, Side.SERVER, EvaluationStates): State.READY,
+    (State.READY, Side.CLIENT, HeldOutLoss): State.AWAITING_NOTE,
+    (State.AWAITING_NOTE, Side.SERVER, Noted): State.READY,
     **{(state, Side.CLIENT, Goodbye): State.CLOSED for state in _OPEN},
     **{(state, Side.SERVER, Failure): State.CLOSED for state in _OPEN},
 }

@@ -13,6 +13,7 @@ __all__ = [
     "EXACT",
     "FLOAT32",
     "LARGEST_COUNT",
+    "SERVER_ABILITIES",
     "TARGETS",
     "RunSettings",
     "codec_name",
@@ -51,6 +52,9 @@ NEXT_PIN = "next-pin"
 
 ABILITIES = ("device-labels", "noise", NEXT_PIN)
 """What a client of this release can do for a run, besides what the first ones of this version could."""
+
+SERVER_ABILITIES = ("held-out-loss",)
+"""What a server of this release can do for its clients, besides what the first ones of this version could."""
 
 TARGETS = ("c_attn", "c_proj", "c_fc")
 """Names of layers that may be adapted, of all model families. Whether a model has them, is checked where it is split."""

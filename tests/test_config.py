@@ -452,7 +452,18 @@ def test_clients_are_not_told_where_things_lie() -> None:
 # Public flags and names: people and scripts rely on them, so that a change is a decision
 
 TRAINING = {
-    *("--batch-size", "--data", "--device", "--dtype", "--eval-data", "--give-up-after", "--help", "--max-length", "--model"),
+    *(
+        "--batch-size",
+        "--data",
+        "--device",
+        "--dtype",
+        "--eval-data",
+        "--eval-every",
+        "--give-up-after",
+        "--help",
+        "--log-format",
+    ),
+    *("--max-length", "--model"),
     *("--cache-bytes", "--engine", "--in-flight", "--no-shuffle", "--part-bytes", "--state-dir", "-h"),
     *("--activation-noise", "--gradient-noise", "--labels"),
 }
@@ -546,6 +557,7 @@ NAMES = {
             "EvaluationStates",
             "Failure",
             "Goodbye",
+            "HeldOutLoss",
             "Hello",
             "HiddenGradient",
             "HiddenStates",
@@ -559,6 +571,7 @@ NAMES = {
             "Leg",
             "LocalProtocolError",
             "Message",
+            "Noted",
             "Part",
             "PartFile",
             "Piece",
