@@ -7,7 +7,7 @@ from terminal import count, listed
 
 from .errors import ConfigError
 from .federation import Action
-from .history import tell
+from .history import RunFiles, tell
 from .run_setup import Run
 
 __all__ = ["go_back", "start_from"]
@@ -27,7 +27,7 @@ def go_back(run: Run) -> list[Action]:
     """
     directory, engine, federation = run.directory, run.engine, run.federation
     saved = directory.checkpoints.latest(federation.run)
-    directory.forget_after(saved.step if saved else 0)
+    directory.forget_after(saved.step if saved else -1)
     directory.rotate()
     if saved is None:
         return []
@@ -38,7 +38,10 @@ def go_back(run: Run) -> list[Action]:
         )
     engine.restore(saved.state)
     earliest = directory.checkpoints.steps()[0]
-    actions = federation.restore(saved.step, earliest, saved.membership, engine.edge_adapter(), time.monotonic())
+    evaluated = {record.client: record.step for record in RunFiles(directory.path).evaluations()}
+    actions = federation.restore(
+        saved.step, earliest, saved.membership, engine.edge_adapter(), time.monotonic(), evaluated=evaluated
+    )
     _tell_where_it_goes_on(run)
     return actions
 

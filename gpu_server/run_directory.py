@@ -148,7 +148,12 @@ class RunDirectory:
             self._lines[METRICS].sync()
 
     def forget_after(self, step: int) -> None:
-        """Take back the lines of steps that will be done again, and of what was held out after them."""
+        """
+        Take back the lines of steps that will be done again, and of held-out texts that were evaluated after these.
+
+        Args:
+            step: the last that the run has finished; -1 where it has not begun.
+        """
         with self._writing():
             for name in (METRICS, EVALUATIONS):
                 self._lines[name].forget(lambda line: bool(line["step"] > step))

@@ -16,6 +16,7 @@ __all__ = [
     "FinishRun",
     "FinishStep",
     "Forward",
+    "KeepHeldOutLoss",
     "Reply",
     "Report",
     "SaveCodecState",
@@ -98,6 +99,18 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeepHeldOutLoss:
+    """A client has evaluated its held-out texts, with the adapter that the run has: write that."""
+
+    client: str
+    step: int
+    """The last that is in the adapter."""
+    loss: float
+    """Nats per labelled token."""
+    labelled_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinishStep:
     """A step is complete: write its line of metrics once the replies before it are sent."""
 
@@ -140,5 +153,16 @@ class Report:
 
 
 Action = (
-    Reply | Train | Forward | Backward | Aggregate | Evaluate | FinishStep | Checkpoint | FinishRun | SaveCodecState | Report
+    Reply
+    | Train
+    | Forward
+    | Backward
+    | Aggregate
+    | Evaluate
+    | KeepHeldOutLoss
+    | FinishStep
+    | Checkpoint
+    | FinishRun
+    | SaveCodecState
+    | Report
 )

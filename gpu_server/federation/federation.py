@@ -65,7 +65,7 @@ The order of actions is part of the result: replies leave in it, and a checkpoin
 
 import enum
 import logging
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,11 +80,13 @@ from protocol import (
     Evaluation,
     EvaluationLoss,
     EvaluationStates,
+    HeldOutLoss,
     Hello,
     HiddenGradient,
     HiddenStates,
     Join,
     Message,
+    Noted,
     QuestionId,
     RemoteProtocolError,
     RunEnd,
@@ -93,7 +95,7 @@ from protocol import (
     Tensors,
     Welcome,
 )
-from protocol.settings import codec_name
+from protocol.settings import SERVER_ABILITIES, codec_name
 from terminal import duration
 
 from .codec_policy import CodecPolicy
@@ -107,6 +109,7 @@ from .events import (
     FinishRun,
     FinishStep,
     Forward,
+    KeepHeldOutLoss,
     Reply,
     Report,
     SaveCodecState,
@@ -117,13 +120,14 @@ from .member import Member, Presence
 from .message_rules import (
     ModelLimits,
     StepQuestion,
+    check_held_out_loss,
     check_hello,
     check_hidden_gradient,
     check_newcomer,
     check_question,
     check_same_data,
 )
-from .roster import Asked, Roster
+from .roster import NOBODY, Asked, Roster
 from .run_status import RunStatus
 from .step import Aggregated, AskedBack, StepInProgress, Trained
 from .timing import StepTiming
@@ -210,7 +214,14 @@ class Federation:
         return self._roster.saved()
 
     def restore(
-        self, step: int, earliest: int, membership: dict[str, dict[str, Any]], edge_adapter: Tensors, now: float
+        self,
+        step: int,
+        earliest: int,
+        membership: dict[str, dict[str, Any]],
+        edge_adapter: Tensors,
+        now: float,
+        *,
+        evaluated: Mapping[str, int] = NOBODY,
     ) -> list[Action]:
         """
         Stand at the end of the round that ended with ``step``, with everybody's connection lost.
@@ -219,9 +230,10 @@ class Federation:
             earliest: step of the earliest checkpoint that there is.
             membership: as `membership` gave it then.
             edge_adapter: of that round.
+            evaluated: by client, the last step up to this one of which its held-out loss is kept.
         """
         self.edge_adapter = edge_adapter
-        self._roster.restore(membership, step)
+        self._roster.restore(membership, step, evaluated)
         self.step = self.round = self._recorded = step
         self.checkpoints = (earliest, step)
         self.total_steps = self._roster.last_step
@@ -240,7 +252,13 @@ class Federation:
         later = set() if self.codec_policy is None else self.codec_policy.may_use()
         check_hello(hello, self.limits, self.settings.codecs() | later, self.settings.abilities())
         self._roster.greet(hello.name, starting=self.phase is Phase.JOINING, ending=self._is_ending)
-        return Welcome(run=self.run, settings=self.settings, fingerprint=self.limits.fingerprint, restarts=self.restarts)
+        return Welcome(
+            run=self.run,
+            settings=self.settings,
+            fingerprint=self.limits.fingerprint,
+            restarts=self.restarts,
+            abilities=SERVER_ABILITIES,
+        )
 
     def join(self, name: str, join: Join, now: float) -> list[Action]:
         """
@@ -277,6 +295,8 @@ class Federation:
             check_question(name, message, member, self.limits)
             member.evaluation = message
             return [Evaluate(client=name, batch=message)]
+        if isinstance(message, HeldOutLoss):
+            return self._note_held_out_loss(name, message, now)
         if not isinstance(message, StepQuestion | HiddenGradient):
             raise RemoteProtocolError(f"{type(message).__name__} out of turn")
         if isinstance(message, Activations | HiddenGradient) and message.step <= member.resumed_at:
@@ -523,6 +543,20 @@ class Federation:
         member.evaluation = None
         self.timing.replied(name, now)  # the time of an evaluation belongs to no step
         return [Reply(client=name, message=answer)]
+
+    def _note_held_out_loss(self, name: str, told: HeldOutLoss, now: float) -> list[Action]:
+        """Kept once, and only if it is that of the adapter which the run had while the client evaluated."""
+        check_held_out_loss(name, told, self.settings)
+        member = self.members[name]
+        if told.step > self.step:
+            raise RemoteProtocolError(f"HeldOutLoss of step {told.step}, and the run has reached step {self.step}")
+        self.timing.replied(name, now)  # as of an evaluation
+        noted = Reply(client=name, message=Noted(step=told.step, reached=self.step))
+        if not told.step == self.step == self.round or told.step <= member.evaluated:
+            return [noted]
+        member.evaluated = told.step
+        kept = KeepHeldOutLoss(client=name, step=told.step, loss=told.loss, labelled_tokens=told.labelled_tokens)
+        return [kept, noted]
 
     # What follows from it
 

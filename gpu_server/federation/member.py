@@ -87,6 +87,8 @@ class Member:
     """Those to the questions that were answered last, all of one kind and step."""
     evaluation: Evaluation | None = None
     """The held-out batch whose loss its present connection waits for."""
+    evaluated: int = -1
+    """The last step of which its held-out loss is kept; -1: none."""
     remembers: int = 0
     """The last step that it has finished and not forgotten, as its `Join` says, or a question that the run has left behind. A
     device whose disk is lost forgets."""

@@ -16,6 +16,7 @@ from protocol import (
     Array,
     Done,
     Evaluation,
+    HeldOutLoss,
     Hello,
     HiddenGradient,
     HiddenStates,
@@ -34,6 +35,7 @@ from .member import Member
 __all__ = [
     "ModelLimits",
     "StepQuestion",
+    "check_held_out_loss",
     "check_hello",
     "check_hidden_gradient",
     "check_newcomer",
@@ -169,6 +171,18 @@ def check_hidden_gradient(name: str, gradient: HiddenGradient, states: HiddenSta
     if abs(gradient.summed_loss) > (most := LARGEST_VALUE * max(1, gradient.labelled_tokens)):
         raise RemoteProtocolError(
             f"the loss of {count(gradient.labelled_tokens, 'token')} is {gradient.summed_loss:g}; it may be up to {most:g}"
+        )
+
+
+def check_held_out_loss(name: str, told: HeldOutLoss, settings: RunSettings) -> None:
+    """
+    Raises:
+        RemoteProtocolError: it is no loss that the run's texts may have.
+    """
+    least = -LARGEST_VALUE if settings.gradient_noise else 0.0
+    if not least <= told.loss <= LARGEST_VALUE:
+        raise RemoteProtocolError(
+            f"{name} says that its held-out texts lose {told.loss:g}; it may be {least:g} to {LARGEST_VALUE:g}"
         )
 
 

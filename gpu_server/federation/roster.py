@@ -1,6 +1,6 @@
 """Who is in the run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -9,9 +9,10 @@ from terminal import count
 
 from .member import Member, Presence
 
-__all__ = ["Asked", "NameInUse", "Roster"]
+__all__ = ["NOBODY", "Asked", "NameInUse", "Roster"]
 
 Asked = TypeVar("Asked", bound="Message | Contribution")
+NOBODY: Mapping[str, int] = {}
 
 
 class NameInUse(RemoteProtocolError):
@@ -104,17 +105,20 @@ class Roster:
         """What has to be known of the members to go on after a round's end, as JSON."""
         return {name: {**asdict(member.join), "left": member.presence.has_left} for name, member in self}
 
-    def restore(self, membership: dict[str, dict[str, Any]], step: int) -> None:
+    def restore(self, membership: dict[str, dict[str, Any]], step: int, evaluated: Mapping[str, int] = NOBODY) -> None:
         """
         Nobody is connected, and all that stay have the adapter of the round that ended with ``step``.
 
         Args:
             membership: as `saved` gave it.
+            evaluated: see `Member.evaluated`.
         """
         for name, fields in membership.items():
             join = Join(**{key: value for key, value in fields.items() if key != "left"})
             itinerary, presence = self._itinerary(join), Presence.LEFT if fields["left"] else Presence.AWAY
-            self.members[name] = Member(join, itinerary, self._matrix_shapes, presence, itinerary.after_round(step))
+            member = Member(join, itinerary, self._matrix_shapes, presence, itinerary.after_round(step))
+            member.evaluated = evaluated.get(name, member.evaluated)
+            self.members[name] = member
 
     # Whom a step or a round waits for
 

@@ -23,13 +23,14 @@ from ..federation import (
     FinishRun,
     FinishStep,
     Forward,
+    KeepHeldOutLoss,
     Reply,
     Report,
     SaveCodecState,
     StepRecord,
     Train,
 )
-from ..history import tell
+from ..history import EvaluationRecord, tell
 from .journal import Journal
 from .lifetime import Lifetime
 from .observer import Observer
@@ -82,6 +83,7 @@ class Performer:
             Backward: self._backward,
             Aggregate: self._aggregate,
             Evaluate: self._evaluate,
+            KeepHeldOutLoss: self._keep_held_out_loss,
             FinishRun: self._finish_run,
             SaveCodecState: self._save_codec_state,
         }
@@ -174,6 +176,21 @@ class Performer:
         else:
             hidden = await self._compute(engine.infer, action.batch)
             self.perform(federation.inferred(action.client, action.batch, hidden, time.monotonic()))
+
+    async def _keep_held_out_loss(self, action: KeepHeldOutLoss, _: Replies) -> None:
+        record = EvaluationRecord(
+            step=action.step,
+            time=time.time(),
+            client=action.client,
+            loss=action.loss,
+            labelled_tokens=action.labelled_tokens,
+        )
+        written, step = self._journal.write_evaluation(record), self._steps.last
+        if step is not None:
+            await step  # whoever follows the run hears of a step before he hears what came of it
+        await asyncio.wrap_future(written)
+        for observer in self._observers:
+            observer.evaluated(record)
 
     async def _finish_run(self, _: FinishRun, __: Replies) -> None:
         await self._checkpoints.finish()
