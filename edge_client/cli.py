@@ -1,10 +1,11 @@
 """The command splitlora-edge. Each subcommand imports what it needs by itself, so that --help and ping answer at once."""
 
 import argparse
+import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from getpass import getpass
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from .generation import Generator, Speed
 
 __all__ = ["build_parser", "main"]
+
+logger = logging.getLogger("edge_client")
 
 PROGRAM = "splitlora-edge"
 INVITATION_VARIABLE = "SPLITLORA_INVITATION"
@@ -169,6 +172,12 @@ def _add_training_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--eval-data", metavar="FILE", help="held-out texts, whose perplexity is measured before and after training"
     )
+    command.add_argument(
+        "--eval-every",
+        type=int,
+        metavar="N",
+        help="evaluate --eval-data after every N steps as well, while the other devices wait, and tell the server its loss",
+    )
     command.add_argument("--batch-size", type=int, default=8, help="samples in a step (default: %(default)s)")
     command.add_argument(
         "--max-length", type=int, default=512, help="tokens after which a sample is cut (default: %(default)s)"
@@ -231,6 +240,12 @@ def _add_training_flags(command: argparse.ArgumentParser) -> None:
         "killed (default: the user's folder for state)",
     )
     command.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="json: a line an event on standard error, steps too, as in this device's own log (default: text)",
+    )
+    command.add_argument(
         "--give-up-after", type=float, metavar="SECONDS", help="stop after so long without a connection (default: never)"
     )
 
@@ -244,16 +259,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_train(options: argparse.Namespace) -> None:
     from .client import EdgeClient
 
-    with show_log("edge_client"), _Preparations() as shown:
-        _train(EdgeClient(options.server, name=options.name, report=shown, **_training_options(options)), shown)
+    as_json = options.log_format == "json"
+    with show_log("edge_client", options.log_format), _Preparations(silent=as_json) as shown:
+        client = EdgeClient(options.server, name=options.name, report=shown, **_training_options(options))
+        _train(client, shown, as_json=as_json)
 
 
 def run_join(options: argparse.Namespace) -> None:
     from .client import EdgeClient
 
     invitation = _invitation(options.invitation)
-    with show_log("edge_client"), _Preparations() as shown:
-        _train(EdgeClient.join(invitation, report=shown, **_training_options(options)), shown)
+    as_json = options.log_format == "json"
+    with show_log("edge_client", options.log_format), _Preparations(silent=as_json) as shown:
+        _train(EdgeClient.join(invitation, report=shown, **_training_options(options)), shown, as_json=as_json)
 
 
 def _invitation(given: str | None) -> str:
@@ -289,6 +307,7 @@ def _training_options(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "data": options.data,
         "eval_data": options.eval_data,
+        "eval_every": options.eval_every,
         "batch_size": options.batch_size,
         "max_length": options.max_length,
         "shuffle": not options.no_shuffle,
@@ -308,9 +327,15 @@ def _training_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class _Preparations:
-    """Shows how far this device is with what it does before it joins the run."""
+    """
+    Shows how far this device is with what it does before it joins the run.
 
-    def __init__(self) -> None:
+    Args:
+        silent: show nothing: standard error is read by a program.
+    """
+
+    def __init__(self, *, silent: bool) -> None:
+        self._is_silent = silent
         self._what = ""
         self._progress: Progress | None = None
         self._megabytes = 0
@@ -324,7 +349,7 @@ class _Preparations:
                 return  # it was there already, or is over before anybody has read of it
             self.close()
             self._what, self._megabytes, self._began = what, _megabytes(done), (now, done)
-            self._progress = Progress(_megabytes(total), self._megabytes, unit=f"MB of {what}")
+            self._progress = Progress(_megabytes(total), self._megabytes, unit=f"MB of {what}", silent=self._is_silent)
         if _megabytes(done) > self._megabytes:
             speed = (done - self._began[1]) / max(now - self._began[0], 1e-9)
             self._progress.advance(f"{speed / 1e6:.3g} MB/s", _megabytes(done) - self._megabytes)
@@ -346,25 +371,31 @@ def _megabytes(num_bytes: int) -> int:
     return -(-num_bytes // 10**6)
 
 
-def _train(device: "EdgeClient", shown: _Preparations) -> None:
+def _train(device: "EdgeClient", shown: _Preparations, *, as_json: bool) -> None:
     from protocol import Seconds
 
+    say = _log if as_json else _say
     with device as client:
         shown.close()
-        _say(_introduction(client))
+        say(_introduction(client))
         if report := client.noise_report():
-            _say(f"device {client.name}: {report}")
+            say(f"device {client.name}: {report}")
         start = client.start()
-        _show_perplexity(client, "before")
+        is_evaluated = client.eval_every is not None  # then training does it, and the log says what comes of it
+        if not is_evaluated:
+            _show_perplexity(client, "before", say, silent=as_json)
         spent = Seconds()
-        with Progress(client.num_steps, start.step) as progress:
+        with Progress(client.num_steps, start.step, silent=as_json) as progress:
             for step in client.train():
                 progress.update(step=step.number, loss=step.loss, tokens=step.tokens, num_bytes=step.num_bytes)
                 spent += step.seconds
         if where := where_time_went(vars(spent), ADVICE):
-            _say(where)
-        _show_perplexity(client, "after")
-        _say(f"done: {client.num_bytes / 1e6:.2f} MB exchanged")
+            say(where)
+        if client.evaluations:
+            say(f"perplexity after: {client.evaluations[-1].perplexity:.3f}")
+        else:
+            _show_perplexity(client, "after", say, silent=as_json)
+        say(f"done: {client.num_bytes / 1e6:.2f} MB exchanged")
 
 
 def run_ping(options: argparse.Namespace) -> None:
@@ -460,13 +491,17 @@ def _described(data: "Dataset") -> str:
     return described
 
 
-def _show_perplexity(client: "EdgeClient", when: str) -> None:
+def _show_perplexity(client: "EdgeClient", when: str, say: Callable[[str], None], *, silent: bool) -> None:
     if client.eval_data is None:
         return
     total = client.eval_data.num_batches(client.batch_size)
-    with Progress(total, unit="batch") as progress:
+    with Progress(total, unit="batch", silent=silent) as progress:
         found = client.perplexity(lambda estimate: progress.advance(f"perplexity {when} {estimate:.2f}"))
-    _say(f"perplexity {when}: {found:.3f}")
+    say(f"perplexity {when}: {found:.3f}")
+
+
+def _log(line: str) -> None:
+    logger.info("%s", line)
 
 
 def _say(line: str) -> None:

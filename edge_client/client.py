@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Union
@@ -18,6 +18,7 @@ from protocol import (
     Array,
     Hello,
     Join,
+    RemoteProtocolError,
     RunSettings,
     Start,
     TrainingDiverged,
@@ -31,18 +32,21 @@ from storage import ModelError, NamedFiles, find_model
 from terminal import importing, user_path, user_text_path
 
 from .access import Access, default_name
-from .client_state import ClientState, DeviceCache, WayToCompute, allowed_cache_bytes
-from .connection import Refused, SecretRefused
+from .client_state import ClientState, DeviceCache, StateError, WayToCompute, allowed_cache_bytes
+from .connection import ConnectionFailed, Refused, SecretRefused
 from .data import Batch, Batches, DataError, Dataset, check_file
+from .device_log import DeviceLog
 from .disclosure import Demands, Disclosure
 from .engine import Engine
 from .engine_choice import ENGINES, TORCH, choose_engine
 from .enrolment import state_folder, store
+from .held_out import Evaluated, HeldOut, perplexity
 from .membership import Membership, Redirected
 from .part.fetching import fetch_part, part_digest
 from .part.part_cache import PartCache
+from .pinning import CertificateChanged
 from .server_status import model_of_server
-from .training import Step, perplexity, train
+from .training import Step, train
 from .waiting import WaitReports, reason_to_wait
 
 if TYPE_CHECKING:
@@ -73,6 +77,9 @@ class EdgeClient:
         model: the run's base model, a Hugging Face folder or a hub name; None: the server hands over this device's part of it.
         data: .jsonl, .csv or .txt; the texts stay on this device.
         eval_data: held-out texts for `perplexity`.
+        eval_every: steps from one evaluation of ``eval_data`` to the next, for which the others wait: before the first step, at
+            each round's end by which so many more are done, and when the run is over. `evaluations` has what comes of it, and
+            so have the server's records. None evaluates only when `perplexity` is called.
         max_length: tokens after which a sample is cut; never more than the model has positions.
         shuffle: a new order in every epoch, from the run's seed; False keeps the file's order.
         name: of this device in the run; the default is made of the host's name and the data file's.
@@ -117,6 +124,8 @@ class EdgeClient:
     """On entering: why."""
     disclosure: Disclosure
     """On entering: what of the data leaves this device."""
+    log_file: Path
+    """What this device sees of its runs, a line an event."""
 
     def __init__(
         self,
@@ -125,6 +134,7 @@ class EdgeClient:
         model: str | None = None,
         data: str | os.PathLike[str],
         eval_data: str | os.PathLike[str] | None = None,
+        eval_every: int | None = None,
         batch_size: int = 8,
         max_length: int = 512,
         shuffle: bool = True,
@@ -152,6 +162,10 @@ class EdgeClient:
             raise DataError(f"part-bytes must be at least 0, got {part_bytes}")
         if max_length < 2:
             raise DataError(f"max-length must be at least 2 tokens, got {max_length}")
+        if eval_every is not None and eval_every < 1:
+            raise DataError(f"eval-every must be at least 1 step, got {eval_every}")
+        if eval_every is not None and eval_data is None:
+            raise DataError(f"eval-every {eval_every} needs held-out texts: give --eval-data FILE")
         if engine not in ENGINES:
             raise DataError(f"engine must be {', '.join(ENGINES[:-1])} or {ENGINES[-1]}, got {engine!r}")
         if engine == TORCH and model is None:
@@ -167,6 +181,10 @@ class EdgeClient:
         self.name = name or self._access.name or default_name(data)
         self._state, self._give_up_after = ClientState(state, server, self.name), give_up_after
         self._tokens, self._report = state / "tokens", report
+        self.log_file = self._state.log_file
+        self._log = DeviceLog(self.name, self.log_file)
+        self.eval_every = eval_every
+        self._held_out: HeldOut | None = None
         self._parts = PartCache(state / "parts", PART_BYTES if part_bytes is None else part_bytes)
         self._asked_engine, self._device, self._dtype = engine, device, dtype
         self._in_flight, self._cache_bytes = in_flight, cache_bytes
@@ -238,7 +256,7 @@ class EdgeClient:
 
     def __enter__(self) -> "EdgeClient":
         """Connect, learn the run's settings and make the device's part of the model ready. `start` then joins the run."""
-        self._wait_reports = WaitReports(lambda: reason_to_wait(self._access.connect, self.name))
+        self._wait_reports = WaitReports(lambda: reason_to_wait(self._access.connect, self.name), self._log)
         self._membership = Membership(
             self._access.connect,
             Hello(
@@ -254,11 +272,13 @@ class EdgeClient:
             wants_part=self._asked_engine != TORCH,
             while_waiting=self._wait_reports,
             welcomed=self._access.heard,
+            log=self._log,
         )
         self._start: Start | None = None
         self._wait_reports.begin()
         try:
             self._make_ready(self.welcome.settings)
+            self._held_out = self._evaluated_every(self.eval_every)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -323,6 +343,19 @@ class EdgeClient:
                 f"({self.welcome.fingerprint})"
             )
         return part, part_digest(files)
+
+    def _evaluated_every(self, steps: int | None) -> HeldOut | None:
+        if steps is None or self.eval_data is None:
+            return None
+        return HeldOut(
+            self.eval_data,
+            self.batch_size,
+            steps,
+            membership=self._membership,
+            engine=self._engine,
+            disclosure=self.disclosure,
+            log=self._log,
+        )
 
     def _described_data(self) -> str:
         return f"{self.data.digest} max-length={self._max_length} {'shuffled' if self.shuffle else 'in order'}"
@@ -392,20 +425,60 @@ class EdgeClient:
             self._membership.position.step = self._state.saved_steps.last_step()
             cache = self._activation_cache
             self._go_to(self._membership.start(join, largest_message=largest_message, activation_cache=cache))
+            self._tell_that_it_starts()
         assert self._start is not None
         return self._start
 
     def train(self) -> Iterator[Step]:
         """Take part in the run, step by step, to its end."""
-        return train(
-            self._membership,
-            self._engine,
-            self._batches,
-            self.start(),
-            disclosure=self.disclosure,
-            saved_steps=self._state.saved_steps,
-            in_flight=self._in_flight,
+        return self._telling(
+            train(
+                self._membership,
+                self._engine,
+                self._batches,
+                self.start(),
+                disclosure=self.disclosure,
+                saved_steps=self._state.saved_steps,
+                in_flight=self._in_flight,
+                held_out=self._held_out,
+            )
         )
+
+    def _tell_that_it_starts(self) -> None:
+        assert self._start is not None
+        self._log.tell(
+            "started",
+            f"takes part in run {self.welcome.run} from step {self._start.step + 1} of {self.num_steps} on",
+            level="debug",
+            step=self._start.step,
+            run=self.welcome.run,
+            steps=self.num_steps,
+            samples=len(self.data.samples),
+            batch_size=self.batch_size,
+            engine=self.engine,
+            dtype=self.dtype,
+        )
+
+    def _telling(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """Them, each told to the log."""
+        for step in steps:
+            self._log.tell(
+                "step",
+                f"step {step.number}: loss {step.loss:.4f}",
+                level="debug",
+                step=step.number,
+                loss=step.loss,
+                tokens=step.tokens,
+                bytes=step.num_bytes,
+                seconds={part: round(value, 6) for part, value in vars(step.seconds).items()},
+            )
+            yield step
+        self._log.tell("done", f"run {self.welcome.run} is over", level="debug", step=self.num_steps, bytes=self.num_bytes)
+
+    @property
+    def evaluations(self) -> Sequence[Evaluated]:
+        """What ``eval_data`` has lost so far, with ``eval_every``: the earliest first."""
+        return () if self._held_out is None else tuple(self._held_out.evaluations)
 
     def perplexity(self, on_batch: Callable[[float], object] | None = None) -> float:
         """
@@ -469,6 +542,14 @@ class EdgeClient:
         connection, as if this device had been killed: started again as before, it goes on, and nothing of the run has changed.
         """
         self._wait_reports.close()
+        try:
+            self._leave(kind, error)
+        finally:
+            self._log.close()
+
+    def _leave(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
+        if kind is not None:
+            self._log.tell(*_ending(kind, error), level="debug")
         if kind is None or issubclass(kind, KeyboardInterrupt | TrainingDiverged):  # what has diverged would diverge again
             self._state.delete()
             self._membership.close()
@@ -480,7 +561,19 @@ class EdgeClient:
             self._state.delete()  # the server will not take this device back
             return
         how = "joined with its new invitation" if issubclass(kind, SecretRefused) else "started again with the same command"
-        logger.info("this device stays in run %s: %s, it goes on there", self.welcome.run, how)
+        self._log.tell("note", f"this device stays in run {self.welcome.run}: {how}, it goes on there")
+
+
+SAYS_NO_TEXT = (ConnectionFailed, Refused, CertificateChanged, RemoteProtocolError, TrainingDiverged, StateError)
+"""Errors whose sentences never have anything of the owner's texts in them, as those on data may."""
+
+
+def _ending(kind: type[BaseException], error: BaseException | None) -> tuple[str, str]:
+    """Kind of event and text, of what ends this device before the run is over."""
+    if issubclass(kind, KeyboardInterrupt):
+        return "left", "the user has ended it"
+    why = f": {error}" if issubclass(kind, SAYS_NO_TEXT) else ""
+    return "refused" if issubclass(kind, Refused) else "stopped", f"{kind.__name__}{why}"
 
 
 Described = Union["ModelConfig", "PartDescription"]

@@ -18,7 +18,7 @@ from .saved_steps import SavedSteps, StateError, readable_errors
 
 __all__ = ["ClientState", "DeviceCache", "StateError", "WayToCompute", "allowed_cache_bytes"]
 
-FOLDER, NOTE, CACHE, SECRET = "places", "place.json", "samples", "noise"
+FOLDER, NOTE, CACHE, SECRET, LOGS = "places", "place.json", "samples", "noise", "logs"
 """Names on the disk are those of earlier versions: a device that was killed under one of them finds back."""
 MOST_CACHE_BYTES = 2**30
 """Where the user says nothing. A server does not decide how much of a device's disk it fills."""
@@ -41,7 +41,7 @@ class ClientState:
     """
     A folder for each server and client name, which is there as long as this client belongs to an unfinished run. It holds a
     note of which run that is, the saved steps of a run with long rounds, the activation cache of a run in `DELTA`, and the
-    secret of a run with noise.
+    secret of a run with noise. Beside it is the log of all runs that this client has been in there, which stays.
 
     Args:
         state_folder: of everything that this device keeps, for all servers.
@@ -54,6 +54,7 @@ class ClientState:
         digest = hashlib.sha256(f"{server} {name}".encode()).hexdigest()
         self._server, self._name = server, name
         self._folder = state_folder / FOLDER / digest[:32]
+        self.log_file = state_folder / LOGS / f"{name}-{digest[:8]}.jsonl"
         self.saved_steps = SavedSteps(self._folder)
 
     @property

@@ -1,7 +1,6 @@
 """A client's membership in a run, which outlives its connections."""
 
 import hashlib
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +23,7 @@ from protocol import (
     Pong,
     Remembered,
     RemoteProtocolError,
+    RunEnd,
     Start,
     Welcome,
     identity,
@@ -33,12 +33,12 @@ from storage import ModelError
 from terminal import plain
 
 from .connection import Connection, ConnectionFailed, Dial, Refused
+from .device_log import DeviceLog
 from .reconnector import Reconnector
 from .stopwatch import Stopwatch
 
 __all__ = ["Membership", "Position", "Redirected"]
 
-logger = logging.getLogger("edge_client")
 Question = TypeVar("Question", bound=Message)
 Answer = TypeVar("Answer", bound=Message)
 
@@ -64,6 +64,11 @@ class Position:
     """The last step that is in the adapter with which it began the present round."""
     checkpoint: int = 0
     """The earliest step that the server may go back to."""
+
+    @property
+    def is_between_rounds(self) -> bool:
+        """Whether this client has the adapter that the run has; within a round it has its own."""
+        return self.step == self.round
 
 
 class PostponedStart:
@@ -106,6 +111,7 @@ class Membership:
             else whether it hands over any. See `edge_weights`.
         welcomed: called with every connection and what the server has welcomed this client with.
         stopwatch: divides the time that this client spends.
+        log: hears what becomes of the connection.
         sleep: waits for so many seconds.
         clock: gives seconds.
 
@@ -126,14 +132,15 @@ class Membership:
         while_waiting: AbstractContextManager[None] | None = None,
         welcomed: Callable[[Connection, Welcome], None] = lambda connection, welcome: None,
         stopwatch: Stopwatch | None = None,
+        log: DeviceLog | None = None,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._hello, self._while_waiting = hello, while_waiting or nullcontext()
         self._welcomed = welcomed
-        self.stopwatch = stopwatch or Stopwatch()
+        self.stopwatch, self._log = stopwatch or Stopwatch(), log or DeviceLog(hello.name, None)
         self._server = Reconnector(
-            dial, hello.name, give_up_after=give_up_after, stopwatch=self.stopwatch, sleep=sleep, clock=clock
+            dial, hello.name, give_up_after=give_up_after, stopwatch=self.stopwatch, log=self._log, sleep=sleep, clock=clock
         )
         self.position = Position()
         self._postponed = PostponedStart()
@@ -235,6 +242,10 @@ class Membership:
         if self._server.is_connected:
             self._server.connection.ask(reply)
 
+    def training_follows(self) -> None:
+        """The training goes where the last `Start` says, of whichever question it has heard that."""
+        self._postponed.take()
+
     def next_index(self) -> int:
         """
         A new number for each `Evaluation`, `AskPart` and `AskPiece`. The answer repeats it: so a late answer is recognised, and
@@ -253,7 +264,8 @@ class Membership:
         if self._server.is_connected:
             self._server.connection.close()
         elif self._join is not None:
-            logger.warning("without a connection the server cannot be told that this device leaves: the run waits for it")
+            away = "without a connection the server cannot be told that this device leaves: the run waits for it"
+            self._log.tell("note", away, level="warning")
 
     def hang_up(self) -> None:
         """Close the connection without a word, as a device that was killed: it remains a member, and may come back."""
@@ -275,11 +287,12 @@ class Membership:
                 return self._asked_back_about(waiting, answer), answer
             question = waiting.popleft()
             if isinstance(answer, Start):  # the run has gone on without this client, and none of its questions will be answered
-                _log_where_to(question, answer)
+                self._tell_where_to(question, answer)
                 self._redirect(answer, question)
             self._server.made_progress()  # what the server says after each connection, such as a Welcome, would be none
-            if isinstance(answer, EdgeAdapter):
+            if isinstance(answer, EdgeAdapter | RunEnd):
                 self.position.round = answer.step
+            if isinstance(answer, EdgeAdapter):
                 self.position.checkpoint = max(self.position.checkpoint, answer.checkpoint)
             return question, cast(Answer, answer)
 
@@ -326,6 +339,20 @@ class Membership:
         else:
             self._postponed.take()
         raise Redirected(start)
+
+    def _tell_where_to(self, question: Message, start: Start) -> None:
+        """
+        Where a question came too late, and the run has gone on without this device; or where the server takes back what this
+        device has sent, which no run has to do often: with another adapter, what is sent again tells more of the same texts.
+        """
+        first = getattr(question, "step", start.step + 1)
+        if first <= start.step:
+            steps = f"step {first}" if first == start.step else f"steps {first} to {start.step}"
+            text = f"the run has gone on without this device, which has missed {steps}"
+            self._log.tell("missed", text, step=start.step, first=first, last=start.step)
+        else:
+            text = f"the server sends this device back: what it has sent of step {first} it sends again"
+            self._log.tell("sent_back", text, step=start.step)
 
     def _follow_postponed_start(self, question: Message) -> None:
         """
@@ -394,9 +421,8 @@ class Membership:
     def _rejoin(self, connection: Connection) -> Start:
         self._hear_same_welcome(connection)
         start = self._enter(connection)
-        logger.info(
-            "connected again; the run goes on after step %d, this device had finished step %d", start.step, self.position.step
-        )
+        stands = f"the run goes on after step {start.step}, this device had finished step {self.position.step}"
+        self._log.tell("back", f"connected again; {stands}", step=self.position.step)
         return start
 
 
@@ -409,16 +435,3 @@ def _check_same_run(before: Welcome, now: Welcome) -> None:
             f"the server does not keep to the protocol: run {now.run} has other settings than before "
             f"({', '.join(changed)}); the same run has the same settings"
         )
-
-
-def _log_where_to(question: Message, start: Start) -> None:
-    """
-    Where a question came too late, and the run has gone on without this device; or where the server takes back what this
-    device has sent, which no run has to do often: with another adapter, what is sent again tells more of the same texts.
-    """
-    first = getattr(question, "step", start.step + 1)
-    if first <= start.step:
-        steps = f"step {first}" if first == start.step else f"steps {first} to {start.step}"
-        logger.info("the run has gone on without this device, which has missed %s", steps)
-    else:
-        logger.info("the server sends this device back: what it has sent of step %d it sends again", first)

@@ -10,6 +10,7 @@ from protocol import ActivationCache
 from terminal import Reminders
 
 from .connection import Connection, ConnectionFailed, Dial
+from .device_log import DeviceLog
 from .stopwatch import Stopwatch
 
 __all__ = ["Backoff", "Reconnector"]
@@ -58,6 +59,7 @@ class Reconnector:
         name: of this device; it seeds the `Backoff`.
         give_up_after: seconds without a connection, added up until `made_progress`; None tries forever.
         stopwatch: of all connections; the time without one is left out of it.
+        log: hears when a connection is lost.
         sleep: waits for so many seconds.
         clock: gives seconds.
     """
@@ -69,10 +71,11 @@ class Reconnector:
         *,
         give_up_after: float | None = None,
         stopwatch: Stopwatch,
+        log: DeviceLog,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._dial, self._give_up_after, self._stopwatch = dial, give_up_after, stopwatch
+        self._dial, self._give_up_after, self._stopwatch, self._log = dial, give_up_after, stopwatch, log
         self._sleep, self._clock = sleep, clock
         self._backoff = Backoff(name)
         self._connection: Connection | None = None
@@ -140,8 +143,9 @@ class Reconnector:
             wait = max(self._backoff.next_wait(), error.retry_after)
             self._check_give_up(wait, error)
             if now - began >= report_at:
-                level = logging.WARNING if error.retry_after else logging.INFO  # the user may be able to do something about it
-                logger.log(level, "%s; this device tries until there is a connection, next in %.1f s", error, wait)
+                level = "warning" if error.retry_after else "info"  # the user may be able to do something about it
+                text = f"{error}; this device tries until there is a connection, next in {wait:.1f} s"
+                self._log.tell("lost", text, level=level, seconds=round(now - began, 3))
                 report_at = REMINDERS.next_after(now - began)
             else:
                 logger.debug("%s; this device tries again in %.1f s", error, wait)

@@ -5,12 +5,9 @@ It knows neither torch nor sockets: an `Engine` computes, and a `Membership` get
 connections that takes. Only one thing may come instead of an answer: `Redirected` says where in the run this device goes on.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-import numpy as np
 
 from protocol import (
     ActivationGradient,
@@ -19,9 +16,6 @@ from protocol import (
     AdapterWeights,
     Done,
     EdgeAdapter,
-    Evaluation,
-    EvaluationLoss,
-    EvaluationStates,
     HiddenGradient,
     HiddenStates,
     Itinerary,
@@ -35,16 +29,15 @@ from protocol import (
     derive_seed,
 )
 
-from .data import Batch, Batches, Dataset, pack
+from .data import Batch, Batches
 from .disclosure import Disclosure
 from .engine import Engine
+from .held_out import HeldOut
 from .membership import Membership, Redirected
 from .saved_steps import SavedStep, SavedSteps
 from .stopwatch import difference
 
-__all__ = ["Step", "hidden_gradient", "perplexity", "train"]
-
-LARGEST_EXPONENT = 700.0  # exp() of more is no float
+__all__ = ["Step", "hidden_gradient", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +65,7 @@ def train(
     disclosure: Disclosure,
     saved_steps: SavedSteps,
     in_flight: int = 2,
+    held_out: HeldOut | None = None,
 ) -> Iterator[Step]:
     """
     Take part in every step this device has data for; at the end the engine holds the run's final adapter.
@@ -83,6 +77,7 @@ def train(
         disclosure: what the server gets to see.
         in_flight: micro-batches of a step that are under way at once: while one travels, or is computed on the server, this
             side computes the next. The result is the same to the bit, however many they are.
+        held_out: evaluated between steps, and when the run is over. The result is the same to the bit, with it and without.
     """
     while True:
         settings = membership.welcome.settings  # of each pass: a server that was started again may have made the run longer
@@ -94,6 +89,9 @@ def train(
                 _exchange_adapter(AdapterWeights, question.step, last_step, engine.adapter(), engine, membership)
 
             for step in range(start.step + 1, last_step + 1):
+                if held_out is not None and membership.position.is_between_rounds:
+                    held_out.evaluate_if_due(step - 1)
+
                 bytes_before, seconds_before = membership.num_bytes, membership.stopwatch.read()
 
                 # Forward to the cut, micro-batch by micro-batch; the server does the rest and sends back the loss's gradients.
@@ -131,11 +129,13 @@ def train(
                 )
 
             end = membership.exchange(Done(step=last_step), RunEnd)
+            engine.load_adapter(end.tensors)
+            if held_out is not None:
+                held_out.evaluate(end.step)
+            return
         except Redirected as redirected:
             start = redirected.start
-        else:
-            engine.load_adapter(end.tensors)
-            return
+            membership.training_follows()
 
 
 def _activations(
@@ -239,48 +239,3 @@ def _save(step: int, engine: Engine, membership: Membership, saved_steps: SavedS
     saved = SavedStep(step=step, round=position.round, restarts=membership.welcome.restarts, state=engine.state())
     saved_steps.save(saved, keep_from=position.checkpoint, is_round_end=is_round_end)
     position.step = step
-
-
-def perplexity(
-    membership: Membership, engine: Engine, data: Dataset, batch_size: int, disclosure: Disclosure
-) -> Iterator[float]:
-    """
-    Token-weighted perplexity through both parts, exp(summed loss / labelled tokens).
-
-    Gives the estimate after every batch; the last one is the perplexity of all data.
-
-    Raises:
-        Redirected: the server has gone back to a checkpoint meanwhile: the batches before had another adapter.
-    """
-    summed_loss, num_labels = 0.0, 0
-    for number in range(data.num_batches(batch_size)):
-        batch = pack(data.samples[number * batch_size : (number + 1) * batch_size])
-        summed_loss += _evaluate(membership, engine, number, batch, disclosure)
-        num_labels += len(batch.labels)
-        mean_loss = summed_loss / max(1, num_labels)
-        yield math.exp(mean_loss) if mean_loss < LARGEST_EXPONENT else math.inf
-
-
-def _evaluate(membership: Membership, engine: Engine, number: int, batch: Batch, disclosure: Disclosure) -> float:
-    """The summed loss of a held-out batch, in nats. It is known by its number in the data, whenever it is asked about."""
-    index = membership.next_index()
-    question = Evaluation(
-        index=index,
-        lengths=batch.lengths,
-        label_counts=disclosure.label_counts(batch),
-        labels=disclosure.labels(batch),
-        values=disclosure.activations(engine.infer(batch), batch, "held out", number),
-    )
-    answer: EvaluationLoss | EvaluationStates
-    if membership.welcome.settings.labels == "server":
-        answer = membership.exchange(question, EvaluationLoss)
-        summed_loss = answer.summed_loss
-    else:
-        answer = membership.exchange(question, EvaluationStates)
-        summed_loss = float(
-            engine.losses(disclosure.of_labelled_rows(answer.values, batch), batch.labels).sum(dtype=np.float64)
-        )
-    if answer.index != index:
-        raise RemoteProtocolError(f"expected what becomes of batch {index}, got that of batch {answer.index}")
-    membership.stopwatch.lap()  # an evaluation belongs to no step
-    return summed_loss

@@ -1,6 +1,5 @@
 """A device that waits long for an answer says for whom and how long, and repeats that at growing distances."""
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -10,11 +9,10 @@ from protocol import Ping, Pong, RemoteProtocolError
 from terminal import Reminders, count, duration, listed, plain
 
 from .connection import ConnectionFailed, Dial, Refused
+from .device_log import DeviceLog
 from .pinning import CertificateChanged
 
 __all__ = ["WaitReports", "reason_to_wait"]
-
-logger = logging.getLogger("edge_client")
 
 REMINDERS = Reminders(first=10.0, times_later=3.0, longest_between=3600.0)  # after 10 s, 30 s, 90 s, ..., then every hour
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -28,11 +26,12 @@ class WaitReports:
     Args:
         reason: says what the server is waiting for. It is called on a thread of its own, since it asks the server on a second
             connection, which may take a while.
+        log: hears what it is.
         clock: gives seconds.
     """
 
-    def __init__(self, reason: Callable[[], str], clock: Callable[[], float] = time.monotonic) -> None:
-        self._reason, self._clock = reason, clock
+    def __init__(self, reason: Callable[[], str], log: DeviceLog, clock: Callable[[], float] = time.monotonic) -> None:
+        self._reason, self._log, self._clock = reason, log, clock
         self._since: float | None = None
         """When the present wait began; None while nothing is waited for."""
         self._told_after = 0.0
@@ -62,7 +61,8 @@ class WaitReports:
         if self._since != since:
             return  # the answer came while the server was asked for the reason
         self._told_after = self._clock() - since
-        logger.info("this device has waited %s: %s", duration(self._told_after), reason)
+        text = f"this device has waited {duration(self._told_after)}: {reason}"
+        self._log.tell("waiting", text, seconds=round(self._told_after, 3))
 
     def _watch(self) -> None:
         while not self._closed.wait(SECONDS_BETWEEN_LOOKS):

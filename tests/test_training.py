@@ -11,11 +11,12 @@ from protocol_samples import SETTINGS
 
 from edge_client.data import Batch, Batches, Dataset, Sample
 from edge_client.disclosure import Disclosure
+from edge_client.held_out import perplexity
 from edge_client.membership import Membership
 from edge_client.saved_steps import SavedStep, SavedSteps
 from edge_client.stopwatch import Stopwatch
 from edge_client.token_file import Samples
-from edge_client.training import Step, perplexity, train
+from edge_client.training import Step, train
 from protocol import (
     ActivationGradient,
     Activations,

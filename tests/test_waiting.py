@@ -10,6 +10,7 @@ import pytest
 from conftest import Clock, run_in_thread
 
 from edge_client import ConnectionFailed, EdgeClient
+from edge_client.device_log import DeviceLog
 from edge_client.waiting import WaitReports, reason_to_wait
 from gpu_server import GpuServer
 from gpu_server.federation import Federation
@@ -23,7 +24,7 @@ def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 
 
 def test_wait_is_told_of_at_growing_distances(clock: Clock, told: Callable[[], list[str]]) -> None:
-    reports = WaitReports(lambda: "the run waits for b", clock)
+    reports = WaitReports(lambda: "the run waits for b", DeviceLog("a", None), clock)
     with reports:
         for _ in range(3 * 3600):
             clock.now += 1
@@ -35,7 +36,7 @@ def test_wait_is_told_of_at_growing_distances(clock: Clock, told: Callable[[], l
 
 
 def test_answer_ends_it_and_the_next_wait_begins_anew(clock: Clock, told: Callable[[], list[str]]) -> None:
-    reports = WaitReports(lambda: "", clock)
+    reports = WaitReports(lambda: "", DeviceLog("a", None), clock)
     for _ in range(4):
         with reports:
             clock.now += 9
@@ -54,7 +55,7 @@ def test_answer_that_comes_meanwhile_leaves_nothing_to_tell(clock: Clock, told: 
         reports.__exit__(None, None, None)
         return "too late"
 
-    reports = WaitReports(reason, clock)
+    reports = WaitReports(reason, DeviceLog("a", None), clock)
     with reports:
         clock.now += 60
         reports.look()
