@@ -331,12 +331,16 @@ function retryNow() {
 addEventListener("online", retryNow);
 document.addEventListener("visibilitychange", retryNow);
 
+function isOver() {
+  return ["finished", "stopped"].includes(run.overview?.state);
+}
+
 function awayText() {
   const since = clock(link.awaySince);
-  if (!run.overview)
-    return `No answer from the server since ${since}; trying again. If it asks for a token, the address of this page ends in ?token=…`;
-  if (["finished", "stopped"].includes(run.overview.state))
-    return `The run has ended, and its server is away since ${since}. This is the last that was seen; trying again.`;
+  if (!run.overview) {
+    return `No answer from the server since ${since}, trying again. If it has a token, this page's address ends in ?token=…`;
+  }
+  if (isOver()) return `The server has ended at ${since}. Should it be started again, this page goes on.`;
   return `The server is away since ${since}, trying again. This is what was last seen.`;
 }
 
@@ -419,7 +423,7 @@ class Chart {
 
   draw() {
     const all = run.overview ? this.lines(run) : [];
-    const [from, to] = domain([...run.curve.points, ...run.evaluations]);
+    const [from, to] = domain([...run.curve.points, ...run.evaluations, ...run.marks]);
     const lines = all.map((line) => ({
       ...line,
       points: line.points.filter((point) => point[view.along] >= from && point[view.along] <= to),
@@ -824,7 +828,7 @@ function deviceRow() {
   const shown = {
     sign: element("span", { class: "sign", "aria-hidden": "true" }),
     name: element("bdi"),
-    slow: element("strong", { class: "badge", hidden: true }),
+    slow: element("strong", { class: "badge", hidden: true }, "▲ the slowest device"),
     words: element("p", { class: "words" }),
     bar: element("div", { class: "bar", role: "img" }, ...PARTS.map(([part]) => element("span", { class: `part ${part}` }))),
     shares: element("p", { class: "shares" }),
@@ -853,7 +857,6 @@ function drawDevice(shown, device, { now, longest }) {
   shown.item.classList.toggle("is-slow", Boolean(device.is_slowest));
   say(shown.sign, sign);
   say(shown.name, device.name);
-  say(shown.slow, device.is_slowest ? `▲ slowest, ${unit(figure(device.slowness), "times")} the others' time` : "");
   show(shown.slow, Boolean(device.is_slowest));
   const told = [device.words || words];
   if (device.missed_steps > 0)
@@ -899,32 +902,33 @@ function drawPartsLegend() {
 // The rest of the page
 
 function drawHeading({ run: name, sentence: state, step, total_steps: steps }) {
-  say($("run"), name ?? "splitlora");
+  say($("run"), name ? `splitlora, run ${name}` : "splitlora");
   say($("sentence"), sentence(state ?? ""));
   show($("progress"), known(steps) && steps > 0);
   if (known(steps) && steps > 0) Object.assign($("progress"), { max: steps, value: Math.min(step ?? 0, steps) });
 }
 
 function drawLink() {
-  const isAway = link.awaySince !== null;
+  const isClosed = link.awaySince !== null;
+  const isAway = isClosed && !isOver();
   document.body.classList.toggle("is-away", isAway);
-  say($("link"), isAway ? "○ away" : run.overview ? "● live" : "connecting");
-  show($("away"), isAway);
-  if (isAway) say($("away"), awayText());
+  say($("link"), isAway ? "○ away" : isClosed ? "■ ended" : run.overview ? "● live" : "connecting");
+  show($("away"), isClosed);
+  if (isClosed) say($("away"), awayText());
 }
 
 /** Not with the next frame, as all else: there is none while nobody looks, and then the title is all that is seen. */
 function drawTitle() {
   if (run.overview)
-    document.title = `${link.awaySince === null ? "" : "away: "}${run.overview.sentence ?? ""} · ${run.overview.run ?? "splitlora"}`;
+    document.title = `${link.awaySince === null || isOver() ? "" : "away: "}${run.overview.sentence ?? ""} · ${run.overview.run ?? "splitlora"}`;
 }
 
 /** Where most of the time goes, and the slowest device, which is a link to its row. */
 function drawNotices({ devices = [], bottleneck }) {
   const notices = [];
   const slow = devices.find((device) => device.is_slowest);
-  if (slow && bottleneck?.client !== slow.name) {
-    notices.push(slowNotice(linkTo(slow.name), ` is ${unit(figure(slow.slowness), "times")} as slow as the others.`));
+  if (slow && known(slow.slowness) && bottleneck?.client !== slow.name) {
+    notices.push(slowNotice(linkTo(slow.name), ` is ${slow.slowness.toFixed(1)} times as slow as the others.`));
   }
   if (bottleneck) {
     const text = String(bottleneck.sentence ?? "");
