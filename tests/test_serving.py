@@ -35,8 +35,21 @@ class Watching(Observer):
         self.statuses: list[RunStatus] = []
         self.events: list[RunEvent] = []
         self.checkpoints: list[int] = []
+        self.threads: set[int] = set()
+        self.served: list[tuple[str, int]] = []
+        """From which step on, and how many were told until then."""
+
+    def serving_begins(self, step: int) -> None:
+        assert not self.steps + self.statuses + self.events
+        self.threads.add(threading.get_ident())
+        self.served.append(("begins", step))
+
+    def serving_ends(self) -> None:
+        self.threads.add(threading.get_ident())
+        self.served.append(("ends", len(self.steps)))
 
     def step_finished(self, record: StepRecord) -> None:
+        self.threads.add(threading.get_ident())
         self.steps.append(record)
 
     def status_changed(self, status: RunStatus) -> None:
@@ -93,12 +106,17 @@ def test_everybody_who_watches_a_run_is_told_the_same(run: Callable[..., list[St
     assert first.events == second.events
     assert first.checkpoints == second.checkpoints
     assert first.checkpoints[-1] == STEPS
+    assert first.served == second.served == [("begins", 0), ("ends", STEPS)]
+    assert len(first.threads | second.threads) == 1
 
 
-@pytest.mark.parametrize("method", ["step_finished", "status_changed", "event_happened", "checkpoint_written"])
+@pytest.mark.parametrize(
+    "method",
+    ["serving_begins", "serving_ends", "step_finished", "status_changed", "event_happened", "checkpoint_written"],
+)
 def test_what_an_observer_raises_ends_the_run_and_is_told(run: Callable[..., list[StepRecord]], method: str) -> None:
     class Failing(Watching):
-        def fail(self, _: object) -> None:
+        def fail(self, *_: object) -> None:
             raise ZeroDivisionError("of an observer")
 
     setattr(Failing, method, Failing.fail)
