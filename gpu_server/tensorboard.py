@@ -46,13 +46,15 @@ class TensorBoardObserver(Observer):
         self._file: FileWriter
         self._step = 0
         """The last that is finished."""
+        self._evaluated: dict[str, int] = {}
+        """By client: the step of its last held-out loss."""
         self._held_out: dict[str, EvaluationRecord] = {}
-        """By client: those of this step, until the next is finished: then all have come that are waited for."""
+        """By client: those of the last step, until the next is finished: then all have come that are waited for."""
 
     def serving_begins(self, step: int) -> None:
         folder = self._run_dir / "tensorboard"
         goes_on = folder.is_dir() and any(folder.iterdir())
-        first = min(self._checkpoints.steps(), default=0) + 1 if goes_on else 0
+        first = min(self._checkpoints.steps(), default=0) if goes_on else 0
         self._thread = ThreadPoolExecutor(1, "tensorboard")
         self._context = copy_context()  # whoever follows this run hears what is told on that thread
         self._ask(self._begin, folder, first, step)
@@ -121,6 +123,9 @@ class TensorBoardObserver(Observer):
         self._add(record.number, record.time, scalars_of(record))
 
     def _add_evaluation(self, record: EvaluationRecord) -> None:
+        if record.step <= self._evaluated.get(record.client, -1):
+            return  # it was told, and read in the file as well
+        self._evaluated[record.client] = record.step
         if record.step >= self._step:  # else it is late, and the mean of its step is written
             self._held_out[record.client] = record
         self._add(record.step, record.time, {f"eval_loss/{record.client}": record.loss})

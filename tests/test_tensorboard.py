@@ -176,6 +176,21 @@ def test_what_a_crash_kept_from_the_files_is_in_them_after_it(directory: RunDire
     assert found["eval/loss"] == {3: 2.0}
 
 
+def test_what_was_held_out_before_the_first_step_shows_once(directory: RunDirectory) -> None:
+    before = Serving(directory)
+    before.evaluated(held_out(0, "a", 5.0))  # and no checkpoint: the run had not begun
+    before.end()
+    directory.forget_after(-1)
+    again = Serving(directory)
+    again.evaluated(held_out(0, "a", 5.0))
+    again.checkpoints(0)
+    again.steps(2)
+    again.end()
+    last = Serving(directory, 0)
+    last.evaluated(held_out(0, "b", 3.0))
+    assert last.end()["eval/loss"] == {0: 4.0}
+
+
 def test_run_that_is_reported_only_later_is_there_from_its_first_step(directory: RunDirectory) -> None:
     before = Serving(directory, with_tensorboard=False)
     before.steps(4)
