@@ -1,7 +1,9 @@
 """The command splitlora-server. Its flags are the fields of `ServerConfig`."""
 
 import argparse
+import json
 import logging
+import shutil
 import signal
 import sys
 import threading
@@ -94,6 +96,15 @@ def build_parser() -> Parser:
     )
     _add_where(clients)
     clients.set_defaults(run=run_clients)
+
+    status = commands.add_parser(
+        "status",
+        help="say how a run stands",
+        description="Say how a run stands, whether it is served or not: how far it is, and how each of its devices is.",
+    )
+    status.add_argument("--run-dir", metavar="DIR", required=True, help="folder of the run")
+    status.add_argument("--json", action="store_true", help="for programs: an object of JSON")
+    status.set_defaults(run=run_status)
 
     report = commands.add_parser(
         "report",
@@ -300,6 +311,15 @@ def _when_seen(seen: "Seen | None") -> str:
 
 def _date(seconds: float) -> str:
     return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%d %H:%M} UTC"
+
+
+def run_status(options: argparse.Namespace) -> None:
+    from .history import Overview, RunFiles
+    from .status import as_table
+
+    run = Overview.of_files(RunFiles(user_path(options.run_dir))).as_json(time.time())
+    text = json.dumps(run, indent=2) if options.json else as_table(run, shutil.get_terminal_size().columns)
+    print(text, flush=True)  # noqa: T201
 
 
 def run_report(options: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from .packages import PackageMissing, import_onnxruntime, importing
 from .program import Parser, PathError, plain, run_program, user_path, user_text_path, version
 from .progress import Progress, show_log
 from .reminders import Reminders
-from .words import count, duration, listed
+from .words import amount, count, duration, listed
 
 __all__ = [
     "PackageMissing",
@@ -13,6 +13,7 @@ __all__ = [
     "PathError",
     "Progress",
     "Reminders",
+    "amount",
     "count",
     "duration",
     "import_onnxruntime",

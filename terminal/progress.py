@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .program import plain
-from .words import duration
+from .words import amount, duration
 
 __all__ = ["Progress", "show_log"]
 
@@ -68,7 +68,7 @@ class Progress:
             self._tokens += tokens
             self._bytes += num_bytes
             seconds = max(time.monotonic() - self._first[1], 1e-9)
-            figures += f", {self._tokens / seconds:,.0f} tokens/s, {_amount(self._bytes / seconds)}/s"
+            figures += f", {self._tokens / seconds:,.0f} tokens/s, {amount(self._bytes / seconds)}/s"
         self.advance(figures)
 
     def advance(self, figures: str, units: int = 1) -> None:
@@ -216,12 +216,3 @@ def show_log(name: str, form: str = "text") -> Iterator[None]:
         for logger, level_before in before:
             logger.removeHandler(handler)
             logger.setLevel(level_before)
-
-
-def _amount(num_bytes: float) -> str:
-    """In decimal units, as network speeds are given."""
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} GB"

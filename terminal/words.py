@@ -2,7 +2,16 @@
 
 from collections.abc import Iterable
 
-__all__ = ["count", "duration", "listed"]
+__all__ = ["amount", "count", "duration", "listed"]
+
+
+def amount(num_bytes: float) -> str:
+    """999 B, 12.3 kB, 1.5 GB: in decimal units, as network speeds are given."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 999.5:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.3g} TB" if num_bytes < 999.5 else f"{num_bytes:,.0f} TB"
 
 
 def count(number: int, one: str, several: str | None = None) -> str:

@@ -13,6 +13,7 @@ from terminal import count, duration, listed
 from ..federation import StepRecord
 from .events import RunEvent
 from .records import EvaluationRecord
+from .run_files import HistoryError, RunFiles
 
 __all__ = ["ADVICE", "Overview"]
 
@@ -99,7 +100,43 @@ class Overview:
         self._late: dict[str, float] = {}
         """Whom the run waits for, and since when (seconds since 1970)."""
 
+    @classmethod
+    def of_files(cls, files: RunFiles) -> "Overview":
+        """
+        Of a run as its files have it, whether it is served or not.
+
+        Raises:
+            HistoryError: a line cannot be read.
+        """
+        description = files.description
+        clients = description.config.get("clients")
+        run = cls(description.run, clients if isinstance(clients, int) else 0, restarts=description.restarts)
+        for happened in files.everything():
+            try:
+                run.add(happened)
+            except (TypeError, ValueError):
+                raise HistoryError(
+                    f"{files.path}: what was written at {happened.time:.3f} (seconds since 1970) is nothing that this version "
+                    "reads; use a later one"
+                ) from None
+        run.is_served = files.is_served
+        if not run.is_served:
+            run.server_is_gone()
+            if run.ended is None and description.adapter is not None:  # of before there were events
+                run.total_steps = int(description.adapter["of"])
+                run.ended = "complete" if description.adapter["step"] == run.total_steps else "stopped"
+        return run
+
     # What happens
+
+    def add(self, happened: StepRecord | EvaluationRecord | RunEvent) -> None:
+        """The next of these that a run has to tell."""
+        if isinstance(happened, StepRecord):
+            self.add_step(happened)
+        elif isinstance(happened, RunEvent):
+            self.add_event(happened)
+        else:
+            self.add_evaluation(happened)
 
     def add_step(self, record: StepRecord) -> None:
         """A step is finished; an earlier one where the run went back to a checkpoint."""
@@ -128,15 +165,14 @@ class Overview:
         if kind == "server_started":
             self.is_served, self.ended, self._late = True, None, {}
             self.restarts = int(details.get("restarts", self.restarts))
-            for device in self._devices.values():
-                if device.state == "connected":
-                    device.state, device.since = "lost", event.time
+            self._lose_all()
         elif kind == "training_started":
             self._started = event.time
             self.total_steps = max(self.total_steps, int(details.get("total_steps", 0)))
         elif kind in ("complete", "stopped", "failed"):
             self.ended, self._late = kind, {}
-            self.is_served = kind == "complete"  # devices may still fetch the adapter
+            if kind != "complete":  # else devices may still fetch the adapter
+                self.server_is_gone()
         elif kind == "late":
             since = event.time - float(details.get("seconds", 0.0))
             self._late = {str(name): since for name in details.get("clients", [])}
@@ -146,6 +182,17 @@ class Overview:
             self.checkpoint_written(event.step, event.time)
         if event.client is not None:
             self._hear_of_device(event.client, event)
+
+    def server_is_gone(self) -> None:
+        """Whether it has told so or was killed."""
+        self.is_served, self._late = False, {}
+        self._lose_all()
+
+    def _lose_all(self) -> None:
+        """Nobody is connected; each was there at least until it was heard last."""
+        for device in self._devices.values():
+            if device.state == "connected":
+                device.state, device.since = "lost", device.heard
 
     def _hear_of_device(self, name: str, event: RunEvent) -> None:
         state = {"joined": "connected", "back": "connected", "lost": "lost", "left": "left"}.get(event.kind)
@@ -187,8 +234,8 @@ class Overview:
         """
         connected = sum(device.state == "connected" for device in self._devices.values()) if self.is_served else 0
         state, step_seconds = self._state(), self._step_seconds()
-        is_going_on = state in ("training", "waiting")
-        left = (self.total_steps - self.step) * step_seconds if step_seconds and is_going_on else None
+        is_left = state in ("training", "waiting", "stopped", "not_running") and self.step < self.total_steps
+        left = (self.total_steps - self.step) * step_seconds if step_seconds and is_left else None
         slowness = self._slowness()
         slowest = max(slowness, key=lambda name: slowness[name], default=None)
         if slowest is not None and slowness[slowest] < SLOW:
@@ -242,10 +289,11 @@ class Overview:
         devices = f"{connected} of {count(self.clients, 'device')}"
         if state == "finished":
             return f"the run is complete: {count(self.step, 'step')}"
-        if state == "stopped":
-            return f"stopped after {steps}" if self.ended == "stopped" else f"the server failed after {steps}"
-        if state == "not_running":
-            return f"no server runs; {steps}"
+        if state in ("stopped", "not_running"):
+            said = {None: "no server runs;", "stopped": "stopped", "failed": "the server failed"}[self.ended]
+            after = "after " if self.ended is not None and self.total_steps else ""
+            at_last_speed = f", {duration(left)} left at its last speed" if left is not None else ""
+            return f"{said} {after}{steps}{at_last_speed}"
         if state == "joining":
             return f"waiting for devices: {devices} joined"
         if state == "waiting":

@@ -1,5 +1,6 @@
 """Reads what a run has written, while it is served and afterwards."""
 
+import heapq
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -61,6 +62,10 @@ class RunFiles:
     def evaluations(self) -> Iterator[EvaluationRecord]:
         """In the order in which they came; raises as `steps`."""
         return self._lines(EVALUATIONS, EvaluationRecord.from_json)
+
+    def everything(self) -> Iterator[StepRecord | EvaluationRecord | RunEvent]:
+        """All three in the order of time: what whoever follows a run is told. Raises as `steps`."""
+        return heapq.merge(self.steps(), self.evaluations(), self.events(), key=lambda happened: happened.time)
 
     def _lines(self, name: str, parse: Callable[[Mapping[str, Any]], Line]) -> Iterator[Line]:
         file = LineFile(self.path / name)
