@@ -173,6 +173,31 @@ def test_held_out_loss_is_the_one_that_peft_computes_at_the_steps_that_were_aske
     assert evaluations[-1].loss < evaluations[0].loss
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_all_ways_are_evaluated_after_the_same_steps_and_lose_the_same_where_they_learn_the_same(
+    settings: dict[str, Any], files: list[Path], tmp_path: Path, every: int
+) -> None:
+    valid = write_pairs(tmp_path / "valid.jsonl", rows(9, offset=60))
+    clients: dict[str, dict[str, Any]] = {
+        name: {"data": path, "batch_size": 2} for name, path in zip(device_names(2), files, strict=False)
+    }
+    clients["device-1"] |= {"eval_data": valid, "eval_every": 4}
+    server = {**settings, "lr": LEARNING_RATE, "dtype": "float32", "cut_layer": 1, "run_dir": str(tmp_path / "split")}
+    folders = [run_split({**server, "aggregate_every": every}, clients).run_dir]
+    for mode in WAYS if every == 1 else ("federated",):
+        more = {"aggregate_every": every, "run_dir": str(tmp_path / mode), "eval_data": valid, "eval_every": 4}
+        folders.append(run(mode, files[:2], {"batch_size": 2}, **settings, **more))
+    split, *others = (list(RunFiles(folder).evaluations()) for folder in folders)
+    assert [record.step for record in split] == ([0, 4, 8, STEPS] if every == 1 else [0, 6, 9, STEPS])
+    for found in others:
+        assert [(record.step, record.client, record.labelled_tokens) for record in found] == [
+            (record.step, record.client, record.labelled_tokens) for record in split
+        ]
+        compared = len(split) if every == 1 else 1
+        differences = [abs(a.loss - b.loss) for a, b in zip(split, found, strict=True)]
+        assert max(differences[:compared]) <= FLOAT32_TOLERANCE[0]
+
+
 def test_federated_counts_the_bytes_of_adapters_and_centralised_those_of_texts(
     settings: dict[str, Any], files: list[Path], tmp_path: Path
 ) -> None:

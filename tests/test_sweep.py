@@ -251,6 +251,10 @@ def losses(run_dir: Path) -> list[float]:
     return [row["loss"] for row in found]
 
 
+def evaluations(run_dir: Path) -> list[tuple[int, float, int]]:
+    return [(record.step, record.loss, record.labelled_tokens) for record in RunFiles(run_dir).evaluations()]
+
+
 def expected(cell: Cell, sweep: Sweep, folder: Path) -> Path:
     """The run of a cell that nothing disturbs, in this process."""
     options = {"dtype": "float32", "lr": 1e-3, **cell.server, "run_dir": str(folder)}
@@ -279,8 +283,10 @@ def test_sweep_that_is_killed_twice_and_stopped_once_ends_as_one_that_is_not(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
     grid = f"steps = {STEPS}\naggregate_every = [1, 3]\nseed = [0, 1]\ndtype = 'float32'\ncut_layer = 2\ncheckpoint_every = 1"
-    data = f'data = ["{tmp_path}/a.jsonl"]'
-    path = write("mode = ['split', 'federated']", grid, "engine = 'torch'\ndtype = 'float32'\nbatch_size = 2", data=data)
+    data, held_out = f'data = ["{tmp_path}/a.jsonl"]', f'eval_data = "{tmp_path}/valid.jsonl"\neval_every = 10'
+    path = write(
+        f"mode = ['split', 'federated']\n{held_out}", grid, "engine = 'torch'\ndtype = 'float32'\nbatch_size = 2", data=data
+    )
     sweep, output = read_sweep(path), tmp_path / "out"
     folders = [output / cell.name for cell in sweep.cells]
     assert len(folders) == 8
@@ -314,6 +320,7 @@ def test_sweep_that_is_killed_twice_and_stopped_once_ends_as_one_that_is_not(
         reference = expected(cell, sweep, tmp_path / "expected" / cell.name)
         assert losses(folder) == losses(reference), cell.name
         assert adapter_bytes(folder) == adapter_bytes(reference), cell.name
+        assert evaluations(folder) == evaluations(reference), cell.name
     restarts = [description(folder).restarts for folder in folders]
     assert restarts == [1, 1, 0, 0, 0, 0, 0, 0]  # split runs have gone on, the federated one has begun anew
     assert not (output / "devices").exists()
