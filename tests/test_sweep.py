@@ -256,15 +256,13 @@ def evaluations(run_dir: Path) -> list[tuple[int, float, int]]:
 
 
 def expected(cell: Cell, sweep: Sweep, folder: Path) -> Path:
-    """The run of a cell that nothing disturbs, in this process."""
+    """The run of a cell that nothing disturbs, in this process; of a sweep with one device."""
     options = {"dtype": "float32", "lr": 1e-3, **cell.server, "run_dir": str(folder)}
+    held_out = {"eval_data": sweep.eval_data, "eval_every": sweep.eval_every}
     if cell.mode != "split":
-        return train_whole(cell.mode, list(sweep.data), dict(cell.device), **options)
-    names = device_names(len(sweep.data))
-    devices = {
-        name: {"data": data, "engine": "onnxruntime", **cell.device} for name, data in zip(names, sweep.data, strict=True)
-    }
-    return run_split({**options, "micro_batches": 1}, devices).run_dir
+        return train_whole(cell.mode, list(sweep.data), dict(cell.device), **options, **held_out)
+    (name,) = device_names(len(sweep.data))
+    return run_split({**options, "micro_batches": 1}, {name: {"data": sweep.data[0], **held_out, **cell.device}}).run_dir
 
 
 def started(path: Path, output: Path) -> Any:
@@ -285,11 +283,11 @@ def test_sweep_that_is_killed_twice_and_stopped_once_ends_as_one_that_is_not(
     grid = f"steps = {STEPS}\naggregate_every = [1, 3]\nseed = [0, 1]\ndtype = 'float32'\ncut_layer = 2\ncheckpoint_every = 1"
     data, held_out = f'data = ["{tmp_path}/a.jsonl"]', f'eval_data = "{tmp_path}/valid.jsonl"\neval_every = 10'
     path = write(
-        f"mode = ['split', 'federated']\n{held_out}", grid, "engine = 'torch'\ndtype = 'float32'\nbatch_size = 2", data=data
+        f"mode = ['split', 'centralised']\n{held_out}", grid, "engine = 'torch'\ndtype = 'float32'\nbatch_size = 2", data=data
     )
     sweep, output = read_sweep(path), tmp_path / "out"
     folders = [output / cell.name for cell in sweep.cells]
-    assert len(folders) == 8
+    assert len(folders) == 4 + 2  # centralised training knows no rounds
     finished: dict[Path, int] = {}
 
     def check_finished() -> None:
@@ -322,7 +320,7 @@ def test_sweep_that_is_killed_twice_and_stopped_once_ends_as_one_that_is_not(
         assert adapter_bytes(folder) == adapter_bytes(reference), cell.name
         assert evaluations(folder) == evaluations(reference), cell.name
     restarts = [description(folder).restarts for folder in folders]
-    assert restarts == [1, 1, 0, 0, 0, 0, 0, 0]  # split runs have gone on, the federated one has begun anew
+    assert restarts == [1, 1, 0, 0, 0, 0]  # split runs have gone on, the centralised one has begun anew
     assert not (output / "devices").exists()
     assert (output / "report" / "index.html").exists()
 
