@@ -261,7 +261,10 @@ def test_device_hears_of_the_next_key_while_it_trains_and_goes_on_when_that_has_
         enrolments.revoke("cellar")
         change(run, None)
         events.wait_for("note", "the server has its new key")
-        client._membership._server.connection._socket.socket.shutdown(socket.SHUT_RDWR)
+        connected = client._membership._server.connection._socket.socket
+        port = connected.getsockname()[1]
+        connected.shutdown(socket.SHUT_RDWR)
+        events.wait_for("lost", f"kitchen (127.0.0.1:{port}): connection lost")
         events.wait_for("back", "kitchen", times=2)
         kitchen.goes_on()
         assert pins() == (announced.pin,)
@@ -269,7 +272,7 @@ def test_device_hears_of_the_next_key_while_it_trains_and_goes_on_when_that_has_
         assert pins() == (announced.pin,)
         with pytest.raises(CertificateChanged), join(tmp_path / "another state"):
             pass
-        server.suspend()
+        server.stop()
         kitchen.join()
 
 

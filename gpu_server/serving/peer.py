@@ -52,6 +52,8 @@ class CountingConnection(ServerConnection):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self.address = self._whence()
+        """Whence it comes, as it stands in the log, also when it is lost."""
         self.recv_messages.resume = self._resume_reading
         self.protocol.recv_frame = limited_frames(self.protocol.recv_frame, ProtocolError)  # type: ignore[method-assign, assignment]
         write = self.transport.write
@@ -93,11 +95,9 @@ class CountingConnection(ServerConnection):
         transport_socket = self.transport.get_extra_info("socket")
         return -1 if transport_socket is None else int(transport_socket.fileno())
 
-    @property
-    def address(self) -> str:
-        """Whence it comes, as it stands in the log."""
+    def _whence(self) -> str:
         if self.remote_address is None:
-            return "a lost connection"
+            return "an unknown address"  # it was gone before it was here
         host, port = self.remote_address[:2]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
