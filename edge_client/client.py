@@ -542,12 +542,6 @@ class EdgeClient:
         connection, as if this device had been killed: started again as before, it goes on, and nothing of the run has changed.
         """
         self._wait_reports.close()
-        try:
-            self._leave(kind, error)
-        finally:
-            self._log.close()
-
-    def _leave(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
         if kind is not None:
             self._log.tell(*_ending(kind, error), level="debug")
         if kind is None or issubclass(kind, KeyboardInterrupt | TrainingDiverged):  # what has diverged would diverge again

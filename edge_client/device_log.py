@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, TextIO
@@ -75,26 +76,29 @@ class DeviceLog:
         logger.log(LEVELS[level], "%s", text, extra={"event": event})
         self._lines.info("%s", json.dumps(event))
 
-    def close(self) -> None:
-        for handler in self._lines.handlers:
-            handler.close()
-
 
 class _Lines(RotatingFileHandler):
     """
-    A file that its owner alone may read, opened with the first line. Where it cannot be written, that is said once, and the
-    training goes on: no result depends on it.
+    A file that its owner alone may read, and that is open only while a line is written: there is nothing to close. Where it
+    cannot be written, that is said once, and the training goes on: no result depends on it.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, maxBytes=LARGEST_FILE, backupCount=OLDER_FILES, encoding="utf-8", delay=True)
-        self._has_failed = False
+        self._has_failed = self._is_mended = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)
+        stream, self.stream = self.stream, None
+        if stream is not None:
+            with suppress(OSError):  # of what could not be written it was said already
+                stream.close()
 
     def _open(self) -> TextIO:  # type: ignore[override]  # typeshed names the wrapper that it is anyway
         path = Path(self.baseFilename)
         path.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
-        is_torn = _is_torn(path)
-        file = open(path, "a", encoding="utf-8", opener=_private)  # noqa: SIM115  # the handler closes it
+        is_torn, self._is_mended = not self._is_mended and _is_torn(path), True
+        file = open(path, "a", encoding="utf-8", opener=_private)  # noqa: SIM115  # `emit` closes it
         if is_torn:
             file.write("\n")
         return file
@@ -121,6 +125,6 @@ def _is_torn(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             file.seek(-1, os.SEEK_END)
-            return file.read() != b"\n"
+            return file.read(1) != b"\n"
     except OSError:
         return False  # there is none, or nothing in it
