@@ -328,6 +328,24 @@ def test_record_of_a_step_says_what_is_known_of_it() -> None:
         assert record.gradient_norm == 5.0  # sides of 3 and 4
 
 
+def test_device_without_a_label_has_no_loss_of_its_own() -> None:
+    table = Table({"a": 1, "b": 1})
+    table.activations("a", 1)
+    none = {name: np.zeros(0, np.int32) for name in ("lengths", "label_counts", "labels")}
+    nothing = Activations(step=1, seconds=NO_TIME, values=np.zeros((0, WIDTH), np.float32), **none)
+    table.federation.receive("b", nothing, table.now)
+    losses = {"a": 5.0, "b": 0.0}
+    gradients = {"a": np.zeros((ROWS, WIDTH), np.float32), "b": nothing.values}
+    table.federation.trained(Trained(loss=2.5, labelled_tokens=2, gradients=gradients, summed_losses=losses), 0.1, table.now)
+    table.contribute("a", 1)
+    table.contribute("b", 1)
+    (record,) = [action.record for action in table.aggregated() if isinstance(action, FinishStep)]
+    assert record.losses == {"a": 2.5}
+    assert record.labelled == {"a": 2, "b": 0}
+    assert record.samples == {"a": 1, "b": 0}
+    assert record.gradient_norm == 4.0
+
+
 def test_time_of_a_resumed_runs_first_step_begins_when_it_goes_on() -> None:
     before = Table({"a": 2})
     table = Table({"a": 2})

@@ -4,6 +4,7 @@ import functools
 import gzip
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -199,7 +200,8 @@ def killed_after(calls: int, work: Callable[[], None]) -> bool:
 
 @pytest.mark.parametrize("calls", range(12))
 def test_rotation_that_is_cut_off_loses_no_line_and_doubles_none(file: LineFile, calls: int) -> None:
-    assert killed_after(calls, lambda: file.rotate(0)) == (calls < 7)  # rename, open, fsync, replace, open, fsync, unlink
+    # Rename, open, fsync, replace, open, fsync; and unlink, which Python 3.10 does not look up here.
+    assert killed_after(calls, lambda: file.rotate(0)) == (calls < (7 if sys.version_info >= (3, 11) else 6))
     assert steps(file) == [1, 2, 3, 4, 5, 6]
     append(file, 7)  # whoever came next would mend the file first, but nothing depends on it
     assert steps(file) == [1, 2, 3, 4, 5, 6, 7]
