@@ -16,7 +16,7 @@ from test_door import SETTINGS, Guarded, everything_in
 
 from edge_client import EdgeClient
 from edge_client.access import Access
-from edge_client.enrolment import find, store
+from edge_client.enrolment import EnrolmentError, find, store
 from edge_client.pinning import CertificateChanged
 from gpu_server import ConfigError, GpuServer, ServerError
 from gpu_server.certificates import Identity, change_key, make_next_key, next_certificate, own_certificate
@@ -202,6 +202,27 @@ def test_announcement_counts_only_where_the_servers_own_key_was_compared(tmp_pat
     for access, certificate in ((enrolled, None), (enrolled, der), (stranger, der)):
         access.heard(SimpleNamespace(certificate=certificate), welcome)  # type: ignore[arg-type]
     assert everything_in(tmp_path / "enrolments") == before
+
+
+def test_device_whose_disk_is_full_has_not_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends before it joins, so that the server does not count on it."""
+    server = own_certificate(tmp_path / "server")
+    invitation = Invitation(host="10.0.0.1", port=1, name="kitchen", secret=43 * "A", pin=server.pin())
+    store(tmp_path, invitation)
+    access = Access.to(invitation.url, tmp_path)
+    connection = SimpleNamespace(certificate=ssl.PEM_cert_to_DER_cert(server.certificate_file.read_text()))
+    welcome = Welcome(run="r", settings=None, fingerprint="f", next_pin="cd" * 32)  # type: ignore[arg-type]
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(EnrolmentError, match="No space left on device"):
+        access.heard(connection, welcome)  # type: ignore[arg-type]
+    monkeypatch.undo()
+    assert Access.to(invitation.url, tmp_path).encryption.pins == access.encryption.pins == (server.pin(),)  # type: ignore[union-attr]
+    access.heard(connection, welcome)  # type: ignore[arg-type]
+    assert Access.to(invitation.url, tmp_path).encryption.pins == access.encryption.pins == (server.pin(), "cd" * 32)  # type: ignore[union-attr]
 
 
 # A whole run
