@@ -1,6 +1,7 @@
 """Makes of its settings what a run consists of, before anybody is served: its folder, its door, its model, its federation."""
 
 import platform
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -35,7 +36,10 @@ from .door import Door, open_door
 from .edge_part import EdgePartStore
 from .errors import ConfigError, ServerError
 from .federation import CodecPolicy, Deadline, Federation, ModelLimits
+from .history.overview import Overview
 from .noise_observer import NoiseObserver
+from .page.live import PageObserver
+from .page.snapshot import Snapshot
 from .run_directory import RunDirectory
 from .serving import Journal, Observer
 from .torch_engine import TorchEngine
@@ -59,6 +63,8 @@ class Run:
     journal: Journal
     observers: list[Observer]
     """Of what the run has to tell beside its steps."""
+    page: PageObserver
+    """One of them where the run has a page."""
     steps_before: int | None
     """``steps`` of a resumed run, as it was served the last time."""
 
@@ -116,6 +122,8 @@ def set_up(options: Mapping[str, Any]) -> Run:
         codec_policy=_codec_policy(config, settings, directory),
         restarts=description.restarts,
     )
+    overview = Overview(description.run, config.clients, codec=settings.activation_codec)
+    page = PageObserver(Snapshot(overview), lambda: federation.waits_for(time.monotonic()))
     return Run(
         config=config,
         choices=choices,
@@ -125,7 +133,8 @@ def set_up(options: Mapping[str, Any]) -> Run:
         engine=engine,
         federation=federation,
         journal=journal,
-        observers=_observers(config, settings, federation, journal, directory),
+        observers=[*_observers(config, settings, federation, journal, directory), *([page] if door.has_page else [])],
+        page=page,
         steps_before=previous.config.get("steps") if previous else None,
     )
 

@@ -4,6 +4,7 @@ import functools
 import inspect
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,10 +17,10 @@ from storage import CacheFolder
 
 from .config import ServerConfig, described
 from .federation import Action, StepRecord
-from .history import telling_to
+from .history import RunFiles, telling_to
 from .resuming import go_back, start_from
 from .run_setup import set_up
-from .serving import EventRelay, Observer, RunServer, Viewers
+from .serving import EventRelay, Observer, RunServer
 
 __all__ = ["GpuServer", "RunEndedEarly"]
 
@@ -104,7 +105,7 @@ class GpuServer:
             raise
 
     def _begin(self) -> "GpuServer":
-        run, self._steps = self._run, _StepQueue()
+        run, self._steps, began = self._run, _StepQueue(), time.time()
         observers = [self._steps, *run.observers, *self._observers]
         self._events = EventRelay(run.journal, observers)
         self._server = RunServer(
@@ -118,11 +119,14 @@ class GpuServer:
             grace_period=self.config.linger,
             caches=functools.cache(self._cache_of) if run.federation.settings.activation_codec == DELTA else None,
             edge_part=run.edge_part,
-            viewers=Viewers(lambda: b'{"kind":"snapshot"}'),
+            viewers=run.page.viewers,
             metrics=_no_metrics,
         )
         with telling_to(self._events):
             actions = go_back(run) if run.federation.restarts else []
+            if run.federation.restarts and run.door.has_page:
+                before = RunFiles(run.directory.path).everything()  # without what this server adds to the files meanwhile
+                run.page.recall(happened for happened in before if happened.time < began)
         listening: Future[str] = Future()
         self._thread = threading.Thread(target=self._serve, args=(listening, actions), name="server")
         self._thread.start()

@@ -1,7 +1,7 @@
 """The open pages of a run, as connections: what they are sent, and what becomes of those that do not read it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from websockets.asyncio.server import broadcast
@@ -34,10 +34,11 @@ class Viewers:
     takes nothing is closed.
 
     Args:
-        everything: what a page that has just come, or has missed something, is sent: JSON.
+        everything: what a page that has just come, or has missed something, is sent: JSON. None where there is nothing to send
+            yet: then it is sent with the news that comes next.
     """
 
-    def __init__(self, everything: Callable[[], bytes]) -> None:
+    def __init__(self, everything: Callable[[], str | None]) -> None:
         self._everything = everything
         self._all: dict[CountingConnection, _Viewer] = {}
 
@@ -47,8 +48,7 @@ class Viewers:
     async def show(self, connection: CountingConnection) -> None:
         """Until it ends. A page that says anything is closed."""
         now = time.monotonic()
-        self._all[connection] = _Viewer(now, now)
-        broadcast([connection], self._everything(), text=True)
+        self._all[connection] = _Viewer(now, now, has_missed_something=not self._send_everything([connection]))
         try:
             await connection.recv()
             await connection.close(POLICY_VIOLATION, "a page has nothing to say")
@@ -57,7 +57,7 @@ class Viewers:
         finally:
             del self._all[connection]
 
-    def tell(self, news: bytes) -> None:
+    def tell(self, news: str) -> None:
         """Send it to all that have taken what came before, and everything to those that have caught up."""
         now, in_time, caught_up = time.monotonic(), list[CountingConnection](), list[CountingConnection]()
         for connection, viewer in self._all.items():
@@ -75,9 +75,16 @@ class Viewers:
                 viewer.has_missed_something = True
             else:
                 in_time.append(connection)
-        broadcast(in_time, news, text=True)
+        broadcast(in_time, news)
         if caught_up:
-            broadcast(caught_up, self._everything(), text=True)
+            self._send_everything(caught_up)
+
+    def _send_everything(self, connections: Sequence[CountingConnection]) -> bool:
+        everything = self._everything()
+        if everything is None:
+            return False
+        broadcast(connections, everything)
+        return True
 
     def end(self) -> None:
         """Close those at once that would keep the others waiting: they have not taken what they were sent."""
