@@ -41,7 +41,7 @@ ONLY_IN = {
     },
     "asyncio": {
         *("gpu_server/serving/http_handshake.py", "gpu_server/serving/conversation.py", "gpu_server/serving/handing_over.py"),
-        *("gpu_server/serving/event_relay.py", "gpu_server/serving/lifetime.py"),
+        *("gpu_server/page/live.py", "gpu_server/serving/event_relay.py", "gpu_server/serving/lifetime.py"),
         *("gpu_server/serving/peer.py", "gpu_server/serving/performer.py", "gpu_server/serving/run_server.py"),
     },
     "matplotlib": {"edge_client/leak/picture.py", "gpu_server/report/pictures.py"},
