@@ -126,6 +126,22 @@ class TestNumbers:
         if len(losses) <= MOST_POINTS:
             assert curve.columns["loss"] == pytest.approx(losses)
 
+    def test_where_a_scale_has_no_zero_nothing_is_drawn_there(self, write_run: Callable[..., Path], tmp_path: Path) -> None:
+        first, last = evaluation(0, "a", 2.0, 1), {"client": "a", "loss": 1.0, "labelled_tokens": 1}
+        many = write_run("many", [row(step, 1.0) for step in range(1, 8)], evaluations=[first, evaluation(7, **last)])
+        few = write_run(
+            "few",
+            [row(step, 1.0, devices=("a",) if step == 3 else ()) for step in range(1, 5)],
+            evaluations=[first, evaluation(4, **last)],
+        )
+        output = tmp_path / "report"
+        write_report([many, few], output)
+        assert "on a log scale" in "".join(text_of(output / "loss-by-bytes.svg"))
+        assert numbers(output / "loss-by-bytes.csv", "bytes", "few") == [150, 150]
+        assert numbers(output / "perplexity-by-bytes.csv", "bytes") == [2100, 150]
+        assert "log scale" not in "".join(text_of(output / "loss-by-steps.svg"))
+        assert numbers(output / "perplexity-by-steps.csv", "steps") == [0, 7, 0, 4]
+
     def test_steps_without_a_loss_are_not_drawn(self, write_run: Callable[..., Path], tmp_path: Path) -> None:
         write_report([write_run("gaps", [row(1, 2.0), row(2, None), row(3, 1.0)])], tmp_path / "report")
         assert numbers(tmp_path / "report/loss-by-steps.csv", "steps") == [1, 3]

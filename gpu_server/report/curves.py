@@ -1,15 +1,28 @@
 """What pictures show against steps, seconds or bytes, as numbers: the same that is drawn and that a CSV file holds."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .measured_run import Column, MeasuredRun
 
-__all__ = ["AXES", "MOST_POINTS", "SMOOTHED_PERCENT", "Axis", "Curve", "final_loss", "held_out_curve", "loss_curve"]
+__all__ = [
+    "AXES",
+    "MOST_POINTS",
+    "SMOOTHED_PERCENT",
+    "Axis",
+    "Curve",
+    "as_drawn",
+    "final_loss",
+    "held_out_curve",
+    "loss_curve",
+    "spans_orders",
+]
 
 MOST_POINTS = 400
 """Of a curve in a picture: about as many as it is wide."""
+FACTOR_FOR_LOG = 10
 SMOOTHED_PERCENT = 5
 """Of a run's steps, over which its loss is averaged."""
 
@@ -79,6 +92,19 @@ def held_out_curve(run: MeasuredRun, label: str, place: int, axis: Axis) -> Curv
     if axis.of(run)[-1] <= 0 or not drawn.any():
         return None
     return Curve(label=label, place=place, columns={axis.name: x[drawn], "perplexity": perplexities[drawn]})
+
+
+def spans_orders(curves: Sequence[Curve]) -> bool:
+    """Whether the curve that ends first would be squeezed into a corner, so that a log scale shows more."""
+    ends = [curve.x[-1] for curve in curves]
+    return bool(max(ends) > FACTOR_FOR_LOG * min(ends))
+
+
+def as_drawn(curves: Sequence[Curve]) -> list[Curve]:
+    """The same without the points that a log scale has no place for, if there is to be one."""
+    if not spans_orders(curves):
+        return list(curves)
+    return [replace(curve, columns={name: column[curve.x > 0] for name, column in curve.columns.items()}) for curve in curves]
 
 
 def final_loss(run: MeasuredRun) -> float:

@@ -19,7 +19,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .colours import AT_NIGHT, COLOURS, GRID, INK, PAPER, QUIET, TINTS
-from .curves import Axis, Curve
+from .curves import Axis, Curve, spans_orders
 
 __all__ = ["draw_curves", "draw_time", "for_page", "places_of_labels"]
 
@@ -55,8 +55,8 @@ DOTS_PER_INCH = 150
 MOST_MARKERS = 30
 LABEL_SIZE, LABEL_DISTANCE = 9, 12  # points
 LONGEST_LABEL = 30
-FACTORS_FOR_LOG = {"x": 10, "y": 5}
-"""Beyond it, the smallest of what an axis shows would be squeezed into its end."""
+FACTOR_FOR_LOG = 5
+"""Beyond it, the least of what is drawn would be squeezed into the lower end of a picture."""
 
 
 def draw_curves(name: str, title: str, axis: Axis, curves: Sequence[Curve], value: str) -> dict[str, bytes]:
@@ -75,7 +75,7 @@ def draw_curves(name: str, title: str, axis: Axis, curves: Sequence[Curve], valu
         unit, scale = _unit(axis, max(float(curve.x[-1]) for curve in curves))
         for curve in curves:
             _draw(axes, curve, curve.x / scale, value)
-        _scale_x(axes, axis, unit, [float(curve.x[-1]) for curve in curves])
+        _scale_x(axes, axis, unit, is_log=spans_orders(curves))
         _scale_y(axes, curves, value)
         axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10)
         _label(axes, curves, scale, value)
@@ -112,10 +112,12 @@ def _unit(axis: Axis, longest: float) -> tuple[str, float]:
     return next((unit for unit in units[::-1] if unit[1] * 2 <= longest), units[0])
 
 
-def _scale_x(axes: Axes, axis: Axis, unit: str, ends: Sequence[float]) -> None:
+def _scale_x(axes: Axes, axis: Axis, unit: str, *, is_log: bool) -> None:
     axes.set_xlabel(axis.unit.replace(axis.name, unit, 1))
-    if max(ends) > FACTORS_FOR_LOG["x"] * min(ends):
+    if is_log:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(f"{axes.get_xlabel()}, on a log scale")
     else:
         axes.set_xlim(left=0)
@@ -125,7 +127,7 @@ def _scale_x(axes: Axes, axis: Axis, unit: str, ends: Sequence[float]) -> None:
 
 def _scale_y(axes: Axes, curves: Sequence[Curve], value: str) -> None:
     values = [number for curve in curves for number in (curve.columns[value].min(), curve.columns[value].max())]
-    if min(values) > 0 and max(values) > FACTORS_FOR_LOG["y"] * min(values):
+    if min(values) > 0 and max(values) > FACTOR_FOR_LOG * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -190,7 +192,8 @@ def places_of_labels(
 
     def cost(box: Box, meant: float) -> Any:
         inside = (points[:, 0] > box[0]) & (points[:, 0] < box[1]) & (abs(points[:, 1] - box[2]) < 0.6 * height)
-        return abs(box[2] - meant) / height + 6 * inside.mean() * len(points) / (box[1] - box[0]) + 1000 * (not is_free(box))
+        hidden = 2 * inside.any() + 6 * inside.sum() / (box[1] - box[0])
+        return abs(box[2] - meant) / height + hidden + 1000 * (not is_free(box))
 
     for number, (left, right, meant) in enumerate(boxes):
         if number not in placed:

@@ -9,7 +9,7 @@ from terminal import Progress, count, listed
 
 from ..errors import ServerError
 from ..history import RunFiles
-from .curves import AXES, MOST_POINTS, SMOOTHED_PERCENT, Axis, Curve, held_out_curve, loss_curve
+from .curves import AXES, MOST_POINTS, SMOOTHED_PERCENT, Axis, Curve, as_drawn, held_out_curve, loss_curve
 from .differences import NONE, folder_names, labels_of, settings_of, split_settings
 from .errors import ReportError, RunsLeftOut
 from .measured_run import MeasuredRun, measure
@@ -43,7 +43,8 @@ ABOUT = {
     f"more than {MOST_POINTS} steps, each point is the mean of several, in a band from the lowest to the highest of them.",
     "seconds": "Time is that of the steps of which a run consists. Hours in which no server ran are not in it, nor are steps "
     "that were lost with a server and done again.",
-    "bytes": "Bytes are those on the sockets of all devices, both ways.",
+    "bytes": "Bytes are those on the sockets of all devices, both ways. A log scale does not show what was measured before the "
+    "first of them.",
 }
 ABOUT_HELD_OUT = (
     "Held-out perplexity is that of texts that are not trained on, over all devices that have some: e to the mean loss in nats "
@@ -125,7 +126,7 @@ def _made_of(runs: Sequence[MeasuredRun], left_out: Sequence[str], progress: Pro
                 subject.curve(run, label, place, axis) for place, (run, label) in enumerate(zip(runs, labels, strict=True))
             ]
             if drawn := [curve for curve in curves if curve is not None]:
-                figures.append(_curves(subject, axis, drawn, files))
+                figures.append(_curves(subject, axis, as_drawn(drawn), files))
         sections.append((f"Against {axis.name}", _about(axis, runs, labels), figures))
     progress.advance("drawing where the time went")
     sections.append(_time(runs, labels, files))
