@@ -271,6 +271,7 @@ def _make(own: Certificate) -> None:
         .serial_number(x509.random_serial_number())
         .not_valid_before(now)
         .not_valid_after(now + timedelta(days=DAYS_VALID))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("splitlora")]), critical=False)  # what Prometheus looks at
         .sign(key, hashes.SHA256())
     )
     pem = serialization.Encoding.PEM

@@ -40,6 +40,7 @@ from .history.overview import Overview
 from .noise_observer import NoiseObserver
 from .page.live import PageObserver
 from .page.snapshot import Snapshot
+from .prometheus import PrometheusObserver
 from .run_directory import RunDirectory
 from .serving import Journal, Observer
 from .torch_engine import TorchEngine
@@ -64,7 +65,8 @@ class Run:
     observers: list[Observer]
     """Of what the run has to tell beside its steps."""
     page: PageObserver
-    """One of them where the run has a page."""
+    prometheus: PrometheusObserver
+    """These two are among them where the run has a page."""
     steps_before: int | None
     """``steps`` of a resumed run, as it was served the last time."""
 
@@ -124,6 +126,8 @@ def set_up(options: Mapping[str, Any]) -> Run:
     )
     overview = Overview(description.run, config.clients, codec=settings.activation_codec)
     page = PageObserver(Snapshot(overview), lambda: federation.waits_for(time.monotonic()))
+    prometheus = PrometheusObserver(page.overview, {"run": description.run, "model": config.model})
+    watching: list[Observer] = [page, prometheus] if door.has_page else []
     return Run(
         config=config,
         choices=choices,
@@ -133,8 +137,9 @@ def set_up(options: Mapping[str, Any]) -> Run:
         engine=engine,
         federation=federation,
         journal=journal,
-        observers=[*_observers(config, settings, federation, journal, directory), *([page] if door.has_page else [])],
+        observers=[*_observers(config, settings, federation, journal, directory), *watching],
         page=page,
+        prometheus=prometheus,
         steps_before=previous.config.get("steps") if previous else None,
     )
 

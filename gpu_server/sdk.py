@@ -120,7 +120,7 @@ class GpuServer:
             caches=functools.cache(self._cache_of) if run.federation.settings.activation_codec == DELTA else None,
             edge_part=run.edge_part,
             viewers=run.page.viewers,
-            metrics=_no_metrics,
+            metrics=run.prometheus.exposition,
         )
         with telling_to(self._events):
             actions = go_back(run) if run.federation.restarts else []
@@ -203,10 +203,6 @@ class GpuServer:
     def _cache_of(self, client: str) -> CacheFolder:
         # Beside a sample's last versions there are those of all steps that the run may go back to; devices keep less.
         return self._run.directory.activation_cache(client, CACHES_ON_SERVER * self.config.cache_bytes)
-
-
-def _no_metrics() -> tuple[bytes, str]:
-    return b"", "text/plain; version=0.0.4; charset=utf-8"
 
 
 class _StepQueue(Observer):

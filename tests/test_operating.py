@@ -34,7 +34,7 @@ def test_settings_of_the_service_are_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("document", "program", "count"),
     [
-        ("operating", "splitlora-server", 8),
+        ("operating", "splitlora-server", 9),
         ("devices", "splitlora-edge", 5),
         ("training", "splitlora-edge", 2),
         ("privacy", "splitlora-edge", 2),

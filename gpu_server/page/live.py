@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from ..federation import StepRecord
 from ..history import EvaluationRecord, HistoryError, RunEvent, tell
@@ -78,6 +79,14 @@ class PageObserver(Observer):
             self._tell()
         else:
             self._tell_soon()
+
+    def overview(self) -> dict[str, Any] | None:
+        """How the run stands, half a second ago at most; None while what was before is not read yet."""
+        if self._is_recalling:
+            return None
+        now, overview = time.time(), self._snapshot.overview
+        overview.waits_for(*self._waits_for(), now)
+        return overview.as_json(now)
 
     def _everything_told(self) -> str | None:
         """What pages know by now, for one that has just come; None where that is not read yet. The rest all hear together."""
