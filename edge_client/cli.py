@@ -334,7 +334,7 @@ class _Preparations:
         silent: show nothing: standard error is read by a program.
     """
 
-    def __init__(self, *, silent: bool) -> None:
+    def __init__(self, *, silent: bool = False) -> None:
         self._is_silent = silent
         self._what = ""
         self._progress: Progress | None = None

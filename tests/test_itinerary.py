@@ -37,12 +37,14 @@ from protocol import (
     Evaluation,
     EvaluationLoss,
     EvaluationStates,
+    HeldOutLoss,
     Hello,
     HiddenGradient,
     HiddenStates,
     Itinerary,
     Join,
     Message,
+    Noted,
     QuestionId,
     Remembered,
     RemoteProtocolError,
@@ -70,6 +72,7 @@ def adapter_of(num_steps: int) -> dict[str, Any]:
 ANSWERS: dict[type, set[type]] = {
     **{leg.question: {leg.answer} for leg in LEGS},
     Evaluation: {EvaluationLoss, EvaluationStates},
+    HeldOutLoss: {Noted},
 }
 
 
@@ -159,11 +162,15 @@ class Device:
 
     def may_ask(self) -> bool:
         is_here = self.alive and self.connected and not self.is_joining
-        return is_here and self.next is not None and not self.is_evaluating
+        return is_here and self.next is not None and not self.is_evaluating and not self.is_telling
 
     @property
     def is_evaluating(self) -> bool:
         return bool(self.open) and isinstance(self.open[0], Evaluation)
+
+    @property
+    def is_telling(self) -> bool:
+        return bool(self.open) and isinstance(self.open[0], HeldOutLoss)
 
     def ask(self) -> None:
         assert self.next is not None
@@ -180,6 +187,13 @@ class Device:
     def evaluate(self) -> None:
         self.num_evaluations += 1
         self.put(Evaluation(index=self.num_evaluations, **self.batch()))
+
+    def tell(self) -> None:
+        """Its held-out loss, as a question of the training."""
+        if self.unheard is not None:
+            start, self.unheard = self.unheard, None
+            return self.go_to(start)
+        return self.put(HeldOutLoss(step=self.round, loss=1.0, labelled_tokens=1))
 
     def put(self, question: Message) -> None:
         self.open.append(question)
@@ -233,6 +247,7 @@ class Device:
         if self.open and is_same and Itinerary.may_ask_again(self.open[0], start):
             self.outbox.extend(self.open)
             must_go = self.unheard or (self.next and not Itinerary.may_ask_again(self.question(self.next), start))
+            assert not (self.is_telling and must_go), "what it asks next would be refused"
             if self.is_evaluating and must_go:
                 self.unheard = start
             return None
@@ -362,6 +377,8 @@ class History:
             device.ask()
         elif what == "evaluate" and device.may_ask() and not device.open:
             device.evaluate()
+        elif what == "tell" and device.may_ask() and not device.open and device.step == device.round:
+            device.tell()
         elif what == "upload" and device.connected and device.outbox:
             self.upload(device)
         elif what == "download" and device.inbox:
@@ -403,7 +420,7 @@ class History:
 
     def run(self) -> None:
         usual = ["ask"] * 8 + ["upload"] * 8 + ["download"] * 8 + ["compute"] * 8 + ["back"] * 3
-        faults = ["lose", "lose", "kill", "kill", "wipe", "leave", "leave", "wait", "evaluate", "restart"]
+        faults = ["lose", "lose", "kill", "kill", "wipe", "leave", "leave", "wait", "evaluate", "tell", "tell", "restart"]
         share_of_faults = self.random.choice([0.01, 0.02, 0.05, 0.2])
         for _ in range(self.random.randint(50, 600)):
             what = self.random.choice(faults if self.random.random() < share_of_faults else usual)

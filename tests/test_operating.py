@@ -36,7 +36,7 @@ def test_settings_of_the_service_are_settings(tmp_path: Path) -> None:
     [
         ("operating", "splitlora-server", 9),
         ("devices", "splitlora-edge", 5),
-        ("training", "splitlora-edge", 2),
+        ("training", "splitlora-edge", 3),
         ("privacy", "splitlora-edge", 2),
     ],
 )
