@@ -9,21 +9,38 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import reference
 from conftest import adapter_bytes, metrics, run_split
 from ports import free_port
 from test_federation import Table, kinds, told
+from test_membership import JOIN, LOST, World, activations, evaluation, gradient, start, welcome
+from test_training import DATA, NotingEngine
 from usual_settings import settings as usual
 
 from edge_client import DataError, EdgeClient
+from edge_client.device_log import DeviceLog
+from edge_client.disclosure import Disclosure
 from edge_client.held_out import HeldOut
-from edge_client.membership import Membership
+from edge_client.membership import Membership, Redirected
+from edge_client.stopwatch import Stopwatch
 from gpu_server import GpuServer
 from gpu_server.federation import KeepHeldOutLoss, Reply
 from gpu_server.history import EvaluationRecord, RunFiles
 from gpu_server.serving import Observer
-from protocol import AdapterWeights, Evaluation, HeldOutLoss, Noted, RemoteProtocolError, RunSettings
+from protocol import (
+    ActivationGradient,
+    AdapterWeights,
+    Evaluation,
+    EvaluationLoss,
+    EvaluationStates,
+    HeldOutLoss,
+    Noted,
+    RemoteProtocolError,
+    RunSettings,
+)
+from protocol.settings import SERVER_ABILITIES
 
 STEPS = 7
 RUNS: dict[str, dict[str, Any]] = {
@@ -398,3 +415,92 @@ def test_settings_have_nothing_of_it() -> None:
     """It is the device's own choice, and no server can ask for more of its held-out texts."""
     assert not [name for name in vars(usual()) if "eval" in name]
     assert isinstance(usual(), RunSettings)
+
+
+# What a device makes of it, call by call
+
+
+class Answering:
+    """A `Membership` whose server answers at once, and has reached a step of its own."""
+
+    def __init__(self, settings: RunSettings, reached: int) -> None:
+        self.welcome: Any = type("Welcome", (), {"abilities": SERVER_ABILITIES, "settings": settings, "run": "r"})
+        self.stopwatch, self.told, self._reached = Stopwatch(), list[HeldOutLoss](), reached
+
+    def next_index(self) -> int:
+        return 1
+
+    def exchange(self, question: Any, answer_kind: type) -> Any:
+        if isinstance(question, HeldOutLoss):
+            self.told.append(question)
+            return Noted(step=question.step, reached=self._reached)
+        if answer_kind is EvaluationLoss:
+            return EvaluationLoss(index=1, summed_loss=2.0 * len(question.labels))
+        return EvaluationStates(index=1, values=np.ones((question.num_labelled, 2), np.float32))
+
+
+def evaluating(settings: RunSettings, reached: int = 4) -> tuple[HeldOut, Answering]:
+    server: Any = Answering(settings, reached)
+    return HeldOut(
+        DATA,
+        2,
+        1,
+        membership=server,
+        engine=NotingEngine([]),
+        disclosure=Disclosure(settings, b"s" * 32),
+        log=DeviceLog("a", None),
+    ), server
+
+
+def test_mean_of_all_batches_is_told() -> None:
+    device, server = evaluating(usual())
+    device.evaluate(4)
+    (told,) = server.told
+    assert (told.step, told.loss, told.labelled_tokens) == (4, 2.0, 6)
+    assert [(found.step, found.perplexity) for found in device.evaluations] == [(4, pytest.approx(math.exp(2.0)))]
+
+
+def test_loss_that_the_run_has_overtaken_does_not_count_and_the_user_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    device, _ = evaluating(usual(), reached=6)
+    device.evaluate(4)
+    assert device.evaluations == []
+    assert caplog.messages == [
+        "the run went on to step 6 while this device evaluated its held-out texts after step 4, so their loss is that of no "
+        "adapter, and does not count; fewer texts in --eval-data, or a longer --step-deadline on the server, leave it the time"
+    ]
+
+
+def test_where_losses_have_noise_the_held_out_one_has_and_the_device_itself_knows_it_exactly() -> None:
+    noise = {"labels": "device", "gradient_noise": 0.5, "gradient_clip": 1.0}
+    exact, noisy = evaluating(usual(labels="device")), evaluating(usual(**noise))
+    for device, _ in (exact, noisy, noisy):
+        device.evaluate(4)
+    assert [found.loss for found in exact[0].evaluations] == [found.loss for found in noisy[0].evaluations[:1]] == [2.0]
+    assert exact[1].told[0].loss == 2.0
+    first, again = (told.loss for told in noisy[1].told)
+    assert first == again != 2.0  # told again, it tells no more
+
+
+def test_held_out_loss_is_told_again_on_the_next_connection_unless_the_run_stands_elsewhere() -> None:
+    question = HeldOutLoss(step=2, loss=1.0, labelled_tokens=3)
+    for step, round_, answered in ((2, 2, True), (3, 2, False), (1, 2, True)):  # the last: its own data ended after step 1
+        here = World([welcome(), start(2), LOST], [welcome(), start(step, round=round_), Noted(step=2, reached=2)])
+        member = here.member()
+        member.start(JOIN)
+        if answered:
+            assert member.exchange(question, Noted).step == 2
+            assert isinstance(here.made[1].asked[-1], HeldOutLoss)
+        else:
+            with pytest.raises(Redirected, match="go on after step 3"):
+                member.exchange(question, Noted)
+
+
+def test_training_that_evaluates_is_sent_elsewhere_once() -> None:
+    back = welcome(restarts=1)
+    here = World([welcome(), start(), LOST], [back, start(), gradient(1)])
+    member = here.member()
+    member.start(JOIN)
+    with pytest.raises(Redirected):
+        member.exchange(evaluation(1), EvaluationLoss)
+    member.training_follows()
+    assert member.exchange(activations(1), ActivationGradient).step == 1
