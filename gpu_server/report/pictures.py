@@ -74,7 +74,7 @@ def draw_curves(name: str, title: str, axis: Axis, curves: Sequence[Curve], valu
         figure.subplots_adjust(left=0.085, right=0.76, top=0.9, bottom=0.125)
         unit, scale = _unit(axis, max(float(curve.x[-1]) for curve in curves))
         for curve in curves:
-            _draw(axes, curve, curve.x / scale, value)
+            _draw(axes, curve, curve.x / scale, value, faintness=max(1, len(curves) / 4))
         _scale_x(axes, axis, unit, is_log=spans_orders(curves))
         _scale_y(axes, curves, value)
         axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10)
@@ -82,16 +82,16 @@ def draw_curves(name: str, title: str, axis: Axis, curves: Sequence[Curve], valu
         return _files(figure, name)
 
 
-def _draw(axes: Axes, curve: Curve, x: Any, value: str) -> None:
+def _draw(axes: Axes, curve: Curve, x: Any, value: str, faintness: float) -> None:
     colour, line = COLOURS[curve.place % len(COLOURS)], LINES[curve.place % len(LINES)]
     marker = MARKERS[curve.place % len(MARKERS)]
     y = curve.columns[value]
     if value == "smoothed":
         low, high = curve.columns["lowest"], curve.columns["highest"]
         if (low < high).any():
-            axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+            axes.fill_between(x, low, high, color=colour, alpha=0.13 / faintness, linewidth=0)
         if (curve.columns["loss"] != y).any():
-            axes.plot(x, curve.columns["loss"], color=colour, alpha=0.25, linewidth=0.6)
+            axes.plot(x, curve.columns["loss"], color=colour, alpha=0.25 / faintness, linewidth=0.6)
     shown = _marked(len(y), curve.place) if value == "smoothed" or len(y) > MOST_MARKERS else list(range(len(y)))
     axes.plot(x, y, color=colour, linestyle=line, linewidth=1.7, marker=marker, markersize=4.5, markevery=shown)
 
@@ -152,7 +152,14 @@ def _label(axes: Axes, curves: Sequence[Curve], scale: float, value: str) -> Non
             color=colour,
             bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.6,
+                "relpos": (0, 0.5),
+                "shrinkA": 0,
+                "shrinkB": 4,  # from the beginning of the text to the marker
+            },
         )
         names.append(name)
     widths = [Text.get_window_extent(name, canvas.get_renderer()).width for name in names]
