@@ -326,8 +326,11 @@ def test_last_words_are_told_at_once(monkeypatch: pytest.MonkeyPatch, clock: Clo
         observer.step_finished(a_step(1, "a"))
         observer.event_happened(an_event(kind))
         assert len(observer.viewers.messages) == 1  # type: ignore[attr-defined]
+        observer.evaluated(an_evaluation(1))  # devices measure the end of a run when it is complete
 
-    assert observing(monkeypatch, clock, 1, act).messages[0]["events"][-1]["kind"] == kind
+    first, second = observing(monkeypatch, clock, 1, act).messages
+    assert first["events"][-1]["kind"] == kind
+    assert second["evaluations"]["step"] == [1]
 
 
 # Pages that do not read

@@ -17,7 +17,7 @@ SECONDS_BETWEEN_UPDATES = 0.5
 SECONDS_WITHOUT_NEWS = 5.0
 """After so long pages are told how things are though nothing has happened: who is waited for, since when."""
 LAST_WORDS = {"complete", "stopped", "failed"}
-"""After such an event the server may be gone before the next update would come."""
+"""From such an event on the server may be gone before the next update would come: all is told at once."""
 
 
 class PageObserver(Observer):
@@ -41,6 +41,8 @@ class PageObserver(Observer):
         self._is_recalling = False
         """Meanwhile the snapshot belongs to another thread."""
         self._unreadable: HistoryError | None = None
+        self._is_ending = False
+        """Whether one of `LAST_WORDS` was said."""
         self._told = float("-inf")
         self._timer: asyncio.TimerHandle | None = None
 
@@ -75,10 +77,8 @@ class PageObserver(Observer):
 
     def event_happened(self, event: RunEvent) -> None:
         self._news.append(event)
-        if event.kind in LAST_WORDS:
-            self._tell()
-        else:
-            self._tell_soon()
+        self._is_ending |= event.kind in LAST_WORDS
+        self._tell_soon()
 
     def overview(self) -> dict[str, Any] | None:
         """How the run stands, half a second ago at most; None while what was before is not read yet."""
@@ -99,7 +99,10 @@ class PageObserver(Observer):
         return self._encoded
 
     def _tell_soon(self) -> None:
-        self._tell_at(self._told + SECONDS_BETWEEN_UPDATES)
+        if self._is_ending and not self._is_recalling:
+            self._tell()
+        else:
+            self._tell_at(self._told + SECONDS_BETWEEN_UPDATES)
 
     def _tell_at(self, when: float) -> None:
         """At this time of the loop's clock, unless it is to be earlier anyway."""
