@@ -263,7 +263,7 @@ def _record(step: int, batches: dict[str, Batch], taken: Taken, rate: float, sec
         samples={name: len(batch.lengths) for name, batch in batches.items()},
         seconds=taken.seconds,
         deadline=0.0,
-        codec="float32",
+        codec="",  # no activations travel
         server_compute=taken.server_compute,
         bytes_up=nothing | taken.bytes_up,
         bytes_down=nothing | taken.bytes_down,

@@ -16,7 +16,7 @@ from contestants.cli import main
 from contestants.federated import Federated, mean
 from contestants.training import Task, train
 from gpu_server import ServerConfig
-from gpu_server.history import RunFiles
+from gpu_server.history import Overview, RunFiles
 from gpu_server.sweep.settings import DeviceConfig, device_names
 from storage import RunDescription
 
@@ -229,6 +229,7 @@ def test_run_is_described_by_the_settings_that_mean_something_to_it(
     assert not {"cut_layer", "codec", "port", "in_flight"} & description.config.keys()
     assert [event.kind for event in RunFiles(folder).events()] == ["joined"] * 3 + ["training_started", "complete"]
     assert sum(row["clients"]["device-1"]["samples"] for row in metrics(folder)) > 0
+    assert Overview.of_files(RunFiles(folder)).as_json(0.0)["state"] == "finished"
 
 
 def test_mean_is_weighted() -> None:

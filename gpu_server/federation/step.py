@@ -25,7 +25,7 @@ class StepRecord:
     deadline: float
     """Seconds that the next step waits for its clients' activations before it asks whether a quorum is there."""
     codec: str
-    """In which this step's activations came."""
+    """In which this step's activations came; empty where none travel."""
     server_compute: float
     """Seconds that the server computed, also while clients did not wait for it."""
     bytes_up: dict[str, int] = field(default_factory=dict)
