@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -374,7 +375,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> Callable[[Callable[.
                     each.sent(message, takes=each is reader)
 
             monkeypatch.setattr("gpu_server.serving.viewers.broadcast", broadcast)
-            monkeypatch.setattr("gpu_server.serving.viewers.time.monotonic", clock)
+            monkeypatch.setattr("gpu_server.serving.viewers.time", SimpleNamespace(monotonic=clock))
             viewers = Viewers(lambda: "all")
             tasks = [asyncio.ensure_future(viewers.show(each)) for each in (reader, deaf)]  # type: ignore[arg-type]
             await asyncio.sleep(0)

@@ -8,10 +8,12 @@ import ssl
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from attacks import PING, RawClient, frame_header, opening, pump, trusting
+from conftest import Clock
 from test_door import SETTINGS, Guarded
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
@@ -21,6 +23,7 @@ from gpu_server.door import open_door
 from gpu_server.errors import ServerError
 from gpu_server.page.routes import FOLDER, HEADERS, Answer, Asked, Place, Routes
 from gpu_server.page.token import own_token
+from gpu_server.serving.http_handshake import REFUSALS_A_MINUTE
 
 TOKEN = "t" * 43
 METRICS = b"splitlora_steps_total 3\n"
@@ -437,6 +440,20 @@ def test_token_opens_the_page_beyond_loopback_and_stands_in_no_line(
     events = (guarded.run_dir / "events.jsonl").read_text()
     assert token not in events
     assert "HTTP 401" in events
+
+
+def test_whoever_is_refused_without_end_fills_no_log(
+    here: GpuServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    clock.now = 1e9
+    monkeypatch.setattr("gpu_server.serving.http_handshake.time", SimpleNamespace(monotonic=clock))
+    for _ in range(REFUSALS_A_MINUTE + 7):
+        assert get(port_of(here), "/nothing")[0] == 404
+    assert sum("refused: HTTP 404" in line for line in caplog.messages) == REFUSALS_A_MINUTE
+    clock.now += 60.0
+    assert get(port_of(here), "/nothing")[0] == 404
+    assert "7 more requests of HTTP were refused within that minute" in caplog.messages
+    assert sum("refused: HTTP 404" in line for line in caplog.messages) == REFUSALS_A_MINUTE + 1
 
 
 def test_page_that_does_not_read_is_dropped_and_the_server_ends_without_it(tiny_model: Path, tmp_path: Path) -> None:

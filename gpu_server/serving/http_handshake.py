@@ -3,6 +3,8 @@
 import asyncio
 import http
 import logging
+import math
+import time
 from collections.abc import Awaitable, Callable, Mapping
 
 from websockets.asyncio.server import Server, ServerConnection, basic_auth, serve
@@ -10,6 +12,7 @@ from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
 from protocol import HANDSHAKE_BYTES, SECONDS_BETWEEN_PINGS, SECONDS_TO_PONG, compressed_bound
+from terminal import count
 
 from ..door import Door
 from ..enrolment import Enrolment
@@ -27,6 +30,7 @@ QUIET.setLevel(logging.INFO)  # below that it would tell the headers, and the se
 SECONDS_TO_TRY_AGAIN = 10.0  # after which a device that was late, or has too many connections, is heard again
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_TAKE_AN_ANSWER = 10.0  # of a slow link, for the page; the handshake's own time ends it, too
+REFUSALS_A_MINUTE = 60  # of HTTP, that each have a line of their own
 LARGEST_PONG = 125  # bytes: of a control frame (RFC 6455, section 5.5)
 CONNECTIONS_A_DEVICE = 4  # the one it uses, one or two that it has lost without our knowing, and a ping
 
@@ -108,6 +112,8 @@ class _Admission:
 
     def __init__(self, listener: Listener, door: Door, routes: Routes) -> None:
         self._listener, self._door, self._routes = listener, door, routes
+        self._minute, self._refused = -math.inf, 0
+        """When this minute began, and how many were refused in it."""
 
     async def authenticate(self, connection: ServerConnection, request: Request) -> Response | None:
         """The answer to who is not let in, or asks for no WebSocket. No message has been read yet."""
@@ -164,8 +170,21 @@ class _Admission:
         if response.status_code >= http.HTTPStatus.BAD_REQUEST:
             assert isinstance(connection, CountingConnection)
             why = connection.refused_because or self._why(request, response)
-            refusal = f"{connection.address} refused: HTTP {response.status_code}, {why}"
-            tell("refused", refusal, level="warning", status=response.status_code)
+            if self._may_be_told():
+                refusal = f"{connection.address} refused: HTTP {response.status_code}, {why}"
+                tell("refused", refusal, level="warning", status=response.status_code)
+
+    def _may_be_told(self) -> bool:
+        """Whether another refusal is worth a line: whoever asks without end fills no disk with them, nor the page."""
+        now = time.monotonic()
+        if now - self._minute >= 60.0:
+            if self._refused > REFUSALS_A_MINUTE:
+                untold = self._refused - REFUSALS_A_MINUTE
+                what = f"{count(untold, 'more request')} of HTTP"
+                tell("refused", f"{what} {'was' if untold == 1 else 'were'} refused within that minute", level="warning")
+            self._minute, self._refused = now, 0
+        self._refused += 1
+        return self._refused <= REFUSALS_A_MINUTE
 
     def _why(self, request: Request, response: Response) -> str:
         """What stands in the log beside an HTTP status; a stranger's words are shown in ASCII."""
