@@ -13,7 +13,7 @@ from split_model import DamagedFile, read_sealed, seal
 from storage import replace_file
 
 from .errors import ServerError
-from .history import tell
+from .history import checkpoint_files, tell
 
 __all__ = ["Checkpoints", "SavedRound"]
 
@@ -79,7 +79,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The last steps of those that there are."""
-        return sorted(int(path.stem) for path in self.folder.glob("*.safetensors") if path.stem.isdigit())
+        return list(checkpoint_files(self.folder))
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step:09}.safetensors"

@@ -20,7 +20,7 @@ from .errors import ConfigError, ServerError
 from .federation import StepRecord
 from .history import EvaluationRecord, RunEvent, row_of
 from .history.line_file import LineFile
-from .history.run_files import EVALUATIONS, EVENTS, METRICS
+from .history.run_files import CHECKPOINTS, EVALUATIONS, EVENTS, METRICS
 from .run_lock import lock_of
 
 __all__ = ["RunDirectory"]
@@ -44,7 +44,7 @@ class RunDirectory:
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
         self.path = path
-        self.checkpoints = Checkpoints(path / "checkpoints")
+        self.checkpoints = Checkpoints(path / CHECKPOINTS)
         self._lines = {name: LineFile(path / name) for name in (METRICS, EVENTS, EVALUATIONS)}
         self._lock = lock_of(path)
         self.resumes = resume

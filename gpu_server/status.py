@@ -41,7 +41,7 @@ def _sentences(run: Figures) -> list[str]:
         f"{run['codec']} activations" if run["codec"] else None,
     ]
     said.append(", ".join(filter(None, figures)))
-    if checkpoint is not None:
+    if checkpoint is not None and run["state"] != "finished":
         said.append(f"checkpoint of step {checkpoint['step']:,}, {_ago(now - checkpoint['time'])}")
     if run["restarts"]:
         said.append(f"restarted {run['restarts']:,} times" if run["restarts"] > 1 else "restarted once")

@@ -1,6 +1,7 @@
 """How a run stands, asked in a terminal: of one that is served, of one that is not, and of a folder that holds none."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,11 +68,16 @@ def run_dir(tmp_path: Path) -> Path:
         event(now - 30, "server_started", restarts=0),
         *(event(now - 25, "joined", name, samples=40, batch_size=4, steps=900) for name in NAMES),
         event(now - 20, "training_started", total_steps=900),
+        RunEvent(time=now - 20, kind="checkpoint", text="", step=0),  # told of at most once a minute
         step(1, now - 12),
         step(2, now - 10),
         EvaluationRecord(step=2, time=now - 10, client="attic", loss=2.0, labelled_tokens=7),
-        RunEvent(time=now - 10, kind="checkpoint", text="", step=2),
     )
+    (tmp_path / "checkpoints").mkdir()
+    for number in (1, 2):
+        file = tmp_path / f"checkpoints/{number:09}.safetensors"
+        file.touch()
+        os.utime(file, (now - 10, now - 10))
     return tmp_path
 
 

@@ -4,7 +4,7 @@ from .curve import Curve
 from .events import EVENT_KINDS, RunEvent, tell, telling_to
 from .overview import ADVICE, Overview
 from .records import EvaluationRecord, record_of, row_of
-from .run_files import HistoryError, RunFiles
+from .run_files import HistoryError, RunFiles, checkpoint_files
 
 __all__ = [
     "ADVICE",
@@ -15,6 +15,7 @@ __all__ = [
     "Overview",
     "RunEvent",
     "RunFiles",
+    "checkpoint_files",
     "record_of",
     "row_of",
     "tell",

@@ -37,6 +37,7 @@ OWN = ("edge_compute", "encode", "uplink", "downlink", "decode")
 USUAL_WAIT = 3.0
 """Times a usual step: so long a wait is no lateness yet, nor is one of less than `SHORTEST_LATENESS` seconds."""
 SHORTEST_LATENESS = 5.0
+NOTHING = Seconds()
 
 
 @dataclass
@@ -119,6 +120,7 @@ class Overview:
                     f"{files.path}: what was written at {happened.time:.3f} (seconds since 1970) is nothing that this version "
                     "reads; use a later one"
                 ) from None
+        run._checkpoint = files.last_checkpoint()
         run.is_served = files.is_served
         if not run.is_served:
             run.server_is_gone()
@@ -153,7 +155,7 @@ class Overview:
                 continue
             device.heard = max(device.heard, record.time)
             device.loss = record.losses.get(name, device.loss)
-            device.recent.append((record.seconds.get(name, Seconds()), record.tokens_of.get(name, 0), record.step_seconds))
+            device.recent.append((record.seconds.get(name, NOTHING), record.tokens_of.get(name, 0), record.step_seconds))
         if record.labelled:  # lines of earlier versions do not say who took part
             for name, device in self._devices.items():
                 has_data = device.last_step is None or record.number <= device.last_step

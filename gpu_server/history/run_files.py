@@ -15,9 +15,10 @@ from .events import RunEvent
 from .line_file import LineFile
 from .records import EvaluationRecord, record_of
 
-__all__ = ["EVALUATIONS", "EVENTS", "METRICS", "HistoryError", "RunFiles"]
+__all__ = ["CHECKPOINTS", "EVALUATIONS", "EVENTS", "METRICS", "HistoryError", "RunFiles", "checkpoint_files"]
 
 METRICS, EVENTS, EVALUATIONS = "metrics.jsonl", "events.jsonl", "evaluations.jsonl"
+CHECKPOINTS = "checkpoints"
 
 Line = TypeVar("Line")
 
@@ -67,6 +68,15 @@ class RunFiles:
         """All three in the order of time: what whoever follows a run is told. Raises as `steps`."""
         return heapq.merge(self.steps(), self.evaluations(), self.events(), key=lambda happened: happened.time)
 
+    def last_checkpoint(self) -> tuple[int, float] | None:
+        """Its step, and when it was written, in seconds since 1970. (Events tell of one a minute at most.)"""
+        files = checkpoint_files(self.path / CHECKPOINTS)
+        step = max(files, default=None)
+        try:
+            return None if step is None else (step, files[step].stat().st_mtime)
+        except FileNotFoundError:  # just then it was put aside as damaged
+            return None
+
     def _lines(self, name: str, parse: Callable[[Mapping[str, Any]], Line]) -> Iterator[Line]:
         file = LineFile(self.path / name)
         try:
@@ -82,3 +92,8 @@ class RunFiles:
                 yield parsed
         except OSError as error:
             raise HistoryError(f"{file.path} cannot be read: {error.strerror or error}") from None
+
+
+def checkpoint_files(folder: Path) -> dict[int, Path]:
+    """By step, in the order of the steps."""
+    return {int(path.stem): path for path in sorted(folder.glob("*.safetensors")) if path.stem.isdigit()}
