@@ -156,9 +156,9 @@ def _label(axes: Axes, curves: Sequence[Curve], scale: float, value: str) -> Non
                 "arrowstyle": "-",
                 "color": colour,
                 "linewidth": 0.6,
-                "relpos": (0, 0.5),
+                "relpos": (0, 0.5),  # from the beginning of the text
                 "shrinkA": 0,
-                "shrinkB": 4,  # from the beginning of the text to the marker
+                "shrinkB": 4,
             },
         )
         names.append(name)
