@@ -151,7 +151,7 @@ def test_other_certificate_is_refused_with_what_it_means(
         joined = command("edge_client", *words)
     assert joined.returncode == 1
     assert "is not the one this device was enrolled with" in joined.stderr
-    assert "either somebody is between this device and the server, or the server was set up anew" in joined.stderr
+    assert "either somebody is between this device and the server, or the server has another key since" in joined.stderr
     assert "joined" not in "".join(server.said)
 
 

@@ -11,8 +11,8 @@ import pytest
 from attacks import SECONDS, RawClient
 from conftest import run_in_thread
 
-from edge_client import ConnectionFailed, EdgeClient, Refused
-from edge_client.connection import Connection
+from edge_client import ConnectionFailed, EdgeClient
+from edge_client.connection import Connection, SecretRefused
 from gpu_server import GpuServer
 from gpu_server.federation.deadline import Deadline
 from gpu_server.serving.conversation import Conversations
@@ -163,7 +163,7 @@ def answering(head: str) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("head", "kind", "retry_after", "said"),
     [
-        ("401 Unauthorized", Refused, None, "takes enrolled devices only"),
+        ("401 Unauthorized", SecretRefused, None, "takes enrolled devices only"),
         ("403 Forbidden", ConnectionFailed, 0.0, "answers HTTP 403 instead of opening a WebSocket"),
         ("404 Not Found", ConnectionFailed, 0.0, "answers HTTP 404 instead of opening a WebSocket"),
         ("426 Upgrade Required", ConnectionFailed, 0.0, "answers HTTP 426 instead of opening a WebSocket"),
