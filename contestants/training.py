@@ -237,8 +237,7 @@ def _train(
             num_bytes = sum(record.bytes_up.values()) + sum(record.bytes_down.values())
             progress.update(step=step, loss=record.loss, tokens=record.tokens, num_bytes=num_bytes)
             if step < total_steps and task.evaluates_after(step):
-                evaluate(step)
-                finished = time.perf_counter()  # an evaluation belongs to no step
+                evaluate(step)  # the next step's seconds have it, as those of a split run do
     evaluate(total_steps)
     directory.save_adapter(contestant.adapter(), model.base.config, task.lora, task.config.model)
     directory.describe(description.with_adapter(step=total_steps, of=total_steps))
