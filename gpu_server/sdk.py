@@ -125,8 +125,9 @@ class GpuServer:
         with telling_to(self._events):
             actions = go_back(run) if run.federation.restarts else []
             if run.federation.restarts and run.door.has_page:
-                before = RunFiles(run.directory.path).everything()  # without what this server adds to the files meanwhile
-                run.page.recall(happened for happened in before if happened.time < began)
+                files = RunFiles(run.directory.path)
+                before = files.everything()  # without what this server adds to the files meanwhile
+                run.page.recall((happened for happened in before if happened.time < began), files.last_checkpoint())
         listening: Future[str] = Future()
         self._thread = threading.Thread(target=self._serve, args=(listening, actions), name="server")
         self._thread.start()

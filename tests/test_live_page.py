@@ -230,7 +230,7 @@ def test_page_that_comes_while_the_history_is_read_waits_for_it_and_the_run_does
         yield a_step(2, "a")
 
     async def act(observer: PageObserver, pass_time: Callable[[float], Any]) -> None:
-        observer.recall(history())
+        observer.recall(history(), None)
         observer.step_finished(a_step(3, "a"))
         assert observer._everything_told() is None
         await pass_time(1.0)

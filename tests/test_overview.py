@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_server.federation import StepRecord
-from gpu_server.history import Curve, EvaluationRecord, Overview, RunEvent
+from gpu_server.history import Curve, EvaluationRecord, HistoryError, Overview, RunEvent
 from protocol import Seconds
 
 
@@ -212,6 +212,11 @@ def test_lines_of_an_earlier_version_say_what_they_can() -> None:
     now = run.as_json(5.0)
     assert (now["step"], now["seconds_left"], now["tokens_per_second"]) == (1, None, None)
     assert devices(run, 5.0)["a"]["bytes_up"] == 100
+
+
+def test_event_of_a_later_version_is_refused_in_a_sentence() -> None:
+    with pytest.raises(HistoryError, match=r"what was written at 7\.500 .* is nothing that this version reads"):
+        joined().add(event("late", 7.5, clients=3))
 
 
 # Curves

@@ -115,12 +115,9 @@ class Overview:
         for happened in files.everything():
             try:
                 run.add(happened)
-            except (TypeError, ValueError):
-                raise HistoryError(
-                    f"{files.path}: what was written at {happened.time:.3f} (seconds since 1970) is nothing that this version "
-                    "reads; use a later one"
-                ) from None
-        run._checkpoint = files.last_checkpoint()
+            except HistoryError as error:
+                raise HistoryError(f"{files.path}: {error}") from None
+        run.checkpoint_found(files.last_checkpoint())
         run.is_served = files.is_served
         if not run.is_served:
             run.server_is_gone()
@@ -132,11 +129,22 @@ class Overview:
     # What happens
 
     def add(self, happened: StepRecord | EvaluationRecord | RunEvent) -> None:
-        """The next of these that a run has to tell."""
+        """
+        The next of these that a run has to tell.
+
+        Raises:
+            HistoryError: an event has figures of another kind, as a later version may write them.
+        """
         if isinstance(happened, StepRecord):
             self.add_step(happened)
         elif isinstance(happened, RunEvent):
-            self.add_event(happened)
+            try:
+                self.add_event(happened)
+            except (TypeError, ValueError):
+                raise HistoryError(
+                    f"what was written at {happened.time:.3f} (seconds since 1970) is nothing that this version reads; use a "
+                    "later one"
+                ) from None
         else:
             self.add_evaluation(happened)
 
@@ -215,6 +223,10 @@ class Overview:
 
     def add_evaluation(self, record: EvaluationRecord) -> None:
         self._held_out[record.client] = record
+
+    def checkpoint_found(self, last: tuple[int, float] | None) -> None:
+        """What is in the folder, since events tell of one a minute at most; see `RunFiles.last_checkpoint`."""
+        self._checkpoint = last
 
     def checkpoint_written(self, step: int, time: float) -> None:
         self._checkpoint = step, time

@@ -46,18 +46,22 @@ class PageObserver(Observer):
         self._told = float("-inf")
         self._timer: asyncio.TimerHandle | None = None
 
-    def recall(self, happened: Iterable[Happened]) -> None:
+    def recall(self, happened: Iterable[Happened], checkpoint: tuple[int, float] | None) -> None:
         """
         Begin with what the run's files have of earlier servers, as far as they can be read. That takes seconds where there are
         a hundred thousand steps, for which neither the run nor its devices wait; pages do.
+
+        Args:
+            checkpoint: the last that is in them; see `RunFiles.last_checkpoint`.
         """
         self._is_recalling = True
-        threading.Thread(target=self._recall, args=(happened,), name="recall", daemon=True).start()
+        threading.Thread(target=self._recall, args=(happened, checkpoint), name="recall", daemon=True).start()
 
-    def _recall(self, happened: Iterable[Happened]) -> None:
+    def _recall(self, happened: Iterable[Happened], checkpoint: tuple[int, float] | None) -> None:
         try:
             for each in happened:
                 self._snapshot.add(each)
+            self._snapshot.overview.checkpoint_found(checkpoint)
         except HistoryError as error:  # it is no reason not to train
             self._unreadable = error
         finally:
