@@ -25,6 +25,9 @@ from .serving import EventRelay, Observer, RunServer
 __all__ = ["GpuServer", "RunEndedEarly"]
 
 
+SECONDS_DEAF_TO_SIGNALS = 1.0
+
+
 class RunEndedEarly(RuntimeError):
     """All clients left, or the server was stopped, before the last step."""
 
@@ -221,9 +224,18 @@ class _StepQueue(Observer):
     def end(self) -> None:
         self._queue.put(None)
 
+    def _get(self) -> StepRecord | BaseException | None:
+        while True:
+            try:
+                # Python does not see a signal that comes just before it begins to wait, until it wakes: a server whose devices
+                # are away would be deaf to SIGTERM.
+                return self._queue.get(timeout=SECONDS_DEAF_TO_SIGNALS)
+            except queue.Empty:
+                continue
+
     def follow(self) -> Iterator[StepRecord]:
         """The steps as they come; an error at the end is raised."""
-        while (step := self._queue.get()) is not None:
+        while (step := self._get()) is not None:
             if isinstance(step, BaseException):
                 raise step
             yield step

@@ -27,6 +27,7 @@ from gpu_server import ConfigError, GpuServer, RunEndedEarly, ServerError
 from gpu_server.checkpoints import Checkpoints, SavedRound
 from gpu_server.federation import Phase
 from gpu_server.run_directory import RunDirectory
+from gpu_server.sdk import _StepQueue
 from gpu_server.serving.lifetime import Lifetime
 from gpu_server.torch_engine import TorchEngine
 
@@ -171,6 +172,30 @@ def test_second_signal_does_not_disturb_what_the_first_one_began(
     assert "; --resume goes on from there" in said
     assert server.returncode in {128 + signal.SIGTERM, 130}  # two that come at once have no order
     assert Checkpoints(tmp_path / "run/checkpoints").steps()[-1] >= 3
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs a signal of the user's own")
+def test_whoever_follows_a_run_hears_a_signal_that_woke_nobody() -> None:
+    """It comes while another thread runs, as one does that comes just before this one begins to wait."""
+
+    class Heard(Exception):
+        pass
+
+    def hear(number: int, frame: object) -> None:
+        raise Heard
+
+    steps = _StepQueue()
+    before = signal.signal(signal.SIGUSR1, hear)
+    late = threading.Timer(30.0, steps.end)  # who hears nothing would follow for ever
+    late.start()
+    threading.Timer(0.1, lambda: signal.raise_signal(signal.SIGUSR1)).start()
+    try:
+        with pytest.raises(Heard):
+            list(steps.follow())
+        assert late.is_alive()  # it did not have to be woken
+    finally:
+        late.cancel()
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_server_that_is_terminated_before_its_run_starts_says_so_and_waits_again_when_resumed(
