@@ -47,6 +47,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "rounds of one step": {},
     "rounds of three steps": {"aggregate_every": 3},
     "labels on the device": {"labels": "device"},
+    "onnxruntime, labels on the device": {"labels": "device"},
     "delta": {"codec": "delta", "check_codec_every": 0},
     "noise": {
         "labels": "device",
@@ -104,6 +105,8 @@ def test_run_is_the_same_to_the_bit_with_and_without_evaluations(
         }
         for options in devices.values():
             del options["eval_data" if every is None else "in_flight"]
+            if "onnxruntime" in kind:
+                options.update(engine="onnxruntime", dtype="auto")
         run_dir = tmp_path / f"run-{every}"
         run_split({**settings, **RUNS[kind], "run_dir": str(run_dir)}, devices)
         found.append((adapter_bytes(run_dir), losses(run_dir)))
