@@ -1,7 +1,7 @@
 """
 What the live page costs a run: a step without it, with it while nobody looks, and with 100 pages open.
 
-    python benchmarks/page_cost.py --turns 30
+    python benchmarks/page_cost.py --turns 60 --steps 21
 
 One server, one device and the reader of all pages, each a process, share this machine's cores; the model is small (6 blocks of
 width 256), and its steps short. The three contestants take turns of some steps in the same run, so that what else goes on there
@@ -159,10 +159,9 @@ def main() -> None:
         of_reader.close()
         pipe.send("go on")  # the first step of the run waits for everything
         pipe.recv()
-        for turn in range(options.turns):
-            # Each is first as often as the others.
-            names = list(CONTESTANTS)[turn % 3 :] + list(CONTESTANTS)[: turn % 3]
-            for name in names:
+        order = random.Random(0)
+        for _ in range(options.turns):
+            for name in order.sample(list(CONTESTANTS), len(CONTESTANTS)):
                 on, number = CONTESTANTS[name]
                 is_on.value = on
                 pages.send(options.pages if number < 0 else number)
