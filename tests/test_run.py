@@ -79,7 +79,10 @@ def test_metrics_say_where_every_second_of_a_step_went(
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["loss"] for row in rows] == result.losses
     for row in rows:
-        assert row.keys() == {"step", "loss", "labelled_tokens", "tokens", "deadline", "codec", "server_compute", "clients"}
+        assert row.keys() == {
+            *("step", "time", "step_seconds", "loss", "learning_rate", "gradient_norm", "labelled_tokens", "tokens"),
+            *("deadline", "codec", "server_compute", "clients"),
+        }
         assert row["server_compute"] > 0
         assert row["deadline"] > 0
         assert row["clients"].keys() == {"a", "b"}
