@@ -2,8 +2,9 @@
 
 import math
 import statistics
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,10 @@ USUAL_WAIT = 3.0
 """Times a usual step: so long a wait is no lateness yet, nor is one of less than `SHORTEST_LATENESS` seconds."""
 SHORTEST_LATENESS = 5.0
 NOTHING = Seconds()
+PARTS = tuple(vars(NOTHING))
+
+Spent = dict[str, float]
+"""Seconds by part of the time; see `Seconds`."""
 
 
 @dataclass
@@ -60,15 +65,10 @@ class _Device:
     recent: deque[tuple[Seconds, int, float]] = field(default_factory=lambda: deque(maxlen=RECENT))
     """Of the last steps that it took part in: its time, its tokens, the step's time."""
 
-    def spent(self) -> Seconds:
-        return sum((seconds for seconds, _, _ in self.recent), Seconds())
-
-    def own_seconds(self) -> float | None:
-        """Of its own and its link's, a step; None where it has done none."""
-        if not self.recent:
-            return None
-        spent: dict[str, float] = vars(self.spent())
-        return sum(spent[part] for part in OWN) / len(self.recent)
+    def spent(self) -> Spent:
+        """In its recent steps together."""
+        steps = [vars(seconds) for seconds, _, _ in self.recent]
+        return {part: sum(spent[part] for spent in steps) for part in PARTS}
 
     def tokens_per_second(self) -> float | None:
         seconds = sum(seconds for _, _, seconds in self.recent)
@@ -250,7 +250,8 @@ class Overview:
         state, step_seconds = self._state(), self._step_seconds()
         is_left = state in ("training", "waiting", "stopped", "not_running") and self.step < self.total_steps
         left = (self.total_steps - self.step) * step_seconds if step_seconds and is_left else None
-        slowness = self._slowness()
+        spent = {name: device.spent() for name, device in self._devices.items()}
+        slowness = self._slowness(spent)
         slowest = max(slowness, key=lambda name: slowness[name], default=None)
         if slowest is not None and slowness[slowest] < SLOW:
             slowest = None
@@ -276,11 +277,11 @@ class Overview:
             "bytes_per_second": _rate(num_bytes, recent_seconds),
             "codec": self._codec,
             "codec_reason": self._codec_reason or None,
-            "bottleneck": self._bottleneck(slowest, slowness),
+            "bottleneck": self._bottleneck(slowest, slowness, spent),
             "waiting_for": [{"client": name, "seconds": now - since} for name, since in self._late.items()],
             "last_checkpoint": None if self._checkpoint is None else {"step": self._checkpoint[0], "time": self._checkpoint[1]},
             "devices": [
-                self._device(name, device, slowness.get(name), now, is_slowest=name == slowest)
+                self._device(name, device, spent[name], slowness.get(name), now, is_slowest=name == slowest)
                 for name, device in sorted(self._devices.items())
             ],
         }
@@ -333,18 +334,22 @@ class Overview:
         whole = EvaluationRecord(step=step, time=0.0, client="", loss=loss, labelled_tokens=labels)
         return {"step": step, "loss": _figure(loss), "perplexity": _figure(whole.perplexity)}
 
-    def _slowness(self) -> dict[str, float]:
-        """By device: its own seconds a step over the median of the others'."""
-        own = {name: seconds for name, device in self._devices.items() if (seconds := device.own_seconds())}
-        slowness = {}
-        for name, seconds in own.items():
-            others = [other for another, other in own.items() if another != name]
-            if others:
-                slowness[name] = seconds / statistics.median(others)
-        return slowness
+    def _slowness(self, spent: Mapping[str, Spent]) -> dict[str, float]:
+        """By device: its own and its link's seconds a step over the median of the others'."""
+        own = {
+            name: seconds / len(self._devices[name].recent)
+            for name, parts in spent.items()
+            if (seconds := sum(parts[part] for part in OWN))
+        }
+        if len(own) < 2:
+            return {}
+        in_order = sorted(own.values())
+        return {name: seconds / _median_of_others(in_order, seconds) for name, seconds in own.items()}
 
-    def _bottleneck(self, slowest: str | None, slowness: Mapping[str, float]) -> dict[str, Any] | None:
-        spent = vars(sum((device.spent() for device in self._devices.values()), Seconds()))
+    def _bottleneck(
+        self, slowest: str | None, slowness: Mapping[str, float], by_device: Mapping[str, Spent]
+    ) -> dict[str, Any] | None:
+        spent = {part: sum(parts[part] for parts in by_device.values()) for part in PARTS}
         total = sum(spent.values())
         if total <= 0:
             return None
@@ -354,7 +359,7 @@ class Overview:
             return {
                 "part": part, "client": None, "share": spent[part] / total, "sentence": sentence, "advice": ADVICE[part]
             }  # fmt: skip
-        of_device = vars(self._devices[slowest].spent())
+        of_device = by_device[slowest]
         part = max(OWN, key=lambda each: of_device[each])
         share = of_device[part] / max(sum(of_device.values()), 1e-9)
         times = f"{slowness[slowest]:.1f} times"
@@ -364,7 +369,9 @@ class Overview:
         advice = f"give it a smaller --batch-size, or the run a --quorum; {ADVICE[part]}"
         return {"part": part, "client": slowest, "share": share, "sentence": sentence, "advice": advice}
 
-    def _device(self, name: str, device: _Device, slowness: float | None, now: float, *, is_slowest: bool) -> dict[str, Any]:
+    def _device(
+        self, name: str, device: _Device, spent: Spent, slowness: float | None, now: float, *, is_slowest: bool
+    ) -> dict[str, Any]:
         late = now - self._late[name] if name in self._late else None
         state = "late" if late is not None and device.state == "connected" else device.state
         return {
@@ -382,7 +389,7 @@ class Overview:
             "late_seconds": late,
             "slowness": _figure(slowness),
             "is_slowest": is_slowest,
-            "seconds": {part: round(seconds, 6) for part, seconds in vars(device.spent()).items()},
+            "seconds": {part: round(seconds, 6) for part, seconds in spent.items()},
         }
 
     def _words_of(
@@ -400,6 +407,16 @@ class Overview:
         if is_slowest and slowness is not None:
             return f"takes part, {slowness:.1f} times as slow as the others"
         return "takes part"
+
+
+def _median_of_others(in_order: Sequence[float], one: float) -> float:
+    """Of ascending values, at least two, without ``one`` of them; in a time that hardly grows with their number."""
+    place, middle = bisect_left(in_order, one), (len(in_order) - 1) // 2
+
+    def other(number: int) -> float:
+        return in_order[number + (number >= place)]
+
+    return other(middle) if len(in_order) % 2 == 0 else (other(middle - 1) + other(middle)) / 2
 
 
 def _words(part: str) -> str:
