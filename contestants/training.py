@@ -212,7 +212,7 @@ def _train(
         samples, size = len(of_client.data.samples), of_client.batch_size
         text = f"{name} has joined with {count(samples, 'sample')} in batches of {size}"
         tell("joined", text, client=name, quiet=True, samples=samples, batch_size=size, steps=last_steps[name])
-    tell("training_started", f"training has started: {count(total_steps, 'step')}", quiet=True)
+    tell("training_started", f"training starts: {count(total_steps, 'step')}", step=0, quiet=True, total_steps=total_steps)
 
     def evaluate(step: int) -> None:
         if held_out is not None:

@@ -227,7 +227,9 @@ def test_run_is_described_by_the_settings_that_mean_something_to_it(
     assert description.adapter == {"step": STEPS, "of": STEPS}
     assert ("aggregate_every" in description.config) == (mode == "federated")
     assert not {"cut_layer", "codec", "port", "in_flight"} & description.config.keys()
-    assert [event.kind for event in RunFiles(folder).events()] == ["joined"] * 3 + ["training_started", "complete"]
+    events = list(RunFiles(folder).events())
+    assert [event.kind for event in events] == ["joined"] * 3 + ["training_started", "complete"]
+    assert events[3].details["total_steps"] == STEPS  # by which it is known how far the run is
     assert sum(row["clients"]["device-1"]["samples"] for row in metrics(folder)) > 0
     assert Overview.of_files(RunFiles(folder)).as_json(0.0)["state"] == "finished"
 

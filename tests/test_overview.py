@@ -1,6 +1,7 @@
 """How a run stands: in figures that follow from its steps, and in words that name who is slow or late."""
 
 import math
+import statistics
 from typing import Any
 
 import pytest
@@ -97,6 +98,17 @@ def test_slow_device_is_named_with_its_part_and_what_to_do() -> None:
     assert slow["seconds"]["edge_compute"] == pytest.approx(20 * 2.0)
 
 
+@given(st.lists(st.sampled_from([0.5, 1.0, 1.5, 2.0, 8.0]), min_size=2, max_size=9))
+def test_slowness_is_over_the_median_of_the_others(seconds: list[float]) -> None:
+    own = {f"d{place}": each for place, each in enumerate(seconds)}
+    run = Overview("r", len(own))
+    for number in (1, 2):
+        spent = {name: Seconds(edge_compute=each / 2, uplink=each / 2, queue=3.0) for name, each in own.items()}
+        run.add_step(step(number, seconds=spent, bytes_up=dict.fromkeys(own, 1), labelled=dict.fromkeys(own, 1)))
+    for place, device in enumerate(devices(run, 1010.0).values()):
+        assert device["slowness"] == pytest.approx(seconds[place] / statistics.median(seconds[:place] + seconds[place + 1 :]))
+
+
 def test_where_nobody_is_slow_the_largest_part_is_named() -> None:
     run = joined()
     for number in range(1, 5):
@@ -184,6 +196,15 @@ def test_run_whose_server_was_killed_says_so() -> None:
     run.is_served = False
     assert run.as_json(1005.0)["sentence"] == "no server runs; step 1 of 100, 3 min left at its last speed"
     assert {device["words"] for device in run.as_json(1005.0)["devices"]} == {"no server runs"}
+
+
+def test_server_that_goes_on_knows_how_many_steps_there_are_where_no_event_before_says() -> None:
+    """As in a run that was begun before there were events."""
+    run = Overview("r", 3)
+    run.add_step(step(40))
+    run.add_event(event("server_started", 1100.0, restarts=1, total_steps=100))
+    now = run.as_json(1101.0)
+    assert (now["state"], now["total_steps"], now["seconds_left"]) == ("training", 100, 120.0)
 
 
 def test_run_that_has_not_begun_waits_for_devices() -> None:

@@ -175,6 +175,7 @@ class Overview:
         if kind == "server_started":
             self.is_served, self.ended, self._late = True, None, {}
             self.restarts = int(details.get("restarts", self.restarts))
+            self.total_steps = max(self.total_steps, int(details.get("total_steps", 0)))
             self._lose_all()
         elif kind == "training_started":
             self._started = event.time

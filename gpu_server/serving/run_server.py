@@ -138,7 +138,8 @@ class RunServer:
             restarts = self._federation.restarts
             again = f", restarted {count(restarts, 'time')}" if restarts else ""
             started = f"the server listens on {self._url(listener)}{again}"
-            tell("server_started", started, step=self._federation.step, quiet=True, restarts=restarts)
+            step, total_steps = self._federation.step, self._federation.total_steps
+            tell("server_started", started, step=step, quiet=True, restarts=restarts, total_steps=total_steps)
             for notice in self._door.notices:
                 tell("note", notice, level="warning")
             watch = self._loop.create_task(
