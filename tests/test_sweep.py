@@ -286,6 +286,8 @@ def test_sweep_that_is_killed_twice_and_stopped_once_ends_as_one_that_is_not(
         f"mode = ['split', 'centralised']\n{held_out}", grid, "engine = 'torch'\ndtype = 'float32'\nbatch_size = 2", data=data
     )
     sweep, output = read_sweep(path), tmp_path / "out"
+    (output / "devices").mkdir(parents=True)
+    (output / "devices" / "mine").write_text("somebody else's")
     folders = [output / cell.name for cell in sweep.cells]
     assert len(folders) == 4 + 2  # centralised training knows no rounds
     finished: dict[Path, int] = {}
@@ -321,7 +323,8 @@ def test_sweep_that_is_killed_twice_and_stopped_once_ends_as_one_that_is_not(
         assert evaluations(folder) == evaluations(reference), cell.name
     restarts = [description(folder).restarts for folder in folders]
     assert restarts == [1, 1, 0, 0, 0, 0]  # split runs have gone on, the centralised one has begun anew
-    assert not (output / "devices").exists()
+    assert {path.name for path in output.iterdir() if path.is_dir()} == {"devices", "report", *(f.name for f in folders)}
+    assert (output / "devices" / "mine").read_text() == "somebody else's"
     assert (output / "report" / "index.html").exists()
 
 

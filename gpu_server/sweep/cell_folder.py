@@ -112,7 +112,7 @@ class CellFolder:
                 shutil.rmtree(self.path)
             self.path.mkdir(mode=0o700)
         except OSError as error:
-            raise ServerError(f"{self.path} cannot be written: {error.strerror}") from None
+            raise ServerError(f"{self.path} cannot be written: {error.strerror or error}") from None
         cell = self._cell
         self._write(NOTE, {"mode": cell.mode, "server": cell.server, "device": cell.device, **more})
 

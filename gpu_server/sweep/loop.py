@@ -28,7 +28,7 @@ from .settings import device_names
 __all__ = ["SweepFailed", "run_sweep"]
 
 BEFORE_AND_AFTER = LARGEST_COUNT  # steps between two evaluations, of which no run has so many
-STATE, REPORT = "devices", "report"
+STATE, REPORT = "state-of-devices", "report"  # the first is deleted: its name is nobody else's
 TAIL_BYTES = 2**16
 SECONDS_TO_FIND_THE_SERVER = 3600.0
 """Devices are started with their server. They are ended with it, too, so this is only to be long enough for it to start."""
