@@ -24,11 +24,15 @@ class EventRelay:
         self._loop: asyncio.AbstractEventLoop
         self._lifetime: Lifetime | None = None
         self._waiting: list[RunEvent] = []
+        self._lock = threading.Lock()
+        """Of these two: an observer's thread may tell something just when the run begins to be served."""
 
     def __call__(self, event: RunEvent) -> None:
-        if self._lifetime is None:
-            self._waiting.append(event)
-        elif self._thread == threading.get_ident():
+        with self._lock:
+            if self._lifetime is None:
+                self._waiting.append(event)
+                return
+        if self._thread == threading.get_ident():
             self._deliver(event)
         else:
             try:
@@ -37,9 +41,10 @@ class EventRelay:
                 pass  # the run is over, and its loop is closed
 
     def connect(self, lifetime: Lifetime) -> None:
-        """Call it on the thread that serves, once the journal has begun; no other thread tells anything just then."""
+        """Call it on the thread that serves, once the journal has begun."""
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
-        self._lifetime, waiting = lifetime, self._waiting
+        with self._lock:
+            self._lifetime, waiting, self._waiting = lifetime, self._waiting, []
         for event in waiting:
             self._deliver(event)
 
