@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import written_runs
@@ -85,6 +86,17 @@ class TestNumbers:
             assert numbers(perplexity, "perplexity") == pytest.approx([math.exp(2), math.exp(1)])
         parts = {line["part"]: (line["seconds_of_a_device_in_a_step"], line["share"]) for line in table(output / "time.csv")}
         assert parts == dict.fromkeys(PARTS, ("0.5", f"{1 / 7:.9g}"))
+
+    def test_device_that_was_connected_and_not_in_a_step_does_not_count_there(
+        self, write_run: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        """Its line has bytes, and seconds that are all 0."""
+        client = {"bytes_up": 100, "bytes_down": 50, "seconds": dict.fromkeys(PARTS, 0.5), "labelled_tokens": 10}
+        waits = {"bytes_up": 9, "bytes_down": 9, "seconds": dict.fromkeys(PARTS, 0.0)}
+        rows = [row(1, 2.0, clients={"a": client, "b": client}), row(2, 2.0, clients={"a": client, "b": waits})]
+        write_report([write_run("quorum", rows)], tmp_path / "report")
+        seconds = {line["seconds_of_a_device_in_a_step"] for line in table(tmp_path / "report/time.csv")}
+        assert seconds == {"0.5"}
 
     def test_seconds_do_not_count_the_hours_between_two_servers(self, write_run: Callable[..., Path], tmp_path: Path) -> None:
         rows = [row(1, 2.0, time=1e9), row(2, 2.0, time=1e9 + 80_000, step_seconds=3.0)]
@@ -346,6 +358,7 @@ boxes = st.tuples(st.integers(100, 500), st.integers(20, 150), st.integers(0, 40
 )
 
 
+@hypothesis.settings(deadline=None)  # a machine that does something else as well is no fault
 @given(st.lists(boxes, min_size=1, max_size=10))
 def test_no_label_is_over_another(meant: list[tuple[float, float, float]]) -> None:
     lines = [np.array([[0.0, 200.0], [left - 10, middle]]) for left, _, middle in meant]

@@ -1,7 +1,7 @@
 """One run's files, read into columns."""
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +107,7 @@ def measure(files: RunFiles, say: Callable[[int], None]) -> MeasuredRun | None:
     if not sums.rows:
         return None
     steps, losses, labelled, seconds, num_bytes = np.array(sums.rows).T
-    devices: dict[str, dict[str, int]] = {name: {} for name in sorted(sums.device_steps)}
+    devices: dict[str, dict[str, int]] = {name: {} for name in sorted(sums.devices)}
     for event in files.events():
         if event.kind == "joined" and event.client in devices:
             told = {name: event.details.get(name) for name in ("samples", "batch_size")}
@@ -125,7 +125,7 @@ def measure(files: RunFiles, say: Callable[[int], None]) -> MeasuredRun | None:
         bytes_up=sums.bytes_up,
         bytes_down=sums.bytes_down,
         seconds_by_part=vars(sums.spent),
-        device_steps=sum(sums.device_steps.values()),
+        device_steps=sums.device_steps,
         devices=devices,
         held_out=held_out_of(files.evaluations()),
     )
@@ -135,7 +135,8 @@ class _Sums:
     def __init__(self) -> None:
         self.rows: list[tuple[float, ...]] = []
         self.tokens = self.bytes_up = self.bytes_down = 0
-        self.device_steps: Counter[str] = Counter()
+        self.devices: set[str] = set()
+        self.device_steps = 0
         self.spent = Seconds()
 
     def add(self, record: StepRecord) -> None:
@@ -144,7 +145,8 @@ class _Sums:
         self.tokens += record.tokens
         self.bytes_up += up
         self.bytes_down += down
-        self.device_steps.update(record.seconds.keys())
+        self.devices |= record.seconds.keys()
+        self.device_steps += len(record.labelled or record.seconds)  # lines of earlier versions do not say who took part
         self.spent = sum(record.seconds.values(), self.spent)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from protocol import Seconds
-from terminal import duration
+from terminal import amount, duration
 
 from .curves import Curve, final_loss
 from .differences import Settings
@@ -125,15 +125,6 @@ def csv_of(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> bytes:
     writer.writerow(header)
     writer.writerows([[_plain_number(cell) for cell in row] for row in rows])
     return buffer.getvalue().encode("utf-8", "replace")
-
-
-def amount(num_bytes: float) -> str:
-    """In decimal units, as network speeds are given."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 999.5:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.3g} TB"
 
 
 def _plain_number(cell: Cell) -> str:
