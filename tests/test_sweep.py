@@ -26,6 +26,7 @@ from gpu_server.cli import main
 from gpu_server.config import ServerConfig
 from gpu_server.flags import add_flags
 from gpu_server.history import RunFiles
+from gpu_server.run_directory import RunDirectory
 from gpu_server.run_lock import is_served, lock_of
 from gpu_server.sweep.cell_folder import CellFolder, Result
 from gpu_server.sweep.grid import Cell, Sweep, read_sweep
@@ -376,6 +377,23 @@ def test_sweep_that_is_finished_starts_nothing_and_makes_its_report_again(
     assert "1 cell in" in capsys.readouterr().err
     assert not log.exists()
     assert reported == [[output / cell.name]] * 2
+
+
+@pytest.mark.parametrize("mark", ["", "5", '{"steps": 1}', '{"steps": 1, "loss": "low", "held_out": [1]}'])
+def test_mark_of_a_finished_cell_that_cannot_be_read_is_written_again(
+    write: Callable[..., Path], tmp_path: Path, mark: str
+) -> None:
+    (cell,) = read_sweep(write("mode = 'centralised'")).cells
+    run = RunDirectory(tmp_path / cell.name)
+    run.describe(RunDescription(run="r", fingerprint="f", config={}, dtype="float32", versions={}).with_adapter(step=1, of=1))
+    folder = CellFolder(tmp_path, cell)
+    folder.finish()
+    result = folder.result()
+    (folder.path / "finished.json").write_text(mark)
+    assert not folder.is_finished
+    assert folder.is_complete(with_held_out=False)
+    folder.finish()
+    assert str(folder.result()) == str(result)
 
 
 def test_two_sweeps_do_not_write_into_one_folder(write: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:

@@ -59,9 +59,21 @@ class Result:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Result":
+        """
+        Raises:
+            KeyError, TypeError, ValueError, OverflowError: it is none.
+        """
         loss, held_out = content["loss"], content["held_out"]
-        more = {"loss": math.nan if loss is None else loss, "held_out": None if held_out is None else tuple(held_out)}
-        return cls(**{**content, **more})
+        if held_out is not None:
+            before, after = held_out
+            held_out = float(before), float(after)
+        return cls(
+            steps=int(content["steps"]),
+            loss=math.nan if loss is None else float(loss),
+            held_out=held_out,
+            num_bytes=int(content["num_bytes"]),
+            seconds=float(content["seconds"]),
+        )
 
 
 class CellFolder:
@@ -81,7 +93,8 @@ class CellFolder:
 
     @property
     def is_finished(self) -> bool:
-        return (self.path / FINISHED).exists()
+        """A mark that cannot be read is none: whether the run is complete is then said by its own files."""
+        return self._marked() is not None
 
     def is_complete(self, *, with_held_out: bool) -> bool:
         """Whether the run is, though the sweep was killed before it said so."""
@@ -94,11 +107,15 @@ class CellFolder:
     @property
     def port(self) -> int | None:
         """Where a run was served that can go on; None if there is none."""
-        run, note = self._run_json(), self._read(NOTE)
+        run, port = self._run_json(), self._read(NOTE).get("port")
         # Where all steps are done some devices may be gone, for which the others would wait.
-        if not run or "port" not in note or (run.get("adapter") is not None and run["adapter"]["step"] == run["adapter"]["of"]):
+        if (
+            not run
+            or type(port) is not int
+            or (run.get("adapter") is not None and run["adapter"]["step"] == run["adapter"]["of"])
+        ):
             return None
-        return None if (self.path / FAILED).exists() else int(note["port"])
+        return None if (self.path / FAILED).exists() else port
 
     def begin(self, **more: Any) -> None:
         """
@@ -125,7 +142,15 @@ class CellFolder:
 
     def result(self) -> Result:
         """Of a finished cell."""
-        return Result.from_json(self._read(FINISHED))
+        result = self._marked()
+        assert result is not None
+        return result
+
+    def _marked(self) -> Result | None:
+        try:
+            return Result.from_json(self._read(FINISHED))
+        except (KeyError, TypeError, ValueError, OverflowError):
+            return None
 
     def _run_json(self) -> dict[str, Any]:
         description = RunDescription.read(self.path, ServerError) if self.path.is_dir() else None
@@ -134,7 +159,7 @@ class CellFolder:
     def _read(self, name: str) -> dict[str, Any]:
         try:
             return dict(json.loads((self.path / name).read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return {}
 
     def _write(self, name: str, content: str | Mapping[str, Any]) -> None:
