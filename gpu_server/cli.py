@@ -28,6 +28,7 @@ __all__ = ["build_parser", "main"]
 
 PROGRAM = "splitlora-server"
 SECONDS_A_DAY = 86400.0
+MOST_DAYS = 36500  # a hundred years: longer than there have been runs
 
 
 def build_parser() -> Parser:
@@ -248,8 +249,8 @@ def _not_seen_for(options: argparse.Namespace, enrolments: "Enrolments") -> list
 
     if options.run_dir is None:
         raise ConfigError("--not-seen-for needs --run-dir: the run's files say when its devices were seen")
-    if options.not_seen_for < 0:
-        raise ConfigError(f"--not-seen-for takes a number of days from 0 on, got {options.not_seen_for}")
+    if not 0 <= options.not_seen_for <= MOST_DAYS:
+        raise ConfigError(f"--not-seen-for takes a number of days from 0 to {MOST_DAYS}, got {options.not_seen_for}")
     files = RunFiles(user_path(options.run_dir))
     if enrolments.path.parent.resolve() != files.path.resolve():
         raise ConfigError(

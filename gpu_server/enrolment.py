@@ -177,7 +177,7 @@ class Enrolments:
             raise ServerError(f"{self.path} cannot be read: {error.strerror}") from None
         except ServerError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ServerError(
                 f"{self.path} is not a list of enrolled devices; restore it, or delete it and enrol them again"
             ) from None

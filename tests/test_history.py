@@ -144,13 +144,33 @@ def test_line_that_a_crash_has_torn_does_not_spoil_the_next(directory: RunDirect
     assert len(list(files.evaluations())) == 1
 
 
-@pytest.mark.parametrize("line", ["{}", "[]", "nothing", '{"step": 1, "loss": {}, "clients": []}'])
+STEP = '{"step": 1, "loss": 1.0, "labelled_tokens": 1, "tokens": 1, "clients": {}}'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("{}", "[]", "nothing", '{"step": 1, "loss": {}, "clients": []}', "[" * 100_000),
+        STEP.replace('"step": 1', '"step": Infinity'),
+        *(STEP.replace("{", f'{{"time": {time}, ', 1) for time in ("1e300", "Infinity", "NaN", "-1")),
+    ],
+    ids=lambda line: line[:40],
+)
 def test_line_of_a_later_version_is_refused_in_a_sentence(directory: RunDirectory, line: str) -> None:
     directory.append_metrics(step(1))
     with (directory.path / "metrics.jsonl").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(HistoryError, match=r"metrics\.jsonl, line 2 is nothing that this version reads; .* version 9\.9"):
         list(RunFiles(directory.path).steps())
+
+
+@pytest.mark.parametrize(
+    "line", ['{"time": 1e300, "kind": "lost", "text": "x"}', '{"time": 1, "kind": "lost", "text": "x", "step": 1e999}']
+)
+def test_event_of_no_time_or_step_is_refused_in_a_sentence(directory: RunDirectory, line: str) -> None:
+    (directory.path / "events.jsonl").write_text(line + "\n")
+    with pytest.raises(HistoryError, match=r"events\.jsonl, line 1 is nothing that this version reads"):
+        list(RunFiles(directory.path).events())
 
 
 def test_members_of_a_later_version_are_left_out() -> None:

@@ -14,9 +14,12 @@ from typing import Any
 
 from terminal import plain
 
-__all__ = ["EVENT_KINDS", "RunEvent", "tell", "telling_to"]
+__all__ = ["EVENT_KINDS", "RunEvent", "moment", "tell", "telling_to"]
 
 logger = logging.getLogger("gpu_server")
+
+YEAR_10000 = 253402300800.0
+"""Its beginning, in seconds since 1970: dates end there."""
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
@@ -69,11 +72,11 @@ class RunEvent:
     def from_json(cls, line: Mapping[str, Any]) -> "RunEvent":
         """
         Raises:
-            KeyError, TypeError, ValueError: it is none.
+            KeyError, TypeError, ValueError, OverflowError: it is none.
         """
         client, step = line.get("client"), line.get("step")
         return cls(
-            time=float(line["time"]),
+            time=moment(line["time"]),
             kind=str(line["kind"]),
             text=str(line["text"]),
             level=str(line.get("level", "info")),
@@ -81,6 +84,19 @@ class RunEvent:
             step=None if step is None else int(step),
             details=dict(line.get("details", {})),
         )
+
+
+def moment(value: Any) -> float:
+    """
+    A time as a line has it: seconds since 1970, of which a date can be made.
+
+    Raises:
+        TypeError, ValueError, OverflowError: it is none.
+    """
+    seconds = float(value)
+    if not 0.0 <= seconds < YEAR_10000:
+        raise ValueError(f"{seconds} is no time")
+    return seconds
 
 
 _told: ContextVar[Callable[[RunEvent], None] | None] = ContextVar("told", default=None)

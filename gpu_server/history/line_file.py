@@ -144,7 +144,7 @@ def _without(content: bytes, is_over: Callable[[Mapping[str, Any]], bool]) -> by
                 break
             if not is_over(json.loads(line)):
                 kept.append(line)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, RecursionError):
             break
     return b"".join(kept)
 

@@ -140,7 +140,7 @@ class Overview:
         elif isinstance(happened, RunEvent):
             try:
                 self.add_event(happened)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise HistoryError(
                     f"what was written at {happened.time:.3f} (seconds since 1970) is nothing that this version reads; use a "
                     "later one"

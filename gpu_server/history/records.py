@@ -8,6 +8,7 @@ from typing import Any
 from protocol import Seconds
 
 from ..federation import StepRecord
+from .events import moment
 
 __all__ = ["EvaluationRecord", "record_of", "row_of"]
 
@@ -41,11 +42,11 @@ class EvaluationRecord:
     def from_json(cls, line: Mapping[str, Any]) -> "EvaluationRecord":
         """
         Raises:
-            KeyError, TypeError, ValueError: it is none.
+            KeyError, TypeError, ValueError, OverflowError: it is none.
         """
         return cls(
             step=int(line["step"]),
-            time=float(line["time"]),
+            time=moment(line["time"]),
             client=str(line["client"]),
             loss=float(line["loss"]),
             labelled_tokens=int(line["labelled_tokens"]),
@@ -95,13 +96,13 @@ def record_of(row: Mapping[str, Any]) -> StepRecord:
     have their defaults.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: it is no step.
+        KeyError, TypeError, ValueError, AttributeError, OverflowError: it is no step.
     """
     clients: Mapping[str, Mapping[str, Any]] = row["clients"]
     spent = {name: client.get("seconds", {}) for name, client in clients.items()}
     return StepRecord(
         number=int(row["step"]),
-        time=float(row.get("time", 0.0)),
+        time=moment(row.get("time", 0.0)),
         step_seconds=float(row.get("step_seconds", 0.0)),
         loss=_number(row["loss"]),
         learning_rate=_number(row.get("learning_rate")),

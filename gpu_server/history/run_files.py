@@ -83,7 +83,7 @@ class RunFiles:
             for path, number, line in file.lines():
                 try:
                     parsed = parse(json.loads(line))
-                except (ValueError, KeyError, TypeError, AttributeError):
+                except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                     served_with = self.description.versions.get("splitlora", "unknown")
                     raise HistoryError(
                         f"{path}, line {number} is nothing that this version reads; the run was served with version "
