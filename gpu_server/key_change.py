@@ -34,11 +34,14 @@ def announce(run_dir: str, clients_file: str | None) -> Announcement:
     Make the next key of a run's server if there is none; a server that runs announces it within a second.
 
     Raises:
-        ConfigError: the server listens without encryption, or with a key that its operator brings and has not announced.
+        ConfigError: no server was started there and nobody enrolled; the server listens without encryption, or with a key that
+            its operator brings and has not announced.
         ServerError: a file cannot be read or written.
     """
     files = _files(run_dir)
     enrolments = enrolments_of(run_dir, clients_file)
+    if files is None and not enrolments.path.exists():  # else a key would be made in the folder of a mistyped name
+        raise ConfigError(f"{run_dir} holds no run, and nobody was enrolled for one: there is no server whose key to renew")
     config = {} if files is None else files.description.config
     brought, upcoming = config.get("tls_cert"), config.get("next_tls_cert")
     if config.get("insecure"):

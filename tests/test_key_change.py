@@ -162,6 +162,13 @@ def test_key_is_not_changed_where_a_device_would_be_shut_out(tmp_path: Path, cap
     assert "--run-dir is missing" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("words", [[], ["--now"], ["--now", "--force"]])
+def test_no_key_is_made_in_a_folder_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert main(["renew-key", "--run-dir", str(tmp_path / "mistyped"), *words]) == 1
+    assert "mistyped holds no run, and nobody was enrolled for one" in capsys.readouterr().err
+    assert not (tmp_path / "mistyped").exists()
+
+
 def test_keys_that_the_operator_brings_are_announced_and_left_where_they_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
