@@ -143,9 +143,10 @@ class RunDirectory:
             self._lines[name].append(line)
 
     def sync_metrics(self) -> None:
-        """Have all lines of metrics on the disk: a checkpoint must not know of more steps than they do."""
+        """Have all lines of steps and held-out losses on the disk: a checkpoint must not know of more than they do."""
         with self._writing():
-            self._lines[METRICS].sync()
+            for name in (METRICS, EVALUATIONS):
+                self._lines[name].sync()
 
     def forget_after(self, step: int) -> None:
         """

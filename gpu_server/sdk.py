@@ -4,7 +4,6 @@ import functools
 import inspect
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -108,7 +107,7 @@ class GpuServer:
             raise
 
     def _begin(self) -> "GpuServer":
-        run, self._steps, began = self._run, _StepQueue(), time.time()
+        run, self._steps = self._run, _StepQueue()
         observers = [self._steps, *run.observers, *self._observers]
         self._events = EventRelay(run.journal, observers)
         self._server = RunServer(
@@ -129,8 +128,9 @@ class GpuServer:
             actions = go_back(run) if run.federation.restarts else []
             if run.federation.restarts and run.door.has_page:
                 files = RunFiles(run.directory.path)
-                before = files.everything()  # without what this server adds to the files meanwhile
-                run.page.recall((happened for happened in before if happened.time < began), files.last_checkpoint())
+                # Without what this server adds meanwhile; no clock says which that is.
+                before = files.everything(last_step=run.federation.step, num_events=files.num_events())
+                run.page.recall(before, files.last_checkpoint())
         listening: Future[str] = Future()
         self._thread = threading.Thread(target=self._serve, args=(listening, actions), name="server")
         self._thread.start()

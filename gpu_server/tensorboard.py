@@ -20,6 +20,7 @@ from .checkpoints import Checkpoints
 from .errors import ServerError
 from .federation import StepRecord
 from .history import EvaluationRecord, RunFiles, tell
+from .history.records import mean_of
 from .serving import Observer
 
 __all__ = ["TensorBoardObserver"]
@@ -134,13 +135,9 @@ class TensorBoardObserver(Observer):
         """Of all devices that have held-out texts, weighted by their labelled tokens."""
         records = list(self._held_out.values())
         self._held_out.clear()
-        labelled_tokens = sum(record.labelled_tokens for record in records)
-        if not labelled_tokens:
+        if not records:
             return
-        loss = sum(record.loss * record.labelled_tokens for record in records) / labelled_tokens
-        mean = EvaluationRecord(
-            step=records[-1].step, time=records[-1].time, client="", loss=loss, labelled_tokens=labelled_tokens
-        )
+        mean = mean_of(records)
         self._add(mean.step, mean.time, {"eval/loss": mean.loss, "eval/perplexity": mean.perplexity})
 
     def _add(self, step: int, time: float, scalars: Mapping[str, float]) -> None:
@@ -165,6 +162,6 @@ def scalars_of(record: StepRecord) -> dict[str, float]:
         for way, num_bytes in (("up", record.bytes_up), ("down", record.bytes_down)):
             scalars[f"throughput/bytes_{way}_per_second"] = sum(num_bytes.values()) / record.step_seconds
     if record.seconds:
-        spent = vars(sum(record.seconds.values(), Seconds()))
-        scalars |= {f"time/{part}": seconds / len(record.seconds) for part, seconds in spent.items()}
+        spent, taking_part = vars(sum(record.seconds.values(), Seconds())), len(record.labelled or record.seconds)
+        scalars |= {f"time/{part}": seconds / taking_part for part, seconds in spent.items()}
     return scalars | {f"train_loss/{client}": loss for client, loss in record.losses.items()}

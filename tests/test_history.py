@@ -125,6 +125,18 @@ def test_a_run_that_has_done_nothing_yet_has_no_lines(directory: RunDirectory) -
     assert [*files.steps(), *files.events(), *files.evaluations()] == []
 
 
+def test_what_comes_later_is_left_out_whatever_the_clock_said(directory: RunDirectory) -> None:
+    for number, time in ((1, 50.0), (2, 60.0), (3, 10.0)):  # it was put back
+        directory.append_metrics(step(number, time=time))
+        directory.append_evaluation(EvaluationRecord(step=number, time=time, client="a", loss=1.0, labelled_tokens=1))
+        directory.append_event(RunEvent(time=time, kind="note", text=str(number)))
+    files = RunFiles(directory.path)
+    assert files.num_events() == 3
+    before = list(files.everything(last_step=2, num_events=2))
+    assert len(before) == 6
+    assert {happened.time for happened in before} == {50.0, 60.0}
+
+
 def test_line_that_is_being_written_is_left_out(directory: RunDirectory) -> None:
     directory.append_metrics(step(1))
     with (directory.path / "metrics.jsonl").open("a") as file:

@@ -221,6 +221,31 @@ def test_held_out_loss_is_that_of_all_labels_of_the_last_step_evaluated() -> Non
     assert run.as_json(1.0)["held_out"] == {"step": 4, "loss": 2.25, "perplexity": pytest.approx(math.exp(2.25))}
 
 
+def test_held_out_loss_of_a_step_is_said_once_all_have_told_theirs() -> None:
+    run = joined()
+
+    def told(client: str, at: int, loss: float) -> tuple[int, float]:
+        run.add_evaluation(EvaluationRecord(step=at, time=0.0, client=client, loss=loss, labelled_tokens=10))
+        held_out = run.as_json(1.0)["held_out"]
+        return held_out["step"], held_out["loss"]
+
+    assert told("a", 2, 4.0) == (2, 4.0)
+    assert told("b", 2, 2.0) == (2, 3.0)
+    assert told("a", 4, 1.0) == (2, 3.0)
+    assert told("b", 4, 2.0) == (4, 1.5)
+    assert told("b", 6, 1.0) == (4, 1.5)
+    run.add_event(event("left", 1002.0, "a"))
+    assert told("b", 8, 0.5) == (8, 0.5)  # of those who may still tell
+
+
+def test_clock_that_is_put_back_makes_nobody_early() -> None:
+    run = joined()
+    run.add_step(step(1))
+    run.waits_for(["b"], 20.0, 1022.0)
+    assert run.as_json(900.0)["waiting_for"] == [{"client": "b", "seconds": 0.0}]
+    assert devices(run, 900.0)["b"]["words"] == "is 0.0 s late"
+
+
 def test_codec_is_that_of_the_last_step_with_why_it_was_chosen() -> None:
     run = joined()
     run.add_event(RunEvent(time=1.0, kind="codec", text="int4 costs too much: int8 from now on", details={"codec": "int8"}))

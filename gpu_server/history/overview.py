@@ -13,7 +13,7 @@ from terminal import count, duration, listed
 
 from ..federation import StepRecord
 from .events import RunEvent
-from .records import EvaluationRecord
+from .records import EvaluationRecord, mean_of
 from .run_files import HistoryError, RunFiles
 
 __all__ = ["ADVICE", "Overview"]
@@ -97,6 +97,9 @@ class Overview:
         self._devices: dict[str, _Device] = {}
         self._recent: deque[StepRecord] = deque(maxlen=RECENT)
         self._held_out: dict[str, EvaluationRecord] = {}
+        """The latest of each client."""
+        self._held_out_of_all: EvaluationRecord | None = None
+        """After the last step that all of them have evaluated."""
         self._checkpoint: tuple[int, float] | None = None
         self._late: dict[str, float] = {}
         """Whom the run waits for, and since when (seconds since 1970)."""
@@ -224,6 +227,13 @@ class Overview:
 
     def add_evaluation(self, record: EvaluationRecord) -> None:
         self._held_out[record.client] = record
+        with_held_out = [
+            each
+            for each in self._held_out.values()
+            if each.step == record.step or self._devices.get(each.client, _Device()).state != "left"
+        ]
+        if all(each.step == record.step for each in with_held_out):
+            self._held_out_of_all = mean_of(with_held_out)
 
     def checkpoint_found(self, last: tuple[int, float] | None) -> None:
         """What is in the folder, since events tell of one a minute at most; see `RunFiles.last_checkpoint`."""
@@ -236,6 +246,9 @@ class Overview:
         """A live server knows whom it waits for before it tells an operator: these, for so many seconds until ``now``."""
         limit = max(SHORTEST_LATENESS, USUAL_WAIT * (self._step_seconds() or 0.0))
         self._late = dict.fromkeys(clients, now - seconds) if seconds > limit and self.step < self.total_steps else {}
+
+    def _late_seconds(self, name: str, now: float) -> float:
+        return max(0.0, now - self._late[name])  # a clock may have been put back meanwhile
 
     # How it stands
 
@@ -279,7 +292,7 @@ class Overview:
             "codec": self._codec,
             "codec_reason": self._codec_reason or None,
             "bottleneck": self._bottleneck(slowest, slowness, spent),
-            "waiting_for": [{"client": name, "seconds": now - since} for name, since in self._late.items()],
+            "waiting_for": [{"client": name, "seconds": self._late_seconds(name, now)} for name in self._late],
             "last_checkpoint": None if self._checkpoint is None else {"step": self._checkpoint[0], "time": self._checkpoint[1]},
             "devices": [
                 self._device(name, device, spent[name], slowness.get(name), now, is_slowest=name == slowest)
@@ -313,7 +326,7 @@ class Overview:
         if state == "joining":
             return f"waiting for devices: {devices} joined"
         if state == "waiting":
-            longest = max(now - since for since in self._late.values())
+            longest = max(self._late_seconds(name, now) for name in self._late)
             return f"{steps} waits for {listed(self._late)}, for {duration(longest)}; {devices}"
         if state == "saving":
             return f"{steps}, {devices}, saving the adapter"
@@ -325,15 +338,10 @@ class Overview:
         return statistics.fmean(measured) if measured else None
 
     def _held_out_loss(self) -> dict[str, Any] | None:
-        """Of the last step that was evaluated: of all devices' labels together."""
-        if not self._held_out:
+        whole = self._held_out_of_all
+        if whole is None:
             return None
-        step = max(record.step for record in self._held_out.values())
-        latest = [record for record in self._held_out.values() if record.step == step]
-        labels = sum(record.labelled_tokens for record in latest)
-        loss = sum(record.loss * record.labelled_tokens for record in latest) / max(1, labels)
-        whole = EvaluationRecord(step=step, time=0.0, client="", loss=loss, labelled_tokens=labels)
-        return {"step": step, "loss": _figure(loss), "perplexity": _figure(whole.perplexity)}
+        return {"step": whole.step, "loss": _figure(whole.loss), "perplexity": _figure(whole.perplexity)}
 
     def _slowness(self, spent: Mapping[str, Spent]) -> dict[str, float]:
         """By device: its own and its link's seconds a step over the median of the others'."""
@@ -373,7 +381,7 @@ class Overview:
     def _device(
         self, name: str, device: _Device, spent: Spent, slowness: float | None, now: float, *, is_slowest: bool
     ) -> dict[str, Any]:
-        late = now - self._late[name] if name in self._late else None
+        late = self._late_seconds(name, now) if name in self._late else None
         state = "late" if late is not None and device.state == "connected" else device.state
         return {
             "name": name,

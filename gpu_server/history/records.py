@@ -1,7 +1,7 @@
 """A run's lines as JSON: of its steps, and of its held-out losses."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -10,7 +10,7 @@ from protocol import Seconds
 from ..federation import StepRecord
 from .events import moment
 
-__all__ = ["EvaluationRecord", "record_of", "row_of"]
+__all__ = ["EvaluationRecord", "mean_of", "record_of", "row_of"]
 
 PARTS = [item.name for item in fields(Seconds)]
 
@@ -51,6 +51,14 @@ class EvaluationRecord:
             loss=float(line["loss"]),
             labelled_tokens=int(line["labelled_tokens"]),
         )
+
+
+def mean_of(records: Sequence[EvaluationRecord]) -> EvaluationRecord:
+    """Of clients after one step: the loss over all their labels together. It is nobody's: ``client`` is empty."""
+    labelled_tokens = sum(record.labelled_tokens for record in records)
+    loss = sum(record.loss * record.labelled_tokens for record in records) / max(1, labelled_tokens)
+    step, time = records[-1].step, records[-1].time
+    return EvaluationRecord(step=step, time=time, client="", loss=loss, labelled_tokens=labelled_tokens)
 
 
 def row_of(record: StepRecord) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Reads what a run has written, while it is served and afterwards."""
 
 import heapq
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -60,13 +61,33 @@ class RunFiles:
         """The earliest first; none of a run of before there was events.jsonl. Raises as `steps`."""
         return self._lines(EVENTS, RunEvent.from_json)
 
+    def num_events(self) -> int:
+        """
+        Raises:
+            HistoryError: the file cannot be read.
+        """
+        try:
+            return sum(1 for _ in LineFile(self.path / EVENTS).lines())
+        except OSError as error:
+            raise HistoryError(f"{self.path / EVENTS} cannot be read: {error.strerror or error}") from None
+
     def evaluations(self) -> Iterator[EvaluationRecord]:
         """In the order in which they came; raises as `steps`."""
         return self._lines(EVALUATIONS, EvaluationRecord.from_json)
 
-    def everything(self) -> Iterator[StepRecord | EvaluationRecord | RunEvent]:
-        """All three in the order of time: what whoever follows a run is told. Raises as `steps`."""
-        return heapq.merge(self.steps(), self.evaluations(), self.events(), key=lambda happened: happened.time)
+    def everything(
+        self, *, last_step: int | None = None, num_events: int | None = None
+    ) -> Iterator[StepRecord | EvaluationRecord | RunEvent]:
+        """
+        All three in the order of time: what whoever follows a run is told. Raises as `steps`.
+
+        Args:
+            last_step: of steps and evaluations that are wanted; None: all are.
+            num_events: how many of the events are wanted, from the first on; None: all are.
+        """
+        steps = (record for record in self.steps() if last_step is None or record.number <= last_step)
+        evaluations = (record for record in self.evaluations() if last_step is None or record.step <= last_step)
+        return heapq.merge(steps, evaluations, itertools.islice(self.events(), num_events), key=lambda happened: happened.time)
 
     def last_checkpoint(self) -> tuple[int, float] | None:
         """Its step, and when it was written, in seconds since 1970. (Events tell of one a minute at most.)"""

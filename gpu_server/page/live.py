@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..federation import StepRecord
-from ..history import EvaluationRecord, HistoryError, RunEvent, tell
+from ..history import EvaluationRecord, RunEvent, tell
 from ..serving import Observer, Viewers
 from .snapshot import Happened, Snapshot
 
@@ -40,7 +40,7 @@ class PageObserver(Observer):
         """The snapshot, as long as it is the same."""
         self._is_recalling = False
         """Meanwhile the snapshot belongs to another thread."""
-        self._unreadable: HistoryError | None = None
+        self._unreadable: Exception | None = None
         self._is_ending = False
         """Whether one of `LAST_WORDS` was said."""
         self._told = float("-inf")
@@ -62,7 +62,7 @@ class PageObserver(Observer):
             for each in happened:
                 self._snapshot.add(each)
             self._snapshot.overview.checkpoint_found(checkpoint)
-        except HistoryError as error:  # it is no reason not to train
+        except Exception as error:  # it is no reason not to train, and pages are told
             self._unreadable = error
         finally:
             self._is_recalling = False

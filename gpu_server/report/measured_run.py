@@ -14,6 +14,7 @@ from storage import RunDescription
 
 from ..federation import StepRecord
 from ..history import EvaluationRecord, RunFiles
+from ..history.records import mean_of
 
 __all__ = ["HeldOut", "MeasuredRun", "held_out_of", "measure"]
 
@@ -161,10 +162,7 @@ def held_out_of(evaluations: Iterable[EvaluationRecord]) -> HeldOut:
             by_step[each.step][each.client] = each
     everybody = set().union(*by_step.values())
     complete = {step: list(found.values()) for step, found in sorted(by_step.items()) if found.keys() == everybody}
-    losses = [
-        sum(each.loss * each.labelled_tokens for each in found) / sum(each.labelled_tokens for each in found)
-        for found in complete.values()
-    ]
+    losses = [mean_of(found).loss for found in complete.values()]
     return HeldOut(
         steps=np.array(list(complete), dtype=float),
         losses=np.array(losses, dtype=float),
