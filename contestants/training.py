@@ -234,8 +234,7 @@ def _train(
             before, finished = finished, time.perf_counter()
             record = _record(step, batches, taken, rate, finished - before)
             directory.append_metrics(record)
-            num_bytes = sum(record.bytes_up.values()) + sum(record.bytes_down.values())
-            progress.update(step=step, loss=record.loss, tokens=record.tokens, num_bytes=num_bytes)
+            progress.update(step=step, loss=record.loss, tokens=record.tokens, num_bytes=record.num_bytes)
             if step < total_steps and task.evaluates_after(step):
                 evaluate(step)  # the next step's seconds have it, as those of a split run do
     evaluate(total_steps)

@@ -197,8 +197,7 @@ def run_serve(options: argparse.Namespace) -> None:
             for step in server.train():
                 if progress is None:
                     progress = shown.enter_context(Progress(server.total_steps, step.number - 1, silent=as_json))
-                num_bytes = sum(step.bytes_up.values()) + sum(step.bytes_down.values())
-                progress.update(step=step.number, loss=step.loss, tokens=step.tokens, num_bytes=num_bytes)
+                progress.update(step=step.number, loss=step.loss, tokens=step.tokens, num_bytes=step.num_bytes)
                 spent = sum(step.seconds.values(), spent)
         if where := where_time_went(vars(spent), ADVICE):
             say(f"all devices' {where}")

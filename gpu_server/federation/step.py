@@ -53,6 +53,11 @@ class StepRecord:
     tokens_of: dict[str, int] = field(default_factory=dict)
     """By client of this step: its part of ``tokens``."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all clients, both ways."""
+        return sum(self.bytes_up.values()) + sum(self.bytes_down.values())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:

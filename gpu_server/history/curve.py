@@ -38,7 +38,7 @@ class _Point:
             low=record.loss,
             high=record.loss,
             tokens=record.tokens,
-            num_bytes=sum(record.bytes_up.values()) + sum(record.bytes_down.values()),
+            num_bytes=record.num_bytes,
         )
 
     def merged(self, other: "_Point") -> "_Point":

@@ -271,7 +271,7 @@ class Overview:
             slowest = None
         last = self._recent[-1] if self._recent else None
         recent_seconds = sum(record.step_seconds for record in self._recent)
-        num_bytes = sum(sum(record.bytes_up.values()) + sum(record.bytes_down.values()) for record in self._recent)
+        num_bytes = sum(record.num_bytes for record in self._recent)
         return {
             "run": self.run,
             "sentence": self._sentence(state, connected, left, now),

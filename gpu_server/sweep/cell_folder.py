@@ -43,7 +43,7 @@ class Result:
         steps, loss, num_bytes, seconds = 0, math.nan, 0, 0.0
         for record in files.steps():
             steps, loss = record.number, record.loss
-            num_bytes += sum(record.bytes_up.values()) + sum(record.bytes_down.values())
+            num_bytes += record.num_bytes
             seconds += record.step_seconds
         held_out = [record.loss for record in files.evaluations()]
         return cls(
