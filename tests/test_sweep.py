@@ -24,6 +24,7 @@ import edge_client.cli
 import gpu_server.report
 from gpu_server.cli import main
 from gpu_server.config import ServerConfig
+from gpu_server.errors import ServerError
 from gpu_server.flags import add_flags
 from gpu_server.history import RunFiles
 from gpu_server.run_directory import RunDirectory
@@ -109,6 +110,32 @@ def test_cell_is_the_same_as_long_as_its_result_is(write: Callable[..., Path], t
     assert digests(write(server="lora_rank = 4", data=moved)) == before
     (tmp_path / "c.jsonl").write_text('{"text": "other"}\n')
     assert digests(write(server="lora_rank = 4", data=moved)) != before
+
+
+@pytest.mark.parametrize("what", ["a folder", "a link"])
+def test_what_no_sweep_has_made_is_not_deleted(write: Callable[..., Path], tmp_path: Path, what: str) -> None:
+    (cell,) = read_sweep(write(server="lora_rank = 4")).cells
+    place, mine = tmp_path / cell.name, tmp_path / "mine"
+    (mine if what == "a link" else place).mkdir()
+    if what == "a link":
+        place.symlink_to(mine)
+    (place / "letter").write_text("dear all")
+    with pytest.raises(ServerError, match="was made by no sweep; move it away"):
+        CellFolder(tmp_path, cell).begin()
+    assert (place / "letter").read_text() == "dear all"
+
+
+@pytest.mark.parametrize("left", [[], ["cell.json.x1"], ["cell.json", "metrics.jsonl"]])
+def test_cell_that_was_killed_at_any_moment_begins_anew(write: Callable[..., Path], tmp_path: Path, left: list[str]) -> None:
+    (cell,) = read_sweep(write(server="lora_rank = 4")).cells
+    folder = CellFolder(tmp_path, cell)
+    for place in (folder.path, folder.path.with_name(f"{folder.path.name}.removed")):
+        place.mkdir()
+        for name in left:
+            (place / name).write_text("{")
+    folder.begin()
+    assert [path.name for path in folder.path.iterdir()] == ["cell.json"]
+    assert list(tmp_path.glob("*.removed")) == []
 
 
 def test_finished_cell_is_found_when_the_grid_has_got_another_axis(write: Callable[..., Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from .grid import Cell
 __all__ = ["CellFolder", "Result"]
 
 NOTE, FINISHED, FAILED = "cell.json", "finished.json", "failed.txt"
+REMOVED = ".removed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,19 +121,35 @@ class CellFolder:
 
     def begin(self, **more: Any) -> None:
         """
-        Anew: what was there is deleted.
+        Anew: what a sweep has left there is deleted.
 
         Args:
             more: what is noted with the cell's settings.
+
+        Raises:
+            ServerError: what is there is somebody else's.
         """
         try:
-            if self.path.exists():
-                shutil.rmtree(self.path)
+            self._remove()
             self.path.mkdir(mode=0o700)
         except OSError as error:
             raise ServerError(f"{self.path} cannot be written: {error.strerror or error}") from None
         cell = self._cell
         self._write(NOTE, {"mode": cell.mode, "server": cell.server, "device": cell.device, **more})
+
+    def _remove(self) -> None:
+        # A folder that is half deleted would look like somebody else's: it gets another name first.
+        removed = self.path.with_name(f"{self.path.name}{REMOVED}")
+        if removed.exists():
+            shutil.rmtree(removed)
+        if not os.path.lexists(self.path):
+            return
+        left = os.listdir(self.path)
+        is_ours = NOTE in left or all(name.startswith(NOTE) for name in left)  # of one that was killed while it began
+        if self.path.is_symlink() or not is_ours:
+            raise ServerError(f"{self.path} was made by no sweep; move it away, or choose another --output")
+        os.replace(self.path, removed)
+        shutil.rmtree(removed)
 
     def finish(self) -> None:
         """Mark the cell as finished: it is not done again."""
