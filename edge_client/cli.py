@@ -390,7 +390,8 @@ def _train(device: "EdgeClient", shown: _Preparations, *, as_json: bool) -> None
                 progress.update(step=step.number, loss=step.loss, tokens=step.tokens, num_bytes=step.num_bytes)
                 spent += step.seconds
         if where := where_time_went(vars(spent), ADVICE):
-            say(where)
+            for line in where.splitlines():
+                say(line)
         if client.evaluations:
             say(f"perplexity after: {client.evaluations[-1].perplexity:.3f}")
         else:

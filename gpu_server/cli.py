@@ -200,7 +200,8 @@ def run_serve(options: argparse.Namespace) -> None:
                 progress.update(step=step.number, loss=step.loss, tokens=step.tokens, num_bytes=step.num_bytes)
                 spent = sum(step.seconds.values(), spent)
         if where := where_time_went(vars(spent), ADVICE):
-            say(f"all devices' {where}")
+            for line in f"all devices' {where}".splitlines():
+                say(line)
         say(f"done: the adapter is in {server.adapter_folder}")
 
 

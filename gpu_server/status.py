@@ -11,8 +11,8 @@ __all__ = ["as_table"]
 Figures = Mapping[str, Any]
 """See `Overview.as_json`."""
 
-NARROWEST_NAME = 8
-"""Columns that a device's name has at least; names that are longer are cut off."""
+NARROWEST_NAME = 16
+"""Columns that a device's name has at least; of longer names the middle is left out."""
 
 
 def as_table(run: Figures, columns: int) -> str:
@@ -54,7 +54,7 @@ def _table_of_devices(run: Figures, columns: int) -> list[str]:
     now = run["now"]
     cells: list[tuple[str, Callable[[Figures], str]]] = [
         ("device", lambda device: str(device["name"])),
-        ("state", lambda device: _state(device)),
+        ("state", lambda device: "done" if run["state"] == "finished" else _state(device)),
         ("last heard", lambda device: _ago(now - device["last_heard"]) if device["last_heard"] else "never"),
         ("missed", lambda device: f"{device['missed_steps']:,}"),
         ("slowness", lambda device: "" if device["slowness"] is None else f"{device['slowness']:.1f} x"),
@@ -64,9 +64,10 @@ def _table_of_devices(run: Figures, columns: int) -> list[str]:
     ]
     rows = [[title for title, _ in cells], *([cell(device) for _, cell in cells] for device in run["devices"])]
     widths = [max(len(row[column]) for row in rows) for column in range(len(cells))]
-    while len(widths) > 2 and _width([NARROWEST_NAME, *widths[1:]]) > columns:
+    narrowest = min(NARROWEST_NAME, widths[0])
+    while len(widths) > 2 and _width([narrowest, *widths[1:]]) > columns:
         widths.pop()
-    widths[0] = max(NARROWEST_NAME, min(widths[0], columns - _width([0, *widths[1:]])))
+    widths[0] = max(narrowest, min(widths[0], columns - _width([0, *widths[1:]])))
     return [_line(row, widths) for row in rows]
 
 
@@ -78,7 +79,8 @@ def _line(row: list[str], widths: list[int]) -> str:
     """Names and states begin below each other, figures end so."""
     name, state, *figures = row[: len(widths)]
     if len(name) > widths[0]:
-        name = f"{name[: widths[0] - 1]}…"
+        behind = (widths[0] - 1) // 2  # names of devices often differ at their ends
+        name = f"{name[: widths[0] - 1 - behind]}…{name[-behind:]}"
     words = [name.ljust(widths[0]), state.ljust(widths[1])]
     return "  ".join([*words, *(figure.rjust(width) for figure, width in zip(figures, widths[2:], strict=True))]).rstrip()
 

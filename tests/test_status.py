@@ -127,7 +127,7 @@ def test_device_that_the_run_waits_for_is_late_until_its_step_is_finished(
     write(served, event(now - 1, "late", "attic", clients=["attic"], seconds=119.0))
     said = status(served, capsys)
     assert "step 2 of 900 waits for attic, for 2 min" in " ".join(said.split())
-    assert "attic     2 min late" in said
+    assert "attic    2 min late" in said
     write(served, step(3, now, without="attic"))
     said = status(served, capsys)
     row = next(line.split() for line in said.splitlines() if line.startswith("attic"))
@@ -229,3 +229,21 @@ def test_narrow_terminal_has_less_of_each_device_and_its_whole_name(
         heads[columns] = status(served, capsys).partition("\n\n")[2].splitlines()[0].split("  ")
     assert "received" in heads[80][-1]
     assert "tokens/s" in heads[60][-1]
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_devices_of_one_machine_are_told_apart(columns: int) -> None:
+    run = Overview("r", 2)
+    for name in ("workstation-client-0", "workstation-client-1"):
+        run.add(RunEvent(time=1.0, kind="joined", text="", client=name, details={"samples": 4, "batch_size": 2}))
+    lines = as_table(run.as_json(2.0), columns).splitlines()
+    names = [line.split()[0] for line in lines[-2:]]
+    assert [(name[:5], name[-3:]) for name in names] == [("works", "t-0"), ("works", "t-1")]
+
+
+def test_devices_of_a_complete_run_are_done() -> None:
+    run = Overview("r", 1)
+    run.add(RunEvent(time=1.0, kind="joined", text="", client="kitchen"))
+    run.add(RunEvent(time=2.0, kind="complete", text=""))
+    run.server_is_gone()
+    assert "kitchen  done" in as_table(run.as_json(3.0), 80)
