@@ -6,11 +6,11 @@ from dataclasses import fields
 import pytest
 
 import edge_client.cli
-import gpu_server.cli
+import gpu_server.history
 from protocol import Seconds
 from terminal import where_time_went
 
-ADVICE = {"edge_client": edge_client.cli.ADVICE, "gpu_server": gpu_server.cli.ADVICE}
+ADVICE = {"edge_client": edge_client.cli.ADVICE, "gpu_server": gpu_server.history.ADVICE}
 
 
 @pytest.mark.parametrize("program", ADVICE)
