@@ -6,13 +6,12 @@ import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import permissions
+from steps import a_step as step
 
 from gpu_server import ServerError
-from gpu_server.federation import StepRecord
 from gpu_server.history import EvaluationRecord, HistoryError, RunEvent, RunFiles, record_of, row_of, tell, telling_to
 from gpu_server.run_directory import RunDirectory
 from protocol import Seconds
@@ -20,21 +19,6 @@ from storage import RunDescription
 from terminal import show_log
 
 DESCRIPTION = RunDescription(run="r", fingerprint="f", config={}, dtype="float32", versions={"splitlora": "9.9"})
-
-
-def step(number: int, **more: Any) -> StepRecord:
-    usual: dict[str, Any] = {
-        "loss": 2.5 - number / 100,
-        "labelled_tokens": 12,
-        "tokens": 30,
-        "seconds": {"a": Seconds(edge_compute=0.25), "b": Seconds(uplink=0.5)},
-        "deadline": 60.0,
-        "codec": "int8",
-        "server_compute": 0.125,
-        "bytes_up": {"a": 100, "b": 200},
-        "bytes_down": {"a": 300, "b": 400},
-    }
-    return StepRecord(number=number, **{**usual, **more})
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import pytest
 from conftest import REPOSITORY, metrics, run_in_thread
 from ports import free_port
 from prometheus_client.parser import text_string_to_metric_families
+from steps import a_step as step
 
 from edge_client import EdgeClient
 from gpu_server import GpuServer, RunEndedEarly, StepRecord
@@ -35,29 +36,6 @@ needs_prometheus = pytest.mark.skipif(
     shutil.which("prometheus") is None or shutil.which("promtool") is None,
     reason="needs the programs prometheus and promtool, such as those of Debian's package prometheus",
 )
-
-
-def step(number: int, **more: Any) -> StepRecord:
-    usual: dict[str, Any] = {
-        "loss": 2.5,
-        "labelled_tokens": 12,
-        "tokens": 30,
-        "seconds": {"a": Seconds(edge_compute=0.25, queue=0.5), "b": Seconds(uplink=0.5)},
-        "deadline": 60.0,
-        "codec": "int8",
-        "server_compute": 0.125,
-        "bytes_up": {"a": 100, "b": 200},
-        "bytes_down": {"a": 300, "b": 400},
-        "time": 1e9 + number,
-        "step_seconds": 0.5,
-        "learning_rate": 0.25,
-        "gradient_norm": 2.0,
-        "losses": {"a": 1.0, "b": 4.0},
-        "labelled": {"a": 6, "b": 6},
-        "samples": {"a": 1, "b": 1},
-        "tokens_of": {"a": 10, "b": 20},
-    }
-    return StepRecord(number=number, **{**usual, **more})
 
 
 class Watched:

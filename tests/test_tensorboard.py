@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import permissions, run_split
+from steps import a_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpu_server import GpuServer
@@ -24,25 +25,8 @@ Curves = dict[str, dict[int, float]]
 
 
 def step(number: int, **more: Any) -> StepRecord:
-    usual: dict[str, Any] = {
-        "loss": 4.0 - number / 8,
-        "labelled_tokens": 12,
-        "tokens": 30,
-        "seconds": {"a": Seconds(edge_compute=0.25), "b": Seconds(uplink=0.5)},
-        "deadline": 60.0,
-        "codec": "int8",
-        "server_compute": 0.125,
-        "bytes_up": {"a": 100, "b": 200},
-        "bytes_down": {"a": 300, "b": 400},
-        "time": 1e9 + number,
-        "step_seconds": 0.5,
-        "learning_rate": 0.25,
-        "gradient_norm": 2.0,
-        "losses": {"a": 1.0, "b": 3.0},
-        "labelled": {"a": 6, "b": 6},
-        "samples": {"a": 1, "b": 1},
-    }
-    return StepRecord(number=number, **{**usual, **more})
+    seconds = {"a": Seconds(edge_compute=0.25), "b": Seconds(uplink=0.5)}
+    return a_step(number, **{"loss": 4.0 - number / 8, "losses": {"a": 1.0, "b": 3.0}, "seconds": seconds, **more})
 
 
 def held_out(step: int, client: str, loss: float, labelled_tokens: int = 10) -> EvaluationRecord:
