@@ -20,6 +20,7 @@ from .errors import ConfigError
 __all__ = [
     "ServerConfig",
     "described",
+    "flag_name",
     "in_one_spelling",
     "is_loopback",
     "option",
@@ -183,7 +184,7 @@ class ServerConfig:
     def _require(self, name: str, holds: Any, wanted: str) -> None:
         value = getattr(self, name)
         if (isinstance(value, float) and not math.isfinite(value)) or not holds(value):
-            raise ConfigError(f"{_flag(name)} must be {wanted}, got {value}")
+            raise ConfigError(f"{flag_name(name)} must be {wanted}, got {value}")
 
     @property
     def has_page(self) -> bool:
@@ -221,7 +222,7 @@ class ServerConfig:
             return RunSettings(**{**shared, **instead})
         except ValueError as error:
             known = "|".join(item.name for item in fields(RunSettings))
-            raise ConfigError(re.sub(rf"\b({known})\b", lambda name: _flag(name[0]), str(error))) from None
+            raise ConfigError(re.sub(rf"\b({known})\b", lambda name: flag_name(name[0]), str(error))) from None
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "ServerConfig":
@@ -244,7 +245,7 @@ def typed_settings(table: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     typed = {name: typed_value(table, name, value) for name, value in options.items()}
     for item in fields(table):
         if item.metadata["required"] and item.name not in options:
-            raise ConfigError(f"{_flag(item.name)} is missing: {item.metadata['help']}")
+            raise ConfigError(f"{flag_name(item.name)} is missing: {item.metadata['help']}")
     return typed
 
 
@@ -258,7 +259,7 @@ def typed_value(table: Any, name: str, value: Any) -> Any:
     known = {item.name: item for item in fields(table)}
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"unknown setting {name!r}; the nearest known one is {_flag(nearest)!r}")
+        raise ConfigError(f"unknown setting {name!r}; the nearest known one is {flag_name(nearest)!r}")
     return _typed(name, value, get_type_hints(table)[name], known[name].metadata)
 
 
@@ -315,9 +316,9 @@ def resumed(options: Mapping[str, Any], previous: Mapping[str, Any]) -> dict[str
                 f"{where} holds a run of {before} steps whose learning rate falls to 0 at its end (lr-schedule linear), so it "
                 f"cannot be made longer; leave --steps out, {another}"
             )
-        shown = [f"{_flag(name)} {value}" if value is not None else f"no {_flag(name)}" for value in (before, given)]
+        shown = [f"{flag_name(name)} {value}" if value is not None else f"no {flag_name(name)}" for value in (before, given)]
         raise ConfigError(
-            f"{where} holds a run with {shown[0]}; it cannot go on with {shown[1]}. Leave --{_flag(name)} out, {another}"
+            f"{where} holds a run with {shown[0]}; it cannot go on with {shown[1]}. Leave --{flag_name(name)} out, {another}"
         )
     known = {item.name for item in fields(ServerConfig)}
     return {**{name: value for name, value in previous.items() if name in known}, **options}
@@ -372,8 +373,8 @@ def in_one_spelling(path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: it says a setting twice, in both spellings.
     """
     for name in table:
-        if "_" in name and _flag(name) in table:
-            raise ConfigError(f"{path} gives both {name} and {_flag(name)}, which are the same setting; delete one of them")
+        if "_" in name and flag_name(name) in table:
+            raise ConfigError(f"{path} gives both {name} and {flag_name(name)}, which are the same setting; delete one of them")
     return {name.replace("-", "_"): value for name, value in table.items()}
 
 
@@ -398,14 +399,15 @@ def _typed(name: str, value: Any, kind: Any, metadata: Mapping[str, Any]) -> Any
         if not (name == "dtype" and value == "float64"):
             _check_choice(name, (value,), metadata["choices"])
         return value
-    raise ConfigError(f"{_flag(name)} must be {KINDS.get(kind, 'a list of names')}, got {value!r}")
+    raise ConfigError(f"{flag_name(name)} must be {KINDS.get(kind, 'a list of names')}, got {value!r}")
 
 
 def _check_choice(name: str, values: tuple[Any, ...], choices: tuple[str, ...] | None) -> None:
     for value in values:
         if choices and value not in choices:
-            raise ConfigError(f"{_flag(name)} must be one of {', '.join(choices)}; got {value!r}")
+            raise ConfigError(f"{flag_name(name)} must be one of {', '.join(choices)}; got {value!r}")
 
 
-def _flag(name: str) -> str:
+def flag_name(name: str) -> str:
+    """Of a setting, without the dashes before it."""
     return name.replace("_", "-")

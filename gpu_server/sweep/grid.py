@@ -12,7 +12,7 @@ from typing import Any
 
 from terminal import listed, user_path
 
-from ..config import ServerConfig, in_one_spelling, toml_table, typed_value
+from ..config import ServerConfig, flag_name, in_one_spelling, toml_table, typed_value
 from ..errors import ConfigError
 from .settings import MODES, DeviceConfig, known_of_device, known_of_server
 
@@ -108,9 +108,9 @@ def _sweep(path: Path, table: Mapping[str, Any]) -> Sweep:
 def _unknown(key: str) -> str:
     homes = [name for name, (kind, _) in TABLES.items() if key in {item.name for item in fields(kind)}]
     if homes:
-        return f"{_flag(key)} belongs below [{listed(homes).replace(' and ', '] or [')}]"
+        return f"{flag_name(key)} belongs below [{listed(homes).replace(' and ', '] or [')}]"
     nearest = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.0)[0]
-    return f"unknown key {key!r}; the nearest known one is {_flag(nearest)!r}"
+    return f"unknown key {key!r}; the nearest known one is {flag_name(nearest)!r}"
 
 
 def _texts(name: str, value: Any) -> list[str]:
@@ -132,17 +132,17 @@ def _axes(path: Path, table: Mapping[str, Any]) -> list[Axis]:
             raise ConfigError(f"{home} must be a table, [{home}], got {given!r}")
         for name, values in in_one_spelling(path, given).items():
             if home == "server" and name in OF_THE_SWEEP:
-                raise ConfigError(f"{_flag(name)} is the sweep's own: {OF_THE_SWEEP[name]}; delete it")
-            typed = [typed_value(kind, name, value) for value in _values(_flag(name), values)]
+                raise ConfigError(f"{flag_name(name)} is the sweep's own: {OF_THE_SWEEP[name]}; delete it")
+            typed = [typed_value(kind, name, value) for value in _values(flag_name(name), values)]
             if "float64" in typed:
-                raise ConfigError(f"{_flag(name)} float64 is for programs in Python; a sweep's are float32 or bfloat16")
+                raise ConfigError(f"{flag_name(name)} float64 is for programs in Python; a sweep's are float32 or bfloat16")
             if not any(name in known(mode) for mode in modes):
-                raise ConfigError(f"{_flag(name)} means nothing to mode {listed(modes)}; delete it, or add a mode")
+                raise ConfigError(f"{flag_name(name)} means nothing to mode {listed(modes)}; delete it, or add a mode")
             axes.append((home, name, typed))
     for _, name, values in axes:
         for number, value in enumerate(values):
             if value in values[:number]:
-                raise ConfigError(f"{_flag(name)} has the value {_shown(value)} twice: two cells would have one name")
+                raise ConfigError(f"{flag_name(name)} has the value {_shown(value)} twice: two cells would have one name")
     return axes
 
 
@@ -171,7 +171,7 @@ def _cells(axes: Sequence[Axis], sweep: Sweep) -> list[Cell]:
         words = [
             mode,
             *(
-                f"{_flag(name)}-{_shown(value)}"
+                f"{flag_name(name)}-{_shown(value)}"
                 for (home, name, several), value in chosen
                 if len(several) > 1 and name in settings[home]
             ),
@@ -224,7 +224,3 @@ def _digest(value: object) -> str:
 
 def _shown(value: Any) -> str:
     return ",".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
