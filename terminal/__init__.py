@@ -5,7 +5,7 @@ from .packages import PackageMissing, import_onnxruntime, importing
 from .program import Parser, PathError, plain, run_program, user_path, user_text_path, version
 from .progress import Progress, show_log
 from .reminders import Reminders
-from .words import amount, count, duration, listed
+from .words import amount, count, duration, in_words, listed
 
 __all__ = [
     "PackageMissing",
@@ -18,6 +18,7 @@ __all__ = [
     "duration",
     "import_onnxruntime",
     "importing",
+    "in_words",
     "listed",
     "plain",
     "run_program",

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from .words import in_words
+
 __all__ = ["where_time_went"]
 
 
@@ -17,10 +19,6 @@ def where_time_went(seconds: Mapping[str, float], advice: Mapping[str, str]) -> 
     total = sum(seconds.values())
     if total <= 0:
         return ""
-    shares = ", ".join(f"{_name(part)} {100 * spent / total:.0f} %" for part, spent in seconds.items())
+    shares = ", ".join(f"{in_words(part)} {100 * spent / total:.0f} %" for part, spent in seconds.items())
     largest = max(seconds, key=lambda part: seconds[part])
-    return f"time: {shares}\nmost of it goes to {_name(largest)}: {advice[largest]}"
-
-
-def _name(part: str) -> str:
-    return part.replace("_", " ")
+    return f"time: {shares}\nmost of it goes to {in_words(largest)}: {advice[largest]}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-__all__ = ["amount", "count", "duration", "listed"]
+__all__ = ["amount", "count", "duration", "in_words", "listed"]
 
 
 def amount(num_bytes: float) -> str:
@@ -42,3 +42,8 @@ def duration(seconds: float) -> str:
         return f"{hours} h {minutes} min" if minutes else f"{hours} h"
     days, hours = divmod(hours, 24)
     return f"{days} d {hours} h" if hours else f"{days} d"
+
+
+def in_words(name: str) -> str:
+    """server compute, of server_compute."""
+    return name.replace("_", " ")

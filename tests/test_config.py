@@ -650,6 +650,7 @@ NAMES = {
             "duration",
             "import_onnxruntime",
             "importing",
+            "in_words",
             "listed",
             "plain",
             "run_program",

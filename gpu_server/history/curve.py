@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..federation import StepRecord
+from .records import finite
 
 __all__ = ["Curve"]
 
@@ -114,4 +115,4 @@ def _mean(mean: float, steps: int, other: float, other_steps: int) -> float:
 
 def _figure(value: float) -> float | None:
     """With the six digits that a picture shows; JSON has no NaN."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    return finite(float(f"{value:.6g}"))

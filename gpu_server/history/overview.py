@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from protocol import Seconds
-from terminal import count, duration, listed
+from terminal import count, duration, in_words, listed
 
 from ..federation import StepRecord
 from .events import RunEvent
-from .records import EvaluationRecord, mean_of
+from .records import EvaluationRecord, finite, mean_of
 from .run_files import HistoryError, RunFiles
 
 __all__ = ["ADVICE", "Overview"]
@@ -284,8 +284,8 @@ class Overview:
             "restarts": self.restarts,
             "started": self._started,
             "now": now,
-            "loss": None if last is None else _figure(last.loss),
-            "learning_rate": None if last is None else _figure(last.learning_rate),
+            "loss": None if last is None else finite(last.loss),
+            "learning_rate": None if last is None else finite(last.learning_rate),
             "held_out": self._held_out_loss(),
             "tokens_per_second": _rate(sum(record.tokens for record in self._recent), recent_seconds),
             "bytes_per_second": _rate(num_bytes, recent_seconds),
@@ -341,7 +341,7 @@ class Overview:
         whole = self._held_out_of_all
         if whole is None:
             return None
-        return {"step": whole.step, "loss": _figure(whole.loss), "perplexity": _figure(whole.perplexity)}
+        return {"step": whole.step, "loss": finite(whole.loss), "perplexity": finite(whole.perplexity)}
 
     def _slowness(self, spent: Mapping[str, Spent]) -> dict[str, float]:
         """By device: its own and its link's seconds a step over the median of the others'."""
@@ -364,7 +364,7 @@ class Overview:
             return None
         part = max(spent, key=lambda each: spent[each])
         if slowest is None or part not in (*OWN, "queue"):
-            sentence = f"{_percent(spent[part] / total)} of the devices' time goes to {_words(part)}"
+            sentence = f"{_percent(spent[part] / total)} of the devices' time goes to {in_words(part)}"
             return {
                 "part": part, "client": None, "share": spent[part] / total, "sentence": sentence, "advice": ADVICE[part]
             }  # fmt: skip
@@ -372,9 +372,8 @@ class Overview:
         part = max(OWN, key=lambda each: of_device[each])
         share = of_device[part] / max(sum(of_device.values()), 1e-9)
         times = f"{slowness[slowest]:.1f} times"
-        sentence = (
-            f"{slowest} is {times} as slow as the others, who wait for it; {_percent(share)} of its time goes to {_words(part)}"
-        )
+        where = f"{_percent(share)} of its time goes to {in_words(part)}"
+        sentence = f"{slowest} is {times} as slow as the others, who wait for it; {where}"
         advice = f"give it a smaller --batch-size, or the run a --quorum; {ADVICE[part]}"
         return {"part": part, "client": slowest, "share": share, "sentence": sentence, "advice": advice}
 
@@ -389,14 +388,14 @@ class Overview:
             "words": self._words_of(device, state, late, slowness, now, is_slowest=is_slowest),
             "samples": device.samples,
             "batch_size": device.batch_size,
-            "loss": _figure(device.loss),
-            "tokens_per_second": _figure(device.tokens_per_second()),
+            "loss": finite(device.loss),
+            "tokens_per_second": finite(device.tokens_per_second()),
             "bytes_up": device.num_bytes[0],
             "bytes_down": device.num_bytes[1],
             "last_heard": device.heard or None,
             "missed_steps": device.missed,
             "late_seconds": late,
-            "slowness": _figure(slowness),
+            "slowness": finite(slowness),
             "is_slowest": is_slowest,
             "seconds": {part: round(seconds, 6) for part, seconds in spent.items()},
         }
@@ -428,18 +427,9 @@ def _median_of_others(in_order: Sequence[float], one: float) -> float:
     return other(middle) if len(in_order) % 2 == 0 else (other(middle - 1) + other(middle)) / 2
 
 
-def _words(part: str) -> str:
-    return part.replace("_", " ")
-
-
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
 def _rate(amount: float, seconds: float) -> float | None:
     return amount / seconds if seconds > 0 else None
-
-
-def _figure(value: float | None) -> float | None:
-    """JSON has neither NaN nor infinity."""
-    return value if value is not None and math.isfinite(value) else None

@@ -10,7 +10,7 @@ from protocol import Seconds
 from ..federation import StepRecord
 from .events import moment
 
-__all__ = ["EvaluationRecord", "mean_of", "record_of", "row_of"]
+__all__ = ["EvaluationRecord", "finite", "mean_of", "record_of", "row_of"]
 
 PARTS = [item.name for item in fields(Seconds)]
 
@@ -68,9 +68,9 @@ def row_of(record: StepRecord) -> dict[str, Any]:
         "step": record.number,
         "time": round(record.time, 3),
         "step_seconds": round(record.step_seconds, 6),
-        "loss": _or_none(record.loss),
-        "learning_rate": _or_none(record.learning_rate),
-        "gradient_norm": _or_none(record.gradient_norm),
+        "loss": finite(record.loss),
+        "learning_rate": finite(record.learning_rate),
+        "gradient_norm": finite(record.gradient_norm),
         "labelled_tokens": record.labelled_tokens,
         "tokens": record.tokens,
         "deadline": round(record.deadline, 3),
@@ -130,11 +130,11 @@ def record_of(row: Mapping[str, Any]) -> StepRecord:
     )
 
 
-def _or_none(value: float) -> float | None:
-    """JSON has neither NaN nor infinity."""
-    return value if math.isfinite(value) else None
+def finite(value: float | None) -> float | None:
+    """None for what JSON has no number for: NaN and infinity."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _number(value: Any) -> float:
-    """None, which `_or_none` has written, is NaN."""
+    """None, which `finite` has written, is NaN."""
     return math.nan if value is None else float(value)

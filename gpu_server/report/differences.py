@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from terminal import plain
+from terminal import in_words, plain
 
 from ..config import OF_THE_RUN, ServerConfig
 from .measured_run import MeasuredRun
@@ -104,7 +104,7 @@ def _short(name: str, value: str) -> str:
 
 
 def _in_words(name: str) -> str:
-    return plain(name.replace("_", " "))
+    return plain(in_words(name))
 
 
 def _shown(value: Any) -> str:

@@ -18,6 +18,8 @@ from matplotlib.patches import Patch
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from terminal import in_words
+
 from .colours import AT_NIGHT, COLOURS, GRID, INK, PAPER, QUIET, TINTS
 from .curves import Axis, Curve, spans_orders
 
@@ -270,7 +272,7 @@ def draw_time(name: str, bars: Sequence[tuple[str, Mapping[str, float]]]) -> dic
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("seconds of a device in a step, on average")
         handles = [
-            Patch(facecolor=tint, hatch=HATCHES.get(part), edgecolor="#7d848b", label=part.replace("_", " "))
+            Patch(facecolor=tint, hatch=HATCHES.get(part), edgecolor="#7d848b", label=in_words(part))
             for part, tint in TINTS.items()
         ]
         figure.legend(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from protocol import Seconds
-from terminal import amount, duration
+from terminal import amount, duration, in_words
 
 from .curves import Curve, final_loss
 from .differences import Settings
@@ -107,7 +107,7 @@ def time_table(runs: Sequence[MeasuredRun], labels: Sequence[str]) -> tuple[Tabl
         shown.append([label, *(f"{100 * run.seconds_by_part[part] / total:.1f} %" for part in parts)])
         numbers += [[label, part, seconds, run.seconds_by_part[part] / total] for part, seconds in bar.items()]
     csv_file = csv_of(["run", "part", "seconds_of_a_device_in_a_step", "share"], numbers)
-    return Table(header=["run", *(part.replace("_", " ") for part in parts)], rows=shown, csv=csv_file), bars
+    return Table(header=["run", *(in_words(part) for part in parts)], rows=shown, csv=csv_file), bars
 
 
 def csv_of_curves(curves: Sequence[Curve]) -> bytes:
