@@ -40,6 +40,7 @@ from .history.overview import Overview
 from .noise_observer import NoiseObserver
 from .page.live import PageObserver
 from .page.snapshot import Snapshot
+from .part_trainer import PartTrainer
 from .prometheus import PrometheusObserver
 from .run_directory import RunDirectory
 from .serving import Journal, Observer
@@ -92,7 +93,9 @@ def set_up(options: Mapping[str, Any]) -> Run:
     settings = config.settings(precision="float64" if weight_dtype == torch.float64 else "float32")
     lora = LoraConfig(**settings.lora())
     adapter = _starting_adapter(config, directory, model, lora)
-    engine = TorchEngine(model, settings, adapter, weight_dtype=weight_dtype, device=device)
+    trainer = PartTrainer(model, settings, adapter, weight_dtype=weight_dtype, device=device)
+    edge_names = adapter_shapes(model.config, lora, range(settings.cut_layer))
+    engine = TorchEngine(trainer, settings, {name: adapter[name] for name in edge_names})
     edge_part = _edge_part(config, settings, directory, model)
     limits = _limits(config, model, lora, hands_over_part=edge_part is not None)
     if previous:

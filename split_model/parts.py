@@ -4,7 +4,7 @@ A model cut in two at a block boundary: what a device holds, and what the server
 B sequences, N rows of their tokens one under the other, d elements in a row, V tokens in the vocabulary, L blocks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -71,9 +71,10 @@ class Part(nn.Module):
             for linear in self._adapted:
                 linear.is_adapted = True
 
-    def seed_dropout(self, seed: int) -> None:
-        """Fix the dropout masks of the next forward pass: they are drawn on the part's device."""
-        self.dropout.generator.manual_seed(seed)
+    def seed_dropout(self, seeds: Sequence[int]) -> None:
+        """Fix the dropout masks of the next forward pass: one seed for each of its sequences, none without dropout."""
+        if seeds:
+            self.dropout.generator.manual_seed(seeds[0])
 
     def use_dropout_masks(self, masks: Iterator[Tensor]) -> None:
         """Drop in the next forward pass what these masks drop; see `SeededDropout.masks`."""

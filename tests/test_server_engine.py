@@ -12,9 +12,10 @@ import torch
 from usual_settings import settings
 
 from gpu_server.federation import Trained
+from gpu_server.part_trainer import PartTrainer
 from gpu_server.torch_engine import TorchEngine
 from protocol import Activations, Array, Evaluation, HiddenGradient, Seconds, TrainingDiverged
-from split_model import LoraConfig, PretrainedModel, initial_adapter
+from split_model import LoraConfig, PretrainedModel, adapter_shapes, initial_adapter
 from split_model.loss import summed_cross_entropy
 from storage import ModelError
 
@@ -57,7 +58,9 @@ def engine_of(folder: Path, **changes: Any) -> TorchEngine:
     adapter = initial_adapter(model.config, LoraConfig(**run.lora()), run.seed)
     generator = torch.Generator().manual_seed(7)  # B of a new adapter is zero, and then A has no gradient
     adapter = {name: torch.randn(matrix.shape, generator=generator) / 10 for name, matrix in adapter.items()}
-    return TorchEngine(model, run, adapter, weight_dtype=torch.float64, device=torch.device("cpu"))
+    trainer = PartTrainer(model, run, adapter, weight_dtype=torch.float64, device=torch.device("cpu"))
+    edge = adapter_shapes(model.config, LoraConfig(**run.lora()), range(run.cut_layer))
+    return TorchEngine(trainer, run, {name: adapter[name] for name in edge})
 
 
 def batches(step: int = 1, micro_batch: int = 0, names: Sequence[str] = ("a", "b")) -> dict[str, Activations]:

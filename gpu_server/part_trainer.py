@@ -1,0 +1,308 @@
+"""Computes and trains the server's part of the model, in PyTorch."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy
+import torch
+
+from protocol import Activations, Array, HiddenGradient, LabelledBatch, RunSettings, TrainingDiverged
+from split_model import (
+    Adapter,
+    LoraConfig,
+    OptimiserConfig,
+    PretrainedModel,
+    ServerPart,
+    adamw,
+    gradient_norm,
+    optimiser_state,
+    restore_optimiser,
+    take_step,
+)
+
+from .federation import Trained
+from .ranks import Alone, Ranks
+
+__all__ = ["PartTrainer", "Trainer"]
+
+Seeds = dict[str, list[int]]
+"""By client: of dropout's masks, one for each of its sequences; empty in runs without dropout."""
+
+
+class Trainer(Protocol):
+    """
+    The server's part, its adapter and its optimiser. What `Engine` says of shapes, units and errors holds for methods of the
+    same name.
+    """
+
+    def train(
+        self, step: int, total_steps: int, micro_batch: int, batches: dict[str, Activations], seeds: Seeds
+    ) -> Trained: ...
+
+    def forward(self, step: int, micro_batch: int, batches: dict[str, Activations], seeds: Seeds) -> dict[str, Array]: ...
+
+    def backward(self, step: int, total_steps: int, micro_batch: int, gradients: dict[str, HiddenGradient]) -> Trained: ...
+
+    def summed_loss(self, batches: Sequence[LabelledBatch], of: str) -> float:
+        """
+        Of all batches together, in nats, without dropout.
+
+        Args:
+            of: what they are, for an error.
+
+        Raises:
+            TrainingDiverged: it is not finite.
+            ModelError: nor is it without the adapter.
+        """
+
+    def infer(self, batch: LabelledBatch, of: str) -> Array:
+        """Hidden states (M, d), see `Engine.infer`; as `summed_loss`."""
+
+    def adapter(self) -> Adapter:
+        """A copy of the part's LoRA matrices, on the CPU."""
+
+    def optimiser_state(self) -> Adapter:
+        """A copy of what its optimiser has learnt; see `split_model.optimiser_state`."""
+
+    def restore(self, adapter: Adapter, optimiser: Adapter) -> None:
+        """
+        Take over what `adapter` and `optimiser_state` returned.
+
+        Raises:
+            AdapterError: the matrices are not this part's.
+        """
+
+
+@dataclass
+class _Graph:
+    """A micro-batch between its forward and its backward computation."""
+
+    activations: torch.Tensor
+    """(N, d) of all clients, one after the other, where the gradient arrives."""
+    hidden: torch.Tensor
+    """(M, d) of all clients."""
+    num_rows: dict[str, int]
+    """N of each client."""
+    num_labelled: dict[str, int]
+    """M of each client."""
+
+
+class PartTrainer:
+    """
+    A `Trainer` on one process, of the sequences that it is given.
+
+    Args:
+        adapter: initial LoRA matrices, those of the server's part among them: A is (r, inputs), B is (outputs, r).
+        weight_dtype: of the frozen weights; the adapter and its optimiser are never less exact than float32.
+        ranks: those that compute other sequences of the same micro-batches at the same time. All are called alike.
+    """
+
+    def __init__(
+        self,
+        model: PretrainedModel,
+        settings: RunSettings,
+        adapter: Adapter,
+        *,
+        weight_dtype: torch.dtype,
+        device: torch.device,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._model, self._settings, self._ranks = model, settings, ranks or Alone()
+        self._part = ServerPart(
+            model,
+            settings.cut_layer,
+            LoraConfig(**settings.lora()),
+            weight_dtype=weight_dtype,
+            device=device,
+            with_head=settings.labels == "server",
+        )
+        self._part.load_adapter({name: adapter[name] for name in self._part.matrices()})
+        self._optimiser = adamw(self._part.matrices().values(), OptimiserConfig(**settings.optimiser()))
+        self._summed, self._labelled_tokens = 0.0, 0
+        """Of the step so far, and of all ranks: its loss in nats, and how many labels it has."""
+        self._graphs: dict[int, _Graph] = {}
+        """Of the step's micro-batches whose gradient is still to come."""
+
+    def train(self, step: int, total_steps: int, micro_batch: int, batches: dict[str, Activations], seeds: Seeds) -> Trained:
+        if not micro_batch:
+            self._begin_step()
+        union = list(batches.values())
+        gradients = {client: batch.values for client, batch in batches.items()}
+        summed_losses = dict.fromkeys(batches, 0.0)
+        is_finite = True
+        if sum(len(batch.values) for batch in union):
+            activations = self._as_leaf(union, seeds)
+            labels = self._labels(union)
+            losses = self._part.losses(activations, *self._shape(union), labels)
+            # The sum, since how many labels the step has is known only with its last micro-batch.
+            torch.autograd.backward(losses.sum())
+            assert activations.grad is not None
+            is_finite = bool(torch.isfinite(activations.grad).all())
+            gradients = _by_client(activations.grad, {client: len(batch.values) for client, batch in batches.items()})
+            of_rows = _by_client(losses.detach(), {client: len(batch.labels) for client, batch in batches.items()})
+            summed_losses = {client: float(rows.sum(dtype=numpy.float64)) for client, rows in of_rows.items()}
+        loss = self._add(sum(summed_losses.values()), sum(len(batch.labels) for batch in union))
+        if not math.isfinite(loss):
+            self._check_base("losses", union, lambda: self._losses(union))
+            raise TrainingDiverged(f"the loss of step {step} is {loss}; try a lower --lr")
+        self._check_gradient(is_finite, step)
+        return self._trained(step, total_steps, micro_batch, gradients, summed_losses)
+
+    def forward(self, step: int, micro_batch: int, batches: dict[str, Activations], seeds: Seeds) -> dict[str, Array]:
+        if not micro_batch:
+            self._begin_step()
+        union = list(batches.values())
+        activations = self._as_leaf(union, seeds)
+        hidden = self._part.hidden(activations, *self._shape(union)) if len(activations) else activations
+        if not self._is_finite_everywhere(bool(torch.isfinite(hidden).all())):
+            self._check_base("hidden states", union, lambda: self._hidden(union))
+            raise TrainingDiverged(f"the hidden states of step {step} are not finite; try a lower --lr")
+        graph = self._graphs[micro_batch] = _Graph(
+            activations,
+            hidden,
+            num_rows={client: len(batch.values) for client, batch in batches.items()},
+            num_labelled={client: batch.num_labelled for client, batch in batches.items()},
+        )
+        return _by_client(hidden.detach(), graph.num_labelled)
+
+    def backward(self, step: int, total_steps: int, micro_batch: int, gradients: dict[str, HiddenGradient]) -> Trained:
+        if not gradients:
+            return self._trained(step, total_steps, micro_batch, {}, {})
+        graph = self._graphs.pop(micro_batch)
+        zeros = graph.hidden.new_zeros(1, graph.hidden.shape[1])
+        upstream = [
+            self._join([gradients[client].values]) if client in gradients else zeros.expand(rows, -1)
+            for client, rows in graph.num_labelled.items()
+        ]
+        torch.autograd.backward(graph.hidden, torch.cat(upstream))
+        assert graph.activations.grad is not None
+        is_finite = bool(torch.isfinite(graph.activations.grad).all())
+        summed_losses = {client: gradient.summed_loss for client, gradient in gradients.items()}
+        self._add(sum(summed_losses.values()), sum(gradient.labelled_tokens for gradient in gradients.values()))
+        self._check_gradient(is_finite, step)
+        of_all = _by_client(graph.activations.grad, graph.num_rows)
+        return self._trained(step, total_steps, micro_batch, {client: of_all[client] for client in gradients}, summed_losses)
+
+    def summed_loss(self, batches: Sequence[LabelledBatch], of: str) -> float:
+        (loss,) = self._ranks.sum_numbers([float(self._losses(batches).sum(dtype=torch.float64))])
+        if not math.isfinite(loss):
+            self._check_base("losses", batches, lambda: self._losses(batches))
+            raise TrainingDiverged(f"the loss of {of} is {loss}; try a lower --lr")
+        return loss
+
+    def infer(self, batch: LabelledBatch, of: str) -> Array:
+        hidden = self._hidden([batch])
+        if not self._is_finite_everywhere(bool(torch.isfinite(hidden).all())):
+            self._check_base("hidden states", [batch], lambda: self._hidden([batch]))
+            raise TrainingDiverged(f"the hidden states of {of} are not finite; try a lower --lr")
+        return hidden.cpu().numpy()
+
+    def adapter(self) -> Adapter:
+        return self._part.adapter()
+
+    def optimiser_state(self) -> Adapter:
+        return optimiser_state(self._optimiser)
+
+    def restore(self, adapter: Adapter, optimiser: Adapter) -> None:
+        self._part.load_adapter(adapter)
+        restore_optimiser(self._optimiser, optimiser)
+
+    def _begin_step(self) -> None:
+        self._summed, self._labelled_tokens = 0.0, 0
+        self._graphs.clear()
+
+    def _add(self, summed_loss: float, labelled_tokens: int) -> float:
+        """A micro-batch's to the step's; returns the micro-batch's of all ranks."""
+        of_all, num_labels = self._ranks.sum_numbers([summed_loss, labelled_tokens])
+        self._summed += of_all
+        self._labelled_tokens += int(num_labels)
+        return of_all
+
+    def _trained(
+        self, step: int, total_steps: int, micro_batch: int, gradients: dict[str, Array], summed_losses: dict[str, float]
+    ) -> Trained:
+        """With a step's last micro-batch, update the part."""
+        norm = 0.0
+        # A step without any label has gradients of 0: it teaches nothing, and divides by 1.
+        labelled_tokens = max(1, self._labelled_tokens)
+        if micro_batch + 1 == self._settings.micro_batches:
+            self._graphs.clear()
+            self._ranks.sum_gradients(self._part.matrices().values())
+            self._part.divide_gradients(labelled_tokens)
+            norm = gradient_norm(self._part.matrices().values())
+            take_step(self._optimiser, self._settings.learning_rate_at(step, total_steps))
+        return Trained(
+            loss=self._summed / labelled_tokens,
+            labelled_tokens=self._labelled_tokens,
+            gradients=gradients,
+            summed_losses=summed_losses,
+            gradient_norm=norm,
+        )
+
+    def _is_finite_everywhere(self, is_finite: bool) -> bool:
+        (not_finite,) = self._ranks.sum_numbers([not is_finite])
+        return not not_finite
+
+    def _check_gradient(self, is_finite: bool, step: int) -> None:
+        """
+        Raises:
+            TrainingDiverged: it is not finite, here or on another rank.
+        """
+        if not self._is_finite_everywhere(is_finite):
+            raise TrainingDiverged(f"the gradient of step {step} is not finite; try a lower --lr")
+
+    @torch.no_grad()
+    def _check_base(self, what: str, union: Sequence[LabelledBatch], compute: Callable[[], torch.Tensor]) -> None:
+        """
+        Args:
+            what: it computes of the batches, in the plural.
+
+        Raises:
+            ModelError: without the adapter this is not finite either, here or on another rank.
+        """
+        with self._part.without_adapter():
+            is_finite = bool(torch.isfinite(compute()).all())
+        if not self._is_finite_everywhere(is_finite):
+            raise self._model.not_finite(what)
+
+    def _as_leaf(self, union: Sequence[LabelledBatch], seeds: Seeds) -> torch.Tensor:
+        """The values of all, (N, d), for a forward pass with dropout and for a backward pass."""
+        self._part.train()
+        self._part.seed_dropout([seed for of_client in seeds.values() for seed in of_client])
+        return self._join([batch.values for batch in union]).requires_grad_()
+
+    @torch.no_grad()
+    def _losses(self, union: Sequence[LabelledBatch]) -> torch.Tensor:
+        """(M,) in nats, without dropout."""
+        self._part.eval()
+        activations = self._join([batch.values for batch in union])
+        if not len(activations):
+            return activations.new_zeros(0)
+        return self._part.losses(activations, *self._shape(union), self._labels(union))
+
+    @torch.no_grad()
+    def _hidden(self, union: Sequence[LabelledBatch]) -> torch.Tensor:
+        """(M, d) behind the final norm, without dropout."""
+        self._part.eval()
+        activations = self._join([batch.values for batch in union])
+        return self._part.hidden(activations, *self._shape(union)) if len(activations) else activations
+
+    def _shape(self, union: Sequence[LabelledBatch]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lengths and label counts of all sequences, (B,) each."""
+        lengths = self._join([batch.lengths for batch in union]).long()
+        return lengths, self._join([batch.label_counts for batch in union]).long()
+
+    def _labels(self, union: Sequence[LabelledBatch]) -> torch.Tensor:
+        """(M,) of all batches."""
+        return self._join([batch.labels for batch in union]).long()
+
+    def _join(self, arrays: list[Array]) -> torch.Tensor:
+        """One after the other along their first axis, where the model computes."""
+        return torch.cat([torch.from_numpy(array) for array in arrays]).to(self._part.device)
+
+
+def _by_client(rows: torch.Tensor, counts: dict[str, int]) -> dict[str, Array]:
+    """Each client's rows, of those of all one after the other."""
+    return {client: part.numpy() for client, part in zip(counts, torch.split(rows.cpu(), list(counts.values())), strict=True)}
