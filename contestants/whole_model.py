@@ -67,7 +67,7 @@ class WholeModel:
             return 0.0
         for number, part in enumerate((self._edge, self._server)):
             part.train()
-            part.seed_dropout([derive_seed(dropout_seed, number)])
+            part.seed_dropout([derive_seed(dropout_seed, number, sequence) for sequence in range(len(batch.lengths))])
         loss = self._summed_loss(batch)
         if not torch.isfinite(loss):
             with torch.no_grad(), self._edge.without_adapter(), self._server.without_adapter():

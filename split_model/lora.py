@@ -1,7 +1,6 @@
 """Low-rank adapters on frozen linear layers (LoRA, arXiv 2106.09685)."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from storage import AdapterError
 
+from .dropout import SeededDropout
 from .model_config import ModelConfig
 
 __all__ = ["Adapter", "LoraConfig", "adapter_shapes", "initial_adapter"]
@@ -88,30 +88,6 @@ def initial_adapter(config: ModelConfig, lora: LoraConfig, seed: int) -> Adapter
     return adapter
 
 
-class SeededDropout(nn.Module):
-    """
-    Dropout whose masks are a function of a seed alone, so that a repeated step draws the same ones. All layers of a part share
-    one, and draw from its generator, or take masks that are given, in the order of the forward pass.
-    """
-
-    def __init__(self, probability: float, device: torch.device) -> None:
-        super().__init__()
-        self.probability = probability
-        self.generator = torch.Generator(device)
-        self.masks: Iterator[Tensor] | None = None
-        """One for each adapted layer, (N, in): 1 keeps an element, 0 drops it. None: they are drawn."""
-
-    def forward(self, x: Tensor) -> Tensor:  # (N, in) -> (N, in)
-        if not self.training or not self.probability:
-            return x
-        keep = 1 - self.probability
-        if self.masks is None:
-            mask = torch.empty_like(x).bernoulli_(keep, generator=self.generator)
-        else:
-            mask = next(self.masks).to(x.device)
-        return x * mask / keep
-
-
 class LoraLinear(nn.Module):
     """
     y = x W + b + scale * dropout(x) A^T B^T. W (in, out) and b (out,) are frozen and in `Placement.weight_dtype`; A (r, in) and
@@ -120,6 +96,7 @@ class LoraLinear(nn.Module):
 
     weight: Tensor
     bias: Tensor
+    columns: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -134,6 +111,7 @@ class LoraLinear(nn.Module):
         """Add the matrices, zero until an adapter's values are loaded, and return A (r, in) and B (out, r)."""
         inputs, outputs = self.weight.shape
         self.scale, self.dropout = lora.scale, dropout
+        self.register_buffer("columns", dropout.add_columns(inputs), persistent=False)
         self.lora_A = nn.Parameter(torch.zeros(lora.rank, inputs, dtype=dtype, device=self.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(outputs, lora.rank, dtype=dtype, device=self.weight.device))
         return {"A": self.lora_A, "B": self.lora_B}
@@ -144,6 +122,6 @@ class LoraLinear(nn.Module):
         y = torch.addmm(self.bias, x.to(self.weight.dtype), self.weight).to(x.dtype)
         if self.lora_A is None or self.lora_B is None or not self.is_adapted:
             return y
-        low_rank = self.dropout(x) @ self.lora_A.T  # (N, r)
+        low_rank = self.dropout(x, self.columns) @ self.lora_A.T  # (N, r)
         # In place: the gradient of neither product needs y, and a second (N, out) would be the largest tensor of the block.
         return y.addmm_(low_rank, self.lora_B.T, alpha=self.scale)

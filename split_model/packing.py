@@ -28,7 +28,7 @@ class Packing:
 
     def __init__(self, lengths: Tensor) -> None:
         self.positions = positions_in_sequence(lengths)  # (N,)
-        counts = lengths.tolist()
+        self.lengths = counts = lengths.tolist()
         self.grids: list[tuple[int, int]] = []
         """The shape (B', T) of each."""
         first, num_cells = [0] * len(counts), 0  # the cell of each sequence's first row; how many cells there are so far

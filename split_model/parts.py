@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from storage import AdapterError, ModelError
 
+from .dropout import SeededDropout
 from .families import family_of
-from .lora import Adapter, LoraConfig, LoraLinear, SeededDropout, adapted_layers, adapter_name
+from .lora import Adapter, LoraConfig, LoraLinear, adapted_layers, adapter_name
 from .loss import cross_entropies
 from .packing import Packing, labelled_positions
 from .placement import Placement
@@ -72,9 +73,8 @@ class Part(nn.Module):
                 linear.is_adapted = True
 
     def seed_dropout(self, seeds: Sequence[int]) -> None:
-        """Fix the dropout masks of the next forward pass: one seed for each of its sequences, none without dropout."""
-        if seeds:
-            self.dropout.generator.manual_seed(seeds[0])
+        """Fix the dropout masks of the next forward pass: a seed for each sequence, 0 to 2^64 - 1; none without dropout."""
+        self.dropout.seeds = seeds
 
     def use_dropout_masks(self, masks: Iterator[Tensor]) -> None:
         """Drop in the next forward pass what these masks drop; see `SeededDropout.masks`."""
@@ -122,6 +122,7 @@ class Part(nn.Module):
                 matrix.copy_(adapter[name])
 
     def _run(self, hidden: Tensor, packing: Packing) -> Tensor:  # (N, d) -> (N, d)
+        self.dropout.begin(packing.lengths)
         for block in self.blocks:
             hidden = block(hidden, packing)
         return hidden
