@@ -57,7 +57,7 @@ class TorchEngine:
             if settings.labels == "device"
             else None
         )
-        # In rounds of one step the server has the optimiser, for everybody; importing torch's would cost 70 MB for nothing.
+        # In rounds of one step the server has the optimiser, for everybody.
         self._optimiser = (
             adamw(self._part.matrices().values(), OptimiserConfig(**settings.optimiser()))
             if settings.aggregate_every > 1

@@ -382,5 +382,5 @@ def watch_server(watch: Watch) -> None:
 
 # Installed modules only: where the tests lie is not known to the process that forks (before Python 3.12).
 PROCESSES.set_forkserver_preload(
-    ["gpu_server.sdk", "edge_client.client", "torch._dynamo", "websockets.asyncio.server", "websockets.sync.client"]
+    ["gpu_server.sdk", "edge_client.client", "websockets.asyncio.server", "websockets.sync.client"]
 )
