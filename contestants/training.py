@@ -111,7 +111,7 @@ class Task:
 
     @property
     def settings(self) -> RunSettings:
-        return self.config.settings("float64" if self.config.dtype == "float64" else "float32")
+        return self.config.settings()
 
     @property
     def lora(self) -> LoraConfig:

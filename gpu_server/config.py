@@ -163,7 +163,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ConfigError("give either steps or epochs" if self.steps is None else "give steps or epochs, not both")
-        self._shared("float64" if self.dtype == "float64" else "float32", cut_layer=1)  # of which the model says more
+        self._shared(cut_layer=1)  # of which the model says more
         for name in COUNTS:
             self._require(name, lambda value: value is None or 1 <= value <= LARGEST_COUNT, f"1 to {LARGEST_COUNT}")
         self._require("codec_tolerance", lambda value: value >= 0, "at least 0")
@@ -202,11 +202,12 @@ class ServerConfig:
         micro_batches = self.micro_batches or (1 if is_loopback(self.host) else 2)
         return replace(self, dtype=dtype, micro_batches=micro_batches, check_codec_every=checks)
 
-    def settings(self, precision: str) -> RunSettings:
+    def settings(self) -> RunSettings:
         """What every client is told of these settings, which are `settled`."""
-        return self._shared(precision)
+        return self._shared()
 
-    def _shared(self, precision: str, **instead: Any) -> RunSettings:
+    def _shared(self, **instead: Any) -> RunSettings:
+        precision = "float64" if self.dtype == "float64" else "float32"
         shared = {item.name: getattr(self, item.name) for item in fields(RunSettings) if item.name not in DERIVED}
         codec = codec_named(self.codec)
         if codec == "auto" and precision == "float64":

@@ -433,7 +433,7 @@ class Judge:
     def _toml(self, mutator: FolderMutator) -> None:
         path = self._scratch / "run.toml"
         path.write_bytes(mutator.text(TOML.encode()))
-        ServerConfig.from_options(options_from_toml(path)).settings("float32")
+        ServerConfig.from_options(options_from_toml(path)).settings()
 
     def _invitation(self, mutator: FolderMutator) -> None:
         text = mutator.text(mutator.random.choice(INVITATIONS).encode()).decode("utf-8", "surrogateescape")

@@ -133,7 +133,7 @@ def test_noise_and_labels_that_do_not_go_together_are_refused_before_a_model_is_
 
 def test_codec_is_checked_where_the_server_has_a_loss() -> None:
     assert config().settled("float32").check_codec_every == 100
-    assert config(labels="device").settled("float32").settings("float32").check_codec_every == 0
+    assert config(labels="device").settled("float32").settings().check_codec_every == 0
     assert config(check_codec_every=7).settled("float32").check_codec_every == 7
 
 
@@ -414,7 +414,7 @@ def test_every_setting_has_another_value_in_these_tests() -> None:
 
 
 def test_clients_are_told_the_settings_of_the_run() -> None:
-    told = ServerConfig(**{**OTHER_VALUES, "epochs": None}).settings("float32")
+    told = ServerConfig(**{**OTHER_VALUES, "epochs": None}).settings()
     assert isinstance(told, RunSettings)
     assert told.precision == "float32"
     assert {told.activation_codec, told.gradient_codec} == {OTHER_VALUES["codec"]}
@@ -434,14 +434,14 @@ def test_clients_are_told_the_settings_of_the_run() -> None:
     ],
 )
 def test_codec_is_what_the_operator_says_and_auto_is_what_the_run_allows(codec: str, precision: str, told: str) -> None:
-    settings = config(codec=codec).settled(precision).settings(precision)
+    settings = config(codec=codec).settled(precision).settings()
     assert (settings.activation_codec, settings.gradient_codec) == (told, told)
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_run_in_float64_has_no_codec(codec: str) -> None:
     with pytest.raises(ConfigError, match=f"codec {codec} is for runs in float32"):
-        config(codec=codec).settled("float64").settings("float64")
+        config(codec=codec).settled("float64")
 
 
 def test_clients_are_not_told_where_things_lie() -> None:
