@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from terminal import Parser, Progress, count, listed, run_program, show_log, user_path, version, where_time_went
 
@@ -174,15 +174,18 @@ def run_serve(options: argparse.Namespace) -> None:
     from protocol import Seconds
 
     from .history import ADVICE
+    from .ranks.place import Place
     from .sdk import GpuServer
 
-    given = {name: value for name, value in vars(options).items() if name not in ("command", "run", "config", "log_format")}
-    from_file = options_from_toml(options.config) if options.config else {}
-    for flag, opposite in (("steps", "epochs"), ("epochs", "steps")):
-        if flag in given:
-            from_file.pop(opposite, None)
+    given = _given(options)
+    place = Place.here()
+    if place is not None and not place.leads:
+        from .ranks.follower import follow
+
+        follow(place, given)
+        return
     as_json = options.log_format == "json"
-    with show_log("gpu_server", options.log_format), GpuServer(**{**from_file, **given}) as server:
+    with show_log("gpu_server", options.log_format), GpuServer(**given) as server:
         devices = count(server.config.clients, "device")
         say = _log if as_json else _say
         say(f"listening on {server.url} for {devices}; the run goes to {server.config.run_dir}; {'; '.join(server.choices)}")
@@ -203,6 +206,16 @@ def run_serve(options: argparse.Namespace) -> None:
             for line in f"all devices' {where}".splitlines():
                 say(line)
         say(f"done: the adapter is in {server.adapter_folder}")
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings of the flags, and of the file where no flag says otherwise."""
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "run", "config", "log_format")}
+    from_file = options_from_toml(options.config) if options.config else {}
+    for flag, opposite in (("steps", "epochs"), ("epochs", "steps")):
+        if flag in given:
+            from_file.pop(opposite, None)
+    return {**from_file, **given}
 
 
 def run_enrol(options: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """What a server says instead of a traceback."""
 
-__all__ = ["ConfigError", "ServerError"]
+__all__ = ["ConfigError", "RankLost", "ServerError"]
 
 
 class ServerError(ValueError):
@@ -12,3 +12,13 @@ class ServerError(ValueError):
 
 class ConfigError(ServerError):
     """A setting that cannot be; the message names it and its value."""
+
+
+class RankLost(ServerError):
+    """A process that computes together with this one is gone; the run can go on from its last checkpoint."""
+
+    def __init__(self, who: str) -> None:
+        super().__init__(
+            f"{who} is gone: its process has ended, or the connection to it broke; --resume goes on with the run, with any "
+            "number of ranks"
+        )

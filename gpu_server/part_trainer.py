@@ -1,15 +1,16 @@
 """Computes and trains the server's part of the model, in PyTorch."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy
 import torch
 
-from protocol import Activations, Array, HiddenGradient, LabelledBatch, RunSettings, TrainingDiverged
+from protocol import Array, HiddenGradient, LabelledBatch, RunSettings, TrainingDiverged
 from split_model import (
+    DTYPES,
     Adapter,
     LoraConfig,
     OptimiserConfig,
@@ -22,13 +23,27 @@ from split_model import (
     take_step,
 )
 
+from .config import ServerConfig
 from .federation import Trained
 from .ranks import Alone, Ranks
 
-__all__ = ["PartTrainer", "Trainer"]
+__all__ = ["HalfStep", "HiddenShare", "PartTrainer", "Seeds", "Trainer", "make_trainer"]
 
 Seeds = dict[str, list[int]]
 """By client: of dropout's masks, one for each of its sequences; empty in runs without dropout."""
+
+
+@dataclass(frozen=True)
+class HiddenShare:
+    """A part of a client's `HiddenGradient`, whose fields these are: of some of its sequences."""
+
+    values: Array
+    summed_loss: float = 0.0
+    labelled_tokens: int = 0
+
+
+HalfStep = HiddenGradient | HiddenShare
+"""What is needed of a client for the second half of a micro-batch."""
 
 
 class Trainer(Protocol):
@@ -38,12 +53,12 @@ class Trainer(Protocol):
     """
 
     def train(
-        self, step: int, total_steps: int, micro_batch: int, batches: dict[str, Activations], seeds: Seeds
+        self, step: int, total_steps: int, micro_batch: int, batches: Mapping[str, LabelledBatch], seeds: Seeds
     ) -> Trained: ...
 
-    def forward(self, step: int, micro_batch: int, batches: dict[str, Activations], seeds: Seeds) -> dict[str, Array]: ...
+    def forward(self, step: int, micro_batch: int, batches: Mapping[str, LabelledBatch], seeds: Seeds) -> dict[str, Array]: ...
 
-    def backward(self, step: int, total_steps: int, micro_batch: int, gradients: dict[str, HiddenGradient]) -> Trained: ...
+    def backward(self, step: int, total_steps: int, micro_batch: int, gradients: Mapping[str, HalfStep]) -> Trained: ...
 
     def summed_loss(self, batches: Sequence[LabelledBatch], of: str) -> float:
         """
@@ -125,7 +140,9 @@ class PartTrainer:
         self._graphs: dict[int, _Graph] = {}
         """Of the step's micro-batches whose gradient is still to come."""
 
-    def train(self, step: int, total_steps: int, micro_batch: int, batches: dict[str, Activations], seeds: Seeds) -> Trained:
+    def train(
+        self, step: int, total_steps: int, micro_batch: int, batches: Mapping[str, LabelledBatch], seeds: Seeds
+    ) -> Trained:
         if not micro_batch:
             self._begin_step()
         union = list(batches.values())
@@ -150,7 +167,7 @@ class PartTrainer:
         self._check_gradient(is_finite, step)
         return self._trained(step, total_steps, micro_batch, gradients, summed_losses)
 
-    def forward(self, step: int, micro_batch: int, batches: dict[str, Activations], seeds: Seeds) -> dict[str, Array]:
+    def forward(self, step: int, micro_batch: int, batches: Mapping[str, LabelledBatch], seeds: Seeds) -> dict[str, Array]:
         if not micro_batch:
             self._begin_step()
         union = list(batches.values())
@@ -167,7 +184,7 @@ class PartTrainer:
         )
         return _by_client(hidden.detach(), graph.num_labelled)
 
-    def backward(self, step: int, total_steps: int, micro_batch: int, gradients: dict[str, HiddenGradient]) -> Trained:
+    def backward(self, step: int, total_steps: int, micro_batch: int, gradients: Mapping[str, HalfStep]) -> Trained:
         if not gradients:
             return self._trained(step, total_steps, micro_batch, {}, {})
         graph = self._graphs.pop(micro_batch)
@@ -301,6 +318,13 @@ class PartTrainer:
     def _join(self, arrays: list[Array]) -> torch.Tensor:
         """One after the other along their first axis, where the model computes."""
         return torch.cat([torch.from_numpy(array) for array in arrays]).to(self._part.device)
+
+
+def make_trainer(
+    config: ServerConfig, model: PretrainedModel, adapter: Adapter, device: torch.device, ranks: Ranks | None = None
+) -> PartTrainer:
+    """That of a run with these settings, which are settled; see `PartTrainer`."""
+    return PartTrainer(model, config.settings(), adapter, weight_dtype=DTYPES[config.dtype], device=device, ranks=ranks)
 
 
 def _by_client(rows: torch.Tensor, counts: dict[str, int]) -> dict[str, Array]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -16,7 +16,6 @@ from privacy import worth
 from protocol import EXACT, RunSettings
 from protocol.settings import codec_named
 from split_model import (
-    DTYPES,
     Adapter,
     LoraConfig,
     PretrainedModel,
@@ -40,11 +39,15 @@ from .history.overview import Overview
 from .noise_observer import NoiseObserver
 from .page.live import PageObserver
 from .page.snapshot import Snapshot
-from .part_trainer import PartTrainer
+from .part_trainer import make_trainer
 from .prometheus import PrometheusObserver
+from .ranks.place import Place
 from .run_directory import RunDirectory
 from .serving import Journal, Observer
 from .torch_engine import TorchEngine
+
+if TYPE_CHECKING:
+    from .ranks.leader import Leader
 
 __all__ = ["Run", "set_up"]
 
@@ -70,6 +73,8 @@ class Run:
     """These two are among them where the run has a page."""
     steps_before: int | None
     """``steps`` of a resumed run, as it was served the last time."""
+    leader: "Leader | None"
+    """Of the other processes that compute; None where there are none."""
 
 
 def set_up(options: Mapping[str, Any]) -> Run:
@@ -78,22 +83,45 @@ def set_up(options: Mapping[str, Any]) -> Run:
         options: as `ServerConfig`, of a resumed run only those that are given again.
 
     Raises:
-        ServerError, ModelError, AdapterError: a setting, the run's folder, the model or the initial adapter cannot be used.
+        ServerError, ModelError, AdapterError: a setting, the run's folder, the model or the initial adapter cannot be used; or
+            this process is one of several that torchrun has started, and they cannot compute together.
     """
+    place = Place.here()
+    if place is None:
+        return _set_up(options, None)
+    if not place.leads:
+        raise ConfigError(
+            f"this process is rank {place.rank} of {place.num_ranks}: only rank 0 makes a GpuServer; the others call "
+            "gpu_server.ranks.follower.follow with the same settings"
+        )
+    from .ranks.leader import Leader
+
+    leader = Leader(place, options)
+    try:
+        return _set_up(options, leader)
+    except BaseException:
+        leader.close()
+        raise
+
+
+def _set_up(options: Mapping[str, Any], leader: "Leader | None") -> Run:
     options = with_whole_paths(options)
     directory = _directory(options)
     previous = RunDescription.read(directory.path, ServerError) if directory.resumes else None
     if previous:
         _check_settings_are_known(directory.path, previous)
     config, choices, device = _settled(options, previous)
+    if leader is not None:
+        device = leader.prepare(config, device)
+        choices += leader.choices
     door = open_door(config)
     model = PretrainedModel(find_model(config.model))
     check_cut_layer(config.cut_layer, model.config.num_layers)
-    weight_dtype = DTYPES[config.dtype]
-    settings = config.settings(precision="float64" if weight_dtype == torch.float64 else "float32")
+    settings = config.settings()
     lora = LoraConfig(**settings.lora())
     adapter = _starting_adapter(config, directory, model, lora)
-    trainer = PartTrainer(model, settings, adapter, weight_dtype=weight_dtype, device=device)
+    make = make_trainer if leader is None else leader.trainer
+    trainer = make(config, model, adapter, device)
     edge_names = adapter_shapes(model.config, lora, range(settings.cut_layer))
     engine = TorchEngine(trainer, settings, {name: adapter[name] for name in edge_names})
     edge_part = _edge_part(config, settings, directory, model)
@@ -144,6 +172,7 @@ def set_up(options: Mapping[str, Any]) -> Run:
         page=page,
         prometheus=prometheus,
         steps_before=previous.config.get("steps") if previous else None,
+        leader=leader,
     )
 
 

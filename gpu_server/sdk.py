@@ -15,6 +15,7 @@ from protocol.limits import CACHES_ON_SERVER
 from storage import CacheFolder
 
 from .config import ServerConfig, described
+from .errors import RankLost
 from .federation import Action, StepRecord
 from .history import RunFiles, telling_to
 from .resuming import go_back, start_from
@@ -99,11 +100,13 @@ class GpuServer:
         Raises:
             ServerError: the address cannot be listened on, another server has the run's folder, or the run cannot go on.
         """
-        self._run.directory.hold()
         try:
+            self._run.directory.hold()
             return self._begin()
         except BaseException:
             self._run.directory.release()
+            if self._run.leader is not None:
+                self._run.leader.close()
             raise
 
     def _begin(self) -> "GpuServer":
@@ -142,6 +145,8 @@ class GpuServer:
                 self.suspend()
             self._thread.join()
             raise
+        if run.leader is not None:
+            run.leader.when_lost(self._server.fail)
         return self
 
     def _serve(self, listening: "Future[str]", actions: list[Action]) -> None:
@@ -195,6 +200,10 @@ class GpuServer:
         self._server.suspend()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """
+        Raises:
+            RankLost: a process that computes together with this one was gone meanwhile.
+        """
         if kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit):
             self.suspend()  # Ctrl-C or SIGTERM: the run may go on later
         else:
@@ -203,6 +212,11 @@ class GpuServer:
         if self._run.federation.status().is_saved:
             self._run.directory.remove_what_only_a_run_needs()
         self._run.directory.release()
+        if self._run.leader is not None:
+            self._run.leader.close()
+            # Where a rank is killed, torchrun sends SIGTERM to the others at about the same time.
+            if self._run.leader.lost is not None and kind is not None and not issubclass(kind, RankLost):
+                raise self._run.leader.lost
 
     def _cache_of(self, client: str) -> CacheFolder:
         # Beside a sample's last versions there are those of all steps that the run may go back to; devices keep less.

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     },
     "gpu_server": OURS
     | {"graphs", "cryptography", "filelock", "matplotlib", "numpy", "prometheus_client", "safetensors", "tensorboard"}
-    | {"tomli", "torch", "websockets"},
+    | {"msgpack", "tomli", "torch", "websockets"},
 }
 # Within a package: a room that may import its own modules and these of others, and nothing else of the package around it.
 ROOMS = {
@@ -44,6 +44,7 @@ ONLY_IN = {
         *("gpu_server/page/live.py", "gpu_server/serving/event_relay.py", "gpu_server/serving/lifetime.py"),
         *("gpu_server/serving/peer.py", "gpu_server/serving/performer.py", "gpu_server/serving/run_server.py"),
     },
+    "msgpack": {"protocol/encoding.py", "gpu_server/ranks/packing.py"},
     "matplotlib": {"edge_client/leak/picture.py", "gpu_server/report/pictures.py"},
     "onnxruntime": {"terminal/packages.py"},
     "prometheus_client": {"gpu_server/prometheus.py"},

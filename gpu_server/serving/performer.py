@@ -107,8 +107,12 @@ class Performer:
 
     async def save_unfinished(self) -> None:
         """Of a run that ends before its time: a checkpoint of its last round's end, and the adapter as it is."""
-        await self._checkpoints.write_round_end()
+        await self.save_round_end()
         await self._save_adapter()
+
+    async def save_round_end(self) -> None:
+        """A checkpoint of it, for which nothing need be computed."""
+        await self._checkpoints.write_round_end()
 
     def tell_status(self) -> None:
         """Call it when a client has come or gone."""

@@ -12,6 +12,7 @@ from terminal import count
 from ..door import Door
 from ..edge_part import EdgePartStore
 from ..engine import Engine
+from ..errors import RankLost, ServerError
 from ..federation import Action, Federation
 from ..history import tell
 from ..listener import Limits, Listener
@@ -91,9 +92,17 @@ class RunServer:
         """Stop so that the run can go on later: its clients will try to come back. From any thread, as `stop`."""
         self._end(to_be_continued=True)
 
+    def fail(self, error: ServerError) -> None:
+        """End the run since something that it needs is lost: its clients will try to come back. From any thread, as `stop`."""
+        self._call(lambda: self._lifetime.fail(error))
+
     def _end(self, *, to_be_continued: bool) -> None:
+        self._call(lambda: self._lifetime.end(to_be_continued))
+
+    def _call(self, function: Callable[[], None]) -> None:
+        """On the thread that serves."""
         try:
-            self._loop.call_soon_threadsafe(self._lifetime.end, to_be_continued)
+            self._loop.call_soon_threadsafe(function)
         except RuntimeError:
             pass  # the run is over, and its loop is closed
 
@@ -170,6 +179,8 @@ class RunServer:
             # Numbers that are none come again. A disk that is full, or a defect, may be mended: then the run can go on.
             is_lasting = isinstance(error, TrainingDiverged | ModelError)
             tell("failed", str(error) or repr(error), level="error", step=self._federation.step, quiet=True)
+            if isinstance(error, RankLost):
+                await performer.save_round_end()  # the last round is still in memory
             await conversations.dismiss(str(error) if is_lasting else "the server failed", to_be_continued=not is_lasting)
             raise
         await lifetime.finish_tasks(SECONDS_TO_FINISH)

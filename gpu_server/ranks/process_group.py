@@ -1,0 +1,263 @@
+"""The ranks of one run, connected by torch.distributed."""
+
+import atexit
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from terminal import plain
+
+from ..errors import ConfigError, RankLost, ServerError
+from .agreement import without_backend
+from .packing import NotAMessage, pack, unpack
+from .place import LEADER, Place
+
+__all__ = ["ProcessGroup"]
+
+logger = logging.getLogger("gpu_server")
+
+TO_JOIN = timedelta(minutes=30)
+"""Also the most that a rank may come later than another to a sum: they begin a micro-batch together."""
+FOREVER = timedelta(days=3650)
+"""A rank waits for what is to be done next as long as devices may be away. Whether the others live, the pulse says."""
+SECONDS_BETWEEN_PULSES = 0.5
+WITHOUT_PULSE = timedelta(seconds=60)
+"""After so long a rank is taken for lost whose connection still seems to be there."""
+SECONDS_TO_LEARN_WHO = 2.0
+SECONDS_TO_END = 10.0
+ANOTHER = "another rank"
+
+# What travels under which tag: a rank's pulse comes beside whatever else it has to tell.
+LENGTHS, MESSAGES, PULSES = 0, 1, 2
+ONE_MORE, LAST = 0, 1
+
+
+class ProcessGroup:
+    """
+    The `Ranks` of one run, of which this process is one. All exchange messages and pulses with the leader by gloo, and
+    gradients with each other: by gloo, too, and from `use_nccl` on by NCCL.
+
+    A rank that is gone is noticed at once where its process has ended, within `WITHOUT_PULSE` where its machine has:
+    then whatever waits for it fails.
+    """
+
+    def __init__(self, place: Place, ended: Callable[[RankLost | None], None]) -> None:
+        """
+        Connect to all others; each has to come.
+
+        Args:
+            ended: is called on some thread when there is nothing more to do: with the rank that is gone, or with None when the
+                leader sends this one home.
+
+        Raises:
+            ConfigError: this torch has no gloo.
+            ServerError: the others cannot be reached.
+        """
+        self.place, self._ended = place, ended
+        self.bytes_sent = 0
+        """By this process: messages, and its numbers and gradients that were added up."""
+        self._lost: RankLost | None = None
+        self._is_lost, self._is_closing, self._lock = threading.Event(), threading.Event(), threading.Lock()
+        self._sending = threading.Lock()
+        if not (dist.is_available() and dist.is_gloo_available()):
+            raise ConfigError(without_backend("gloo"))
+        try:
+            with _ended_by_signals():
+                dist.init_process_group("gloo", rank=place.rank, world_size=place.num_ranks, timeout=TO_JOIN)
+        except (RuntimeError, ValueError) as error:
+            raise ServerError(f"rank {place.rank} cannot meet the others: {_first_line(error)}") from None
+        self.group = dist.group.WORLD
+        """In which gradients are added up, and a part's frozen weights are kept together, where they are sharded."""
+        keep_pulse = self._answer_pulse if place.leads else self._send_pulse
+        self._pulses = [
+            threading.Thread(target=keep_pulse, args=(rank,), name=f"pulse-{rank}", daemon=True) for rank in self.partners
+        ]
+        for thread in self._pulses:
+            thread.start()
+
+    def use_nccl(self) -> None:
+        """Among devices that each rank has of its own. All ranks call it, after `torch.cuda.set_device`."""
+        # What NCCL waits for when a rank is gone is given up, and this process is not killed for it: the leader has to save.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
+        self.group = dist.new_group(backend="nccl", timeout=TO_JOIN)
+
+    @property
+    def num_ranks(self) -> int:
+        return self.place.num_ranks
+
+    @property
+    def partners(self) -> list[int]:
+        """With which ranks this one exchanges messages: the leader with all others, these with the leader."""
+        return [rank for rank in range(self.place.num_ranks) if rank != LEADER] if self.place.leads else [LEADER]
+
+    # Messages
+
+    def send(self, messages: Mapping[int, Any], within: timedelta = FOREVER) -> None:
+        """
+        One to each of these ranks; see `pack` for what it may be. Returns when all have taken theirs.
+
+        Raises:
+            RankLost: one has not.
+        """
+        sent = []
+        for rank, message in messages.items():
+            data = torch.from_numpy(pack(message))
+            self.bytes_sent += len(data)
+            with self._talking_to(rank), self._sending:
+                sent.append((rank, dist.isend(torch.tensor([len(data)]), rank, tag=LENGTHS)))
+                sent.append((rank, dist.isend(data, rank, tag=MESSAGES)))
+        for rank, work in sent:
+            with self._talking_to(rank):
+                _wait(work, within)
+
+    def receive(self, rank: int) -> Any:
+        """
+        What that rank sends next, see `pack`.
+
+        Raises:
+            RankLost: it is gone.
+            ServerError: it has sent something else.
+        """
+        length = torch.empty(1, dtype=torch.int64)
+        with self._talking_to(rank):
+            _wait(dist.irecv(length, rank, tag=LENGTHS), FOREVER)
+        data = torch.empty(int(length), dtype=torch.uint8)
+        with self._talking_to(rank):
+            _wait(dist.irecv(data, rank, tag=MESSAGES), FOREVER)
+        try:
+            return unpack(data.numpy())
+        except NotAMessage as error:
+            raise ServerError(f"what rank {rank} sends is not understood: {error}; start all ranks with one version") from None
+
+    # Sums
+
+    def sum_numbers(self, numbers: list[float]) -> list[float]:
+        summed = torch.tensor(numbers, dtype=torch.float64)
+        self._all_reduce(summed, dist.group.WORLD)
+        return summed.tolist()
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        parameters = list(parameters)
+        # One without a gradient on any rank stays without: an optimiser passes it over.
+        having = self.sum_numbers([float(parameter.grad is not None) for parameter in parameters])
+        summed = [parameter for parameter, number in zip(parameters, having, strict=True) if number]
+        if not summed:
+            return
+        gradients = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in summed]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        self._all_reduce(flat, self.group)
+        parts = torch.split(flat, [parameter.numel() for parameter in summed])
+        for parameter, part in zip(summed, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def _all_reduce(self, tensor: torch.Tensor, group: Any) -> None:
+        with self._talking_to(None):
+            dist.all_reduce(tensor, group=group)
+        others = self.place.num_ranks - 1
+        self.bytes_sent += 2 * others * tensor.nbytes // self.place.num_ranks  # in a ring, which sends every part twice
+
+    # Who is gone
+
+    @property
+    def lost(self) -> RankLost | None:
+        """Which rank is gone."""
+        return self._lost
+
+    def _lose(self, rank: int | None) -> RankLost:
+        with self._lock:
+            if self._lost is None:
+                self._lost = RankLost(ANOTHER if rank is None else f"rank {rank}")
+                if not self._is_closing.is_set():
+                    self._ended(self._lost)
+            self._is_lost.set()
+            return self._lost
+
+    @contextmanager
+    def _talking_to(self, rank: int | None) -> Iterator[None]:
+        """
+        Args:
+            rank: None: to all, and any of them may fail.
+        """
+        try:
+            yield
+        except RuntimeError as error:  # as gloo and NCCL say that a connection is closed
+            logger.debug("rank %d: %s", self.place.rank, _first_line(error))
+            if rank is None and not self.place.leads:
+                raise RankLost(ANOTHER) from None  # the leader finds out which, and says what is to be done
+            if rank is None:
+                self._is_lost.wait(SECONDS_TO_LEARN_WHO)  # by the pulse
+            raise self._lose(rank) from None
+
+    def _answer_pulse(self, rank: int) -> None:
+        """The leader's side: a sign of life for each that comes, until the last."""
+        sign = torch.zeros(1, dtype=torch.uint8)
+        with self._watching(rank):
+            while sign[0] == ONE_MORE:
+                _wait(dist.irecv(sign, rank, tag=PULSES), WITHOUT_PULSE)
+                sign[0] = LAST if self._is_closing.is_set() else ONE_MORE
+                _wait(dist.isend(sign, rank, tag=PULSES), WITHOUT_PULSE)
+
+    def _send_pulse(self, rank: int) -> None:
+        """The other side: until the leader sends this process home."""
+        sign = torch.zeros(1, dtype=torch.uint8)
+        with self._watching(rank):
+            while sign[0] == ONE_MORE:
+                _wait(dist.isend(sign, rank, tag=PULSES), WITHOUT_PULSE)
+                _wait(dist.irecv(sign, rank, tag=PULSES), WITHOUT_PULSE)
+                time.sleep(SECONDS_BETWEEN_PULSES if sign[0] == ONE_MORE else 0)
+            self._is_closing.set()
+            self._ended(None)
+
+    @contextmanager
+    def _watching(self, rank: int) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            logger.debug("rank %d, pulse of rank %d: %s", self.place.rank, rank, _first_line(error))
+            self._lose(rank)
+
+    def send_home(self) -> None:
+        """Of the leader: the others are no longer needed, and end. Returns at once."""
+        self._is_closing.set()
+
+    def close(self) -> None:
+        """Of the leader: see the others end, and part from them."""
+        self.send_home()
+        ends = time.monotonic() + SECONDS_TO_END
+        for thread in self._pulses:
+            thread.join(max(0.0, ends - time.monotonic()))
+        if self._lost is None and self.group is dist.group.WORLD:
+            dist.destroy_process_group()
+        elif any(thread.is_alive() for thread in self._pulses):
+            atexit.register(os._exit, 1)  # one that waits in torch cannot be ended, and would keep this process
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """While torch waits Python does not see signals: whoever is told to end meanwhile has nothing to save, and just ends."""
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(work: Any, timeout: timedelta) -> None:
+    assert work is not None  # only for a rank that is not in the group
+    work.wait(timeout)
+
+
+def _first_line(error: Exception) -> str:
+    return plain(str(error).partition("\n")[0])
