@@ -329,9 +329,10 @@ def _date(seconds: float) -> str:
 
 def run_status(options: argparse.Namespace) -> None:
     from .history import Overview, RunFiles
-    from .status import as_table
+    from .status import MOST_DEVICES, as_table
 
-    run = Overview.of_files(RunFiles(user_path(options.run_dir))).as_json(time.time())
+    most_devices = None if options.json else MOST_DEVICES
+    run = Overview.of_files(RunFiles(user_path(options.run_dir))).as_json(time.time(), most_devices)
     text = json.dumps(run, indent=2) if options.json else as_table(run, shutil.get_terminal_size().columns)
     print(text, flush=True)  # noqa: T201
 

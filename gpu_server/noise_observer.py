@@ -1,15 +1,18 @@
 """Tells, and writes to run.json, what the noise of every device is worth."""
 
 from concurrent.futures import Future
+from typing import Any
 
 from privacy import NoiseReport
 from protocol import RunSettings
 
-from .federation import Federation, Member, RunStatus
-from .history import tell
+from .federation import Federation, Member
+from .history import RunEvent, tell
 from .serving import Journal, Observer
 
 __all__ = ["NoiseObserver"]
+
+WHEN_MEMBERS_CHANGE = ("joined", "back", "training_started")
 
 
 class NoiseObserver(Observer):
@@ -17,25 +20,33 @@ class NoiseObserver(Observer):
     Of a run with noise. How much data a device has, in which batches, and how long its texts are, is known when it has joined.
 
     Raises:
-        ServerError: run.json cannot be written; from the status after that.
+        ServerError: run.json cannot be written; from the event after that.
     """
 
     def __init__(self, federation: Federation, journal: Journal) -> None:
         self._federation, self._journal = federation, journal
-        self._reports: dict[str, NoiseReport] = {}
+        self._worth: dict[str, dict[str, Any]] = {}
+        """By member: its report, as run.json has it."""
+        self._is_complete = False
+        """Whether the run has started: from then on its members, and what they have joined with, stay."""
         self._written: Future[None] | None = None
 
-    def status_changed(self, status: RunStatus) -> None:
+    def event_happened(self, event: RunEvent) -> None:
         if self._written is not None and self._written.done():
             self._written.result()
-        members, before = self._federation.members, self._reports
-        if members.keys() == before.keys():
-            return  # what a member has joined with stays
-        settings = self._federation.settings
-        self._reports = {name: before.get(name) or _report(settings, member) for name, member in members.items()}
-        for name in members.keys() - before.keys():
-            tell("noise", f"{name}: {self._reports[name]}", client=name)
-        self._written = self._journal.write_noise({name: report.as_json() for name, report in self._reports.items()})
+        if self._is_complete or event.kind not in WHEN_MEMBERS_CHANGE:
+            return
+        self._is_complete = self._federation.total_steps > 0
+        members = self._federation.members
+        gone, newcomers = self._worth.keys() - members.keys(), members.keys() - self._worth.keys()
+        for name in gone:
+            del self._worth[name]
+        for name in newcomers:
+            report = _report(self._federation.settings, members[name])
+            self._worth[name] = report.as_json()
+            tell("noise", f"{name}: {report}", client=name)
+        if gone or newcomers:
+            self._written = self._journal.write_noise(dict(self._worth))
 
 
 def _report(settings: RunSettings, member: Member) -> NoiseReport:

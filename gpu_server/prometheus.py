@@ -3,7 +3,8 @@
 import math
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
@@ -13,7 +14,7 @@ from prometheus_client.registry import Collector
 from protocol import Seconds
 from terminal import version
 
-from .federation import RunStatus, StepRecord
+from .federation import StepRecord
 from .history import EVENT_KINDS, EvaluationRecord, RunEvent
 from .serving import Observer
 
@@ -23,6 +24,15 @@ STEP_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 30
 """Bounds of the histogram's buckets: from a tiny model on one machine to devices that are away for a night."""
 STATES = ("joining", "training", "waiting", "saving", "finished", "stopped", "not_running")
 """See `Overview.as_json`."""
+MOST_CLIENTS = 1000
+"""
+With more devices a run has no series of each: 18 a device are more than Prometheus is made for. There are always those of all
+devices together, and in such a run `client_late_seconds` of those that are late.
+"""
+MOST_LATE_CLIENTS = 100
+MEMBERSHIP = ("joined", "back")
+"""Kinds of events with which a device is there."""
+DIRECTIONS = ("up", "down")
 
 Figures = Mapping[str, Any]
 
@@ -36,12 +46,15 @@ class PrometheusObserver(Observer):
     A step that is done again is counted again. Gauges are those of the run.
 
     Args:
-        overview: how the run stands just now; see `Overview.as_json`. None while that is not known.
+        overview: how the run stands just now, with so many devices listed at most; see `Overview.as_json`. None while that is
+            not known.
         run: what stays as it is, such as the run's identifier, by name of the label.
+        clients: how many the run starts with.
     """
 
-    def __init__(self, overview: Callable[[], Figures | None], run: Mapping[str, str]) -> None:
-        counters = CollectorRegistry()
+    def __init__(self, overview: Callable[[int], Figures | None], run: Mapping[str, str], clients: int) -> None:
+        self._overview, self._run, self._has_series_of_clients = overview, run, clients <= MOST_CLIENTS
+        counters = self._counters = CollectorRegistry()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"splitlora_{name}", text, labels, registry=counters)
@@ -64,25 +77,47 @@ class PrometheusObserver(Observer):
         self._client_tokens = counter("client_tokens", "Tokens of a device.", "client")
         self._client_bytes = counter("client_bytes", "Bytes on a device's socket; up is to the server.", "client", "direction")
         self._client_time = counter("client_time_seconds", "Where a device's time went.", "client", "part")
+        num_bytes = counter("bytes", "Bytes on all devices' sockets; up is to the server.", "direction")
+        self._bytes = {direction: num_bytes.labels(direction) for direction in DIRECTIONS}
+        seconds = counter("time_seconds", "Where all devices' time went.", "part")
+        self._time = {part: seconds.labels(part) for part in vars(Seconds())}
         self._clients: dict[str, _Client] = {}
+        self._last: StepRecord | None = None
+        self._held_out: dict[str, EvaluationRecord] = {}
+        """By client: the latest."""
 
-        self._standing = _Standing(overview, run)
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_WithoutCreated(counters))
-        self._registry.register(self._standing)
-        ProcessCollector(registry=self._registry)
+    def exposition(self) -> Callable[[], tuple[bytes, str]]:
+        """
+        Call it on the thread that serves, where it looks how the run stands. What it returns takes a while, and may be called
+        on any thread: it gives Prometheus' text format, and its content type.
+        """
+        now = self._overview(MOST_CLIENTS if self._has_series_of_clients else MOST_LATE_CLIENTS)
+        last = {} if self._last is None else {"gradient_norm": self._last.gradient_norm, "deadline": self._last.deadline}
+        losses = {name: record.loss for name, record in self._held_out.items()}
+        return partial(self._write, _Standing(self._run, now, self._has_series_of_clients, last, losses))
 
-    def exposition(self) -> tuple[bytes, str]:
-        """Prometheus' text format, and its content type. Call it on the thread that serves."""
-        return generate_latest(self._registry), CONTENT_TYPE_LATEST
+    def _write(self, standing: "_Standing") -> tuple[bytes, str]:
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(_WithoutCreated(self._counters))
+        registry.register(standing)
+        ProcessCollector(registry=registry)
+        return generate_latest(registry), CONTENT_TYPE_LATEST
 
     def step_finished(self, record: StepRecord) -> None:
-        self._standing.last = record
+        self._last = record
         self._steps.inc()
         self._tokens.inc(record.tokens)
         self._labelled_tokens.inc(record.labelled_tokens)
         self._server_compute.inc(record.server_compute)
         self._step_seconds.observe(record.step_seconds)
+        self._bytes["up"].inc(sum(record.bytes_up.values()))
+        self._bytes["down"].inc(sum(record.bytes_down.values()))
+        for part, counted in self._time.items():
+            counted.inc(sum(getattr(seconds, part) for seconds in record.seconds.values()))
+        if self._has_series_of_clients:
+            self._count_for_each(record)
+
+    def _count_for_each(self, record: StepRecord) -> None:
         for name in {*record.bytes_up, *record.seconds, *record.labelled}:
             client = self._client(name)
             client.steps.inc(name in record.labelled)
@@ -92,26 +127,26 @@ class PrometheusObserver(Observer):
             for part, seconds in vars(record.seconds.get(name, Seconds())).items():
                 client.seconds[part].inc(seconds)
 
-    def status_changed(self, status: RunStatus) -> None:
-        for name in status.members:
-            self._client(name)
-
     def event_happened(self, event: RunEvent) -> None:
         self._events.labels(event.kind).inc()
+        if event.kind in MEMBERSHIP and event.client is not None and self._has_series_of_clients:
+            self._client(event.client)
 
     def evaluated(self, record: EvaluationRecord) -> None:
-        self._standing.held_out[record.client] = record
+        if self._has_series_of_clients:
+            self._held_out[record.client] = record
 
     def checkpoint_written(self, step: int) -> None:
         self._checkpoints.inc()
 
     def _client(self, name: str) -> "_Client":
         if name not in self._clients:
+            up, down = (self._client_bytes.labels(name, direction) for direction in DIRECTIONS)
             self._clients[name] = _Client(
                 steps=self._client_steps.labels(name),
                 tokens=self._client_tokens.labels(name),
-                bytes_up=self._client_bytes.labels(name, "up"),
-                bytes_down=self._client_bytes.labels(name, "down"),
+                bytes_up=up,
+                bytes_down=down,
                 seconds={part: self._client_time.labels(name, part) for part in vars(Seconds())},
             )
         return self._clients[name]
@@ -141,26 +176,31 @@ class _WithoutCreated(Collector):
             yield family
 
 
+@dataclass(frozen=True, eq=False)
 class _Standing(Collector):
-    """How the run stands, made when it is asked for. What is not known yet is left out."""
+    """How the run stands, as it was when it was asked for. What is not known yet is left out."""
 
-    def __init__(self, overview: Callable[[], Figures | None], run: Mapping[str, str]) -> None:
-        self._overview, self._run = overview, run
-        self.last: StepRecord | None = None
-        self.held_out: dict[str, EvaluationRecord] = {}
+    run: Mapping[str, str]
+    now: Figures | None
+    has_series_of_clients: bool
+    last: Mapping[str, float] = field(default_factory=dict)
+    """Figures of the last step."""
+    held_out: Mapping[str, float] = field(default_factory=dict)
+    """By client: nats per labelled token."""
 
     def collect(self) -> Iterator[Metric]:
         yield _info("build", "The server's program.", {"version": version(), "python": platform.python_version()})
-        yield _info("run", "What the server trains.", self._run)
-        now = self._overview()
-        if now is not None:
-            yield from _of_run(now)
-            yield from _of_devices({device["name"]: device for device in now["devices"]})
-        if self.last is not None:
-            yield _gauge("gradient_norm", "Of the last step.", self.last.gradient_norm)
-            yield _gauge("deadline_seconds", "After so long a step goes on with a quorum.", self.last.deadline)
-        losses = {name: record.loss for name, record in self.held_out.items()}
-        yield _of_each("client_held_out_loss_nats", "Per labelled token of a device's held-out texts.", "client", losses)
+        yield _info("run", "What the server trains.", self.run)
+        if self.now is not None:
+            devices = {device["name"]: device for device in self.now["devices"]}
+            yield from _of_run(self.now)
+            yield _lateness(devices, only_late=not self.has_series_of_clients)
+            if self.has_series_of_clients:
+                yield from _of_devices(devices)
+        if self.last:
+            yield _gauge("gradient_norm", "Of the last step.", self.last["gradient_norm"])
+            yield _gauge("deadline_seconds", "After so long a step goes on with a quorum.", self.last["deadline"])
+        yield _of_each("client_held_out_loss_nats", "Per labelled token of a device's held-out texts.", "client", self.held_out)
 
 
 def _of_run(now: Figures) -> Iterator[Metric]:
@@ -175,6 +215,9 @@ def _of_run(now: Figures) -> Iterator[Metric]:
     yield _gauge("remaining_seconds", "Until the run is complete, at its last speed.", now["seconds_left"])
     yield _gauge("expected_clients", "Devices that the run starts with.", now["clients"])
     yield _gauge("connected_clients", "Devices that are connected.", now["connected"])
+    yield _of_each("clients", "Devices by how they are; late ones are connected, too.", "state", now["device_states"])
+    longest = max((each["seconds"] for each in now["waiting_for"]), default=0.0)
+    yield _gauge("late_seconds", "For how long the run has been waiting for late devices; 0 while it is not.", longest)
     yield _gauge("loss_nats", "Of the last step, per labelled token.", now["loss"])
     yield _gauge("learning_rate", "Of the last step.", now["learning_rate"])
     if held_out := now["held_out"]:
@@ -190,14 +233,18 @@ def _of_devices(devices: Mapping[str, Figures]) -> Iterator[Metric]:
         return _of_each(f"client_{name}", text, "client", {client: value(device) for client, device in devices.items()})
 
     yield gauge("connected", "1 while a device is connected.", lambda device: device["state"] in ("connected", "late"))
-    waited = "For how long the run has been waiting for a device; 0 while it is not."
-    yield gauge("late_seconds", waited, lambda device: device["late_seconds"] or 0.0)
     yield gauge("loss_nats", "Of a device's last step, per labelled token of its own.", lambda device: device["loss"])
     yield gauge("missed_steps", "Steps of the run that went on without a device.", lambda device: device["missed_steps"])
     slow = "A device's own seconds of a step over those of the others."
     yield gauge("slowness_ratio", slow, lambda device: device["slowness"])
     heard = "When a device was heard last, since 1970."
     yield gauge("last_heard_timestamp_seconds", heard, lambda device: device["last_heard"])
+
+
+def _lateness(devices: Mapping[str, Figures], *, only_late: bool) -> Metric:
+    waited = "For how long the run has been waiting for a device; 0 while it is not."
+    late = {name: device["late_seconds"] or 0.0 for name, device in devices.items()}
+    return _of_each("client_late_seconds", waited, "client", {name: late[name] for name in late if late[name] or not only_late})
 
 
 def _gauge(name: str, text: str, value: float | None) -> Metric:

@@ -157,7 +157,7 @@ def _set_up(options: Mapping[str, Any], leader: "Leader | None") -> Run:
     )
     overview = Overview(description.run, config.clients, codec=settings.activation_codec)
     page = PageObserver(Snapshot(overview), lambda: federation.waits_for(time.monotonic()))
-    prometheus = PrometheusObserver(page.overview, {"run": description.run, "model": config.model})
+    prometheus = PrometheusObserver(page.overview, {"run": description.run, "model": config.model}, config.clients)
     watching: list[Observer] = [page, prometheus] if door.has_page else []
     return Run(
         config=config,

@@ -6,11 +6,14 @@ from typing import Any
 
 from terminal import amount, duration, plain
 
-__all__ = ["as_table"]
+__all__ = ["MOST_DEVICES", "as_table"]
 
 Figures = Mapping[str, Any]
 """See `Overview.as_json`."""
 
+MOST_DEVICES = 100
+"""That the table lists."""
+IN_STATE = {"connected": "connected", "late": "late", "lost": "away", "left": "left"}
 NARROWEST_NAME = 16
 """Columns that a device's name has at least; of longer names the middle is left out."""
 
@@ -24,6 +27,8 @@ def as_table(run: Figures, columns: int) -> str:
     lines = [line for text in _sentences(run) for line in textwrap.wrap(text, max(20, columns), subsequent_indent="  ")]
     if run["devices"]:
         lines += ["", *_table_of_devices(run, columns)]
+    if run["more_devices"]:
+        lines += ["", *textwrap.wrap(_of_all_devices(run), max(20, columns))]
     return "\n".join(map(plain, lines))
 
 
@@ -48,6 +53,13 @@ def _sentences(run: Figures) -> list[str]:
     if bottleneck is not None:
         said.append(f"{bottleneck['sentence']}: {bottleneck['advice']}")
     return [text for text in said if text]
+
+
+def _of_all_devices(run: Figures) -> str:
+    """Where the table has only some."""
+    number = len(run["devices"]) + run["more_devices"]
+    states = ", ".join(f"{run['device_states'][state]:,} {words}" for state, words in IN_STATE.items())
+    return f"of {number:,} devices ({states}) those that are late, away or slow are listed first; --json lists all"
 
 
 def _table_of_devices(run: Figures, columns: int) -> list[str]:
@@ -88,7 +100,7 @@ def _line(row: list[str], widths: list[int]) -> str:
 def _state(device: Figures) -> str:
     if device["state"] == "late":
         return f"{duration(device['late_seconds'])} late"
-    return str({"lost": "away"}.get(device["state"], device["state"]))
+    return str(IN_STATE.get(device["state"], device["state"]))
 
 
 def _ago(seconds: float) -> str:

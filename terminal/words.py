@@ -19,12 +19,17 @@ def count(number: int, one: str, several: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else several or f'{one}s'}"
 
 
-def listed(items: Iterable[str], most: int = 10) -> str:
-    """a, b and c; beyond ``most`` the rest is counted."""
+def listed(items: Iterable[str], most: int = 10, *, of: int = 0) -> str:
+    """
+    a, b and c; beyond ``most`` the rest is counted.
+
+    Args:
+        of: how many there are, where ``items`` are only the first of them.
+    """
     first = list(items)
-    if len(first) > most:
-        first, rest = first[:most], len(first) - most
-        first.append(f"{rest:,} more")
+    number = max(of, len(first))
+    if number > (shown := min(most, len(first))):
+        first = [*first[:shown], f"{number - shown:,} more"]
     return " and ".join(filter(None, [", ".join(first[:-1]), *first[-1:]]))
 
 

@@ -13,6 +13,7 @@ from edge_client import EdgeClient
 from gpu_server import GpuServer
 from gpu_server.errors import ServerError
 from gpu_server.federation import Federation, ModelLimits
+from gpu_server.history import RunEvent
 from gpu_server.noise_observer import NoiseObserver
 from gpu_server.run_directory import RunDirectory
 from gpu_server.serving import Journal
@@ -44,6 +45,10 @@ def federation(**changes: Any) -> Federation:
     return Federation("run", settings(**{"clients": 2, "epochs": 3, **NOISE, **changes}), LIMITS, {})
 
 
+def event(kind: str) -> RunEvent:
+    return RunEvent(time=1e9, kind=kind, text="")
+
+
 def join(run: Federation, name: str, **bringing: int) -> None:
     run.welcome(Hello(name=name, fingerprint="f", abilities=ABILITIES))
     run.join(name, Join(**{"num_samples": 9, "batch_size": 4, "longest": 30, **bringing}), 0.0)
@@ -57,8 +62,8 @@ def test_what_the_noise_of_each_device_is_worth_is_said_and_written_when_it_has_
     observer = NoiseObserver(run, journal)
     for name, bringing in (("kitchen", {}), ("office", {"longest": 50})):
         join(run, name, **bringing)
-        observer.status_changed(run.status())
-        observer.status_changed(run.status())
+        observer.event_happened(event("joined"))
+        observer.event_happened(event("back"))
     journal.close()
     figures = {
         name: NoiseReport.of(activation_noise=0.5, gradient_noise=0.25, labels="device", delta=1e-6, visits=3, longest=longest)
@@ -72,7 +77,7 @@ def test_what_the_noise_of_each_device_is_worth_is_said_and_written_when_it_has_
 def test_visits_are_counted_in_the_steps_of_a_run_that_has_a_number_of_them(journal: Journal, tmp_path: Path) -> None:
     run = federation(clients=1, epochs=None, steps=10)
     join(run, "kitchen")  # 3 steps an epoch
-    NoiseObserver(run, journal).status_changed(run.status())
+    NoiseObserver(run, journal).event_happened(event("joined"))
     journal.close()
     assert recorded(tmp_path)["noise"]["kitchen"]["visits"] == 4
 
@@ -81,10 +86,10 @@ def test_device_that_has_left_before_the_start_is_not_reported(journal: Journal,
     run = federation()
     observer = NoiseObserver(run, journal)
     join(run, "kitchen")
-    observer.status_changed(run.status())
+    observer.event_happened(event("joined"))
     run.leave("kitchen", 1.0)
     join(run, "office")
-    observer.status_changed(run.status())
+    observer.event_happened(event("joined"))
     journal.close()
     assert recorded(tmp_path)["noise"].keys() == {"office"}
 
@@ -111,10 +116,10 @@ def test_run_whose_description_cannot_be_written_fails(
     observer = NoiseObserver(run, journal)
     join(run, "kitchen")
     monkeypatch.setattr(RunDescription, "write", refuse)
-    observer.status_changed(run.status())
+    observer.event_happened(event("joined"))
     journal.close()
     with pytest.raises(ServerError, match="cannot be written: No space left on device"):
-        observer.status_changed(run.status())
+        observer.event_happened(event("joined"))
 
 
 def test_run_says_what_its_noise_is_worth_and_still_does_when_it_goes_on(

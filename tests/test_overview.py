@@ -265,6 +265,63 @@ def test_event_of_a_later_version_is_refused_in_a_sentence() -> None:
         joined().add(event("late", 7.5, clients=3))
 
 
+# Many devices
+
+
+def test_of_more_devices_than_are_listed_those_come_first_that_are_late_or_lost_or_slow() -> None:
+    names = [f"d{number:02}" for number in range(12)]
+    run = Overview("r", len(names))
+    run.add_event(event("server_started", 990.0))
+    for name in names:
+        run.add_event(event("joined", 995.0, name))
+    run.add_event(event("training_started", 1000.0, total_steps=100))
+    own = {name: Seconds(edge_compute={"d07": 4.0, "d05": 2.0}.get(name, 1.0)) for name in names}
+    run.add_step(step(1, seconds=own, bytes_up=dict.fromkeys(names, 1), labelled=dict.fromkeys(names, 1)))
+    run.add_event(event("left", 1003.0, "d00"))
+    run.add_event(event("lost", 1003.0, "d09"))
+    run.waits_for(["d11", "d09"], 20.0, 1022.0)
+    now = run.as_json(1022.0, 5)
+    assert [device["name"] for device in now["devices"]] == ["d11", "d09", "d07", "d05", "d01"]
+    assert now["more_devices"] == 7
+    assert now["device_states"] == {"late": 1, "lost": 1, "connected": 9, "left": 1}
+    assert now["connected"] == 10
+    assert [device["name"] for device in run.as_json(1022.0, 12)["devices"]] == names
+    assert run.as_json(1022.0)["more_devices"] == 0
+    assert now["bottleneck"]["client"] == "d07"
+
+
+def test_wait_for_many_is_told_with_their_number_though_an_event_names_the_first() -> None:
+    run = joined()
+    run.add_step(step(1))
+    run.add_event(event("late", 1062.0, clients=["b", "c"], count=5000, seconds=60.0))
+    assert run.as_json(1072.0)["sentence"] == "step 1 of 100 waits for b, c and 4,998 more, for 70 s; 3 of 3 devices"
+    run.waits_for((f"d{number}" for number in range(50)), 70.0, 1072.0)
+    assert len(run.as_json(1072.0, 7)["waiting_for"]) == 7
+
+
+def test_figures_of_a_device_are_of_the_last_twenty_steps_that_it_took_part_in() -> None:
+    run = joined()
+    for number in range(1, 41):
+        run.add_step(step(number, who="abc" if number % 2 else "ab"))
+    run.add_step(step(41, who="abcd", step_seconds=4.0, bytes_up=dict.fromkeys("abcd", 100)))
+    found = devices(run, 1100.0)
+    assert [found[name]["seconds"]["edge_compute"] for name in "abcd"] == [10.0, 10.0, 10.0, 0.5]
+    assert found["a"]["tokens_per_second"] == pytest.approx(200 / 42)
+    assert found["d"]["tokens_per_second"] == pytest.approx(10 / 4)
+    assert found["c"]["missed_steps"] == 20
+
+
+def test_held_out_losses_of_many_devices_are_gone_through_once_a_step_and_not_once_a_device() -> None:
+    run, looks = Overview("r", 300), list[str]()
+    has_left = run._has_left
+    run._has_left = lambda client: looks.append(client) or has_left(client)  # type: ignore[method-assign, func-returns-value]
+    for at in (1, 2):
+        for number in range(300):
+            run.add_evaluation(EvaluationRecord(step=at, time=0.0, client=f"d{number}", loss=at, labelled_tokens=1))
+    assert run.as_json(1.0)["held_out"]["step"] == 2
+    assert len(looks) <= 600
+
+
 # Curves
 
 

@@ -6,6 +6,7 @@ import re
 import socket
 import ssl
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 from attacks import PING, RawClient, frame_header, opening, pump, trusting
-from conftest import Clock
+from conftest import Clock, run_in_thread
 from test_door import SETTINGS, Guarded
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
@@ -26,14 +27,13 @@ from gpu_server.page.token import own_token
 from gpu_server.serving.http_handshake import REFUSALS_A_MINUTE
 
 TOKEN = "t" * 43
-METRICS = b"splitlora_steps_total 3\n"
 FILES = {path: (FOLDER / name).read_bytes() for path, name in (("/page.css", "page.css"), ("/page.js", "page.js"))}
 NO_FURTHER = {"Upgrade": "websocket"}
 
 
 def looked_up(target: str, *, token: str | None = None, method: str = "GET", has_page: bool = True, **headers: Any) -> Any:
     """What becomes of a request; its headers by their names, with "_" for "-"; a list has one several times."""
-    routes = Routes(has_page=has_page, token=token, is_well=lambda: True, metrics=lambda: (METRICS, "text/x"))
+    routes = Routes(has_page=has_page, token=token, is_well=lambda: True)
     given = {"Host": "127.0.0.1:8765", **{name.replace("_", "-"): value for name, value in headers.items()}}
 
     def values(name: str) -> list[str]:
@@ -57,7 +57,7 @@ def test_what_there_is_for_a_browser_and_for_prometheus() -> None:
     assert (page.status, page.content_type) == (200, "text/html; charset=utf-8")
     assert page.body == (FOLDER / "page.html").read_bytes()
     assert {path: looked_up(path).body for path in FILES} == FILES
-    assert looked_up("/metrics").body == METRICS
+    assert looked_up("/metrics") is Place.METRICS
     assert looked_up("/healthz").body == b"ok\n"
     assert looked_up("/live", Upgrade="websocket") is Place.LIVE
     assert status("/live") == 426
@@ -96,7 +96,7 @@ def test_server_without_a_page_tells_only_whether_it_is_well() -> None:
 
 def test_health_is_told_to_everybody_and_is_bad_when_the_run_is_over() -> None:
     assert status("/healthz", token=TOKEN, Host="elsewhere", Origin="https://elsewhere") == 200
-    routes = Routes(has_page=True, token=None, is_well=lambda: False, metrics=lambda: (b"", ""))
+    routes = Routes(has_page=True, token=None, is_well=lambda: False)
     answer = routes.look_up(Asked("GET", "/healthz", lambda _: []))
     assert isinstance(answer, Answer)
     assert answer.status == 503
@@ -196,7 +196,7 @@ def test_page_of_another_site_cannot_follow_the_run(token: str | None) -> None:
 
 
 def test_line_in_the_log_has_no_token_in_it() -> None:
-    routes = Routes(has_page=True, token=TOKEN, is_well=lambda: True, metrics=lambda: (b"", ""))
+    routes = Routes(has_page=True, token=TOKEN, is_well=lambda: True)
     for target in (f"/x?token={TOKEN}", f"/{TOKEN}", f"/x/{TOKEN}/{TOKEN}", f"http://a/?token={TOKEN}", "/" + "x" * 60 + TOKEN):
         assert "ttt" not in routes.shown(target)
     assert routes.shown("/admin?x") == "'/admin'"
@@ -314,6 +314,23 @@ def code_at_the_end(page: ClientConnection) -> int | None:
         while True:
             page.recv(60)
     return page.close_code
+
+
+def test_server_answers_others_while_metrics_are_written(here: GpuServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    observer, begun, go_on = here._run.prometheus, threading.Event(), threading.Event()
+    write = observer._write
+
+    def slowly(standing: Any) -> tuple[bytes, str]:
+        begun.set()
+        assert go_on.wait(60)
+        return write(standing)
+
+    monkeypatch.setattr(observer, "_write", slowly)
+    scrape = run_in_thread(lambda: get(port_of(here), "/metrics"))
+    assert begun.wait(60)
+    assert get(port_of(here), "/healthz")[0] == 200
+    go_on.set()
+    assert b"splitlora_step 0.0" in scrape.result(60)[2]
 
 
 def test_page_comes_whole_and_with_headers_that_keep_it_to_itself(here: GpuServer) -> None:

@@ -23,7 +23,6 @@ from steps import a_step as step
 
 from edge_client import EdgeClient
 from gpu_server import GpuServer, RunEndedEarly, StepRecord
-from gpu_server.federation import RunStatus
 from gpu_server.history import EvaluationRecord, Overview, RunEvent
 from gpu_server.prometheus import PrometheusObserver
 from protocol import Seconds
@@ -41,13 +40,13 @@ needs_prometheus = pytest.mark.skipif(
 class Watched:
     """An observer, and the overview that it is given."""
 
-    def __init__(self) -> None:
-        self.overview: Overview | None = Overview("r", 2)
+    def __init__(self, clients: int = 2) -> None:
+        self.overview: Overview | None = Overview("r", clients)
         self.overview.add_event(RunEvent(time=1e9, kind="server_started", text=""))
-        self.observer = PrometheusObserver(self._now, {"run": "r", "model": "gpt2"})
+        self.observer = PrometheusObserver(self._now, {"run": "r", "model": "gpt2"}, clients)
 
-    def _now(self) -> dict[str, Any] | None:
-        return None if self.overview is None else self.overview.as_json(1e9 + 100)
+    def _now(self, most_devices: int) -> dict[str, Any] | None:
+        return None if self.overview is None else self.overview.as_json(1e9 + 100, most_devices)
 
     def step(self, record: StepRecord) -> None:
         self.observer.step_finished(record)
@@ -55,7 +54,7 @@ class Watched:
             self.overview.add_step(record)
 
     def samples(self) -> Samples:
-        return samples_in(self.observer.exposition()[0])
+        return samples_in(self.observer.exposition()()[0])
 
 
 def samples_in(text: bytes) -> Samples:
@@ -113,6 +112,10 @@ def test_gauges_are_the_overview_s() -> None:
     assert one(said, "learning_rate") == 0.25
     assert one(said, "gradient_norm") == 2.0
     assert one(said, "held_out_loss_nats") == one(said, "client_held_out_loss_nats", client="a") == 2.0
+    assert one(said, "bytes_total", direction="down") == 700
+    assert one(said, "time_seconds_total", part="queue") == 0.5
+    assert [one(said, "clients", state=state) for state in ("connected", "late", "lost", "left")] == [1, 1, 0, 0]
+    assert one(said, "late_seconds") == 40
     assert one(said, "client_late_seconds", client="a") == 0
     assert one(said, "client_late_seconds", client="b") == 40
     assert one(said, "last_checkpoint_timestamp_seconds") == 1e9 + 2
@@ -122,26 +125,39 @@ def test_gauges_are_the_overview_s() -> None:
 
 def test_what_a_device_will_count_is_there_before_it_counts() -> None:
     run = Watched()
-    run.observer.status_changed(
-        RunStatus(
-            run="r",
-            clients=1,
-            connected=1,
-            members={"a": "here"},
-            unfinished=("a",),
-            phase="joining",
-            step=0,
-            round=0,
-            total_steps=0,
-            is_saved=False,
-        )
-    )
+    run.observer.event_happened(RunEvent(time=1e9, kind="joined", text="", client="a"))
     said = run.samples()
     assert one(said, "client_bytes_total", client="a", direction="up") == 0
     assert one(said, "events_total", kind="lost") == 0
     assert len(named(said, "client_time_seconds_total")) == len(vars(Seconds()))
     run.observer.event_happened(RunEvent(time=1e9, kind="lost", text=""))
     assert one(run.samples(), "events_total", kind="lost") == 1
+
+
+def test_run_of_more_devices_than_prometheus_is_made_for_has_series_of_all_together_and_of_the_late() -> None:
+    few, many = Watched(clients=1000), Watched(clients=1001)
+    for run in (few, many):
+        assert run.overview is not None
+        for name in "ab":
+            run.observer.event_happened(RunEvent(time=1e9, kind="joined", text="", client=name))
+            run.overview.add_event(RunEvent(time=1e9, kind="joined", text="", client=name))
+        run.step(step(1))
+        run.observer.evaluated(EvaluationRecord(step=1, time=1e9, client="a", loss=2.0, labelled_tokens=5))
+        run.overview.add_event(RunEvent(time=1e9 + 90, kind="late", text="", details={"clients": ["b"], "seconds": 30.0}))
+    of_clients = {name: labels for name, labels in many.samples() if "client" in dict(labels)}
+    assert of_clients == {"splitlora_client_late_seconds": frozenset({("client", "b")})}
+    together = {name: value for name, value in few.samples().items() if "client" not in dict(name[1])}
+    assert together.keys() <= many.samples().keys()
+    assert one(many.samples(), "bytes_total", direction="up") == 300
+
+
+def test_metrics_are_those_of_when_they_were_asked_for_whenever_they_are_written() -> None:
+    run = Watched()
+    run.step(step(1))
+    write = run.observer.exposition()
+    run.step(step(2))
+    assert one(samples_in(write()[0]), "step") == 1
+    assert one(run.samples(), "step") == 2
 
 
 def test_what_is_not_known_is_left_out() -> None:
@@ -186,7 +202,7 @@ def test_promtool_finds_nothing_to_say_of_the_names_and_units() -> None:
     run = Watched()
     run.step(step(1))
     run.observer.evaluated(EvaluationRecord(step=1, time=1e9, client="a", loss=2.0, labelled_tokens=5))
-    text, kind = run.observer.exposition()
+    text, kind = run.observer.exposition()()
     assert kind.startswith("text/plain; version=")
     ours = b"".join(line for line in text.splitlines(keepends=True) if b"splitlora_" in line)
     checked = subprocess.run(["promtool", "check", "metrics"], input=ours, capture_output=True, check=False)
@@ -343,7 +359,7 @@ def scrapes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Waits until Prometheus knows what is true now: a scrape has begun, and the one after it, when the first is stored."""
     scraped, original = threading.Semaphore(0), PrometheusObserver.exposition
 
-    def exposition(self: PrometheusObserver) -> tuple[bytes, str]:
+    def exposition(self: PrometheusObserver) -> Callable[[], tuple[bytes, str]]:
         scraped.release()
         return original(self)
 

@@ -247,3 +247,14 @@ def test_devices_of_a_complete_run_are_done() -> None:
     run.add(RunEvent(time=2.0, kind="complete", text=""))
     run.server_is_gone()
     assert "kitchen  done" in as_table(run.as_json(3.0), 80)
+
+
+def test_table_of_many_devices_is_bounded_and_says_how_all_of_them_are(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = time.time()
+    write(run_dir, *(event(now - 5, "joined", f"d{number:04}") for number in range(200)), event(now - 4, "lost", "d0150"))
+    said = status(run_dir, capsys)
+    assert len(said.splitlines()) < 120
+    assert "of 203 devices (0 connected, 0 late, 203 away, 0 left) those that" in said
+    assert len(json.loads(status(run_dir, capsys, "--json"))["devices"]) == 203

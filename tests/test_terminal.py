@@ -206,6 +206,7 @@ def test_numbers_names_and_durations_read_as_people_write_them() -> None:
     assert (count(1, "batch", "batches"), count(3, "batch", "batches")) == ("1 batch", "3 batches")
     assert [listed("abc"[:number]) for number in range(4)] == ["", "a", "a and b", "a, b and c"]
     assert listed("abcde", most=2) == "a, b and 3 more"
+    assert listed("abc", of=5000) == "a, b, c and 4,997 more"
     assert [duration(seconds) for seconds in (0, 1, 42.4, 119, 180, 3600, 7500, 90000, 273600, 259200)] == [
         *("0.0 s", "1.0 s", "42 s", "119 s", "3 min", "1 h", "2 h 5 min", "25 h", "3 d 4 h", "3 d"),
     ]

@@ -1,18 +1,19 @@
 """How a run stands, in figures and in words: what the page, `splitlora-server status` and /metrics say of it."""
 
+import heapq
 import math
 import statistics
-from bisect import bisect_left
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
 
-from protocol import Seconds
 from terminal import count, duration, in_words, listed
 
 from ..federation import StepRecord
 from .events import RunEvent
+from .recent_steps import OWN, RECENT, RecentSteps, SummedSteps
 from .records import EvaluationRecord, finite, mean_of
 from .run_files import HistoryError, RunFiles
 
@@ -29,20 +30,37 @@ ADVICE = {
 }
 """What to change about each part of the time."""
 
-RECENT = 20
-"""Steps over which speeds and shares are measured."""
 SLOW = 1.25
 """Times the others' time: from here on a device is called slow."""
-OWN = ("edge_compute", "encode", "uplink", "downlink", "decode")
-"""The parts of a device's time that are its own and its link's; the rest is waiting."""
 USUAL_WAIT = 3.0
 """Times a usual step: so long a wait is no lateness yet, nor is one of less than `SHORTEST_LATENESS` seconds."""
 SHORTEST_LATENESS = 5.0
-NOTHING = Seconds()
-PARTS = tuple(vars(NOTHING))
+BY_NEED = ("late", "lost", "connected", "left")
+"""States of a device. Where not all devices are listed, those of the first are, and slow ones before others in a state."""
 
-Spent = dict[str, float]
-"""Seconds by part of the time; see `Seconds`."""
+
+class _Step(NamedTuple):
+    """What is said of a step of all devices together."""
+
+    loss: float
+    learning_rate: float
+    seconds: float
+    tokens: int
+    num_bytes: int
+
+
+class _Wait(NamedTuple):
+    """Whom the run waits for."""
+
+    clients: Mapping[str, None] = {}
+    """As a set that keeps their order."""
+    number: int = 0
+    """Of all; an event names the first of many."""
+    since: float = 0.0
+    """Seconds since 1970."""
+
+    def seconds(self, now: float) -> float:
+        return max(0.0, now - self.since)  # a clock may have been put back meanwhile
 
 
 @dataclass
@@ -62,17 +80,6 @@ class _Device:
     """Up and down, since the run began."""
     heard: float = 0.0
     missed: int = 0
-    recent: deque[tuple[Seconds, int, float]] = field(default_factory=lambda: deque(maxlen=RECENT))
-    """Of the last steps that it took part in: its time, its tokens, the step's time."""
-
-    def spent(self) -> Spent:
-        """In its recent steps together."""
-        steps = [vars(seconds) for seconds, _, _ in self.recent]
-        return {part: sum(spent[part] for spent in steps) for part in PARTS}
-
-    def tokens_per_second(self) -> float | None:
-        seconds = sum(seconds for _, _, seconds in self.recent)
-        return sum(tokens for _, tokens, _ in self.recent) / seconds if seconds else None
 
 
 class Overview:
@@ -95,14 +102,16 @@ class Overview:
         self._started: float | None = None
         self._codec, self._codec_reason = codec, None if codec is None else ""
         self._devices: dict[str, _Device] = {}
-        self._recent: deque[StepRecord] = deque(maxlen=RECENT)
+        self._recent: deque[_Step] = deque(maxlen=RECENT)
+        self._recent_of_devices = RecentSteps()
         self._held_out: dict[str, EvaluationRecord] = {}
         """The latest of each client."""
+        self._clients_at: dict[int, set[str]] = {}
+        """By step: whose latest that is."""
         self._held_out_of_all: EvaluationRecord | None = None
         """After the last step that all of them have evaluated."""
         self._checkpoint: tuple[int, float] | None = None
-        self._late: dict[str, float] = {}
-        """Whom the run waits for, and since when (seconds since 1970)."""
+        self._late = _Wait()
 
     @classmethod
     def of_files(cls, files: RunFiles) -> "Overview":
@@ -153,11 +162,12 @@ class Overview:
 
     def add_step(self, record: StepRecord) -> None:
         """A step is finished; an earlier one where the run went back to a checkpoint."""
-        self.step, self._late = record.number, {}
+        self.step, self._late = record.number, _Wait()
         self.total_steps = max(self.total_steps, record.number)
         self._started = self._started or record.time - record.step_seconds or None
-        self._recent.append(record)
+        self._recent.append(_Step(record.loss, record.learning_rate, record.step_seconds, record.tokens, record.num_bytes))
         self._codec = record.codec
+        taking_part = []
         for name in {*record.bytes_up, *record.labelled}:
             device = self._devices.setdefault(name, _Device(since=record.time))
             up, down = device.num_bytes
@@ -166,7 +176,8 @@ class Overview:
                 continue
             device.heard = max(device.heard, record.time)
             device.loss = record.losses.get(name, device.loss)
-            device.recent.append((record.seconds.get(name, NOTHING), record.tokens_of.get(name, 0), record.step_seconds))
+            taking_part.append(name)
+        self._recent_of_devices.add(record, taking_part)
         if record.labelled:  # lines of earlier versions do not say who took part
             for name, device in self._devices.items():
                 has_data = device.last_step is None or record.number <= device.last_step
@@ -176,7 +187,7 @@ class Overview:
         """Something has happened; what is not about the run's state changes nothing."""
         kind, details = event.kind, event.details
         if kind == "server_started":
-            self.is_served, self.ended, self._late = True, None, {}
+            self.is_served, self.ended, self._late = True, None, _Wait()
             self.restarts = int(details.get("restarts", self.restarts))
             self.total_steps = max(self.total_steps, int(details.get("total_steps", 0)))
             self._lose_all()
@@ -184,12 +195,13 @@ class Overview:
             self._started = event.time
             self.total_steps = max(self.total_steps, int(details.get("total_steps", 0)))
         elif kind in ("complete", "stopped", "failed"):
-            self.ended, self._late = kind, {}
+            self.ended, self._late = kind, _Wait()
             if kind != "complete":  # else devices may still fetch the adapter
                 self.server_is_gone()
         elif kind == "late":
-            since = event.time - float(details.get("seconds", 0.0))
-            self._late = {str(name): since for name in details.get("clients", [])}
+            clients = dict.fromkeys(map(str, details.get("clients", [])))
+            number = int(details.get("count", len(clients)))
+            self._late = _Wait(clients, number, event.time - float(details.get("seconds", 0.0)))
         elif kind == "codec":
             self._codec, self._codec_reason = str(details.get("codec", self._codec)), event.text
         elif kind == "checkpoint" and event.step is not None:
@@ -199,7 +211,7 @@ class Overview:
 
     def server_is_gone(self) -> None:
         """Whether it has told so or was killed."""
-        self.is_served, self._late = False, {}
+        self.is_served, self._late = False, _Wait()
         self._lose_all()
 
     def _lose_all(self) -> None:
@@ -226,14 +238,22 @@ class Overview:
             )
 
     def add_evaluation(self, record: EvaluationRecord) -> None:
+        before = self._held_out.get(record.client)
+        if before is not None:
+            self._clients_at[before.step].discard(record.client)
+            if not self._clients_at[before.step]:
+                del self._clients_at[before.step]
         self._held_out[record.client] = record
-        with_held_out = [
-            each
-            for each in self._held_out.values()
-            if each.step == record.step or self._devices.get(each.client, _Device()).state != "left"
-        ]
-        if all(each.step == record.step for each in with_held_out):
-            self._held_out_of_all = mean_of(with_held_out)
+        self._clients_at.setdefault(record.step, set()).add(record.client)
+        with_held_out = self._clients_at[record.step]
+        if all(
+            self._has_left(client) for step, clients in self._clients_at.items() if step != record.step for client in clients
+        ):
+            self._held_out_of_all = mean_of([self._held_out[client] for client in sorted(with_held_out)])
+
+    def _has_left(self, client: str) -> bool:
+        device = self._devices.get(client)
+        return device is not None and device.state == "left"
 
     def checkpoint_found(self, last: tuple[int, float] | None) -> None:
         """What is in the folder, since events tell of one a minute at most; see `RunFiles.last_checkpoint`."""
@@ -245,33 +265,35 @@ class Overview:
     def waits_for(self, clients: Iterable[str], seconds: float, now: float) -> None:
         """A live server knows whom it waits for before it tells an operator: these, for so many seconds until ``now``."""
         limit = max(SHORTEST_LATENESS, USUAL_WAIT * (self._step_seconds() or 0.0))
-        self._late = dict.fromkeys(clients, now - seconds) if seconds > limit and self.step < self.total_steps else {}
-
-    def _late_seconds(self, name: str, now: float) -> float:
-        return max(0.0, now - self._late[name])  # a clock may have been put back meanwhile
+        is_late = seconds > limit and self.step < self.total_steps
+        late = dict.fromkeys(clients) if is_late else {}
+        self._late = _Wait(late, len(late), now - seconds)
 
     # How it stands
 
-    def as_json(self, now: float) -> dict[str, Any]:
+    def as_json(self, now: float, most_devices: int | None = None) -> dict[str, Any]:
         """
         Args:
             now: seconds since 1970; what is measured until now ("for 12 s") is measured until then.
+            most_devices: where there are more, only those that most need to be looked after are listed.
 
         Returns:
             Figures and words, as the page is told them; see docs/operating.md.
         """
-        connected = sum(device.state == "connected" for device in self._devices.values()) if self.is_served else 0
+        in_state = Counter(self._state_of(name, device) for name, device in self._devices.items())
+        connected = in_state["connected"] + in_state["late"] if self.is_served else 0
         state, step_seconds = self._state(), self._step_seconds()
         is_left = state in ("training", "waiting", "stopped", "not_running") and self.step < self.total_steps
         left = (self.total_steps - self.step) * step_seconds if step_seconds and is_left else None
-        spent = {name: device.spent() for name, device in self._devices.items()}
-        slowness = self._slowness(spent)
+        spent = self._recent_of_devices.summed()
+        slowness = spent.slowness()
         slowest = max(slowness, key=lambda name: slowness[name], default=None)
         if slowest is not None and slowness[slowest] < SLOW:
             slowest = None
         last = self._recent[-1] if self._recent else None
-        recent_seconds = sum(record.step_seconds for record in self._recent)
-        num_bytes = sum(record.num_bytes for record in self._recent)
+        recent_seconds = sum(step.seconds for step in self._recent)
+        num_bytes = sum(step.num_bytes for step in self._recent)
+        listed_devices = self._most_in_need(most_devices, slowness)
         return {
             "run": self.run,
             "sentence": self._sentence(state, connected, left, now),
@@ -287,18 +309,34 @@ class Overview:
             "loss": None if last is None else finite(last.loss),
             "learning_rate": None if last is None else finite(last.learning_rate),
             "held_out": self._held_out_loss(),
-            "tokens_per_second": _rate(sum(record.tokens for record in self._recent), recent_seconds),
+            "tokens_per_second": _rate(sum(step.tokens for step in self._recent), recent_seconds),
             "bytes_per_second": _rate(num_bytes, recent_seconds),
             "codec": self._codec,
             "codec_reason": self._codec_reason or None,
             "bottleneck": self._bottleneck(slowest, slowness, spent),
-            "waiting_for": [{"client": name, "seconds": self._late_seconds(name, now)} for name in self._late],
+            "waiting_for": [
+                {"client": name, "seconds": self._late.seconds(now)} for name in islice(self._late.clients, most_devices)
+            ],
             "last_checkpoint": None if self._checkpoint is None else {"step": self._checkpoint[0], "time": self._checkpoint[1]},
+            "device_states": {each: in_state[each] for each in BY_NEED},
+            "more_devices": len(self._devices) - len(listed_devices),
             "devices": [
-                self._device(name, device, spent[name], slowness.get(name), now, is_slowest=name == slowest)
-                for name, device in sorted(self._devices.items())
+                self._device(name, spent, slowness.get(name), now, is_slowest=name == slowest) for name in listed_devices
             ],
         }
+
+    def _state_of(self, name: str, device: _Device) -> str:
+        return "late" if device.state == "connected" and name in self._late.clients else device.state
+
+    def _most_in_need(self, most: int | None, slowness: Mapping[str, float]) -> list[str]:
+        """All in the order of their names; of too many, those that are late or lost or slow, in this order."""
+        if most is None or len(self._devices) <= most:
+            return sorted(self._devices)
+
+        def need(name: str) -> tuple[int, float, str]:
+            return BY_NEED.index(self._state_of(name, self._devices[name])), -round(slowness.get(name, 0.0), 1), name
+
+        return heapq.nsmallest(most, self._devices, key=need)
 
     def _state(self) -> str:
         if self.ended == "complete":
@@ -311,7 +349,7 @@ class Overview:
             return "joining"
         if self.step >= self.total_steps:
             return "saving"
-        return "waiting" if self._late else "training"
+        return "waiting" if self._late.clients else "training"
 
     def _sentence(self, state: str, connected: int, left: float | None, now: float) -> str:
         steps = f"step {self.step:,} of {self.total_steps:,}" if self.total_steps else "before the first step"
@@ -326,15 +364,15 @@ class Overview:
         if state == "joining":
             return f"waiting for devices: {devices} joined"
         if state == "waiting":
-            longest = max(self._late_seconds(name, now) for name in self._late)
-            return f"{steps} waits for {listed(self._late)}, for {duration(longest)}; {devices}"
+            waited = duration(self._late.seconds(now))
+            return f"{steps} waits for {listed(self._late.clients, of=self._late.number)}, for {waited}; {devices}"
         if state == "saving":
             return f"{steps}, {devices}, saving the adapter"
         return f"{steps}, {devices}" + (f", {duration(left)} left" if left is not None else "")
 
     def _step_seconds(self) -> float | None:
         """Of a recent step, usually."""
-        measured = [record.step_seconds for record in self._recent if record.step_seconds > 0]
+        measured = [step.seconds for step in self._recent if step.seconds > 0]
         return statistics.fmean(measured) if measured else None
 
     def _held_out_loss(self) -> dict[str, Any] | None:
@@ -343,22 +381,8 @@ class Overview:
             return None
         return {"step": whole.step, "loss": finite(whole.loss), "perplexity": finite(whole.perplexity)}
 
-    def _slowness(self, spent: Mapping[str, Spent]) -> dict[str, float]:
-        """By device: its own and its link's seconds a step over the median of the others'."""
-        own = {
-            name: seconds / len(self._devices[name].recent)
-            for name, parts in spent.items()
-            if (seconds := sum(parts[part] for part in OWN))
-        }
-        if len(own) < 2:
-            return {}
-        in_order = sorted(own.values())
-        return {name: seconds / _median_of_others(in_order, seconds) for name, seconds in own.items()}
-
-    def _bottleneck(
-        self, slowest: str | None, slowness: Mapping[str, float], by_device: Mapping[str, Spent]
-    ) -> dict[str, Any] | None:
-        spent = {part: sum(parts[part] for parts in by_device.values()) for part in PARTS}
+    def _bottleneck(self, slowest: str | None, slowness: Mapping[str, float], by_device: SummedSteps) -> dict[str, Any] | None:
+        spent = by_device.of_all()
         total = sum(spent.values())
         if total <= 0:
             return None
@@ -368,7 +392,7 @@ class Overview:
             return {
                 "part": part, "client": None, "share": spent[part] / total, "sentence": sentence, "advice": ADVICE[part]
             }  # fmt: skip
-        of_device = by_device[slowest]
+        of_device = by_device.of(slowest)
         part = max(OWN, key=lambda each: of_device[each])
         share = of_device[part] / max(sum(of_device.values()), 1e-9)
         times = f"{slowness[slowest]:.1f} times"
@@ -378,10 +402,11 @@ class Overview:
         return {"part": part, "client": slowest, "share": share, "sentence": sentence, "advice": advice}
 
     def _device(
-        self, name: str, device: _Device, spent: Spent, slowness: float | None, now: float, *, is_slowest: bool
+        self, name: str, recent: SummedSteps, slowness: float | None, now: float, *, is_slowest: bool
     ) -> dict[str, Any]:
-        late = self._late_seconds(name, now) if name in self._late else None
-        state = "late" if late is not None and device.state == "connected" else device.state
+        device = self._devices[name]
+        late = self._late.seconds(now) if name in self._late.clients else None
+        state = self._state_of(name, device)
         return {
             "name": name,
             "state": state,
@@ -389,7 +414,7 @@ class Overview:
             "samples": device.samples,
             "batch_size": device.batch_size,
             "loss": finite(device.loss),
-            "tokens_per_second": finite(device.tokens_per_second()),
+            "tokens_per_second": finite(recent.tokens_per_second(name)),
             "bytes_up": device.num_bytes[0],
             "bytes_down": device.num_bytes[1],
             "last_heard": device.heard or None,
@@ -397,7 +422,7 @@ class Overview:
             "late_seconds": late,
             "slowness": finite(slowness),
             "is_slowest": is_slowest,
-            "seconds": {part: round(seconds, 6) for part, seconds in spent.items()},
+            "seconds": {part: round(seconds, 6) for part, seconds in recent.of(name).items()},
         }
 
     def _words_of(
@@ -415,16 +440,6 @@ class Overview:
         if is_slowest and slowness is not None:
             return f"takes part, {slowness:.1f} times as slow as the others"
         return "takes part"
-
-
-def _median_of_others(in_order: Sequence[float], one: float) -> float:
-    """Of ascending values, at least two, without ``one`` of them; in a time that hardly grows with their number."""
-    place, middle = bisect_left(in_order, one), (len(in_order) - 1) // 2
-
-    def other(number: int) -> float:
-        return in_order[number + (number >= place)]
-
-    return other(middle) if len(in_order) % 2 == 0 else (other(middle - 1) + other(middle)) / 2
 
 
 def _percent(share: float) -> str:

@@ -84,13 +84,16 @@ class PageObserver(Observer):
         self._is_ending |= event.kind in LAST_WORDS
         self._tell_soon()
 
-    def overview(self) -> dict[str, Any] | None:
-        """How the run stands, half a second ago at most; None while what was before is not read yet."""
+    def overview(self, most_devices: int) -> dict[str, Any] | None:
+        """
+        How the run stands, half a second ago at most, with so many devices listed at most; None while what was before is not
+        read yet.
+        """
         if self._is_recalling:
             return None
         now, overview = time.time(), self._snapshot.overview
         overview.waits_for(*self._waits_for(), now)
-        return overview.as_json(now)
+        return overview.as_json(now, most_devices)
 
     def _everything_told(self) -> str | None:
         """What pages know by now, for one that has just come; None where that is not read yet. The rest all hear together."""

@@ -802,10 +802,23 @@ function drawSigns(where, signs) {
 
 const shownDevices = new Map();
 
-function drawDevices({ devices = [], now }) {
-  const names = devices.map((device) => device.name);
+const IN_STATE = { connected: "take part", late: "are late", lost: "have lost their connection", left: "have left" };
+
+/** How all devices are, where only some of them are listed. */
+function moreDevices({ devices = [], more_devices: more = 0, device_states: states = {} }) {
+  const inState = Object.entries(IN_STATE).filter(([state]) => states[state] > 0);
+  const said = inState.map(([state, words]) => `${count(states[state])} ${words}`).join(", ");
+  const first = "those that are late, lost or slow come first.";
+  return `Of ${count(devices.length + more)} devices, ${said}. ${count(devices.length)} are listed: ${first}`;
+}
+
+function drawDevices(overview) {
+  const { devices = [], now } = overview;
+  show($("more-devices"), overview.more_devices > 0);
+  if (overview.more_devices > 0) say($("more-devices"), moreDevices(overview));
+  const names = new Set(devices.map((device) => device.name));
   for (const [name, shown] of shownDevices) {
-    if (!names.includes(name)) {
+    if (!names.has(name)) {
       shown.item.remove();
       shownDevices.delete(name);
     }

@@ -67,6 +67,8 @@ class Place(enum.Enum):
     """To the devices, or nowhere."""
     LIVE = "live"
     """It opens the WebSocket that tells a page how the run goes."""
+    METRICS = "metrics"
+    """To the run's metrics, which take a moment to be written."""
 
 
 class Routes:
@@ -76,13 +78,10 @@ class Routes:
         token: whoever reads something of the run has to know it. Without one, only names of this machine are listened to: a
             page of another site, whose name was made to lead here, asks for its own.
         is_well: whether the run goes on.
-        metrics: gives them, and their content type.
     """
 
-    def __init__(
-        self, *, has_page: bool, token: str | None, is_well: Callable[[], bool], metrics: Callable[[], tuple[bytes, str]]
-    ) -> None:
-        self._token, self._is_well, self._metrics = token, is_well, metrics
+    def __init__(self, *, has_page: bool, token: str | None, is_well: Callable[[], bool]) -> None:
+        self._token, self._is_well = token, is_well
         self._files = {path: ((FOLDER / name).read_bytes(), kind) for path, (name, kind) in FILES.items()} if has_page else {}
         self._paths = {*self._files, LIVE, METRICS, HEALTH} if has_page else {HEALTH}
 
@@ -106,8 +105,7 @@ class Routes:
                 if wants_socket
                 else _refusal(HTTPStatus.UPGRADE_REQUIRED, "a WebSocket is here", Upgrade="websocket")
             )
-        body, kind = self._metrics() if path == METRICS else self._files[path]
-        return Answer(HTTPStatus.OK, body, kind)
+        return Place.METRICS if path == METRICS else Answer(HTTPStatus.OK, *self._files[path])
 
     def shown(self, target: str) -> str:
         """A request's path as it may stand in the log: without a query, and without the token wherever it is."""

@@ -14,6 +14,8 @@ from ..history.overview import Overview
 __all__ = ["Happened", "Snapshot"]
 
 EVENTS_SHOWN = 50
+MOST_DEVICES = 100
+"""That a page lists; see `Overview.as_json` which."""
 MOST_MARKS = 200
 MOST_EVALUATIONS = 500
 
@@ -32,6 +34,8 @@ class Snapshot:
         self.overview = overview
         self._curve = Curve()
         self._evaluations: dict[str, list[EvaluationRecord]] = {}
+        """By client, in the order of time."""
+        self._num_evaluations = 0
         self._marks: list[dict[str, Any]] = []
         self._events: deque[RunEvent] = deque(maxlen=EVENTS_SHOWN)
 
@@ -52,8 +56,8 @@ class Snapshot:
         Args:
             now: seconds since 1970, UTC.
         """
-        evaluations = sorted((each for kept in self._evaluations.values() for each in kept), key=lambda each: each.time)
-        return _json("snapshot", self.overview.as_json(now), self._curve, evaluations, self._marks, self._events)
+        overview, evaluations = self.overview.as_json(now, MOST_DEVICES), self._evaluations_in_order()
+        return _json("snapshot", overview, self._curve, evaluations, self._marks, self._events)
 
     def update(self, news: Sequence[Happened], now: float) -> str:
         """For a page that knows all but this, which was added."""
@@ -61,15 +65,34 @@ class Snapshot:
         for each in news:
             if isinstance(each, StepRecord):
                 curve.add(each)
-        evaluations = [each for each in news if isinstance(each, EvaluationRecord)]
+        evaluations = [each for each in news if isinstance(each, EvaluationRecord)][-MOST_EVALUATIONS:]
         events = [each for each in news if isinstance(each, RunEvent)]
-        return _json("update", self.overview.as_json(now), curve, evaluations, _marks_of(events), _shown(events))
+        return _json(
+            "update",
+            self.overview.as_json(now, MOST_DEVICES),
+            curve,
+            evaluations,
+            _marks_of(events),
+            _shown(events)[-EVENTS_SHOWN:],
+        )
 
     def _add_evaluation(self, evaluation: EvaluationRecord) -> None:
         self._evaluations.setdefault(evaluation.client, []).append(evaluation)
-        if sum(map(len, self._evaluations.values())) > MOST_EVALUATIONS:
+        self._num_evaluations += 1
+        if self._num_evaluations > MOST_EVALUATIONS:
             # Every second goes, of each client; the newest stays.
-            self._evaluations = {client: kept[::-2][::-1] for client, kept in self._evaluations.items()}
+            self._keep_evaluations(each for kept in self._evaluations.values() for each in kept[::-2][::-1])
+            if self._num_evaluations > 0.75 * MOST_EVALUATIONS:  # too many clients for that: the newest half stays
+                self._keep_evaluations(self._evaluations_in_order()[-MOST_EVALUATIONS // 2 :])
+
+    def _keep_evaluations(self, kept: Iterable[EvaluationRecord]) -> None:
+        self._num_evaluations, self._evaluations = 0, {}
+        for each in sorted(kept, key=lambda each: each.time):
+            self._evaluations.setdefault(each.client, []).append(each)
+            self._num_evaluations += 1
+
+    def _evaluations_in_order(self) -> list[EvaluationRecord]:
+        return sorted((each for kept in self._evaluations.values() for each in kept), key=lambda each: each.time)
 
     def _add_event(self, event: RunEvent) -> None:
         self._events.extend(_shown([event]))

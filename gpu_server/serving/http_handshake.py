@@ -47,6 +47,7 @@ async def accept_connections(
     limits: Limits,
     routes: Routes,
     *,
+    metrics: Callable[[], Callable[[], tuple[bytes, str]]],
     converse: Callable[[CountingConnection], Awaitable[None]],
     show: Callable[[CountingConnection], Awaitable[None]],
 ) -> Server:
@@ -55,10 +56,11 @@ async def accept_connections(
 
     Args:
         routes: what there is beside the run.
+        metrics: looks how the run stands, and returns what writes its metrics, on any thread, and their content type.
         converse: called for every connection that is let in to the run; when it returns, the connection is closed.
         show: the same for every page.
     """
-    admission = _Admission(listener, door, routes)
+    admission = _Admission(listener, door, routes, metrics)
 
     async def handle(connection: ServerConnection) -> None:
         assert isinstance(connection, CountingConnection)
@@ -110,8 +112,11 @@ async def watch_door(
 class _Admission:
     """Answers in HTTP whoever may not speak to the run."""
 
-    def __init__(self, listener: Listener, door: Door, routes: Routes) -> None:
-        self._listener, self._door, self._routes = listener, door, routes
+    def __init__(
+        self, listener: Listener, door: Door, routes: Routes, metrics: Callable[[], Callable[[], tuple[bytes, str]]]
+    ) -> None:
+        self._listener, self._door, self._routes, self._metrics = listener, door, routes, metrics
+        self._scrape: asyncio.Task[tuple[bytes, str]] | None = None
         self._minute, self._refused = -math.inf, 0
         """When this minute began, and how many were refused in it."""
 
@@ -125,9 +130,17 @@ class _Admission:
         found = self._routes.look_up(Asked(method, request.path, request.headers.get_all))
         if found is Place.LIVE:
             return self._open_page(connection)
+        if found is Place.METRICS:
+            found = Answer(http.HTTPStatus.OK, *await self._written_metrics())
         if isinstance(found, Answer):
             return _response(connection, found)
         return await self._admit_device(connection, request)
+
+    async def _written_metrics(self) -> tuple[bytes, str]:
+        """On another thread; whoever asks while they are written gets the same."""
+        if self._scrape is None or self._scrape.done():
+            self._scrape = asyncio.create_task(asyncio.to_thread(self._metrics()))
+        return await asyncio.shield(self._scrape)
 
     def _open_page(self, connection: CountingConnection) -> Response | None:
         if not self._listener.admit_page(connection.descriptor):

@@ -34,6 +34,8 @@ class Journal:
         self._config, self._lora, self._base_model = config, lora, base_model
         self._small: ThreadPoolExecutor
         self._large: ThreadPoolExecutor
+        self._describing: Future[None] | None = None
+        """The last description that was asked for."""
 
     def begin(self, url: str) -> None:
         """Say in run.json where the run is served; that is written on return. Until `close` the rest may be asked."""
@@ -61,9 +63,14 @@ class Journal:
         return self._small.submit(self._directory.write_codec_state, state)
 
     def write_noise(self, noise: dict[str, Any]) -> "Future[None]":
-        """Say in run.json what it is worth. See `RunDescription.noise`."""
+        """Say in run.json what it is worth; see `RunDescription.noise`. Of what is asked before one is written, the last is."""
         self._description = self._description.with_noise(noise)
-        return self._large.submit(self._directory.describe, self._description)  # as whoever else writes this file
+
+        waiting = self._describing
+        if waiting is None or waiting.running() or waiting.done():  # else it has not begun, and will find this
+            # On the thread of whoever else writes this file.
+            self._describing = waiting = self._large.submit(lambda: self._directory.describe(self._description))
+        return waiting
 
     def write_adapter(self, adapter: Adapter, step: int, total_steps: int) -> "Future[None]":
         """And say in run.json which step it has reached."""

@@ -26,6 +26,9 @@ class Observer:
         """
         A client has joined, is back, is lost or has left; a step is finished, whose record follows by `step_finished`; the run
         is complete. Phases that last for a part of a step are not told.
+
+        Every status is a copy of all members, made only where somebody has overridden this. Among thousands of devices override
+        `event_happened` instead, which says who has come or gone.
         """
 
     def event_happened(self, event: RunEvent) -> None:

@@ -68,6 +68,8 @@ class Performer:
         self._federation, self._engine, self._journal = federation, engine, journal
         self._peers, self._lifetime = peers, lifetime
         self._observers = observers
+        # For the others no snapshot of all members is made at every coming and going.
+        self._of_status = [each for each in observers if _listens_to_status(each)]
         self._steps = _StepWriter(journal, observers, peers, lifetime)
         self._checkpoints = _CheckpointWriter(federation, engine, journal, observers, self._steps, lifetime)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="compute")
@@ -116,9 +118,11 @@ class Performer:
 
     def tell_status(self) -> None:
         """Call it when a client has come or gone."""
+        if not self._of_status:
+            return
         status = self._federation.status()
         try:
-            for observer in self._observers:
+            for observer in self._of_status:
                 observer.status_changed(status)
         except Exception as error:
             self._lifetime.fail(error)
@@ -329,6 +333,10 @@ class _CheckpointWriter:
             if time.monotonic() - self._told >= SECONDS_BETWEEN_TOLD_CHECKPOINTS:
                 self._told = time.monotonic()
                 tell("checkpoint", f"a checkpoint of step {step} is written", step=step, quiet=True)
+
+
+def _listens_to_status(observer: Observer) -> bool:
+    return getattr(observer.status_changed, "__func__", None) is not Observer.status_changed
 
 
 async def _send(peer: Peer, action: Reply) -> None:

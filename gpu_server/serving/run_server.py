@@ -42,7 +42,7 @@ class RunServer:
         caches: the activation cache of a client, by its name, where the run has any.
         edge_part: what is handed to devices without a model, where the run has it.
         viewers: the open pages.
-        metrics: what the run has counted, for tools that read metrics, and its content type.
+        metrics: what the run has counted, for tools that read metrics; see `accept_connections`.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class RunServer:
         caches: Callable[[str], CacheFolder] | None,
         edge_part: EdgePartStore | None,
         viewers: Viewers,
-        metrics: Callable[[], tuple[bytes, str]],
+        metrics: Callable[[], Callable[[], tuple[bytes, str]]],
     ) -> None:
         self._federation, self._engine, self._door = federation, engine, door
         self._journal, self._observers, self._events = journal, observers, events
@@ -129,14 +129,11 @@ class RunServer:
         async def converse(connection: CountingConnection) -> None:
             await conversations.converse(Peer(connection, max_messages_per_second=limits.messages_per_second))
 
-        routes = Routes(
-            has_page=self._door.has_page,
-            token=self._door.page_token,
-            is_well=lambda: not lifetime.is_over,
-            metrics=self._metrics,
+        routes = Routes(has_page=self._door.has_page, token=self._door.page_token, is_well=lambda: not lifetime.is_over)
+        accepting = accept_connections(
+            listener, self._door, limits, routes, metrics=self._metrics, converse=converse, show=self._viewers.show
         )
-        show = self._viewers.show
-        async with await accept_connections(listener, self._door, limits, routes, converse=converse, show=show) as server:
+        async with await accepting as server:
             gc.collect()
             gc.freeze()  # the listener collects often: it need not look at all that was here before
             listening(self._url(listener))

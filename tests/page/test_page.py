@@ -47,6 +47,17 @@ def test_state_is_the_heading_and_the_title(browser: "Browser", live: FakeLive) 
         assert page.title() == "step 215 of 900, 2 of 3 devices, 11 min left · kitchens"
 
 
+def test_where_not_all_devices_are_listed_it_says_how_all_of_them_are(browser: "Browser", live: FakeLive) -> None:
+    with a_page(browser, live.url) as page:
+        shown(page, STEP_214)
+        assert page.locator("#more-devices").is_hidden()
+        states = {"connected": 9_000, "late": 12, "lost": 991, "left": 0}
+        live.tell(an_update(more_devices=10_000, device_states=states))
+        shown(page, "Of 10,003 devices, 9,000 take part, 12 are late, 991 have lost their connection. 3 are listed")
+        live.tell(an_update(more_devices=0, device_states=states))
+        page.locator("#more-devices").wait_for(state="hidden")
+
+
 def test_page_is_three_small_files_that_ask_for_nothing_else(browser: "Browser", live: FakeLive) -> None:
     assert sum((PAGE / name).stat().st_size for name in ("page.html", "page.css", "page.js")) <= LARGEST
     assert [file.suffix for file in sorted(PAGE.glob("page.*"))] == [".css", ".html", ".js"]
