@@ -15,6 +15,7 @@ from split_model import (
     PretrainedModel,
     ServerPart,
     adamw,
+    copied_to,
     gradient_norm,
     optimiser_state,
     restore_optimiser,
@@ -152,12 +153,9 @@ class WholeModel:
         restore_optimiser(self._optimiser, _behind(OPTIMISER, state))
 
     def _summed_loss(self, batch: Batch) -> torch.Tensor:
-        tokens, lengths, label_counts, labels = (
-            torch.from_numpy(array).long() for array in (batch.tokens, batch.lengths, batch.label_counts, batch.labels)
-        )
-        activations = self._edge(tokens, lengths)
-        lengths, label_counts, labels = (tensor.to(activations.device) for tensor in (lengths, label_counts, labels))
-        return self._server.summed_loss(activations, lengths, label_counts, labels)
+        activations = self._edge(batch.tokens, batch.lengths)
+        labels = copied_to(activations.device, torch.from_numpy(batch.labels).long())
+        return self._server.summed_loss(activations, batch.lengths, batch.label_counts, labels)
 
 
 def arrays(tensors: Mapping[str, torch.Tensor]) -> Tensors:

@@ -169,8 +169,7 @@ class TorchEngine:
     def _run(self, batch: Batch) -> torch.Tensor:
         if not len(batch.tokens):
             return torch.empty(0, self._part.width, dtype=self._part.dtype)
-        tokens, lengths = torch.from_numpy(batch.tokens), torch.from_numpy(batch.lengths)
-        activations: torch.Tensor = self._part(tokens.long(), lengths.long())
+        activations: torch.Tensor = self._part(batch.tokens, batch.lengths)
         return activations
 
 

@@ -16,9 +16,11 @@ from split_model import (
     OptimiserConfig,
     PretrainedModel,
     ServerPart,
+    Uploads,
     adamw,
     gradient_norm,
     optimiser_state,
+    read_back,
     restore_optimiser,
     take_step,
 )
@@ -134,6 +136,7 @@ class PartTrainer:
             with_head=settings.labels == "server",
         )
         self._part.load_adapter({name: adapter[name] for name in self._part.matrices()})
+        self._uploads = Uploads(self._part.device)
         self._optimiser = adamw(self._part.matrices().values(), OptimiserConfig(**settings.optimiser()))
         self._summed, self._labelled_tokens = 0.0, 0
         """Of the step so far, and of all ranks: its loss in nats, and how many labels it has."""
@@ -152,13 +155,13 @@ class PartTrainer:
         if sum(len(batch.values) for batch in union):
             activations = self._as_leaf(union, seeds)
             labels = self._labels(union)
-            losses = self._part.losses(activations, *self._shape(union), labels)
+            losses = self._part.losses(activations, *_shape(union), labels)
             # The sum, since how many labels the step has is known only with its last micro-batch.
             torch.autograd.backward(losses.sum())
-            assert activations.grad is not None
-            is_finite = bool(torch.isfinite(activations.grad).all())
-            gradients = _by_client(activations.grad, {client: len(batch.values) for client, batch in batches.items()})
-            of_rows = _by_client(losses.detach(), {client: len(batch.labels) for client, batch in batches.items()})
+            gradient, of_labels, all_finite = _read_gradient(activations, losses)
+            is_finite = bool(all_finite)
+            gradients = _by_client(gradient, {client: len(batch.values) for client, batch in batches.items()})
+            of_rows = _by_client(of_labels, {client: len(batch.labels) for client, batch in batches.items()})
             summed_losses = {client: float(rows.sum(dtype=numpy.float64)) for client, rows in of_rows.items()}
         loss = self._add(sum(summed_losses.values()), sum(len(batch.labels) for batch in union))
         if not math.isfinite(loss):
@@ -172,8 +175,9 @@ class PartTrainer:
             self._begin_step()
         union = list(batches.values())
         activations = self._as_leaf(union, seeds)
-        hidden = self._part.hidden(activations, *self._shape(union)) if len(activations) else activations
-        if not self._is_finite_everywhere(bool(torch.isfinite(hidden).all())):
+        hidden = self._part.hidden(activations, *_shape(union)) if len(activations) else activations
+        states, is_finite = read_back(hidden, torch.isfinite(hidden).all())
+        if not self._is_finite_everywhere(bool(is_finite)):
             self._check_base("hidden states", union, lambda: self._hidden(union))
             raise TrainingDiverged(f"the hidden states of step {step} are not finite; try a lower --lr")
         graph = self._graphs[micro_batch] = _Graph(
@@ -182,24 +186,23 @@ class PartTrainer:
             num_rows={client: len(batch.values) for client, batch in batches.items()},
             num_labelled={client: batch.num_labelled for client, batch in batches.items()},
         )
-        return _by_client(hidden.detach(), graph.num_labelled)
+        return _by_client(states, graph.num_labelled)
 
     def backward(self, step: int, total_steps: int, micro_batch: int, gradients: Mapping[str, HalfStep]) -> Trained:
         if not gradients:
             return self._trained(step, total_steps, micro_batch, {}, {})
         graph = self._graphs.pop(micro_batch)
-        zeros = graph.hidden.new_zeros(1, graph.hidden.shape[1])
+        width, dtype = graph.hidden.shape[1], numpy.float64 if graph.hidden.dtype == torch.float64 else numpy.float32
         upstream = [
-            self._join([gradients[client].values]) if client in gradients else zeros.expand(rows, -1)
+            gradients[client].values if client in gradients else numpy.zeros((rows, width), dtype=dtype)
             for client, rows in graph.num_labelled.items()
         ]
-        torch.autograd.backward(graph.hidden, torch.cat(upstream))
-        assert graph.activations.grad is not None
-        is_finite = bool(torch.isfinite(graph.activations.grad).all())
+        torch.autograd.backward(graph.hidden, self._uploads.joined(upstream))
+        gradient, all_finite = _read_gradient(graph.activations)
         summed_losses = {client: gradient.summed_loss for client, gradient in gradients.items()}
         self._add(sum(summed_losses.values()), sum(gradient.labelled_tokens for gradient in gradients.values()))
-        self._check_gradient(is_finite, step)
-        of_all = _by_client(graph.activations.grad, graph.num_rows)
+        self._check_gradient(bool(all_finite), step)
+        of_all = _by_client(gradient, graph.num_rows)
         return self._trained(step, total_steps, micro_batch, {client: of_all[client] for client in gradients}, summed_losses)
 
     def summed_loss(self, batches: Sequence[LabelledBatch], of: str) -> float:
@@ -211,10 +214,11 @@ class PartTrainer:
 
     def infer(self, batch: LabelledBatch, of: str) -> Array:
         hidden = self._hidden([batch])
-        if not self._is_finite_everywhere(bool(torch.isfinite(hidden).all())):
+        states, is_finite = read_back(hidden, torch.isfinite(hidden).all())
+        if not self._is_finite_everywhere(bool(is_finite)):
             self._check_base("hidden states", [batch], lambda: self._hidden([batch]))
             raise TrainingDiverged(f"the hidden states of {of} are not finite; try a lower --lr")
-        return hidden.cpu().numpy()
+        return states.numpy()
 
     def adapter(self) -> Adapter:
         return self._part.adapter()
@@ -288,36 +292,38 @@ class PartTrainer:
         """The values of all, (N, d), for a forward pass with dropout and for a backward pass."""
         self._part.train()
         self._part.seed_dropout([seed for of_client in seeds.values() for seed in of_client])
-        return self._join([batch.values for batch in union]).requires_grad_()
+        return self._uploads.joined([batch.values for batch in union]).requires_grad_()
 
     @torch.no_grad()
     def _losses(self, union: Sequence[LabelledBatch]) -> torch.Tensor:
         """(M,) in nats, without dropout."""
         self._part.eval()
-        activations = self._join([batch.values for batch in union])
+        activations = self._uploads.joined([batch.values for batch in union])
         if not len(activations):
             return activations.new_zeros(0)
-        return self._part.losses(activations, *self._shape(union), self._labels(union))
+        return self._part.losses(activations, *_shape(union), self._labels(union))
 
     @torch.no_grad()
     def _hidden(self, union: Sequence[LabelledBatch]) -> torch.Tensor:
         """(M, d) behind the final norm, without dropout."""
         self._part.eval()
-        activations = self._join([batch.values for batch in union])
-        return self._part.hidden(activations, *self._shape(union)) if len(activations) else activations
-
-    def _shape(self, union: Sequence[LabelledBatch]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lengths and label counts of all sequences, (B,) each."""
-        lengths = self._join([batch.lengths for batch in union]).long()
-        return lengths, self._join([batch.label_counts for batch in union]).long()
+        activations = self._uploads.joined([batch.values for batch in union])
+        return self._part.hidden(activations, *_shape(union)) if len(activations) else activations
 
     def _labels(self, union: Sequence[LabelledBatch]) -> torch.Tensor:
         """(M,) of all batches."""
-        return self._join([batch.labels for batch in union]).long()
+        return self._uploads.joined([batch.labels for batch in union]).long()
 
-    def _join(self, arrays: list[Array]) -> torch.Tensor:
-        """One after the other along their first axis, where the model computes."""
-        return torch.cat([torch.from_numpy(array) for array in arrays]).to(self._part.device)
+
+def _shape(union: Sequence[LabelledBatch]) -> tuple[Array, Array]:
+    """Lengths and label counts of all sequences, (B,) each, which stay on the host."""
+    return numpy.concatenate([batch.lengths for batch in union]), numpy.concatenate([batch.label_counts for batch in union])
+
+
+def _read_gradient(activations: torch.Tensor, *more: torch.Tensor) -> list[torch.Tensor]:
+    """After a backward pass, all on the CPU: the gradient by the activations, what else is given, and whether it is finite."""
+    assert activations.grad is not None
+    return read_back(activations.grad, *more, torch.isfinite(activations.grad).all())
 
 
 def make_trainer(
@@ -328,5 +334,5 @@ def make_trainer(
 
 
 def _by_client(rows: torch.Tensor, counts: dict[str, int]) -> dict[str, Array]:
-    """Each client's rows, of those of all one after the other."""
-    return {client: part.numpy() for client, part in zip(counts, torch.split(rows.cpu(), list(counts.values())), strict=True)}
+    """Each client's rows, of those of all one after the other, which are on the CPU."""
+    return {client: part.numpy() for client, part in zip(counts, torch.split(rows, list(counts.values())), strict=True)}

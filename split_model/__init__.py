@@ -10,6 +10,7 @@ from .parts import EdgePart, ServerPart, check_cut_layer
 from .placement import DTYPES, choose_device, choose_dtype
 from .pretrained_model import PretrainedModel
 from .sealed_tensors import DamagedFile, read_sealed, seal
+from .transfer import Uploads, copied_to, read_back
 
 __all__ = [
     "DTYPES",
@@ -21,6 +22,7 @@ __all__ = [
     "OptimiserConfig",
     "PretrainedModel",
     "ServerPart",
+    "Uploads",
     "adamw",
     "adapted_layers",
     "adapter_shapes",
@@ -28,11 +30,13 @@ __all__ = [
     "choose_device",
     "choose_dtype",
     "continue_greedily",
+    "copied_to",
     "cross_entropies",
     "gradient_norm",
     "initial_adapter",
     "load_adapter",
     "optimiser_state",
+    "read_back",
     "read_sealed",
     "restore_optimiser",
     "save_adapter",

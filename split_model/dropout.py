@@ -11,11 +11,12 @@ device.
 from collections.abc import Iterator, Sequence
 
 import numpy
-import numpy.typing
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .placement import copied_to
+from .packing import Packing
+from .transfer import copied_to
 
 __all__ = ["SeededDropout"]
 
@@ -47,14 +48,14 @@ class SeededDropout(nn.Module):
         numbers = torch.arange(first, self._num_columns, dtype=torch.int32)
         return _spread(_spread(numbers, 16, FIRST), 15, SECOND).to(self.device)
 
-    def begin(self, lengths: Sequence[int]) -> None:
-        """Begin a forward pass over sequences of these lengths, for which `seeds` are used up."""
+    def begin(self, packing: Packing) -> None:
+        """Begin a forward pass over a batch, for which `seeds` are used up."""
         seeds, self.seeds, self._keys = self.seeds, None, None
         if not (self.training and self.probability) or seeds is None:
             return
-        if len(seeds) != len(lengths):
-            raise ValueError(f"dropout has seeds of {len(seeds)} sequences, and the batch has {len(lengths)}")
-        halves = row_keys(seeds, lengths).view(numpy.int32).reshape(-1, 2)
+        if len(seeds) != len(packing.lengths):
+            raise ValueError(f"dropout has seeds of {len(seeds)} sequences, and the batch has {len(packing.lengths)}")
+        halves = row_keys(seeds, packing).view(numpy.int32).reshape(-1, 2)
         of_rows = copied_to(self.device, torch.from_numpy(halves))
         self._keys = of_rows[:, :1], of_rows[:, 1:]
 
@@ -80,15 +81,13 @@ class SeededDropout(nn.Module):
         return (bits >= limit).to(dtype)
 
 
-def row_keys(seeds: Sequence[int], lengths: Sequence[int]) -> numpy.typing.NDArray[numpy.uint64]:
-    """Of every row of a packed batch, uint64 (N,): the number at its position in the sequence that begins with its seed."""
-    of_each = numpy.asarray(lengths)
-    positions = numpy.arange(of_each.sum()) - numpy.repeat(of_each.cumsum() - of_each, of_each)
-    state = numpy.repeat(numpy.asarray(seeds, dtype=numpy.uint64), of_each)
-    state += (positions + 1).astype(numpy.uint64) * numpy.uint64(GOLDEN)
+def row_keys(seeds: Sequence[int], packing: Packing) -> NDArray[numpy.uint64]:
+    """Of every row, (N,): the number at its position in the sequence of numbers that begins with its seed."""
+    state = numpy.asarray(seeds, dtype=numpy.uint64).repeat(packing.lengths)
+    state += (packing.positions + 1).astype(numpy.uint64) * numpy.uint64(GOLDEN)
     state = (state ^ (state >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
-    keys: numpy.typing.NDArray[numpy.uint64] = state ^ (state >> numpy.uint64(31))
+    keys: NDArray[numpy.uint64] = state ^ (state >> numpy.uint64(31))
     return keys
 
 

@@ -14,8 +14,7 @@ def continue_greedily(edge: EdgePart, server: ServerPart, prompt: Sequence[int],
     """The most likely continuation of ``prompt``, at most ``limit`` tokens and without the end token."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + limit:
-        lengths = torch.tensor([len(tokens)])
-        logits = server.logits(edge(torch.tensor(tokens), lengths), lengths.to(server.device))
+        logits = server.logits(edge(tokens, [len(tokens)]), [len(tokens)])
         token = int(logits[-1].argmax())
         if token == end_token:
             break

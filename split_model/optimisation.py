@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw as update
 
+from .transfer import read_back
+
 __all__ = ["AdamW", "OptimiserConfig", "adamw", "gradient_norm", "optimiser_state", "restore_optimiser", "take_step"]
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
@@ -98,11 +100,8 @@ def optimiser_state(optimiser: AdamW) -> dict[str, Tensor]:
     A copy of what the optimiser has learnt, on the CPU; empty before its first step. Names begin with the parameter's number:
     "0/exp_avg" and "0/exp_avg_sq" in the parameter's shape, "0/step" of shape (), "1/exp_avg" and so on.
     """
-    return {
-        f"{index}/{key}": value.detach().cpu().clone()
-        for index, state in sorted(optimiser.state.items())
-        for key, value in state.items()
-    }
+    learnt = {f"{index}/{key}": value for index, state in sorted(optimiser.state.items()) for key, value in state.items()}
+    return {name: value.clone() for name, value in zip(learnt, read_back(*learnt.values()), strict=True)}
 
 
 def restore_optimiser(optimiser: AdamW, state: dict[str, Tensor]) -> None:

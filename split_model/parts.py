@@ -7,7 +7,9 @@ B sequences, N rows of their tokens one under the other, d elements in a row, V 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from storage import AdapterError, ModelError
@@ -16,9 +18,10 @@ from .dropout import SeededDropout
 from .families import family_of
 from .lora import Adapter, LoraConfig, LoraLinear, adapted_layers, adapter_name
 from .loss import cross_entropies
-from .packing import Packing, labelled_positions
+from .packing import Packing
 from .placement import Placement
 from .pretrained_model import PretrainedModel
+from .transfer import read_back
 
 __all__ = ["EdgePart", "ServerPart", "check_cut_layer"]
 
@@ -86,14 +89,13 @@ class Part(nn.Module):
 
     def adapter(self) -> Adapter:
         """A copy of the matrices' values, on the CPU."""
-        return {name: matrix.detach().cpu().clone() for name, matrix in self._matrices.items()}
+        values = read_back(*self._matrices.values())
+        return {name: value.clone() for name, value in zip(self._matrices, values, strict=True)}
 
     def gradients(self) -> Adapter:
         """The matrices' gradients, on the CPU; zeros for a matrix that no backward pass has reached."""
-        return {
-            name: (torch.zeros_like(matrix) if matrix.grad is None else matrix.grad).cpu()
-            for name, matrix in self._matrices.items()
-        }
+        gradients = (torch.zeros_like(matrix) if matrix.grad is None else matrix.grad for matrix in self._matrices.values())
+        return dict(zip(self._matrices, read_back(*gradients), strict=True))
 
     def divide_gradients(self, divisor: int) -> None:
         """Turn gradients of a summed loss into those of its mean over ``divisor`` labels."""
@@ -122,7 +124,7 @@ class Part(nn.Module):
                 matrix.copy_(adapter[name])
 
     def _run(self, hidden: Tensor, packing: Packing) -> Tensor:  # (N, d) -> (N, d)
-        self.dropout.begin(packing.lengths)
+        self.dropout.begin(packing)
         for block in self.blocks:
             hidden = block(hidden, packing)
         return hidden
@@ -138,12 +140,10 @@ class EdgePart(Part):
         self.width = model.config.width
         self.embedding = self.family.embedding(model.config, model.tensors, self.placement)
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Packed ids (N,) and lengths (B,), both on the CPU -> activations (N, d) on the device."""
-        packing = Packing(lengths)
-        hidden = self.embedding(tokens, packing)
-        # Table rows are looked up on the CPU, where the table's file is; the blocks need the packing where the rows are now.
-        return self._run(hidden, packing if self.device.type == "cpu" else Packing(lengths.to(self.device)))
+    def forward(self, tokens: ArrayLike, lengths: ArrayLike) -> Tensor:
+        """Packed ids (N,) and lengths (B,), both on the host -> activations (N, d) on the device."""
+        packing = Packing(lengths, self.device)
+        return self._run(self.embedding(numpy.asarray(tokens), packing), packing)
 
 
 class ServerPart(Part):
@@ -174,36 +174,37 @@ class ServerPart(Part):
         assert self._head is not None, "this part was made without its head"
         return self._head
 
-    def hidden(self, activations: Tensor, lengths: Tensor, label_counts: Tensor) -> Tensor:
+    def hidden(self, activations: Tensor, lengths: ArrayLike, label_counts: ArrayLike) -> Tensor:
         """
         Hidden states (M, d) behind the final norm, at the labelled rows.
 
         Args:
-            activations: (N, d) packed.
-            lengths: (B,) rows of each sequence.
-            label_counts: (B,) how many of the last rows of each sequence have a label; M = sum(label_counts).
+            activations: (N, d) packed, on the device.
+            lengths: (B,) rows of each sequence, on the host.
+            label_counts: (B,) how many of the last rows of each sequence have a label; M = sum(label_counts). On the host.
         """
-        hidden = self._run(activations, Packing(lengths))
+        packing = Packing(lengths, self.device)
+        hidden = self._run(activations, packing)
         # Rows without a label end here: neither the norm nor the head, a third of a small model's work, is computed for them.
-        labelled: Tensor = self.final_norm(hidden.index_select(0, labelled_positions(lengths, label_counts)))
+        labelled: Tensor = self.final_norm(packing.labelled(label_counts).take(hidden))
         return labelled
 
-    def losses(self, activations: Tensor, lengths: Tensor, label_counts: Tensor, labels: Tensor) -> Tensor:
+    def losses(self, activations: Tensor, lengths: ArrayLike, label_counts: ArrayLike, labels: Tensor) -> Tensor:
         """
         Cross-entropies of all labels, (M,), in nats.
 
         Args:
             activations, lengths, label_counts: see `hidden`.
-            labels: (M,) the next token at the labelled rows.
+            labels: (M,) the next token at the labelled rows, on the device.
         """
         return cross_entropies(self.hidden(activations, lengths, label_counts), self.head, labels)
 
-    def summed_loss(self, activations: Tensor, lengths: Tensor, label_counts: Tensor, labels: Tensor) -> Tensor:
+    def summed_loss(self, activations: Tensor, lengths: ArrayLike, label_counts: ArrayLike, labels: Tensor) -> Tensor:
         """The sum of the `losses`."""
         return self.losses(activations, lengths, label_counts, labels).sum()
 
-    def logits(self, activations: Tensor, lengths: Tensor) -> Tensor:
+    def logits(self, activations: Tensor, lengths: ArrayLike) -> Tensor:
         """Activations (N, d) -> logits (N, V). For generation and for tests; training never holds them all."""
-        hidden = self.final_norm(self._run(activations, Packing(lengths)))
+        hidden = self.final_norm(self._run(activations, Packing(lengths, self.device)))
         logits: Tensor = (hidden.to(self.head.dtype) @ self.head.T).to(self.dtype)
         return logits

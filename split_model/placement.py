@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from storage import ModelError
 
-__all__ = ["DTYPES", "Placement", "choose_device", "choose_dtype", "copied_to"]
+__all__ = ["DTYPES", "Placement", "choose_device", "choose_dtype"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -73,13 +72,3 @@ class Placement:
     def dtype(self) -> torch.dtype:
         """Of everything that is not a frozen matrix: norms, residual stream, adapters, what is sent."""
         return torch.float64 if self.weight_dtype == torch.float64 else torch.float32
-
-
-def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
-    """
-    A tensor of the CPU on a device. To a CUDA device it is copied from pinned memory, so that nobody waits for what the device
-    has still to do before.
-    """
-    if device.type == "cuda" and torch.cuda.is_available():
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -49,7 +51,7 @@ class StoredTensor:
             return False  # the check of each tensor against its expected shape and dtype says what is wrong
         both = self.rows(), other.rows()
         for begin in range(0, self.shape[0], ROWS_AT_ONCE):
-            indices = torch.arange(begin, min(begin + ROWS_AT_ONCE, self.shape[0]))
+            indices = numpy.arange(begin, min(begin + ROWS_AT_ONCE, self.shape[0]))
             if not torch.equal(*(rows.gather(indices).double() for rows in both)):
                 return False
         return True
@@ -84,11 +86,11 @@ class Rows:
             self._file.readinto(view[number * self._row_bytes : (number + 1) * self._row_bytes])
         return buffer
 
-    def gather(self, indices: Tensor) -> Tensor:
+    def gather(self, indices: NDArray[numpy.integer[Any]]) -> Tensor:
         """Rows of a matrix, (N,) indices -> (N, width) in the stored dtype. A row that is wanted twice is read once."""
-        distinct, inverse = torch.unique(indices, return_inverse=True)
+        distinct, inverse = numpy.unique(indices, return_inverse=True)
         rows = torch.frombuffer(self.read(distinct.tolist()), dtype=self._dtype)
-        return rows.view(len(distinct), -1).index_select(0, inverse)
+        return rows.view(len(distinct), -1).index_select(0, torch.from_numpy(inverse))
 
     def __del__(self) -> None:
         self._file.close()

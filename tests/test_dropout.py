@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from edge_client.dropout import dropout_masks
 from split_model.dropout import SeededDropout, row_keys
+from split_model.packing import Packing
 
 PINNED = [[[0, 1, 1], [1, 1, 1]], [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]]
 
@@ -42,7 +43,7 @@ def kept(
     dropout = SeededDropout(probability, CPU)
     columns = [dropout.add_columns(width) for width in widths]
     dropout.seeds = seeds
-    dropout.begin(lengths)
+    dropout.begin(Packing(lengths, CPU))
     rows = sum(lengths)
     return [(dropout(torch.ones(rows, len(of), dtype=dtype), of) * (1 - probability)).double().numpy() for of in columns]
 
@@ -50,8 +51,8 @@ def kept(
 def test_row_keys_are_those_of_the_published_generator() -> None:
     """SplitMix64 from 1234567, as in its reference implementation's test vector."""
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
-    assert row_keys([1234567], [5]).tolist() == expected
-    assert row_keys([5, 1234567, 2**64 - 1], [2, 5, 1]).tolist()[2:7] == expected
+    assert row_keys([1234567], Packing([5], CPU)).tolist() == expected
+    assert row_keys([5, 1234567, 2**64 - 1], Packing([2, 5, 1], CPU)).tolist()[2:7] == expected
 
 
 def test_masks_of_a_part_are_the_same_in_every_version() -> None:
@@ -61,7 +62,7 @@ def test_masks_of_a_part_are_the_same_in_every_version() -> None:
         return (bits ^ bits >> shift) * factor % 2**32
 
     expected = []
-    for key in row_keys([7, 8], [2, 1]).tolist():
+    for key in row_keys([7, 8], Packing([2, 1], CPU)).tolist():
         for column in range(5):
             of_column = spread(spread(column, 16, 0x7FEB352D), 15, 0x846CA68B)
             bits = spread((spread(of_column ^ key % 2**32, 16, 0x7FEB352D) + (key >> 32)) % 2**32, 15, 0x846CA68B)
@@ -136,15 +137,15 @@ def test_columns_of_all_layers_have_keys_of_their_own() -> None:
 def test_dropout_without_seeds_or_with_those_of_another_batch_is_refused() -> None:
     dropout = SeededDropout(0.5, CPU)
     columns, ones = dropout.add_columns(3), torch.ones(2, 3)
-    dropout.begin([2])
+    dropout.begin(Packing([2], CPU))
     with pytest.raises(RuntimeError, match="needs seeds or masks before each forward pass"):
         dropout(ones, columns)
     dropout.seeds = [1, 2]
     with pytest.raises(ValueError, match="has seeds of 2 sequences, and the batch has 1"):
-        dropout.begin([2])
+        dropout.begin(Packing([2], CPU))
     dropout.seeds = [1]
-    dropout.begin([2])
-    dropout.begin([2])  # seeds are used up with a pass
+    dropout.begin(Packing([2], CPU))
+    dropout.begin(Packing([2], CPU))  # seeds are used up with a pass
     with pytest.raises(RuntimeError, match="needs seeds or masks"):
         dropout(ones, columns)
     dropout.eval()

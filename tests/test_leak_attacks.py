@@ -182,7 +182,7 @@ def test_continued_prefixes_give_the_activations_of_whole_texts(cut: CutModel) -
         texts = torch.cat([torch.cat([tokens[row // 2, :position], candidates[row : row + 1]]) for row in range(4)])
         with torch.no_grad():
             expected = cut.edge(texts, lengths)[lengths.cumsum(0) - 1]
-            inputs = cut.edge.embedding(candidates, SimpleNamespace(positions=torch.full((4,), position)))
+            inputs = cut.edge.embedding(candidates.numpy(), SimpleNamespace(positions=np.full(4, position)))
             torch.testing.assert_close(prefixes.extended(inputs), expected, rtol=1e-5, atol=1e-5)
         prefixes = prefixes.chosen(torch.tensor([0, 2]), per_prefix=2)
 

@@ -1,5 +1,6 @@
 """The cut model against transformers, how checkpoints are read, and the small numerical parts."""
 
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -29,11 +31,12 @@ from split_model import (
     save_adapter,
 )
 from split_model.loss import CHUNK_ROWS, cross_entropies, summed_cross_entropy
-from split_model.packing import Packing, labelled_positions
+from split_model.packing import Packing, Places, kernel_of_packed_rows, labelled_positions
 from storage import ModelError, find_model
 
 LORA = LoraConfig(rank=2, alpha=4.0, targets=("c_attn", "c_proj", "c_fc"))
-PLACED: dict[str, Any] = {"weight_dtype": torch.float64, "device": torch.device("cpu")}
+CPU = torch.device("cpu")
+PLACED: dict[str, Any] = {"weight_dtype": torch.float64, "device": CPU}
 
 
 def parts(folder: Path, cut_layer: int, lora: LoraConfig = LORA) -> tuple[EdgePart, ServerPart]:
@@ -103,7 +106,7 @@ def test_cross_entropies_are_torchs_row_by_row() -> None:
 
 
 def test_packing_goes_to_the_grids_and_back() -> None:
-    packing = Packing(torch.tensor([5, 2, 4, 1]))
+    packing = Packing([5, 2, 4, 1], CPU)
     rows = torch.arange(1.0, 25.0).view(12, 2)
     one, two, four_and_five = packing.pad(rows)
     assert [grid.shape for grid in (one, two, four_and_five)] == [(1, 1, 2), (1, 2, 2), (2, 5, 2)]
@@ -114,8 +117,75 @@ def test_packing_goes_to_the_grids_and_back() -> None:
     assert packing.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 0]
 
 
+def test_places_take_back_what_they_spread_and_both_have_the_gradients_of_indexing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    numbers = np.array([6, 0, 3, 4])
+    places = Places(numbers, 8, CPU)
+    rows, cells = (torch.randn(n, 3, generator=generator, dtype=torch.float64, requires_grad=True) for n in (4, 8))
+    spread, taken = places.spread(rows), places.take(cells)
+    assert torch.equal(spread, torch.zeros(8, 3, dtype=torch.float64).index_copy(0, torch.from_numpy(numbers), rows))
+    assert torch.equal(taken, cells[numbers])
+    assert torch.equal(places.take(spread), rows)
+    assert torch.autograd.gradcheck(places.spread, rows)
+    assert torch.autograd.gradcheck(places.take, cells)
+    nowhere = Places(numbers[:0], 8, CPU)
+    assert not nowhere.spread(nowhere.take(cells)).any()
+
+
+def attention_of_packed_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    window_size: tuple[int, int],
+) -> torch.Tensor:
+    """What `torch.nn.attention.varlen.varlen_attn` is documented to compute, without its kernel: (N, H, D) -> (N, H, D)."""
+    assert cu_seq_q.dtype == torch.int32
+    assert torch.equal(cu_seq_q, cu_seq_k)
+    lengths = cu_seq_q.diff().tolist()
+    assert (max(lengths), max(lengths), (-1, 0)) == (max_q, max_k, window_size)
+    mixed = [
+        F.scaled_dot_product_attention(*(part.transpose(0, 1) for part in parts), is_causal=True).transpose(0, 1)
+        for parts in zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
+    ]
+    return torch.cat(mixed)
+
+
+def test_kernel_of_packed_rows_is_given_what_it_is_documented_to_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    packing, generator = Packing([5, 2, 1, 4, 9], CPU), torch.Generator().manual_seed(0)
+    qkv = torch.randn(21, 3 * 16, generator=generator, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(21, 16, generator=generator, dtype=torch.float64)
+    expected = packing.attend(qkv, 2)
+    expected.backward(upstream)
+    expected_gradient, qkv.grad = qkv.grad, None
+    monkeypatch.setattr("split_model.packing.kernel_of_packed_rows", lambda *_: attention_of_packed_rows)
+    found = packing.attend(qkv, 2)
+    found.backward(upstream)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(qkv.grad, expected_gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_signature_of_the_kernel_of_packed_rows_is_the_one_that_is_called() -> None:
+    parameters = inspect.signature(pytest.importorskip("torch.nn.attention.varlen").varlen_attn).parameters
+    if "window_size" in parameters:  # else it is not used
+        inspect.signature(attention_of_packed_rows).bind(*range(7), window_size=(-1, 0))
+        assert list(parameters)[:7] == list(inspect.signature(attention_of_packed_rows).parameters)[:7]
+
+
+def test_there_is_no_kernel_of_packed_rows_without_a_device_for_it() -> None:
+    assert kernel_of_packed_rows(CPU, torch.bfloat16, 64) is None
+    cuda = torch.device("cuda", 0)
+    assert kernel_of_packed_rows(cuda, torch.float32, 64) is None
+    assert kernel_of_packed_rows(cuda, torch.bfloat16, 60) is None
+    assert kernel_of_packed_rows(cuda, torch.bfloat16, 264) is None
+
+
 def test_labelled_positions_are_the_last_rows_of_each_sequence() -> None:
-    assert labelled_positions(torch.tensor([3, 2, 4]), torch.tensor([1, 0, 3])).tolist() == [2, 6, 7, 8]
+    assert labelled_positions([3, 2, 4], [1, 0, 3]).tolist() == [2, 6, 7, 8]
 
 
 def test_shards_and_names_without_prefix_are_the_same_model(tiny_model: Path, tmp_path: Path) -> None:

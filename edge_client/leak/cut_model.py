@@ -54,7 +54,7 @@ class CutModel:
         return self._activations(torch.cat([torch.as_tensor(array) for array in joined]).numpy(), _lengths(joined))
 
     def _activations(self, tokens: Array, lengths: Array) -> Array:
-        activations: Array = self.edge(torch.from_numpy(tokens).long(), torch.from_numpy(lengths).long()).numpy()
+        activations: Array = self.edge(tokens, lengths).numpy()
         return activations
 
 

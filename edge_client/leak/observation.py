@@ -243,7 +243,7 @@ class _Device:
             )
         )
         activations = torch.from_numpy(sent.values).requires_grad_()
-        hidden = cut.server.hidden(activations, torch.from_numpy(sent.lengths).long(), torch.from_numpy(label_counts).long())
+        hidden = cut.server.hidden(activations, sent.lengths, label_counts)
         states, gradient, labelled_tokens = hidden.detach().numpy(), None, len(batch.labels)
         if at_device:
             asked = self._sent(HiddenStates(step=step, values=states))

@@ -23,9 +23,9 @@ class Family:
     block: Callable[[ModelConfig, StoredTensors, int, Placement], nn.Module]
     """
     Makes the block of an index: a module (N, d), `Packing` -> (N, d). Its linear layers are `LoraLinear`, at the paths that
-    `ModelConfig.layer_shapes` names. The position of each row in its sequence is in `Packing.positions`.
+    `ModelConfig.layer_shapes` names. The position of each row in its sequence is in `Packing.positions`, on the host.
     """
     embedding: Callable[[ModelConfig, StoredTensors, Placement], nn.Module]
-    """Makes a module: token ids (N,) and `Packing`, both on the CPU -> (N, d) on the device."""
+    """Makes a module: token ids (N,) on the host, and `Packing` -> (N, d) on the device."""
     final_norm: Callable[[ModelConfig, StoredTensors, Placement], nn.Module]
     """Makes a module (M, d) -> (M, d), for the M rows that go on to the LM head."""

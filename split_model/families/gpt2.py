@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -11,9 +12,10 @@ from storage import ModelError, shown
 
 from ..lora import LoraLinear
 from ..model_config import ConfigFile, ModelConfig
-from ..packing import Packing
+from ..packing import Numbers, Packing
 from ..placement import Placement
 from ..stored_tensors import StoredTensors
+from ..transfer import copied_to
 from .family import Family
 
 __all__ = ["FAMILY", "GPT2Config"]
@@ -170,9 +172,11 @@ class Embedding(nn.Module):
         self.tokens = tensors["wte.weight"].rows()
         self.positions = tensors["wpe.weight"].view()
 
-    def forward(self, tokens: Tensor, packing: Packing) -> Tensor:  # (N,) -> (N, d)
-        where = self.placement.device, self.placement.dtype
-        return self.tokens.gather(tokens).to(*where) + F.embedding(packing.positions, self.positions).to(*where)
+    def forward(self, tokens: Numbers, packing: Packing) -> Tensor:  # (N,) -> (N, d)
+        positions = F.embedding(torch.from_numpy(packing.positions), self.positions)
+        # Rows are looked up on the CPU, where the tables' file is.
+        dtype = self.placement.dtype
+        return copied_to(self.placement.device, self.tokens.gather(tokens).to(dtype) + positions.to(dtype))
 
 
 def _final_norm(config: ModelConfig, tensors: StoredTensors, placement: Placement) -> LayerNorm:

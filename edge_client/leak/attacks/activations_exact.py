@@ -200,8 +200,8 @@ class _Search:
 
     def _continued(self, edge: Prefixes, tokens: Tensor, position: int) -> Tensor:
         """(P, d) activations of tokens (P, c) that continue texts at a position: (P, c, d)."""
-        flat = tokens.flatten()
-        where = SimpleNamespace(positions=torch.full(flat.shape, position))
+        flat = tokens.flatten().numpy()
+        where = SimpleNamespace(positions=np.full(flat.shape, position))
         return edge.extended(self._cut.edge.embedding(flat, where)).view(*tokens.shape, -1)
 
     def _off(self, hidden: Tensor, came: Tensor, position: int) -> Tensor:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from protocol import Array
+
 from ..cut_model import CutModel
 from ..knowledge import Knowledge
 from ..observation import Exchange, Observations, Setting, Target, truth
@@ -46,7 +48,7 @@ class _Inputs:
         self._cut = knowledge.cut
         tokens = np.concatenate(truth(Target.TOKENS, knowledge.samples, 1))
         positions = np.concatenate([np.arange(len(sample.tokens) - 1) for sample in knowledge.samples])
-        inputs = _inputs(self._cut, torch.from_numpy(tokens).long(), torch.from_numpy(positions))
+        inputs = _inputs(self._cut, tokens, positions)
         covariance = (inputs - inputs.mean(0)).T @ (inputs - inputs.mean(0)) / len(inputs)
         covariance += 0.01 * covariance.diagonal().mean() * torch.eye(len(covariance))
         self.whitening = torch.linalg.cholesky(torch.linalg.inv(covariance))  # (d, d)
@@ -59,7 +61,7 @@ class _Inputs:
         Args:
             tokens: (n,) ascending; where none is left out, their lengths are kept for the next time.
         """
-        inputs = _inputs(self._cut, tokens, torch.full_like(tokens, position))
+        inputs = _inputs(self._cut, tokens.numpy(), np.full(len(tokens), position))
         first, last = int(tokens[0]), int(tokens[-1])
         key = (position, first, last) if len(tokens) == last + 1 - first else None
         squares = None if key is None else self._squares.get(key)
@@ -71,7 +73,7 @@ class _Inputs:
         return products.pow(2) / squares
 
 
-def _inputs(cut: CutModel, tokens: Tensor, positions: Tensor) -> Tensor:
+def _inputs(cut: CutModel, tokens: Array, positions: Array) -> Tensor:
     """What the first adapted layer gets of each token at its position, (n, d); exact in a layer before any attention."""
     block = cut.edge.blocks[0]
     layer = next(module for module in block.modules() if getattr(module, "lora_A", None) is not None)
