@@ -142,10 +142,10 @@ class RankedTrainer:
                 "step": step,
                 "total_steps": total_steps,
                 "micro_batch": micro_batch,
-                "batches": told(shares.of(rank)),
+                "batches": told(shares.of(rank, batches)),
                 "seeds": shares.seeds_of(rank, seeds),
             },
-            lambda: self._own.train(step, total_steps, micro_batch, shares.of(LEADER), shares.seeds_of(LEADER, seeds)),
+            lambda: self._own.train(step, total_steps, micro_batch, shares.of(LEADER, batches), shares.seeds_of(LEADER, seeds)),
         )
         return _of_all(trained, others, shares)
 
@@ -158,15 +158,15 @@ class RankedTrainer:
             lambda rank: {
                 "step": step,
                 "micro_batch": micro_batch,
-                "batches": told(shares.of(rank)),
+                "batches": told(shares.of(rank, batches)),
                 "seeds": shares.seeds_of(rank, seeds),
             },
-            lambda: self._own.forward(step, micro_batch, shares.of(LEADER), shares.seeds_of(LEADER, seeds)),
+            lambda: self._own.forward(step, micro_batch, shares.of(LEADER, batches), shares.seeds_of(LEADER, seeds)),
         )
         return shares.join_labelled({LEADER: hidden, **{rank: reply["hidden"] for rank, reply in others.items()}})
 
     def backward(self, step: int, total_steps: int, micro_batch: int, gradients: Mapping[str, HalfStep]) -> Trained:
-        shares = self._shares.pop(micro_batch) if gradients else Shares({}, 1)
+        shares = self._shares.pop(micro_batch) if gradients else Shares({}, self._group.num_ranks)
         values = {client: gradient.values for client, gradient in gradients.items()}
         # Loss and labels are known for each client's batch as a whole: they count on this rank.
         own = {
@@ -186,20 +186,22 @@ class RankedTrainer:
         return _of_all(trained, others, shares)
 
     def summed_loss(self, batches: Sequence[LabelledBatch], of: str) -> float:
-        shares = Shares({str(number): batch for number, batch in enumerate(batches)}, self._group.num_ranks)
+        by_number = {str(number): batch for number, batch in enumerate(batches)}
+        shares = Shares(by_number, self._group.num_ranks)
         loss, _ = self._together(
             "summed_loss",
-            lambda rank: {"batches": told(shares.of(rank)), "of": of},
-            lambda: self._own.summed_loss(list(shares.of(LEADER).values()), of),
+            lambda rank: {"batches": told(shares.of(rank, by_number)), "of": of},
+            lambda: self._own.summed_loss(list(shares.of(LEADER, by_number).values()), of),
         )
         return loss
 
     def infer(self, batch: LabelledBatch, of: str) -> Array:
-        shares = Shares({"": batch}, self._group.num_ranks)
+        batches = {"": batch}
+        shares = Shares(batches, self._group.num_ranks)
         hidden, others = self._together(
             "infer",
-            lambda rank: {"batches": told(shares.of(rank)), "of": of},
-            lambda: self._own.infer(shares.of(LEADER)[""], of),
+            lambda rank: {"batches": told(shares.of(rank, batches)), "of": of},
+            lambda: self._own.infer(shares.of(LEADER, batches)[""], of),
         )
         return shares.join_labelled({LEADER: {"": hidden}, **{rank: reply["hidden"] for rank, reply in others.items()}})[""]
 

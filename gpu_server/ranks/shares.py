@@ -20,19 +20,20 @@ class Shares:
     """
 
     def __init__(self, batches: Mapping[str, LabelledBatch], num_ranks: int) -> None:
-        self._batches = batches
         lengths = [length for batch in batches.values() for length in batch.lengths.tolist()]
         label_counts = [number for batch in batches.values() for number in batch.label_counts.tolist()]
         ranks = numpy.array(divide(lengths, label_counts, num_ranks), numpy.int64)
-        ends = numpy.cumsum([len(batch.lengths) for batch in batches.values()])
-        self._sequences = dict(zip(batches, numpy.split(ranks, ends[:-1]), strict=True))
+        self._sequences: dict[str, Array] = {}
         """The rank of each of a client's sequences, (B,)."""
+        for name, batch in batches.items():
+            self._sequences[name], ranks = numpy.split(ranks, [len(batch.lengths)])
         self._rows = {name: numpy.repeat(self._sequences[name], batch.lengths) for name, batch in batches.items()}
         """The same of its rows, (N,)."""
         self._labelled = {name: numpy.repeat(self._sequences[name], batch.label_counts) for name, batch in batches.items()}
         """The same of its labelled rows, (M,)."""
 
-    def of(self, rank: int) -> dict[str, LabelledBatch]:
+    def of(self, rank: int, batches: Mapping[str, LabelledBatch]) -> dict[str, LabelledBatch]:
+        """The rank's share of the batches, which are those that were divided."""
         return {
             name: LabelledBatch(
                 lengths=batch.lengths[self._sequences[name] == rank],
@@ -40,7 +41,7 @@ class Shares:
                 labels=batch.labels[self._labelled[name] == rank] if len(batch.labels) else batch.labels,
                 values=batch.values[self._rows[name] == rank],
             )
-            for name, batch in self._batches.items()
+            for name, batch in batches.items()
         }
 
     def seeds_of(self, rank: int, seeds: Mapping[str, list[int]]) -> dict[str, list[int]]:
