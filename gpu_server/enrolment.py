@@ -7,7 +7,7 @@ import hmac
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -52,9 +52,8 @@ class Enrolments:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._seen: tuple[int, ...] | None = None
-        """What the file looked like when it was last read without fault."""
-        self._admitted: dict[str, Enrolment] = {}
+        self._known: tuple[tuple[int, ...] | None, Mapping[str, Enrolment]] = None, {}
+        """What the file looked like when it was last read without fault, and what was in it. Two threads look at both."""
         self._complained = False
 
     def enrol(self, name: str) -> str:
@@ -107,14 +106,19 @@ class Enrolments:
             self._require(name, clients)
             del clients[name]
 
-    def clients(self) -> dict[str, Enrolment]:
+    def clients(self) -> Mapping[str, Enrolment]:
         """
-        The enrolled devices, by their names and in the order of these.
+        The enrolled devices, by their names and in the order of these; the same object as long as the file is the same.
 
         Raises:
             ServerError: the file cannot be read.
         """
-        return dict(sorted(self._read().items()))
+        try:
+            return self._latest()
+        except FileNotFoundError:
+            return {}  # nobody was ever enrolled
+        except OSError as error:
+            raise ServerError(f"{self.path} cannot be read: {error.strerror}") from None
 
     def exists(self) -> bool:
         """
@@ -143,27 +147,37 @@ class Enrolments:
                 hint = f"the devices that are: {listed(sorted(clients))}" if clients else f"nobody is in {self.path}"
             raise ConfigError(f"{name[:80]!r} is not enrolled; {hint}")
 
-    def _current(self) -> dict[str, Enrolment]:
-        """
-        The clients of the file, which is read again if it has changed. While it cannot be read there are none, which is logged
-        once.
-        """
+    def _current(self) -> Mapping[str, Enrolment]:
+        """The clients of the file. While it cannot be read there are none, which is logged once."""
         try:
-            stat = os.stat(self.path)
-            seen = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-            if seen != self._seen:  # looked at before it is read: a change between the two is seen the next time
-                self._admitted, self._seen = self._read(), seen
+            clients = self._latest()
         except (OSError, ServerError) as error:
-            if isinstance(error, FileNotFoundError) and self._seen is None:
+            if isinstance(error, FileNotFoundError) and self._known[0] is None:
                 return {}  # there is none yet, which is no fault
-            self._admitted, self._seen = {}, None
+            self._known = None, {}
             if not self._complained:
                 reason = f"{self.path} cannot be read: {error.strerror}" if isinstance(error, OSError) else error
                 tell("note", f"{reason}; no device is admitted until it can be read", level="error")
             self._complained = True
-        else:
-            self._complained = False
-        return self._admitted
+            return {}
+        self._complained = False
+        return clients
+
+    def _latest(self) -> Mapping[str, Enrolment]:
+        """
+        What is in the file, which is read again only if it has changed: with thousands of devices that takes a while, and a
+        server looks every second.
+
+        Raises:
+            OSError, ServerError: it cannot be read, or there is none.
+        """
+        stat = os.stat(self.path)  # looked at before it is read: a change between the two is seen the next time
+        looks = stat.st_mtime_ns, stat.st_size, stat.st_ino
+        known, clients = self._known
+        if looks != known:
+            clients = dict(sorted(self._read().items()))
+            self._known = looks, clients
+        return clients
 
     def _read(self) -> dict[str, Enrolment]:
         try:
@@ -194,7 +208,7 @@ class Enrolments:
                 replace_file(self.path, _json(clients))
         except OSError as error:
             raise ServerError(f"{self.path} cannot be written: {error.strerror}") from None
-        self._seen = None  # two changes within one tick of the file system's clock may look alike
+        self._known = None, {}  # two changes within one tick of the file system's clock may look alike
 
 
 def _sha256(secret: str) -> bytes:

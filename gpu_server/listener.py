@@ -66,7 +66,8 @@ class Limits:
 FILES_IN_RESERVE = 12
 """Checkpoints, metrics, enrolments and samples are written one by one, each with a lock or its folder; modules are read."""
 
-ACCEPTED_BETWEEN_COLLECTIONS = 8
+STRANGERS_BETWEEN_COLLECTIONS = 8
+ADMITTED_BETWEEN_FREEZES = 64
 
 
 class Listener(socket.socket):
@@ -84,7 +85,8 @@ class Listener(socket.socket):
         self._open: dict[int, socket.socket] = {}
         self._strangers: dict[int, socket.socket] = {}  # in the order of their coming
         self._pages: dict[int, socket.socket] = {}
-        self._accepted = 0
+        self._gone = self._admitted = 0
+        """Strangers that have gone since the last collection, and connections that were admitted since the last freeze."""
         self._is_turn = False
         self._spare = -1
         """An open file that is closed for a moment where a connection finds none: to accept and close it. -1: there is none."""
@@ -133,35 +135,60 @@ class Listener(socket.socket):
             raise BlockingIOError(str(error)) from None
         if self._spare < 0:
             self._take_spare()
-        self._accepted += 1
-        if self._accepted % ACCEPTED_BETWEEN_COLLECTIONS == 0:
-            gc.collect()  # asyncio leaves cycles where a TLS handshake comes to nothing
-        self._forget_closed()
+        self._gone += _forget_closed(self._strangers)
+        if self._gone >= STRANGERS_BETWEEN_COLLECTIONS:
+            self._collect()
+        if len(self._open) >= self._limits.connections:
+            _forget_closed(self._open)
         if len(self._open) >= self._limits.connections:
             connection.close()
             raise BlockingIOError("as many connections as may be")
         if len(self._strangers) >= self._limits.strangers:
             self._turn_away(next(iter(self._strangers)))
-        self._open[connection.fileno()] = self._strangers[connection.fileno()] = connection
+        descriptor = connection.fileno()
+        for known in (self._strangers, self._open, self._pages):
+            known.pop(descriptor, None)  # of a connection that was closed
+        self._open[descriptor] = self._strangers[descriptor] = connection
         return connection, address
 
     def admit(self, descriptor: int) -> None:
         """The connection of this file descriptor is authenticated."""
-        self._strangers.pop(descriptor, None)
+        if self._strangers.pop(descriptor, None) is not None:
+            self._admitted += 1
 
     def admit_page(self, descriptor: int) -> bool:
         """
         The connection of this file descriptor shows the run to somebody who may see it, and takes no place of a device's or a
         stranger's any more. False where there are as many as may be.
         """
-        self._forget_closed()
+        _forget_closed(self._pages)
         if descriptor not in self._open or len(self._pages) >= self._limits.pages:
             return False
         self.admit(descriptor)
         self._pages[descriptor] = self._open.pop(descriptor)
         return True
 
+    def turn_strangers_away(self) -> None:
+        """All of them, at the end: nobody waits until their time is over."""
+        for descriptor in list(self._strangers):
+            self._turn_away(descriptor)
+
+    def _collect(self) -> None:
+        """
+        Asyncio leaves cycles where a TLS handshake comes to nothing, of 300 kB each. What lasts is frozen, so that strangers do
+        not have the objects of thousands of devices looked at again and again.
+        """
+        self._gone = 0
+        if self._admitted >= ADMITTED_BETWEEN_FREEZES:
+            self._admitted = 0
+            gc.unfreeze()  # some of them have gone since
+            gc.collect()
+            gc.freeze()
+        else:
+            gc.collect()
+
     def _turn_away(self, descriptor: int) -> None:
+        self._gone += 1
         try:
             self._strangers.pop(descriptor).shutdown(socket.SHUT_RDWR)  # its owner sees the end, and closes it
         except OSError:
@@ -185,10 +212,13 @@ class Listener(socket.socket):
             os.close(self._spare)
         self._spare = -1
 
-    def _forget_closed(self) -> None:
-        for known in (self._open, self._strangers, self._pages):
-            for descriptor in [number for number, connection in known.items() if connection.fileno() == -1]:
-                del known[descriptor]
+
+def _forget_closed(connections: dict[int, socket.socket]) -> int:
+    """Take out those that were closed; say how many."""
+    closed = [descriptor for descriptor, connection in connections.items() if connection.fileno() == -1]
+    for descriptor in closed:
+        del connections[descriptor]
+    return len(closed)
 
 
 class RateLimiter:

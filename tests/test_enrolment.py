@@ -121,6 +121,18 @@ def test_clients_are_listed_by_name_with_their_time(enrolments: Enrolments) -> N
         assert abs(datetime.now(timezone.utc) - client.enrolled) < timedelta(minutes=5)
 
 
+def test_file_is_read_again_only_if_it_has_changed(enrolments: Enrolments, path: Path) -> None:
+    enrolments.enrol("a")
+    looking = Enrolments(path)
+    first = looking.clients()
+    assert looking.clients() is first
+    assert looking.admits("a", "not its secret") is None
+    enrolments.enrol("b")
+    assert list(looking.clients()) == ["a", "b"]
+    path.unlink()
+    assert looking.clients() == {}
+
+
 def test_name_is_enrolled_once(enrolments: Enrolments) -> None:
     secret = enrolments.enrol("phone-1")
     with pytest.raises(ConfigError, match=r"^phone-1 is enrolled already: .* add --renew; .* revoke it first$"):

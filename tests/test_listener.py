@@ -1,5 +1,6 @@
 """How many may knock, and how fast somebody may speak."""
 
+import functools
 import os
 import resource
 import selectors
@@ -7,13 +8,22 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from programs import arguments, program, read_until
 
 from edge_client import EdgeClient
 from gpu_server import ServerError
-from gpu_server.listener import FILES_IN_RESERVE, Limits, Listener, RateLimiter
+from gpu_server.listener import (
+    ADMITTED_BETWEEN_FREEZES,
+    FILES_IN_RESERVE,
+    STRANGERS_BETWEEN_COLLECTIONS,
+    Limits,
+    Listener,
+    RateLimiter,
+    _forget_closed,
+)
 
 Dial = Callable[[], socket.socket]
 
@@ -96,6 +106,74 @@ def test_whoever_has_said_who_it_is_stays(sockets: ExitStack) -> None:
         listener.admit(end.fileno())
         ends.append(end)
     assert not any(is_ended(client) for client in clients)
+
+
+def test_accepting_looks_at_strangers_alone_however_many_devices_are_connected(
+    sockets: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at = []
+
+    def forget(connections: dict[int, socket.socket]) -> int:
+        looked_at.append(len(connections))
+        return _forget_closed(connections)
+
+    monkeypatch.setattr("gpu_server.listener._forget_closed", forget)
+    listener, dial = listening(sockets, connections=100, strangers=3)
+    for _ in range(60):
+        dial()
+        end = accept(sockets, listener)
+        assert end is not None
+        listener.admit(end.fileno())
+    assert max(looked_at) <= 3
+
+
+def test_place_of_a_connection_is_another_s_once_its_descriptor_is(sockets: ExitStack) -> None:
+    listener, dial = listening(sockets, connections=2, strangers=2)
+    descriptors = []
+    for _ in range(5):
+        client = dial()
+        end = accept(sockets, listener)
+        assert end is not None
+        listener.admit(end.fileno())
+        descriptors.append(end.fileno())
+        end.close()
+        client.close()
+    assert len(set(descriptors)) < 5
+
+
+def test_rubbish_of_strangers_is_collected_and_devices_that_stay_are_frozen(
+    sockets: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    collector = SimpleNamespace(**{what: functools.partial(done.append, what) for what in ("collect", "freeze", "unfreeze")})
+    monkeypatch.setattr("gpu_server.listener.gc", collector)
+    listener, dial = listening(sockets, connections=10**4, strangers=3)
+
+    def come(*, admitted: bool) -> None:
+        dial()
+        end = accept(sockets, listener)
+        assert end is not None
+        if admitted:
+            listener.admit(end.fileno())
+        else:
+            end.close()
+
+    for _ in range(ADMITTED_BETWEEN_FREEZES):
+        come(admitted=True)
+    assert done == []
+    for _ in range(2 * STRANGERS_BETWEEN_COLLECTIONS + 1):
+        come(admitted=False)
+    assert done == ["unfreeze", "collect", "freeze", "collect"]
+
+
+def test_all_strangers_are_turned_away_at_the_end_and_no_device(sockets: ExitStack) -> None:
+    listener, dial = listening(sockets)
+    clients = [dial() for _ in range(3)]
+    ends = [accept(sockets, listener) for _ in clients]
+    assert ends[1] is not None
+    listener.admit(ends[1].fileno())
+    listener.turn_strangers_away()
+    assert [is_ended(client) for client in clients] == [True, False, True]
 
 
 @pytest.fixture

@@ -333,6 +333,18 @@ def test_server_answers_others_while_metrics_are_written(here: GpuServer, monkey
     assert b"splitlora_step 0.0" in scrape.result(60)[2]
 
 
+def test_server_ends_at_once_though_requests_are_half_open(tiny_model: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"model": str(tiny_model), "run_dir": str(tmp_path / "run"), "steps": 1, **SETTINGS}
+    server = GpuServer(port=0, **{**options, "handshake_seconds": 600.0, "max_strangers": 50})
+    server.__enter__()
+    with contextlib.ExitStack() as stack:
+        for _ in range(40):
+            half = stack.enter_context(socket.create_connection(("127.0.0.1", port_of(server)), 60))
+            half.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127")
+        assert get(port_of(server), "/healthz")[0] == 200  # which came after them
+        run_in_thread(lambda: server.__exit__(None, None, None)).result(60)
+
+
 def test_page_comes_whole_and_with_headers_that_keep_it_to_itself(here: GpuServer) -> None:
     for path, name in (("/", "page.html"), ("/page.css", "page.css"), ("/page.js", "page.js")):
         status_code, headers, body = get(port_of(here), path)

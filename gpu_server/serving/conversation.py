@@ -259,8 +259,8 @@ class Conversations:
     def announce_next_key(self) -> None:
         """Devices that are in the run have not heard of a key that is announced since they came: they are to come again."""
         next_pin = self._next_pin()
-        for name, peer in list(self._peers.items()):
-            if next_pin and peer.next_pin != next_pin and peer.has_joined and peer.keeps_next_pin:
+        for name, peer in list(self._peers.items()) if next_pin else ():
+            if peer.next_pin != next_pin and peer.has_joined and peer.keeps_next_pin:
                 tell("lost", f"{peer}: is to come again, to hear of the server's next key", client=name)
                 self._forget(peer)
                 self._lifetime.spawn(peer.send_away())

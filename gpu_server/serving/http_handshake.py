@@ -6,10 +6,12 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from weakref import WeakSet
 
 from websockets.asyncio.server import Server, ServerConnection, basic_auth, serve
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
+from websockets.protocol import State
 
 from protocol import HANDSHAKE_BYTES, SECONDS_BETWEEN_PINGS, SECONDS_TO_PONG, compressed_bound
 from terminal import count
@@ -83,6 +85,7 @@ async def accept_connections(
         ping_timeout=SECONDS_TO_PONG,
         close_timeout=SECONDS_TO_CLOSE,
         server_header=None,
+        backlog=limits.connections,  # all devices may come back at once
     )
     return server
 
@@ -116,6 +119,8 @@ class _Admission:
         self, listener: Listener, door: Door, routes: Routes, metrics: Callable[[], Callable[[], tuple[bytes, str]]]
     ) -> None:
         self._listener, self._door, self._routes, self._metrics = listener, door, routes, metrics
+        self._connections: dict[str, WeakSet[CountingConnection]] = {}
+        """By device: those that were let in with its secret, of which some may have been closed."""
         self._scrape: asyncio.Task[tuple[bytes, str]] | None = None
         self._minute, self._refused = -math.inf, 0
         """When this minute began, and how many were refused in it."""
@@ -171,10 +176,12 @@ class _Admission:
         refusal = await basic_auth("splitlora", check_credentials=admit)(connection, request)
         if refusal is not None:
             return refusal
-        if _connections_of(connection.username, connection.server) >= CONNECTIONS_A_DEVICE:
+        others = self._connections.setdefault(connection.username, WeakSet())
+        if sum(other.state is State.OPEN for other in others) >= CONNECTIONS_A_DEVICE:
             refusal = connection.respond(http.HTTPStatus.TOO_MANY_REQUESTS, "this device has enough connections\n")
             refusal.headers["Retry-After"] = f"{SECONDS_TO_TRY_AGAIN:.0f}"
             return refusal
+        others.add(connection)
         self._listener.admit(connection.descriptor)
         return None
 
@@ -215,7 +222,3 @@ def _response(connection: CountingConnection, answer: Answer) -> Response:
     connection.close_timeout = SECONDS_TO_TAKE_AN_ANSWER
     headers = {"Connection": "close", "Content-Length": str(len(answer.body)), "Content-Type": answer.content_type}
     return Response(answer.status.value, answer.status.phrase, Headers({**headers, **HEADERS, **answer.headers}), answer.body)
-
-
-def _connections_of(device: str, server: Server) -> int:
-    return sum(getattr(connection, "username", None) == device for connection in server.connections)

@@ -158,6 +158,7 @@ class RunServer:
                 watch.cancel()
                 gc.unfreeze()
                 self._viewers.end()
+                listener.turn_strangers_away()
                 server.close()
                 performer.close()
 
