@@ -5,13 +5,15 @@ from usual_settings import settings
 from gpu_server.federation.deadline import Deadline
 from gpu_server.federation.gathering import Gathering, Verdict
 from gpu_server.federation.member import Member, Presence
+from gpu_server.federation.turnout import Turnout
 from protocol import Activations, Itinerary, Join
 
 WAIT = Verdict()
+NOBODY = Turnout({}, lambda name, member: True, lambda name, member: True)
 
 
 def gathering(quorum: int | None = None, seconds: float | None = 60.0) -> Gathering:
-    return Gathering(Activations, 100.0, Deadline(seconds), quorum)
+    return Gathering(Activations, 100.0, Deadline(seconds), quorum, NOBODY)
 
 
 def verdict(one: Gathering, ready: str, missing: str, now: float, absent: str = "", away: str = "") -> Verdict:
@@ -21,7 +23,8 @@ def verdict(one: Gathering, ready: str, missing: str, now: float, absent: str = 
         member = Member(Join(num_samples=1, batch_size=1, longest=1), Itinerary(settings(), 9), {})
         member.presence = Presence.ABSENT if name in absent else Presence.AWAY if name in away else Presence.HERE
         members[name] = member
-    return one.verdict(7, list(members), set(ready), members, now)
+    one.turnout = Turnout(members, lambda name, member: True, lambda name, member: name in ready)
+    return one.verdict(7, now)
 
 
 def test_all_that_are_wanted_are_enough() -> None:
@@ -87,8 +90,8 @@ def test_time_until_the_next_verdict_is_that_of_the_deadline_or_of_a_report() ->
     deadline = Deadline()
     for _ in range(5):
         deadline.observe(Activations, 2.0)
-    assert Gathering(Activations, 100.0, deadline, 1).expires() == 102.0
-    assert Gathering(Activations, 100.0, deadline, None).expires() == 105.0
+    assert Gathering(Activations, 100.0, deadline, 1, NOBODY).expires() == 102.0
+    assert Gathering(Activations, 100.0, deadline, None, NOBODY).expires() == 105.0
 
 
 def test_wait_for_a_short_deadline_of_the_operator_is_told_of_when_it_has_passed() -> None:

@@ -29,11 +29,14 @@ class Deadline:
     def __init__(self, seconds: float | None = None) -> None:
         self._seconds = seconds
         self._seen: defaultdict[type, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
+        self._derived: dict[type, float] = {}
+        """From all that was seen of a kind so far: it is asked for more often than something is seen."""
 
     def observe(self, kind: type, seconds: float) -> bool:
         """A client took so long for a question of this kind. Says whether just now enough is known to derive a deadline."""
         seen = self._seen[kind]
         seen.append(seconds)
+        self._derived.pop(kind, None)
         return self._seconds is None and len(seen) == NEEDED
 
     def seconds(self, kind: type) -> float:
@@ -47,5 +50,7 @@ class Deadline:
         seen = self._seen[kind]
         if len(seen) < NEEDED:
             return until_known
-        middle = median(seen)
-        return max(shortest, middle + DEVIATIONS * median(abs(value - middle) for value in seen))
+        if kind not in self._derived:
+            middle = median(seen)
+            self._derived[kind] = middle + DEVIATIONS * median(abs(value - middle) for value in seen)
+        return max(shortest, self._derived[kind])

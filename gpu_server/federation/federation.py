@@ -60,13 +60,18 @@ round, until the round has its adapter. Hidden states and replies, until their m
 until the next step begins. Nothing of a round survives the server: a checkpoint is the end of a round, and devices do the rest
 again.
 
+What a message costs. The same, however many members there are: who stands where, and who of those that are waited for has come,
+is kept by `Roster` and `Turnout`, which hear of every member that changes. All members are looked at only when a phase begins
+or a computation ends: that concerns all of them anyway.
+
 The order of actions is part of the result: replies leave in it, and a checkpoint must not know of a step that metrics do not.
 """
 
 import enum
 import logging
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from protocol import (
@@ -131,6 +136,7 @@ from .roster import NOBODY, Asked, Roster
 from .run_status import RunStatus
 from .step import Aggregated, AskedBack, StepInProgress, Trained
 from .timing import StepTiming
+from .turnout import Turnout
 
 __all__ = ["Federation", "Phase"]
 
@@ -153,7 +159,11 @@ WAITED_FOR: dict[Phase, type] = {
     Phase.ACTIVATIONS: Activations,
     Phase.HIDDEN_GRADIENTS: HiddenGradient,
     Phase.CONTRIBUTIONS: Contribution,
+    Phase.FINISHED: Done,
 }
+
+NAMES_IN_DETAILS = 100
+"""Of devices that a step waits for: a line of events.jsonl does not grow with their number."""
 
 
 @dataclass
@@ -202,6 +212,8 @@ class Federation:
         What the present phase waits for. None while the server computes, unless it does so ahead of a gradient that it waits
         for: that wait goes on afterwards, and is as long.
         """
+        self._ahead: Turnout | None = None
+        """While HIDDEN_GRADIENTS waits: who of those it waits for has asked the next micro-batch. None until that is asked."""
 
     @property
     def members(self) -> dict[str, Member]:
@@ -326,7 +338,7 @@ class Federation:
             check_question(name, message, member, self.limits)
             if question.micro_batch not in member.questions and not isinstance(message, Done):
                 self.timing.question((name, question.micro_batch), message.seconds, now)
-            member.questions[question.micro_batch] = message
+            member.asks(question.micro_batch, message)
             asked_back = self._present_step.asked_back_of(question.micro_batch)
             if asked_back is not None and asked_back.waits_for(name):  # it is back on another connection
                 return [self._ask_back(name, asked_back.hidden_states[name], now)]
@@ -361,6 +373,7 @@ class Federation:
         self.deadline.observe(HiddenGradient, self.timing.thought(question, now))
         self.timing.question(question, message.seconds, now)
         asked_back.gradients[name] = message
+        self.members[name].changed()
         return self._advance(now)
 
     def disconnected(self, name: str, now: float) -> None:
@@ -383,28 +396,43 @@ class Federation:
 
     def expires(self) -> float | None:
         """When `tick` should be called, if nothing else happens before."""
-        if self._gathering is None or self.phase not in WAITED_FOR or not self.members:
+        has_deadline = self.phase in WAITED_FOR and self.phase is not Phase.FINISHED
+        if self._gathering is None or not has_deadline or not self.members:
             return None
         return self._gathering.expires()
 
-    def waits_for(self, now: float) -> tuple[list[str], float]:
-        """The members that everybody waits for, and since how many seconds; nobody while the server computes."""
-        if self.phase is Phase.FINISHED:
-            return self.unfinished(), now - self._since
-        came = self._came()
-        names = [name for name in self._wanted() if name not in came]
+    def waits_for(self, now: float, most: int | None = None) -> tuple[list[str], float]:
+        """
+        The members that everybody waits for, and since how many seconds; nobody while the server computes.
+
+        Args:
+            most: if there are more members than that, so many of them are enough.
+        """
+        if self._gathering is None or self.phase not in WAITED_FOR:
+            return [], 0.0
+        names = sorted(islice(self._gathering.turnout.missing(), most))
         return names, now - self._since if names else 0.0
 
     def unfinished(self) -> list[str]:
         """Members that have not said goodbye: whether an adapter that was sent has arrived, only they know."""
         return self._roster.unfinished()
 
+    @property
+    def num_unfinished(self) -> int:
+        """How many these are."""
+        return self._roster.num_unfinished
+
+    @property
+    def connected(self) -> int:
+        """Members that are connected."""
+        return self._roster.num_connected
+
     def status(self) -> RunStatus:
         """For whoever watches."""
         return RunStatus(
             run=self.run,
             clients=self.settings.clients,
-            connected=sum(member.presence.is_connected for _, member in self._roster),
+            connected=self.connected,
             members={name: member.presence.value for name, member in self._roster},
             unfinished=tuple(self.unfinished()),
             phase=self.phase.value,
@@ -577,40 +605,37 @@ class Federation:
     def _advance_activations(self, now: float) -> list[Action]:
         is_between_steps = self._present_step.micro_batch == 0
         actions = self._answer_returning(now) if is_between_steps else []
-        wanted = self._wanted()
-        if not wanted and is_between_steps:
+        if is_between_steps and self._wants_nobody:
             return actions + self._close_last_round(now)
-        ready, notes = self._gathered(wanted, now)
+        ready, notes = self._gathered(now)
         # If all that began a step have gone, it ends with the micro-batches that there are.
-        is_due = bool(ready) or not wanted
+        is_due = bool(ready) or self._wants_nobody
         return actions + notes + ([self._compute_micro_batch(ready, now)] if is_due else [])
 
     def _advance_hidden_gradients(self, now: float) -> list[Action]:
-        wanted = self._wanted()
-        ready, notes = self._gathered(wanted, now)
-        if ready or not wanted:
+        ready, notes = self._gathered(now)
+        if ready or self._wants_nobody:
             return [*notes, self._backward(ready, now)]
         # While some are waited for, the next micro-batch is computed if it is complete; nobody is overtaken for its sake.
-        ahead = self._present_step.next_forward
-        asked = self._roster.asked(Activations, ahead)
-        is_complete = ahead < self.settings.micro_batches and asked.keys() >= set(wanted)
-        return [*notes, self._forward(wanted, now)] if is_complete else notes
+        next_forward = self._present_step.next_forward
+        if next_forward == self.settings.micro_batches:
+            return notes
+        if self._ahead is None:
+            self._ahead = self._turnout(Activations, next_forward)
+        return [*notes, self._forward(sorted(self._ahead.come), now)] if self._ahead.is_complete else notes
 
     def _advance_contributions(self, now: float) -> list[Action]:
-        wanted = self._wanted()
-        if not wanted:  # all have left: the edge adapter stays as it was
-            self._overtake_without(wanted)
+        if self._wants_nobody:  # all have left: the edge adapter stays as it was
+            self._overtake_without([])
             self._close_round()
             return self._finish_step(now) + self._advance(now)
-        ready, notes = self._gathered(wanted, now)
+        ready, notes = self._gathered(now)
         return notes + ([self._aggregate(ready, now)] if ready else [])
 
-    def _gathered(self, wanted: list[str], now: float) -> tuple[list[str], list[Action]]:
-        """
-        Those of ``wanted`` with whom the step can go on, and what the operator is told; nobody as long as the step has to wait.
-        """
+    def _gathered(self, now: float) -> tuple[list[str], list[Action]]:
+        """Those with whom the step can go on, and what the operator is told; nobody as long as the step has to wait."""
         assert self._gathering is not None
-        verdict = self._gathering.verdict(self._step_under_way, wanted, self._came(), self.members, now)
+        verdict = self._gathering.verdict(self._step_under_way, now)
         return verdict.go, _reports(verdict, now - self._since)
 
     def _await_newcomers(self, now: float) -> list[Action]:
@@ -654,7 +679,7 @@ class Federation:
         """The first half of a micro-batch of these, perhaps ahead of a gradient that is waited for."""
         micro_batch, batches = self._present_step.next_forward, self._admit(participants, now)
         if self.phase is Phase.HIDDEN_GRADIENTS:
-            self.phase = Phase.TRAINING  # and the gathering stays
+            self.phase, self._ahead = Phase.TRAINING, None  # and the gathering stays
         else:
             self._enter(Phase.TRAINING, now)
         return Forward(step=self.step + 1, micro_batch=micro_batch, batches=batches)
@@ -750,8 +775,9 @@ class Federation:
             self.members[name].was_overtaken(self._step_under_way)
 
     def _answer_done(self, now: float) -> list[Action]:
+        assert self._gathering is not None
         end = RunEnd(step=self.step, tensors=self.edge_adapter)
-        return [self._reply(name, end, QuestionId(Evaluation, self.step), now) for name in self._asked(Done)]
+        return [self._reply(name, end, QuestionId(Evaluation, self.step), now) for name in list(self._gathering.turnout.come)]
 
     def _reply(self, name: str, message: Message, next_question: QuestionId, now: float) -> Reply:
         self.members[name].answer(self._present_step.micro_batch, message, next_question)
@@ -764,8 +790,11 @@ class Federation:
 
     def _enter(self, phase: Phase, now: float) -> None:
         self.phase, self._since, kind = phase, now, WAITED_FOR.get(phase)
-        quorum = None if phase is Phase.JOINING else self.quorum  # a run starts with all of its clients
-        self._gathering = None if kind is None else Gathering(kind, now, self.deadline, quorum)
+        self._gathering = self._ahead = None
+        if kind is not None:
+            quorum = None if phase is Phase.JOINING else self.quorum  # a run starts with all of its clients
+            turnout = self._turnout(kind, self._present_step.micro_batch)
+            self._gathering = Gathering(kind, now, self.deadline, quorum, turnout)
 
     # Members that come back
 
@@ -812,25 +841,35 @@ class Federation:
     def _is_ending(self) -> bool:
         return self.phase in (Phase.SAVING, Phase.FINISHED)
 
-    def _wanted(self) -> list[str]:
-        """Clients that the present phase waits for."""
-        if self.phase is Phase.CONTRIBUTIONS:
-            return self._roster.contributors()
-        if self.phase not in (Phase.ACTIVATIONS, Phase.HIDDEN_GRADIENTS):
-            return []
-        if self._present_step.next_forward:
-            taking_part = self._present_step.labels_of
-            return [name for name in taking_part if self.members[name].presence.takes_part]
-        return self._roster.participants(self.step + 1)
+    @property
+    def _wants_nobody(self) -> bool:
+        """Whether the present phase has nobody to wait for, come or not."""
+        return self._gathering is None or not len(self._gathering.turnout)
 
-    def _came(self) -> Container[str]:
-        """Clients that have sent what the present phase waits for."""
-        if self._gathering is None:
-            return ()
-        if self._gathering.kind is HiddenGradient:
-            return self._present_step.asked_back[0].gradients
-        asked: dict[str, Message] = self._asked(self._gathering.kind)
-        return asked
+    def _turnout(self, kind: type, micro_batch: int) -> Turnout:
+        """Of the members that the present phase waits for, those that have sent this."""
+        return self._roster.turnout(self._is_wanted(), self._has_come(kind, micro_batch))
+
+    def _is_wanted(self) -> Callable[[str, Member], bool]:
+        """Says of a member whether the present phase waits for it."""
+        if self.phase is Phase.JOINING:
+            return lambda name, member: False  # for those that are no members yet
+        if self.phase is Phase.FINISHED:
+            return lambda name, member: not member.presence.has_left
+        if self.phase is Phase.CONTRIBUTIONS:
+            return lambda name, member: member.contributes
+        if self._present_step.next_forward:
+            began_it = self._present_step.labels_of
+            return lambda name, member: name in began_it and member.presence.takes_part
+        step = self.step + 1
+        return lambda name, member: member.has_data_for(step)
+
+    def _has_come(self, kind: type, micro_batch: int) -> Callable[[str, Member], bool]:
+        """Says of a member whether it has sent this."""
+        if kind is HiddenGradient:
+            replies = self._present_step.asked_back[0].gradients
+            return lambda name, member: name in replies
+        return lambda name, member: isinstance(member.questions.get(micro_batch), kind)
 
     def _asked(self, kind: type[Asked]) -> dict[str, Asked]:
         """The open questions of this kind, and of the present micro-batch, by client."""
@@ -843,4 +882,5 @@ def _reports(verdict: Verdict, seconds: float) -> list[Action]:
         return []
     kind = "overtaken" if verdict.go else "late"
     client = verdict.silent[0] if len(verdict.silent) == 1 else None
-    return [Report(kind=kind, text=verdict.say, client=client, details={"clients": list(verdict.silent), "seconds": seconds})]
+    details = {"clients": list(verdict.silent[:NAMES_IN_DETAILS]), "count": len(verdict.silent), "seconds": seconds}
+    return [Report(kind=kind, text=verdict.say, client=client, details=details)]

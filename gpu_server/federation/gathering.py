@@ -1,12 +1,12 @@
 """What a step waits for, with whom it may go on, and when the operator hears that it waits."""
 
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from terminal import Reminders, count, duration, listed
 
 from .deadline import Deadline
-from .member import Member
+from .turnout import Turnout
 
 __all__ = ["Gathering", "Verdict"]
 
@@ -36,46 +36,43 @@ class Gathering:
         since: when it began; every ``now`` is of the same clock.
         deadline: how long clients of this run take for such questions.
         quorum: clients that are enough once the deadline has passed; None: all are needed, however long it takes.
+        turnout: the members whose questions the run waits for, and those of them that have asked.
     """
 
     kind: type
     since: float
     deadline: Deadline
     quorum: int | None
+    turnout: Turnout
     _is_late: bool = False
     """The deadline has passed: from now on time alone changes nothing, but one more that asks may be enough."""
     _told_after: float = 0.0
     """Seconds from the beginning until the wait was told of last; 0: it was not yet."""
 
-    def verdict(
-        self, step: int, wanted: list[str], asked: Container[str], members: Mapping[str, Member], now: float
-    ) -> Verdict:
+    def verdict(self, step: int, now: float) -> Verdict:
         """
         Args:
             step: for which it is gathered.
-            wanted: the members whose questions the step is made of, in its order.
-            asked: those that have asked.
-            members: all of them, by name.
 
         It remembers that it has said something, so that it does not say it at every call.
         """
-        ready, missing = [name for name in wanted if name in asked], [name for name in wanted if name not in asked]
-        # A member that the run has gone on without is waited for only while there is no quorum without it.
-        awaited = [name for name in missing if not members[name].presence.is_overtaken]
-        needed = len(wanted) if self.quorum is None else min(self.quorum, len(wanted))
-        enough = len(ready) >= needed
+        come, awaited, num_wanted = self.turnout.come, self.turnout.awaited, len(self.turnout)
+        needed = num_wanted if self.quorum is None else min(self.quorum, num_wanted)
+        enough = len(come) >= needed
         if enough and not awaited:
-            return Verdict(go=ready)
+            return Verdict(go=sorted(come))
         self._is_late = self.quorum is not None and now - self.since >= self.deadline.seconds(self.kind)
         if enough and self._is_late:
-            silent = f"{_listed(awaited, members)}, silent for {duration(now - self.since)}"
-            return Verdict(go=ready, say=f"step {step} goes on without {silent}", silent=tuple(awaited))
+            silent = sorted(awaited)
+            without = f"{self._listed(silent)}, silent for {duration(now - self.since)}"
+            return Verdict(go=sorted(come), say=f"step {step} goes on without {without}", silent=tuple(silent))
         if not self._is_worth_telling(now):
             return Verdict()
-        silent = f"{_listed(missing, members)}, silent for {duration(now - self.since)}"
+        silent = sorted(self.turnout.missing())
+        waits = f"{self._listed(silent)}, silent for {duration(now - self.since)}"
         least = "" if self.quorum is None else f", {needed} needed"
-        ready_of = f"{len(ready)} of {count(len(wanted), 'device')} ready"
-        return Verdict(say=f"step {step} waits for {silent}; {ready_of}{least}", silent=tuple(missing))
+        ready_of = f"{len(come)} of {count(num_wanted, 'device')} ready"
+        return Verdict(say=f"step {step} waits for {waits}; {ready_of}{least}", silent=tuple(silent))
 
     def newcomers(self, joined: Collection[str], clients: int, now: float) -> Verdict:
         """
@@ -108,6 +105,5 @@ class Gathering:
         reminders = Reminders(first=first, times_later=TIMES_LATER, longest_between=LONGEST_BETWEEN_REPORTS)
         return reminders.next_after(self._told_after)
 
-
-def _listed(names: list[str], members: Mapping[str, Member]) -> str:
-    return listed(name if members[name].presence.is_connected else f"{name} (not connected)" for name in names)
+    def _listed(self, names: Iterable[str]) -> str:
+        return listed(name if self.turnout.is_connected(name) else f"{name} (not connected)" for name in names)

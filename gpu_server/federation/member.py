@@ -1,6 +1,7 @@
 """One client of the run, as far as the server knows it."""
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from protocol import Activations, AdapterWeights, Done, Evaluation, Itinerary, Join, Message, QuestionId
@@ -59,11 +60,16 @@ _ASKED = {Presence.BEHIND: Presence.RETURNING}
 _TOLD = {Presence.RETURNING: Presence.HERE}
 """What each event makes of a presence; where it is not named, it stays as it is."""
 
+_NOTED = {"presence", "in_round"}
+"""Attributes of a member that are no others without `Member.changed`."""
+
 
 @dataclass
 class Member:
     """
     A client of the run. Only its methods change its presence.
+
+    Whoever keeps lists of members hears of every change that may move one from list to list, through ``on_change``.
 
     Its answers are kept so that whoever asks again gets the same bytes: those to the questions of one kind and step, all of
     them before ``next_question``.
@@ -102,6 +108,18 @@ class Member:
     """When it was disconnected last; None if it never was."""
     missed_from: int = 0
     """The first step that has gone on without it, if it is overtaken: to tell the operator; 0 if there is nothing to tell."""
+    on_change: Callable[[], None] | None = None
+    """Called when `changed` is."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name in _NOTED:
+            self.changed()
+
+    def changed(self) -> None:
+        """Its presence, its questions, its part in the round, or what it has replied is not what it was."""
+        if self.on_change is not None:
+            self.on_change()
 
     @property
     def last_step(self) -> int:
@@ -112,6 +130,17 @@ class Member:
     def resumed_at(self) -> int:
         """The step of the last `Start` on its connection, which answers all it asks of steps up to this one; -1: none."""
         return -1 if self.told is None else self.told[0]
+
+    # Whether it is waited for
+
+    def has_data_for(self, step: int) -> bool:
+        """Whether it has a part in this step, unless it has left."""
+        return self.itinerary.last_step >= step and not self.presence.has_left
+
+    @property
+    def contributes(self) -> bool:
+        """Whether its adapter has a part in the next edge adapter."""
+        return self.in_round and self.presence.takes_part
 
     # What becomes of its presence
 
@@ -134,7 +163,7 @@ class Member:
         """This step, or the round it ends, has gone on without it: what it has asked is not answered any more."""
         if not self.presence.is_overtaken:
             self.presence, self.missed_from = _OVERTAKEN[self.presence], step
-        self.questions.clear()
+        self._drop_questions()
 
     def asked_from_behind(self) -> None:
         """What it asked shows that it has to be told where to go on."""
@@ -149,6 +178,15 @@ class Member:
             self.in_round = False  # the step after which it was to contribute has gone on without it
 
     # Questions and answers
+
+    def asks(self, micro_batch: int, question: Message) -> None:
+        """Its question of this micro-batch stays open until it is answered, or the run goes on without it."""
+        self.questions[micro_batch] = question
+        self.changed()
+
+    def _drop_questions(self) -> None:
+        self.questions.clear()
+        self.changed()
 
     def may_ask(self, question: QuestionId) -> bool:
         return self.itinerary.may_ask(question, self.next_question)
@@ -171,6 +209,7 @@ class Member:
             self.answers = {}
         self.answers[question] = message
         self.next_question = next_question
+        self.changed()
 
     def resumes_after(self) -> int:
         """The step that its `Start` names; the one before, if it must repeat a step whose result it has lost."""
@@ -188,7 +227,7 @@ class Member:
         if counts != self.labelled_tokens:
             self.labelled_tokens = counts
             if isinstance(self.questions.get(0), AdapterWeights):
-                self.questions.clear()
+                self._drop_questions()
 
     def begins_round(self) -> None:
         self.in_round, self.labelled_tokens = False, {}

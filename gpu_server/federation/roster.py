@@ -1,13 +1,15 @@
 """Who is in the run."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 from protocol import Contribution, Itinerary, Join, Message, RemoteProtocolError, RunSettings
 from terminal import count
 
 from .member import Member, Presence
+from .turnout import Turnout
 
 __all__ = ["NOBODY", "Asked", "NameInUse", "Roster"]
 
@@ -25,6 +27,8 @@ class Roster:
 
     Before the run starts a member whose connection is lost has never been one; afterwards nobody new is let in.
 
+    What is asked at every message is kept in indexes. Only `_note` changes them, which every member calls when it has changed.
+
     Args:
         matrix_shapes: of the edge part's LoRA matrices, by name.
     """
@@ -34,6 +38,12 @@ class Roster:
         self.members: dict[str, Member] = {}
         self.greeted: set[str] = set()
         """Names that a connection has said, and not yet joined with: they are taken, too."""
+        self._presences: dict[str, Presence] = {}
+        """As they were noted last."""
+        self._standing: dict[Presence, set[str]] = {presence: set() for presence in Presence}
+        """The same, the other way round."""
+        self._turnouts: WeakSet[Turnout] = WeakSet()
+        """Those that somebody keeps."""
 
     def __iter__(self) -> Iterator[tuple[str, Member]]:
         return iter(self.members.items())
@@ -57,7 +67,7 @@ class Roster:
                 f"and another device needs a name of its own"
             )
         if member is None:
-            places = self._settings.clients - len(self.greeted.union(self.members))
+            places = self._settings.clients - len(self.greeted) - len(self.members)  # before the start nobody is in both
             if not starting or places < 1:
                 raise RemoteProtocolError(f"the run is full: it takes {count(self._settings.clients, 'device')} (--clients)")
         else:
@@ -81,8 +91,24 @@ class Roster:
         return Itinerary(self._settings, self._settings.steps_of_client(join.num_samples, join.batch_size))
 
     def add(self, name: str, member: Member) -> None:
-        self.members[name] = member
+        self._enter(name, member)
         self.greeted.discard(name)
+
+    def _enter(self, name: str, member: Member) -> None:
+        self.members[name] = member
+        member.on_change = partial(self._note, name)
+        member.changed()
+
+    def _note(self, name: str) -> None:
+        """Whatever of this member has changed: the indexes show it as it is now."""
+        member, before = self.members.get(name), self._presences.pop(name, None)
+        if before is not None:
+            self._standing[before].remove(name)
+        if member is not None:
+            self._presences[name] = member.presence
+            self._standing[member.presence].add(name)
+        for turnout in self._turnouts:
+            turnout.count(name)
 
     def came_back(self, name: str, join: Join) -> None:
         self.members[name].came_back(join)
@@ -95,7 +121,8 @@ class Roster:
         """
         self.greeted.discard(name)
         if starting:
-            self.members.pop(name, None)
+            if self.members.pop(name, None) is not None:
+                self._note(name)
         elif name in self.members:
             self.members[name].was_lost(now)
 
@@ -103,7 +130,7 @@ class Roster:
 
     def saved(self) -> dict[str, dict[str, Any]]:
         """What has to be known of the members to go on after a round's end, as JSON."""
-        return {name: {**asdict(member.join), "left": member.presence.has_left} for name, member in self}
+        return {name: {**vars(member.join), "left": member.presence.has_left} for name, member in self}
 
     def restore(self, membership: dict[str, dict[str, Any]], step: int, evaluated: Mapping[str, int] = NOBODY) -> None:
         """
@@ -118,7 +145,7 @@ class Roster:
             itinerary, presence = self._itinerary(join), Presence.LEFT if fields["left"] else Presence.AWAY
             member = Member(join, itinerary, self._matrix_shapes, presence, itinerary.after_round(step))
             member.evaluated = evaluated.get(name, member.evaluated)
-            self.members[name] = member
+            self._enter(name, member)
 
     # Whom a step or a round waits for
 
@@ -137,19 +164,33 @@ class Roster:
 
     def participants(self, step: int) -> list[str]:
         """Members that have data for the step, in the order of the union batch."""
-        return sorted(name for name, member in self if member.last_step >= step and not member.presence.has_left)
+        return sorted(name for name, member in self if member.has_data_for(step))
 
     def contributors(self) -> list[str]:
         """
         Members whose adapters make the next edge adapter: all that took part in a step of the round. Those that are overtaken
         are told where to go on only after it.
         """
-        return sorted(name for name, member in self if member.in_round and member.presence.takes_part)
+        return sorted(name for name, member in self if member.contributes)
 
     def returning(self) -> list[str]:
         """Members that wait to be told where to go on."""
-        return sorted(name for name, member in self if member.presence is Presence.RETURNING)
+        return sorted(self._standing[Presence.RETURNING])
 
     def unfinished(self) -> list[str]:
         """Members that have not said goodbye: whether an adapter that was sent has arrived, only they know."""
         return [name for name, member in self if not member.presence.has_left]
+
+    @property
+    def num_unfinished(self) -> int:
+        return sum(len(names) for presence, names in self._standing.items() if not presence.has_left)
+
+    @property
+    def num_connected(self) -> int:
+        return sum(len(names) for presence, names in self._standing.items() if presence.is_connected)
+
+    def turnout(self, is_wanted: Callable[[str, Member], bool], has_come: Callable[[str, Member], bool]) -> Turnout:
+        """One that hears of every member that changes, as long as somebody keeps it."""
+        turnout = Turnout(self.members, is_wanted, has_come)
+        self._turnouts.add(turnout)
+        return turnout

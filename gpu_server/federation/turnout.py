@@ -1,0 +1,71 @@
+"""Of those that the run waits for: who has come, and who is missing."""
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
+
+from .member import Member
+
+__all__ = ["Turnout"]
+
+Names = dict[str, None]
+"""A set that keeps its order."""
+
+
+class Turnout:
+    """
+    It looks at all members once, when it begins, and from then on at those alone that have changed: `Roster.turnout` makes one
+    that hears of them. What its two questions say of a member may become another answer only when the member changes.
+
+    Args:
+        members: all of the run, by name.
+        is_wanted: whether the run waits for this one.
+        has_come: whether this one, if it is wanted, has sent what the run waits for.
+    """
+
+    def __init__(
+        self,
+        members: Mapping[str, Member],
+        is_wanted: Callable[[str, Member], bool],
+        has_come: Callable[[str, Member], bool],
+    ) -> None:
+        self._members, self._is_wanted, self._has_come = members, is_wanted, has_come
+        self.come: Names = {}
+        self.awaited: Names = {}
+        """Missing, and up to date."""
+        self.overtaken: Names = {}
+        """Missing, and the run has gone on without them before: they are waited for only while there is no quorum."""
+        for name in members:
+            self.count(name)
+
+    def count(self, name: str) -> None:
+        """This member has changed, or is no member any more."""
+        place = self._place_of(name)
+        for names in (self.come, self.awaited, self.overtaken):
+            if names is place:
+                names[name] = None
+            else:
+                names.pop(name, None)
+
+    def _place_of(self, name: str) -> Names | None:
+        member = self._members.get(name)
+        if member is None or not self._is_wanted(name, member):
+            return None
+        if self._has_come(name, member):
+            return self.come
+        return self.overtaken if member.presence.is_overtaken else self.awaited
+
+    def __len__(self) -> int:
+        """How many are wanted."""
+        return len(self.come) + len(self.awaited) + len(self.overtaken)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nobody is missing."""
+        return not self.awaited and not self.overtaken
+
+    def missing(self) -> Iterator[str]:
+        """In no order."""
+        return chain(self.awaited, self.overtaken)
+
+    def is_connected(self, name: str) -> bool:
+        return self._members[name].presence.is_connected
