@@ -15,7 +15,7 @@ from ports import free_port
 
 from edge_client import ConnectionFailed, EdgeClient
 from gpu_server import GpuServer, Observer, RunStatus, ServerError, StepRecord
-from gpu_server.federation import Action, FinishStep, Phase, SaveCodecState, Train, Trained
+from gpu_server.federation import Action, Federation, FinishStep, Phase, SaveCodecState, Train, Trained
 from gpu_server.history import RunEvent
 from gpu_server.run_directory import RunDirectory
 from gpu_server.serving.journal import Journal
@@ -108,6 +108,20 @@ def test_everybody_who_watches_a_run_is_told_the_same(run: Callable[..., list[St
     assert first.checkpoints[-1] == STEPS
     assert first.served == second.served == [("begins", 0), ("ends", STEPS)]
     assert len(first.threads | second.threads) == 1
+
+
+def test_members_are_copied_only_for_an_observer_that_asks_for_it(
+    run: Callable[..., list[StepRecord]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_the_run, status = [0], Federation.status
+
+    def counting(federation: Federation) -> RunStatus:
+        in_the_run[0] += threading.current_thread().name == "server"
+        return status(federation)
+
+    monkeypatch.setattr(Federation, "status", counting)
+    run(Observer())
+    assert in_the_run == [0]
 
 
 @pytest.mark.parametrize(

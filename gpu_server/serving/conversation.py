@@ -185,17 +185,16 @@ class Conversations:
             came = f"joined with {count(join.num_samples, 'sample')}"
         else:
             came = "is back" if before.lost_at is None else f"is back after {duration(now - before.lost_at)}"
-        status = federation.status()
         tell(
             "joined" if before is None else "back",
-            f"{peer} {came}; {status.connected} of {count(status.clients, 'device')} connected",
+            f"{peer} {came}; {federation.connected} of {count(federation.settings.clients, 'device')} connected",
             client=peer.name,
             samples=join.num_samples,
             batch_size=join.batch_size,
             steps=federation.members[peer.name].last_step,
             address=peer.connection.address,
         )
-        if status.step == 0 and not was_started and federation.total_steps:
+        if federation.step == 0 and not was_started and federation.total_steps:
             steps = federation.total_steps
             tell("training_started", f"training starts: {count(steps, 'step')}", step=0, quiet=True, total_steps=steps)
         self._performer.perform(actions)
@@ -205,17 +204,17 @@ class Conversations:
         return "" if self._door.identity is None else self._door.identity.next_pin
 
     def _pong(self, ping: Ping) -> Pong:
-        status = self._federation.status()
-        waiting_for, waiting_seconds = self._federation.waits_for(time.monotonic())
+        federation = self._federation
+        waiting_for, waiting_seconds = federation.waits_for(time.monotonic(), NAMES_IN_A_PONG)
         return Pong(
             index=ping.index,
             software=version(),
-            run=status.run,
-            clients=status.clients,
-            joined=status.connected,
-            step=status.step,
+            run=federation.run,
+            clients=federation.settings.clients,
+            joined=federation.connected,
+            step=federation.step,
             model=self._model_name,
-            waiting_for=tuple(waiting_for[:NAMES_IN_A_PONG]),
+            waiting_for=tuple(waiting_for),
             waiting_seconds=waiting_seconds,
             edge_weights=self._edge_weights,
         )
