@@ -202,8 +202,22 @@ class GpuServer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """
         Raises:
-            RankLost: a process that computes together with this one was gone meanwhile.
+            RankLost: a process that computes together with this one is gone, and its end is why this one was told to end.
         """
+        try:
+            self._end(kind)
+        except (KeyboardInterrupt, SystemExit):
+            self._raise_lost()
+            raise
+        if kind is not None and not issubclass(kind, RankLost):
+            self._raise_lost()
+
+    def _raise_lost(self) -> None:
+        # Where a rank is killed, torchrun sends SIGTERM to the others at about the same time.
+        if self._run.leader is not None and self._run.leader.lost is not None:
+            raise self._run.leader.lost
+
+    def _end(self, kind: type[BaseException] | None) -> None:
         if kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit):
             self.suspend()  # Ctrl-C or SIGTERM: the run may go on later
         else:
@@ -214,9 +228,6 @@ class GpuServer:
         self._run.directory.release()
         if self._run.leader is not None:
             self._run.leader.close()
-            # Where a rank is killed, torchrun sends SIGTERM to the others at about the same time.
-            if self._run.leader.lost is not None and kind is not None and not issubclass(kind, RankLost):
-                raise self._run.leader.lost
 
     def _cache_of(self, client: str) -> CacheFolder:
         # Beside a sample's last versions there are those of all steps that the run may go back to; devices keep less.

@@ -1,6 +1,5 @@
 """What every rank but the first does: compute what rank 0 says, as long as there is something to compute."""
 
-import atexit
 import os
 import signal
 import sys
@@ -43,7 +42,6 @@ def follow(place: Place, options: Mapping[str, Any]) -> None:
         os._exit(0 if lost is None else 1)
 
     group = ProcessGroup(place, end)
-    atexit.register(os._exit, 1)  # after a defect: a thread that waits in torch would keep this process
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     try:

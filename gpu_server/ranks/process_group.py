@@ -4,10 +4,11 @@ import atexit
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -38,8 +39,7 @@ SECONDS_TO_END = 10.0
 ANOTHER = "another rank"
 
 # What travels under which tag: a rank's pulse comes beside whatever else it has to tell.
-LENGTHS, MESSAGES, PULSES = 0, 1, 2
-ONE_MORE, LAST = 0, 1
+LENGTHS, MESSAGES, PULSES, FAREWELLS = range(4)
 
 
 class ProcessGroup:
@@ -69,6 +69,7 @@ class ProcessGroup:
         self._lost: RankLost | None = None
         self._is_lost, self._is_closing, self._lock = threading.Event(), threading.Event(), threading.Lock()
         self._sending = threading.Lock()
+        self._farewells: list[Any] = []
         if not (dist.is_available() and dist.is_gloo_available()):
             raise ConfigError(without_backend("gloo"))
         try:
@@ -78,11 +79,14 @@ class ProcessGroup:
             raise ServerError(f"rank {place.rank} cannot meet the others: {_first_line(error)}") from None
         self.group = dist.group.WORLD
         """In which gradients are added up, and a part's frozen weights are kept together, where they are sharded."""
-        keep_pulse = self._answer_pulse if place.leads else self._send_pulse
-        self._pulses = [
-            threading.Thread(target=keep_pulse, args=(rank,), name=f"pulse-{rank}", daemon=True) for rank in self.partners
+        watches = [self._answer_pulse] if place.leads else [self._send_pulse, self._expect_farewell]
+        self._watching = [
+            threading.Thread(target=watch, args=(rank,), name=f"rank-{rank}", daemon=True)
+            for watch in watches
+            for rank in self.partners
         ]
-        for thread in self._pulses:
+        atexit.register(_leave)
+        for thread in self._watching:
             thread.start()
 
     def use_nccl(self) -> None:
@@ -175,12 +179,12 @@ class ProcessGroup:
 
     def _lose(self, rank: int | None) -> RankLost:
         with self._lock:
-            if self._lost is None:
-                self._lost = RankLost(ANOTHER if rank is None else f"rank {rank}")
-                if not self._is_closing.is_set():
-                    self._ended(self._lost)
-            self._is_lost.set()
-            return self._lost
+            lost = self._lost or RankLost(ANOTHER if rank is None else f"rank {rank}")
+            if self._lost is None and not self._is_closing.is_set():
+                self._lost = lost
+                self._is_lost.set()
+                self._ended(lost)
+            return lost
 
     @contextmanager
     def _talking_to(self, rank: int | None) -> Iterator[None]:
@@ -199,27 +203,31 @@ class ProcessGroup:
             raise self._lose(rank) from None
 
     def _answer_pulse(self, rank: int) -> None:
-        """The leader's side: a sign of life for each that comes, until the last."""
+        """The leader's side of what `_send_pulse` does."""
         sign = torch.zeros(1, dtype=torch.uint8)
-        with self._watching(rank):
-            while sign[0] == ONE_MORE:
+        with self._until_lost(rank):
+            while True:
                 _wait(dist.irecv(sign, rank, tag=PULSES), WITHOUT_PULSE)
-                sign[0] = LAST if self._is_closing.is_set() else ONE_MORE
                 _wait(dist.isend(sign, rank, tag=PULSES), WITHOUT_PULSE)
 
     def _send_pulse(self, rank: int) -> None:
-        """The other side: until the leader sends this process home."""
+        """Signs of life, there and back, by which each notices when the other is gone."""
         sign = torch.zeros(1, dtype=torch.uint8)
-        with self._watching(rank):
-            while sign[0] == ONE_MORE:
+        with self._until_lost(rank):
+            while True:
                 _wait(dist.isend(sign, rank, tag=PULSES), WITHOUT_PULSE)
                 _wait(dist.irecv(sign, rank, tag=PULSES), WITHOUT_PULSE)
-                time.sleep(SECONDS_BETWEEN_PULSES if sign[0] == ONE_MORE else 0)
+                time.sleep(SECONDS_BETWEEN_PULSES)
+
+    def _expect_farewell(self, rank: int) -> None:
+        """Until the leader sends this process home."""
+        with self._until_lost(rank):
+            _wait(dist.irecv(torch.zeros(1, dtype=torch.uint8), rank, tag=FAREWELLS), FOREVER)
             self._is_closing.set()
             self._ended(None)
 
     @contextmanager
-    def _watching(self, rank: int) -> Iterator[None]:
+    def _until_lost(self, rank: int) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
@@ -227,19 +235,31 @@ class ProcessGroup:
             self._lose(rank)
 
     def send_home(self) -> None:
-        """Of the leader: the others are no longer needed, and end. Returns at once."""
+        """Of the leader: the others are no longer needed, and end at once, whatever they do. Does not wait for them."""
         self._is_closing.set()
+        for rank in self.partners:
+            with suppress(RuntimeError):  # of one that is gone
+                self._farewells.append(dist.isend(torch.zeros(1, dtype=torch.uint8), rank, tag=FAREWELLS))
 
     def close(self) -> None:
         """Of the leader: see the others end, and part from them."""
+        if self._lost is not None:
+            return
         self.send_home()
         ends = time.monotonic() + SECONDS_TO_END
-        for thread in self._pulses:
+        for thread in self._watching:
             thread.join(max(0.0, ends - time.monotonic()))
-        if self._lost is None and self.group is dist.group.WORLD:
-            dist.destroy_process_group()
-        elif any(thread.is_alive() for thread in self._pulses):
-            atexit.register(os._exit, 1)  # one that waits in torch cannot be ended, and would keep this process
+        if not any(thread.is_alive() for thread in self._watching):
+            atexit.unregister(_leave)
+            if self.group is dist.group.WORLD:  # NCCL would wait for the others
+                dist.destroy_process_group()
+
+
+def _leave() -> None:
+    """Threads that wait in torch cannot be ended, and torch aborts a process that ends while they do."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 @contextmanager
