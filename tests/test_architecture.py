@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "contestants": {*("edge_client", "gpu_server", "protocol", "split_model", "storage", "terminal"), *("numpy", "torch")},
     "privacy": {"dp_accounting", "numpy"},
     "protocol": {"backports", "compression", "msgpack", "numpy"},
+    "simulation": {*("gpu_server", "protocol", "terminal"), *("matplotlib", "numpy")},
     "split_model": {"storage", "numpy", "safetensors", "tokenizers", "torch"},
     "storage": {"huggingface_hub", "numpy", "tokenizers"},
     "graphs": {"storage", "split_model", "ml_dtypes", "numpy", "onnx", "safetensors"},
@@ -45,7 +46,7 @@ ONLY_IN = {
         *("gpu_server/serving/peer.py", "gpu_server/serving/performer.py", "gpu_server/serving/run_server.py"),
     },
     "msgpack": {"protocol/encoding.py", "gpu_server/ranks/packing.py"},
-    "matplotlib": {"edge_client/leak/picture.py", "gpu_server/report/pictures.py"},
+    "matplotlib": {"edge_client/leak/picture.py", "gpu_server/report/pictures.py", "simulation/pictures.py"},
     "onnxruntime": {"terminal/packages.py"},
     "prometheus_client": {"gpu_server/prometheus.py"},
     "peft": {"export/peft_merge.py"},
@@ -91,6 +92,13 @@ def test_contestants_read_data_as_devices_do_and_write_what_a_server_writes_and_
         assert {module for module in found if module.startswith(("edge_client", "gpu_server"))} <= allowed, file
         names = found.get("edge_client", set()) | found.get("gpu_server", set())
         assert names <= {"DataError", "StateError", "ServerConfig", "StepRecord"}, file
+
+
+def test_simulation_knows_of_the_server_only_what_decides() -> None:
+    for file in (REPOSITORY / "simulation").glob("*.py"):
+        nodes = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
+        modules = {node.module for node in nodes if node.level == 0 and node.module}
+        assert {module for module in modules if module.startswith("gpu_server")} <= {"gpu_server.federation"}, file
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
@@ -158,7 +166,7 @@ for name in {modules}:
     subprocess.run([sys.executable, "-c", check], check=True, cwd=REPOSITORY)
 
 
-@pytest.mark.parametrize("package", ["gpu_server.door", "gpu_server.federation", "gpu_server.report", "graphs"])
+@pytest.mark.parametrize("package", ["gpu_server.door", "gpu_server.federation", "gpu_server.report", "graphs", "simulation"])
 def test_what_computes_nothing_itself_loads_no_torch(package: str) -> None:
     """Enrolling a device need not wait the seconds that torch takes to load."""
     check = f"import sys, {package}; sys.exit(bool({{'torch', 'split_model'}} & sys.modules.keys()))"

@@ -1,0 +1,169 @@
+"""The program: python -m simulation."""
+
+import cProfile
+import json
+import math
+import sys
+from argparse import Namespace
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from terminal import Parser, Progress, count, run_program, user_path
+
+from .cost import Meter, bytes_a_member
+from .events import make_federation, simulate
+from .plan import Fleet, Plan, PlanError, Server
+from .result import Result, StepOutcome
+from .tables import growth_table, run_table, server_table
+from .traffic import CODECS
+
+__all__ = ["main"]
+
+MEMBERS_FOR_MEMORY = 2000
+EXAMPLE = "example: python -m simulation --devices 100 1000 --quorum 0.8 0.9 1 --pictures docs/pictures"
+
+
+def main() -> int:
+    return run_program("simulation", _run, lambda: (PlanError, OSError), install="splitlora[server]")
+
+
+def _parser() -> Parser:
+    plan, fleet, server = Plan(devices=1), Fleet(), Server()
+    parser = Parser(
+        prog="simulation",
+        description="Simulate runs of many devices: the server's federation is the real one, all around it is a model. "
+        "Defaults are of public measurements, which simulation/plan.py names; docs/scale.md says what follows.",
+        epilog=EXAMPLE,
+    )
+    add = parser.add_argument
+    add("--devices", type=int, nargs="+", default=[100], metavar="N", help="each is a run of its own (default: 100)")
+    add(
+        "--quorum",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="SHARE",
+        help="share of the devices with which a step goes on after its deadline; 1: all. Each is a run of its own (default: 1)",
+    )
+    for name, kind, text in (
+        ("steps", int, "of a run"),
+        ("seed", int, "of all draws"),
+        ("aggregate-every", int, "steps in a round"),
+        ("micro-batches", int, "of a device's batch"),
+        ("in-flight", int, "micro-batches that a device has under way at once"),
+        ("checkpoint-every", int, "rounds between two checkpoints"),
+        ("tokens", int, "rows of a device's batch"),
+        ("width", int, "of the model"),
+        ("cut-layer", int, "blocks on the device"),
+        ("lora-rank", int, "of the devices' adapter"),
+    ):
+        default = getattr(plan, name.replace("-", "_"))
+        add(f"--{name}", type=kind, default=default, metavar="N", help=f"{text} (default: {default})")
+    add("--deadline", type=float, metavar="SECONDS", help="of a step; derived from what devices take, if not given")
+    add("--codec", default=plan.codec, choices=tuple(CODECS), help=f"of activations and gradients (default: {plan.codec})")
+    for flag, name, text in (
+        (
+            "--device-speed",
+            "tokens_a_second",
+            "tokens/s of the median device, through three blocks of GPT-2 small and back",
+        ),
+        ("--device-spread", "compute_spread", "standard deviation of the logarithm of devices' speeds"),
+        ("--jitter", "jitter", "the same of one device's computations"),
+        ("--uplink", "uplink", "Mbit/s of the median device"),
+        ("--downlink", "downlink", "Mbit/s of the median device"),
+        ("--round-trip", "round_trip", "seconds of the median device"),
+        ("--link-spread", "link_spread", "standard deviation of the logarithm of links' speeds"),
+        ("--connected", "seconds_connected", "seconds until a connection is lost, the mean; 0: never"),
+        ("--away", "seconds_away", "seconds until a lost device is back, the mean"),
+        ("--leaving", "leaving", "share of losses after which a device does not come back"),
+        ("--arrival", "arrival", "seconds in which the devices join"),
+    ):
+        default = getattr(fleet, name)
+        add(flag, dest=f"fleet_{name}", type=float, default=default, metavar="X", help=f"{text} (default: {default:.4g})")
+    for flag, name, text in (
+        ("--server-speed", "tokens_a_second", "tokens a second that one GPU trains"),
+        ("--server-overhead", "seconds_a_micro_batch", "seconds of a computation, whatever its size"),
+        ("--ranks", "ranks", "GPUs that share the computation"),
+        ("--rank-efficiency", "rank_efficiency", "what each of several ranks does of what one alone would"),
+        ("--exchange", "exchange", "seconds of the thread that serves, for a question and its answer"),
+        ("--gigabits", "gigabits", "Gbit/s of the server's link"),
+    ):
+        default = getattr(server, name)
+        add(
+            flag,
+            dest=f"server_{name}",
+            type=type(default),
+            default=default,
+            metavar="X",
+            help=f"{text} (default: {default:g})",
+        )
+    add("--profile", action="store_true", help="show in which functions the federation spends its time")
+    add("--json", type=Path, metavar="FILE", help="write all figures there")
+    add("--pictures", type=Path, metavar="FOLDER", help="draw the curves there, as fleet.svg and fleet.png; needs matplotlib")
+    return parser
+
+
+def _run() -> None:
+    options = _parser().parse_args()
+    plans = _plans(options)
+    if options.pictures is not None:
+        from .pictures import draw  # before all the work: matplotlib may be missing
+    results: list[Result] = []
+    with Progress(sum(plan.steps for plan in plans), unit="step") as progress:
+        for plan in plans:
+            results.append(_simulate(plan, progress, profiled=options.profile))
+    members = min(MEMBERS_FOR_MEMORY, plans[0].devices)
+    memory = bytes_a_member(lambda: make_federation(_like(plans[0], devices=members)), members)
+    _say(run_table(results))
+    _say(server_table(results))
+    _say(growth_table(results))
+    _say(f"A device more takes {memory / 1000:.2f} kB of the federation's memory, its question's own arrays aside.")
+    for result in results:
+        if result.where:
+            _say(f"{count(result.plan.devices, 'device')}, quorum {result.plan.quorum:g}:\n{result.where}")
+    if options.json is not None:
+        text = json.dumps({"memory_a_member": memory, "runs": [_as_json(result) for result in results]}, indent=1)
+        user_path(options.json).write_text(text + "\n", encoding="utf-8")
+    if options.pictures is not None:
+        for path in draw(results, user_path(options.pictures)):
+            _say(f"drawn: {path}")
+
+
+def _simulate(plan: Plan, progress: Progress, *, profiled: bool) -> Result:
+    of = count(plan.devices, "device") + ("" if plan.quorum == 1 else f" and quorum {plan.quorum:g}")
+
+    def told(step: StepOutcome) -> None:
+        progress.advance(f"{of}: a step of {step.seconds:.3g} s")
+
+    result = simulate(plan, told=told, meter=Meter(cProfile.Profile() if profiled else None))
+    if len(result.steps) < plan.steps:  # all have left early
+        progress.advance(of, plan.steps - len(result.steps))
+    return result
+
+
+def _plans(options: Namespace) -> list[Plan]:
+    """One for each number of devices and each quorum."""
+    given = vars(options)
+    fleet = Fleet(**{item.name: given[f"fleet_{item.name}"] for item in fields(Fleet)})
+    server = Server(**{item.name: given[f"server_{item.name}"] for item in fields(Server) if f"server_{item.name}" in given})
+    shared = {item.name: given[item.name] for item in fields(Plan) if item.name not in ("devices", "quorum", "fleet", "server")}
+    return [
+        Plan(devices=devices, quorum=quorum, fleet=fleet, server=server, **shared)
+        for devices in options.devices
+        for quorum in options.quorum
+    ]
+
+
+def _like(plan: Plan, **changes: Any) -> Plan:
+    return Plan(**{**{item.name: getattr(plan, item.name) for item in fields(Plan)}, **changes})
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    named = ("step_seconds", "share_that_counts", "share_in_step", "decisions", "deciding", "decisions_a_second")
+    figures = {**asdict(result), **{name: getattr(result, name) for name in named}}
+    return {name: value for name, value in figures.items() if not isinstance(value, float) or math.isfinite(value)}
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n\n")

@@ -1,0 +1,298 @@
+"""The simulated fleet: small runs whose outcome is known in advance, and properties of larger ones."""
+
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from protocol import (
+    ActivationGradient,
+    Activations,
+    AdapterGradient,
+    AdapterWeights,
+    Done,
+    EdgeAdapter,
+    Goodbye,
+    Message,
+    RunEnd,
+    Seconds,
+    Start,
+    encode,
+    identity,
+)
+from protocol.settings import codec_named
+from simulation import Fleet, Plan, PlanError, Server, simulate
+from simulation.cli import main
+from simulation.cost import Meter, bytes_a_member
+from simulation.events import make_federation
+from simulation.tables import growth_table
+from simulation.traffic import Traffic
+
+ALIKE = Fleet(compute_spread=0.0, link_spread=0.0, jitter=0.0, seconds_connected=0.0)
+WIDE = 1e6  # Gbit/s: the server's own link takes no time
+HARSH = Fleet(seconds_connected=8.0, seconds_away=4.0, leaving=0.05, arrival=2.0)
+
+
+def closed_form(plan: Plan, *, forward: float | None = None, took_part: int | None = None) -> float:
+    """Seconds of a step of equal devices, in one micro-batch: what happens in it, added up."""
+    fleet, server, devices = plan.fleet, plan.server, took_part or plan.devices
+    sizes = Traffic(plan.tokens, plan.micro_batches, plan.width, plan.cut_layer, plan.lora_rank, plan.codec).bytes_by_kind()
+    one_way = fleet.round_trip / 2
+    if forward is None:
+        forward = plan.tokens / (2 * fleet.tokens_a_second)
+
+    def goes_up(kind: type[Message]) -> float:
+        return 8 * sizes[kind] / (1e6 * fleet.uplink) + one_way + devices * server.exchange
+
+    def goes_down(kind: type[Message]) -> float:
+        return one_way + 8 * sizes[kind] / (1e6 * fleet.downlink)
+
+    computes = server.seconds_a_micro_batch + devices * plan.tokens / (
+        server.tokens_a_second * server.ranks * efficiency(server)
+    )
+    adds = devices * 4 * plan.cut_layer * plan.lora_rank * 4 * plan.width / server.adding
+    to_gradient = goes_down(EdgeAdapter) + forward + goes_up(Activations) + computes + goes_down(ActivationGradient)
+    return to_gradient + forward + goes_up(AdapterGradient) + adds
+
+
+def efficiency(server: Server) -> float:
+    return server.rank_efficiency if server.ranks > 1 else 1.0
+
+
+@pytest.mark.parametrize("server", [Server(gigabits=WIDE), Server(gigabits=WIDE, exchange=0.0, ranks=4)])
+@pytest.mark.parametrize("devices", [1, 7])
+def test_step_of_equal_devices_takes_what_its_parts_add_up_to(server: Server, devices: int) -> None:
+    plan = Plan(devices=devices, steps=3, micro_batches=1, fleet=ALIKE, server=server)
+    result = simulate(plan)
+    assert [step.seconds for step in result.steps] == pytest.approx([closed_form(plan)] * 3, rel=1e-6)
+    assert [step.devices for step in result.steps] == [devices] * 3
+
+
+def test_servers_link_bounds_a_step_of_many_devices() -> None:
+    plan = Plan(devices=50, steps=3, fleet=ALIKE, server=Server(gigabits=0.1, exchange=0.0))
+    sizes = Traffic(plan.tokens, plan.micro_batches, plan.width, plan.cut_layer, plan.lora_rank, plan.codec).bytes_by_kind()
+    each_way = [2 * sizes[Activations] + sizes[AdapterGradient], 2 * sizes[ActivationGradient] + sizes[EdgeAdapter]]
+    assert simulate(plan).step_seconds > 8 * 50 * max(each_way) / 1e8
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_first_step_with_a_quorum_waits_for_the_order_statistic_of_its_devices(share: float, seed: int) -> None:
+    fleet = replace(ALIKE, compute_spread=0.7)
+    plan = Plan(
+        devices=40,
+        steps=1,
+        quorum=share,
+        deadline=0.0,
+        micro_batches=1,
+        seed=seed,
+        fleet=fleet,
+        server=Server(gigabits=WIDE, exchange=0.0),
+    )
+    factors = np.exp(0.7 * np.random.default_rng(seed).standard_normal(40))
+    slowest_needed = np.sort(plan.tokens / (2 * fleet.tokens_a_second * factors))[round(share * 40) - 1]
+    expected = closed_form(plan, forward=float(slowest_needed), took_part=round(share * 40))
+    (step,) = simulate(plan).steps
+    assert step.seconds == pytest.approx(expected, rel=1e-6)
+    assert step.devices == share * 40
+
+
+def test_step_without_a_quorum_waits_for_the_slowest_device() -> None:
+    fleet = replace(ALIKE, compute_spread=0.7)
+    plan = Plan(devices=40, steps=1, micro_batches=1, fleet=fleet, server=Server(gigabits=WIDE, exchange=0.0))
+    slowest = float(np.exp(0.7 * np.random.default_rng(0).standard_normal(40)).min())
+    expected = closed_form(plan, forward=plan.tokens / (2 * fleet.tokens_a_second * slowest))
+    assert simulate(plan).steps[0].seconds == pytest.approx(expected, rel=1e-6)
+
+
+def test_overlapping_micro_batches_save_time_and_never_more_than_the_larger_side_takes() -> None:
+    whole, halves = (simulate(Plan(devices=5, steps=4, micro_batches=n, fleet=ALIKE)).step_seconds for n in (1, 2))
+    assert 0.5 * whole < halves < whole
+
+
+PLANS = [
+    Plan(devices=12, steps=4, quorum=quorum, aggregate_every=every, micro_batches=parts, in_flight=2, seed=seed, fleet=fleet)
+    for quorum in (0.5, 1.0)
+    for every in (1, 3)
+    for parts in (1, 3)
+    for seed in (0, 1)
+    for fleet in (HARSH, replace(HARSH, leaving=0.0))
+]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_run_of_devices_that_come_and_go_comes_to_its_end(plan: Plan) -> None:
+    """At which `simulate` checks where the federation stands; on the way, that every answer is of the question asked."""
+    result = simulate(plan)
+    assert result.losses > 0
+    assert 0 < result.counted <= result.worked * (1 + 1e-12)
+    assert all(step.seconds >= 0 and step.devices <= 12 for step in result.steps)
+    assert result == simulate(plan)
+
+
+def test_another_seed_gives_another_result() -> None:
+    assert simulate(Plan(devices=5, steps=2)).steps != simulate(Plan(devices=5, steps=2, seed=1)).steps
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_all_work_counts_where_nobody_is_lost_and_all_are_waited_for(every: int) -> None:
+    result = simulate(Plan(devices=9, steps=6, aggregate_every=every, fleet=replace(Fleet(), seconds_connected=0.0)))
+    assert result.counted == pytest.approx(result.worked)
+    assert result.share_in_step == 1
+
+
+def test_work_is_lost_where_slow_devices_are_overtaken() -> None:
+    plan = Plan(devices=30, steps=6, quorum=0.5, deadline=0.0, fleet=replace(Fleet(), seconds_connected=0.0))
+    assert simulate(plan).share_that_counts < 1
+
+
+def delivered(plan: Plan) -> dict[tuple[str, str], list[Message]]:
+    messages: defaultdict[tuple[str, str], list[Message]] = defaultdict(list)
+    times = [0.0]
+
+    def trace(now: float, name: str, way: str, message: Message) -> None:
+        assert now >= times[-1]
+        times.append(now)
+        messages[name, way].append(message)
+
+    simulate(plan, trace=trace)
+    return messages
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_every_message_is_delivered_once_and_in_order(every: int) -> None:
+    plan = Plan(devices=6, steps=4, aggregate_every=every, fleet=replace(Fleet(), seconds_connected=0.0))
+    messages = delivered(plan)
+    up: list[tuple[type, int, int]] = []
+    down: list[tuple[type, int, int]] = []
+    for step in range(1, 5):
+        for part in (0, 1):
+            up.append((Activations, step, part))
+            down.append((ActivationGradient, step, part))
+        if step % every == 0:
+            up.append((AdapterGradient if every == 1 else AdapterWeights, step, 0))
+            down.append((EdgeAdapter, step, 0))
+    for number in range(6):
+        name = f"device-{number:06}"
+        *questions, goodbye = messages[name, "up"]
+        start, *answers, end = messages[name, "down"]
+        assert [identity(question) for question in questions] == [*up, (Done, 4, 0)]
+        assert isinstance(goodbye, Goodbye)
+        assert isinstance(start, Start)
+        assert isinstance(end, RunEnd)
+        assert [identity(answer) for answer in answers] == down
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_adapters_come_in_the_order_of_their_steps_whatever_is_lost(seed: int) -> None:
+    messages = delivered(Plan(devices=10, steps=5, quorum=0.6, seed=seed, fleet=HARSH))
+    for (_, way), heard in messages.items():
+        if way == "down":
+            steps = [message.step for message in heard if isinstance(message, EdgeAdapter)]
+            assert steps == sorted(set(steps))
+
+
+def test_lost_connections_cost_a_step_without_a_quorum_more_than_one_with() -> None:
+    plans = [Plan(devices=60, steps=6, quorum=quorum, fleet=Fleet(seconds_connected=100.0)) for quorum in (0.7, 1.0)]
+    with_quorum, without = (simulate(plan) for plan in plans)
+    assert with_quorum.step_seconds < 0.5 * without.step_seconds
+    assert with_quorum.share_that_counts < 1
+    assert without.share_in_step == 1
+
+
+def test_sizes_by_formula_are_those_of_encoded_messages() -> None:
+    rows, width, draw = 100, 256, np.random.default_rng(0)
+    ones = np.full(10, rows // 10, np.int32)
+    labels = draw.integers(0, 50_000, rows // 2).astype(np.int32)
+    values = draw.standard_normal((rows, width), np.float32)
+    batch: dict[str, Any] = {"lengths": ones, "label_counts": ones // 2, "labels": labels, "values": values}
+    message = Activations(step=1, seconds=Seconds(), **batch)
+    matrices = {"A": draw.standard_normal((8, width), np.float32), "B": draw.standard_normal((3 * width, 8), np.float32)}
+    gradient = AdapterGradient(step=1, seconds=Seconds(), tensors=matrices)
+    for codec in ("float32", "bfloat16", "int8", "int4"):
+        sizes = Traffic(rows, 1, width, cut_layer=1, lora_rank=8, codec=codec).bytes_by_kind()
+        assert sizes[Activations] == pytest.approx(len(encode(message, codec_named(codec))), rel=0.2)
+        assert sizes[AdapterGradient] == pytest.approx(len(encode(gradient)), rel=0.05)
+
+
+def test_member_takes_as_much_memory_among_many_as_among_few() -> None:
+    few, many = (bytes_a_member(lambda n=n: make_federation(Plan(devices=n)), n) for n in (300, 900))
+    assert 100 < few < 5000
+    assert many < 1.5 * few
+
+
+def test_meter_names_what_grows_with_the_number_of_devices() -> None:
+    results = [simulate(Plan(devices=devices, steps=2)) for devices in (4, 40)]
+    table = growth_table(results)
+    assert "| 4 devices | 40 devices |" in table
+    assert {line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]} >= {"receive", "trained", "aggregated", "join"}
+    assert results[0].spent["receive"].calls == 4 * (2 * 3 + 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Plan(devices=0), "devices must be 1 to 1e+06, got 0"),
+        (lambda: Plan(devices=2, steps=0), "steps must be 1 to 1e+07, got 0"),
+        (lambda: Plan(devices=2, quorum=0.0), "quorum is a share of the devices, above 0 and up to 1, got 0"),
+        (lambda: Plan(devices=2, quorum=float("nan")), "quorum is a share of the devices, above 0 and up to 1, got nan"),
+        (lambda: Plan(devices=2, deadline=-1.0), "deadline must be 0 to 1e+09, got -1"),
+        (lambda: Plan(devices=2, codec="zip"), "codec must be one of float32, bfloat16, int8, int4, got 'zip'"),
+        (lambda: Plan(devices=2, fleet=Fleet(uplink=0.0)), "uplink must be 1e-06 to 1e+12, got 0"),
+        (lambda: Plan(devices=2, server=Server(ranks=0)), "ranks must be 1 to 100000, got 0"),
+        (lambda: Plan(devices=2, seed=-1), "seed must be 0 to 9.22337e+18, got -1"),
+    ],
+)
+def test_what_cannot_be_simulated_is_said_in_a_sentence(make: Callable[[], Plan], sentence: str) -> None:
+    with pytest.raises(PlanError) as raised:
+        make()
+    assert str(raised.value) == sentence
+
+
+def run_program(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["simulation", *arguments])
+    return main()
+
+
+def test_program_says_what_is_wrong_with_a_number(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_program(monkeypatch, "--devices", "3", "0") == 1
+    assert capsys.readouterr().err == "simulation: devices must be 1 to 1e+06, got 0\n"
+
+
+def test_program_writes_tables_figures_and_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    asked = ["--devices", "3", "5", "--quorum", "0.5", "1", "--steps", "2", "--profile"]
+    assert run_program(monkeypatch, *asked, "--json", f"{tmp_path}/figures.json", "--pictures", str(tmp_path)) == 0
+    output = capsys.readouterr()
+    assert "| 5 | all |" in output.out
+    assert "function calls" in output.out
+    assert "step 8/8" in output.err
+    runs = json.loads((tmp_path / "figures.json").read_text())["runs"]
+    assert [(run["plan"]["devices"], run["plan"]["quorum"]) for run in runs] == [(3, 0.5), (3, 1.0), (5, 0.5), (5, 1.0)]
+    assert (tmp_path / "fleet.svg").read_text().startswith("<?xml")
+    assert (tmp_path / "fleet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_profile_says_where_the_federation_spends_its_time() -> None:
+    import cProfile
+
+    result = simulate(Plan(devices=3, steps=1), meter=Meter(cProfile.Profile()))
+    assert "federation.py" in result.where
+
+
+def test_simulation_needs_no_torch() -> None:
+    check = (
+        "import sys, simulation, simulation.cli; simulation.simulate(simulation.Plan(devices=3, steps=2)); "
+        "sys.exit(bool({'torch', 'split_model', 'websockets', 'matplotlib'} & sys.modules.keys()))"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=REPOSITORY)
