@@ -18,8 +18,10 @@ from split_model import (
     check_cut_layer,
     choose_device,
     choose_dtype,
+    copied_to,
     cross_entropies,
     optimiser_state,
+    read_back,
     restore_optimiser,
     take_step,
 )
@@ -77,8 +79,9 @@ class TorchEngine:
     def forward(self, batch: Batch, dropout_seed: int) -> Array:
         self._part.train()
         self._part.use_dropout_masks(self._masks(dropout_seed, len(batch.tokens)))
-        self._awaiting_gradient.append(self._run_finite(batch))
-        return _to_array(self._awaiting_gradient[-1])
+        activations, values = self._run_finite(batch)
+        self._awaiting_gradient.append(activations)
+        return values
 
     def backward(self, gradient: Array) -> None:
         if not self._awaiting_gradient:
@@ -87,7 +90,7 @@ class TorchEngine:
         if not len(activations):
             return
         # A scalar whose gradient is the wanted one. Given the gradient itself, autograd imports sympy: 25 MB and a second.
-        product = (activations * _to_tensor(gradient).to(activations.device)).sum()
+        product = (activations * copied_to(activations.device, _to_tensor(gradient))).sum()
         torch.autograd.backward(product)
 
     def end_step(self, labelled_tokens: int) -> None:
@@ -96,20 +99,27 @@ class TorchEngine:
     @torch.no_grad()
     def infer(self, batch: Batch) -> Array:
         self._part.eval()
-        return _to_array(self._run_finite(batch))
+        _, values = self._run_finite(batch)
+        return values
 
     def losses_and_gradient(self, hidden: Array, labels: Array) -> tuple[Array, Array]:
-        states = _to_tensor(hidden).to(self._part.device).requires_grad_()
+        states = copied_to(self._part.device, _to_tensor(hidden)).requires_grad_()
         losses = self._losses(states, labels)
         torch.autograd.backward(losses.sum())
         assert states.grad is not None
-        if not torch.isfinite(states.grad).all():
+        finite = [torch.isfinite(tensor).all() for tensor in (losses, states.grad)]
+        values, gradient, is_finite, gradient_is_finite = read_back(losses, states.grad, *finite)
+        self._check_losses(values, is_finite)
+        if not gradient_is_finite:
             raise TrainingDiverged("the gradient of this device's loss is no longer finite; try a lower --lr on the server")
-        return _to_array(losses), _to_array(states.grad)
+        return values, gradient
 
     @torch.no_grad()
     def losses(self, hidden: Array, labels: Array) -> Array:
-        return _to_array(self._losses(_to_tensor(hidden).to(self._part.device), labels))
+        losses = self._losses(copied_to(self._part.device, _to_tensor(hidden)), labels)
+        values, is_finite = read_back(losses, torch.isfinite(losses).all())
+        self._check_losses(values, is_finite)
+        return values
 
     def take_step(self, learning_rate: float) -> None:
         if self._optimiser is None:
@@ -143,12 +153,14 @@ class TorchEngine:
     def _losses(self, hidden: torch.Tensor, labels: Array) -> torch.Tensor:
         if self._head is None:
             raise RuntimeError("the server has the labels, and the head")
-        losses = cross_entropies(hidden, self._head, _to_tensor(labels).long().to(hidden.device))
-        if torch.isfinite(losses).all():
-            return losses
-        if not torch.isfinite(self._head).all():
+        return cross_entropies(hidden, self._head, copied_to(hidden.device, _to_tensor(labels).long()))
+
+    def _check_losses(self, losses: Array, is_finite: Array) -> None:
+        if is_finite:
+            return
+        if self._head is not None and not torch.isfinite(self._head).all():
             raise self._model.not_finite("losses")
-        raise TrainingDiverged(f"the loss of this device's labels is {losses.sum().item()}; try a lower --lr on the server")
+        raise TrainingDiverged(f"the loss of this device's labels is {losses.sum()}; try a lower --lr on the server")
 
     def _masks(self, seed: int, num_rows: int) -> Iterator[torch.Tensor]:
         """Of all adapted layers, in the order of the forward pass, (N, in) each; drawn block by block as they are asked for."""
@@ -157,10 +169,12 @@ class TorchEngine:
             for mask in dropout_masks(seed, block, self._dropout, num_rows, widths):
                 yield torch.from_numpy(mask)
 
-    def _run_finite(self, batch: Batch) -> torch.Tensor:
+    def _run_finite(self, batch: Batch) -> tuple[torch.Tensor, Array]:
+        """Activations, (N, d), and their values."""
         activations = self._run(batch)
-        if torch.isfinite(activations).all():
-            return activations
+        values, is_finite = read_back(activations, torch.isfinite(activations).all())
+        if is_finite:
+            return activations, values
         with torch.no_grad(), self._part.without_adapter():
             if not torch.isfinite(self._run(batch)).all():
                 raise self._model.not_finite("activations")

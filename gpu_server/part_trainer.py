@@ -206,7 +206,7 @@ class PartTrainer:
         return self._trained(step, total_steps, micro_batch, {client: of_all[client] for client in gradients}, summed_losses)
 
     def summed_loss(self, batches: Sequence[LabelledBatch], of: str) -> float:
-        (loss,) = self._ranks.sum_numbers([float(self._losses(batches).sum(dtype=torch.float64))])
+        (loss,) = self._ranks.sum_numbers([float(*read_back(self._losses(batches).sum(dtype=torch.float64)))])
         if not math.isfinite(loss):
             self._check_base("losses", batches, lambda: self._losses(batches))
             raise TrainingDiverged(f"the loss of {of} is {loss}; try a lower --lr")
@@ -218,7 +218,7 @@ class PartTrainer:
         if not self._is_finite_everywhere(bool(is_finite)):
             self._check_base("hidden states", [batch], lambda: self._hidden([batch]))
             raise TrainingDiverged(f"the hidden states of {of} are not finite; try a lower --lr")
-        return states.numpy()
+        return states
 
     def adapter(self) -> Adapter:
         return self._part.adapter()
@@ -320,8 +320,8 @@ def _shape(union: Sequence[LabelledBatch]) -> tuple[Array, Array]:
     return numpy.concatenate([batch.lengths for batch in union]), numpy.concatenate([batch.label_counts for batch in union])
 
 
-def _read_gradient(activations: torch.Tensor, *more: torch.Tensor) -> list[torch.Tensor]:
-    """After a backward pass, all on the CPU: the gradient by the activations, what else is given, and whether it is finite."""
+def _read_gradient(activations: torch.Tensor, *more: torch.Tensor) -> list[Array]:
+    """After a backward pass: the gradient by the activations, what else is given, and whether it is finite."""
     assert activations.grad is not None
     return read_back(activations.grad, *more, torch.isfinite(activations.grad).all())
 
@@ -333,6 +333,7 @@ def make_trainer(
     return PartTrainer(model, config.settings(), adapter, weight_dtype=DTYPES[config.dtype], device=device, ranks=ranks)
 
 
-def _by_client(rows: torch.Tensor, counts: dict[str, int]) -> dict[str, Array]:
-    """Each client's rows, of those of all one after the other, which are on the CPU."""
-    return {client: part.numpy() for client, part in zip(counts, torch.split(rows, list(counts.values())), strict=True)}
+def _by_client(rows: Array, counts: dict[str, int]) -> dict[str, Array]:
+    """Each client's rows, of those of all one after the other."""
+    ends = numpy.cumsum(list(counts.values()))
+    return {client: rows[end - counts[client] : end] for client, end in zip(counts, ends, strict=True)}

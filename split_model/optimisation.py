@@ -85,7 +85,8 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return 0.0
-    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])))
+    norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+    return float(*read_back(torch.linalg.vector_norm(norms)))
 
 
 def take_step(optimiser: AdamW, learning_rate: float) -> None:
@@ -101,7 +102,7 @@ def optimiser_state(optimiser: AdamW) -> dict[str, Tensor]:
     "0/exp_avg" and "0/exp_avg_sq" in the parameter's shape, "0/step" of shape (), "1/exp_avg" and so on.
     """
     learnt = {f"{index}/{key}": value for index, state in sorted(optimiser.state.items()) for key, value in state.items()}
-    return {name: value.clone() for name, value in zip(learnt, read_back(*learnt.values()), strict=True)}
+    return {name: torch.from_numpy(value).clone() for name, value in zip(learnt, read_back(*learnt.values()), strict=True)}
 
 
 def restore_optimiser(optimiser: AdamW, state: dict[str, Tensor]) -> None:

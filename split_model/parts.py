@@ -90,12 +90,12 @@ class Part(nn.Module):
     def adapter(self) -> Adapter:
         """A copy of the matrices' values, on the CPU."""
         values = read_back(*self._matrices.values())
-        return {name: value.clone() for name, value in zip(self._matrices, values, strict=True)}
+        return {name: torch.from_numpy(value).clone() for name, value in zip(self._matrices, values, strict=True)}
 
     def gradients(self) -> Adapter:
         """The matrices' gradients, on the CPU; zeros for a matrix that no backward pass has reached."""
         gradients = (torch.zeros_like(matrix) if matrix.grad is None else matrix.grad for matrix in self._matrices.values())
-        return dict(zip(self._matrices, read_back(*gradients), strict=True))
+        return {name: torch.from_numpy(value) for name, value in zip(self._matrices, read_back(*gradients), strict=True)}
 
     def divide_gradients(self, divisor: int) -> None:
         """Turn gradients of a summed loss into those of its mean over ``divisor`` labels."""

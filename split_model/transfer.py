@@ -22,11 +22,11 @@ def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def read_back(*tensors: Tensor) -> list[Tensor]:
-    """The tensors on the CPU. Those of a CUDA device are waited for together; those of the CPU are the same, not copies."""
+def read_back(*tensors: Tensor) -> list[NDArray[Any]]:
+    """The values of tensors. Those of a CUDA device are waited for together; those of the CPU are the same, not copies."""
     device = next((tensor.device for tensor in tensors if _is_cuda(tensor.device)), None)
     if device is None:
-        return [tensor.detach().cpu() for tensor in tensors]
+        return [tensor.detach().cpu().numpy() for tensor in tensors]
     read = [
         torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor.detach(), non_blocking=True)
         if tensor.is_cuda
@@ -36,7 +36,7 @@ def read_back(*tensors: Tensor) -> list[Tensor]:
     is_there = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # waits without taking a core
     is_there.record(torch.cuda.current_stream(device))
     is_there.synchronize()
-    return read
+    return [tensor.numpy() for tensor in read]
 
 
 class Uploads:
