@@ -13,6 +13,7 @@
 # make fuzz           1.5 million broken frames, and attacks on a live server
 # make fuzz-folders   100,000 nearly right models, adapters, exported folders, settings and data files
 # make mutants        small faults put into the federation: how many its own tests notice
+# make device-check   eight minutes on a machine with a CUDA device, beside the torch that is there; DEVICE=cpu is its dry run
 # make soak           30 minutes of a server whose devices come and go
 # make arm64          a device on an emulated 64-bit ARM processor in a run; needs root, debootstrap and qemu-user-static
 
@@ -27,7 +28,7 @@ FEDERATION_TESTS := $(addprefix tests/test_,message_rules.py member.py roster.py
 # The other versions of Python that are promised.
 PYTHONS := 3.10 3.12 3.13
 
-.PHONY: demo test test-pythons test-lowest test-runtimes test-page pictures check bench bench-links bench-export chaos fuzz fuzz-folders mutants soak arm64
+.PHONY: demo test test-pythons test-lowest test-runtimes test-page pictures check bench bench-links bench-export chaos fuzz fuzz-folders mutants device-check soak arm64
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.runtime .venv-device/.packages
@@ -95,6 +96,14 @@ mutants: $(VENV)/.development
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutants.py gpu_server/federation --tests $(FEDERATION_TESTS) \
 		--equivalent benchmarks/equivalent_mutants.txt
 
+# The torch of the other targets computes on the CPU alone. Which Python has one that finds the card, PYTHON says.
+PYTHON := python3
+DEVICE := cuda
+CHECKED_WITH := $(if $(filter cpu,$(DEVICE)),$(VENV)/.development,.venv-cuda/.packages)
+
+device-check: $(CHECKED_WITH)
+	$(dir $(CHECKED_WITH))bin/python benchmarks/device_check.py --device $(DEVICE) --output device-check.json
+
 soak: $(VENV)/.development
 	$(BIN)/python benchmarks/soak.py --minutes 30
 
@@ -130,6 +139,18 @@ $(VENV)/.development: $(VENV)/.runtime
 	.venv-lowest/bin/python -m pip --disable-pip-version-check --quiet install --requirement .venv-lowest/lowest.txt \
 		"$$(grep ^torch== constraints.txt)"
 	.venv-lowest/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --editable .
+	touch $@
+
+# It sees all packages that PYTHON sees, and pip adds what is missing: a machine's own torch fits its driver. Where there is no
+# driver, several GB would be fetched only to say that there is nothing to check.
+.venv-cuda/.packages: pyproject.toml
+	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null || { \
+		echo "this needs a CUDA device, and there is no driver of one here: make device-check DEVICE=cpu is the dry run" >&2; \
+		exit 1; }
+	$(PYTHON) -m venv .venv-cuda
+	$(PYTHON) -c 'import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")' \
+		> "$$(.venv-cuda/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/those-of-the-machine.pth"
+	.venv-cuda/bin/python -m pip --disable-pip-version-check --quiet install --editable '.[server,export]' pytest
 	touch $@
 
 .venv-runtimes/.runtimes: tests/runtimes/requirements.txt

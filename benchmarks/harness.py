@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import queue
 import re
 import subprocess
 import sys
@@ -92,7 +93,12 @@ def start_server(settings: dict[str, Any], cores: Iterable[int] | None = None) -
     urls = PROCESSES.Queue()
     server = PROCESSES.Process(target=_serve, args=(settings, cores, urls), daemon=True)
     server.start()
-    return server, urls.get()
+    while server.is_alive():
+        try:
+            return server, urls.get(timeout=1.0)
+        except queue.Empty:
+            continue
+    sys.exit("the server of the run did not start; what it printed says why")
 
 
 def _serve(settings: dict[str, Any], cores: Iterable[int] | None, urls: Any) -> None:
@@ -107,6 +113,17 @@ def _serve(settings: dict[str, Any], cores: Iterable[int] | None, urls: Any) -> 
                 pass
         except RunEndedEarly:
             pass  # a benchmark's clients leave when they have measured enough
+
+
+def wait_until_it_answers(server: "subprocess.Popen[Any]", url: str) -> None:
+    """The benchmark ends if the process does before."""
+    while server.poll() is None:
+        try:
+            ping(url)
+            return
+        except ConnectionFailed:
+            time.sleep(0.1)
+    sys.exit("the server of the run did not start")
 
 
 class SplitRun:
@@ -125,7 +142,7 @@ class SplitRun:
         port = free_port()
         server = f"serve --model {model} --run-dir {run_dir} --clients {len(files)} --port {port} {server_flags}"
         self._server = self._start("splitlora-server", server)
-        self._wait_until_it_answers(f"ws://127.0.0.1:{port}")
+        wait_until_it_answers(self._server, f"ws://127.0.0.1:{port}")
         self.edges = []
         for number, file in enumerate(files):
             edge = f"train --server ws://127.0.0.1:{port} --model {model} --data {file} --name client-{number} {edge_flags}"
@@ -139,15 +156,6 @@ class SplitRun:
         if self._server.wait() or any(edge.returncode for edge in self.edges):
             sys.exit(f"a program of the run failed:\n{''.join(said)}")
         return said
-
-    def _wait_until_it_answers(self, url: str) -> None:
-        while self._server.poll() is None:
-            try:
-                ping(url)
-                return
-            except ConnectionFailed:
-                time.sleep(0.1)
-        sys.exit("the server of the run did not start")
 
     @staticmethod
     def _start(program: str, arguments: str) -> "subprocess.Popen[str]":

@@ -26,6 +26,7 @@ from gpu_server.torch_engine import TorchEngine
 from protocol import Activations, Array, Evaluation
 from split_model import DTYPES, LoraConfig, PretrainedModel, adapter_shapes, initial_adapter
 from split_model.dropout import SeededDropout
+from split_model.packing import Packing
 
 CARD = os.environ.get("SPLITLORA_CARD", "cuda")
 PRECISIONS = {"float32": 1e-4, "bfloat16": 3e-2}
@@ -184,7 +185,7 @@ def test_masks_of_dropout_are_the_cpus(probability: float) -> None:
         dropout = SeededDropout(probability, device)
         columns = [dropout.add_columns(width) for width in (768, 3072)]
         dropout.seeds = [7, 2**64 - 1, 0]
-        dropout.begin([40, 1, 300])
+        dropout.begin(Packing([40, 1, 300], device))
         masks[name] = {
             str(len(keys)): dropout(torch.ones(341, len(keys), device=device), keys).cpu().numpy() > 0 for keys in columns
         }
@@ -239,8 +240,9 @@ def test_device_computes_its_head_on_the_card_as_on_the_cpu(tiny_model: Path, dt
     assert_close(answers[1], answers[0], PRECISIONS[dtype])
 
 
-@pytest.mark.parametrize("where", ["server", "devices", "both"])
-@pytest.mark.parametrize(("labels", "dropout"), [("server", 0.1), ("device", 0.0)])
+@pytest.mark.parametrize(
+    ("where", "labels", "dropout"), [("server", "server", 0.1), ("devices", "server", 0.0), ("both", "device", 0.1)]
+)
 def test_run_on_the_card_learns_what_a_run_on_the_cpu_learns(
     tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path], where: str, labels: str, dropout: float
 ) -> None:
