@@ -11,6 +11,7 @@ __all__ = ["Seen", "attendance", "not_seen_since"]
 
 COMES, SPEAKS, GOES = {"joined", "back"}, {"part_fetched", "takes_part_again", "next_key"}, {"lost", "left"}
 """Kinds of events. The others about a device may be told while it is away."""
+ENDS = {"complete", "stopped", "failed"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,25 +33,46 @@ def attendance(files: RunFiles) -> dict[str, Seen]:
         HistoryError: a file of the run cannot be read.
     """
     seen: dict[str, Seen] = {}
-    for event in files.events():
-        if event.kind == "server_started":  # the server before may have been killed, and told nothing
-            seen = {name: replace(one, is_connected=False) for name, one in seen.items()}
+    until, is_all_told = 0.0, False
+    """When the run was heard of last, so far; whether events say of every device until when it was there."""
+    for number, event in enumerate(files.events()):
+        if event.kind == "server_started":
+            restarts, last_step_time = event.details.get("restarts"), event.details.get("last_step_time")
+            if not number:
+                is_all_told = restarts == 0  # else there were no events before, or somebody has moved them elsewhere
+            elif not isinstance(last_step_time, float) and any(one.is_connected for one in seen.values()):
+                is_all_told = False  # as earlier versions told it
+            # The server before may have been killed, and have told nothing.
+            seen = _all_gone(seen, max(until, last_step_time) if isinstance(last_step_time, float) else until)
+        until = max(until, event.time)
+        if event.kind in ENDS:
+            seen = {name: _seen_at(one, event.time) if one.is_connected else one for name, one in seen.items()}
         if event.client is None:
             continue
-        before = seen.get(event.client, Seen(time=0.0))
+        one = seen.get(event.client, Seen(time=0.0))
         if event.kind in COMES:
             address = str(event.details.get("address", ""))
             seen[event.client] = Seen(time=event.time, address=address, is_connected=True)
-        elif event.kind in SPEAKS or (event.kind in GOES and before.is_connected):
-            is_connected = before.is_connected and event.kind not in GOES
-            seen[event.client] = replace(before, time=event.time, is_connected=is_connected)
-    for step in files.steps():
-        for name in step.bytes_up:
-            before = seen.get(name, Seen(time=0.0))
-            seen[name] = replace(before, time=max(before.time, step.time))
-    if not files.is_served:
-        seen = {name: replace(one, is_connected=False) for name, one in seen.items()}
-    return seen
+        elif event.kind in SPEAKS or (event.kind in GOES and one.is_connected):
+            is_connected = one.is_connected and event.kind not in GOES
+            seen[event.client] = replace(one, time=event.time, is_connected=is_connected)
+    last_step_time = files.last_step_time() or 0.0
+    if not is_all_told:
+        for step in files.steps():
+            for name in step.bytes_up:
+                seen[name] = _seen_at(seen.get(name, Seen(time=0.0)), step.time)
+    if files.is_served:
+        return {name: _seen_at(one, last_step_time) if one.is_connected else one for name, one in seen.items()}
+    return _all_gone(seen, max(until, last_step_time))
+
+
+def _seen_at(one: Seen, time: float) -> Seen:
+    return replace(one, time=max(one.time, time))
+
+
+def _all_gone(seen: Mapping[str, Seen], until: float) -> dict[str, Seen]:
+    """Of a server that ended, known only by what it did last: whoever was connected was there until then."""
+    return {name: replace(_seen_at(one, until), is_connected=False) if one.is_connected else one for name, one in seen.items()}
 
 
 def not_seen_since(time: float, clients: Mapping[str, Enrolment], files: RunFiles) -> list[str]:

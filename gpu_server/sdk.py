@@ -126,6 +126,8 @@ class GpuServer:
             edge_part=run.edge_part,
             viewers=run.page.viewers,
             metrics=run.prometheus.exposition,
+            # Before steps are taken back: until then at least the devices of the server before were there.
+            last_step_time=RunFiles(run.directory.path).last_step_time() if run.federation.restarts else None,
         )
         with telling_to(self._events):
             actions = go_back(run) if run.federation.restarts else []

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from steps import a_step
 
 from gpu_server.attendance import Seen, attendance, not_seen_since
 from gpu_server.cli import main
@@ -89,6 +90,34 @@ def test_device_whose_server_was_killed_was_there_until_its_last_step(run_dir: P
     rows = [json.dumps(row_of(replace(record, number=number, time=NOW + 3600 * number))) for number in (1, 2, 3)]
     (run_dir / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows))
     assert attendance(files)["kitchen"] == Seen(time=NOW + 3 * 3600, address="10.0.0.1:1")
+
+
+def test_no_step_but_the_last_is_read_where_events_say_until_when_each_server_was_there(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunFiles, "steps", lambda _: pytest.fail("all steps are read"))
+    events = (
+        event(0, "server_started", restarts=0),
+        event(1, "joined", "kitchen"),
+        event(1, "joined", "cellar"),
+        event(2, "lost", "cellar"),
+        event(3, "note"),  # and then the server was killed
+        event(9, "server_started", restarts=1, last_step_time=NOW + 3600 * 4),
+        event(10, "back", "cellar"),
+        event(11, "stopped"),
+        event(19, "server_started", restarts=2, last_step_time=NOW + 3600 * 10.5),
+    )
+    assert {name: one.time - NOW for name, one in attendance(written(run_dir, *events)).items()} == {
+        "kitchen": 4 * 3600,
+        "cellar": 11 * 3600,
+    }
+
+
+def test_device_of_a_server_that_was_killed_last_was_there_at_its_last_step(tmp_path: Path) -> None:
+    RunDescription(run="r", fingerprint="f", config={}, dtype="float32", versions={}).write(tmp_path)
+    files = written(tmp_path, event(0, "server_started", restarts=0), event(1, "joined", "kitchen"))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row_of(a_step(n, time=NOW + 3600 * n))) + "\n" for n in (5, 6)))
+    assert attendance(files) == {"kitchen": Seen(time=NOW + 6 * 3600)}
 
 
 def enrolled(run_dir: Path, **days_ago: float) -> Enrolments:

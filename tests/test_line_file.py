@@ -51,6 +51,23 @@ def names(file: LineFile) -> list[str]:
     return sorted(path.name for path in file.path.parent.iterdir())
 
 
+@pytest.mark.parametrize("length", [1, 50, 2**16 - 12, 2**16 - 11, 2**16 - 10, 2**16, 2**20])
+def test_last_line_is_found_from_the_end_however_long_it_is(tmp_path: Path, length: int) -> None:
+    file = file_of(tmp_path)
+    assert file.last() is None
+    for number in (1, 2):
+        file.append({"step": number, "long": "x" * length})
+    with file.path.open("a") as unfinished:
+        unfinished.write('{"step": 3')
+    last = file.last()
+    assert last is not None
+    assert json.loads(last) == {"step": 2, "long": "x" * length}
+    file.mend()
+    assert file.last() == last
+    file.rotate(0)
+    assert file.last() == last
+
+
 def test_lines_are_read_in_their_order_over_all_segments(file: LineFile) -> None:
     assert names(file) == ["metrics.0001.jsonl.gz", "metrics.0002.jsonl.gz", "metrics.jsonl"]
     assert [(path.name, number, json.loads(line)["step"]) for path, number, line in file.lines()] == [

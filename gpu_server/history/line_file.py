@@ -6,6 +6,7 @@ import json
 import os
 import re
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
@@ -15,6 +16,9 @@ from typing import Any, BinaryIO, cast
 from storage import remove_unfinished, replace_file
 
 __all__ = ["LineFile"]
+
+BYTES_OF_AN_END = 2**16
+"""Of a file, in which its last line is looked for first."""
 
 
 class LineFile:
@@ -46,6 +50,19 @@ class LineFile:
                 if not self._segments(after=last):  # else it was rotated before it was opened
                     yield from _whole_lines(self.path, file)
                     return
+
+    def last(self) -> bytes | None:
+        """The newest line that is finished, found from the end; None where there is none."""
+        with _open_or_empty(self.path) as file:
+            line = _last_of(file)
+        if line is None:  # all was moved into segments
+            for number in reversed(self._segments()):
+                path, segment = self._open_segment(number)
+                with segment, _damage_of(path):
+                    newest = deque(_whole_lines(path, segment), maxlen=1)  # a compressed one is read from its beginning
+                if newest:
+                    return newest[0][2]
+        return line
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Readable for the owner of the file alone."""
@@ -153,6 +170,20 @@ def _whole_lines(path: Path, file: BinaryIO) -> Iterator[tuple[Path, int, bytes]
     for number, line in enumerate(file, 1):
         if line.endswith(b"\n"):
             yield path, number, line
+
+
+def _last_of(file: BinaryIO) -> bytes | None:
+    end, size = file.seek(0, os.SEEK_END), BYTES_OF_AN_END
+    while True:
+        begin = max(0, end - size)
+        file.seek(begin)
+        whole, newline, _ = file.read(end - begin).rpartition(b"\n")
+        _, newline_before, line = whole.rpartition(b"\n")
+        if newline_before or (newline and not begin):
+            return line + newline
+        if not begin:
+            return None
+        size *= 8
 
 
 @contextmanager

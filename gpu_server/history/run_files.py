@@ -57,6 +57,23 @@ class RunFiles:
         """
         return self._lines(METRICS, record_of)
 
+    def last_step_time(self) -> float | None:
+        """
+        When the last step was finished, in seconds since 1970, found without reading those before it. None where no step says
+        so, or a crash has left something else in its place.
+
+        Raises:
+            HistoryError: the file cannot be read.
+        """
+        file = LineFile(self.path / METRICS)
+        try:
+            line = file.last()
+            return None if line is None else record_of(json.loads(line)).time or None
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            return None
+        except OSError as error:
+            raise HistoryError(f"{file.path} cannot be read: {error.strerror or error}") from None
+
     def events(self) -> Iterator[RunEvent]:
         """The earliest first; none of a run of before there was events.jsonl. Raises as `steps`."""
         return self._lines(EVENTS, RunEvent.from_json)

@@ -4,6 +4,7 @@ import asyncio
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from protocol import TrainingDiverged
 from storage import CacheFolder, ModelError
@@ -43,6 +44,7 @@ class RunServer:
         edge_part: what is handed to devices without a model, where the run has it.
         viewers: the open pages.
         metrics: what the run has counted, for tools that read metrics; see `accept_connections`.
+        last_step_time: when the server before has finished its last step; None where it is not known, or there was none.
     """
 
     def __init__(
@@ -60,11 +62,13 @@ class RunServer:
         edge_part: EdgePartStore | None,
         viewers: Viewers,
         metrics: Callable[[], Callable[[], tuple[bytes, str]]],
+        last_step_time: float | None,
     ) -> None:
         self._federation, self._engine, self._door = federation, engine, door
         self._journal, self._observers, self._events = journal, observers, events
         self._model_name, self._grace_period, self._caches = model_name, grace_period, caches
         self._edge_part, self._viewers, self._metrics = edge_part, viewers, metrics
+        self._last_step_time = last_step_time
         self._loop: asyncio.AbstractEventLoop
         self._lifetime: Lifetime
 
@@ -145,7 +149,8 @@ class RunServer:
             again = f", restarted {count(restarts, 'time')}" if restarts else ""
             started = f"the server listens on {self._url(listener)}{again}"
             step, total_steps = self._federation.step, self._federation.total_steps
-            tell("server_started", started, step=step, quiet=True, restarts=restarts, total_steps=total_steps)
+            details: dict[str, Any] = {"restarts": restarts, "total_steps": total_steps}
+            tell("server_started", started, step=step, quiet=True, **details, last_step_time=self._last_step_time)
             for notice in self._door.notices:
                 tell("note", notice, level="warning")
             watch = self._loop.create_task(
