@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 # The quickest first: the last one plays 1,500 histories.
-FEDERATION_TESTS := $(addprefix tests/test_,message_rules.py member.py roster.py gathering.py codec_policy.py deadline.py timing.py transcript.py \
+FEDERATION_TESTS := $(addprefix tests/test_,message_rules.py member.py roster.py gathering.py turnout.py codec_policy.py deadline.py timing.py transcript.py \
 	federation.py itinerary.py)
 
 # The other versions of Python that are promised.

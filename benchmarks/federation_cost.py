@@ -57,7 +57,7 @@ LIMITS = ModelLimits(
 ADAPTER = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
 VALUES = np.zeros((ROWS, WIDTH), np.float32)
 SPENT = Seconds(edge_compute=1.0)
-NAMES_IN_A_PONG = 100
+
 MOST_DISTURBED = 1000
 """Devices that lose their connections, and ticks, and pings."""
 TO_COMPUTE = Train | Forward | Backward | Aggregate | FinishRun
@@ -80,6 +80,7 @@ class Crowd:
     labels: str = "server"
     micro_batches: int = 1
     quorum: float | None = None
+    names_in_a_pong: int = 100
     spend: Spend = lambda kind, act: act()
     now: float = 0.0
     computing: deque[Action] = field(default_factory=deque)
@@ -111,7 +112,7 @@ class Crowd:
         self.tell("lost", lambda: self.federation.disconnected(name, self.now) or [])  # type: ignore[func-returns-value]
 
     def ping(self) -> None:
-        self.tell("ping", lambda: self.federation.waits_for(self.now, NAMES_IN_A_PONG) and [])
+        self.tell("ping", lambda: self.federation.waits_for(self.now, self.names_in_a_pong) and [])
 
     def tick(self) -> None:
         self.tell("tick", lambda: self.federation.tick(self.now))

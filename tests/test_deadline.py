@@ -51,3 +51,11 @@ def test_it_remembers_a_hundred() -> None:
 @pytest.mark.parametrize("other", [AdapterGradient])
 def test_every_kind_of_question_has_its_own(other: type) -> None:
     assert after(*[2.0] * 20).seconds(other) == UNTIL_KNOWN
+
+
+def test_what_is_observed_after_it_was_asked_for_counts_too() -> None:
+    deadline = after(*[2.0] * NEEDED)
+    assert (deadline.seconds(Activations), deadline.seconds_until_report(Activations)) == (2.0, 5.0)
+    for _ in range(NEEDED + 2):
+        deadline.observe(Activations, 7.0)
+    assert (deadline.seconds(Activations), deadline.seconds_until_report(Activations)) == (7.0, 7.0)

@@ -588,6 +588,48 @@ def test_without_a_quorum_a_step_waits_for_all_and_says_for_whom_at_growing_dist
     assert day[0][1] == "step 1 waits for b and c (not connected), silent for 30 s; 1 of 3 devices ready"
 
 
+def test_of_many_that_are_missing_some_are_named_and_all_are_counted() -> None:
+    names = [f"{number:03}" for number in range(120)]
+    table = Table(dict.fromkeys(names, 1), quorum=1)
+    for name in names[116:]:
+        table.activations(name, 1)
+    table.federation.disconnected("001", 0.0)
+    (waits,) = table.federation.tick(30.0)
+    goes_on, _ = table.federation.tick(300.0)
+    for report, begins in ((waits, "step 1 waits for"), (goes_on, "step 1 goes on without")):
+        assert isinstance(report, Report)
+        assert report.text.startswith(f"{begins} 000, 001 (not connected), 002, 003, ")
+        assert ", 009 and 106 more, silent for " in report.text
+        assert (report.details["clients"], report.details["count"], report.client) == (names[:100], 116, None)
+
+
+def test_who_asks_for_some_of_those_that_are_waited_for_is_given_so_many() -> None:
+    table = Table({"c": 2, "b": 2, "a": 2})
+    table.now = 5.0
+    table.activations("b", 1)
+    assert table.federation.waits_for(table.now, most=2) == (["a", "c"], 5.0)
+    names, seconds = table.federation.waits_for(table.now, most=1)
+    assert (len(names), seconds) == (1, 5.0)
+    assert set(names) < {"a", "c"}
+
+
+def test_finished_run_waits_for_those_that_have_not_said_goodbye_and_has_no_deadline() -> None:
+    table = Table({"b": 1, "a": 1, "c": 1})
+    for name in "abc":
+        table.activations(name, 1)
+    table.trained(*"abc")
+    for name in "abc":
+        table.contribute(name, 1)
+    table.aggregated()
+    table.done("b", 1)
+    table.done("a", 1)
+    assert told(table.federation.saved(0.0), RunEnd) == ["b", "a"]  # in the order in which they joined
+    assert told(table.done("c", 1), RunEnd) == ["c"]
+    table.federation.leave("b", 0.0)
+    assert (table.federation.waits_for(3.0), table.federation.num_unfinished) == ((["a", "c"], 3.0), 2)
+    assert table.federation.expires() is None
+
+
 def test_run_that_has_not_started_says_how_many_are_still_to_join() -> None:
     federation = Federation("run", settings(clients=3), LIMITS, tensors())
     assert federation.expires() is None  # nobody waits yet

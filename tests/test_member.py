@@ -208,3 +208,33 @@ def test_matrices_without_lost_steps_stay() -> None:
     one.questions[0] = AdapterWeights(step=2, seconds=Seconds(), tensors={})
     one.forget_lost_steps(repeated=3)
     assert one.questions
+
+
+def test_whoever_keeps_lists_hears_of_every_change_that_moves_a_member_from_one_to_another() -> None:
+    one = member(aggregate_every=6)
+    heard: list[str] = []
+    asked = AdapterWeights(step=2, seconds=Seconds(), tensors={})
+
+    def hears_of(event: str, act: Any) -> None:
+        """After it: whoever hears must find the member as it is then."""
+        before = len(heard)
+        act()
+        state = f"{one.presence.value}, {sorted(one.questions)}, {one.in_round}"
+        assert heard[before:], event
+        assert heard[-1] == state
+
+    one.on_change = lambda: heard.append(f"{one.presence.value}, {sorted(one.questions)}, {one.in_round}")
+    hears_of("asks", lambda: one.asks(0, activations(1)))
+    hears_of("is answered", lambda: one.answer(0, gradient(1), one.itinerary.after_activations(1, 0)))
+    hears_of("is in the round", lambda: setattr(one, "in_round", True))
+    one.labelled_tokens = {1: 5, 2: 5}
+    hears_of("asks", lambda: one.asks(0, asked))
+    hears_of("forgets", lambda: one.forget_lost_steps(repeated=3))
+    assert not one.questions
+    hears_of("is lost", lambda: one.was_lost(1.0))
+    hears_of("leaves", one.left)
+    hears_of("asks", lambda: one.asks(0, asked))
+    hears_of("is overtaken", lambda: one.was_overtaken(3))
+    hears_of("is back", lambda: one.came_back(JOIN))
+    hears_of("catches up", lambda: one.catches_up(3))
+    hears_of("begins a round", one.begins_round)

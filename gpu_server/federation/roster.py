@@ -101,12 +101,15 @@ class Roster:
 
     def _note(self, name: str) -> None:
         """Whatever of this member has changed: the indexes show it as it is now."""
-        member, before = self.members.get(name), self._presences.pop(name, None)
-        if before is not None:
-            self._standing[before].remove(name)
-        if member is not None:
-            self._presences[name] = member.presence
-            self._standing[member.presence].add(name)
+        member, before = self.members.get(name), self._presences.get(name)
+        now = None if member is None else member.presence
+        if now is not before:
+            if before is not None:
+                self._standing[before].remove(name)
+                del self._presences[name]
+            if now is not None:
+                self._standing[now].add(name)
+                self._presences[name] = now
         for turnout in self._turnouts:
             turnout.count(name)
 
