@@ -154,6 +154,8 @@ class Membership:
         self.edge_weights = ""
         """The precision of the part that the server hands over; empty where it hands over none, or was not asked."""
         self._wants_part = wants_part
+        if before is not None:
+            self._server.backoff.num_devices = before.settings.clients
         try:
             self.welcome = self._greet(server_may_be_away)
             if before is not None and before.run == self.welcome.run:
@@ -390,6 +392,7 @@ class Membership:
         if self._hello.fingerprint not in ("", welcome.fingerprint):
             raise RemoteProtocolError(f"{connection.url} does not keep to the protocol: its run has another base model")
         self._hello = replace(self._hello, fingerprint=welcome.fingerprint)
+        self._server.backoff.num_devices = welcome.settings.clients
         self._welcomed(connection, welcome)
         return welcome
 

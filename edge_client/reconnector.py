@@ -18,18 +18,23 @@ __all__ = ["Backoff", "Reconnector"]
 logger = logging.getLogger("edge_client")
 Result = TypeVar("Result")
 
-SHORTEST_WAIT = 0.5  # seconds
+SHORTEST_WAIT = 0.05  # seconds
 LONGEST_WAIT = 30.0
+SHARE_OF_TIME_AWAY = 1 / 8
+SECONDS_A_DEVICE = 0.01
+"""A server greets and joins a device in 3 ms of one core, with TLS in 5."""
 REMINDERS = Reminders(first=60.0, times_later=2.0)
 """After the first message, which comes at once: while there is no connection, the user is told so again after a minute, ..."""
 
 
 class Backoff:
     """
-    How long to wait before the next attempt to connect.
+    How long to wait before the next attempt to connect. Waits are drawn at random, up to a longest that is the largest of
 
-    Waits double on average, from half a second to half a minute, and are drawn at random: devices that lost the same server do
-    not all come back at once.
+    - twice the shortest, so that a link which was cut is tried again at once;
+    - an eighth of the time away, and half a minute at most: a device comes back so much later than its server at most;
+    - ten milliseconds for each device of the run. However many devices lose a server in one moment, they ask it for one to
+      three hundred connections a second, and not for all of them at once.
 
     Args:
         seed: of the draws; two devices need different ones.
@@ -37,17 +42,18 @@ class Backoff:
 
     def __init__(self, seed: str) -> None:
         self._random = random.Random(seed)
-        self._longest = SHORTEST_WAIT
+        self.num_devices = 1
+        """Of the run, this one included."""
 
-    def next_wait(self) -> float:
-        """In seconds."""
-        wait = self._random.uniform(SHORTEST_WAIT, self._longest)
-        self._longest = min(LONGEST_WAIT, 2 * self._longest)
-        return wait
+    def next_wait(self, seconds_away: float) -> float:
+        """
+        In seconds.
 
-    def reset(self) -> None:
-        """Begin with short waits again."""
-        self._longest = SHORTEST_WAIT
+        Args:
+            seconds_away: how long there has been no connection.
+        """
+        of_the_time = min(LONGEST_WAIT, max(2 * SHORTEST_WAIT, SHARE_OF_TIME_AWAY * seconds_away))
+        return self._random.uniform(SHORTEST_WAIT, max(of_the_time, SECONDS_A_DEVICE * self.num_devices))
 
 
 class Reconnector:
@@ -77,7 +83,7 @@ class Reconnector:
     ) -> None:
         self._dial, self._give_up_after, self._stopwatch, self._log = dial, give_up_after, stopwatch, log
         self._sleep, self._clock = sleep, clock
-        self._backoff = Backoff(name)
+        self.backoff = Backoff(name)
         self._connection: Connection | None = None
         self._seconds_away = 0.0
         """Without a connection since there was progress, counted up to `_counted_until`."""
@@ -140,7 +146,7 @@ class Reconnector:
             self.drop()
             now = self._count_time_away()
             # A server that says when it has time again is not asked before.
-            wait = max(self._backoff.next_wait(), error.retry_after)
+            wait = max(self.backoff.next_wait(self._seconds_away), error.retry_after)
             self._check_give_up(wait, error)
             if now - began >= report_at:
                 level = "warning" if error.retry_after else "info"  # the user may be able to do something about it
@@ -162,7 +168,6 @@ class Reconnector:
 
     def made_progress(self) -> None:
         """A question was answered: the next time without a connection begins with short waits, and has the whole time."""
-        self._backoff.reset()
         self._seconds_away = 0.0
 
     def drop(self) -> None:

@@ -12,6 +12,7 @@ from protocol_samples import SETTINGS
 
 from edge_client.connection import ConnectionFailed, Refused
 from edge_client.membership import Membership, Redirected
+from edge_client.reconnector import Backoff
 from protocol import (
     ActivationGradient,
     Activations,
@@ -140,15 +141,43 @@ def world() -> MakeWorld:
     return World
 
 
-def test_waits_double_up_to_half_a_minute_and_are_never_twice_the_same(world: MakeWorld) -> None:
+def test_waits_are_at_most_an_eighth_of_the_time_away_and_half_a_minute_and_never_twice_the_same(world: MakeWorld) -> None:
     here = world(LOST, *[LOST] * 200, [welcome()])
     here.member(server_may_be_away=True)
     assert len(here.slept) == 201
-    assert here.slept[0] == 0.5
-    for number, wait in enumerate(here.slept):
-        assert 0.5 <= wait <= min(30.0, 0.5 * 2**number)
+    away = 0.0
+    for wait in here.slept:
+        assert 0.05 <= wait <= min(30.0, max(0.1, away / 8))
+        away += wait
     assert len(set(here.slept)) == len(here.slept)
     assert max(here.slept) > 25
+    assert sum(sum(here.slept[: number + 1]) < 10 for number in range(200)) < 60  # attempts of the first ten seconds
+
+
+@pytest.mark.parametrize("devices", [100, 1000, 10_000])
+def test_devices_that_lose_their_server_together_do_not_come_back_together(devices: int) -> None:
+    """In no second it is asked for more connections than it has time for."""
+    attempts: list[float] = []
+    for number in range(devices):
+        backoff, away = Backoff(f"device-{number}"), 0.0
+        backoff.num_devices = devices
+        while away < 20.0:
+            away += backoff.next_wait(away)
+            attempts.append(away)
+    for second in range(20):
+        assert sum(second <= moment < second + 1 for moment in attempts) < 300
+
+
+def test_device_that_comes_back_to_its_run_knows_how_many_do(world: MakeWorld) -> None:
+    """Also before the server has said it again; and as many as the run had is what the server says."""
+    many = welcome(settings=replace(SETTINGS, clients=1000))
+    here = world(*[LOST] * 10, [many, start(), LOST], *[LOST] * 10, [many, start(), gradient(1)])
+    member = here.member(server_may_be_away=True, before=many)
+    assert max(here.slept) > 5
+    here.slept.clear()
+    member.start(JOIN)
+    member.exchange(activations(1), ActivationGradient)
+    assert max(here.slept) > 5
 
 
 def test_devices_that_lost_the_same_server_come_back_at_different_times(world: MakeWorld, monkeypatch: Any) -> None:
@@ -329,7 +358,7 @@ def test_server_that_welcomes_and_is_gone_is_asked_ever_more_seldom(world: MakeW
     member.start(JOIN)
     member.exchange(activations(1), ActivationGradient)
     assert max(here.slept) > 25
-    assert sum(here.slept[20:]) / len(here.slept[20:]) > 10
+    assert sum(here.slept[100:]) / len(here.slept[100:]) > 10
 
 
 def test_answer_lets_the_waits_begin_anew(world: MakeWorld) -> None:
@@ -339,7 +368,7 @@ def test_answer_lets_the_waits_begin_anew(world: MakeWorld) -> None:
     member.start(JOIN)
     for _ in range(5):
         member.exchange(activations(1), ActivationGradient)
-    assert here.slept[::4] == [0.5] * 4
+    assert all(wait <= 0.1 for wait in here.slept[::4])
 
 
 def test_server_that_welcomes_and_is_gone_is_given_up_in_the_end(world: MakeWorld) -> None:
