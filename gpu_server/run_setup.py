@@ -150,7 +150,7 @@ def _set_up(options: Mapping[str, Any], leader: "Leader | None") -> Run:
         limits,
         engine.edge_adapter(),
         quorum=config.quorum,
-        checkpoint_every=config.checkpoint_every,
+        checkpoint_every=config.checkpoint_every or 1,
         deadline=Deadline(config.step_deadline),
         codec_policy=_codec_policy(config, settings, directory),
         restarts=description.restarts,

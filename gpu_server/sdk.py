@@ -14,6 +14,7 @@ from protocol import DELTA
 from protocol.limits import CACHES_ON_SERVER
 from storage import CacheFolder
 
+from .checkpoints import CheckpointSpacing
 from .config import ServerConfig, described
 from .errors import RankLost
 from .federation import Action, StepRecord
@@ -128,6 +129,7 @@ class GpuServer:
             metrics=run.prometheus.exposition,
             # Before steps are taken back: until then at least the devices of the server before were there.
             last_step_time=RunFiles(run.directory.path).last_step_time() if run.federation.restarts else None,
+            spacing=CheckpointSpacing() if self.config.checkpoint_every is None else None,
         )
         with telling_to(self._events):
             actions = go_back(run) if run.federation.restarts else []

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gpu_server import ServerError
-from gpu_server.checkpoints import Checkpoints, SavedRound
+from gpu_server.checkpoints import Checkpoints, CheckpointSpacing, SavedRound
 from storage import replace_file
 
 MEMBERSHIP = {"a": {"num_samples": 5, "batch_size": 2, "longest": 9, "step": 0, "left": False}}
@@ -119,3 +119,14 @@ def test_disk_that_is_full_leaves_the_checkpoints_before(checkpoints: Checkpoint
 def test_file_is_on_the_disk_before_it_has_its_name_and_the_name_after(tmp_path: Path, disk_calls: list[str]) -> None:
     replace_file(tmp_path / "file", json.dumps(MEMBERSHIP).encode())
     assert disk_calls == [f"fsync {tmp_path}/file.part", "replace", f"fsync {tmp_path}"]
+
+
+@pytest.mark.parametrize(("seconds", "pause"), [(0.0, 1.0), (0.004, 1.0), (0.05, 5.0), (3.0, 300.0)])
+def test_writing_takes_a_hundredth_of_the_time_at_most(seconds: float, pause: float) -> None:
+    spacing = CheckpointSpacing()
+    assert spacing.is_due(100.0)  # the first
+    spacing.asked()
+    assert not spacing.is_due(1e9)  # while it is written
+    spacing.written(100.0, seconds)
+    assert not spacing.is_due(100.0 + 0.99 * pause)
+    assert spacing.is_due(100.0 + 1.01 * pause)

@@ -91,6 +91,15 @@ def run(tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path]) -> Ca
 # Observers
 
 
+def test_rounds_ends_for_which_there_is_no_time_are_not_written_and_the_last_one_always_is(
+    run: Callable[..., list[StepRecord]], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("gpu_server.checkpoints.SHORTEST_PAUSE", 1e6)
+    watching = Watching()
+    run(watching)
+    assert watching.checkpoints == [0, STEPS]
+
+
 def test_everybody_who_watches_a_run_is_told_the_same(run: Callable[..., list[StepRecord]]) -> None:
     first, second = Watching(), Watching()
     followed = run(first, second)

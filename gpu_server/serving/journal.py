@@ -1,5 +1,6 @@
 """Everything that a run writes while it is served."""
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -52,10 +53,14 @@ class Journal:
     def write_evaluation(self, record: EvaluationRecord) -> "Future[None]":
         return self._small.submit(self._directory.append_evaluation, record)
 
-    def write_checkpoint(self, saved: SavedRound) -> "Future[None]":
-        def write() -> None:
+    def write_checkpoint(self, saved: SavedRound) -> "Future[float]":
+        """The seconds that it took."""
+
+        def write() -> float:
+            began = time.monotonic()
             self._directory.sync_metrics()
             self._directory.checkpoints.write(saved)
+            return time.monotonic() - began
 
         return self._large.submit(write)
 

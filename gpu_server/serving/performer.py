@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from split_model import Adapter
 
-from ..checkpoints import SavedRound
+from ..checkpoints import CheckpointSpacing, SavedRound
 from ..engine import Engine
 from ..federation import (
     Action,
@@ -53,6 +53,9 @@ class Performer:
     the federation, which may want more done.
 
     The engine computes on one thread of its own, so that the event loop always answers keepalives.
+
+    Args:
+        spacing: which of the federation's checkpoints are written; None: all. The last round's end always is.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Performer:
         observers: Sequence[Observer],
         peers: Mapping[str, Peer],
         lifetime: Lifetime,
+        spacing: CheckpointSpacing | None = None,
     ) -> None:
         self._federation, self._engine, self._journal = federation, engine, journal
         self._peers, self._lifetime = peers, lifetime
@@ -71,7 +75,7 @@ class Performer:
         # For the others no snapshot of all members is made at every coming and going.
         self._of_status = [each for each in observers if _listens_to_status(each)]
         self._steps = _StepWriter(journal, observers, peers, lifetime)
-        self._checkpoints = _CheckpointWriter(federation, engine, journal, observers, self._steps, lifetime)
+        self._checkpoints = _CheckpointWriter(federation, engine, journal, observers, self._steps, lifetime, spacing)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._alarm: asyncio.TimerHandle | None = None
         # What returns a coroutine takes time: the actions after it do not wait for it.
@@ -147,7 +151,7 @@ class Performer:
         self.tell_status()
 
     def _checkpoint(self, _: Checkpoint, __: Replies) -> None:
-        self._checkpoints.write_round_end()
+        self._checkpoints.write_if_due()
 
     # What takes time
 
@@ -297,25 +301,37 @@ class _CheckpointWriter:
         observers: Sequence[Observer],
         steps: _StepWriter,
         lifetime: Lifetime,
+        spacing: CheckpointSpacing | None,
     ) -> None:
         self._federation, self._journal, self._steps, self._lifetime = federation, journal, steps, lifetime
+        self._spacing = spacing
         self._observers, self._told = observers, -math.inf
         self._round_end: tuple[int, Adapter] = (federation.round, engine.round_end)
         """What the last round ended with: its step, and `Engine.round_end` as it was then."""
+        self._asked_for = federation.round
+        """The last round's end that was to be written, or the one from which the server went on."""
         self._to_write: tuple[int, Adapter] | None = None
         self._writing: asyncio.Task[None] | None = None
 
     def round_ended(self, step: int, state: Adapter) -> None:
         self._round_end = step, state
 
+    def write_if_due(self) -> None:
+        if self._spacing is None or self._spacing.is_due(time.monotonic()):
+            self.write_round_end()
+
     def write_round_end(self) -> "asyncio.Task[None]":
-        self._to_write = self._round_end
+        if self._spacing is not None:
+            self._spacing.asked()
+        self._to_write, self._asked_for = self._round_end, self._round_end[0]
         if self._writing is None or self._writing.done():
             self._writing = self._lifetime.spawn(self._write())
         return self._writing
 
     async def finish(self) -> None:
-        """Wait for what is being written."""
+        """Have the last round's end on the disk."""
+        if self._round_end[0] > self._asked_for:
+            self.write_round_end()
         if self._writing is not None:
             await self._writing
 
@@ -326,7 +342,9 @@ class _CheckpointWriter:
             if self._steps.last is not None:
                 await self._steps.last  # metrics know at least the steps that a checkpoint knows
             saved = SavedRound(run=self._federation.run, step=step, membership=self._federation.membership(), state=state)
-            await asyncio.wrap_future(self._journal.write_checkpoint(saved))
+            seconds = await asyncio.wrap_future(self._journal.write_checkpoint(saved))
+            if self._spacing is not None:
+                self._spacing.written(time.monotonic(), seconds)
             self._federation.checkpointed(step)
             for observer in self._observers:
                 observer.checkpoint_written(step)

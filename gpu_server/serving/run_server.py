@@ -10,6 +10,7 @@ from protocol import TrainingDiverged
 from storage import CacheFolder, ModelError
 from terminal import count
 
+from ..checkpoints import CheckpointSpacing
 from ..door import Door
 from ..edge_part import EdgePartStore
 from ..engine import Engine
@@ -45,6 +46,7 @@ class RunServer:
         viewers: the open pages.
         metrics: what the run has counted, for tools that read metrics; see `accept_connections`.
         last_step_time: when the server before has finished its last step; None where it is not known, or there was none.
+        spacing: see `Performer`.
     """
 
     def __init__(
@@ -63,12 +65,14 @@ class RunServer:
         viewers: Viewers,
         metrics: Callable[[], Callable[[], tuple[bytes, str]]],
         last_step_time: float | None,
+        spacing: CheckpointSpacing | None,
     ) -> None:
         self._federation, self._engine, self._door = federation, engine, door
         self._journal, self._observers, self._events = journal, observers, events
         self._model_name, self._grace_period, self._caches = model_name, grace_period, caches
         self._edge_part, self._viewers, self._metrics = edge_part, viewers, metrics
         self._last_step_time = last_step_time
+        self._spacing = spacing
         self._loop: asyncio.AbstractEventLoop
         self._lifetime: Lifetime
 
@@ -116,7 +120,13 @@ class RunServer:
         listener = Listener.open(self._door.host, self._door.port, limits)
         lifetime = self._lifetime = Lifetime(self._loop, self._federation, peers, self._grace_period)
         performer = Performer(
-            self._federation, self._engine, journal=self._journal, observers=self._observers, peers=peers, lifetime=lifetime
+            self._federation,
+            self._engine,
+            journal=self._journal,
+            observers=self._observers,
+            peers=peers,
+            lifetime=lifetime,
+            spacing=self._spacing,
         )
         conversations = Conversations(
             self._federation,
