@@ -113,6 +113,7 @@ class PartTrainer:
     Args:
         adapter: initial LoRA matrices, those of the server's part among them: A is (r, inputs), B is (outputs, r).
         weight_dtype: of the frozen weights; the adapter and its optimiser are never less exact than float32.
+        in_bfloat16: whether what flows through the blocks is in bfloat16, too; see `Placement.residual`.
         ranks: those that compute other sequences of the same micro-batches at the same time. All are called alike.
     """
 
@@ -124,6 +125,7 @@ class PartTrainer:
         *,
         weight_dtype: torch.dtype,
         device: torch.device,
+        in_bfloat16: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
         self._model, self._settings, self._ranks = model, settings, ranks or Alone()
@@ -134,6 +136,7 @@ class PartTrainer:
             weight_dtype=weight_dtype,
             device=device,
             with_head=settings.labels == "server",
+            in_bfloat16=in_bfloat16,
         )
         self._part.load_adapter({name: adapter[name] for name in self._part.matrices()})
         self._uploads = Uploads(self._part.device)
@@ -330,7 +333,15 @@ def make_trainer(
     config: ServerConfig, model: PretrainedModel, adapter: Adapter, device: torch.device, ranks: Ranks | None = None
 ) -> PartTrainer:
     """That of a run with these settings, which are settled; see `PartTrainer`."""
-    return PartTrainer(model, config.settings(), adapter, weight_dtype=DTYPES[config.dtype], device=device, ranks=ranks)
+    return PartTrainer(
+        model,
+        config.settings(),
+        adapter,
+        weight_dtype=DTYPES[config.dtype],
+        device=device,
+        in_bfloat16=config.residual == "bfloat16",
+        ranks=ranks,
+    )
 
 
 def _by_client(rows: Array, counts: dict[str, int]) -> dict[str, Array]:

@@ -91,7 +91,7 @@ def initial_adapter(config: ModelConfig, lora: LoraConfig, seed: int) -> Adapter
 class LoraLinear(nn.Module):
     """
     y = x W + b + scale * dropout(x) A^T B^T. W (in, out) and b (out,) are frozen and in `Placement.weight_dtype`; A (r, in) and
-    B (out, r), where there are any, learn. x (N, in), y (N, out), A and B are in `Placement.dtype`.
+    B (out, r), where there are any, learn and are in `Placement.dtype`; x (N, in) and y (N, out) are in `Placement.residual`.
     """
 
     weight: Tensor
@@ -122,6 +122,6 @@ class LoraLinear(nn.Module):
         y = torch.addmm(self.bias, x.to(self.weight.dtype), self.weight).to(x.dtype)
         if self.lora_A is None or self.lora_B is None or not self.is_adapted:
             return y
-        low_rank = self.dropout(x, self.columns) @ self.lora_A.T  # (N, r)
+        low_rank = self.dropout(x, self.columns) @ self.lora_A.T.to(x.dtype)  # (N, r)
         # In place: the gradient of neither product needs y, and a second (N, out) would be the largest tensor of the block.
-        return y.addmm_(low_rank, self.lora_B.T, alpha=self.scale)
+        return y.addmm_(low_rank, self.lora_B.T.to(x.dtype), alpha=self.scale)

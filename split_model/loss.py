@@ -3,8 +3,13 @@ Cross-entropy over a large vocabulary in chunks of rows.
 
 All logits of M rows, (M, V), would be by far the largest tensor of training: 2,048 rows of GPT-2's 50,257 tokens are 412 MB in
 float32, and as much again for their gradient. So only one chunk of them exists at a time.
+
+Where chunks end changes no loss, but a kernel for another number of rows may round otherwise. On the CPU they always end at the
+same rows. On a CUDA device their size is found out once, so that a process repeats its own results to the bit; another process,
+with other memory left, agrees with it as another card would.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +18,11 @@ from torch import Tensor
 __all__ = ["cross_entropies", "summed_cross_entropy"]
 
 CHUNK_ROWS = 256  # 256 x 50,257 logits in float32 are 51 MB
+MOST_ROWS = 8192  # more make no product faster
+SHARE = 8
+"""Of the free memory of a CUDA device, a chunk takes at most this part of the whole."""
+BYTES_OF_LOGIT = 12
+"""At most, with the copies in other types that a chunk needs for a moment."""
 ALIGNMENT = 64  # elements, whole cache lines in every precision
 
 
@@ -33,6 +43,17 @@ def cross_entropies(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     return _CrossEntropies.apply(hidden, head, labels)  # type: ignore[no-any-return, no-untyped-call]
 
 
+@cache
+def rows_at_a_time(device: torch.device, vocabulary_size: int) -> int:
+    """Of a chunk: on a CUDA device a power of 2 by its free memory, asked once, when the weights are there."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return CHUNK_ROWS
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # what torch has and does not use
+    rows = max(1, free // (SHARE * BYTES_OF_LOGIT * vocabulary_size))
+    return min(max(1 << rows.bit_length() - 1, CHUNK_ROWS), MOST_ROWS)
+
+
 class _CrossEntropies(torch.autograd.Function):
     # The gradient by a row of ``hidden`` is (softmax(logits) - onehot(label)) head. The forward pass computes it chunk by chunk
     # from logits that are there anyhow; backward, which would have to compute these a second time, only scales it.
@@ -41,8 +62,9 @@ class _CrossEntropies(torch.autograd.Function):
     def forward(context: Any, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
         losses = hidden.new_empty(len(labels))
         gradient = torch.empty_like(hidden) if context.needs_input_grad[0] else None
-        for start in range(0, len(labels), CHUNK_ROWS):
-            chunk, targets = slice(start, start + CHUNK_ROWS), labels[start : start + CHUNK_ROWS]
+        size = rows_at_a_time(head.device, len(head))
+        for start in range(0, len(labels), size):
+            chunk, targets = slice(start, start + size), labels[start : start + size]
             rows = torch.arange(len(targets), device=targets.device)
             # Rows are padded to whole cache lines. Without that, an odd vocabulary such as GPT-2's makes nearly every row begin
             # within a line, which slows the product and every pass over the logits.

@@ -46,11 +46,19 @@ class Part(nn.Module):
     """
 
     def __init__(
-        self, model: PretrainedModel, blocks: range, lora: LoraConfig, *, weight_dtype: torch.dtype, device: torch.device
+        self,
+        model: PretrainedModel,
+        blocks: range,
+        lora: LoraConfig,
+        *,
+        weight_dtype: torch.dtype,
+        device: torch.device,
+        in_bfloat16: bool = False,
     ) -> None:
         super().__init__()
         config, self.family = model.config, family_of(model.config)
-        self.placement = Placement(weight_dtype, device)
+        self.placement = Placement(weight_dtype, device, in_bfloat16)
+        self.placement.prepare()
         self.dtype, self.device = self.placement.dtype, device
         self.dropout = SeededDropout(lora.dropout, device)
         self.blocks = nn.ModuleList(self.family.block(config, model.tensors, index, self.placement) for index in blocks)
@@ -125,6 +133,7 @@ class Part(nn.Module):
 
     def _run(self, hidden: Tensor, packing: Packing) -> Tensor:  # (N, d) -> (N, d)
         self.dropout.begin(packing)
+        hidden = hidden.to(self.placement.residual)
         for block in self.blocks:
             hidden = block(hidden, packing)
         return hidden
@@ -143,7 +152,7 @@ class EdgePart(Part):
     def forward(self, tokens: ArrayLike, lengths: ArrayLike) -> Tensor:
         """Packed ids (N,) and lengths (B,), both on the host -> activations (N, d) on the device."""
         packing = Packing(lengths, self.device)
-        return self._run(self.embedding(numpy.asarray(tokens), packing), packing)
+        return self._run(self.embedding(numpy.asarray(tokens), packing), packing).to(self.dtype)
 
 
 class ServerPart(Part):
@@ -152,6 +161,7 @@ class ServerPart(Part):
 
     Args:
         with_head: whether there is a head: where devices compute the loss, it would only take memory.
+        in_bfloat16: whether what flows through the blocks is in bfloat16 as well; see `Placement.residual`.
     """
 
     def __init__(
@@ -163,8 +173,10 @@ class ServerPart(Part):
         weight_dtype: torch.dtype,
         device: torch.device,
         with_head: bool = True,
+        in_bfloat16: bool = False,
     ) -> None:
-        super().__init__(model, range(cut_layer, model.config.num_layers), lora, weight_dtype=weight_dtype, device=device)
+        blocks = range(cut_layer, model.config.num_layers)
+        super().__init__(model, blocks, lora, weight_dtype=weight_dtype, device=device, in_bfloat16=in_bfloat16)
         self.final_norm = self.family.final_norm(model.config, model.tensors, self.placement)
         self._head = model.tensors[model.config.head_name].view().to(device, weight_dtype) if with_head else None
 
@@ -186,7 +198,7 @@ class ServerPart(Part):
         packing = Packing(lengths, self.device)
         hidden = self._run(activations, packing)
         # Rows without a label end here: neither the norm nor the head, a third of a small model's work, is computed for them.
-        labelled: Tensor = self.final_norm(packing.labelled(label_counts).take(hidden))
+        labelled: Tensor = self.final_norm(packing.labelled(label_counts).take(hidden).to(self.dtype))
         return labelled
 
     def losses(self, activations: Tensor, lengths: ArrayLike, label_counts: ArrayLike, labels: Tensor) -> Tensor:
@@ -205,6 +217,6 @@ class ServerPart(Part):
 
     def logits(self, activations: Tensor, lengths: ArrayLike) -> Tensor:
         """Activations (N, d) -> logits (N, V). For generation and for tests; training never holds them all."""
-        hidden = self.final_norm(self._run(activations, Packing(lengths, self.device)))
+        hidden = self.final_norm(self._run(activations, Packing(lengths, self.device)).to(self.dtype))
         logits: Tensor = (hidden.to(self.head.dtype) @ self.head.T).to(self.dtype)
         return logits

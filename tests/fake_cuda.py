@@ -8,6 +8,7 @@ Where results are read, ones are read. What the streams are told is written down
 """
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 import numpy.typing
 import pytest
 import torch
+import torch.utils.deterministic
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -93,7 +95,11 @@ def fake_cuda() -> Iterator[list[str]]:
     def kept(tensor: Tensor, stream: Stream) -> None:
         said.append(f"memory is kept for {stream.name}")
 
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, pytest.MonkeyPatch.context() as patch:
+    with (
+        settings_of_the_process_restored(),
+        FakeTensorMode(allow_non_fake_inputs=True) as mode,
+        pytest.MonkeyPatch.context() as patch,
+    ):
 
         def from_disk(read: Callable[..., Tensor]) -> Callable[..., FakeTensor]:
             def fake(*arguments: Any) -> FakeTensor:
@@ -127,6 +133,22 @@ def fake_cuda() -> Iterator[list[str]]:
         # Of a number of the CPU, by which AdamW counts its steps.
         patch.setattr(sys.modules["torch.optim.adam"], "_get_value", count_on_the_host)
         yield said
+
+
+@contextmanager
+def settings_of_the_process_restored() -> Iterator[None]:
+    """Those that a part on CUDA makes for the whole process."""
+    workspace, precision = os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None), torch.get_float32_matmul_precision()
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        if workspace is not None:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
 
 
 def give_a_guard_to_cuda() -> None:

@@ -137,6 +137,17 @@ def test_codec_is_checked_where_the_server_has_a_loss() -> None:
     assert config(check_codec_every=7).settled("float32").check_codec_every == 7
 
 
+def test_residual_stream_is_in_bfloat16_only_where_the_weights_are_and_stays_what_it_was() -> None:
+    assert config(residual="bfloat16").settled("bfloat16").residual == "bfloat16"
+    for dtype in ("float32", "float64"):
+        with pytest.raises(ConfigError, match=f"^residual bfloat16 needs dtype bfloat16, and the run has {dtype}: leave "):
+            config(residual="bfloat16").settled(dtype)
+        assert config().settled(dtype).residual == "float32"
+    with pytest.raises(ConfigError, match="holds a run with residual float32; it cannot go on with residual bfloat16"):
+        going_on({}, residual="bfloat16")
+    assert refused(residual="float16") == "residual must be one of float32, bfloat16; got 'float16'"
+
+
 def going_on(before: dict[str, Any], **given: Any) -> dict[str, Any]:
     return resumed({"run_dir": "r", **given}, {**dataclasses.asdict(config()), **before})
 
@@ -347,6 +358,7 @@ OTHER_VALUES: dict[str, Any] = {
     "host": "0.0.0.0",
     "port": 1234,
     "edge_weights": "int8",
+    "residual": "bfloat16",
     "codec": "int4",
     "codec_tolerance": 0.05,
     "check_codec_every": 0,

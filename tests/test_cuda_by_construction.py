@@ -3,6 +3,7 @@ What both parts compute on a CUDA device keeps to it, and never makes the host w
 device, on tensors that know their shape, type and place alone. Whether the numbers are right, test_cuda.py asks a real one.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -51,10 +52,12 @@ def said() -> Iterator[list[str]]:
         yield said
 
 
-def parts_on_cuda(folder: Path, dtype: torch.dtype, dropout: float = 0.1) -> tuple[EdgePart, ServerPart]:
+def parts_on_cuda(
+    folder: Path, dtype: torch.dtype, dropout: float = 0.1, in_bfloat16: bool = False
+) -> tuple[EdgePart, ServerPart]:
     model, lora = PretrainedModel(folder), LoraConfig(rank=2, targets=EVERYTHING, dropout=dropout)
     where: dict[str, Any] = {"weight_dtype": dtype, "device": CUDA}
-    return EdgePart(model, 2, lora, **where), ServerPart(model, 2, lora, **where)
+    return EdgePart(model, 2, lora, **where), ServerPart(model, 2, lora, in_bfloat16=in_bfloat16, **where)
 
 
 def train(edge: EdgePart, server: ServerPart) -> tuple[Tensor, Tensor]:
@@ -76,11 +79,13 @@ def train(edge: EdgePart, server: ServerPart) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "in_bfloat16"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True), (torch.float64, False)]
+)
 def test_parts_train_without_making_the_host_wait(
-    said: list[str], tiny_model: Path, dtype: torch.dtype, dropout: float
+    said: list[str], tiny_model: Path, dtype: torch.dtype, in_bfloat16: bool, dropout: float
 ) -> None:
-    edge, server = parts_on_cuda(tiny_model, dtype, dropout)
+    edge, server = parts_on_cuda(tiny_model, dtype, dropout, in_bfloat16)
     losses, gradient = train(edge, server)
     assert (losses.shape, gradient.shape, losses.device, gradient.device) == ((11,), (21, WIDTH), CUDA, CUDA)
     for part in (edge, server):
@@ -102,6 +107,15 @@ def test_parts_train_on_packed_rows(said: list[str], tiny_model: Path, monkeypat
     monkeypatch.setattr("split_model.packing._varlen_attn", lambda device: kernel)
     train(*parts_on_cuda(tiny_model, torch.bfloat16))
     assert called == [{"window_size": (-1, 0)}] * 4
+
+
+def test_part_on_cuda_computes_the_same_twice_and_products_of_float32_in_float32(said: list[str], tiny_model: Path) -> None:
+    torch.set_float32_matmul_precision("high")  # as where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set
+    parts_on_cuda(tiny_model, torch.float32)
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()  # else attention's backward pass stays as it is
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 @torch.no_grad()
@@ -316,7 +330,6 @@ def test_every_mistake_that_makes_the_host_wait_or_mixes_devices_is_found(
     said: list[str], tiny_model: Path, monkeypatch: pytest.MonkeyPatch, mistake: Mistake
 ) -> None:
     both = parts_on_cuda(tiny_model, torch.bfloat16)
-    train(*both)
     mistake(monkeypatch)
     with pytest.raises((DataDependentOutputException, DynamicOutputShapeException, FakeTensorDeviceMismatchError, HostWaits)):
         train(*both)

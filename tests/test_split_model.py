@@ -30,7 +30,7 @@ from split_model import (
     load_adapter,
     save_adapter,
 )
-from split_model.loss import CHUNK_ROWS, cross_entropies, summed_cross_entropy
+from split_model.loss import BYTES_OF_LOGIT, CHUNK_ROWS, cross_entropies, rows_at_a_time, summed_cross_entropy
 from split_model.packing import Packing, Places, kernel_of_packed_rows, labelled_positions
 from storage import ModelError, find_model
 
@@ -93,6 +93,28 @@ def test_summed_cross_entropy_and_its_gradient_are_torchs_over_several_chunks() 
     assert torch.allclose(found, expected, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("free", "unused", "rows"),
+    [
+        (40 << 30, 4 << 30, 8192),  # of an empty card
+        (10 << 30, 0, 2048),
+        (1 << 30, 9 << 30, 2048),  # what torch keeps for itself is free, too
+        (1 << 30, 0, 256),
+        (0, 0, 256),
+    ],
+)
+def test_chunks_of_the_loss_take_an_eighth_of_a_cards_free_memory(
+    monkeypatch: pytest.MonkeyPatch, free: int, unused: int, rows: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: unused + 100)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    assert rows_at_a_time.__wrapped__(torch.device("cuda", 0), 50257) == rows
+    assert rows * 50257 * BYTES_OF_LOGIT <= max((free + unused) / 8, CHUNK_ROWS * 50257 * BYTES_OF_LOGIT)
+    assert rows_at_a_time.__wrapped__(CPU, 50257) == CHUNK_ROWS
+
+
 def test_cross_entropies_are_torchs_row_by_row() -> None:
     generator = torch.Generator().manual_seed(1)
     rows = CHUNK_ROWS + 7
@@ -115,6 +137,40 @@ def test_packing_goes_to_the_grids_and_back() -> None:
     assert not four_and_five[0, 4:].any()
     assert torch.equal(packing.pack([one, two, four_and_five]), rows)
     assert packing.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 0]
+
+
+def trained(server: ServerPart) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Losses, the gradient by the activations, and how many bytes were kept between the forward and the backward pass."""
+    generator, lengths, counts = torch.Generator().manual_seed(1), [9, 4, 17, 12], [8, 3, 0, 12]
+    values = {name: torch.randn(matrix.shape, generator=generator) / 10 for name, matrix in server.matrices().items()}
+    server.load_adapter(values)
+    activations = torch.randn(sum(lengths), 32, generator=generator, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    frozen = {buffer.untyped_storage().data_ptr() for buffer in server.buffers()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses = server.losses(activations, lengths, counts, torch.arange(sum(counts)))
+    losses.sum().backward()
+    assert activations.grad is not None
+    return losses.detach(), activations.grad, sum(size for place, size in kept.items() if place not in frozen)
+
+
+def test_residual_stream_in_bfloat16_halves_what_is_kept_and_gives_about_the_same(tiny_model: Path) -> None:
+    model, lora = PretrainedModel(tiny_model), LoraConfig(rank=2, alpha=4.0, targets=("c_attn", "c_proj", "c_fc"))
+    where: dict[str, Any] = {"weight_dtype": torch.bfloat16, "device": CPU}
+    usual, halved = ServerPart(model, 1, lora, **where), ServerPart(model, 1, lora, in_bfloat16=True, **where)
+    (losses, gradient, kept), (found, found_gradient, fewer) = trained(usual), trained(halved)
+    assert found.dtype == found_gradient.dtype == torch.float32
+    assert all(matrix.dtype == matrix.grad.dtype == torch.float32 for matrix in halved.matrices().values())  # type: ignore[union-attr]
+    assert torch.linalg.vector_norm(found - losses) < 1e-2 * torch.linalg.vector_norm(losses)
+    assert torch.linalg.vector_norm(found_gradient - gradient) < 3e-2 * torch.linalg.vector_norm(gradient)
+    for name, matrix in usual.gradients().items():
+        assert torch.linalg.vector_norm(halved.gradients()[name] - matrix) < 5e-2 * torch.linalg.vector_norm(matrix)
+    assert fewer < 0.75 * kept
 
 
 def test_places_take_back_what_they_spread_and_both_have_the_gradients_of_indexing() -> None:

@@ -100,7 +100,7 @@ class GPT2Config(ModelConfig):
 
 
 class LayerNorm(nn.Module):
-    """Frozen layer norm over the last dimension, (N, d) -> (N, d)."""
+    """Frozen layer norm over the last dimension, (N, d) -> (N, d); computed in `Placement.dtype` whatever it is given."""
 
     weight: Tensor
     bias: Tensor
@@ -113,7 +113,7 @@ class LayerNorm(nn.Module):
             self.register_buffer(parameter, value, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+        return F.layer_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.bias, self.epsilon).to(x.dtype)
 
 
 class Attention(nn.Module):
