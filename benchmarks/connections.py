@@ -10,7 +10,6 @@ connection, again and again, says how long the server keeps anybody waiting. Not
 
 import argparse
 import asyncio
-import ssl
 import statistics
 import tempfile
 import time
@@ -32,15 +31,12 @@ MODEL = {"n_layer": 2, "n_embd": 32, "n_head": 2}
 class Device:
     """A connection, and what is said over it."""
 
-    def __init__(
-        self, url: str, name: str, fingerprint: str, header: dict[str, str], encryption: ssl.SSLContext | None
-    ) -> None:
+    def __init__(self, url: str, name: str, fingerprint: str) -> None:
         self._url, self._name, self._fingerprint = url, name, fingerprint
-        self._options: dict[str, Any] = {"additional_headers": header, "ssl": encryption, "proxy": None, "compression": None}
         self.connection: ClientConnection
 
     async def join(self) -> None:
-        self.connection = await connect(self._url, max_size=2**26, open_timeout=600, ping_interval=None, **self._options)
+        self.connection = await connect(self._url, **OPTIONS)
         await self.ask(Hello(name=self._name, fingerprint=self._fingerprint))
         await self.connection.send(encode(Join(num_samples=10**6, batch_size=1, longest=8)))
 

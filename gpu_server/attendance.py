@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from .enrolment import Enrolment
 from .errors import ConfigError
-from .history import RunFiles
+from .history import TOGETHER, RunFiles
 
 __all__ = ["Seen", "attendance", "not_seen_since"]
 
@@ -59,7 +59,7 @@ def attendance(files: RunFiles) -> dict[str, Seen]:
     last_step_time = files.last_step_time() or 0.0
     if not is_all_told:
         for step in files.steps():
-            for name in step.bytes_up:
+            for name in step.bytes_up.keys() - {TOGETHER}:
                 seen[name] = _seen_at(seen.get(name, Seen(time=0.0)), step.time)
     if files.is_served:
         return {name: _seen_at(one, last_step_time) if one.is_connected else one for name, one in seen.items()}

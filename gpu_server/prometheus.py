@@ -15,7 +15,7 @@ from protocol import Seconds
 from terminal import version
 
 from .federation import StepRecord
-from .history import EVENT_KINDS, EvaluationRecord, RunEvent
+from .history import EVENT_KINDS, MOST_CLIENTS, EvaluationRecord, RunEvent
 from .serving import Observer
 
 __all__ = ["PrometheusObserver"]
@@ -24,12 +24,11 @@ STEP_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 30
 """Bounds of the histogram's buckets: from a tiny model on one machine to devices that are away for a night."""
 STATES = ("joining", "training", "waiting", "saving", "finished", "stopped", "not_running")
 """See `Overview.as_json`."""
-MOST_CLIENTS = 1000
-"""
-With more devices a run has no series of each: 18 a device are more than Prometheus is made for. There are always those of all
-devices together, and in such a run `client_late_seconds` of those that are late.
-"""
 MOST_LATE_CLIENTS = 100
+"""
+That are named in a run of more than `MOST_CLIENTS`. Such a run has no series of each device: 18 a device are more than
+Prometheus is made for. There are always those of all devices together.
+"""
 MEMBERSHIP = ("joined", "back")
 """Kinds of events with which a device is there."""
 DIRECTIONS = ("up", "down")

@@ -68,11 +68,11 @@ def _table_of_devices(run: Figures, columns: int) -> list[str]:
         ("device", lambda device: str(device["name"])),
         ("state", lambda device: "done" if run["state"] == "finished" else _state(device)),
         ("last heard", lambda device: _ago(now - device["last_heard"]) if device["last_heard"] else "never"),
-        ("missed", lambda device: f"{device['missed_steps']:,}"),
+        ("missed", lambda device: "" if device["missed_steps"] is None else f"{device['missed_steps']:,}"),
         ("slowness", lambda device: "" if device["slowness"] is None else f"{device['slowness']:.1f} x"),
         ("tokens/s", lambda device: "" if device["tokens_per_second"] is None else f"{device['tokens_per_second']:,.0f}"),
-        ("sent", lambda device: amount(device["bytes_up"])),
-        ("received", lambda device: amount(device["bytes_down"])),
+        ("sent", lambda device: "" if device["bytes_up"] is None else amount(device["bytes_up"])),
+        ("received", lambda device: "" if device["bytes_down"] is None else amount(device["bytes_down"])),
     ]
     rows = [[title for title, _ in cells], *([cell(device) for _, cell in cells] for device in run["devices"])]
     widths = [max(len(row[column]) for row in rows) for column in range(len(cells))]

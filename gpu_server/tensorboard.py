@@ -19,7 +19,7 @@ from protocol import Seconds
 from .checkpoints import Checkpoints
 from .errors import ServerError
 from .federation import StepRecord
-from .history import EvaluationRecord, RunFiles, tell
+from .history import MOST_CLIENTS, EvaluationRecord, RunFiles, tell
 from .history.records import mean_of
 from .serving import Observer
 
@@ -148,7 +148,8 @@ class TensorBoardObserver(Observer):
 def scalars_of(record: StepRecord) -> dict[str, float]:
     """
     By tag. Those of training are called as the Hugging Face Trainer calls them. ``time/`` is what devices have spent on each
-    part of the step, on average, in seconds; ``time/engine`` is how long the server computed in all.
+    part of the step, on average, in seconds; ``time/engine`` is how long the server computed in all. Of more than
+    `MOST_CLIENTS` devices none has a scalar of its own.
     """
     scalars = {
         "train/loss": record.loss,
@@ -162,6 +163,8 @@ def scalars_of(record: StepRecord) -> dict[str, float]:
         for way, num_bytes in (("up", record.bytes_up), ("down", record.bytes_down)):
             scalars[f"throughput/bytes_{way}_per_second"] = sum(num_bytes.values()) / record.step_seconds
     if record.seconds:
-        spent, taking_part = vars(sum(record.seconds.values(), Seconds())), len(record.labelled or record.seconds)
+        spent, taking_part = vars(sum(record.seconds.values(), Seconds())), record.num_taking_part
         scalars |= {f"time/{part}": seconds / taking_part for part, seconds in spent.items()}
+    if record.together or len(record.losses) > MOST_CLIENTS:
+        return scalars
     return scalars | {f"train_loss/{client}": loss for client, loss in record.losses.items()}

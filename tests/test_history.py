@@ -12,9 +12,21 @@ from conftest import permissions
 from steps import a_step as step
 
 from gpu_server import ServerError
-from gpu_server.history import EvaluationRecord, HistoryError, RunEvent, RunFiles, record_of, row_of, tell, telling_to
+from gpu_server.federation import StepRecord
+from gpu_server.history import (
+    MOST_CLIENTS,
+    TOGETHER,
+    EvaluationRecord,
+    HistoryError,
+    RunEvent,
+    RunFiles,
+    record_of,
+    row_of,
+    tell,
+    telling_to,
+)
 from gpu_server.run_directory import RunDirectory
-from protocol import Seconds
+from protocol import InvalidName, Seconds, check_name
 from storage import RunDescription
 from terminal import show_log
 
@@ -173,6 +185,38 @@ def test_members_of_a_later_version_are_left_out() -> None:
     row = row_of(step(1))
     row["weather"], row["clients"]["a"]["mood"] = "fine", 1
     assert record_of(row) == step(1)
+
+
+def of_many(number: int, clients: int) -> StepRecord:
+    names = [f"d{place:04}" for place in range(clients)]
+    return step(
+        number,
+        labelled_tokens=2 * clients,
+        tokens=3 * clients,
+        seconds=dict.fromkeys(names, Seconds(edge_compute=0.5, queue=0.25)),
+        bytes_up=dict.fromkeys(names, 100),
+        bytes_down=dict.fromkeys(names, 200),
+        losses=dict.fromkeys(names, 2.5),
+        labelled=dict.fromkeys(names, 2),
+        samples=dict.fromkeys(names, 1),
+        tokens_of=dict.fromkeys(names, 3),
+    )
+
+
+def test_line_of_very_many_clients_is_short_and_has_the_sums_of_all() -> None:
+    each, all_together = of_many(1, MOST_CLIENTS), of_many(1, MOST_CLIENTS + 1)
+    assert record_of(row_of(each)) == each
+    line = json.dumps(row_of(all_together))
+    assert len(line) < 1000
+    read = record_of(json.loads(line))
+    assert (read.num_taking_part, all_together.num_taking_part) == (MOST_CLIENTS + 1, MOST_CLIENTS + 1)
+    for name in ("number", "time", "loss", "labelled_tokens", "tokens", "num_bytes"):
+        assert getattr(read, name) == getattr(all_together, name)
+    for name in ("bytes_up", "bytes_down", "labelled", "samples", "tokens_of"):
+        assert sum(getattr(read, name).values()) == sum(getattr(all_together, name).values())
+    assert sum(read.seconds.values(), Seconds()) == sum(all_together.seconds.values(), Seconds())
+    with pytest.raises(InvalidName):
+        check_name(TOGETHER)
 
 
 def test_line_of_an_earlier_version_has_the_rest_by_default() -> None:

@@ -311,6 +311,22 @@ def test_figures_of_a_device_are_of_the_last_twenty_steps_that_it_took_part_in()
     assert found["c"]["missed_steps"] == 20
 
 
+def test_steps_with_only_the_sums_of_all_devices_name_none_and_count_for_none() -> None:
+    run = joined()
+    spent = Seconds(edge_compute=30.0, uplink=60.0)
+    run.add_event(event("lost", 1001.0, "c"))
+    for number in (1, 2):
+        run.add_step(step(number, who="*", seconds={"*": spent}, tokens=30, together=3))
+    now = run.as_json(1006.0)
+    assert [device["name"] for device in now["devices"]] == ["a", "b", "c"]
+    assert (now["tokens_per_second"], now["bottleneck"]["part"]) == (15, "uplink")
+    assert {device[key] for device in now["devices"] for key in ("bytes_up", "missed_steps", "slowness")} == {None}
+    assert [devices(run, 1006.0)[name]["last_heard"] for name in "abc"] == [1004.0, 1004.0, 995.0]
+    run.add_step(step(3, cellar=4.0, who="abc"))  # as a server that goes on is told it
+    assert run.as_json(1008.0)["bottleneck"]["client"] == "c"
+    assert devices(run, 1008.0)["a"]["bytes_up"] is None  # of the run so far nobody knows
+
+
 def test_held_out_losses_of_many_devices_are_gone_through_once_a_step_and_not_once_a_device() -> None:
     run, looks = Overview("r", 300), list[str]()
     has_left = run._has_left

@@ -98,6 +98,16 @@ class TestNumbers:
         seconds = {line["seconds_of_a_device_in_a_step"] for line in table(tmp_path / "report/time.csv")}
         assert seconds == {"0.5"}
 
+    def test_lines_of_very_many_devices_have_their_sums(self, write_run: Callable[..., Path], tmp_path: Path) -> None:
+        all_together = {"clients": 2000, "labelled_tokens": 10, "samples": 5, "tokens": 40, "loss": 1.0}
+        all_together |= {"bytes_up": 2000, "bytes_down": 1000, "seconds": dict.fromkeys(PARTS, 1000.0)}
+        joined = [{"time": 1.0, "kind": "joined", "text": "", "client": name} for name in ("b", "a")]
+        folder = write_run("many", [row(number, 1.0, clients={"*": all_together}) for number in (1, 2)], events=joined)
+        run = measure(RunFiles(folder), print)
+        assert run is not None
+        assert (run.bytes_up, run.device_steps, list(run.devices)) == (4000, 4000, ["a", "b"])
+        assert run.seconds_by_part["uplink"] / run.device_steps == 0.5
+
     def test_seconds_do_not_count_the_hours_between_two_servers(self, write_run: Callable[..., Path], tmp_path: Path) -> None:
         rows = [row(1, 2.0, time=1e9), row(2, 2.0, time=1e9 + 80_000, step_seconds=3.0)]
         write_report([write_run("resumed", rows)], tmp_path / "report")

@@ -52,6 +52,16 @@ class StepRecord:
     """By client of this step: its sequences."""
     tokens_of: dict[str, int] = field(default_factory=dict)
     """By client of this step: its part of ``tokens``."""
+    together: int = 0
+    """
+    Clients of this step of which only sums are known, in place of a client: so a line has it of a run with very many, see
+    `history.TOGETHER`. 0 where each is named, as in every step that a server has just finished.
+    """
+
+    @property
+    def num_taking_part(self) -> int:
+        """Clients of this step; in lines of earlier versions, which do not say who took part, those that are in them."""
+        return self.together or len(self.labelled or self.seconds)
 
     @property
     def num_bytes(self) -> int:

@@ -3,12 +3,14 @@
 from .curve import Curve
 from .events import EVENT_KINDS, RunEvent, tell, telling_to
 from .overview import ADVICE, Overview
-from .records import EvaluationRecord, record_of, row_of
+from .records import MOST_CLIENTS, TOGETHER, EvaluationRecord, record_of, row_of
 from .run_files import HistoryError, RunFiles, checkpoint_files
 
 __all__ = [
     "ADVICE",
     "EVENT_KINDS",
+    "MOST_CLIENTS",
+    "TOGETHER",
     "Curve",
     "EvaluationRecord",
     "HistoryError",

@@ -14,7 +14,7 @@ from terminal import count, duration, in_words, listed
 from ..federation import StepRecord
 from .events import RunEvent
 from .recent_steps import OWN, RECENT, RecentSteps, SummedSteps
-from .records import EvaluationRecord, finite, mean_of
+from .records import TOGETHER, EvaluationRecord, finite, mean_of
 from .run_files import HistoryError, RunFiles
 
 __all__ = ["ADVICE", "Overview"]
@@ -104,6 +104,8 @@ class Overview:
         self._devices: dict[str, _Device] = {}
         self._recent: deque[_Step] = deque(maxlen=RECENT)
         self._recent_of_devices = RecentSteps()
+        self._is_together, self._counts_each = False, True
+        """Whether the last step has only sums of all devices; and whether no step so far has."""
         self._held_out: dict[str, EvaluationRecord] = {}
         """The latest of each client."""
         self._clients_at: dict[int, set[str]] = {}
@@ -167,6 +169,20 @@ class Overview:
         self._started = self._started or record.time - record.step_seconds or None
         self._recent.append(_Step(record.loss, record.learning_rate, record.step_seconds, record.tokens, record.num_bytes))
         self._codec = record.codec
+        if self._is_together != bool(record.together):  # a device is not compared with all
+            self._is_together, self._recent_of_devices = not self._is_together, RecentSteps()
+        self._recent_of_devices.add(record, self._add_together(record) if record.together else self._add_of_each(record))
+
+    def _add_together(self, record: StepRecord) -> list[str]:
+        """A step of which only sums are known: who is connected was there."""
+        self._counts_each = False
+        for device in self._devices.values():
+            if device.state == "connected":
+                device.heard = max(device.heard, record.time)
+        return [TOGETHER]
+
+    def _add_of_each(self, record: StepRecord) -> list[str]:
+        """Who took part in the step."""
         taking_part = []
         for name in {*record.bytes_up, *record.labelled}:
             device = self._devices.setdefault(name, _Device(since=record.time))
@@ -177,11 +193,11 @@ class Overview:
             device.heard = max(device.heard, record.time)
             device.loss = record.losses.get(name, device.loss)
             taking_part.append(name)
-        self._recent_of_devices.add(record, taking_part)
         if record.labelled:  # lines of earlier versions do not say who took part
             for name, device in self._devices.items():
                 has_data = device.last_step is None or record.number <= device.last_step
                 device.missed += name not in record.labelled and device.state != "left" and has_data
+        return taking_part
 
     def add_event(self, event: RunEvent) -> None:
         """Something has happened; what is not about the run's state changes nothing."""
@@ -415,10 +431,10 @@ class Overview:
             "batch_size": device.batch_size,
             "loss": finite(device.loss),
             "tokens_per_second": finite(recent.tokens_per_second(name)),
-            "bytes_up": device.num_bytes[0],
-            "bytes_down": device.num_bytes[1],
+            "bytes_up": device.num_bytes[0] if self._counts_each else None,
+            "bytes_down": device.num_bytes[1] if self._counts_each else None,
             "last_heard": device.heard or None,
-            "missed_steps": device.missed,
+            "missed_steps": device.missed if self._counts_each else None,
             "late_seconds": late,
             "slowness": finite(slowness),
             "is_slowest": is_slowest,

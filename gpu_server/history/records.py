@@ -10,9 +10,16 @@ from protocol import Seconds
 from ..federation import StepRecord
 from .events import moment
 
-__all__ = ["EvaluationRecord", "finite", "mean_of", "record_of", "row_of"]
+__all__ = ["MOST_CLIENTS", "TOGETHER", "EvaluationRecord", "finite", "mean_of", "record_of", "row_of"]
 
 PARTS = [item.name for item in fields(Seconds)]
+MOST_CLIENTS = 1000
+"""
+Of more, nothing is kept of each in every step: a line would be megabytes. It says then what they are `TOGETHER`, and whoever
+adds up a line has the same sums.
+"""
+TOGETHER = "*"
+"""Stands in a line for all clients; no client has this name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +71,7 @@ def mean_of(records: Sequence[EvaluationRecord]) -> EvaluationRecord:
 def row_of(record: StepRecord) -> dict[str, Any]:
     """A step as metrics.jsonl has it."""
     names = sorted({*record.bytes_up, *record.seconds, *record.labelled})
+    is_too_long = len(names) > MOST_CLIENTS
     return {
         "step": record.number,
         "time": round(record.time, 3),
@@ -76,7 +84,7 @@ def row_of(record: StepRecord) -> dict[str, Any]:
         "deadline": round(record.deadline, 3),
         "codec": record.codec,
         "server_compute": round(record.server_compute, 6),
-        "clients": {name: _row_of_client(record, name) for name in names},
+        "clients": {TOGETHER: _row_of_all(record)} if is_too_long else {name: _row_of_client(record, name) for name in names},
     }
 
 
@@ -94,8 +102,25 @@ def _row_of_client(record: StepRecord, name: str) -> dict[str, Any]:
         **row,
         "bytes_up": record.bytes_up.get(name, 0),
         "bytes_down": record.bytes_down.get(name, 0),
-        "seconds": {part: round(value, 6) for part, value in vars(record.seconds.get(name, Seconds())).items()},
+        "seconds": _rounded(record.seconds.get(name, Seconds())),
     }
+
+
+def _row_of_all(record: StepRecord) -> dict[str, Any]:
+    return {
+        "clients": record.num_taking_part,
+        "loss": finite(record.loss),
+        "labelled_tokens": sum(record.labelled.values()),
+        "samples": sum(record.samples.values()),
+        "tokens": sum(record.tokens_of.values()),
+        "bytes_up": sum(record.bytes_up.values()),
+        "bytes_down": sum(record.bytes_down.values()),
+        "seconds": _rounded(sum(record.seconds.values(), Seconds())),
+    }
+
+
+def _rounded(seconds: Seconds) -> dict[str, float]:
+    return {part: round(value, 6) for part, value in vars(seconds).items()}
 
 
 def record_of(row: Mapping[str, Any]) -> StepRecord:
@@ -127,6 +152,7 @@ def record_of(row: Mapping[str, Any]) -> StepRecord:
         labelled={name: int(client["labelled_tokens"]) for name, client in clients.items() if "labelled_tokens" in client},
         samples={name: int(client["samples"]) for name, client in clients.items() if "samples" in client},
         tokens_of={name: int(client["tokens"]) for name, client in clients.items() if "tokens" in client},
+        together=int(clients[TOGETHER]["clients"]) if TOGETHER in clients else 0,
     )
 
 

@@ -13,7 +13,7 @@ from protocol import Seconds
 from storage import RunDescription
 
 from ..federation import StepRecord
-from ..history import EvaluationRecord, RunFiles
+from ..history import TOGETHER, EvaluationRecord, RunFiles
 from ..history.records import mean_of
 
 __all__ = ["HeldOut", "MeasuredRun", "held_out_of", "measure"]
@@ -108,9 +108,9 @@ def measure(files: RunFiles, say: Callable[[int], None]) -> MeasuredRun | None:
     if not sums.rows:
         return None
     steps, losses, labelled, seconds, num_bytes = np.array(sums.rows).T
-    devices: dict[str, dict[str, int]] = {name: {} for name in sorted(sums.devices)}
+    devices: dict[str, dict[str, int]] = {name: {} for name in sums.devices - {TOGETHER}}
     for event in files.events():
-        if event.kind == "joined" and event.client in devices:
+        if event.kind == "joined" and event.client is not None and (event.client in devices or TOGETHER in sums.devices):
             told = {name: event.details.get(name) for name in ("samples", "batch_size")}
             devices[event.client] = {name: value for name, value in told.items() if isinstance(value, int)}
     return MeasuredRun(
@@ -127,7 +127,7 @@ def measure(files: RunFiles, say: Callable[[int], None]) -> MeasuredRun | None:
         bytes_down=sums.bytes_down,
         seconds_by_part=vars(sums.spent),
         device_steps=sums.device_steps,
-        devices=devices,
+        devices=dict(sorted(devices.items())),
         held_out=held_out_of(files.evaluations()),
     )
 
@@ -147,7 +147,7 @@ class _Sums:
         self.bytes_up += up
         self.bytes_down += down
         self.devices |= record.seconds.keys()
-        self.device_steps += len(record.labelled or record.seconds)  # lines of earlier versions do not say who took part
+        self.device_steps += record.num_taking_part
         self.spent = sum(record.seconds.values(), self.spent)
 
 
