@@ -18,6 +18,7 @@ from split_model import (
     copied_to,
     gradient_norm,
     optimiser_state,
+    read_back,
     restore_optimiser,
     take_step,
 )
@@ -70,13 +71,14 @@ class WholeModel:
             part.train()
             part.seed_dropout([derive_seed(dropout_seed, number, sequence) for sequence in range(len(batch.lengths))])
         loss = self._summed_loss(batch)
-        if not torch.isfinite(loss):
+        torch.autograd.backward(loss)
+        summed = float(*read_back(loss))
+        if not math.isfinite(summed):
             with torch.no_grad(), self._edge.without_adapter(), self._server.without_adapter():
                 if not torch.isfinite(self._summed_loss(batch)):
                     raise self.base.not_finite("losses")
-            raise TrainingDiverged(f"the loss is {loss.item()}; try a lower --lr")
-        torch.autograd.backward(loss)
-        return loss.item()
+            raise TrainingDiverged(f"the loss is {summed}; try a lower --lr")
+        return summed
 
     def take_step(self, labelled_tokens: int, learning_rate: float) -> float:
         """

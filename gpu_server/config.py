@@ -80,8 +80,8 @@ class ServerConfig:
     device: str = option("where the server computes", "auto", choices=("auto", "cpu", "cuda"))
     dtype: str = option("precision of the server's frozen weights", "auto", choices=("auto", "float32", "bfloat16"))
     residual: str = option(
-        "precision of what flows through the server's blocks; bfloat16 needs --dtype bfloat16, takes half of the memory of "
-        "float32, and changes the loss a little more",
+        "precision of what flows through the server's blocks; bfloat16 needs --dtype bfloat16, takes a third less memory in a "
+        "step, and changes the loss a little more",
         "float32",
         choices=("float32", "bfloat16"),
     )

@@ -80,8 +80,8 @@ class Placement:
     @property
     def residual(self) -> torch.dtype:
         """
-        Of the residual stream, of all that lies between two layers of a block, and of the products with adapters. In bfloat16
-        it takes half of the memory and of the time to read and write it; each block then rounds the stream twice, to 8 bits.
+        Of the residual stream, of all that lies between two layers of a block, and of the products with adapters. In bfloat16 a
+        third less is kept between the passes; each block then rounds the stream twice, to 8 bits.
         """
         return torch.bfloat16 if self.in_bfloat16 else self.dtype
 

@@ -159,7 +159,7 @@ def trained(server: ServerPart) -> tuple[torch.Tensor, torch.Tensor, int]:
     return losses.detach(), activations.grad, sum(size for place, size in kept.items() if place not in frozen)
 
 
-def test_residual_stream_in_bfloat16_halves_what_is_kept_and_gives_about_the_same(tiny_model: Path) -> None:
+def test_residual_stream_in_bfloat16_takes_a_third_less_memory_and_gives_about_the_same(tiny_model: Path) -> None:
     model, lora = PretrainedModel(tiny_model), LoraConfig(rank=2, alpha=4.0, targets=("c_attn", "c_proj", "c_fc"))
     where: dict[str, Any] = {"weight_dtype": torch.bfloat16, "device": CPU}
     usual, halved = ServerPart(model, 1, lora, **where), ServerPart(model, 1, lora, in_bfloat16=True, **where)
@@ -170,7 +170,7 @@ def test_residual_stream_in_bfloat16_halves_what_is_kept_and_gives_about_the_sam
     assert torch.linalg.vector_norm(found_gradient - gradient) < 3e-2 * torch.linalg.vector_norm(gradient)
     for name, matrix in usual.gradients().items():
         assert torch.linalg.vector_norm(halved.gradients()[name] - matrix) < 5e-2 * torch.linalg.vector_norm(matrix)
-    assert fewer < 0.75 * kept
+    assert fewer < 0.7 * kept
 
 
 def test_places_take_back_what_they_spread_and_both_have_the_gradients_of_indexing() -> None:
