@@ -17,6 +17,7 @@ from ..errors import RankLost
 from ..federation import Trained
 from ..part_trainer import HalfStep, HiddenShare, PartTrainer, Seeds, make_trainer
 from .agreement import agreed, chosen_backend, differences, introduction, other_models, own_device
+from .division import Work
 from .place import LEADER, Place, check_port
 from .process_group import ProcessGroup
 from .shares import Shares
@@ -89,7 +90,9 @@ class Leader:
         mine = {"model": config.model, "fingerprint": model.fingerprint()}
         agreed(other_models({LEADER: mine, **self._hear()}))
         self._say({"adapter": arrays_of(adapter)})
-        return RankedTrainer(make_trainer(config, model, adapter, device, self._group), self._group)
+        own = make_trainer(config, model, adapter, device, self._group)
+        work = Work.of(model.config, config.cut_layer, with_head=config.labels == "server")
+        return RankedTrainer(own, self._group, work)
 
     def when_lost(self, tell: Callable[[RankLost], None]) -> None:
         """Call ``tell``, once and on any thread, when a rank is gone, also if it was before."""
@@ -127,15 +130,15 @@ class RankedTrainer:
     same steps, so adapter and optimiser are asked of this one alone.
     """
 
-    def __init__(self, own: PartTrainer, group: ProcessGroup) -> None:
-        self._own, self._group = own, group
+    def __init__(self, own: PartTrainer, group: ProcessGroup, work: Work) -> None:
+        self._own, self._group, self._work = own, group, work
         self._shares: dict[int, Shares] = {}
         """Of the step's micro-batches whose gradient is still to come."""
 
     def train(
         self, step: int, total_steps: int, micro_batch: int, batches: Mapping[str, LabelledBatch], seeds: Seeds
     ) -> Trained:
-        shares = Shares(batches, self._group.num_ranks)
+        shares = self._divided(batches)
         trained, others = self._together(
             "train",
             lambda rank: {
@@ -152,7 +155,7 @@ class RankedTrainer:
     def forward(self, step: int, micro_batch: int, batches: Mapping[str, LabelledBatch], seeds: Seeds) -> dict[str, Array]:
         if not micro_batch:
             self._shares.clear()
-        shares = self._shares[micro_batch] = Shares(batches, self._group.num_ranks)
+        shares = self._shares[micro_batch] = self._divided(batches)
         hidden, others = self._together(
             "forward",
             lambda rank: {
@@ -166,7 +169,7 @@ class RankedTrainer:
         return shares.join_labelled({LEADER: hidden, **{rank: reply["hidden"] for rank, reply in others.items()}})
 
     def backward(self, step: int, total_steps: int, micro_batch: int, gradients: Mapping[str, HalfStep]) -> Trained:
-        shares = self._shares.pop(micro_batch) if gradients else Shares({}, self._group.num_ranks)
+        shares = self._shares.pop(micro_batch) if gradients else self._divided({})
         values = {client: gradient.values for client, gradient in gradients.items()}
         # Loss and labels are known for each client's batch as a whole: they count on this rank.
         own = {
@@ -187,7 +190,7 @@ class RankedTrainer:
 
     def summed_loss(self, batches: Sequence[LabelledBatch], of: str) -> float:
         by_number = {str(number): batch for number, batch in enumerate(batches)}
-        shares = Shares(by_number, self._group.num_ranks)
+        shares = self._divided(by_number)
         loss, _ = self._together(
             "summed_loss",
             lambda rank: {"batches": told(shares.of(rank, by_number)), "of": of},
@@ -197,7 +200,7 @@ class RankedTrainer:
 
     def infer(self, batch: LabelledBatch, of: str) -> Array:
         batches = {"": batch}
-        shares = Shares(batches, self._group.num_ranks)
+        shares = self._divided(batches)
         hidden, others = self._together(
             "infer",
             lambda rank: {"batches": told(shares.of(rank, batches)), "of": of},
@@ -215,6 +218,9 @@ class RankedTrainer:
         self._own.restore(adapter, optimiser)  # first, for it may raise
         message = {"command": "restore", "adapter": arrays_of(adapter), "optimiser": arrays_of(optimiser)}
         self._group.send(dict.fromkeys(self._group.partners, message))
+
+    def _divided(self, batches: Mapping[str, LabelledBatch]) -> Shares:
+        return Shares(batches, self._group.num_ranks, self._work)
 
     def _together(
         self, command: str, arguments: Callable[[int], dict[str, Any]], own: Callable[[], Result]

@@ -6,7 +6,7 @@ import numpy
 
 from protocol import Array, LabelledBatch
 
-from .division import divide
+from .division import Work, divide
 
 __all__ = ["Shares"]
 
@@ -17,12 +17,13 @@ class Shares:
 
     Args:
         batches: by client, or by whatever else tells them apart.
+        work: by which they are balanced.
     """
 
-    def __init__(self, batches: Mapping[str, LabelledBatch], num_ranks: int) -> None:
+    def __init__(self, batches: Mapping[str, LabelledBatch], num_ranks: int, work: Work) -> None:
         lengths = [length for batch in batches.values() for length in batch.lengths.tolist()]
         label_counts = [number for batch in batches.values() for number in batch.label_counts.tolist()]
-        ranks = numpy.array(divide(lengths, label_counts, num_ranks), numpy.int64)
+        ranks = numpy.array(divide(lengths, label_counts, num_ranks, work), numpy.int64)
         self._sequences: dict[str, Array] = {}
         """The rank of each of a client's sequences, (B,)."""
         for name, batch in batches.items():
