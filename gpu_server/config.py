@@ -78,6 +78,9 @@ class ServerConfig:
     seed: int = option("random seed", 0)
     init_adapter: str | None = option("PEFT folder of an adapter to start from")
     device: str = option("where the server computes", "auto", choices=("auto", "cpu", "cuda"))
+    shard: bool = option(
+        "keep only a part of the frozen weights on each rank, for a model that is too large for one; needs torchrun", False
+    )
     dtype: str = option("precision of the server's frozen weights", "auto", choices=("auto", "float32", "bfloat16"))
     residual: str = option(
         "precision of what flows through the server's blocks; bfloat16 needs --dtype bfloat16, takes a third less memory in a "

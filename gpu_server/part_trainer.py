@@ -1,9 +1,9 @@
 """Computes and trains the server's part of the model, in PyTorch."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy
 import torch
@@ -28,6 +28,11 @@ from split_model import (
 from .config import ServerConfig
 from .federation import Trained
 from .ranks import Alone, Ranks
+
+if TYPE_CHECKING:
+    from split_model.sharding import Sharding
+
+    from .ranks.process_group import ProcessGroup
 
 __all__ = ["HalfStep", "HiddenShare", "PartTrainer", "Seeds", "Trainer", "make_trainer"]
 
@@ -115,6 +120,8 @@ class PartTrainer:
         weight_dtype: of the frozen weights; the adapter and its optimiser are never less exact than float32.
         in_bfloat16: whether what flows through the blocks is in bfloat16, too; see `Placement.residual`.
         ranks: those that compute other sequences of the same micro-batches at the same time. All are called alike.
+        sharding: of the frozen weights over these ranks. Each of them then computes whenever one does, since it has a part of
+            the weights.
     """
 
     def __init__(
@@ -127,6 +134,7 @@ class PartTrainer:
         device: torch.device,
         in_bfloat16: bool = False,
         ranks: Ranks | None = None,
+        sharding: "Sharding | None" = None,
     ) -> None:
         self._model, self._settings, self._ranks = model, settings, ranks or Alone()
         self._part = ServerPart(
@@ -137,7 +145,16 @@ class PartTrainer:
             device=device,
             with_head=settings.labels == "server",
             in_bfloat16=in_bfloat16,
+            sharding=sharding,
         )
+        # Computed by a rank that has no sequence while others need its part of the weights.
+        stand_in = LabelledBatch(
+            lengths=numpy.ones(1, numpy.int32),
+            label_counts=numpy.zeros(1, numpy.int32),
+            labels=numpy.zeros(0, numpy.int32),
+            values=numpy.zeros((1, model.config.width), settings.precision),
+        )
+        self._stand_in = None if sharding is None else stand_in
         self._part.load_adapter({name: adapter[name] for name in self._part.matrices()})
         self._uploads = Uploads(self._part.device)
         self._optimiser = adamw(self._part.matrices().values(), OptimiserConfig(**settings.optimiser()))
@@ -151,11 +168,11 @@ class PartTrainer:
     ) -> Trained:
         if not micro_batch:
             self._begin_step()
-        union = list(batches.values())
+        union = self._union(batches.values())
         gradients = {client: batch.values for client, batch in batches.items()}
         summed_losses = dict.fromkeys(batches, 0.0)
         is_finite = True
-        if sum(len(batch.values) for batch in union):
+        if any(len(batch.values) for batch in union):
             activations = self._as_leaf(union, seeds)
             labels = self._labels(union)
             losses = self._part.losses(activations, *_shape(union), labels)
@@ -176,7 +193,7 @@ class PartTrainer:
     def forward(self, step: int, micro_batch: int, batches: Mapping[str, LabelledBatch], seeds: Seeds) -> dict[str, Array]:
         if not micro_batch:
             self._begin_step()
-        union = list(batches.values())
+        union = self._union(batches.values())
         activations = self._as_leaf(union, seeds)
         hidden = self._part.hidden(activations, *_shape(union)) if len(activations) else activations
         states, is_finite = read_back(hidden, torch.isfinite(hidden).all())
@@ -294,22 +311,36 @@ class PartTrainer:
     def _as_leaf(self, union: Sequence[LabelledBatch], seeds: Seeds) -> torch.Tensor:
         """The values of all, (N, d), for a forward pass with dropout and for a backward pass."""
         self._part.train()
-        self._part.seed_dropout([seed for of_client in seeds.values() for seed in of_client])
+        of_sequences = [seed for of_client in seeds.values() for seed in of_client]
+        stands_in = bool(seeds) and len(of_sequences) < sum(len(batch.lengths) for batch in union)
+        self._part.seed_dropout([*of_sequences, 0] if stands_in else of_sequences)
         return self._uploads.joined([batch.values for batch in union]).requires_grad_()
 
+    def _union(self, batches: Iterable[LabelledBatch]) -> list[LabelledBatch]:
+        """What is computed of these: them, and if they have no row what stands in for one while other ranks have some."""
+        union = list(batches)
+        if self._stand_in is not None:
+            num_rows = sum(len(batch.values) for batch in union)
+            (rows_of_all,) = self._ranks.sum_numbers([num_rows])
+            if rows_of_all and not num_rows:
+                union.append(self._stand_in)
+        return union
+
     @torch.no_grad()
-    def _losses(self, union: Sequence[LabelledBatch]) -> torch.Tensor:
+    def _losses(self, batches: Sequence[LabelledBatch]) -> torch.Tensor:
         """(M,) in nats, without dropout."""
         self._part.eval()
+        union = self._union(batches)
         activations = self._uploads.joined([batch.values for batch in union])
         if not len(activations):
             return activations.new_zeros(0)
         return self._part.losses(activations, *_shape(union), self._labels(union))
 
     @torch.no_grad()
-    def _hidden(self, union: Sequence[LabelledBatch]) -> torch.Tensor:
+    def _hidden(self, batches: Sequence[LabelledBatch]) -> torch.Tensor:
         """(M, d) behind the final norm, without dropout."""
         self._part.eval()
+        union = self._union(batches)
         activations = self._uploads.joined([batch.values for batch in union])
         return self._part.hidden(activations, *_shape(union)) if len(activations) else activations
 
@@ -330,9 +361,16 @@ def _read_gradient(activations: torch.Tensor, *more: torch.Tensor) -> list[Array
 
 
 def make_trainer(
-    config: ServerConfig, model: PretrainedModel, adapter: Adapter, device: torch.device, ranks: Ranks | None = None
+    config: ServerConfig, model: PretrainedModel, adapter: Adapter, device: torch.device, ranks: "ProcessGroup | None" = None
 ) -> PartTrainer:
     """That of a run with these settings, which are settled; see `PartTrainer`."""
+    sharding = None
+    if config.shard:
+        from split_model.sharding import Sharding
+
+        assert ranks is not None, "one process has nobody to share with"
+        assert ranks.group is not None
+        sharding = Sharding(ranks.group, device)
     return PartTrainer(
         model,
         config.settings(),
@@ -341,10 +379,11 @@ def make_trainer(
         device=device,
         in_bfloat16=config.residual == "bfloat16",
         ranks=ranks,
+        sharding=sharding,
     )
 
 
 def _by_client(rows: Array, counts: dict[str, int]) -> dict[str, Array]:
-    """Each client's rows, of those of all one after the other."""
+    """Each client's rows, of those of all one after the other; without those of what stood in."""
     ends = numpy.cumsum(list(counts.values()))
     return {client: rows[end - counts[client] : end] for client, end in zip(counts, ends, strict=True)}

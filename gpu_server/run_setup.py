@@ -111,6 +111,11 @@ def _set_up(options: Mapping[str, Any], leader: "Leader | None") -> Run:
     if previous:
         _check_settings_are_known(directory.path, previous)
     config, choices, device = _settled(options, previous)
+    if config.shard and leader is None:
+        raise ConfigError(
+            "shard divides the model over several ranks, and there is one: start them by torchrun --nproc-per-node 2 "
+            "-m gpu_server serve, or leave --shard out"
+        )
     if leader is not None:
         device = leader.prepare(config, device)
         choices += leader.choices

@@ -13,9 +13,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["cross_entropies", "summed_cross_entropy"]
+__all__ = ["Head", "cross_entropies", "summed_cross_entropy"]
 
 CHUNK_ROWS = 256  # 256 x 50,257 logits in float32 are 51 MB
 MOST_ROWS = 8192  # more make no product faster
@@ -24,6 +24,21 @@ SHARE = 8
 BYTES_OF_LOGIT = 12
 """At most, with the copies in other types that a chunk needs for a moment."""
 ALIGNMENT = 64  # elements, whole cache lines in every precision
+
+
+class Head(nn.Module):
+    """The frozen LM head, and the loss behind it."""
+
+    weight: Tensor
+    """(V, d), in the dtype of the product."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """See `cross_entropies`."""
+        return cross_entropies(hidden, self.weight, labels)
 
 
 def summed_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ B sequences, N rows of their tokens one under the other, d elements in a row, V 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy
 import torch
@@ -17,11 +18,14 @@ from storage import AdapterError, ModelError
 from .dropout import SeededDropout
 from .families import family_of
 from .lora import Adapter, LoraConfig, LoraLinear, adapted_layers, adapter_name
-from .loss import cross_entropies
+from .loss import Head
 from .packing import Packing
 from .placement import Placement
 from .pretrained_model import PretrainedModel
 from .transfer import read_back
+
+if TYPE_CHECKING:
+    from .sharding import Sharding
 
 __all__ = ["EdgePart", "ServerPart", "check_cut_layer"]
 
@@ -37,12 +41,22 @@ def check_cut_layer(cut_layer: int, num_layers: int) -> None:
         )
 
 
+class Blocks(nn.ModuleList):
+    """One after the other."""
+
+    def forward(self, hidden: Tensor, packing: Packing) -> Tensor:  # (N, d) -> (N, d)
+        for block in self:
+            hidden = block(hidden, packing)
+        return hidden
+
+
 class Part(nn.Module):
     """
     Consecutive blocks of a model with LoRA.
 
     Args:
         weight_dtype: of the frozen matrices; for everything else see `Placement.dtype`.
+        sharding: keeps a part of the frozen matrices here, where other processes have the rest.
     """
 
     def __init__(
@@ -54,6 +68,7 @@ class Part(nn.Module):
         weight_dtype: torch.dtype,
         device: torch.device,
         in_bfloat16: bool = False,
+        sharding: "Sharding | None" = None,
     ) -> None:
         super().__init__()
         config, self.family = model.config, family_of(model.config)
@@ -61,16 +76,22 @@ class Part(nn.Module):
         self.placement.prepare()
         self.dtype, self.device = self.placement.dtype, device
         self.dropout = SeededDropout(lora.dropout, device)
-        self.blocks = nn.ModuleList(self.family.block(config, model.tensors, index, self.placement) for index in blocks)
+        self.blocks = Blocks()
         self._matrices: dict[str, nn.Parameter] = {}
         self._adapted: list[LoraLinear] = []
-        for index, block in zip(blocks, self.blocks, strict=True):
+        for index in blocks:
+            block = self.family.block(config, model.tensors, index, self.placement)
             for layer in adapted_layers(config, lora):
                 linear = block.get_submodule(layer)
                 assert isinstance(linear, LoraLinear)
                 self._adapted.append(linear)
                 for matrix, parameter in linear.adapt(lora, self.dropout, self.dtype).items():
                     self._matrices[adapter_name(config, index, layer, matrix)] = parameter
+            if sharding is not None:
+                sharding.shard(block)  # before the next is loaded: no process ever has them all
+            self.blocks.append(block)
+        if sharding is not None:
+            sharding.shard(self.blocks)  # has no matrix of its own; it lets torch fetch the next block's while one computes
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
@@ -133,10 +154,8 @@ class Part(nn.Module):
 
     def _run(self, hidden: Tensor, packing: Packing) -> Tensor:  # (N, d) -> (N, d)
         self.dropout.begin(packing)
-        hidden = hidden.to(self.placement.residual)
-        for block in self.blocks:
-            hidden = block(hidden, packing)
-        return hidden
+        rows: Tensor = self.blocks(hidden.to(self.placement.residual), packing)
+        return rows
 
 
 class EdgePart(Part):
@@ -162,6 +181,7 @@ class ServerPart(Part):
     Args:
         with_head: whether there is a head: where devices compute the loss, it would only take memory.
         in_bfloat16: whether what flows through the blocks is in bfloat16 as well; see `Placement.residual`.
+        sharding: see `Part`; of the head, too.
     """
 
     def __init__(
@@ -174,17 +194,26 @@ class ServerPart(Part):
         device: torch.device,
         with_head: bool = True,
         in_bfloat16: bool = False,
+        sharding: "Sharding | None" = None,
     ) -> None:
-        blocks = range(cut_layer, model.config.num_layers)
-        super().__init__(model, blocks, lora, weight_dtype=weight_dtype, device=device, in_bfloat16=in_bfloat16)
+        super().__init__(
+            model,
+            range(cut_layer, model.config.num_layers),
+            lora,
+            weight_dtype=weight_dtype,
+            device=device,
+            in_bfloat16=in_bfloat16,
+            sharding=sharding,
+        )
         self.final_norm = self.family.final_norm(model.config, model.tensors, self.placement)
-        self._head = model.tensors[model.config.head_name].view().to(device, weight_dtype) if with_head else None
+        self._head = Head(model.tensors[model.config.head_name].view().to(device, weight_dtype)) if with_head else None
+        if sharding is not None and self._head is not None:
+            sharding.shard(self._head, again_in_backward=False)  # the loss' gradient is computed with it
 
     @property
     def head(self) -> Tensor:
         """(V, d), frozen."""
-        assert self._head is not None, "this part was made without its head"
-        return self._head
+        return self._with_head().weight
 
     def hidden(self, activations: Tensor, lengths: ArrayLike, label_counts: ArrayLike) -> Tensor:
         """
@@ -209,7 +238,8 @@ class ServerPart(Part):
             activations, lengths, label_counts: see `hidden`.
             labels: (M,) the next token at the labelled rows, on the device.
         """
-        return cross_entropies(self.hidden(activations, lengths, label_counts), self.head, labels)
+        losses: Tensor = self._with_head()(self.hidden(activations, lengths, label_counts), labels)
+        return losses
 
     def summed_loss(self, activations: Tensor, lengths: ArrayLike, label_counts: ArrayLike, labels: Tensor) -> Tensor:
         """The sum of the `losses`."""
@@ -220,3 +250,7 @@ class ServerPart(Part):
         hidden = self.final_norm(self._run(activations, Packing(lengths, self.device)).to(self.dtype))
         logits: Tensor = (hidden.to(self.head.dtype) @ self.head.T).to(self.dtype)
         return logits
+
+    def _with_head(self) -> Head:
+        assert self._head is not None, "this part was made without its head"
+        return self._head

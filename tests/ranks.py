@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,15 @@ def config_of(folder: Path, **changes: Any) -> ServerConfig:
 
 
 class Ranks:
-    """Several, of which this process is the first. Every run is over when the next begins."""
+    """
+    Several, of which this process is the first. Every run is over when the next begins.
 
-    def __init__(self, leader: Leader) -> None:
-        self._leader, self._is_first = leader, True
+    Args:
+        shard: whether each has only a part of the frozen weights.
+    """
+
+    def __init__(self, leader: Leader, *, shard: bool) -> None:
+        self._leader, self._shard, self._is_first = leader, shard, True
 
     def engine(self, config: ServerConfig) -> TorchEngine:
         group = self._leader._group
@@ -75,7 +81,7 @@ class Ranks:
             for rank in group.partners:
                 group.receive(rank)  # its introduction
         self._is_first = False
-        return engine_of(config, self._leader)
+        return engine_of(replace(config, shard=self._shard), self._leader)
 
 
 def engine_of(config: ServerConfig, leader: Leader | None = None) -> TorchEngine:
@@ -92,7 +98,7 @@ def engine_of(config: ServerConfig, leader: Leader | None = None) -> TorchEngine
 
 
 @contextmanager
-def ranks(number: int) -> Iterator[Ranks]:
+def ranks(number: int, *, shard: bool = False) -> Iterator[Ranks]:
     mine, *others = environments(number)
     with ExitStack() as started, pytest.MonkeyPatch.context() as patch:
         for environment in others:
@@ -105,4 +111,4 @@ def ranks(number: int) -> Iterator[Ranks]:
         assert place is not None
         leader = Leader(place, {})
         started.callback(leader.close)
-        yield Ranks(leader)
+        yield Ranks(leader, shard=shard)

@@ -381,6 +381,7 @@ OTHER_VALUES: dict[str, Any] = {
     "tls_key": "k.pem",
     "next_tls_cert": "n.pem",
     "insecure": True,
+    "shard": True,
     "clients_file": "clients.json",
     "max_batch_tokens": 100,
     "max_connections": 10,

@@ -29,9 +29,10 @@ WITHOUT_A_LABEL: Shape = {"a": ([5, 9], [0, 0]), "b": ([4, 7, 6], [0, 3, 1])}
 NOBODY: Shape = {"a": ([], []), "b": ([], [])}
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[(2, False), (2, True), (3, False), (3, True)], ids=["2", "2 sharded", "3", "3 sharded"])
 def several(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    with ranks(request.param) as started:
+    number, shard = request.param
+    with ranks(number, shard=shard) as started:
         yield started
 
 

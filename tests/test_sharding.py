@@ -1,0 +1,73 @@
+"""Ranks that keep a part of the frozen weights each compute to the bit what ranks compute that have all of them."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from ranks import config_of, engine_of, ranks
+from test_ranks import ONE_SEQUENCE, UNEQUAL, Devices, held_out, run
+from torch.distributed.tensor import DTensor
+
+from gpu_server.ranks.leader import RankedTrainer
+from gpu_server.torch_engine import TorchEngine
+from split_model import ServerPart
+
+SHAPES = [UNEQUAL, ONE_SEQUENCE]
+
+
+def part_of(engine: TorchEngine) -> ServerPart:
+    """That of this process."""
+    trainer = engine._trainer
+    return (trainer._own if isinstance(trainer, RankedTrainer) else trainer)._part  # type: ignore[attr-defined, no-any-return]
+
+
+def trained(folder: Path, *, shard: bool, **changes: Any) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """Everything that two ranks give out in a run, and the adapter that it ends with."""
+    config = config_of(folder, micro_batches=len(SHAPES), **changes)
+    with ranks(2, shard=shard) as several:
+        engine = several.engine(config)
+        on_devices = config.labels == "device"
+        steps = Devices(folder).run(engine, SHAPES) if on_devices else run(engine, SHAPES)
+        told: list[Any] = [
+            (step.loss, {client: gradient.tobytes() for client, gradient in step.gradients.items()}) for step in steps
+        ]
+        told.append(engine.infer(held_out()).tobytes() if on_devices else engine.evaluate(held_out()))
+        return told, engine.adapter()
+
+
+@pytest.mark.parametrize("labels", ["server", "device"])
+def test_sharding_changes_no_bit(tiny_model: Path, labels: str) -> None:
+    (whole, adapter), (sharded, of_sharded) = (
+        trained(tiny_model, shard=shard, labels=labels, lora_dropout=0.2) for shard in (False, True)
+    )
+    assert sharded == whole
+    assert {name: matrix.numpy().tobytes() for name, matrix in of_sharded.items()} == {
+        name: matrix.numpy().tobytes() for name, matrix in adapter.items()
+    }
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_rank_keeps_its_part_of_the_rows_also_after_it_has_computed(tiny_model: Path, number: int) -> None:
+    config = config_of(tiny_model)
+    with ranks(number, shard=True) as several:
+        engine = several.engine(config)
+        for _ in run(engine, [UNEQUAL]):
+            pass
+        part = part_of(engine)
+        frozen = [parameter for parameter in part.parameters() if not parameter.requires_grad]
+        kept = [parameter.to_local() for parameter in frozen if isinstance(parameter, DTensor)]
+        assert len(kept) == len(frozen)
+        assert [len(rows) for rows in kept] == [-(-len(whole) // number) for whole in frozen]  # of rank 0, the largest
+        assert not [buffer for buffer in part.buffers() if buffer.dim() == 2]
+    whole = part_of(engine_of(config))
+    matrices = [buffer for buffer in whole.buffers() if buffer.dim() == 2]
+    assert sorted(matrix.shape for matrix in matrices) == sorted(parameter.shape for parameter in frozen)
+
+
+def test_who_shards_nothing_needs_no_torch_that_can() -> None:
+    check = "import sys, split_model, gpu_server.part_trainer; sys.exit('split_model.sharding' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=REPOSITORY)
