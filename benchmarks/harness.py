@@ -52,8 +52,13 @@ def read_rows(path: Path) -> list[tuple[str, str]]:
     return [(prompt, completion) for prompt, completion in (line.split("||") for line in lines)]
 
 
-def make_gpt2_small(folder: Path) -> Path:
-    """GPT-2 small's shape and tokenizer with random weights: what a step costs does not depend on their values."""
+def make_gpt2_small(folder: Path, *, half: bool = False) -> Path:
+    """
+    GPT-2 small's shape and tokenizer with random weights: what a step costs does not depend on their values.
+
+    Args:
+        half: store the weights in float16.
+    """
     import shutil
 
     import torch
@@ -61,7 +66,8 @@ def make_gpt2_small(folder: Path) -> Path:
 
     torch.manual_seed(0)
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    GPT2LMHeadModel(GPT2Config(**no_dropout)).save_pretrained(folder)
+    model = GPT2LMHeadModel(GPT2Config(**no_dropout))
+    (model.half() if half else model).save_pretrained(folder)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(shared(f"tokenizers/gpt2/{name}"), folder / name)
     return folder
