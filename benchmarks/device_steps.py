@@ -44,6 +44,7 @@ from split_model import (
     PretrainedModel,
     ServerPart,
     adamw,
+    choose_device,
     choose_dtype,
     gradient_norm,
     initial_adapter,
@@ -559,7 +560,7 @@ def measure(device_name: str, seconds: float, note: Callable[..., None]) -> str:
         What is wrong; empty if nothing is.
     """
     race: Race | None
-    began, device = time.monotonic(), torch.device(device_name)
+    began, device = time.monotonic(), choose_device(device_name)
     is_card = device.type == "cuda"
     dtype = choose_dtype("auto", device)[0] if is_card else "float32"
     cases: list[dict[str, Any]] = []

@@ -24,7 +24,7 @@ from gpu_server.federation import Trained
 from gpu_server.part_trainer import PartTrainer
 from gpu_server.torch_engine import TorchEngine
 from protocol import Activations, Array, Evaluation
-from split_model import DTYPES, LoraConfig, PretrainedModel, adapter_shapes, initial_adapter
+from split_model import DTYPES, LoraConfig, PretrainedModel, adapter_shapes, choose_device, initial_adapter
 from split_model.dropout import SeededDropout
 from split_model.packing import Packing
 
@@ -49,7 +49,7 @@ def engine_on(device: str, folder: Path, dtype: str = "float32", **changes: Any)
         name: torch.randn(matrix.shape, generator=generator) / 10
         for name, matrix in initial_adapter(model.config, lora, run.seed).items()
     }
-    trainer = PartTrainer(model, run, adapter, weight_dtype=DTYPES[dtype], device=torch.device(device))
+    trainer = PartTrainer(model, run, adapter, weight_dtype=DTYPES[dtype], device=choose_device(device))
     edge = adapter_shapes(model.config, lora, range(run.cut_layer))
     return TorchEngine(trainer, run, {name: adapter[name] for name in edge})
 
