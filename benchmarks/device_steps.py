@@ -13,6 +13,9 @@ Tokens are those of the texts: padding does not count. They take turns; a turn i
 allocator takes back what memory the others had, and some that are; the median of all turns counts. Whose step does not fit
 takes it in 2, 4 or more parts, whose gradients add up.
 
+Another race, with one shape, says what single choices of this project cost: sums in an order that is always the same, packed
+rows in attention, the residual stream in float32, dropout's masks.
+
 Before anything is timed, all compute the same gradients, or the case has failed. Weights are drawn by name where they are used,
 so that a model of 1.5 billion parameters needs no file.
 """
@@ -21,10 +24,11 @@ import gc
 import statistics
 import time
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, cast
 
 import harness  # first: it finds the tests' modules
 import numpy as np
@@ -48,9 +52,11 @@ from split_model import (
     choose_dtype,
     gradient_norm,
     initial_adapter,
+    packing,
     take_step,
 )
 from split_model.families.gpt2 import GPT2Config
+from split_model.loss import rows_at_a_time
 from storage import ModelError
 
 __all__ = ["DoesNotFit", "Race", "doubts", "measure", "table"]
@@ -58,6 +64,7 @@ __all__ = ["DoesNotFit", "Race", "doubts", "measure", "table"]
 SHAPES = {"GPT2-S": (12, 768, 12), "GPT2-M": (24, 1024, 16), "GPT2-XL": (48, 1600, 25)}
 """Blocks, width, heads. A quarter of the blocks are the devices'."""
 ROWS = (8, 64, 512)
+MODEL_OF_CHOICES = "GPT2-M"
 TINY_SHAPES, FEW_ROWS = {"tiny": (4, 64, 4)}, (8, 24)
 VOCABULARY, SMALL_VOCABULARY = 50257, 601
 ROWS_A_CLIENT = 8
@@ -74,6 +81,28 @@ PARTS = (1, 2, 4, 8, 16, 32, 64)
 SECONDS_TO_SPARE = 15.0
 LARGEST_DIFFERENCES = {"float32": 1e-3, "bfloat16": 5e-2}
 """Of a gradient to the peer's, relative. In bfloat16 both round in every block, and neither is right."""
+
+
+@contextmanager
+def in_any_order() -> Iterator[None]:
+    """Sums may be taken in whatever order is fastest, torch's default; the parts ask for one that is always the same."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def in_grids() -> Iterator[None]:
+    """Attention pads sequences of like lengths to grids, as where torch has no kernel for packed rows."""
+    before = packing._varlen_attn
+    packing._varlen_attn = lambda device: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        packing._varlen_attn = before
 
 
 class DoesNotFit(Exception):
@@ -130,8 +159,8 @@ class Contestant(Protocol):
     def step(self) -> float:
         """One step, the optimiser's included; its loss in nats a label."""
 
-    def gradient_difference(self, peer: "Peer") -> float:
-        """How far this one's gradient for what both have prepared is from the peer's, relative."""
+    def gradient_difference(self, first: "Peer | AllBlocks") -> float:
+        """How far this one's gradient for what both have prepared is from the first one's, relative."""
 
     def share(self) -> float:
         """Of the step's multiplications, those that this one does."""
@@ -145,7 +174,7 @@ class Peer:
     The whole model in transformers, its LoRA by PEFT: the model in ``dtype``, the adapter in float32 as PEFT has it, SDPA, rows
     padded to the longest of their part, transformers' own loss. In its favour: there is no mask, since causal attention needs
     none for padding at the end, so SDPA may take its fastest kernel; no keys and values are kept; AdamW is one kernel; parts
-    are made of rows of about the same length; and everything is padded before the clock runs.
+    are made of rows of about the same length; everything is padded before the clock runs; and sums may be in any order.
     """
 
     name = "transformers + PEFT"
@@ -196,19 +225,21 @@ class Peer:
         self.parts = [_padded(in_order[begin:end]) for begin, end in pairwise(bounds)]
 
     def step(self) -> float:
-        loss = self._accumulate()
-        self._optimiser.step()
-        self._optimiser.zero_grad()
-        return loss
+        with in_any_order():
+            loss = self._accumulate()
+            self._optimiser.step()
+            self._optimiser.zero_grad()
+            return loss
 
     def gradients(self) -> Adapter:
         """Of one step, float32."""
-        self._accumulate()
-        gradients = {name: cast(Tensor, matrix.grad).float().clone() for name, matrix in self.matrices.items()}
+        with in_any_order():
+            self._accumulate()
+        gradients = {name: cast(Tensor, matrix.grad).float().cpu() for name, matrix in self.matrices.items()}
         self._optimiser.zero_grad()
         return gradients
 
-    def gradient_difference(self, peer: "Peer") -> float:
+    def gradient_difference(self, first: "Peer | AllBlocks") -> float:
         return 0.0
 
     def share(self) -> float:
@@ -248,12 +279,32 @@ def _padded(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
 
 
 class AllBlocks:
-    """The server's part, with all blocks in it. What is not timed of a run is the wire; the embedding is looked up here."""
+    """
+    The server's part, with all blocks in it. What is not timed of a run is the wire; the embedding is looked up here.
 
-    name = "this project, all blocks"
+    Args:
+        within: a context in which it takes its steps.
+        dropout: of LoRA. Whoever has some computes something else than the others.
+        in_bfloat16: what flows through the blocks as well.
+    """
 
-    def __init__(self, model: MadeUpModel, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> None:
-        self._part = ServerPart(cast(PretrainedModel, model), 0, LORA, weight_dtype=dtype, device=device)
+    def __init__(
+        self,
+        model: MadeUpModel,
+        adapter: Adapter,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        name: str = "this project, all blocks",
+        within: Callable[[], AbstractContextManager[None]] = nullcontext,
+        dropout: float = 0.0,
+        in_bfloat16: bool = False,
+    ) -> None:
+        self.name, self._within, self._dropout = name, within, dropout
+        lora = replace(LORA, dropout=dropout)
+        self._part = ServerPart(
+            cast(PretrainedModel, model), 0, lora, weight_dtype=dtype, device=device, in_bfloat16=in_bfloat16
+        )
         self._part.load_adapter(adapter)
         self._part.train()
         self._positions = model.tensors["wpe.weight"].view()
@@ -270,16 +321,22 @@ class AllBlocks:
             self._parts.append((rows, torch.from_numpy(batch.labels).long(), batch))
 
     def step(self) -> float:
-        loss = self._accumulate()
-        gradient_norm(self._part.matrices().values())
-        take_step(self._optimiser, RATE)
-        return loss
+        with self._within():
+            loss = self._accumulate()
+            gradient_norm(self._part.matrices().values())
+            take_step(self._optimiser, RATE)
+            return loss
 
-    def gradient_difference(self, peer: Peer) -> float:
-        self._accumulate()
+    def gradients(self) -> Adapter:
+        """Of one step."""
+        with self._within():
+            self._accumulate()
         found = self._part.gradients()
         self._part.clear_gradients()
-        return reference.relative_difference(found, {name: each.cpu() for name, each in peer.gradients().items()})
+        return found
+
+    def gradient_difference(self, first: "Peer | AllBlocks") -> float:
+        return 0.0 if self._dropout else reference.relative_difference(self.gradients(), first.gradients())
 
     def share(self) -> float:
         return 1.0
@@ -294,6 +351,7 @@ class AllBlocks:
             tokens, positions = rows.to(self._part.device)
             embedded = F.embedding(tokens, self._part.head) + F.embedding(positions, self._positions)
             activations, labels = embedded.to(self._part.dtype), labels.to(self._part.device)
+            self._part.seed_dropout(range(len(batch.lengths)))
             loss = self._part.losses(activations, batch.lengths, batch.label_counts, labels).sum()
             torch.autograd.backward(loss)
             losses.append(loss.detach())
@@ -336,12 +394,12 @@ class Server:
     def step(self) -> float:
         return self._train()[0]
 
-    def gradient_difference(self, peer: Peer) -> float:
+    def gradient_difference(self, first: Peer | AllBlocks) -> float:
         """Of its norm: the trainer keeps the gradient itself to itself."""
         _, found = self._train()
         of_part = [
             gradient
-            for name, gradient in peer.gradients().items()
+            for name, gradient in first.gradients().items()
             if int(name.partition(".h.")[2].partition(".")[0]) >= self._cut
         ]
         expected = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(each) for each in of_part])))
@@ -443,10 +501,34 @@ class _Clock:
             torch.cuda.empty_cache()
 
 
-class Race:
-    """All contestants with weights of one shape."""
+LineUp = Callable[[MadeUpModel, Adapter, torch.dtype, torch.device], Iterator[Contestant]]
+"""Makes the contestants of a race one after the other; all are compared with the first."""
 
-    def __init__(self, shape: tuple[int, int, int], vocabulary_size: int, dtype: torch.dtype, device: torch.device) -> None:
+
+def against_the_peer(model: MadeUpModel, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Iterator[Contestant]:
+    yield (peer := Peer(model, adapter, dtype, device))
+    yield AllBlocks(model, adapter, dtype, device)
+    if dtype == torch.bfloat16:
+        yield AllBlocks(model, adapter, dtype, device, name="this project, all blocks, --residual bfloat16", in_bfloat16=True)
+    yield Server(model, adapter, dtype, device, cut=max(1, model.config.num_layers // 4), peer=peer)
+
+
+def choices(model: MadeUpModel, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Iterator[Contestant]:
+    """What single choices of the parts cost."""
+    yield AllBlocks(model, adapter, dtype, device, name="as it is")
+    yield AllBlocks(model, adapter, dtype, device, name="sums in any order", within=in_any_order)
+    yield AllBlocks(model, adapter, dtype, device, name="attention in grids", within=in_grids)
+    if dtype == torch.bfloat16:
+        yield AllBlocks(model, adapter, dtype, device, name="--residual bfloat16", in_bfloat16=True)
+    yield AllBlocks(model, adapter, dtype, device, name="--lora-dropout 0.1", dropout=0.1)
+
+
+class Race:
+    """All contestants of a line-up, with weights of one shape."""
+
+    def __init__(
+        self, shape: tuple[int, int, int], vocabulary_size: int, dtype: torch.dtype, device: torch.device, line_up: LineUp
+    ) -> None:
         blocks, width, heads = shape
         self.config = GPT2Config(
             num_layers=blocks,
@@ -460,31 +542,42 @@ class Race:
             tied_head=True,
             end_token=0,
         )
-        self._clock, self._entries = _Clock(device), list[_Entry]()
+        rows_at_a_time.cache_clear()  # as in a process that has just begun
         model, generator = MadeUpModel(self.config, dtype, device), torch.Generator().manual_seed(1)
         adapter = {  # B of a new adapter is zero, and then A has no gradient
             name: 0.02 * torch.randn(matrix.shape, generator=generator)
             for name, matrix in initial_adapter(self.config, LORA, 0).items()
         }
-        everybody = model, adapter, dtype, device
-        self._peer = self._enter(lambda: Peer(*everybody))
-        self._enter(lambda: AllBlocks(*everybody))
-        self._enter(lambda: Server(*everybody, cut=max(1, blocks // 4), peer=self._peer))
+        self._clock, self._entries = _Clock(device), list[_Entry]()
+        before = self._clock.allocated()
+        for contestant in line_up(model, adapter, dtype, device):
+            self._entries.append(_Entry(contestant, self._clock.allocated() - before))
+            before = self._clock.allocated()
 
-    def run(self, num_rows: int) -> dict[str, Any]:
+    @property
+    def contestants(self) -> list[Contestant]:
+        return [entry.contestant for entry in self._entries]
+
+    def run(self, num_rows: int, seconds: float) -> dict[str, Any]:
         """
         The figures of a step with so many rows.
+
+        Args:
+            seconds: after which there is no further turn.
 
         Raises:
             DoesNotFit: for a contestant, in however many parts.
         """
-        samples = drawn_rows(num_rows, self.config.vocabulary_size)
+        began, samples = time.monotonic(), drawn_rows(num_rows, self.config.vocabulary_size)
         for entry in self._entries:
             entry.seconds, entry.peak_bytes = [], 0
             self._find_parts(entry, samples)
+        first = cast(Peer | AllBlocks, self._entries[0].contestant)
         for entry in self._entries:
-            entry.difference = entry.contestant.gradient_difference(self._peer)
-        for _ in range(TURNS):
+            entry.difference = entry.contestant.gradient_difference(first)
+        for turn in range(TURNS):
+            if turn and time.monotonic() - began > seconds:
+                break
             for entry in self._entries:
                 self._take_turn(entry)
         num_tokens = sum(len(sample.tokens) - 1 for sample in samples)
@@ -494,12 +587,6 @@ class Race:
             "labels": sum(sample.num_labels for sample in samples),
             "contestants": {entry.contestant.name: self._figures(entry, num_tokens) for entry in self._entries},
         }
-
-    def _enter(self, make: Callable[[], "Entrant"]) -> "Entrant":
-        before = self._clock.allocated()
-        contestant = make()
-        self._entries.append(_Entry(contestant, self._clock.allocated() - before))
-        return contestant
 
     def _find_parts(self, entry: _Entry, samples: list[Sample]) -> None:
         """As few as fit; the first step is taken with them."""
@@ -526,10 +613,6 @@ class Race:
             entry.seconds.append(self._clock.now() - began)
         entry.peak_bytes = max(entry.peak_bytes, self._clock.peak() - of_others)
 
-    @property
-    def contestants(self) -> list[Contestant]:
-        return [entry.contestant for entry in self._entries]
-
     @staticmethod
     def _figures(entry: _Entry, num_tokens: int) -> dict[str, Any]:
         return {
@@ -544,12 +627,9 @@ class Race:
         }
 
 
-Entrant = TypeVar("Entrant", bound=Contestant)
-
-
 def measure(device_name: str, seconds: float, note: Callable[..., None]) -> str:
     """
-    Race all contestants on all shapes; each case is noted when it is done.
+    Run all races; each case is noted when it is done.
 
     Args:
         device_name: "cuda", or "cpu" for a shape that says nothing of speed.
@@ -559,67 +639,71 @@ def measure(device_name: str, seconds: float, note: Callable[..., None]) -> str:
     Returns:
         What is wrong; empty if nothing is.
     """
-    race: Race | None
-    began, device = time.monotonic(), choose_device(device_name)
+    ends, device = time.monotonic() + seconds - SECONDS_TO_SPARE, choose_device(device_name)
     is_card = device.type == "cuda"
     dtype = choose_dtype("auto", device)[0] if is_card else "float32"
+    shapes, all_rows = (SHAPES, ROWS) if is_card else (TINY_SHAPES, FEW_ROWS)
+    vocabulary_size = VOCABULARY if is_card else SMALL_VOCABULARY
     cases: list[dict[str, Any]] = []
     left_out: list[str] = []
-    found: list[str] = []
-    note(dtype=dtype, float32_products=torch.get_float32_matmul_precision(), cases=cases, left_out=left_out)
-    for name, shape in (SHAPES if is_card else TINY_SHAPES).items():
+    wrong: list[str] = []
+    note(dtype=dtype, cases=cases, left_out=left_out)
+    of_choices = (MODEL_OF_CHOICES if is_card else next(iter(shapes)), choices, all_rows[1:2])
+    race: Race | None
+    for name, line_up, numbers in (of_choices, *((name, against_the_peer, all_rows) for name in shapes)):
         race = None  # and the last one's memory is free
-        for num_rows in ROWS if is_card else FEW_ROWS:
+        for num_rows in numbers:
             case = f"{name}, {num_rows} rows"
-            if time.monotonic() - began > seconds - SECONDS_TO_SPARE:
+            if time.monotonic() > ends:
                 left_out.append(f"{case}: no time was left")
                 continue
             try:
-                race = race or Race(shape, VOCABULARY if is_card else SMALL_VOCABULARY, DTYPES[dtype], device)
-                cases.append({"model": name, **race.run(num_rows)})
+                race = race or Race(shapes[name], vocabulary_size, DTYPES[dtype], device, line_up)
+                cases.append({"model": name, "race": line_up.__name__, **race.run(num_rows, ends - time.monotonic())})
             except (DoesNotFit, torch.cuda.OutOfMemoryError) as error:
                 left_out.append(f"{case}: {str(error).partition('. ')[0]}")
             else:
-                found += [f"{case}: {doubt}" for doubt in doubts(cases[-1], LARGEST_DIFFERENCES[dtype])]
-                print(f"  {case}: {_in_short(cases[-1])}", flush=True)
+                wrong += [f"{case}: {doubt}" for doubt in doubts(cases[-1], LARGEST_DIFFERENCES[dtype])]
+                speeds = (f"{who} {of['tokens_per_second']:,.0f}" for who, of in cases[-1]["contestants"].items())
+                print(f"  {case}, tokens/s: {'; '.join(speeds)}", flush=True)
             note(cases=cases, left_out=left_out)
             _Clock(device).give_back()
-    return "; ".join(found if cases else left_out)
+    return "; ".join(wrong if cases else left_out)
 
 
 def doubts(case: dict[str, Any], largest: float) -> list[str]:
     """By whom the same step was not computed."""
     return [
-        f"the gradient of {name} is {of['gradient_difference']:.1e} from the peer's, more than {largest:.0e}"
+        f"the gradient of {name} is {of['gradient_difference']:.1e} from the first one's, more than {largest:.0e}"
         for name, of in case["contestants"].items()
         if not of["gradient_difference"] <= largest
     ]
 
 
-def _in_short(case: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {of['tokens_per_second']:,.0f}" for name, of in case["contestants"].items()) + " tokens/s"
-
-
 def table(figures: dict[str, Any]) -> str:
     """What `measure` has noted, in markdown."""
-    rows = []
-    for case in figures["cases"]:
-        peer = case["contestants"][Peer.name]["tokens_per_second"]
-        for name, of in case["contestants"].items():
-            first = name == Peer.name
-            fastest, slowest = of["seconds_of_all"]
-            rows.append(
-                [
-                    case["model"] if first else "",
-                    f"{case['rows']}, {case['tokens']:,}" if first else "",
-                    name,
-                    f"{of['tokens_per_second']:,.0f}",
-                    f"{1000 * fastest:.1f} - {1000 * slowest:.1f}",
-                    f"{of['peak_bytes'] / 1e9:.2f}" if of["peak_bytes"] else "",
-                    of["parts"],
-                    f"{of['share']:.0%}",
-                    "" if first else f"{of['tokens_per_second'] * of['share'] / peer:.2f} x",
-                ]
-            )
-    header = ["model", "rows, tokens", "", "tokens/s", "ms a step", "peak GB", "parts", "of the step", "for the same work"]
-    return "\n".join([harness.markdown(header, rows), *(f"\nLeft out: {reason}." for reason in figures["left_out"])])
+    texts = []
+    for line_up in (against_the_peer, choices):
+        cases = [case for case in figures["cases"] if case["race"] == line_up.__name__]
+        if cases:
+            header = ["model", "rows, tokens", "", "tokens/s", "ms a step", "peak GB", "parts", "of the step", "same work"]
+            texts.append(harness.markdown(header, [line for case in cases for line in _lines(case)]))
+    return "\n\n".join([*texts, *(f"Left out: {reason}." for reason in figures["left_out"])])
+
+
+def _lines(case: dict[str, Any]) -> Iterator[list[object]]:
+    first = next(iter(case["contestants"]))
+    for name, of in case["contestants"].items():
+        fastest, slowest = of["seconds_of_all"]
+        compared = of["tokens_per_second"] * of["share"] / case["contestants"][first]["tokens_per_second"]
+        yield [
+            case["model"] if name == first else "",
+            f"{case['rows']}, {case['tokens']:,}" if name == first else "",
+            name,
+            f"{of['tokens_per_second']:,.0f}",
+            f"{1000 * of['seconds']:.1f} ({1000 * fastest:.1f} - {1000 * slowest:.1f})",
+            f"{of['peak_bytes'] / 1e9:.2f}" if of["peak_bytes"] else "",
+            of["parts"],
+            f"{of['share']:.0%}",
+            f"{compared:.2f} x",
+        ]

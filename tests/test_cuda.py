@@ -40,8 +40,14 @@ pytestmark = [
 in_each_precision = pytest.mark.parametrize("dtype", PRECISIONS)
 
 
-def engine_on(device: str, folder: Path, dtype: str = "float32", **changes: Any) -> TorchEngine:
-    """Whose adapter has no zeros, so that every matrix has a gradient."""
+def engine_on(device: str, folder: Path, dtype: str = "float32", *, in_bfloat16: bool = False, **changes: Any) -> TorchEngine:
+    """
+    Whose adapter has no zeros, so that every matrix has a gradient.
+
+    Args:
+        in_bfloat16: the residual stream as well.
+        changes: of the run's settings.
+    """
     run = settings(**{"lr": 1e-2, "lora_targets": ("c_attn", "c_fc"), "micro_batches": MICRO_BATCHES, **changes})
     model, lora = PretrainedModel(folder), LoraConfig(**run.lora())
     generator = torch.Generator().manual_seed(7)
@@ -49,7 +55,8 @@ def engine_on(device: str, folder: Path, dtype: str = "float32", **changes: Any)
         name: torch.randn(matrix.shape, generator=generator) / 10
         for name, matrix in initial_adapter(model.config, lora, run.seed).items()
     }
-    trainer = PartTrainer(model, run, adapter, weight_dtype=DTYPES[dtype], device=choose_device(device))
+    where: dict[str, Any] = {"weight_dtype": DTYPES[dtype], "device": choose_device(device), "in_bfloat16": in_bfloat16}
+    trainer = PartTrainer(model, run, adapter, **where)
     edge = adapter_shapes(model.config, lora, range(run.cut_layer))
     return TorchEngine(trainer, run, {name: adapter[name] for name in edge})
 
@@ -107,11 +114,11 @@ def assert_equal(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     assert not [name for name, values in expected.items() if not np.array_equal(np.asarray(found[name]), np.asarray(values))]
 
 
-@in_each_precision
+@pytest.mark.parametrize(("dtype", "in_bfloat16"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_server_trains_on_the_card_as_on_the_cpu(tiny_model: Path, dtype: str, dropout: float) -> None:
+def test_server_trains_on_the_card_as_on_the_cpu(tiny_model: Path, dtype: str, in_bfloat16: bool, dropout: float) -> None:
     on_cpu = engine_on("cpu", tiny_model, lora_dropout=dropout)
-    on_card = engine_on(CARD, tiny_model, dtype, lora_dropout=dropout)
+    on_card = engine_on(CARD, tiny_model, dtype, in_bfloat16=in_bfloat16, lora_dropout=dropout)
     before = on_cpu.adapter()
     assert_equal(on_card.adapter(), before)
     expected, found = train(on_cpu), train(on_card)

@@ -29,7 +29,11 @@ def test_dry_run_checks_every_part_and_its_findings_become_tables(tmp_path: Path
     assert (tests["skipped"], tests["failed"]) == (0, {})
     assert [run["dtype"] for run in runs["runs"]] == ["float32", "bfloat16"]
     assert ranks["loss_difference"] < 1e-4
-    assert [case["rows"] for case in steps["cases"]] == list(device_steps.FEW_ROWS)
+    assert [(case["race"], case["rows"]) for case in steps["cases"]] == [
+        ("choices", 24),
+        ("against_the_peer", 8),
+        ("against_the_peer", 24),
+    ]
     assert not steps["left_out"]
     for of in (of for case in steps["cases"] for of in case["contestants"].values()):
         assert of["gradient_difference"] < 1e-4
@@ -119,20 +123,24 @@ def test_parts_that_crash_or_take_too_long_do_not_stop_the_others(
     assert "| runs | took too long |" in device_check.tables(json.loads(output.read_text()))
 
 
+def small_race() -> device_steps.Race:
+    return device_steps.Race((2, 32, 2), 97, torch.float32, torch.device("cpu"), device_steps.against_the_peer)
+
+
 def test_step_that_computes_something_else_is_noticed() -> None:
-    race = device_steps.Race((2, 32, 2), 97, torch.float32, torch.device("cpu"))
-    assert not device_steps.doubts(race.run(8), 1e-3)
+    race = small_race()
+    assert not device_steps.doubts(race.run(8, 60.0), 1e-3)
     peer, *others = race.contestants
     assert isinstance(peer, device_steps.Peer)
     with torch.no_grad():
         for matrix in peer.matrices.values():
             matrix *= 1.01
-    doubts = device_steps.doubts(race.run(8), 1e-3)
+    doubts = device_steps.doubts(race.run(8, 60.0), 1e-3)
     assert [doubt.partition(" is ")[0] for doubt in doubts] == [f"the gradient of {other.name}" for other in others]
 
 
 def test_step_that_does_not_fit_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    race = device_steps.Race((2, 32, 2), 97, torch.float32, torch.device("cpu"))
+    race = small_race()
     step, tried = device_steps.Peer.step, []
 
     def with_little_memory(peer: device_steps.Peer) -> float:
@@ -142,11 +150,11 @@ def test_step_that_does_not_fit_is_taken_in_parts(monkeypatch: pytest.MonkeyPatc
         return step(peer)
 
     monkeypatch.setattr(device_steps.Peer, "step", with_little_memory)
-    figures = race.run(8)["contestants"]
+    figures = race.run(8, 60.0)["contestants"]
     assert tried[:3] == [1, 2, 4]
     assert [of["parts"] for of in figures.values()] == [4, 1, 1]
     # Parts add up to the whole.
-    assert not device_steps.doubts(race.run(8), 1e-3)
+    assert not device_steps.doubts(race.run(8, 60.0), 1e-3)
     monkeypatch.setattr(device_steps.Peer, "step", lambda peer: with_little_memory(peer) if len(peer.parts) < 4 else step(peer))
     with pytest.raises(device_steps.DoesNotFit, match=r"transformers \+ PEFT does not fit"):
-        race.run(2)
+        race.run(2, 60.0)
