@@ -30,8 +30,8 @@ Numbers = NDArray[numpy.int64]
 
 MOST_PADDING = 1.25
 """Of a grid's longest sequence to its shortest, at most. A larger ratio wastes work on padding, a smaller makes many grids."""
-WIDEST_HEAD = 256
-"""Elements of a head for which there is a kernel of packed rows; they are a multiple of 8."""
+WIDEST_HEAD = 192
+"""Elements of a head for which every card has a kernel of packed rows, in both directions; they are a multiple of 8."""
 
 
 class Places:
@@ -170,7 +170,9 @@ def kernel_of_packed_rows(device: torch.device, dtype: torch.dtype, head_width: 
 
 @cache
 def _varlen_attn(device: torch.device) -> Callable[..., Tensor] | None:
-    if torch.version.hip or not torch.cuda.is_available() or torch.cuda.get_device_capability(device) < (8, 0):
+    # The second was added with torch 2.5.
+    is_built = getattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    if torch.version.hip or not is_built() or torch.cuda.get_device_capability(device) < (8, 0):
         return None
     try:  # Its import loads much, which only this path needs.
         from torch.nn.attention.varlen import varlen_attn

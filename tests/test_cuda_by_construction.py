@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
 )
 from usual_settings import settings
 
+from contestants.whole_model import WholeModel
 from edge_client.data import Sample, pack
 from edge_client.torch_engine import TorchEngine
 from gpu_server import part_trainer
@@ -30,6 +31,7 @@ from protocol import Activations, Array, HiddenGradient, Seconds
 from split_model import (
     EdgePart,
     LoraConfig,
+    OptimiserConfig,
     PretrainedModel,
     ServerPart,
     Uploads,
@@ -78,9 +80,15 @@ def train(edge: EdgePart, server: ServerPart) -> tuple[Tensor, Tensor]:
     return losses, leaf.grad
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize(
-    ("dtype", "in_bfloat16"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True), (torch.float64, False)]
+    ("dtype", "in_bfloat16", "dropout"),
+    [
+        (torch.float32, False, 0.0),
+        (torch.float32, False, 0.1),
+        (torch.bfloat16, False, 0.1),
+        (torch.bfloat16, True, 0.1),
+        (torch.float64, False, 0.1),
+    ],
 )
 def test_parts_train_without_making_the_host_wait(
     said: list[str], tiny_model: Path, dtype: torch.dtype, in_bfloat16: bool, dropout: float
@@ -191,6 +199,17 @@ def test_server_waits_once_for_an_evaluation(said: list[str], tiny_model: Path) 
         said.clear()
         assert trainer.infer(union["a"], "held-out texts").shape == (union["a"].num_labelled, WIDTH)
         assert said == [*UPLOADED, READ]
+
+
+def test_whole_model_waits_once_for_a_batch_and_once_for_a_step(said: list[str], tiny_model: Path) -> None:
+    base, lora = PretrainedModel(tiny_model), LoraConfig(rank=2, targets=EVERYTHING, dropout=0.1)
+    adapter = initial_adapter(base.config, lora, 0)
+    whole = WholeModel(base, lora, OptimiserConfig(), adapter, weight_dtype=torch.bfloat16, device=CUDA)
+    with Watch():
+        whole.backward(pack([Sample(np.arange(8), 3), Sample(np.array([4, 5, 6]), 1)]), dropout_seed=1)
+        assert said == [READ]
+        whole.take_step(4, 0.1)
+        assert said == [READ, READ]
 
 
 def test_device_waits_once_for_each_computation(said: list[str], tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from split_model import (
     save_adapter,
 )
 from split_model.loss import BYTES_OF_LOGIT, CHUNK_ROWS, cross_entropies, rows_at_a_time, summed_cross_entropy
-from split_model.packing import Packing, Places, kernel_of_packed_rows, labelled_positions
+from split_model.packing import Packing, Places, _varlen_attn, kernel_of_packed_rows, labelled_positions
 from storage import ModelError, find_model
 
 LORA = LoraConfig(rank=2, alpha=4.0, targets=("c_attn", "c_proj", "c_fc"))
@@ -237,7 +237,24 @@ def test_there_is_no_kernel_of_packed_rows_without_a_device_for_it() -> None:
     cuda = torch.device("cuda", 0)
     assert kernel_of_packed_rows(cuda, torch.float32, 64) is None
     assert kernel_of_packed_rows(cuda, torch.bfloat16, 60) is None
-    assert kernel_of_packed_rows(cuda, torch.bfloat16, 264) is None
+    assert kernel_of_packed_rows(cuda, torch.bfloat16, 200) is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_built", "expected"), [((8, 0), True, True), ((7, 5), True, False), ((9, 0), False, False)]
+)
+def test_kernel_of_packed_rows_is_taken_where_torch_and_the_card_have_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], is_built: bool, expected: bool
+) -> None:
+    varlen_attn = pytest.importorskip("torch.nn.attention.varlen").varlen_attn
+    if "window_size" not in inspect.signature(varlen_attn).parameters:
+        pytest.skip("this torch's has other arguments")
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: is_built)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cuda = torch.device("cuda", 7)
+    _varlen_attn.cache_clear()
+    assert kernel_of_packed_rows(cuda, torch.bfloat16, 64) == (varlen_attn if expected else None)
+    _varlen_attn.cache_clear()
 
 
 def test_labelled_positions_are_the_last_rows_of_each_sequence() -> None:
