@@ -51,7 +51,7 @@ def _sentences(run: Figures) -> list[str]:
     if run["restarts"]:
         said.append(f"restarted {run['restarts']:,} times" if run["restarts"] > 1 else "restarted once")
     if bottleneck is not None:
-        said.append(f"{bottleneck['sentence']}: {bottleneck['advice']}")
+        said.append(": ".join(filter(None, [bottleneck["sentence"], bottleneck["advice"]])))
     return [text for text in said if text]
 
 

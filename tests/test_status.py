@@ -249,6 +249,14 @@ def test_devices_of_a_complete_run_are_done() -> None:
     assert "kitchen  done" in as_table(run.as_json(3.0), 80)
 
 
+def test_run_that_is_not_split_is_not_advised_to_be_split_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"mode": "federated", "clients": 3}
+    RunDescription(run="r", fingerprint="f", config=config, dtype="float32", versions={}).write(tmp_path)
+    write(tmp_path, *(step(number, 10.0 * number) for number in (1, 2)))
+    said = " ".join(status(tmp_path, capsys).split())
+    assert "cellar is 4.0 times as slow as the others, who wait for it; 94 % of its time goes to edge compute device" in said
+
+
 def test_table_of_many_devices_is_bounded_and_says_how_all_of_them_are(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

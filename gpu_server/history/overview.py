@@ -90,10 +90,12 @@ class Overview:
         run: its identifier.
         clients: how many it starts with.
         restarts: how often its server was started again, as far as that is known before the first event.
+        is_split: whether a server trains it with devices; what a contestant has trained in one process has none of the settings
+            that `ADVICE` is about.
     """
 
-    def __init__(self, run: str, clients: int, *, restarts: int = 0, codec: str | None = None) -> None:
-        self.run, self.clients, self.restarts = run, clients, restarts
+    def __init__(self, run: str, clients: int, *, restarts: int = 0, codec: str | None = None, is_split: bool = True) -> None:
+        self.run, self.clients, self.restarts, self._is_split = run, clients, restarts, is_split
         self.step = self.total_steps = 0
         self.is_served = False
         """Whether a server has the run; who reads files of a server that was killed knows better than its events."""
@@ -124,8 +126,9 @@ class Overview:
             HistoryError: a line cannot be read.
         """
         description = files.description
-        clients = description.config.get("clients")
-        run = cls(description.run, clients if isinstance(clients, int) else 0, restarts=description.restarts)
+        config = description.config
+        clients = config["clients"] if isinstance(config.get("clients"), int) else 0
+        run = cls(description.run, clients, restarts=description.restarts, is_split="mode" not in config)
         for happened in files.everything():
             try:
                 run.add(happened)
@@ -405,16 +408,15 @@ class Overview:
         part = max(spent, key=lambda each: spent[each])
         if slowest is None or part not in (*OWN, "queue"):
             sentence = f"{_percent(spent[part] / total)} of the devices' time goes to {in_words(part)}"
-            return {
-                "part": part, "client": None, "share": spent[part] / total, "sentence": sentence, "advice": ADVICE[part]
-            }  # fmt: skip
+            advice = ADVICE[part] if self._is_split else ""
+            return {"part": part, "client": None, "share": spent[part] / total, "sentence": sentence, "advice": advice}
         of_device = by_device.of(slowest)
         part = max(OWN, key=lambda each: of_device[each])
         share = of_device[part] / max(sum(of_device.values()), 1e-9)
         times = f"{slowness[slowest]:.1f} times"
         where = f"{_percent(share)} of its time goes to {in_words(part)}"
         sentence = f"{slowest} is {times} as slow as the others, who wait for it; {where}"
-        advice = f"give it a smaller --batch-size, or the run a --quorum; {ADVICE[part]}"
+        advice = f"give it a smaller --batch-size, or the run a --quorum; {ADVICE[part]}" if self._is_split else ""
         return {"part": part, "client": slowest, "share": share, "sentence": sentence, "advice": advice}
 
     def _device(
