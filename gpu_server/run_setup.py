@@ -161,7 +161,11 @@ def _set_up(options: Mapping[str, Any], leader: "Leader | None") -> Run:
         restarts=description.restarts,
     )
     overview = Overview(description.run, config.clients, codec=settings.activation_codec)
-    page = PageObserver(Snapshot(overview), lambda: federation.waits_for(time.monotonic()))
+    page = PageObserver(
+        Snapshot(overview),
+        lambda: federation.waits_for(time.monotonic()),
+        lambda client: federation.members[client].is_evaluating,
+    )
     prometheus = PrometheusObserver(page.overview, {"run": description.run, "model": config.model}, config.clients)
     watching: list[Observer] = [page, prometheus] if door.has_page else []
     return Run(

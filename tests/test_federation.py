@@ -588,6 +588,16 @@ def test_without_a_quorum_a_step_waits_for_all_and_says_for_whom_at_growing_dist
     assert day[0][1] == "step 1 waits for b and c (not connected), silent for 30 s; 1 of 3 devices ready"
 
 
+def test_device_that_is_waited_for_while_it_evaluates_is_said_to_evaluate() -> None:
+    table = Table({"a": 2, "b": 2})
+    table.activations("a", 1)
+    table.evaluation("b", 1)
+    day = reports_of_ticks(table.federation, 200)
+    assert day[0][1] == "step 1 waits for b (evaluating), silent for 30 s; 1 of 2 devices ready"
+    table.activations("b", 1)
+    assert not table.federation.members["b"].is_evaluating
+
+
 def test_of_many_that_are_missing_some_are_named_and_all_are_counted() -> None:
     names = [f"{number:03}" for number in range(120)]
     table = Table(dict.fromkeys(names, 1), quorum=1)

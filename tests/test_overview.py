@@ -131,6 +131,15 @@ def test_device_that_everybody_waits_for_is_late_until_the_step_is_done() -> Non
     assert run.as_json(1015.0)["waiting_for"] == []
 
 
+def test_device_that_is_late_because_it_evaluates_is_said_to_evaluate() -> None:
+    run = joined()
+    run.add_step(step(1))
+    run.waits_for(["b", "c"], 12.0, 1014.0, lambda name: name == "c")
+    assert run.as_json(1014.0)["sentence"] == "step 1 of 100 waits for b and c (evaluating), for 12 s; 3 of 3 devices"
+    assert devices(run, 1014.0)["b"]["words"] == "is 12 s late"
+    assert devices(run, 1014.0)["c"]["words"] == "is 12 s late, evaluating"
+
+
 def test_file_alone_says_who_is_late_once_an_operator_was_told() -> None:
     run = joined()
     run.add_step(step(1))

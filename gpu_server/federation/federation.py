@@ -303,6 +303,7 @@ class Federation:
             RemoteProtocolError: it is out of turn, or does not fit the run.
         """
         member = self.members[name]
+        member.is_evaluating = isinstance(message, Evaluation)
         if isinstance(message, Evaluation):
             check_question(name, message, member, self.limits)
             member.evaluation = message

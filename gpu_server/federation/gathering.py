@@ -106,4 +106,4 @@ class Gathering:
         return reminders.next_after(self._told_after)
 
     def _listed(self, names: Iterable[str]) -> str:
-        return listed(name if self.turnout.is_connected(name) else f"{name} (not connected)" for name in names)
+        return listed(f"{name} ({why})" if (why := self.turnout.why_missing(name)) else name for name in names)

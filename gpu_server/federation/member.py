@@ -93,6 +93,8 @@ class Member:
     """Those to the questions that were answered last, all of one kind and step."""
     evaluation: Evaluation | None = None
     """The held-out batch whose loss its present connection waits for."""
+    is_evaluating: bool = False
+    """Whether it asks for the losses of its held-out texts: what it has sent last belongs to these."""
     evaluated: int = -1
     """The last step of which its held-out loss is kept; -1: none."""
     remembers: int = 0
@@ -153,7 +155,7 @@ class Member:
         """Its connection is lost, if it had one; the loss it waited for is of no use any more."""
         if self.presence in _LOST:
             self.presence = _LOST[self.presence]
-            self.evaluation, self.lost_at = None, now
+            self.evaluation, self.is_evaluating, self.lost_at = None, False, now
 
     def left(self) -> None:
         """It said goodbye, or is let in no more. Its connection, if it had one, is lost already."""

@@ -67,5 +67,9 @@ class Turnout:
         """In no order."""
         return chain(self.awaited, self.overtaken)
 
-    def is_connected(self, name: str) -> bool:
-        return self._members[name].presence.is_connected
+    def why_missing(self, name: str) -> str:
+        """As far as that is known; empty where it is not."""
+        member = self._members[name]
+        if not member.presence.is_connected:
+            return "not connected"
+        return "evaluating" if member.is_evaluating else ""

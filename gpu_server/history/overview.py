@@ -4,7 +4,7 @@ import heapq
 import math
 import statistics
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -58,6 +58,8 @@ class _Wait(NamedTuple):
     """Of all; an event names the first of many."""
     since: float = 0.0
     """Seconds since 1970."""
+    evaluating: Container[str] = ()
+    """Those of them that measure their held-out loss meanwhile."""
 
     def seconds(self, now: float) -> float:
         return max(0.0, now - self.since)  # a clock may have been put back meanwhile
@@ -281,12 +283,19 @@ class Overview:
     def checkpoint_written(self, step: int, time: float) -> None:
         self._checkpoint = step, time
 
-    def waits_for(self, clients: Iterable[str], seconds: float, now: float) -> None:
-        """A live server knows whom it waits for before it tells an operator: these, for so many seconds until ``now``."""
+    def waits_for(
+        self, clients: Iterable[str], seconds: float, now: float, is_evaluating: Callable[[str], bool] = lambda _: False
+    ) -> None:
+        """
+        A live server knows whom it waits for before it tells an operator: these, for so many seconds until ``now``.
+
+        Args:
+            is_evaluating: whether a device measures its held-out loss meanwhile.
+        """
         limit = max(SHORTEST_LATENESS, USUAL_WAIT * (self._step_seconds() or 0.0))
         is_late = seconds > limit and self.step < self.total_steps
         late = dict.fromkeys(clients) if is_late else {}
-        self._late = _Wait(late, len(late), now - seconds)
+        self._late = _Wait(late, len(late), now - seconds, set(filter(is_evaluating, late)))
 
     # How it stands
 
@@ -384,7 +393,8 @@ class Overview:
             return f"waiting for devices: {devices} joined"
         if state == "waiting":
             waited = duration(self._late.seconds(now))
-            return f"{steps} waits for {listed(self._late.clients, of=self._late.number)}, for {waited}; {devices}"
+            late = (f"{name} (evaluating)" if name in self._late.evaluating else name for name in self._late.clients)
+            return f"{steps} waits for {listed(late, of=self._late.number)}, for {waited}; {devices}"
         if state == "saving":
             return f"{steps}, {devices}, saving the adapter"
         return f"{steps}, {devices}" + (f", {duration(left)} left" if left is not None else "")
@@ -428,7 +438,9 @@ class Overview:
         return {
             "name": name,
             "state": state,
-            "words": self._words_of(device, state, late, slowness, now, is_slowest=is_slowest),
+            "words": self._words_of(
+                device, state, late, slowness, now, is_slowest=is_slowest, is_evaluating=name in self._late.evaluating
+            ),
             "samples": device.samples,
             "batch_size": device.batch_size,
             "loss": finite(device.loss),
@@ -444,7 +456,15 @@ class Overview:
         }
 
     def _words_of(
-        self, device: _Device, state: str, late: float | None, slowness: float | None, now: float, *, is_slowest: bool
+        self,
+        device: _Device,
+        state: str,
+        late: float | None,
+        slowness: float | None,
+        now: float,
+        *,
+        is_slowest: bool,
+        is_evaluating: bool,
     ) -> str:
         ago = f"{duration(max(0.0, now - device.since))} ago" if device.since else "some time ago"
         if state == "left":
@@ -454,7 +474,7 @@ class Overview:
         if state == "lost":
             return f"lost its connection {ago}"
         if late is not None:
-            return f"is {duration(late)} late"
+            return f"is {duration(late)} late" + (", evaluating" if is_evaluating else "")
         if is_slowest and slowness is not None:
             return f"takes part, {slowness:.1f} times as slow as the others"
         return "takes part"

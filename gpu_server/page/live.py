@@ -28,11 +28,17 @@ class PageObserver(Observer):
     Args:
         snapshot: of a run of which nothing has happened yet.
         waits_for: whom the run waits for just now, and for how many seconds.
+        is_evaluating: whether a device measures its held-out loss just now.
     """
 
-    def __init__(self, snapshot: Snapshot, waits_for: Callable[[], tuple[Iterable[str], float]]) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        waits_for: Callable[[], tuple[Iterable[str], float]],
+        is_evaluating: Callable[[str], bool] = lambda _: False,
+    ) -> None:
         self.viewers = Viewers(self._everything_told)
-        self._snapshot, self._waits_for = snapshot, waits_for
+        self._snapshot, self._waits_for, self._is_evaluating = snapshot, waits_for, is_evaluating
         self._news: list[Happened] = []
         self._checkpoint: int | None = None
         """Its step, where one was written since pages were told last."""
@@ -92,7 +98,7 @@ class PageObserver(Observer):
         if self._is_recalling:
             return None
         now, overview = time.time(), self._snapshot.overview
-        overview.waits_for(*self._waits_for(), now)
+        overview.waits_for(*self._waits_for(), now, self._is_evaluating)
         return overview.as_json(now, most_devices)
 
     def _everything_told(self) -> str | None:
@@ -137,6 +143,6 @@ class PageObserver(Observer):
             overview.checkpoint_written(self._checkpoint, now)
             self._checkpoint = None
         if len(self.viewers):
-            overview.waits_for(*self._waits_for(), now)
+            overview.waits_for(*self._waits_for(), now, self._is_evaluating)
             self.viewers.tell(self._snapshot.update(news, now))
             self._tell_at(self._told + SECONDS_WITHOUT_NEWS)
