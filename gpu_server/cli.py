@@ -1,8 +1,10 @@
 """The command splitlora-server. Its flags are the fields of `ServerConfig`."""
 
 import argparse
+import io
 import json
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -10,14 +12,15 @@ import threading
 import time
 import types
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from terminal import Parser, Progress, count, listed, run_program, show_log, user_path, version, where_time_went
+from terminal import Parser, PathError, Progress, count, listed, run_program, show_log, user_path, version, where_time_went
 
 from .config import ServerConfig, options_from_toml
+from .errors import ServerError
 from .flags import add_flags
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ __all__ = ["build_parser", "main"]
 
 PROGRAM = "splitlora-server"
 SECONDS_A_DAY = 86400.0
+SECONDS_FOR_THE_FIRST_TO_SPEAK = 5.0
 MOST_DAYS = 36500  # a hundred years: longer than there have been runs
 
 
@@ -139,11 +143,32 @@ def _add_where(command: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 after an error with one sentence on standard error, 130 after Ctrl-C, 143 after SIGTERM."""
-    options = build_parser().parse_args(arguments)
+    with _said_once(), redirect_stderr(sys.stderr if _is_first_here() else io.StringIO()):
+        options = build_parser().parse_args(arguments)
     with ExitStack() as signals:
         if options.command in ("serve", "sweep") and threading.current_thread() is threading.main_thread():
             signals.enter_context(_ending_once())
         return run_program(PROGRAM, lambda: options.run(options), _errors_of_users, install="splitlora[server]")
+
+
+def _is_first_here() -> bool:
+    """Among the processes that torchrun has started on this machine, if it has."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """
+    What keeps one process of a machine from meeting the others keeps all: the first says it. Meanwhile the others wait, since
+    torchrun ends all as soon as one has ended.
+    """
+    try:
+        yield
+    except (SystemExit, ServerError, PathError) as error:
+        if _is_first_here() or (isinstance(error, SystemExit) and not error.code):
+            raise
+        time.sleep(SECONDS_FOR_THE_FIRST_TO_SPEAK)
+        sys.exit(1)
 
 
 @contextmanager
@@ -177,15 +202,14 @@ def run_serve(options: argparse.Namespace) -> None:
     from .ranks.place import Place
     from .sdk import GpuServer
 
-    given = _given(options)
     place = Place.here()
     if place is not None and not place.leads:
         from .ranks.follower import follow
 
-        follow(place, given)
-        return
+        with _said_once():
+            follow(place, _given(options))
     as_json = options.log_format == "json"
-    with show_log("gpu_server", options.log_format), GpuServer(**given) as server:
+    with show_log("gpu_server", options.log_format), GpuServer(**_given(options)) as server:
         devices = count(server.config.clients, "device")
         say = _log if as_json else _say
         say(f"listening on {server.url} for {devices}; the run goes to {server.config.run_dir}; {'; '.join(server.choices)}")
@@ -344,8 +368,12 @@ def run_report(options: argparse.Namespace) -> None:
 
 
 def run_sweep(options: argparse.Namespace) -> None:
+    from .errors import ConfigError
+    from .ranks.place import Place
     from .sweep.loop import run_sweep
 
+    if Place.here() is not None:
+        raise ConfigError("a sweep starts its servers itself, and each on one process: start it without torchrun")
     run_sweep(options.file, None if options.output is None else user_path(options.output))
 
 

@@ -92,7 +92,7 @@ def set_up(options: Mapping[str, Any]) -> Run:
     if not place.leads:
         raise ConfigError(
             f"this process is rank {place.rank} of {place.num_ranks}: only rank 0 makes a GpuServer; the others call "
-            "gpu_server.ranks.follower.follow with the same settings"
+            "gpu_server.ranks.follower.follow with theirs"
         )
     from .ranks.leader import Leader
 

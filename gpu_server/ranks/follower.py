@@ -3,16 +3,16 @@
 import os
 import signal
 import sys
-import threading
+import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from split_model import PretrainedModel
 from storage import ModelError, find_model
 from terminal import user_text_path
 
 from ..config import ServerConfig
-from ..errors import RankLost
+from ..errors import RankLost, ServerError
 from ..federation import Trained
 from ..part_trainer import HiddenShare, PartTrainer, make_trainer
 from .agreement import introduction, own_device
@@ -23,7 +23,7 @@ from .telling import FAILING_EVERYWHERE, adapter_of, batches_of
 __all__ = ["follow"]
 
 
-def follow(place: Place, options: Mapping[str, Any]) -> None:
+def follow(place: Place, options: Mapping[str, Any]) -> NoReturn:
     """
     Be one of the other ranks. This process ends when rank 0 sends it home, with status 0, or when rank 0 is gone, with a
     sentence and status 1. Signals are for rank 0, which saves the run before it sends all home.
@@ -32,14 +32,14 @@ def follow(place: Place, options: Mapping[str, Any]) -> None:
         options: as `ServerConfig`, those that are given to every rank. What is not given rank 0 says.
 
     Raises:
-        ServerError: the others cannot be reached, or rank 0 has another version.
+        ServerError: the others cannot be met.
     """
 
-    def end(lost: RankLost | None) -> None:
+    def end(error: ServerError | None) -> None:
         # At once, whatever this process waits for: it has nothing to save.
-        if lost is not None:
-            print(f"splitlora-server: rank {place.rank}: {lost}", file=sys.stderr, flush=True)  # noqa: T201
-        os._exit(0 if lost is None else 1)
+        if error is not None:
+            print(f"splitlora-server: rank {place.rank}: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        os._exit(0 if error is None else 1)
 
     group = ProcessGroup(place, end)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -47,7 +47,11 @@ def follow(place: Place, options: Mapping[str, Any]) -> None:
     try:
         _compute(group, _trainer(group, options))
     except RankLost:
-        threading.Event().wait()  # for what comes of it: see `end`
+        pass
+    except ServerError as error:
+        end(error)
+    while True:
+        time.sleep(1)  # until a thread that watches rank 0 calls `end`
 
 
 def _trainer(group: ProcessGroup, options: Mapping[str, Any]) -> PartTrainer:
