@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -27,7 +28,8 @@ __all__ = ["Leader", "RankedTrainer"]
 
 Result = TypeVar("Result")
 
-SECONDS_TO_SAVE = 60.0
+SECONDS_TO_SAVE = 20.0
+"""When a rank is gone; torchrun gives 30."""
 
 
 class Leader:
@@ -47,7 +49,7 @@ class Leader:
         self.choices: list[str] = []
         """What was chosen for all ranks, and why."""
         # Whatever else hangs when a rank is gone, this process ends.
-        self._last_resort = threading.Timer(SECONDS_TO_SAVE, os._exit, (1,))
+        self._last_resort = threading.Timer(SECONDS_TO_SAVE, self._give_up)
         self._last_resort.daemon = True
         self._group = ProcessGroup(place, ended=self._part)
         try:
@@ -122,6 +124,10 @@ class Leader:
         self._last_resort.start()
         self._group.send_home()
         self._tell(lost)
+
+    def _give_up(self) -> None:
+        print(f"splitlora-server: {self.lost}", file=sys.stderr, flush=True)  # noqa: T201
+        os._exit(1)
 
 
 class RankedTrainer:

@@ -48,7 +48,7 @@ class Place:
                 f"RANK {rank} of WORLD_SIZE {num_ranks} and LOCAL_RANK {local_rank} of LOCAL_WORLD_SIZE {local_ranks} cannot "
                 "be; torchrun sets all four"
             )
-        if "MASTER_ADDR" not in environment:
+        if not environment.get("MASTER_ADDR"):
             raise ConfigError(f"WORLD_SIZE is {num_ranks}, and MASTER_ADDR is not set; {ALTERNATIVES}")
         return cls(
             rank=rank,

@@ -32,14 +32,14 @@ TO_JOIN = timedelta(minutes=30)
 FOREVER = timedelta(days=3650)
 """A rank waits for what is to be done next as long as devices may be away. Whether the others live, the pulse says."""
 SECONDS_BETWEEN_PULSES = 0.5
-WITHOUT_PULSE = timedelta(seconds=60)
-"""After so long a rank is taken for lost whose connection still seems to be there."""
+MOST_SECONDS_SILENT = 60
+"""After more a rank is taken for lost whose connection still seems to be there."""
 SECONDS_TO_LEARN_WHO = 2.0
 SECONDS_TO_END = 10.0
 ANOTHER = "another rank"
 
 # What travels under which tag: a rank's pulse comes beside whatever else it has to tell.
-LENGTHS, MESSAGES, PULSES, FAREWELLS = range(4)
+LENGTHS, MESSAGES, PULSES, FAREWELLS, NOTHING = range(5)
 
 
 class ProcessGroup:
@@ -47,7 +47,7 @@ class ProcessGroup:
     The `Ranks` of one run, of which this process is one. All exchange messages and pulses with the leader by gloo, and
     gradients with each other: by gloo, too, and from `use_nccl` on by NCCL.
 
-    A rank that is gone is noticed at once where its process has ended, within `WITHOUT_PULSE` where its machine has:
+    A rank that is gone is noticed at once where its process has ended, within `MOST_SECONDS_SILENT` where its machine has:
     then whatever waits for it fails.
     """
 
@@ -85,8 +85,9 @@ class ProcessGroup:
             for watch in watches
             for rank in self.partners
         ]
+        self._seconds_silent = dict.fromkeys(self.partners, 0)
         atexit.register(_leave)
-        for thread in self._watching:
+        for thread in (*self._watching, threading.Thread(target=self._count_silence, name="silence", daemon=True)):
             thread.start()
 
     def use_nccl(self) -> None:
@@ -106,7 +107,7 @@ class ProcessGroup:
 
     # Messages
 
-    def send(self, messages: Mapping[int, Any], within: timedelta = FOREVER) -> None:
+    def send(self, messages: Mapping[int, Any]) -> None:
         """
         One to each of these ranks; see `pack` for what it may be. Returns when all have taken theirs.
 
@@ -122,7 +123,7 @@ class ProcessGroup:
                 sent.append((rank, dist.isend(data, rank, tag=MESSAGES)))
         for rank, work in sent:
             with self._talking_to(rank):
-                _wait(work, within)
+                _wait(work)
 
     def receive(self, rank: int) -> Any:
         """
@@ -134,10 +135,10 @@ class ProcessGroup:
         """
         length = torch.empty(1, dtype=torch.int64)
         with self._talking_to(rank):
-            _wait(dist.irecv(length, rank, tag=LENGTHS), FOREVER)
+            _wait(dist.irecv(length, rank, tag=LENGTHS))
         data = torch.empty(int(length), dtype=torch.uint8)
         with self._talking_to(rank):
-            _wait(dist.irecv(data, rank, tag=MESSAGES), FOREVER)
+            _wait(dist.irecv(data, rank, tag=MESSAGES))
         try:
             return unpack(data.numpy())
         except NotAMessage as error:
@@ -207,24 +208,44 @@ class ProcessGroup:
         sign = torch.zeros(1, dtype=torch.uint8)
         with self._until_lost(rank):
             while True:
-                _wait(dist.irecv(sign, rank, tag=PULSES), WITHOUT_PULSE)
-                _wait(dist.isend(sign, rank, tag=PULSES), WITHOUT_PULSE)
+                _wait(dist.irecv(sign, rank, tag=PULSES))
+                self._seconds_silent[rank] = 0
+                _wait(dist.isend(sign, rank, tag=PULSES))
 
     def _send_pulse(self, rank: int) -> None:
         """Signs of life, there and back, by which each notices when the other is gone."""
         sign = torch.zeros(1, dtype=torch.uint8)
         with self._until_lost(rank):
             while True:
-                _wait(dist.isend(sign, rank, tag=PULSES), WITHOUT_PULSE)
-                _wait(dist.irecv(sign, rank, tag=PULSES), WITHOUT_PULSE)
+                _wait(dist.isend(sign, rank, tag=PULSES))
+                _wait(dist.irecv(sign, rank, tag=PULSES))
+                self._seconds_silent[rank] = 0
                 time.sleep(SECONDS_BETWEEN_PULSES)
 
     def _expect_farewell(self, rank: int) -> None:
         """Until the leader sends this process home."""
         with self._until_lost(rank):
-            _wait(dist.irecv(torch.zeros(1, dtype=torch.uint8), rank, tag=FAREWELLS), FOREVER)
+            _wait(dist.irecv(torch.zeros(1, dtype=torch.uint8), rank, tag=FAREWELLS))
             self._is_closing.set()
             self._ended(None)
+
+    def _count_silence(self) -> None:
+        """One whose machine is gone, or which is stopped, is only silent: what waits for it has to be broken off."""
+        while True:
+            time.sleep(1)  # and no clock is asked: what stood still meanwhile may have been this process
+            for rank in self.partners:
+                self._seconds_silent[rank] += 1
+                if self._seconds_silent[rank] > MOST_SECONDS_SILENT and not self._is_closing.is_set():
+                    self._lose(rank)
+                    self._break_off(rank)
+                    return
+
+    def _break_off(self, rank: int) -> None:
+        with suppress(RuntimeError):
+            for farewell in self._farewells:
+                _wait(farewell, timedelta(seconds=1))
+            # Where one operation has waited too long, gloo breaks all others off.
+            _wait(dist.irecv(torch.zeros(1, dtype=torch.uint8), rank, tag=NOTHING), timedelta(milliseconds=1))
 
     @contextmanager
     def _until_lost(self, rank: int) -> Iterator[None]:
@@ -274,7 +295,7 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _wait(work: Any, timeout: timedelta) -> None:
+def _wait(work: Any, timeout: timedelta = FOREVER) -> None:
     assert work is not None  # only for a rank that is not in the group
     work.wait(timeout)
 
