@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -264,6 +265,7 @@ class EdgeClient:
                 fingerprint=self._model.fingerprint() if self._model else "",
                 codecs=(*CODECS, DELTA),
                 abilities=ABILITIES,
+                instance=secrets.token_hex(16),
             ),
             give_up_after=self._give_up_after,
             # The address of a run in which this device was is right, and who says how long to try means to wait.

@@ -138,6 +138,8 @@ class Hello:
     """Those it has, besides the exact one."""
     abilities: tuple[str, ...] = ()
     """What it knows of ABILITIES, which earlier releases do not."""
+    instance: str = ""
+    """Drawn when a client begins, and told to the server alone: who says it again is that client, and has lost its link."""
 
     def __post_init__(self) -> None:
         check_name(self.name)

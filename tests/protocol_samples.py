@@ -105,6 +105,7 @@ SAMPLES: dict[str, Message] = {
             fingerprint="0123456789abcdef0123456789abcdef",
             codecs=("bfloat16", "int8"),
             abilities=("device-labels", "noise"),
+            instance="5f" * 16,
         ),
         Welcome(
             run="20250102-030405",

@@ -262,10 +262,10 @@ class Guarded:
     def __exit__(self, *error: object) -> None:
         self.server.__exit__(None, None, None)
 
-    def greeted(self, who: Invitation, name: str | None = None, **options: Any) -> tuple[RawClient, Any]:
+    def greeted(self, who: Invitation, name: str | None = None, *, instance: str = "", **options: Any) -> tuple[RawClient, Any]:
         """A connection that has said hello, and the answer."""
         client = RawClient(self.port, who, **options)
-        client.say(Hello(name=name or who.name, fingerprint=self.fingerprint))
+        client.say(Hello(name=name or who.name, fingerprint=self.fingerprint, instance=instance))
         return client, client.hear()
 
     def joined(self, who: Invitation) -> RawClient:
@@ -298,12 +298,25 @@ def test_secret_opens_the_run_for_its_own_name_only(guarded: Guarded) -> None:
         assert answer.reason == "the secret is that of alice; it does not open the run for bob"
 
 
-def test_second_device_with_one_secret_is_refused_while_the_first_lives(guarded: Guarded) -> None:
-    first, answer = guarded.greeted(guarded.alice)
+def test_device_that_is_back_from_a_silent_link_is_welcome_at_once(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its earlier connection is open, answers nothing, and need not be waited for: nobody else knows the device's instance."""
+    monkeypatch.setattr("gpu_server.serving.peer.SECONDS_TO_SHOW_LIFE", 1e6)
+    first, answer = guarded.greeted(guarded.alice, instance="alice's")
+    assert isinstance(answer, Welcome)
+    with first:
+        for _ in range(2):
+            again, answer = guarded.greeted(guarded.alice, instance="alice's")
+            with again:
+                assert isinstance(answer, Welcome)
+
+
+@pytest.mark.parametrize("instances", [("", ""), ("one", "other"), ("one", "")])
+def test_second_device_with_one_secret_is_refused_while_the_first_lives(guarded: Guarded, instances: tuple[str, str]) -> None:
+    first, answer = guarded.greeted(guarded.alice, instance=instances[0])
     with first:
         assert isinstance(answer, Welcome)
         answers = pongs_in_background(first)
-        second, answer = guarded.greeted(guarded.alice)
+        second, answer = guarded.greeted(guarded.alice, instance=instances[1])
         with second:
             assert isinstance(answer, Failure)
             assert answer.reason.startswith("the name alice is in use")

@@ -115,7 +115,7 @@ def test_the_bytes_of_version_3_are_still_written(kind: str) -> None:
 
 def test_the_bytes_of_earlier_releases_are_understood_and_mean_what_they_meant() -> None:
     hello, welcome = (decode(compress(bytes.fromhex(EARLIER[kind])), HANDSHAKE_BYTES) for kind in ("Hello", "Welcome"))
-    assert_same(hello, dataclasses.replace(SAMPLES["Hello"], abilities=()))
+    assert_same(hello, dataclasses.replace(SAMPLES["Hello"], abilities=(), instance=""))
     assert_same(welcome, dataclasses.replace(SAMPLES["Welcome"], settings=SETTINGS, next_pin="", abilities=()))
     assert isinstance(welcome, Welcome)
     assert (welcome.settings.labels, welcome.settings.abilities()) == ("server", set())
@@ -206,7 +206,7 @@ def test_absent_fields_have_their_defaults() -> None:
 
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "Hello": {"codecs": (), "abilities": ()},
+    "Hello": {"codecs": (), "abilities": (), "instance": ""},
     "Ping": {"index": 0},
     "Pong": {"index": 0, "model": "", "waiting_for": (), "waiting_seconds": 0.0, "edge_weights": ""},
     "Welcome": {"restarts": 0, "next_pin": ""},

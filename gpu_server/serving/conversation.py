@@ -151,13 +151,13 @@ class Conversations:
     async def _greet(self, peer: Peer, hello: Hello) -> None:
         if self._door.admits is not None and hello.name != (owner := peer.connection.username):
             raise RemoteProtocolError(f"the secret is that of {owner}; it does not open the run for {hello.name}")
-        if (before := self._peers.get(hello.name)) is not None and not await before.lives():
+        if (before := self._peers.get(hello.name)) is not None and (before.is_of(hello) or not await before.lives()):
             tell("note", f"{before}: its earlier connection is dead", client=hello.name)
             self._forget(before)
             before.drop()
         welcome = self._federation.welcome(hello)
         self._listener.admit(peer.connection.descriptor)
-        peer.name, self._peers[hello.name] = hello.name, peer
+        peer.name, peer.instance, self._peers[hello.name] = hello.name, hello.instance, peer
         peer.keeps_next_pin, peer.next_pin = NEXT_PIN in hello.abilities, self._next_pin()
         await peer.send(replace(welcome, next_pin=peer.next_pin))
 

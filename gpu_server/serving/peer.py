@@ -4,11 +4,12 @@ import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hmac import compare_digest
 
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed, ProtocolError
 
-from protocol import Failure, LocalProtocolError, Message, Session, Side, compressed_bound
+from protocol import Failure, Hello, LocalProtocolError, Message, Session, Side, compressed_bound
 from protocol.limits import limited_frames
 
 from ..enrolment import Enrolment
@@ -115,6 +116,8 @@ class Peer:
         self.session = Session(Side.SERVER)
         self.name: str | None = None
         """The client's, once it is welcome."""
+        self.instance = ""
+        """What its client has said of itself, see `Hello`."""
         self.has_joined = False
         self.asked_of_part = 0
         """Questions about its part of the model."""
@@ -208,6 +211,10 @@ class Peer:
     def drop(self) -> None:
         """Close without a word."""
         self.connection.transport.abort()
+
+    def is_of(self, hello: Hello) -> bool:
+        """Whether the client that says this is the one of this connection, which has lost it then."""
+        return bool(self.instance) and compare_digest(self.instance.encode(), hello.instance.encode())
 
     async def lives(self) -> bool:
         """Whether a connection that looks open is. A device that lost its network may be back before its old link times out."""
