@@ -3,6 +3,7 @@
 import logging
 import socket
 import ssl
+import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -31,8 +32,13 @@ from protocol import (
 )
 from protocol.limits import limited_frames
 
+from .link_watch import LinkWatch
 from .pinning import CertificateChanged
 from .stopwatch import Stopwatch
+
+if sys.platform == "linux":
+    import fcntl
+    import termios
 
 __all__ = ["Connection", "ConnectionFailed", "Dial", "Refused", "SecretRefused"]
 
@@ -130,6 +136,10 @@ class Connection:
         self._last_sending.set_result(None)
         self.num_bytes = 0
         """Bytes of all messages so far, both ways."""
+        self.num_received = 0
+        """Bytes that have arrived, of frames of all kinds."""
+        self._last_ping: Future[None] | None = None
+        self._link_watch: LinkWatch | None = None
         try:
             # No proxy, since servers are mostly in the local network. No deflate, since messages are compressed already.
             opened = connect(
@@ -149,6 +159,13 @@ class Connection:
             """The server's, in DER; None without encryption."""
             protocol = self._socket.protocol
             protocol.recv_frame = limited_frames(protocol.recv_frame, ProtocolError)  # type: ignore[method-assign, assignment]
+            receive = protocol.receive_data
+
+            def counting_receive(data: bytes | bytearray) -> None:
+                self.num_received += len(data)
+                receive(data)
+
+            protocol.receive_data = counting_receive  # type: ignore[method-assign]
         except CertificateChanged:
             raise
         except AnsweredInHttp as error:
@@ -212,6 +229,8 @@ class Connection:
         except TimeoutError:
             raise ConnectionFailed(f"the server at {self.url} is silent: no answer within {within:g} s") from None
         except ConnectionClosed as error:
+            if self.was_silent:
+                raise ConnectionFailed(f"the link to {self.url} carries nothing any more") from None
             if error.rcvd is not None and error.rcvd.code == SERVICE_RESTART:
                 raise ConnectionFailed(
                     f"the server at {self.url} has closed the connection, and wants this device to come back"
@@ -271,8 +290,42 @@ class Connection:
         finally:
             self.abandon()
 
+    # The link: see `Link`
+
+    def watch_link(self, *, num_devices: int, given_up: int) -> None:
+        """From now on, and until it is closed, have it looked after by a `LinkWatch` with these arguments."""
+        self._link_watch = LinkWatch(self, num_devices=num_devices, given_up=given_up)
+        self._link_watch.begin()
+
+    @property
+    def was_silent(self) -> bool:
+        """Whether the link was given up, since it carried nothing any more."""
+        return self._link_watch is not None and self._link_watch.has_given_up
+
+    def is_delivered(self) -> bool:
+        if self._last_ping is None or not self._last_ping.done():
+            return False
+        return unacknowledged_bytes(self._socket.socket) == 0
+
+    def retransmissions(self) -> int:
+        return retransmissions(self._socket.socket)
+
+    def ping(self) -> None:
+        def ping() -> None:
+            with suppress(ConnectionClosed):
+                self._socket.ping()
+
+        with suppress(RuntimeError):  # it is abandoned just now
+            self._last_ping = self._sender.submit(ping)
+
+    def give_up(self) -> None:
+        with suppress(OSError):  # the socket is closed already
+            self._socket.socket.shutdown(socket.SHUT_RDWR)
+
     def abandon(self) -> None:
         """Close without a word, as for a connection that is lost: for the server this client remains a member."""
+        if self._link_watch is not None:
+            self._link_watch.close()
         if not self._last_sending.done():
             with suppress(OSError):  # the socket is closed already
                 self._socket.socket.shutdown(socket.SHUT_RDWR)  # without this, closing would wait until the question is sent
@@ -284,6 +337,27 @@ class Connection:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
+
+
+def unacknowledged_bytes(connected: socket.socket) -> int | None:
+    """Of what was sent, those that the other side's system has not acknowledged; None where this system does not say."""
+    if sys.platform != "linux":
+        return None
+    try:
+        return int.from_bytes(fcntl.ioctl(connected.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    except (OSError, ValueError):  # it is closed
+        return None
+
+
+def retransmissions(connected: socket.socket) -> int:
+    """See `Link.retransmissions`; 0 where this system does not say."""
+    if sys.platform != "linux":
+        return 0
+    try:
+        # The third and fourth byte of struct tcp_info: tcpi_retransmits, tcpi_probes.
+        return max(connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 4)[2:4])
+    except OSError:
+        return 0
 
 
 def _certificate_of(connected: socket.socket) -> bytes | None:

@@ -88,6 +88,8 @@ class Reconnector:
         self._seconds_away = 0.0
         """Without a connection since there was progress, counted up to `_counted_until`."""
         self._counted_until = 0.0
+        self._given_up = 0
+        """Connections in a row whose link was silent, without an answer since the first of them."""
         self._earlier_bytes = 0
         """Of the connections before this one."""
         self.activation_cache: ActivationCache | None = None
@@ -126,6 +128,7 @@ class Reconnector:
             ConnectionFailed, Refused, CertificateChanged: as `Connection`.
         """
         self._connection = self._dial()
+        self._connection.watch_link(num_devices=self.backoff.num_devices, given_up=self._given_up)
         self._connection.stopwatch, self._connection.session.activation_cache = self._stopwatch, self.activation_cache
         return self._connection
 
@@ -168,12 +171,13 @@ class Reconnector:
 
     def made_progress(self) -> None:
         """A question was answered: the next time without a connection begins with short waits, and has the whole time."""
-        self._seconds_away = 0.0
+        self._seconds_away, self._given_up = 0.0, 0
 
     def drop(self) -> None:
         """Close the connection without a word, as if this device had been killed."""
         if self._connection is not None:
             self._earlier_bytes += self._connection.num_bytes
+            self._given_up += self._connection.was_silent
             self._connection.abandon()  # not closed politely: a Goodbye would leave the run
             self._connection = None
             self._counted_until = self._clock()  # there was a connection until now, if only for a moment

@@ -101,6 +101,11 @@ class FakeConnection:
             raise reply
         return reply() if callable(reply) else reply
 
+    was_silent = False
+
+    def watch_link(self, **_: int) -> None:
+        pass
+
     def abandon(self) -> None:
         self.abandoned = True
 

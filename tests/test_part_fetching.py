@@ -122,6 +122,11 @@ class Link:
         assert isinstance(answer, kind)
         return answer
 
+    was_silent = False
+
+    def watch_link(self, **_: int) -> None:
+        pass
+
     def abandon(self) -> None:
         pass
 

@@ -135,6 +135,11 @@ class Server:
             return Welcome(run="r", settings=self._settings, fingerprint="f")
         return self._start if isinstance(question, Join) else self._answer(question)
 
+    was_silent = False
+
+    def watch_link(self, **_: int) -> None:
+        pass
+
     def abandon(self) -> None:
         pass
 
