@@ -272,8 +272,9 @@ def run_revoke(options: argparse.Namespace) -> None:
 
     enrolments = enrolments_of(options.run_dir, options.clients_file)
     names = [options.name] if options.not_seen_for is None else _not_seen_for(options, enrolments)
+    if names:
+        enrolments.revoke(*names)
     for name in names:
-        enrolments.revoke(name)
         _say(f"the enrolment of {name} is revoked")
     if not names:
         _say(f"every device was in the run within the last {count(options.not_seen_for, 'day')}")

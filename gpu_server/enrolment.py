@@ -92,19 +92,22 @@ class Enrolments:
             clients[name] = replace(clients[name], secret_sha256=_sha256(secret), renewed=datetime.now(timezone.utc))
         return secret
 
-    def revoke(self, name: str) -> None:
+    def revoke(self, *names: str) -> None:
         """
-        Let a device in no longer.
+        Let these devices in no longer; all of them at once, or none.
 
         Raises:
-            ConfigError: it is not enrolled.
+            ConfigError: one is not enrolled.
             ServerError: the file cannot be read or written.
         """
         # Before the lock is taken, since that would make a folder of a mistyped name, and again while it is held.
-        self._require(name, self._read())
+        before = self._read()
+        for name in names:
+            self._require(name, before)
         with self._changing() as clients:
-            self._require(name, clients)
-            del clients[name]
+            for name in names:
+                self._require(name, clients)
+                del clients[name]
 
     def clients(self) -> Mapping[str, Enrolment]:
         """

@@ -133,6 +133,17 @@ def test_file_is_read_again_only_if_it_has_changed(enrolments: Enrolments, path:
     assert looking.clients() == {}
 
 
+def test_several_are_revoked_at_once_or_none_is(enrolments: Enrolments, path: Path) -> None:
+    for name in ("a", "b", "c"):
+        enrolments.enrol(name)
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="'d' is not enrolled"):
+        enrolments.revoke("a", "d")
+    assert path.read_bytes() == before
+    enrolments.revoke("a", "c")
+    assert list(enrolments.clients()) == ["b"]
+
+
 def test_name_is_enrolled_once(enrolments: Enrolments) -> None:
     secret = enrolments.enrol("phone-1")
     with pytest.raises(ConfigError, match=r"^phone-1 is enrolled already: .* add --renew; .* revoke it first$"):
