@@ -110,6 +110,13 @@ def test_lines_are_taken_back_over_segments(file: LineFile, last: int) -> None:
     assert steps(file) == [*range(1, min(last, 6) + 1), 9]
 
 
+def test_segments_before_one_that_loses_nothing_are_not_read(file: LineFile) -> None:
+    (file.path.parent / "metrics.0001.jsonl.gz").write_bytes(b"no gzip")
+    file.forget(after(4))
+    with pytest.raises(OSError, match=r"metrics\.0001\.jsonl\.gz is damaged"):
+        file.forget(after(2))
+
+
 def test_nothing_is_written_where_nothing_is_taken_back(file: LineFile) -> None:
     before = {path: path.stat().st_mtime_ns for path in file.path.parent.iterdir()}
     file.forget(after(6))

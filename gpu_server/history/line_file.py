@@ -89,7 +89,8 @@ class LineFile:
 
     def forget(self, is_over: Callable[[Mapping[str, Any]], bool]) -> None:
         """
-        Take back lines, the newest first. Whoever is cut off calls it again.
+        Take back lines, the newest first; as soon as a segment loses none, those before it are not read. Whoever is cut off
+        calls it again.
 
         Args:
             is_over: whether a line is one of those; raises a KeyError, TypeError or ValueError for what is none. From such a
@@ -105,8 +106,9 @@ class LineFile:
             with segment, _damage_of(path):
                 content = segment.read()
             kept = _without(content, is_over)
-            if kept != content:
-                self._write_segment(number, kept)
+            if kept == content:
+                break  # what is older is not over either
+            self._write_segment(number, kept)
 
     def rotate(self, beyond: int) -> None:
         """Move the lines into a segment if the file has more bytes. Call it while nobody else writes, and after `mend`."""
