@@ -28,7 +28,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -39,8 +39,6 @@ from xml.etree import ElementTree
 import harness
 from ports import free_port
 
-SECONDS = 470.0
-"""Of all parts together."""
 PASSED, FAILED, SKIPPED, TOO_SLOW = "passed", "failed", "skipped", "took too long"
 
 LOSS_TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -50,8 +48,8 @@ DEVICES = ("a", "b")
 FREE_BYTES_FOR_TWO_RANKS = 4 * 2**30
 """Each has a CUDA context, which takes half a gigabyte, beside a small model."""
 
-
 SECONDS_TO_END = 10.0
+"""For what a part has started, when it has taken too long."""
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
@@ -94,11 +92,11 @@ class Part:
             self._write(PASSED, check(self))
         except Skipped as reason:
             self._write(SKIPPED, str(reason))
-        except (Exception, SystemExit) as error:
-            if not isinstance(error, Failed | SystemExit):
-                traceback.print_exc()
-            what = str(error) if isinstance(error, Failed | SystemExit) else f"{type(error).__name__}: {error}"
-            self._write(FAILED, what.strip().partition("\n")[0])
+        except (Failed, SystemExit) as error:  # by which benchmarks end that cannot go on
+            self._write(FAILED, str(error))
+        except Exception as error:
+            traceback.print_exc()
+            self._write(FAILED, f"{type(error).__name__}: {error}".partition("\n")[0])
 
     def _write(self, verdict: str, found: str) -> None:
         unfinished = self._file.with_suffix(".part")
@@ -336,10 +334,13 @@ def main() -> int:
     parser.add_argument("--table", type=Path, metavar="FILE", help="print these findings as tables, and check nothing")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="these parts alone")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # a process of a part
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.table:
-        print(tables(json.loads(options.table.read_text(encoding="utf-8"))))
+        try:
+            print(tables(json.loads(options.table.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            sys.exit(f"{options.table} is not what a check has written: {error}")
         return 0
     if options.part:
         scratch = options.output.parent
@@ -376,20 +377,10 @@ def check(device: str, names: list[str], output: Path | None) -> int:
 def in_a_process(name: str, device: str, seconds: float) -> dict[str, Any]:
     """What a part has found."""
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         file = Path(folder) / "findings.json"
-        command = [
-            sys.executable,
-            __file__,
-            "--part",
-            name,
-            "--device",
-            device,
-            "--output",
-            str(file),
-            "--seconds",
-            str(seconds),
-        ]
+        options = {"--part": name, "--device": device, "--output": str(file), "--seconds": str(seconds)}
+        command = [sys.executable, __file__, *(word for option in options.items() for word in option)]
         # With all that it starts in a group of its own, which ends with it.
         process = subprocess.Popen(command, env={**os.environ, **QUIET}, start_new_session=True)
         try:
@@ -486,21 +477,33 @@ def tables(findings: dict[str, Any]) -> str:
     if "model" in of_ranks:
         runs.append([of_ranks["model"], "two ranks", "float32", *_beside(of_ranks)])
     if runs:
-        header = [
-            "run",
-            "server",
-            "weights",
-            "largest difference of a loss",
-            "of the adapter",
-            "s a step",
-            "s a step compared with",
-        ]
-        texts.append(harness.markdown(header, runs))
-    if "steps" in parts and parts["steps"]["figures"].get("cases"):
-        from device_steps import table
-
-        texts.append(table(parts["steps"]["figures"]))
+        of_run = ["run", "server", "weights", "largest difference of a loss", "of the adapter", "s a step", "beside"]
+        texts.append(harness.markdown(of_run, runs))
+    of_steps = parts.get("steps", {}).get("figures", {})
+    header = ["model", "rows, tokens", "", "tokens/s", "ms a step", "peak GB", "parts", "of the step", "same work"]
+    for race in dict.fromkeys(case["race"] for case in of_steps.get("cases", [])):
+        lines = [line for case in of_steps["cases"] if case["race"] == race for line in _contestants(case)]
+        texts.append(harness.markdown(header, lines))
+    texts += [f"Left out: {reason}." for reason in of_steps.get("left_out", [])]
     return "\n\n".join(texts)
+
+
+def _contestants(case: dict[str, Any]) -> Iterator[list[object]]:
+    """A line for each, compared with the first."""
+    first, *_ = case["contestants"].values()
+    for name, of in case["contestants"].items():
+        fastest, slowest = of["seconds_of_all"]
+        yield [
+            case["model"] if of is first else "",
+            f"{case['rows']}, {case['tokens']:,}" if of is first else "",
+            name,
+            f"{of['tokens_per_second']:,.0f}",
+            f"{1000 * of['seconds']:.1f} ({1000 * fastest:.1f} - {1000 * slowest:.1f})",
+            f"{of['peak_bytes'] / 1e9:.2f}" if of["peak_bytes"] else "",
+            of["parts"],
+            f"{of['share']:.0%}",
+            f"{of['tokens_per_second'] * of['share'] / first['tokens_per_second']:.2f} x",
+        ]
 
 
 def _beside(figures: dict[str, Any]) -> list[str]:

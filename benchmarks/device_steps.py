@@ -1,10 +1,11 @@
 """
 A training step of GPT-2's shapes on one device: this project's beside that of transformers + PEFT. A part of device_check.py.
 
-Three contestants take steps on the same rows, of E2E's lengths, with the same weights and the same LoRA:
+The contestants take steps on the same rows, of E2E's lengths, with the same weights and the same LoRA:
 
 - transformers + PEFT: the whole model, as its users run it. See `Peer` for what is chosen in its favour.
-- this project, all blocks: the same work, done as the server does it; no wire. This is the comparison of like with like.
+- this project, all blocks: the same work, done as the server does it; no wire. This is the comparison of like with like, once
+  more so with the residual stream in bfloat16, in which the peer's is.
 - this project, the server's part: what a server does of a step, from the arrays that messages hold to the gradients that go
   back. It does less than the whole, for the devices do the rest: its tokens a second say how many devices a card serves, and
   multiplied by its share of the step's multiplications they compare with the others'.
@@ -30,7 +31,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Protocol, cast
 
-import harness  # first: it finds the tests' modules
+import harness  # noqa: F401  # first: it finds the tests' modules
 import numpy as np
 import reference
 import torch
@@ -59,7 +60,7 @@ from split_model.families.gpt2 import GPT2Config
 from split_model.loss import rows_at_a_time
 from storage import ModelError
 
-__all__ = ["DoesNotFit", "Race", "doubts", "measure", "table"]
+__all__ = ["DoesNotFit", "Race", "doubts", "measure"]
 
 SHAPES = {"GPT2-S": (12, 768, 12), "GPT2-M": (24, 1024, 16), "GPT2-XL": (48, 1600, 25)}
 """Blocks, width, heads. A quarter of the blocks are the devices'."""
@@ -86,12 +87,12 @@ LARGEST_DIFFERENCES = {"float32": 1e-3, "bfloat16": 5e-2}
 @contextmanager
 def in_any_order() -> Iterator[None]:
     """Sums may be taken in whatever order is fastest, torch's default; the parts ask for one that is always the same."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
 
 
 @contextmanager
@@ -678,32 +679,3 @@ def doubts(case: dict[str, Any], largest: float) -> list[str]:
         for name, of in case["contestants"].items()
         if not of["gradient_difference"] <= largest
     ]
-
-
-def table(figures: dict[str, Any]) -> str:
-    """What `measure` has noted, in markdown."""
-    texts = []
-    for line_up in (against_the_peer, choices):
-        cases = [case for case in figures["cases"] if case["race"] == line_up.__name__]
-        if cases:
-            header = ["model", "rows, tokens", "", "tokens/s", "ms a step", "peak GB", "parts", "of the step", "same work"]
-            texts.append(harness.markdown(header, [line for case in cases for line in _lines(case)]))
-    return "\n\n".join([*texts, *(f"Left out: {reason}." for reason in figures["left_out"])])
-
-
-def _lines(case: dict[str, Any]) -> Iterator[list[object]]:
-    first = next(iter(case["contestants"]))
-    for name, of in case["contestants"].items():
-        fastest, slowest = of["seconds_of_all"]
-        compared = of["tokens_per_second"] * of["share"] / case["contestants"][first]["tokens_per_second"]
-        yield [
-            case["model"] if name == first else "",
-            f"{case['rows']}, {case['tokens']:,}" if name == first else "",
-            name,
-            f"{of['tokens_per_second']:,.0f}",
-            f"{1000 * of['seconds']:.1f} ({1000 * fastest:.1f} - {1000 * slowest:.1f})",
-            f"{of['peak_bytes'] / 1e9:.2f}" if of["peak_bytes"] else "",
-            of["parts"],
-            f"{of['share']:.0%}",
-            f"{compared:.2f} x",
-        ]

@@ -59,6 +59,17 @@ def test_without_a_card_there_is_one_sentence() -> None:
     )
 
 
+def test_file_that_no_check_has_written_is_named(tmp_path: Path) -> None:
+    for content in (None, "{", "[]", "{}"):
+        file = tmp_path / "findings.json"
+        if content is not None:
+            file.write_text(content)
+        done = run("--table", str(file))
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"{file} is not what a check has written: ")
+        assert done.stderr.count("\n") == 1
+
+
 def test_all_parts_together_have_less_than_eight_minutes() -> None:
     assert sum(seconds for seconds, _ in device_check.PARTS.values()) < 8 * 60
 
