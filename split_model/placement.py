@@ -96,6 +96,7 @@ class Placement:
         if self.device.type == "cuda":
             # cuBLAS reads it when it begins: with a workspace of fixed size its results do not depend on what else goes on.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
+            # What torch.use_deterministic_algorithms sets, without loading the compiler's own settings, which takes seconds.
+            torch.set_deterministic_debug_mode("error")
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
             torch.set_float32_matmul_precision("highest")

@@ -147,7 +147,7 @@ def settings_of_the_process_restored() -> Iterator[None]:
         if workspace is not None:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
         torch.set_float32_matmul_precision(precision)
-        torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode("default")
         torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
 
 
