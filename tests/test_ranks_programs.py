@@ -6,9 +6,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +129,11 @@ class Run:
 
         self._device = run_in_thread(train)
 
-    def torchrun(self, num_ranks: int, **flags: Any) -> Any:
-        own = {"nproc_per_node": num_ranks, "master_port": free_port()}
-        options = {**SETTINGS, "model": self.model, "run_dir": self.folder, "config": self._toml, "port": self.port, **flags}
+    def torchrun(self, num_ranks: int, max_restarts: int = 0, words: Sequence[str] = ()) -> AbstractContextManager[Server]:
+        own = {"nproc_per_node": num_ranks, "master_port": free_port(), "max_restarts": max_restarts}
+        options = {**SETTINGS, "model": self.model, "run_dir": self.folder, "config": self._toml, "port": self.port}
         torchrun = ["-m", "torch.distributed.run", *arguments(own), "-m", "gpu_server", "serve"]
-        return started([*torchrun, *arguments(options)])
+        return started([*torchrun, *arguments(options), *words])
 
     def resumed(self, num_ranks: int) -> None:
         """To its end."""
@@ -144,6 +144,9 @@ class Run:
             own = ["-m", "torch.distributed.run", *arguments({"nproc_per_node": num_ranks, "master_port": free_port()})]
             with started([*own, "-m", "gpu_server", "serve", "--resume", f"--run-dir={self.folder}"]) as server:
                 assert server.ended() == 0, server.said()
+        self.device_has_ended()
+
+    def device_has_ended(self) -> None:
         self._device.result(SECONDS)
 
 
@@ -201,14 +204,15 @@ def test_run_that_is_told_to_end_goes_on_with_another_number_of_ranks(run: Run, 
     assert_same_run(run.folder, alone)
 
 
-def test_ranks_end_with_the_first(run: Run) -> None:
-    with run.torchrun(2) as server:
+def test_torchrun_starts_ranks_again_that_have_ended_with_the_first(run: Run, alone: Path) -> None:
+    with run.torchrun(2, max_restarts=1, words=["--resume-or-start"]) as server:
         server.wait_until_it_listens()
         run.at_step(2, lambda: os.kill(server.ranks()[0], signal.SIGKILL))
-        assert server.ended() == 1
+        assert server.ended() == 0
         (error,) = server.errors()
         assert error.startswith("splitlora-server: rank 1: rank 0 is gone: its process has ended")
-    run.resumed(1)
+    run.device_has_ended()
+    assert_same_run(run.folder, alone)
 
 
 FOLLOWING = """

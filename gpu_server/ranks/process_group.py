@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
 from terminal import plain
 
@@ -74,7 +75,7 @@ class ProcessGroup:
             raise ConfigError(without_backend("gloo"))
         try:
             with _ended_by_signals():
-                dist.init_process_group("gloo", rank=place.rank, world_size=place.num_ranks, timeout=TO_JOIN)
+                _join(place)
         except (RuntimeError, ValueError) as error:
             raise ServerError(f"rank {place.rank} cannot meet the others: {_first_line(error)}") from None
         self.group = dist.group.WORLD
@@ -281,6 +282,17 @@ def _leave() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
+
+
+def _join(place: Place) -> None:
+    """
+    Raises:
+        RuntimeError, ValueError: the others cannot be met.
+    """
+    store, _, _ = next(rendezvous("env://", place.rank, place.num_ranks, timeout=TO_JOIN))
+    # With torchrun --max-restarts the store outlives the ranks, which would find the addresses of those before them.
+    store = dist.PrefixStore(f"splitlora/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.num_ranks, timeout=TO_JOIN)
 
 
 @contextmanager
