@@ -4,7 +4,7 @@ import platform
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,10 +112,13 @@ def _set_up(options: Mapping[str, Any], leader: "Leader | None") -> Run:
         _check_settings_are_known(directory.path, previous)
     config, choices, device = _settled(options, previous)
     if config.shard and leader is None:
-        raise ConfigError(
-            "shard divides the model over several ranks, and there is one: start them by torchrun --nproc-per-node 2 "
-            "-m gpu_server serve, or leave --shard out"
-        )
+        if options.get("shard"):
+            raise ConfigError(
+                "shard divides the model over several ranks, and there is one: start them by torchrun --nproc-per-node 2 "
+                "-m gpu_server serve, or leave --shard out"
+            )
+        config = replace(config, shard=False)
+        choices.append("no shard: the run goes on with one rank, which holds the whole model")
     if leader is not None:
         device = leader.prepare(config, device)
         choices += leader.choices

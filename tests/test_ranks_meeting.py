@@ -1,12 +1,13 @@
 """How ranks know their place, what they tell each other, and what they say when they are not alike."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch.distributed
 
-from gpu_server import ConfigError, GpuServer
+from gpu_server import ConfigError, GpuServer, cli
 from gpu_server.ranks.agreement import chosen_backend, differences
 from gpu_server.ranks.packing import NotAMessage, pack, unpack
 from gpu_server.ranks.place import Place
@@ -61,6 +62,20 @@ def test_only_the_first_rank_makes_a_server(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv(name, text)
     with pytest.raises(ConfigError, match="this process is rank 3 of 4: only rank 0 makes a GpuServer"):
         GpuServer(model="none", run_dir="none", steps=1)
+
+
+def test_one_rank_has_nobody_to_share_the_model_with(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="shard divides the model over several ranks, and there is one: start them by torchrun "
+    ):
+        GpuServer(model=str(tiny_model), run_dir=str(tmp_path), steps=1, shard=True)
+
+
+def test_sweep_starts_its_servers_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in TORCHRUN.items():
+        monkeypatch.setenv(name, text)
+    assert cli.main(["sweep", "none.toml"]) == 1
+    assert "start it without torchrun" in capsys.readouterr().err
 
 
 def test_backend_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

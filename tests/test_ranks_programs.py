@@ -140,6 +140,7 @@ class Run:
         if num_ranks == 1:
             with GpuServer(run_dir=str(self.folder), resume=True, port=self.port) as server:
                 assert [record.number for record in server.train()][-1] == STEPS
+                assert not server.config.shard
         else:
             own = ["-m", "torch.distributed.run", *arguments({"nproc_per_node": num_ranks, "master_port": free_port()})]
             with started([*own, "-m", "gpu_server", "serve", "--resume", f"--run-dir={self.folder}"]) as server:
@@ -181,7 +182,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def test_rank_that_is_killed_ends_all_and_the_run_goes_on_with_one_process(run: Run, alone: Path) -> None:
-    with run.torchrun(3) as server:
+    with run.torchrun(3, words=["--shard"]) as server:
         server.wait_until_it_listens()
         run.at_step(5, lambda: os.kill(server.ranks()[2], signal.SIGKILL))
         assert server.ended() == 1

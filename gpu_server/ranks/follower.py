@@ -77,7 +77,8 @@ def _compute(group: ProcessGroup, trainer: PartTrainer) -> None:
     while True:
         told = group.receive(LEADER)
         try:
-            reply = COMMANDS[told.pop("command")](trainer, **told)
+            with group.or_lost():
+                reply = COMMANDS[told.pop("command")](trainer, **told)
         except FAILING_EVERYWHERE:
             reply = {}  # the leader has found the same, and says it
         if reply is not None:

@@ -240,7 +240,8 @@ class RankedTrainer:
         self._group.send({rank: {"command": command, **arguments(rank)} for rank in self._group.partners})
         failed: Exception | None = None
         try:
-            result = own()
+            with self._group.or_lost():
+                result = own()
         except FAILING_EVERYWHERE as error:  # all ranks find it, and each still replies
             failed = error
         replies = {rank: self._group.receive(rank) for rank in self._group.partners}

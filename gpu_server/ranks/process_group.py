@@ -204,6 +204,16 @@ class ProcessGroup:
                 self._is_lost.wait(SECONDS_TO_LEARN_WHO)  # by the pulse
             raise self._lose(rank) from None
 
+    @contextmanager
+    def or_lost(self) -> Iterator[None]:
+        """What torch cannot do any more since a rank is gone fails in many ways, and for this one reason."""
+        try:
+            yield
+        except RuntimeError:
+            if self._is_lost.wait(SECONDS_TO_LEARN_WHO) and self._lost is not None:
+                raise self._lost from None
+            raise
+
     def _answer_pulse(self, rank: int) -> None:
         """The leader's side of what `_send_pulse` does."""
         sign = torch.zeros(1, dtype=torch.uint8)
