@@ -70,6 +70,19 @@ def test_another_seed_is_another_run(tiny_model: Path, tmp_path: Path, pairs_fil
     assert losses[0] != losses[1]
 
 
+def test_run_with_its_residual_stream_in_bfloat16_learns_what_one_in_float32_learns(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    client = {"a": {"data": pairs_file("a", 20), "batch_size": 3}}
+    losses = {}
+    for residual in ("float32", "bfloat16"):
+        settings = options(tiny_model, tmp_path / residual, steps=5, dtype="bfloat16", residual=residual)
+        losses[residual] = run_split(settings, client).losses
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=1e-3)
+    assert json.loads((tmp_path / "bfloat16/run.json").read_text())["config"]["residual"] == "bfloat16"
+
+
 def test_metrics_say_where_every_second_of_a_step_went(
     tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path]
 ) -> None:
