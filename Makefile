@@ -63,6 +63,7 @@ bench: bench-links
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/server_scale.py
+	$(BIN)/python benchmarks/federation_cost.py
 	$(BIN)/python benchmarks/page_cost.py
 	$(BIN)/python benchmarks/device_weight.py
 	$(BIN)/python benchmarks/edge_engine.py

@@ -86,6 +86,20 @@ def test_run_that_has_not_started_goes_on_with_all_of_its_clients_and_says_how_m
     assert one.newcomers(["b", "a", "c"], 3, 161.0) == Verdict(go=["b", "a", "c"])
 
 
+def test_who_goes_on_and_who_is_missing_are_in_the_order_of_their_names_and_not_in_that_in_which_they_joined() -> None:
+    members = {}
+    for name in "dbca":
+        members[name] = Member(Join(num_samples=1, batch_size=1, longest=1), Itinerary(settings(), 9), {})
+    one = gathering(quorum=2)
+    one.turnout = Turnout(members, lambda name, member: True, lambda name, member: name in "db")
+    assert one.verdict(7, 160.0).go == ["b", "d"]
+    assert one.verdict(7, 160.0).silent == ("a", "c")
+    one.quorum = 3
+    assert one.verdict(7, 220.0).silent == ("a", "c")
+    one.turnout = Turnout(members, lambda name, member: True, lambda name, member: True)
+    assert one.verdict(7, 220.0).go == ["a", "b", "c", "d"]
+
+
 def test_time_until_the_next_verdict_is_that_of_the_deadline_or_of_a_report() -> None:
     deadline = Deadline()
     for _ in range(5):

@@ -1,5 +1,7 @@
 """Who of those that are waited for has come, and what else is kept so that nobody has to look at all members, is true."""
 
+import random
+import sys
 from collections import Counter
 from typing import Any
 
@@ -10,8 +12,47 @@ from usual_settings import settings
 from gpu_server.federation import Federation, Member, Presence
 from gpu_server.federation.gathering import Gathering
 from gpu_server.federation.roster import Roster
-from gpu_server.federation.turnout import Turnout
+from gpu_server.federation.turnout import Names, Turnout
 from protocol import Activations, Contribution, Done, HiddenGradient, Join
+
+
+def test_names_are_a_set_in_the_order_in_which_they_were_added() -> None:
+    draw, names, expected = random.Random(0), Names(), list[str]()
+    for number in range(2000):
+        grows = number % 400 < 200  # and then becomes empty nearly
+        name = str(draw.randrange(100))
+        if draw.random() < (0.8 if grows else 0.1):
+            names.add(name)
+            expected += [name] if name not in expected else []
+        else:
+            names.discard(name)
+            expected = [each for each in expected if each != name]
+        assert (list(names), len(names), name in names) == (expected, len(expected), name in expected)
+
+
+@pytest.mark.parametrize("left", [0, 3, 250])
+def test_names_take_no_more_room_than_four_times_as_many_would(left: int) -> None:
+    """To go through them takes as long as their room is large."""
+    names, fewer = Names(), Names()
+    for number in range(1000):
+        names.add(str(number))
+    for number in range(4 * left + 1):
+        fewer.add(str(number))
+    for number in range(1000 - left):
+        names.discard(str(number))
+    assert sys.getsizeof(names._names) <= sys.getsizeof(fewer._names)
+    assert list(names) == [str(number) for number in range(1000 - left, 1000)]
+
+
+def test_room_is_made_smaller_seldom() -> None:
+    names, renewed = Names(), 0
+    for number in range(1000):
+        names.add(str(number))
+    for number in range(1000):
+        before = names._names
+        names.discard(str(number))
+        renewed += names._names is not before
+    assert renewed <= 10
 
 
 def roster(names: str) -> Roster:

@@ -9,7 +9,7 @@ from protocol import Contribution, Itinerary, Join, Message, RemoteProtocolError
 from terminal import count
 
 from .member import Member, Presence
-from .turnout import Turnout
+from .turnout import Names, Turnout
 
 __all__ = ["NOBODY", "Asked", "NameInUse", "Roster"]
 
@@ -40,7 +40,7 @@ class Roster:
         """Names that a connection has said, and not yet joined with: they are taken, too."""
         self._presences: dict[str, Presence] = {}
         """As they were noted last."""
-        self._standing: dict[Presence, set[str]] = {presence: set() for presence in Presence}
+        self._standing = {presence: Names() for presence in Presence}
         """The same, the other way round."""
         self._turnouts: WeakSet[Turnout] = WeakSet()
         """Those that somebody keeps."""

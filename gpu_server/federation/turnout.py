@@ -1,14 +1,43 @@
 """Of those that the run waits for: who has come, and who is missing."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableSet
 from itertools import chain
 
 from .member import Member
 
-__all__ = ["Turnout"]
+__all__ = ["Names", "Turnout"]
 
-Names = dict[str, None]
-"""A set that keeps its order."""
+
+class Names(MutableSet[str]):
+    """
+    A set in the order in which names were added. To go through it takes as long as there are names in it: sets and dictionaries
+    of Python keep the room of all that ever were in them at once, and look through it.
+    """
+
+    def __init__(self) -> None:
+        self._names: dict[str, None] = {}
+        self._room = 0
+        """The most names at once, since room was made smaller."""
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def add(self, name: str) -> None:
+        self._names[name] = None
+        self._room = max(self._room, len(self._names))
+
+    def discard(self, name: str) -> None:
+        if name in self._names:
+            del self._names[name]
+            if 4 * len(self._names) <= self._room:
+                self._names = dict.fromkeys(self._names)
+                self._room = len(self._names)
 
 
 class Turnout:
@@ -29,10 +58,10 @@ class Turnout:
         has_come: Callable[[str, Member], bool],
     ) -> None:
         self._members, self._is_wanted, self._has_come = members, is_wanted, has_come
-        self.come: Names = {}
-        self.awaited: Names = {}
+        self.come = Names()
+        self.awaited = Names()
         """Missing, and up to date."""
-        self.overtaken: Names = {}
+        self.overtaken = Names()
         """Missing, and the run has gone on without them before: they are waited for only while there is no quorum."""
         for name in members:
             self.count(name)
@@ -42,9 +71,9 @@ class Turnout:
         place = self._place_of(name)
         for names in (self.come, self.awaited, self.overtaken):
             if names is place:
-                names[name] = None
+                names.add(name)
             else:
-                names.pop(name, None)
+                names.discard(name)
 
     def _place_of(self, name: str) -> Names | None:
         member = self._members.get(name)
