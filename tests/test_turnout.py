@@ -91,8 +91,7 @@ def test_who_is_wanted_no_more_or_is_no_member_any_more_is_in_no_place() -> None
     turnout = members.turnout(lambda name, member: not member.presence.has_left, lambda name, member: name == "a")
     members.disconnected("a", 0.0, starting=True)
     members.members["b"].was_lost(0.0)
-    assert not turnout.is_connected("b")
-    assert turnout.is_connected("c")
+    assert (turnout.why_missing("b"), turnout.why_missing("c")) == ("not connected", "")
     members.members["b"].left()
     assert (places(turnout), len(turnout)) == (("", "c", ""), 1)
 
