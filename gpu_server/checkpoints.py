@@ -22,7 +22,8 @@ __all__ = ["CheckpointSpacing", "Checkpoints", "SavedRound"]
 FORMAT = 1
 FILES = 2
 SHARE_OF_TIME = 0.01
-SHORTEST_PAUSE = 1.0  # seconds; with GPT-2 small's adapter of rank 8 and its moments, at most 3.5 MB a second on the disk
+BYTES_A_SECOND = 1e6  # at most 86 GB a day, of which a disk bears years
+SHORTEST_PAUSE = 1.0  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class SavedRound:
 class CheckpointSpacing:
     """
     Which of the rounds' ends is worth a checkpoint: one whose writing keeps the share of the time that checkpoints take below a
-    hundredth, and no two within a second.
+    hundredth and what is written below a megabyte a second, and no two within a second.
 
     The clock decides here from where a run may go on, and never what comes out of it: steps that are taken again are the same.
     """
@@ -56,12 +57,13 @@ class CheckpointSpacing:
         """One is to be written: until `written` no other is due."""
         self._due_at = math.inf
 
-    def written(self, now: float, seconds: float) -> None:
+    def written(self, now: float, *, seconds: float, num_bytes: int) -> None:
         """
         Args:
             seconds: that the writing took.
+            num_bytes: that were written.
         """
-        self._due_at = now + max(SHORTEST_PAUSE, seconds / SHARE_OF_TIME)
+        self._due_at = now + max(SHORTEST_PAUSE, seconds / SHARE_OF_TIME, num_bytes / BYTES_A_SECOND)
 
 
 class Checkpoints:

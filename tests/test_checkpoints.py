@@ -121,12 +121,17 @@ def test_file_is_on_the_disk_before_it_has_its_name_and_the_name_after(tmp_path:
     assert disk_calls == [f"fsync {tmp_path}/file.part", "replace", f"fsync {tmp_path}"]
 
 
-@pytest.mark.parametrize(("seconds", "pause"), [(0.0, 1.0), (0.004, 1.0), (0.05, 5.0), (3.0, 300.0)])
-def test_writing_takes_a_hundredth_of_the_time_at_most(seconds: float, pause: float) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "num_bytes", "pause"),
+    [(0.0, 0, 1.0), (0.004, 10**5, 1.0), (0.05, 10**5, 5.0), (3.0, 10**5, 300.0), (0.004, 3_500_000, 3.5)],
+)
+def test_writing_takes_a_hundredth_of_the_time_and_a_megabyte_a_second_at_most(
+    seconds: float, num_bytes: int, pause: float
+) -> None:
     spacing = CheckpointSpacing()
     assert spacing.is_due(100.0)  # the first
     spacing.asked()
     assert not spacing.is_due(1e9)  # while it is written
-    spacing.written(100.0, seconds)
+    spacing.written(100.0, seconds=seconds, num_bytes=num_bytes)
     assert not spacing.is_due(100.0 + 0.99 * pause)
     assert spacing.is_due(100.0 + 1.01 * pause)

@@ -344,7 +344,8 @@ class _CheckpointWriter:
             saved = SavedRound(run=self._federation.run, step=step, membership=self._federation.membership(), state=state)
             seconds = await asyncio.wrap_future(self._journal.write_checkpoint(saved))
             if self._spacing is not None:
-                self._spacing.written(time.monotonic(), seconds)
+                num_bytes = sum(tensor.nbytes for tensor in state.values())
+                self._spacing.written(time.monotonic(), seconds=seconds, num_bytes=num_bytes)
             self._federation.checkpointed(step)
             for observer in self._observers:
                 observer.checkpoint_written(step)
