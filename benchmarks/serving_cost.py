@@ -146,7 +146,7 @@ class Server:
             {kind: lambda *_: None for kind in self.performer._methods if kind.__name__ == "Checkpoint"}
         )
         limits = Limits(connections=devices, strangers=9, handshake_seconds=9.0, messages_per_second=1e6, queue=9)
-        admitting: Any = SimpleNamespace(admit=lambda _: None)
+        admitting: Any = SimpleNamespace(admit=lambda _: None, freeze=lambda: None)
         self.conversations = Conversations(
             self.federation,
             self.performer,

@@ -173,17 +173,22 @@ class Listener(socket.socket):
         for descriptor in list(self._strangers):
             self._turn_away(descriptor)
 
-    def _collect(self) -> None:
+    def freeze(self) -> None:
         """
-        Asyncio leaves cycles where a TLS handshake comes to nothing, of 300 kB each. What lasts is frozen, so that strangers do
-        not have the objects of thousands of devices looked at again and again.
+        Keep Python's collector from what there is now, where many connections were admitted since the last time: they last, and
+        to look at thousands of them takes half a second.
         """
-        self._gone = 0
         if self._admitted >= ADMITTED_BETWEEN_FREEZES:
             self._admitted = 0
             gc.unfreeze()  # some of them have gone since
             gc.collect()
             gc.freeze()
+
+    def _collect(self) -> None:
+        """Asyncio leaves cycles where a TLS handshake comes to nothing, of 300 kB each."""
+        self._gone = 0
+        if self._admitted >= ADMITTED_BETWEEN_FREEZES:
+            self.freeze()
         else:
             gc.collect()
 

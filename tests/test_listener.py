@@ -164,6 +164,12 @@ def test_rubbish_of_strangers_is_collected_and_devices_that_stay_are_frozen(
     for _ in range(2 * STRANGERS_BETWEEN_COLLECTIONS + 1):
         come(admitted=False)
     assert done == ["unfreeze", "collect", "freeze", "collect"]
+    for _ in range(ADMITTED_BETWEEN_FREEZES):
+        listener.freeze()
+        come(admitted=True)
+    assert len(done) == 4
+    listener.freeze()
+    assert done[4:] == ["unfreeze", "collect", "freeze"]
 
 
 def test_all_strangers_are_turned_away_at_the_end_and_no_device(sockets: ExitStack) -> None:
