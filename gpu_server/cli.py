@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _is_first_here() -> bool:
     """Among the processes that torchrun has started on this machine, if it has."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return "0" in (os.environ.get("LOCAL_RANK", "0"), os.environ.get("RANK", "0"))
 
 
 @contextmanager

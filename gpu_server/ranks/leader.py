@@ -237,13 +237,13 @@ class RankedTrainer:
         Args:
             arguments: of the command to each rank.
         """
-        self._group.send({rank: {"command": command, **arguments(rank)} for rank in self._group.partners})
         failed: Exception | None = None
-        try:
-            with self._group.or_lost():
-                result = own()
-        except FAILING_EVERYWHERE as error:  # all ranks find it, and each still replies
-            failed = error
+        with self._group.sending({rank: {"command": command, **arguments(rank)} for rank in self._group.partners}):
+            try:
+                with self._group.or_lost():
+                    result = own()
+            except FAILING_EVERYWHERE as error:  # all ranks find it, and each still replies
+                failed = error
         replies = {rank: self._group.receive(rank) for rank in self._group.partners}
         if failed is not None:
             raise failed

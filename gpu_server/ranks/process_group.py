@@ -69,7 +69,6 @@ class ProcessGroup:
         """By this process: messages, and its numbers and gradients that were added up."""
         self._lost: RankLost | None = None
         self._is_lost, self._is_closing, self._lock = threading.Event(), threading.Event(), threading.Lock()
-        self._sending = threading.Lock()
         self._farewells: list[Any] = []
         if not (dist.is_available() and dist.is_gloo_available()):
             raise ConfigError(without_backend("gloo"))
@@ -109,8 +108,14 @@ class ProcessGroup:
     # Messages
 
     def send(self, messages: Mapping[int, Any]) -> None:
+        """As `sending`, and nothing meanwhile."""
+        with self.sending(messages):
+            pass
+
+    @contextmanager
+    def sending(self, messages: Mapping[int, Any]) -> Iterator[None]:
         """
-        One to each of these ranks; see `pack` for what it may be. Returns when all have taken theirs.
+        One to each of these ranks, while something else is done; see `pack` for what it may be. In the end all have theirs.
 
         Raises:
             RankLost: one has not.
@@ -119,9 +124,10 @@ class ProcessGroup:
         for rank, message in messages.items():
             data = torch.from_numpy(pack(message))
             self.bytes_sent += len(data)
-            with self._talking_to(rank), self._sending:
+            with self._talking_to(rank):
                 sent.append((rank, dist.isend(torch.tensor([len(data)]), rank, tag=LENGTHS)))
                 sent.append((rank, dist.isend(data, rank, tag=MESSAGES)))
+        yield
         for rank, work in sent:
             with self._talking_to(rank):
                 _wait(work)
