@@ -35,8 +35,8 @@ class Result:
     """From the first device's arrival to the last one's goodbye, simulated."""
     spent: dict[str, Spent] = field(compare=False)
     """Measured: by kind of decision."""
-    wall: float = field(compare=False)
-    """Measured: seconds of the whole simulation."""
+    took: float = field(compare=False)
+    """Measured: seconds of one core for the whole simulation."""
     where: str = field(default="", compare=False)
     """The profile, if one was asked for."""
 

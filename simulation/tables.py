@@ -34,7 +34,16 @@ def run_table(results: Sequence[Result]) -> str:
 def server_table(results: Sequence[Result]) -> str:
     """What was measured while it was simulated."""
     return _markdown(
-        ["devices", "quorum", "calls of the federation", "calls a second", "a message, µs", "simulated", "took"],
+        [
+            "devices",
+            "quorum",
+            "decisions",
+            "decisions a second",
+            "a message, µs",
+            "and its share of steps, µs",
+            "simulated",
+            "took a core",
+        ],
         [
             [
                 f"{result.plan.devices:,}",
@@ -42,8 +51,9 @@ def server_table(results: Sequence[Result]) -> str:
                 f"{result.decisions:,}",
                 f"{result.decisions_a_second:,.0f}",
                 f"{result.spent['receive'].microseconds:.1f}",
+                f"{1e6 * result.deciding / result.spent['receive'].calls:.1f}",
                 duration(result.seconds),
-                duration(result.wall),
+                duration(result.took),
             ]
             for result in results
         ],
