@@ -4,23 +4,24 @@ import cProfile
 import json
 import math
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from terminal import Parser, Progress, count, run_program, user_path
+from terminal import Parser, Progress, count, duration, run_program, user_path
 
 from .cost import Meter, bytes_a_member
 from .events import make_federation, simulate
 from .plan import Fleet, Plan, PlanError, Server
 from .result import Result, StepOutcome
-from .tables import growth_table, run_table, server_table
+from .tables import growth_table, quorum_of, run_table, server_table
 from .traffic import CODECS
 
 __all__ = ["main"]
 
 MEMBERS_FOR_MEMORY = 2000
+OF_ONE_RUN = ("devices", "quorum", "deadline", "fleet", "server")
 EXAMPLE = "example: python -m simulation --devices 100 1000 --quorum 0.8 0.9 1 --pictures docs/pictures"
 
 
@@ -60,7 +61,15 @@ def _parser() -> Parser:
     ):
         default = getattr(plan, name.replace("-", "_"))
         add(f"--{name}", type=kind, default=default, metavar="N", help=f"{text} (default: {default})")
-    add("--deadline", type=float, metavar="SECONDS", help="of a step; derived from what devices take, if not given")
+    add(
+        "--deadline",
+        type=_deadline,
+        nargs="+",
+        default=[None],
+        metavar="SECONDS",
+        help='of a step with a quorum; "measured": the server derives it from what devices take (default). '
+        "Each is a run of its own",
+    )
     add("--codec", default=plan.codec, choices=tuple(CODECS), help=f"of activations and gradients (default: {plan.codec})")
     for flag, name, text in (
         (
@@ -121,7 +130,7 @@ def _run() -> None:
     _say(f"A device more takes {memory / 1000:.2f} kB of the federation's memory, its question's own arrays aside.")
     for result in results:
         if result.where:
-            _say(f"{count(result.plan.devices, 'device')}, quorum {result.plan.quorum:g}:\n{result.where}")
+            _say(f"{count(result.plan.devices, 'device')}, quorum {quorum_of(result.plan)}:\n{result.where}")
     if options.json is not None:
         text = json.dumps({"memory_a_member": memory, "runs": [_as_json(result) for result in results]}, indent=1)
         user_path(options.json).write_text(text + "\n", encoding="utf-8")
@@ -131,10 +140,10 @@ def _run() -> None:
 
 
 def _simulate(plan: Plan, progress: Progress, *, profiled: bool) -> Result:
-    of = count(plan.devices, "device") + ("" if plan.quorum == 1 else f" and quorum {plan.quorum:g}")
+    of = f"{count(plan.devices, 'device')} with quorum {quorum_of(plan)}"
 
     def told(step: StepOutcome) -> None:
-        progress.advance(f"{of}: a step of {step.seconds:.3g} s")
+        progress.advance(f"{of}: a step of {duration(step.seconds)}")
 
     result = simulate(plan, told=told, meter=Meter(cProfile.Profile() if profiled else None))
     if len(result.steps) < plan.steps:  # all have left early
@@ -143,16 +152,27 @@ def _simulate(plan: Plan, progress: Progress, *, profiled: bool) -> Result:
 
 
 def _plans(options: Namespace) -> list[Plan]:
-    """One for each number of devices and each quorum."""
+    """One for each number of devices, each deadline and each quorum."""
     given = vars(options)
     fleet = Fleet(**{item.name: given[f"fleet_{item.name}"] for item in fields(Fleet)})
     server = Server(**{item.name: given[f"server_{item.name}"] for item in fields(Server) if f"server_{item.name}" in given})
-    shared = {item.name: given[item.name] for item in fields(Plan) if item.name not in ("devices", "quorum", "fleet", "server")}
+    shared = {item.name: given[item.name] for item in fields(Plan) if item.name not in OF_ONE_RUN}
     return [
-        Plan(devices=devices, quorum=quorum, fleet=fleet, server=server, **shared)
+        Plan(devices=devices, quorum=quorum, deadline=deadline, fleet=fleet, server=server, **shared)
         for devices in options.devices
+        for deadline in options.deadline
         for quorum in options.quorum
+        if quorum < 1 or deadline == options.deadline[0]  # without a quorum no deadline acts
     ]
+
+
+def _deadline(given: str) -> float | None:
+    if given == "measured":
+        return None
+    try:
+        return float(given)
+    except ValueError:
+        raise ArgumentTypeError(f'a deadline is a number of seconds, or "measured", got {given[:40]!r}') from None
 
 
 def _like(plan: Plan, **changes: Any) -> Plan:

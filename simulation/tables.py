@@ -5,9 +5,17 @@ from collections.abc import Sequence
 
 from terminal import amount, duration
 
+from .plan import Plan
 from .result import Result
 
-__all__ = ["growth_table", "run_table", "server_table"]
+__all__ = ["growth_table", "quorum_of", "run_table", "server_table"]
+
+
+def quorum_of(plan: Plan) -> str:
+    """With the deadline, where one is given."""
+    if plan.quorum == 1:
+        return "all"
+    return f"{plan.quorum:g}" + ("" if plan.deadline is None else f" after {plan.deadline:g} s")
 
 
 def run_table(results: Sequence[Result]) -> str:
@@ -18,7 +26,7 @@ def run_table(results: Sequence[Result]) -> str:
         [
             [
                 f"{result.plan.devices:,}",
-                "all" if result.plan.quorum == 1 else f"{result.plan.quorum:g}",
+                quorum_of(result.plan),
                 _seconds(result.step_seconds),
                 f"{result.share_in_step:.1%}",
                 f"{result.share_that_counts:.1%}",
@@ -47,7 +55,7 @@ def server_table(results: Sequence[Result]) -> str:
         [
             [
                 f"{result.plan.devices:,}",
-                "all" if result.plan.quorum == 1 else f"{result.plan.quorum:g}",
+                quorum_of(result.plan),
                 f"{result.decisions:,}",
                 f"{result.decisions_a_second:,.0f}",
                 f"{result.spent['receive'].microseconds:.1f}",

@@ -1,8 +1,10 @@
 """The simulated fleet: small runs whose outcome is known in advance, and properties of larger ones."""
 
 import json
+import re
 import subprocess
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -265,20 +267,25 @@ def run_program(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_program_says_what_is_wrong_with_a_number(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_program(monkeypatch, "--devices", "3", "0") == 1
     assert capsys.readouterr().err == "simulation: devices must be 1 to 1e+06, got 0\n"
+    with pytest.raises(SystemExit):
+        run_program(monkeypatch, "--deadline", "soon")
+    assert "a deadline is a number of seconds, or \"measured\", got 'soon'" in capsys.readouterr().err
 
 
 def test_program_writes_tables_figures_and_curves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    asked = ["--devices", "3", "5", "--quorum", "0.5", "1", "--steps", "2", "--profile"]
+    asked = ["--devices", "3", "5", "--quorum", "0.5", "1", "--deadline", "measured", "0", "--steps", "2", "--profile"]
     assert run_program(monkeypatch, *asked, "--json", f"{tmp_path}/figures.json", "--pictures", str(tmp_path)) == 0
     output = capsys.readouterr()
     assert "| 5 | all |" in output.out
     assert "function calls" in output.out
-    assert "step 8/8" in output.err
+    assert "| 5 | 0.5 after 0 s |" in output.out
+    assert "step 12/12" in output.err
     runs = json.loads((tmp_path / "figures.json").read_text())["runs"]
-    assert [(run["plan"]["devices"], run["plan"]["quorum"]) for run in runs] == [(3, 0.5), (3, 1.0), (5, 0.5), (5, 1.0)]
+    asked_for = [(run["plan"]["devices"], run["plan"]["deadline"], run["plan"]["quorum"]) for run in runs]
+    assert asked_for == [(n, *of) for n in (3, 5) for of in ((None, 0.5), (None, 1.0), (0.0, 0.5))]
     assert (tmp_path / "fleet.svg").read_text().startswith("<?xml")
     assert (tmp_path / "fleet.png").read_bytes().startswith(b"\x89PNG")
 
@@ -288,6 +295,36 @@ def test_profile_says_where_the_federation_spends_its_time() -> None:
 
     result = simulate(Plan(devices=3, steps=1), meter=Meter(cProfile.Profile()))
     assert "federation.py" in result.where
+
+
+DOCUMENT = (REPOSITORY / "docs/scale.md").read_text(encoding="utf-8")
+
+
+def test_arithmetic_of_the_document_is_that_of_the_defaults() -> None:
+    plan, server = Plan(devices=1), Server()
+    sizes = Traffic(plan.tokens, 1, plan.width, plan.cut_layer, plan.lora_rank, plan.codec).bytes_by_kind()
+    activations, gradient, adapter = (sizes[kind] / 1000 for kind in (Activations, ActivationGradient, AdapterGradient))
+    assert f"{activations:.0f} kB of activations, {adapter:.0f} kB of adapter" in DOCUMENT
+    assert f"{gradient:.0f} kB of gradients, {adapter:.0f} kB of adapter" in DOCUMENT
+    assert f"| {server.tokens_a_second / plan.tokens:.0f} | g / tokens |" in DOCUMENT
+    for every, parts in ((1, 2), (10, 2), (10, 1)):
+        assert f"| {1 / ((parts + 1 / every) * server.exchange):.0f} |" in DOCUMENT
+    assert f"{2 * plan.tokens * plan.width * 4 / 1e6:.1f} MB, once" in DOCUMENT
+
+
+def test_merge_of_the_document_is_the_mean_by_labelled_tokens(tmp_path: Path) -> None:
+    numpy_files = pytest.importorskip("safetensors.numpy")
+    (snippet,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.S)
+    space: dict[str, Any] = {}
+    exec(textwrap.dedent("   " + snippet.lstrip()), space)
+    for number, folder in enumerate(("a", "b", "mean")):
+        (tmp_path / folder).mkdir()
+        matrices = {"A": np.full((2, 3), 4.0 * number, np.float32)}
+        numpy_files.save_file(matrices, tmp_path / folder / "adapter_model.safetensors")
+    space["merge"]([f"{tmp_path}/a", f"{tmp_path}/b"], [3, 1], f"{tmp_path}/mean")
+    merged = numpy_files.load_file(tmp_path / "mean/adapter_model.safetensors")
+    assert merged["A"].dtype == np.float32
+    assert merged["A"] == pytest.approx(np.full((2, 3), 1.0))
 
 
 def test_simulation_needs_no_torch() -> None:
