@@ -11,6 +11,7 @@ import device_steps
 import pytest
 import torch
 from conftest import REPOSITORY
+from fake_cuda import CUDA, fake_cuda
 
 SCRIPT = REPOSITORY / "benchmarks/device_check.py"
 
@@ -169,3 +170,18 @@ def test_step_that_does_not_fit_is_taken_in_parts(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(device_steps.Peer, "step", lambda peer: with_little_memory(peer) if len(peer.parts) < 4 else step(peer))
     with pytest.raises(device_steps.DoesNotFit, match=r"transformers \+ PEFT does not fit"):
         race.run(2, 60.0)
+
+
+def test_steps_keep_to_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors that know their device alone; what transformers and PEFT do there is theirs."""
+    randn, generator = torch.randn, torch.Generator()
+    with fake_cuda():
+        # This torch has no generators of a device that it does not know, and no values of one that is not there.
+        monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator)
+        monkeypatch.setattr(torch, "randn", lambda shape, generator, device="cpu": randn(shape, device=device))
+        monkeypatch.setattr(torch.Tensor, "__float__", lambda tensor: 1.0)
+        race = device_steps.Race((2, 32, 2), 97, torch.bfloat16, CUDA, device_steps.choices)
+        for name in ("synchronize", "reset_peak_memory_stats"):
+            monkeypatch.setattr(torch.cuda, name, lambda: None)
+        figures = race.run(8, 60.0)["contestants"]
+    assert list(figures) == ["as it is", "sums in any order", "attention in grids", "--residual bfloat16", "--lora-dropout 0.1"]
