@@ -67,6 +67,21 @@ def test_systemd_knows_every_line_of_a_service(program: str, tmp_path: Path) -> 
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("program", PARSERS)
+def test_service_that_was_killed_is_started_again_at_once_and_one_that_has_said_why_in_a_minute(
+    program: str, tmp_path: Path
+) -> None:
+    unit = (SERVICES / f"{program}@.service").read_text(encoding="utf-8")
+    assert re.findall(r"^Restart(?:Sec)?=(.*)$", unit, re.M) == ["on-failure", "1"]
+    (script,) = re.findall(r"^ExecStopPost=/bin/sh -c '(.*)'$", unit, re.M)
+    (tmp_path / "sleep").write_text("#!/bin/sh\necho $1\n")
+    (tmp_path / "sleep").chmod(0o700)
+    for result, pause in {"success": "", "signal": "", "oom-kill": "", "exit-code": "60\n"}.items():
+        environment = {"SERVICE_RESULT": result, "PATH": str(tmp_path)}
+        words = ["/bin/sh", "-c", script.replace("$$", "$")]  # as systemd reads it
+        assert subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout == pause
+
+
 @pytest.mark.parametrize(("image", "program"), [("device", "splitlora-edge"), ("server", "splitlora-server")])
 def test_image_starts_its_program_as_it_can_be_started(image: str, program: str) -> None:
     recipe = (SERVICES / f"Containerfile.{image}").read_text(encoding="utf-8")
