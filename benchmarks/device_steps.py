@@ -51,6 +51,7 @@ from split_model import (
     adamw,
     choose_device,
     choose_dtype,
+    copied_to,
     gradient_norm,
     initial_adapter,
     packing,
@@ -349,9 +350,9 @@ class AllBlocks:
     def _accumulate(self) -> float:
         losses = []
         for rows, labels, batch in self._parts:
-            tokens, positions = rows.to(self._part.device)
+            tokens, positions = copied_to(self._part.device, rows)
             embedded = F.embedding(tokens, self._part.head) + F.embedding(positions, self._positions)
-            activations, labels = embedded.to(self._part.dtype), labels.to(self._part.device)
+            activations, labels = embedded.to(self._part.dtype), copied_to(self._part.device, labels)
             self._part.seed_dropout(range(len(batch.lengths)))
             loss = self._part.losses(activations, batch.lengths, batch.label_counts, labels).sum()
             torch.autograd.backward(loss)

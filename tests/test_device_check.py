@@ -11,7 +11,7 @@ import device_steps
 import pytest
 import torch
 from conftest import REPOSITORY
-from fake_cuda import CUDA, fake_cuda
+from fake_cuda import CUDA, Watch, fake_cuda
 
 SCRIPT = REPOSITORY / "benchmarks/device_check.py"
 
@@ -183,5 +183,6 @@ def test_steps_keep_to_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
         race = device_steps.Race((2, 32, 2), 97, torch.bfloat16, CUDA, device_steps.choices)
         for name in ("synchronize", "reset_peak_memory_stats"):
             monkeypatch.setattr(torch.cuda, name, lambda: None)
-        figures = race.run(8, 60.0)["contestants"]
+        with Watch():
+            figures = race.run(8, 60.0)["contestants"]
     assert list(figures) == ["as it is", "sums in any order", "attention in grids", "--residual bfloat16", "--lora-dropout 0.1"]
