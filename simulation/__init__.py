@@ -5,8 +5,8 @@ A fleet of devices, simulated: the server's own federation decides, everything a
 device's way through a run, `traffic.py` sizes of messages, `cost.py` measures what the federation costs.
 """
 
-from .events import SimulationFault, simulate
+from .events import RunStuck, SimulationFault, simulate
 from .plan import Fleet, Plan, PlanError, Server
 from .result import Result
 
-__all__ = ["Fleet", "Plan", "PlanError", "Result", "Server", "SimulationFault", "simulate"]
+__all__ = ["Fleet", "Plan", "PlanError", "Result", "RunStuck", "Server", "SimulationFault", "simulate"]

@@ -12,7 +12,7 @@ from typing import Any
 from terminal import Parser, Progress, count, duration, run_program, user_path
 
 from .cost import Meter, bytes_a_member
-from .events import make_federation, simulate
+from .events import RunStuck, make_federation, simulate
 from .plan import Fleet, Plan, PlanError, Server
 from .result import Result, StepOutcome
 from .tables import growth_table, quorum_of, run_table, server_table
@@ -26,7 +26,7 @@ EXAMPLE = "example: python -m simulation --devices 100 1000 --quorum 0.8 0.9 1 -
 
 
 def main() -> int:
-    return run_program("simulation", _run, lambda: (PlanError, OSError), install="splitlora[server]")
+    return run_program("simulation", _run, lambda: (PlanError, RunStuck, OSError), install="splitlora[server]")
 
 
 def _parser() -> Parser:
@@ -116,6 +116,7 @@ def _parser() -> Parser:
 def _run() -> None:
     options = _parser().parse_args()
     plans = _plans(options)
+    _check_places(options)
     if options.pictures is not None:
         from .pictures import draw  # before all the work: matplotlib may be missing
     results: list[Result] = []
@@ -137,6 +138,16 @@ def _run() -> None:
     if options.pictures is not None:
         for path in draw(results, user_path(options.pictures)):
             _say(f"drawn: {path}")
+
+
+def _check_places(options: Namespace) -> None:
+    """Before all the work."""
+    if options.json is not None and not user_path(options.json).absolute().parent.is_dir():
+        raise PlanError(f"--json {options.json}: there is no folder {options.json.parent}")
+    if options.json is not None and user_path(options.json).is_dir():
+        raise PlanError(f"--json {options.json} is a folder; give a file's name")
+    if options.pictures is not None and user_path(options.pictures).exists() and not user_path(options.pictures).is_dir():
+        raise PlanError(f"--pictures {options.pictures} is a file; give a folder")
 
 
 def _simulate(plan: Plan, progress: Progress, *, profiled: bool) -> Result:

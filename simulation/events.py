@@ -32,6 +32,7 @@ from gpu_server.federation import (
     Trained,
 )
 from protocol import Goodbye, Hello, Itinerary, Message
+from terminal import duration
 
 from .cost import Meter, name_of
 from .device import Device, Hardware, SimulationFault
@@ -40,7 +41,7 @@ from .plan import Plan
 from .result import Result, StepOutcome
 from .traffic import Traffic
 
-__all__ = ["SimulationFault", "make_federation", "simulate"]
+__all__ = ["RunStuck", "SimulationFault", "make_federation", "simulate"]
 
 ARRIVES, HEARS, JOINS, IS_LOST, IS_COMPUTED = range(5)
 HANDSHAKE_ROUND_TRIPS = 4
@@ -52,6 +53,11 @@ LONGEST_STEP = 30 * 86400.0
 LATENESS = 1e-6
 """Seconds by which the server's alarm rings late: at the moment itself, rounding may make it early."""
 NEVER = float("inf")
+
+
+class RunStuck(RuntimeError):
+    """A run of this plan goes on so slowly that nobody would wait for it."""
+
 
 Trace = Callable[[float, str, str, Message], None]
 """Told the time, the device's name, "up" or "down", and a message that is delivered."""
@@ -84,6 +90,7 @@ def simulate(
         told: hears of every finished step.
 
     Raises:
+        RunStuck: a step takes more than a month of simulated time.
         SimulationFault: the run does not come to its end, or an answer is out of its order.
     """
     # Python's collector would walk all that the simulation keeps, over and over, in the middle of decisions that are measured.
@@ -154,8 +161,10 @@ class _Simulation:
                 raise SimulationFault(f"nothing will happen any more, and the run is {self.federation.phase.value}")
             self._next()
             if self._now - self._last_step_at > LONGEST_STEP + self._plan.fleet.arrival:
-                days = LONGEST_STEP / 86400
-                raise SimulationFault(f"no step in {days:g} days; the run is {self.federation.phase.value}")
+                raise RunStuck(
+                    f"no step was finished in {duration(LONGEST_STEP)} of simulated time, and the run is "
+                    f"{self.federation.phase.value}; choose a quorum, fewer devices, or faster ones"
+                )
         self._check_end()
         return Result(
             plan=self._plan,

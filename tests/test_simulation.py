@@ -31,7 +31,7 @@ from protocol import (
     identity,
 )
 from protocol.settings import codec_named
-from simulation import Fleet, Plan, PlanError, Server, simulate
+from simulation import Fleet, Plan, PlanError, RunStuck, Server, simulate
 from simulation.cli import main
 from simulation.cost import Meter, bytes_a_member
 from simulation.events import make_federation
@@ -259,6 +259,12 @@ def test_what_cannot_be_simulated_is_said_in_a_sentence(make: Callable[[], Plan]
     assert str(raised.value) == sentence
 
 
+def test_run_that_nobody_would_wait_for_is_given_up_with_a_sentence() -> None:
+    fleet = Fleet(seconds_connected=5.0, seconds_away=1e9, arrival=0.0)
+    with pytest.raises(RunStuck, match=r"^no step was finished in 30 d of simulated time, and the run is waiting for"):
+        simulate(Plan(devices=5, steps=50, fleet=fleet))
+
+
 def run_program(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["simulation", *arguments])
     return main()
@@ -270,6 +276,22 @@ def test_program_says_what_is_wrong_with_a_number(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SystemExit):
         run_program(monkeypatch, "--deadline", "soon")
     assert "a deadline is a number of seconds, or \"measured\", got 'soon'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        (["--json", "{}/none/figures.json"], "--json {}/none/figures.json: there is no folder {}/none"),
+        (["--json", "{}"], "--json {} is a folder; give a file's name"),
+        (["--pictures", "{}/a-file"], "--pictures {}/a-file is a file; give a folder"),
+    ],
+)
+def test_program_looks_where_it_is_to_write_before_it_begins(
+    asked: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a-file").touch()
+    assert run_program(monkeypatch, *(word.format(tmp_path) for word in asked)) == 1
+    assert capsys.readouterr().err == f"simulation: {sentence.replace('{}', str(tmp_path))}\n"
 
 
 def test_program_writes_tables_figures_and_curves(
