@@ -64,6 +64,7 @@ bench: bench-links
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/server_scale.py
 	$(BIN)/python benchmarks/federation_cost.py
+	$(BIN)/python benchmarks/several_ranks.py
 	$(BIN)/python benchmarks/page_cost.py
 	$(BIN)/python benchmarks/device_weight.py
 	$(BIN)/python benchmarks/edge_engine.py

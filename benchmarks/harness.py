@@ -52,12 +52,13 @@ def read_rows(path: Path) -> list[tuple[str, str]]:
     return [(prompt, completion) for prompt, completion in (line.split("||") for line in lines)]
 
 
-def make_gpt2_small(folder: Path, *, half: bool = False) -> Path:
+def make_gpt2_small(folder: Path, *, half: bool = False, **shape: int) -> Path:
     """
     GPT-2 small's shape and tokenizer with random weights: what a step costs does not depend on their values.
 
     Args:
         half: store the weights in float16.
+        shape: of another one; see `GPT2Config`.
     """
     import shutil
 
@@ -66,7 +67,8 @@ def make_gpt2_small(folder: Path, *, half: bool = False) -> Path:
 
     torch.manual_seed(0)
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    model = GPT2LMHeadModel(GPT2Config(**no_dropout))
+    model = GPT2LMHeadModel(GPT2Config(**no_dropout, **shape))
+    folder.mkdir(exist_ok=True)
     (model.half() if half else model).save_pretrained(folder)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(shared(f"tokenizers/gpt2/{name}"), folder / name)

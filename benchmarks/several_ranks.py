@@ -5,9 +5,10 @@ Two processes that compute the server's part together, against one. Each has a c
 
 GPT-2 small's shape with made-up weights, cut after block 3, LoRA r=8 on c_attn, in float32. The engine is given the activations
 of three clients, so nothing is measured but the server's arithmetic, and what its ranks tell each other. The contestants take
-turns, step by step; each computes the same steps, and must find the same losses.
+turns, step by step; each computes the same steps, and must find the same losses. What a rank sends is the kernel's count of all
+its TCP connections.
 
-What a rank sends is the kernel's count of all its TCP connections. A rank's memory is what is its own: anonymous and shared
+Memory is measured with GPT-2 large's shape and batches of a few tokens. It is what is a rank's own: anonymous and shared
 pages. The weights are stored in float16, so that in float32 they are no pages of their file.
 """
 
@@ -41,6 +42,9 @@ SAME_LOSS = 1e-4  # of float32
 SECONDS_BETWEEN_LOOKS = 0.02
 BYTES_ACKED = slice(120, 128)
 """In the kernel's struct tcp_info."""
+
+LARGE = {"n_layer": 36, "n_embd": 1280, "n_head": 20}
+FEW_TOKENS = [([16] * 4, [8] * 4)]
 
 Texts = list[tuple[list[int], list[int]]]
 """By client the tokens of each text, and how many of them have a label."""
@@ -284,12 +288,12 @@ def speed_rows(what: str, steps: dict[str, list[Step]], rounds: list[Texts]) -> 
     return rows
 
 
-def memory_rows(racers: dict[str, Contestant], steps: dict[str, list[Step]]) -> list[list[object]]:
+def memory_rows(name: str, racer: Contestant) -> list[list[object]]:
+    steps = [racer.step(number, FEW_TOKENS) for number in (1, 2)]
     rows: list[list[object]] = []
-    for name, racer in racers.items():
-        for rank, (loaded, now) in enumerate(zip(racer.loaded, racer.figures(at_rest=True), strict=True)):
-            sizes = loaded["before"], loaded["most"], now["now"], max(step.most[rank] for step in steps[name])
-            rows.append([name, rank, *(f"{size / 1e6:.0f}" for size in sizes)])
+    for rank, (loaded, at_rest) in enumerate(zip(racer.loaded, racer.figures(at_rest=True), strict=True)):
+        sizes = loaded["before"], loaded["most"], max(step.most[rank] for step in steps), at_rest["now"]
+        rows.append([name, rank, *(f"{size / 1e6:.0f}" for size in sizes)])
     return rows
 
 
@@ -305,26 +309,30 @@ def main() -> None:
         f"{together}, --shard": (options.ranks, {"shard": True}),
     }
     speeds: list[list[object]] = []
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as started:
-        model = harness.make_gpt2_small(Path(scratch), half=True)
+    memory: list[list[object]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        small = harness.make_gpt2_small(Path(scratch) / "small", half=True)
         work = {
-            "E2E": e2e_texts(model, options.rounds),
+            "E2E": e2e_texts(small, options.rounds),
             "long texts": options.rounds * [[(lengths, lengths) for lengths in LONG]],
         }
-        racers = {name: Contestant(model, *how) for name, how in told.items()}
-        for racer in racers.values():
-            started.callback(racer.close)
-        progress = started.enter_context(Progress(len(racers) * len(work) * (1 + options.rounds)))
-        number = 1
-        for what, rounds in work.items():
-            race(racers, number, rounds[:1], progress)  # is not counted
-            steps = race(racers, number + 1, rounds, progress)
-            speeds += speed_rows(what, steps, rounds)
-            number += 1 + len(rounds)
-        memory = memory_rows(racers, steps)
+        with ExitStack() as started, Progress(len(told) * len(work) * (1 + options.rounds)) as progress:
+            racers = {name: Contestant(small, *how) for name, how in told.items()}
+            for racer in racers.values():
+                started.callback(racer.close)
+            number = 1
+            for what, rounds in work.items():
+                race(racers, number, rounds[:1], progress)  # is not counted
+                speeds += speed_rows(what, race(racers, number + 1, rounds, progress), rounds)
+                number += 1 + len(rounds)
+        large = harness.make_gpt2_small(Path(scratch) / "large", half=True, **LARGE)
+        for name, how in told.items():
+            racer = Contestant(large, *how)
+            memory += memory_rows(name, racer)
+            racer.close()
     print(harness.markdown(["", "", "tokens/s", "against one process", "by processor time", "MB between ranks a step"], speeds))
     print(f"\ngoal of {together}: {GOAL} x\n")
-    header = ["MB of its own", "rank", "before the model", "most while it is loaded", "at rest", "most in a step of long texts"]
+    header = ["MB of its own", "rank", "before the model", "most while it is loaded", "most in a step", "at rest"]
     print(harness.markdown(header, memory))
 
 

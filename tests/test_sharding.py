@@ -1,5 +1,6 @@
 """Ranks that keep a part of the frozen weights each compute to the bit what ranks compute that have all of them."""
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,42 @@ def test_a_rank_keeps_its_part_of_the_rows_also_after_it_has_computed(tiny_model
 def test_who_shards_nothing_needs_no_torch_that_can() -> None:
     check = "import sys, split_model, gpu_server.part_trainer; sys.exit('split_model.sharding' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True, cwd=REPOSITORY)
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from split_model.sharding import Sharding
+
+def own_megabytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) // 1024
+
+def large():
+    return torch.ones(4 * 2**20)  # 16 MB
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+if sys.argv[1] == "shards":
+    Sharding(dist.group.WORLD, torch.device("cpu"))
+large()  # which has been freed: glibc takes such sizes from its heap from now on
+before, kept = own_megabytes(), []
+for _ in range(8):
+    gathered = [large() for _ in range(2)]
+    kept.append(torch.ones(2**17))  # 0.5 MB behind them
+    del gathered
+    kept.append(torch.ones(2**20))  # 4 MB in the gap
+print(own_megabytes() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries return what is freed as they like")
+def test_where_weights_are_gathered_again_and_again_what_is_freed_is_returned() -> None:
+    grown = {
+        how: int(subprocess.run([sys.executable, "-c", MEMORY, how], check=True, cwd=REPOSITORY, capture_output=True).stdout)
+        for how in ("shards", "does not")
+    }
+    assert grown["shards"] < 8 * 4.5 + 4 < grown["does not"]
