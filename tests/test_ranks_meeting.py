@@ -1,14 +1,15 @@
 """How ranks know their place, what they tell each other, and what they say when they are not alike."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch.distributed
+import torch.distributed.fsdp
 
 from gpu_server import ConfigError, GpuServer, cli
-from gpu_server.ranks.agreement import chosen_backend, differences
+from gpu_server.ranks.agreement import check_sharding, chosen_backend, differences
 from gpu_server.ranks.packing import NotAMessage, pack, unpack
 from gpu_server.ranks.place import Place
 from gpu_server.ranks.process_group import ProcessGroup
@@ -69,6 +70,16 @@ def test_one_rank_has_nobody_to_share_the_model_with(tiny_model: Path, tmp_path:
         ConfigError, match="shard divides the model over several ranks, and there is one: start them by torchrun "
     ):
         GpuServer(model=str(tiny_model), run_dir=str(tmp_path), steps=1, shard=True)
+
+
+def test_torch_that_cannot_shard_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_sharding()
+    monkeypatch.setattr(torch.distributed.fsdp, "fully_shard", lambda module, *, mesh: module)  # as it once was
+    with pytest.raises(ConfigError, match=rf"shard needs torch 2\.7 or later, and this is {re.escape(torch.__version__)}; "):
+        check_sharding()
+    monkeypatch.delattr(torch.distributed.fsdp, "fully_shard")
+    with pytest.raises(ConfigError, match=r"shard needs torch 2\.7 or later"):
+        check_sharding()
 
 
 def test_sweep_starts_its_servers_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

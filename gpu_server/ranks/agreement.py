@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -15,7 +16,16 @@ from ..config import flag_name
 from ..errors import ConfigError
 from .place import LEADER, Place
 
-__all__ = ["agreed", "chosen_backend", "differences", "introduction", "other_models", "own_device", "without_backend"]
+__all__ = [
+    "agreed",
+    "check_sharding",
+    "chosen_backend",
+    "differences",
+    "introduction",
+    "other_models",
+    "own_device",
+    "without_backend",
+]
 
 OF_EACH_RANK = {"model"}
 """Settings that need not be alike: a model may lie somewhere else on another machine, and is compared itself."""
@@ -108,6 +118,24 @@ def chosen_backend(device: str, ranks: Mapping[int, Said]) -> tuple[str, str]:
         return "gloo", f"{sharing['local_ranks']} share {devices} on {sharing['host']}, which is slower than one rank a device"
     agreed([f"{_where(rank, ranks)}: {without_backend('nccl')}" for rank, said in ranks.items() if not said["has_nccl"]])
     return "nccl", "each on a CUDA device of its own"
+
+
+def check_sharding() -> None:
+    """
+    Raises:
+        ConfigError: this torch, which is that of all ranks, cannot shard what is frozen and leave whole what is trained.
+    """
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:
+        can = False
+    else:
+        can = "ignored_params" in signature(fully_shard).parameters
+    if not can:
+        raise ConfigError(
+            f"shard needs torch 2.7 or later, and this is {torch.__version__}; install a later one on every rank, or leave "
+            "--shard out"
+        )
 
 
 def own_device(device: str, place: Place) -> torch.device:

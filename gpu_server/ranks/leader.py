@@ -17,7 +17,7 @@ from ..config import ServerConfig
 from ..errors import RankLost
 from ..federation import Trained
 from ..part_trainer import HalfStep, HiddenShare, PartTrainer, Seeds, make_trainer
-from .agreement import agreed, chosen_backend, differences, introduction, other_models, own_device
+from .agreement import agreed, check_sharding, chosen_backend, differences, introduction, other_models, own_device
 from .division import Work
 from .place import LEADER, Place, check_port
 from .process_group import ProcessGroup
@@ -71,9 +71,11 @@ class Leader:
             Where this rank computes.
 
         Raises:
-            ConfigError: the port is taken, or torch cannot connect such devices.
+            ConfigError: the port is taken, or torch cannot connect such devices or shard a model.
         """
         check_port(self._place, config.port)
+        if config.shard:
+            check_sharding()
         backend, how = chosen_backend(device.type, self._ranks)
         self.choices.append(f"ranks {self._place.num_ranks}: {how}")
         self._say({"config": asdict(config), "device": device.type, "backend": backend})
