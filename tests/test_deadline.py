@@ -1,8 +1,11 @@
 """How long a step waits, from the times that clients took."""
 
+import random
+from statistics import median
+
 import pytest
 
-from gpu_server.federation.deadline import NEEDED, SHORTEST, UNTIL_KNOWN, Deadline
+from gpu_server.federation.deadline import NEEDED, REMEMBERED, SHORTEST, UNTIL_KNOWN, Deadline
 from protocol import Activations, AdapterGradient
 
 
@@ -34,6 +37,19 @@ def test_it_says_once_that_it_knows_enough() -> None:
 def test_it_is_the_median_and_six_times_the_median_deviation() -> None:
     # Median 10; the deviations are 2, 1, 0, 1, 90, their median is 1. A single step that took long changes nothing.
     assert after(8.0, 9.0, 10.0, 11.0, 100.0).seconds(Activations) == 16.0
+
+
+@pytest.mark.parametrize("decimals", [0, 15])
+def test_it_is_so_to_the_bit_whatever_is_observed(decimals: int) -> None:
+    """With few decimals many values, and many deviations, are equal."""
+    deadline, observed, numbers = Deadline(), list[float](), random.Random(1)
+    for _ in range(3 * REMEMBERED):
+        observed.append(round(numbers.lognormvariate(2.0, 1.0), decimals))
+        deadline.observe(Activations, observed[-1])
+        last = observed[-REMEMBERED:]
+        middle = median(last)
+        expected = max(SHORTEST, middle + 6 * median(abs(value - middle) for value in last))
+        assert len(observed) < NEEDED or deadline.seconds(Activations) == expected
 
 
 def test_it_is_never_shorter_than_a_pause_of_the_system() -> None:

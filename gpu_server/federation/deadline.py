@@ -1,7 +1,9 @@
 """How long a step waits for its clients."""
 
+import math
+from bisect import bisect_left, insort
 from collections import defaultdict, deque
-from statistics import median
+from collections.abc import Callable
 
 __all__ = ["Deadline"]
 
@@ -28,16 +30,13 @@ class Deadline:
 
     def __init__(self, seconds: float | None = None) -> None:
         self._seconds = seconds
-        self._seen: defaultdict[type, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
-        self._derived: dict[type, float] = {}
-        """From all that was seen of a kind so far: it is asked for more often than something is seen."""
+        self._seen: defaultdict[type, _Seen] = defaultdict(_Seen)
 
     def observe(self, kind: type, seconds: float) -> bool:
         """A client took so long for a question of this kind. Says whether just now enough is known to derive a deadline."""
         seen = self._seen[kind]
-        seen.append(seconds)
-        self._derived.pop(kind, None)
-        return self._seconds is None and len(seen) == NEEDED
+        seen.add(seconds)
+        return self._seconds is None and len(seen.in_order) == NEEDED
 
     def seconds(self, kind: type) -> float:
         return self._seconds if self._seconds is not None else self._measured(kind, UNTIL_KNOWN, SHORTEST)
@@ -48,9 +47,50 @@ class Deadline:
 
     def _measured(self, kind: type, until_known: float, shortest: float) -> float:
         seen = self._seen[kind]
-        if len(seen) < NEEDED:
-            return until_known
-        if kind not in self._derived:
-            middle = median(seen)
-            self._derived[kind] = middle + DEVIATIONS * median(abs(value - middle) for value in seen)
-        return max(shortest, self._derived[kind])
+        return until_known if len(seen.in_order) < NEEDED else max(shortest, seen.longest_usual())
+
+
+class _Seen:
+    """The last times of one kind, kept in order: every message brings one, and asks for a deadline afterwards."""
+
+    def __init__(self) -> None:
+        self.in_order: list[float] = []
+        self._in_time: deque[float] = deque()
+        self._derived: float | None = None
+        """From all of them; it is asked for more often than one is added."""
+
+    def add(self, seconds: float) -> None:
+        if len(self._in_time) == REMEMBERED:
+            del self.in_order[bisect_left(self.in_order, self._in_time.popleft())]
+        self._in_time.append(seconds)
+        insort(self.in_order, seconds)
+        self._derived = None
+
+    def longest_usual(self) -> float:
+        """The median and `DEVIATIONS` times the median deviation from it."""
+        if self._derived is None:
+            number = len(self.in_order)
+            middle = _median(number, self.in_order.__getitem__)
+            self._derived = middle + DEVIATIONS * _median(number, lambda place: self._deviation(place, middle))
+        return self._derived
+
+    def _deviation(self, place: int, middle: float) -> float:
+        """The deviation from ``middle`` that has this place among all, the smallest has place 0."""
+        values = self.in_order
+
+        def reaches_further_up(first: int) -> bool:
+            return values[first + place] - middle >= middle - values[first]
+
+        # So many values in a row, where their largest deviation is smallest: either the first row whose last value deviates
+        # more than its first does, or the row before it.
+        num_rows = len(values) - place
+        first = bisect_left(range(num_rows), True, key=reaches_further_up)
+        above = values[first + place] - middle if first < num_rows else math.inf
+        below = middle - values[first - 1] if first else math.inf
+        return min(above, below)
+
+
+def _median(number: int, value_at: Callable[[int], float]) -> float:
+    """Of so many values, which are asked for by their place among all."""
+    half = number // 2
+    return value_at(half) if number % 2 else (value_at(half - 1) + value_at(half)) / 2
