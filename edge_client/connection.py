@@ -32,7 +32,7 @@ from protocol import (
 )
 from protocol.limits import limited_frames
 
-from .link_watch import LinkWatch
+from .link_watch import LinkWatch, Patience
 from .pinning import CertificateChanged
 from .stopwatch import Stopwatch
 
@@ -229,7 +229,7 @@ class Connection:
         except TimeoutError:
             raise ConnectionFailed(f"the server at {self.url} is silent: no answer within {within:g} s") from None
         except ConnectionClosed as error:
-            if self.was_silent:
+            if self._link_watch is not None and self._link_watch.has_given_up:
                 raise ConnectionFailed(f"the link to {self.url} carries nothing any more") from None
             if error.rcvd is not None and error.rcvd.code == SERVICE_RESTART:
                 raise ConnectionFailed(
@@ -292,15 +292,10 @@ class Connection:
 
     # The link: see `Link`
 
-    def watch_link(self, *, num_devices: int, given_up: int) -> None:
+    def watch_link(self, patience: Patience, *, num_devices: int) -> None:
         """From now on, and until it is closed, have it looked after by a `LinkWatch` with these arguments."""
-        self._link_watch = LinkWatch(self, num_devices=num_devices, given_up=given_up)
+        self._link_watch = LinkWatch(self, patience, num_devices=num_devices)
         self._link_watch.begin()
-
-    @property
-    def was_silent(self) -> bool:
-        """Whether the link was given up, since it carried nothing any more."""
-        return self._link_watch is not None and self._link_watch.has_given_up
 
     def is_delivered(self) -> bool:
         if self._last_ping is None or not self._last_ping.done():

@@ -3,9 +3,10 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["Link", "LinkWatch"]
+__all__ = ["Link", "LinkWatch", "Patience"]
 
 SECONDS_BETWEEN_LOOKS = 0.25
 SHORTEST_QUIET, LONGEST_QUIET = 1.0, 30.0
@@ -13,7 +14,7 @@ SHORTEST_QUIET, LONGEST_QUIET = 1.0, 30.0
 SECONDS_A_DEVICE = 0.002
 """Of the run: so many devices ask for at most five hundred signs of life a second, which take a server 5 % of a core."""
 PATIENCE = 3.0
-"""Seconds for that sign, from when the other side's system has the question."""
+"""Seconds for that sign, from when the other side's system has the question, as long as none has taken half as long."""
 MOST_RETRANSMISSIONS = 4
 """In a row, of which the other side's system has acknowledged none. Their distances double from a fifth of a second on: 3 s."""
 
@@ -43,6 +44,32 @@ class Link(Protocol):
         ...
 
 
+@dataclass
+class Patience:
+    """How long a device waits for signs of life: what it has learnt of its link, over all connections."""
+
+    given_up: int = 0
+    """
+    Connections in a row that were, and brought no answer before: each makes the next one twice as patient. A link that is worse
+    than we think would else never carry a long message to its end.
+    """
+    slowest_sign: float = 0.0
+    """
+    Seconds that a sign of life has taken at most. A relay on the way, such as a tunnel or a proxy, acknowledges what it has
+    not passed on yet: behind one with a slow link, the sign comes when the message before the question has arrived.
+    """
+
+    @property
+    def seconds(self) -> float:
+        """For a sign of life."""
+        return max(PATIENCE, 2 * self.slowest_sign) * 2.0**self.given_up
+
+    @property
+    def retransmissions(self) -> int:
+        """In a row."""
+        return MOST_RETRANSMISSIONS + self.given_up
+
+
 class LinkWatch:
     """
     Gives a link up when it is dead: when the other side's system acknowledges nothing, or the server says nothing though a
@@ -52,14 +79,14 @@ class LinkWatch:
     It decides when a device connects again, and nothing of what it then says.
 
     Args:
+        patience: of this device; it learns from this link.
         num_devices: of the run.
-        given_up: connections in a row that were, and brought no answer before: each makes this one twice as patient. A link
-            that is worse than we think would else never carry a long message to its end.
     """
 
-    def __init__(self, link: Link, *, num_devices: int, given_up: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._link, self._clock = link, clock
-        self._patience, self._most_retransmissions = PATIENCE * 2**given_up, MOST_RETRANSMISSIONS + given_up
+    def __init__(
+        self, link: Link, patience: Patience, *, num_devices: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._link, self._patience, self._clock = link, patience, clock
         self._shortest = self._quiet = max(SHORTEST_QUIET, SECONDS_A_DEVICE * num_devices)
         self._looked_at, self._time = clock(), 0.0
         """When it was last looked, and the seconds that looks were made: a device that has slept has not listened."""
@@ -87,12 +114,15 @@ class LinkWatch:
         self._time += min(looked_at - self._looked_at, 2 * SECONDS_BETWEEN_LOOKS)
         self._looked_at, now = looked_at, self._time
         if received != self._received:
+            if self._reached_at is not None:
+                self._patience.slowest_sign = max(self._patience.slowest_sign, now - self._reached_at)
             # What comes unasked is what this device waits for; after that a short silence tells something again.
             longest = max(LONGEST_QUIET, self._shortest)
             self._quiet = min(longest, 2 * self._quiet) if self._is_asked else self._shortest
             self._received, self._heard_at, self._is_asked, self._reached_at = received, now, False, None
-        if self._link.retransmissions() >= self._most_retransmissions or self._is_silent(now):
+        if self._link.retransmissions() >= self._patience.retransmissions or self._is_silent(now):
             self.has_given_up = True
+            self._patience.given_up += 1
             self._link.give_up()
 
     def _is_silent(self, now: float) -> bool:
@@ -106,4 +136,4 @@ class LinkWatch:
             return False
         if self._reached_at is None:
             self._reached_at = now
-        return bool(now - self._reached_at >= self._patience)
+        return now - self._reached_at >= self._patience.seconds

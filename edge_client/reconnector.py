@@ -11,6 +11,7 @@ from terminal import Reminders
 
 from .connection import Connection, ConnectionFailed, Dial
 from .device_log import DeviceLog
+from .link_watch import Patience
 from .stopwatch import Stopwatch
 
 __all__ = ["Backoff", "Reconnector"]
@@ -88,8 +89,7 @@ class Reconnector:
         self._seconds_away = 0.0
         """Without a connection since there was progress, counted up to `_counted_until`."""
         self._counted_until = 0.0
-        self._given_up = 0
-        """Connections in a row whose link was silent, without an answer since the first of them."""
+        self._patience = Patience()
         self._earlier_bytes = 0
         """Of the connections before this one."""
         self.activation_cache: ActivationCache | None = None
@@ -128,7 +128,7 @@ class Reconnector:
             ConnectionFailed, Refused, CertificateChanged: as `Connection`.
         """
         self._connection = self._dial()
-        self._connection.watch_link(num_devices=self.backoff.num_devices, given_up=self._given_up)
+        self._connection.watch_link(self._patience, num_devices=self.backoff.num_devices)
         self._connection.stopwatch, self._connection.session.activation_cache = self._stopwatch, self.activation_cache
         return self._connection
 
@@ -171,13 +171,12 @@ class Reconnector:
 
     def made_progress(self) -> None:
         """A question was answered: the next time without a connection begins with short waits, and has the whole time."""
-        self._seconds_away, self._given_up = 0.0, 0
+        self._seconds_away, self._patience.given_up = 0.0, 0
 
     def drop(self) -> None:
         """Close the connection without a word, as if this device had been killed."""
         if self._connection is not None:
             self._earlier_bytes += self._connection.num_bytes
-            self._given_up += self._connection.was_silent
             self._connection.abandon()  # not closed politely: a Goodbye would leave the run
             self._connection = None
             self._counted_until = self._clock()  # there was a connection until now, if only for a moment

@@ -101,9 +101,7 @@ class FakeConnection:
             raise reply
         return reply() if callable(reply) else reply
 
-    was_silent = False
-
-    def watch_link(self, **_: int) -> None:
+    def watch_link(self, *_: object, **__: int) -> None:
         pass
 
     def abandon(self) -> None:

@@ -122,9 +122,7 @@ class Link:
         assert isinstance(answer, kind)
         return answer
 
-    was_silent = False
-
-    def watch_link(self, **_: int) -> None:
+    def watch_link(self, *_: object, **__: int) -> None:
         pass
 
     def abandon(self) -> None:

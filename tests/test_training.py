@@ -135,9 +135,7 @@ class Server:
             return Welcome(run="r", settings=self._settings, fingerprint="f")
         return self._start if isinstance(question, Join) else self._answer(question)
 
-    was_silent = False
-
-    def watch_link(self, **_: int) -> None:
+    def watch_link(self, *_: object, **__: int) -> None:
         pass
 
     def abandon(self) -> None:
