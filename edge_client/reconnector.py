@@ -1,6 +1,7 @@
 """One connection to the server at a time, and a new one whenever it is lost."""
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable
@@ -35,14 +36,17 @@ class Backoff:
     - twice the shortest, so that a link which was cut is tried again at once;
     - an eighth of the time away, and half a minute at most: a device comes back so much later than its server at most;
     - ten milliseconds for each device of the run. However many devices lose a server in one moment, they ask it for one to
-      three hundred connections a second, and not for all of them at once.
+      three hundred connections a second, and not for all of them at once. That is a quarter of the time after which a device
+      gives up at most, or it would give up without having tried.
 
     Args:
         seed: of the draws; two devices need different ones.
+        give_up_after: seconds.
     """
 
-    def __init__(self, seed: str) -> None:
+    def __init__(self, seed: str, give_up_after: float | None = None) -> None:
         self._random = random.Random(seed)
+        self._longest_of_devices = math.inf if give_up_after is None else give_up_after / 4
         self.num_devices = 1
         """Of the run, this one included."""
 
@@ -54,7 +58,8 @@ class Backoff:
             seconds_away: how long there has been no connection.
         """
         of_the_time = min(LONGEST_WAIT, max(2 * SHORTEST_WAIT, SHARE_OF_TIME_AWAY * seconds_away))
-        return self._random.uniform(SHORTEST_WAIT, max(of_the_time, SECONDS_A_DEVICE * self.num_devices))
+        of_the_devices = min(self._longest_of_devices, SECONDS_A_DEVICE * self.num_devices)
+        return self._random.uniform(SHORTEST_WAIT, max(of_the_time, of_the_devices))
 
 
 class Reconnector:
@@ -84,7 +89,7 @@ class Reconnector:
     ) -> None:
         self._dial, self._give_up_after, self._stopwatch, self._log = dial, give_up_after, stopwatch, log
         self._sleep, self._clock = sleep, clock
-        self.backoff = Backoff(name)
+        self.backoff = Backoff(name, give_up_after)
         self._connection: Connection | None = None
         self._seconds_away = 0.0
         """Without a connection since there was progress, counted up to `_counted_until`."""
@@ -148,8 +153,8 @@ class Reconnector:
         while True:
             self.drop()
             now = self._count_time_away()
-            # A server that says when it has time again is not asked before.
-            wait = max(self.backoff.next_wait(self._seconds_away), error.retry_after)
+            # A server that says when it has time again is not asked before, nor then by all to whom it has said so.
+            wait = error.retry_after + self.backoff.next_wait(self._seconds_away)
             self._check_give_up(wait, error)
             if now - began >= report_at:
                 level = "warning" if error.retry_after else "info"  # the user may be able to do something about it
