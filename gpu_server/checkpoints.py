@@ -24,6 +24,7 @@ FILES = 2
 SHARE_OF_TIME = 0.01
 BYTES_A_SECOND = 1e6  # at most 86 GB a day, of which a disk bears years
 SHORTEST_PAUSE = 1.0  # seconds
+BYTES_ON_A_DEVICE = 2**28  # a device keeps the rounds' ends since the last checkpoint but one, and a GiB of them at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,20 +43,29 @@ class SavedRound:
 class CheckpointSpacing:
     """
     Which of the rounds' ends is worth a checkpoint: one whose writing keeps the share of the time that checkpoints take below a
-    hundredth and what is written below a megabyte a second, and no two within a second.
+    hundredth and what is written below a megabyte a second, and no two within a second. Where devices keep their states until
+    they are in a checkpoint, one is due before these fill their disks, whatever it takes.
 
     The clock decides here from where a run may go on, and never what comes out of it: steps that are taken again are the same.
+
+    Args:
+        bytes_of_a_device: that a device keeps of each round; 0 where it keeps none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bytes_of_a_device: int = 0) -> None:
+        self._bytes_of_a_device = bytes_of_a_device
         self._due_at = -math.inf
+        self._rounds = 0
+        """Since the last that is to be written."""
 
     def is_due(self, now: float) -> bool:
-        return now >= self._due_at
+        """To be asked at the end of each round."""
+        self._rounds += 1
+        return now >= self._due_at or self._rounds * self._bytes_of_a_device > BYTES_ON_A_DEVICE
 
     def asked(self) -> None:
-        """One is to be written: until `written` no other is due."""
-        self._due_at = math.inf
+        """One is to be written: until `written` the clock makes no other due."""
+        self._due_at, self._rounds = math.inf, 0
 
     def written(self, now: float, *, seconds: float, num_bytes: int) -> None:
         """
@@ -72,17 +82,22 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def write(self, saved: SavedRound) -> None:
+    def write(self, saved: SavedRound) -> int:
         """
+        Returns:
+            How many bytes it has.
+
         Raises:
             ServerError: the disk is full, or the folder cannot be written. Earlier checkpoints are untouched.
         """
         described = {"format": FORMAT, "run": saved.run, "step": saved.step, "membership": saved.membership}
         with _readable_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            replace_file(self._path(saved.step), seal(json.dumps(described), saved.state))
+            content = seal(json.dumps(described), saved.state)
+            replace_file(self._path(saved.step), content)
             for step in self.steps()[:-FILES]:
                 self._path(step).unlink()
+        return len(content)
 
     def latest(self, run: str) -> SavedRound | None:
         """

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,23 @@ def test_writing_takes_a_hundredth_of_the_time_and_a_megabyte_a_second_at_most(
     spacing.written(100.0, seconds=seconds, num_bytes=num_bytes)
     assert not spacing.is_due(100.0 + 0.99 * pause)
     assert spacing.is_due(100.0 + 1.01 * pause)
+
+
+def test_devices_that_keep_their_states_until_they_are_saved_need_half_a_gigabyte_for_it_at_most() -> None:
+    """Of the rounds since the last checkpoint but one: a device that forgot some would go on from another state."""
+    spacing = CheckpointSpacing(10 * 2**20)
+    assert spacing.is_due(0.0)
+    spacing.asked()
+    spacing.written(0.0, seconds=0.5, num_bytes=40 * 2**20)  # the next in 50 seconds
+    for intervals in range(3):
+        rounds = 1
+        while not spacing.is_due(1.0):
+            rounds += 1
+        assert rounds == 26, intervals  # 260 MiB
+        spacing.asked()  # and is written still
+
+
+def test_size_of_a_checkpoint_is_that_of_its_file(checkpoints: Checkpoints) -> None:
+    """Of very many devices, what is known of them is more than the adapter."""
+    many = replace(saved(5), membership={f"device-{number}": MEMBERSHIP["a"] for number in range(1000)})
+    assert checkpoints.write(many) == newest(checkpoints).stat().st_size > 50_000

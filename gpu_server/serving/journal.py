@@ -53,14 +53,14 @@ class Journal:
     def write_evaluation(self, record: EvaluationRecord) -> "Future[None]":
         return self._small.submit(self._directory.append_evaluation, record)
 
-    def write_checkpoint(self, saved: SavedRound) -> "Future[float]":
-        """The seconds that it took."""
+    def write_checkpoint(self, saved: SavedRound) -> "Future[tuple[float, int]]":
+        """The seconds that it took, and its bytes."""
 
-        def write() -> float:
+        def write() -> tuple[float, int]:
             began = time.monotonic()
             self._directory.sync_metrics()
-            self._directory.checkpoints.write(saved)
-            return time.monotonic() - began
+            num_bytes = self._directory.checkpoints.write(saved)
+            return time.monotonic() - began, num_bytes
 
         return self._large.submit(write)
 

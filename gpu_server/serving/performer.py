@@ -342,9 +342,8 @@ class _CheckpointWriter:
             if self._steps.last is not None:
                 await self._steps.last  # metrics know at least the steps that a checkpoint knows
             saved = SavedRound(run=self._federation.run, step=step, membership=self._federation.membership(), state=state)
-            seconds = await asyncio.wrap_future(self._journal.write_checkpoint(saved))
+            seconds, num_bytes = await asyncio.wrap_future(self._journal.write_checkpoint(saved))
             if self._spacing is not None:
-                num_bytes = sum(tensor.nbytes for tensor in state.values())
                 self._spacing.written(time.monotonic(), seconds=seconds, num_bytes=num_bytes)
             self._federation.checkpointed(step)
             for observer in self._observers:
