@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from device_replies import LabelKeepers
 from ranks import Ranks, config_of, engine_of, ranks
 
 from gpu_server.federation import Trained
 from gpu_server.torch_engine import TorchEngine
-from protocol import Activations, Array, Evaluation, HiddenGradient, Seconds, TrainingDiverged
-from split_model import PretrainedModel
-from split_model.loss import summed_cross_entropy
+from protocol import Activations, Evaluation, Seconds, TrainingDiverged
 from storage import ModelError
 
 VOCABULARY, WIDTH = 600, 32
@@ -62,25 +61,8 @@ def held_out(shape: Shape = UNEQUAL, **changes: Any) -> Evaluation:
     return Evaluation(index=1, **{**fields, **changes})
 
 
-class Devices:
-    """That keep the labels, and compute the loss."""
-
-    def __init__(self, folder: Path) -> None:
-        model = PretrainedModel(folder)
-        self.head = model.tensors[model.config.head_name].view().to(torch.float64)
-
-    def reply(self, hidden: Array, batch: Activations, labelled_tokens: int | None = None) -> HiddenGradient:
-        states = torch.from_numpy(hidden.copy()).requires_grad_()
-        loss = summed_cross_entropy(states, self.head, torch.from_numpy(batch.labels).long())
-        (gradient,) = torch.autograd.grad(loss, states)
-        return HiddenGradient(
-            step=batch.step,
-            micro_batch=batch.micro_batch,
-            seconds=Seconds(),
-            summed_loss=loss.item(),
-            labelled_tokens=len(hidden) if labelled_tokens is None else labelled_tokens,
-            values=gradient.numpy(),
-        )
+class Devices(LabelKeepers):
+    """All of a run."""
 
     def run(self, engine: TorchEngine, shapes: Sequence[Shape], silent: Sequence[str] = ()) -> Iterator[Trained]:
         """All micro-batches of a step are on their way before the first comes back."""
@@ -162,7 +144,12 @@ def test_labels_may_be_fewer_than_rows_where_devices_hide_which_have_one(several
     sent = batches(UNEQUAL, 1, 0)
     unlabelled = {client: replace(batch, labels=batch.labels[:0]) for client, batch in sent.items()}
     expected, trained = (
-        engine.backward(1, 1, 0, {client: devices.reply(hidden[client], batch, 1) for client, batch in sent.items()})
+        engine.backward(
+            1,
+            1,
+            0,
+            {client: replace(devices.reply(hidden[client], batch), labelled_tokens=1) for client, batch in sent.items()},
+        )
         for engine in engines
         for hidden in [engine.forward(1, 0, unlabelled)]
     )

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from device_replies import LabelKeepers
 from usual_settings import settings
 
 from gpu_server.federation import Trained
 from gpu_server.part_trainer import PartTrainer
 from gpu_server.torch_engine import TorchEngine
-from protocol import Activations, Array, Evaluation, HiddenGradient, Seconds, TrainingDiverged
+from protocol import Activations, Evaluation, HiddenGradient, Seconds, TrainingDiverged
 from split_model import LoraConfig, PretrainedModel, adapter_shapes, initial_adapter
-from split_model.loss import summed_cross_entropy
 from storage import ModelError
 
 VOCABULARY, WIDTH = 600, 32
@@ -24,32 +24,18 @@ LENGTHS = {"a": [5, 9, 3], "b": [4, 7]}
 LABEL_COUNTS = {"a": [2, 9, 0], "b": [1, 3]}
 
 
-class Halves:
+class Halves(LabelKeepers):
     """An engine whose devices compute the loss."""
 
     def __init__(self, folder: Path, **changes: Any) -> None:
+        super().__init__(folder)
         self.engine = engine_of(folder, labels="device", **changes)
-        model = PretrainedModel(folder)
-        self.head = model.tensors[model.config.head_name].view().to(torch.float64)
 
     def forward(self, step: int, micro_batch: int, batches: dict[str, Activations]) -> dict[str, HiddenGradient]:
         """What the devices reply to the hidden states."""
         unlabelled = {name: replace(batch, labels=batch.labels[:0]) for name, batch in batches.items()}
         hidden = self.engine.forward(step, micro_batch, unlabelled)
         return {name: self.reply(hidden[name], batch) for name, batch in batches.items()}
-
-    def reply(self, hidden: Array, batch: Activations) -> HiddenGradient:
-        states = torch.from_numpy(hidden.copy()).requires_grad_()
-        loss = summed_cross_entropy(states, self.head, torch.from_numpy(batch.labels).long())
-        (gradient,) = torch.autograd.grad(loss, states)
-        return HiddenGradient(
-            step=batch.step,
-            micro_batch=batch.micro_batch,
-            seconds=Seconds(),
-            summed_loss=loss.item(),
-            labelled_tokens=len(hidden),
-            values=gradient.numpy(),
-        )
 
 
 def engine_of(folder: Path, **changes: Any) -> TorchEngine:
