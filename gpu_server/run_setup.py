@@ -302,7 +302,7 @@ def _observers(
     if "tensorboard" in config.report_to:
         with importing("--report-to tensorboard", install="splitlora[tensorboard]"):
             from .tensorboard import TensorBoardObserver
-        observers.append(TensorBoardObserver(directory.path, directory.checkpoints))
+        observers.append(TensorBoardObserver(directory.path, directory.checkpoints, config.clients))
     return observers
 
 

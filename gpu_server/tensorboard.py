@@ -37,10 +37,13 @@ class TensorBoardObserver(Observer):
     A run that goes on begins a new file. That takes back, by TensorBoard's own means, all from the earlier of the run's two
     checkpoints on, and says it again as far as the run goes: what a crash kept from the files is then in them, and no step that
     is done again shows twice. In a run that had none before, the file begins with the first step.
+
+    Args:
+        clients: how many the run starts with. Of more than `MOST_CLIENTS` none has curves of its own.
     """
 
-    def __init__(self, run_dir: Path, checkpoints: Checkpoints) -> None:
-        self._run_dir, self._checkpoints = run_dir, checkpoints
+    def __init__(self, run_dir: Path, checkpoints: Checkpoints, clients: int) -> None:
+        self._run_dir, self._checkpoints, self._has_curves_of_clients = run_dir, checkpoints, clients <= MOST_CLIENTS
         self._thread: ThreadPoolExecutor
         self._asked: deque[Future[None]] = deque()
         self._broken = threading.Event()
@@ -122,6 +125,8 @@ class TensorBoardObserver(Observer):
             self._add_mean_of_evaluations()
         self._step = record.number
         self._add(record.number, record.time, scalars_of(record))
+        if self._has_curves_of_clients:
+            self._add(record.number, record.time, {f"train_loss/{name}": loss for name, loss in record.losses.items()})
 
     def _add_evaluation(self, record: EvaluationRecord) -> None:
         if record.step <= self._evaluated.get(record.client, -1):
@@ -129,7 +134,8 @@ class TensorBoardObserver(Observer):
         self._evaluated[record.client] = record.step
         if record.step >= self._step:  # else it is late, and the mean of its step is written
             self._held_out[record.client] = record
-        self._add(record.step, record.time, {f"eval_loss/{record.client}": record.loss})
+        if self._has_curves_of_clients:
+            self._add(record.step, record.time, {f"eval_loss/{record.client}": record.loss})
 
     def _add_mean_of_evaluations(self) -> None:
         """Of all devices that have held-out texts, weighted by their labelled tokens."""
@@ -148,8 +154,7 @@ class TensorBoardObserver(Observer):
 def scalars_of(record: StepRecord) -> dict[str, float]:
     """
     By tag. Those of training are called as the Hugging Face Trainer calls them. ``time/`` is what devices have spent on each
-    part of the step, on average, in seconds; ``time/engine`` is how long the server computed in all. Of more than
-    `MOST_CLIENTS` devices none has a scalar of its own.
+    part of the step, on average, in seconds; ``time/engine`` is how long the server computed in all.
     """
     scalars = {
         "train/loss": record.loss,
@@ -165,6 +170,4 @@ def scalars_of(record: StepRecord) -> dict[str, float]:
     if record.seconds:
         spent, taking_part = vars(sum(record.seconds.values(), Seconds())), record.num_taking_part
         scalars |= {f"time/{part}": seconds / taking_part for part, seconds in spent.items()}
-    if record.together or len(record.losses) > MOST_CLIENTS:
-        return scalars
-    return scalars | {f"train_loss/{client}": loss for client, loss in record.losses.items()}
+    return scalars

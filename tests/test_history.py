@@ -209,6 +209,7 @@ def test_line_of_very_many_clients_is_short_and_has_the_sums_of_all() -> None:
     line = json.dumps(row_of(all_together))
     assert len(line) < 1000
     read = record_of(json.loads(line))
+    assert row_of(read) == row_of(all_together)
     assert (read.num_taking_part, all_together.num_taking_part) == (MOST_CLIENTS + 1, MOST_CLIENTS + 1)
     for name in ("number", "time", "loss", "labelled_tokens", "tokens", "num_bytes"):
         assert getattr(read, name) == getattr(all_together, name)

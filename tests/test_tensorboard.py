@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gpu_server import GpuServer
 from gpu_server.federation import StepRecord
-from gpu_server.history import EvaluationRecord, RunEvent, telling_to
+from gpu_server.history import MOST_CLIENTS, EvaluationRecord, RunEvent, telling_to
 from gpu_server.run_directory import RunDirectory
 from gpu_server.tensorboard import TensorBoardObserver, scalars_of
 from protocol import Seconds
@@ -43,10 +43,12 @@ def directory(tmp_path: Path) -> RunDirectory:
 class Serving:
     """A server that writes metrics, and tells the observer of them, from step to step."""
 
-    def __init__(self, directory: RunDirectory, done: int = 0, *, with_tensorboard: bool = True) -> None:
+    def __init__(
+        self, directory: RunDirectory, done: int = 0, *, with_tensorboard: bool = True, clients: int = MOST_CLIENTS
+    ) -> None:
         self.directory, self.number = directory, done
         directory.forget_after(done)
-        self.observer = TensorBoardObserver(directory.path, directory.checkpoints) if with_tensorboard else None
+        self.observer = TensorBoardObserver(directory.path, directory.checkpoints, clients) if with_tensorboard else None
         if self.observer:
             self.observer.serving_begins(done)
 
@@ -111,6 +113,16 @@ def test_step_is_written_with_its_figures_and_its_time(directory: RunDirectory) 
     read = EventAccumulator(str(directory.path / "tensorboard")).Reload()
     assert [point.wall_time for point in read.Scalars("train/loss")] == [1e9 + 1, 1e9 + 2]
     assert permissions(directory.path / "tensorboard") == 0o700
+
+
+def test_devices_of_a_run_of_very_many_have_no_curves_of_their_own(directory: RunDirectory) -> None:
+    serving = Serving(directory, clients=MOST_CLIENTS + 1)
+    serving.evaluated(held_out(0, "a", 5.0))
+    serving.steps(2)
+    serving.evaluated(held_out(2, "a", 1.0))
+    found = serving.end()
+    assert (found["train/loss"][2], found["eval/loss"]) == (3.75, {0: 5.0, 2: 1.0})
+    assert {tag.partition("/")[0] for tag in found} == {"train", "throughput", "time", "eval"}
 
 
 def test_figure_that_is_no_number_is_left_out() -> None:

@@ -71,7 +71,7 @@ def mean_of(records: Sequence[EvaluationRecord]) -> EvaluationRecord:
 def row_of(record: StepRecord) -> dict[str, Any]:
     """A step as metrics.jsonl has it."""
     names = sorted({*record.bytes_up, *record.seconds, *record.labelled})
-    is_too_long = len(names) > MOST_CLIENTS
+    is_too_long = record.together or len(names) > MOST_CLIENTS
     return {
         "step": record.number,
         "time": round(record.time, 3),
