@@ -46,7 +46,7 @@ def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, lora: Lora
 
 def load_adapter(folder: Path, config: ModelConfig, lora: LoraConfig) -> Adapter:
     """
-    Read a PEFT folder that fits the model and the run's LoRA settings.
+    Read a PEFT folder that fits the model and the run's LoRA settings, in float32, or float64 where it is stored so.
 
     Raises:
         AdapterError: it is missing or incomplete, or has another rank, alpha, targets or kind.
@@ -72,4 +72,5 @@ def load_adapter(folder: Path, config: ModelConfig, lora: LoraConfig) -> Adapter
     for name, matrix in adapter.items():
         if not matrix.is_floating_point() or not torch.isfinite(matrix.float()).all():
             raise AdapterError(f"{folder}: {name} has values that are not finite numbers; the adapter cannot be used")
-    return {name: adapter[name] for name in expected_shapes}
+    # Adapters are trained in float32 at least, however they were stored.
+    return {name: adapter[name] if adapter[name].dtype == torch.float64 else adapter[name].float() for name in expected_shapes}

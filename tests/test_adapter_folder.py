@@ -111,6 +111,17 @@ def test_other_initialisations_are_plain_lora(model: Path, tmp_path: Path, way: 
     assert load_adapter(adapter, PretrainedModel(model).config, OurLora(rank=4, alpha=8, targets=("c_attn",)))
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_adapter_is_continued_in_float32_at_least(model: Path, tmp_path: Path, stored: torch.dtype) -> None:
+    weights = save_peft(model, tmp_path / "adapter") / "adapter_model.safetensors"
+    save_file({name: matrix.to(stored) for name, matrix in load_file(weights).items()}, weights)
+    loaded = load_adapter(weights.parent, PretrainedModel(model).config, OurLora(rank=4, alpha=8, targets=("c_attn",)))
+    kept = load_file(weights)
+    for name, matrix in loaded.items():
+        assert matrix.dtype == torch.promote_types(stored, torch.float32)
+        assert torch.equal(matrix, kept[name].to(matrix.dtype))
+
+
 PATTERNS = [
     *("c_attn", "attn.c_attn", "h.0.attn.c_attn", "transformer.h.0.attn.c_attn", "^h.0.attn.c_attn", "attn", "tn", "mlp", ""),
     *("^transformer.h.0", "^transformer.h.0.attn.c_attn", "^transformer.h.0.attn.c_attn$", "c_attn|c_fc", "(c_attn|c_fc)"),
