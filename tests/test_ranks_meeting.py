@@ -1,6 +1,7 @@
 """How ranks know their place, what they tell each other, and what they say when they are not alike."""
 
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch.distributed.fsdp
 
 from gpu_server import ConfigError, GpuServer, cli
-from gpu_server.ranks.agreement import check_sharding, chosen_backend, differences
+from gpu_server.ranks.agreement import check_sharding, chosen_backend, differences, introduction
 from gpu_server.ranks.packing import NotAMessage, pack, unpack
 from gpu_server.ranks.place import Place
 from gpu_server.ranks.process_group import ProcessGroup
@@ -101,7 +102,7 @@ def said(**changes: Any) -> dict[str, Any]:
     """An introduction."""
     versions = {"splitlora": "1.0", "torch": "2.9"}
     devices = {"local_ranks": 2, "cuda_devices": 2, "has_nccl": True, "threads": 1}
-    return {"host": "here", "versions": versions, "options": {"lr": 0.1}, **devices, **changes}
+    return {"host": "here", "versions": versions, "options": {"lr": "0.1"}, **devices, **changes}
 
 
 def test_ranks_that_are_alike_differ_in_nothing() -> None:
@@ -111,7 +112,7 @@ def test_ranks_that_are_alike_differ_in_nothing() -> None:
 def test_every_difference_is_named_with_both_values_and_its_rank() -> None:
     others = {
         1: said(versions={"splitlora": "1.1", "torch": "2.8"}),
-        2: said(host="there", options={"lr": 0.2, "lora_targets": ["c_attn", "c_fc"]}),
+        2: said(host="there", options={"lr": "0.2", "lora_targets": "c_attn,c_fc"}),
         3: said(options={}),
     }
     assert differences({0: said(), **others}) == [
@@ -120,6 +121,19 @@ def test_every_difference_is_named_with_both_values_and_its_rank() -> None:
         "rank 2 on there was given --lora-targets c_attn,c_fc, rank 0 no --lora-targets",
         "rank 2 on there was given --lr 0.2, rank 0 --lr 0.1",
         "rank 3 was given no --lr, rank 0 --lr 0.1",
+    ]
+
+
+def test_settings_that_nobody_has_checked_yet_are_compared_whatever_they_are() -> None:
+    place = Place.here(TORCHRUN)
+    assert place is not None
+    odd = {"lr": date(1979, 5, 27), "lora_targets": [1, 2], "seed": 2**70, "codec": {"name": "int8"}}
+    mine, theirs = (unpack(pack(introduction(place, options))) for options in ({}, odd))
+    assert [told.partition(" was given ")[2] for told in differences({0: mine, 1: theirs})] == [
+        "--codec {'name': 'int8'}, rank 0 no --codec",
+        "--lora-targets 1,2, rank 0 no --lora-targets",
+        "--lr 1979-05-27, rank 0 no --lr",
+        f"--seed {2**70}, rank 0 no --seed",
     ]
 
 

@@ -43,7 +43,7 @@ def introduction(place: Place, options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "host": platform.node(),
         "versions": {"splitlora": version(), "torch": str(torch.__version__)},
-        "options": {name: value for name, value in options.items() if name not in OF_EACH_RANK},
+        "options": {name: _shown(value) for name, value in options.items() if name not in OF_EACH_RANK},
         "local_ranks": place.local_ranks,
         "cuda_devices": torch.cuda.device_count(),
         "has_nccl": dist.is_nccl_available(),
@@ -165,8 +165,10 @@ def _where(rank: int, ranks: Mapping[int, Said]) -> str:
     return f"rank {rank}" if host == ranks[LEADER]["host"] else f"rank {rank} on {host}"
 
 
-def _given(name: str, options: Mapping[str, Any]) -> str:
-    if name not in options:
-        return f"no --{flag_name(name)}"
-    value = options[name]
-    return f"--{flag_name(name)} {','.join(value) if isinstance(value, list | tuple) else value}"
+def _shown(value: Any) -> str:
+    """Of a setting that nobody has checked yet: a file may hold what no rank can tell another, such as a date."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _given(name: str, options: Mapping[str, str]) -> str:
+    return f"--{flag_name(name)} {options[name]}" if name in options else f"no --{flag_name(name)}"
