@@ -3,7 +3,8 @@
 import platform
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -49,7 +50,7 @@ from .torch_engine import TorchEngine
 if TYPE_CHECKING:
     from .ranks.leader import Leader
 
-__all__ = ["Run", "set_up"]
+__all__ = ["Run", "parting_on_failure", "set_up"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +98,25 @@ def set_up(options: Mapping[str, Any]) -> Run:
     from .ranks.leader import Leader
 
     leader = Leader(place, options)
-    try:
+    with parting_on_failure(leader):
         return _set_up(options, leader)
-    except BaseException:
-        leader.close()
+
+
+@contextmanager
+def parting_on_failure(leader: "Leader | None") -> Iterator[None]:
+    """
+    Where something fails, send the other ranks home, if there are any.
+
+    Raises:
+        RankLost: see `Leader.raise_lost`.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if leader is not None:
+            leader.close()
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                leader.raise_lost()
         raise
 
 

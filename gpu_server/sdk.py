@@ -20,7 +20,7 @@ from .errors import RankLost
 from .federation import Action, StepRecord
 from .history import RunFiles, telling_to
 from .resuming import go_back, start_from
-from .run_setup import Run, set_up
+from .run_setup import Run, parting_on_failure, set_up
 from .serving import EventRelay, Observer, RunServer
 
 __all__ = ["GpuServer", "RunEndedEarly"]
@@ -101,14 +101,13 @@ class GpuServer:
         Raises:
             ServerError: the address cannot be listened on, another server has the run's folder, or the run cannot go on.
         """
-        try:
-            self._run.directory.hold()
-            return self._begin()
-        except BaseException:
-            self._run.directory.release()
-            if self._run.leader is not None:
-                self._run.leader.close()
-            raise
+        with parting_on_failure(self._run.leader):
+            try:
+                self._run.directory.hold()
+                return self._begin()
+            except BaseException:
+                self._run.directory.release()
+                raise
 
     def _begin(self) -> "GpuServer":
         run, self._steps = self._run, _StepQueue()
@@ -217,9 +216,8 @@ class GpuServer:
             self._raise_lost()
 
     def _raise_lost(self) -> None:
-        # Where a rank is killed, torchrun sends SIGTERM to the others at about the same time.
-        if self._run.leader is not None and self._run.leader.lost is not None:
-            raise self._run.leader.lost
+        if self._run.leader is not None:
+            self._run.leader.raise_lost()
 
     def _end(self, kind: type[BaseException] | None) -> None:
         if kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit):

@@ -270,6 +270,53 @@ def test_signals_are_for_the_first_rank(flags: dict[str, Any]) -> None:
         assert servers[1].said() == ""
 
 
+TOLD_TO_END_WHEN_ONE_IS_LOST = """
+import signal
+from gpu_server.ranks import leader
+
+def load(config, model, adapter, device, group):
+    group._is_lost.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+leader.make_trainer = load
+"""
+FOLLOWER = """
+import signal
+from gpu_server.errors import RankLost
+from gpu_server.ranks import follower
+from storage import ModelError
+
+def fail(error):
+    raise error
+
+"""
+KILLED = "follower.make_trainer = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+WITH_A_TORN_MODEL = "follower.make_trainer = lambda *_: fail(ModelError('its file is torn'))"
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [(KILLED, ""), (WITH_A_TORN_MODEL, "splitlora-server: rank 1: its file is torn\n")],
+    ids=["killed", "torn"],
+)
+def test_rank_that_is_lost_before_anybody_is_served_is_named(flags: dict[str, Any], fault: str, says: str) -> None:
+    with by_hand((TOLD_TO_END_WHEN_ONE_IS_LOST, flags), (FOLLOWER + fault, flags)) as servers:
+        assert servers[0].ended() == 1
+        (error,) = servers[0].errors()
+        assert error.startswith("splitlora-server: rank 1 is gone")
+        assert servers[1].said() == says
+
+
+def test_rank_that_has_lost_another_of_which_the_first_does_not_know_ends(flags: dict[str, Any]) -> None:
+    lost = "follower.MOST_SECONDS_SILENT = 0; follower._compute = lambda *_: fail(RankLost('another rank'))"
+    with by_hand(("", flags), (FOLLOWER + lost, flags)) as servers:
+        assert servers[1].ended() == 1
+        assert servers[0].ended() == 1
+        ((first,), (second,)) = (server.errors() for server in servers)
+        assert first.startswith("splitlora-server: rank 1 is gone: ")
+        assert second.startswith("splitlora-server: rank 1: another rank is gone: ")
+
+
 OTHER_VERSIONS = """
 import torch
 from gpu_server.ranks import agreement

@@ -17,7 +17,7 @@ from ..federation import Trained
 from ..part_trainer import HiddenShare, PartTrainer, make_trainer
 from .agreement import introduction, own_device
 from .place import LEADER, Place
-from .process_group import ProcessGroup
+from .process_group import MOST_SECONDS_SILENT, ProcessGroup
 from .telling import FAILING_EVERYWHERE, adapter_of, batches_of
 
 __all__ = ["follow"]
@@ -35,7 +35,7 @@ def follow(place: Place, options: Mapping[str, Any]) -> NoReturn:
         ServerError: the others cannot be met.
     """
 
-    def end(error: ServerError | None) -> None:
+    def end(error: ServerError | ModelError | None) -> NoReturn:
         # At once, whatever this process waits for: it has nothing to save.
         if error is not None:
             print(f"splitlora-server: rank {place.rank}: {error}", file=sys.stderr, flush=True)  # noqa: T201
@@ -46,12 +46,12 @@ def follow(place: Place, options: Mapping[str, Any]) -> NoReturn:
         signal.signal(number, signal.SIG_IGN)
     try:
         _compute(group, _trainer(group, options))
-    except RankLost:
-        pass
-    except ServerError as error:
+    except RankLost as lost:
+        # Soon a thread that watches rank 0 calls `end`. But where only two others have lost each other, rank 0 waits for both.
+        time.sleep(MOST_SECONDS_SILENT)
+        end(lost)
+    except (ServerError, ModelError) as error:
         end(error)
-    while True:
-        time.sleep(1)  # until a thread that watches rank 0 calls `end`
 
 
 def _trainer(group: ProcessGroup, options: Mapping[str, Any]) -> PartTrainer:
@@ -72,7 +72,7 @@ def _trainer(group: ProcessGroup, options: Mapping[str, Any]) -> PartTrainer:
     return make_trainer(config, model, adapter, device, group)
 
 
-def _compute(group: ProcessGroup, trainer: PartTrainer) -> None:
+def _compute(group: ProcessGroup, trainer: PartTrainer) -> NoReturn:
     """What the leader says, one after the other; until this process ends."""
     while True:
         told = group.receive(LEADER)

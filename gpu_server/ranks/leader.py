@@ -109,6 +109,17 @@ class Leader:
         """Which rank is gone."""
         return self._group.lost
 
+    def raise_lost(self) -> None:
+        """
+        Call it when this process was told to end: where a rank is killed, torchrun sends SIGTERM to the others at about the
+        same time.
+
+        Raises:
+            RankLost: a rank is gone.
+        """
+        if self.lost is not None:
+            raise self.lost from None
+
     def close(self) -> None:
         """Send the others home, and part."""
         self._group.close()
