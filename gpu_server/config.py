@@ -137,7 +137,8 @@ class ServerConfig:
     resume: bool = option("go on with the run in --run-dir; its settings need not be given again", False)
     resume_or_start: bool = option("go on with the run in --run-dir if there is one, else start it: for services", False)
     checkpoint_every: int | None = option(
-        "rounds between two checkpoints; if not given, as many as keep their writing below 1 MB/s and a hundredth of the time"
+        "rounds between two checkpoints; if not given, as many as keep their writing below 1 MB/s and a hundredth of the time, "
+        "with codec delta 10"
     )
     quorum: int | None = option("devices with which a step goes on after its deadline; all, if not given")
     step_deadline: float | None = option("seconds until a step goes on with a quorum; measured, if not given")

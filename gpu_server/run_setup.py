@@ -14,7 +14,7 @@ import numpy
 import torch
 
 from privacy import worth
-from protocol import EXACT, RunSettings
+from protocol import DELTA, EXACT, RunSettings
 from protocol.settings import codec_named
 from split_model import (
     Adapter,
@@ -31,6 +31,7 @@ from split_model import (
 from storage import RunDescription, find_model, part_that_differs
 from terminal import importing, listed, version
 
+from .checkpoints import CheckpointSpacing
 from .config import OF_THE_RUN, ServerConfig, is_loopback, resumed, with_whole_paths
 from .door import Door, open_door
 from .edge_part import EdgePartStore
@@ -51,6 +52,9 @@ if TYPE_CHECKING:
     from .ranks.leader import Leader
 
 __all__ = ["Run", "parting_on_failure", "set_up"]
+
+ROUNDS_OF_DELTA = 10
+"""From one checkpoint to the next, in that codec."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,8 @@ class Run:
     """These two are among them where the run has a page."""
     steps_before: int | None
     """``steps`` of a resumed run, as it was served the last time."""
+    spacing: CheckpointSpacing | None
+    """Which of the rounds' ends are worth a checkpoint; None where the federation alone decides that."""
     leader: "Leader | None"
     """Of the other processes that compute; None where there are none."""
 
@@ -174,7 +180,7 @@ def _set_up(options: Mapping[str, Any], leader: "Leader | None") -> Run:
         limits,
         engine.edge_adapter(),
         quorum=config.quorum,
-        checkpoint_every=config.checkpoint_every or 1,
+        checkpoint_every=_rounds_to_checkpoint(config, settings) or 1,
         deadline=Deadline(config.step_deadline),
         codec_policy=_codec_policy(config, settings, directory),
         restarts=description.restarts,
@@ -200,8 +206,26 @@ def _set_up(options: Mapping[str, Any], leader: "Leader | None") -> Run:
         page=page,
         prometheus=prometheus,
         steps_before=previous.config.get("steps") if previous else None,
+        spacing=_spacing(settings, federation) if _rounds_to_checkpoint(config, settings) is None else None,
         leader=leader,
     )
+
+
+def _rounds_to_checkpoint(config: ServerConfig, settings: RunSettings) -> int | None:
+    """
+    None: the clock decides. With `DELTA` it must not: a device keeps what it has sent since the last checkpoint, and codes
+    otherwise when its cache is full of that, so that checkpoints have a part in what comes out.
+    """
+    if config.checkpoint_every is None and settings.activation_codec == DELTA:
+        return ROUNDS_OF_DELTA
+    return config.checkpoint_every
+
+
+def _spacing(settings: RunSettings, federation: Federation) -> CheckpointSpacing:
+    if settings.aggregate_every == 1:
+        return CheckpointSpacing()
+    adapter_and_moments = 3
+    return CheckpointSpacing(adapter_and_moments * sum(matrix.nbytes for matrix in federation.edge_adapter.values()))
 
 
 def _directory(options: Mapping[str, Any]) -> RunDirectory:

@@ -14,13 +14,12 @@ from protocol import DELTA
 from protocol.limits import CACHES_ON_SERVER
 from storage import CacheFolder
 
-from .checkpoints import CheckpointSpacing
 from .config import ServerConfig, described
 from .errors import RankLost
 from .federation import Action, StepRecord
 from .history import RunFiles, telling_to
 from .resuming import go_back, start_from
-from .run_setup import Run, parting_on_failure, set_up
+from .run_setup import parting_on_failure, set_up
 from .serving import EventRelay, Observer, RunServer
 
 __all__ = ["GpuServer", "RunEndedEarly"]
@@ -128,7 +127,7 @@ class GpuServer:
             metrics=run.prometheus.exposition,
             # Before steps are taken back: until then at least the devices of the server before were there.
             last_step_time=RunFiles(run.directory.path).last_step_time() if run.federation.restarts else None,
-            spacing=CheckpointSpacing(_bytes_of_a_device(run)) if self.config.checkpoint_every is None else None,
+            spacing=run.spacing,
         )
         with telling_to(self._events):
             actions = go_back(run) if run.federation.restarts else []
@@ -234,14 +233,6 @@ class GpuServer:
     def _cache_of(self, client: str) -> CacheFolder:
         # Beside a sample's last versions there are those of all steps that the run may go back to; devices keep less.
         return self._run.directory.activation_cache(client, CACHES_ON_SERVER * self.config.cache_bytes)
-
-
-def _bytes_of_a_device(run: Run) -> int:
-    """What it keeps of a round; see `CheckpointSpacing`."""
-    if run.federation.settings.aggregate_every == 1:
-        return 0
-    adapter_and_moments = 3
-    return adapter_and_moments * sum(matrix.nbytes for matrix in run.federation.edge_adapter.values())
 
 
 class _StepQueue(Observer):

@@ -12,6 +12,7 @@ import torch
 
 from gpu_server import ServerError
 from gpu_server.checkpoints import Checkpoints, CheckpointSpacing, SavedRound
+from gpu_server.run_setup import set_up
 from storage import replace_file
 
 MEMBERSHIP = {"a": {"num_samples": 5, "batch_size": 2, "longest": 9, "step": 0, "left": False}}
@@ -156,3 +157,15 @@ def test_size_of_a_checkpoint_is_that_of_its_file(checkpoints: Checkpoints) -> N
     """Of very many devices, what is known of them is more than the adapter."""
     many = replace(saved(5), membership={f"device-{number}": MEMBERSHIP["a"] for number in range(1000)})
     assert checkpoints.write(many) == newest(checkpoints).stat().st_size > 50_000
+
+
+def test_clock_decides_about_checkpoints_where_nothing_that_comes_out_depends_on_it(tiny_model: Path, tmp_path: Path) -> None:
+    def decided(**options: Any) -> tuple[bool, int]:
+        run = set_up({"model": str(tiny_model), "cut_layer": 1, "steps": 2, "run_dir": str(tmp_path / str(options)), **options})
+        return run.spacing is not None, run.federation.checkpoint_every
+
+    assert decided() == (True, 1)
+    assert decided(aggregate_every=3) == (True, 1)
+    assert decided(checkpoint_every=7) == (False, 7)
+    assert decided(codec="delta") == (False, 10)
+    assert decided(codec="delta", checkpoint_every=7) == (False, 7)
