@@ -12,13 +12,13 @@ from .traffic import CODECS
 
 __all__ = ["Fleet", "Plan", "PlanError", "Server"]
 
-ROUND_OF_KEYBOARDS = 130.0
+SECONDS_OF_A_ROUND = 130.0
 """
-Seconds of a round among phones: 3,000 rounds in 4 to 5 days (Hard et al. 2018, Federated learning for mobile keyboard
-prediction, arXiv:1811.03604).
+Among phones: "about 2-3 minutes", 3,000 rounds in 5 days (Bonawitz et al. 2019, Towards federated learning at scale: system
+design, arXiv:1902.01046, section 8, Next word prediction).
 """
 LOST_IN_A_ROUND = 0.08
-"""Of a round's devices, 6 to 10 % drop out (Bonawitz et al. 2019, Towards federated learning at scale, arXiv:1902.01046)."""
+"""Of a round's devices 6 to 10 % drop out, on average (the same, section 9)."""
 SPREAD_OF_90_PERCENT = 2 * 1.645
 SPREAD_OF_80_PERCENT = 2 * 1.282
 """Standard deviations of a normal distribution between its 5th and 95th, and its 10th and 90th percentile."""
@@ -67,7 +67,7 @@ class Fleet:
     Digital Information World reports it, February 2023); that this holds elsewhere, and upwards, is an assumption. A device's
     link is slow, or fast, in everything.
     """
-    seconds_connected: float = ROUND_OF_KEYBOARDS / LOST_IN_A_ROUND
+    seconds_connected: float = SECONDS_OF_A_ROUND / LOST_IN_A_ROUND
     """From a device's connection to its loss, exponentially distributed, the mean; 0: it is never lost."""
     seconds_away: float = 180.0
     """From the loss to the next connection, the same. An assumption: no public measurement of it is known to us."""
@@ -83,9 +83,9 @@ class Server:
 
     tokens_a_second: float = 230_000.0
     """
-    That one GPU trains of GPT-2 small. 10 billion tokens in 90 minutes on 8 A100 (Karpathy 2024, Reproducing GPT-2 (124M) in
-    llm.c in 90 minutes for $20): with all gradients, so the server's part alone should be faster. `make device-check` measures
-    the card that is at hand.
+    That one GPU trains of GPT-2 small. 10 billion tokens in about 90 minutes on 8 A100 80GB SXM (Karpathy 2024, Reproducing
+    GPT-2 (124M) in llm.c in 90 minutes for $20): with all gradients, so the server's part alone should be faster.
+    `make device-check` measures the card that is at hand.
     """
     seconds_a_micro_batch: float = 0.005
     """Of each computation, whatever its size: launches and the optimiser's step. An assumption."""
