@@ -87,12 +87,11 @@ def not_seen_since(time: float, clients: Mapping[str, Enrolment], files: RunFile
         ConfigError: the run's files do not reach so far back.
         HistoryError: a file of the run cannot be read.
     """
-    first = next(iter(files.events()), None)
     seen = attendance(files)
-    if any(not one.time for one in seen.values()) and (first is None or first.time > time):
+    if not (_reach_back(files, time) or (_steps_name_all(files) and all(one.time for one in seen.values()))):
         raise ConfigError(
-            f"{files.path} does not say when its devices were seen so long ago: its server was updated "
-            "since; revoke them one by one"
+            f"{files.path} does not say when its devices were seen so long ago: its server was updated since, or older files "
+            "were moved elsewhere; revoke them one by one"
         )
     names = []
     for name, client in clients.items():
@@ -101,3 +100,15 @@ def not_seen_since(time: float, clients: Mapping[str, Enrolment], files: RunFile
         if max(enrolled, 0.0 if one is None else one.time) < time and (one is None or not one.is_connected):
             names.append(name)
     return names
+
+
+def _reach_back(files: RunFiles, time: float) -> bool:
+    """Whether events are there since then, or since the run began."""
+    first = next(iter(files.events()), None)
+    return first is not None and (first.time <= time or (first.kind == "server_started" and first.details.get("restarts") == 0))
+
+
+def _steps_name_all(files: RunFiles) -> bool:
+    """Whether steps, which are there since the run began, say of each who was in them."""
+    first = next(iter(files.steps()), None)
+    return first is None or (first.number == 1 and not first.together)

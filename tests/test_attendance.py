@@ -16,7 +16,7 @@ from gpu_server.door import enrolments_of
 from gpu_server.enrolment import Enrolments
 from gpu_server.errors import ConfigError
 from gpu_server.federation import StepRecord
-from gpu_server.history import RunEvent, RunFiles, row_of
+from gpu_server.history import TOGETHER, RunEvent, RunFiles, row_of
 from gpu_server.run_lock import lock_of
 from storage import RunDescription
 
@@ -157,6 +157,26 @@ def test_devices_that_were_seen_nobody_knows_when_are_not_forgotten(run_dir: Pat
             not_seen_since(NOW - 86400, enrolments.clients(), files)
     since = written(run_dir, event(-24 * 60, "server_started"))
     assert not_seen_since(NOW - 86400, enrolments.clients(), since) == ["kitchen"]
+
+
+OF_MANY = replace(a_step(1), bytes_up={TOGETHER: 1}, bytes_down={TOGETHER: 1}, together=1001)
+
+
+@pytest.mark.parametrize("step", [OF_MANY, a_step(7)])
+def test_devices_that_moved_files_may_name_are_not_forgotten(step: StepRecord, run_dir: Path) -> None:
+    """One that was there before the first event, and is not there any more, may have been there until a moment before."""
+    (run_dir / "metrics.jsonl").write_text(json.dumps(row_of(step)) + "\n")
+    clients = enrolled(run_dir, kitchen=100).clients()
+    files = written(run_dir, event(-1, "server_started", restarts=3))
+    with pytest.raises(ConfigError, match="or older files were moved elsewhere"):
+        not_seen_since(NOW - 86400 * 30, clients, files)
+    assert not_seen_since(NOW - 60, clients, files) == ["kitchen"]
+
+
+def test_run_that_began_since_says_all_of_its_devices(run_dir: Path) -> None:
+    clients = enrolled(run_dir, kitchen=100).clients()
+    files = written(run_dir, event(-1, "server_started", restarts=0))
+    assert not_seen_since(NOW - 86400 * 30, clients, files) == ["kitchen"]
 
 
 def test_commands_list_and_forget(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
