@@ -7,6 +7,7 @@ import sys
 from argparse import ArgumentTypeError, Namespace
 from dataclasses import asdict, fields
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from terminal import Parser, Progress, count, duration, run_program, user_path
@@ -71,42 +72,28 @@ def _parser() -> Parser:
         "Each is a run of its own",
     )
     add("--codec", default=plan.codec, choices=tuple(CODECS), help=f"of activations and gradients (default: {plan.codec})")
-    for flag, name, text in (
-        (
-            "--device-speed",
-            "tokens_a_second",
-            "tokens/s of the median device, through three blocks of GPT-2 small and back",
-        ),
-        ("--device-spread", "compute_spread", "standard deviation of the logarithm of devices' speeds"),
-        ("--jitter", "jitter", "the same of one device's computations"),
-        ("--uplink", "uplink", "Mbit/s of the median device"),
-        ("--downlink", "downlink", "Mbit/s of the median device"),
-        ("--round-trip", "round_trip", "seconds of the median device"),
-        ("--link-spread", "link_spread", "standard deviation of the logarithm of links' speeds"),
-        ("--connected", "seconds_connected", "seconds until a connection is lost, the mean; 0: never"),
-        ("--away", "seconds_away", "seconds until a lost device is back, the mean"),
-        ("--leaving", "leaving", "share of losses after which a device does not come back"),
-        ("--arrival", "arrival", "seconds in which the devices join"),
+    for defaults, name, text in (
+        (fleet, "device-speed", "tokens/s of the median device, through three blocks of GPT-2 small and back"),
+        (fleet, "device-spread", "standard deviation of the logarithm of devices' speeds"),
+        (fleet, "jitter", "the same of one device's computations"),
+        (fleet, "uplink", "Mbit/s of the median device"),
+        (fleet, "downlink", "Mbit/s of the median device"),
+        (fleet, "round-trip", "seconds of the median device"),
+        (fleet, "link-spread", "standard deviation of the logarithm of links' speeds"),
+        (fleet, "connected", "seconds until a connection is lost, the mean; 0: never"),
+        (fleet, "away", "seconds until a lost device is back, the mean"),
+        (fleet, "leaving", "share of losses after which a device does not come back"),
+        (fleet, "arrival", "seconds in which the devices join"),
+        (server, "server-speed", "tokens a second that one GPU trains"),
+        (server, "server-overhead", "seconds of a computation, whatever its size"),
+        (server, "ranks", "GPUs that share the computation"),
+        (server, "rank-efficiency", "what each of several ranks does of what one alone would"),
+        (server, "exchange", "seconds of the thread that serves, for a question and its answer"),
+        (server, "gigabits", "Gbit/s of the server's link"),
     ):
-        default = getattr(fleet, name)
-        add(flag, dest=f"fleet_{name}", type=float, default=default, metavar="X", help=f"{text} (default: {default:.4g})")
-    for flag, name, text in (
-        ("--server-speed", "tokens_a_second", "tokens a second that one GPU trains"),
-        ("--server-overhead", "seconds_a_micro_batch", "seconds of a computation, whatever its size"),
-        ("--ranks", "ranks", "GPUs that share the computation"),
-        ("--rank-efficiency", "rank_efficiency", "what each of several ranks does of what one alone would"),
-        ("--exchange", "exchange", "seconds of the thread that serves, for a question and its answer"),
-        ("--gigabits", "gigabits", "Gbit/s of the server's link"),
-    ):
-        default = getattr(server, name)
-        add(
-            flag,
-            dest=f"server_{name}",
-            type=type(default),
-            default=default,
-            metavar="X",
-            help=f"{text} (default: {default:g})",
-        )
+        default = getattr(defaults, name.replace("-", "_"))
+        shown = f"{default:.4g}" if default < 1000 else f"{default:.0f}"
+        add(f"--{name}", type=type(default), default=default, metavar="X", help=f"{text} (default: {shown})")
     add("--profile", action="store_true", help="show in which functions the federation spends its time")
     add("--json", type=Path, metavar="FILE", help="write all figures there")
     add("--pictures", type=Path, metavar="FOLDER", help="draw the curves there, as fleet.svg and fleet.png; needs matplotlib")
@@ -148,6 +135,16 @@ def _check_places(options: Namespace) -> None:
         raise PlanError(f"--json {options.json} is a folder; give a file's name")
     if options.pictures is not None and user_path(options.pictures).exists() and not user_path(options.pictures).is_dir():
         raise PlanError(f"--pictures {options.pictures} is a file; give a folder")
+    for flag, given, folder in (
+        ("--json", options.json, options.json and user_path(options.json).absolute().parent),
+        ("--pictures", options.pictures, options.pictures and user_path(options.pictures)),
+    ):
+        if given is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                TemporaryFile(dir=folder).close()
+            except OSError as error:
+                raise PlanError(f"{flag} {given}: nothing can be written there: {error.strerror}") from None
 
 
 def _simulate(plan: Plan, progress: Progress, *, profiled: bool) -> Result:
@@ -165,8 +162,8 @@ def _simulate(plan: Plan, progress: Progress, *, profiled: bool) -> Result:
 def _plans(options: Namespace) -> list[Plan]:
     """One for each number of devices, each deadline and each quorum."""
     given = vars(options)
-    fleet = Fleet(**{item.name: given[f"fleet_{item.name}"] for item in fields(Fleet)})
-    server = Server(**{item.name: given[f"server_{item.name}"] for item in fields(Server) if f"server_{item.name}" in given})
+    fleet = Fleet(**{item.name: given[item.name] for item in fields(Fleet)})
+    server = Server(**{item.name: given[item.name] for item in fields(Server) if item.name in given})
     shared = {item.name: given[item.name] for item in fields(Plan) if item.name not in OF_ONE_RUN}
     return [
         Plan(devices=devices, quorum=quorum, deadline=deadline, fleet=fleet, server=server, **shared)

@@ -129,7 +129,7 @@ class _Simulation:
     def _drawn_devices(self) -> dict[str, Device]:
         """The same for the same seed and number, whatever else the plan says."""
         plan, fleet, draws, number = self._plan, self._plan.fleet, self._draws, self._plan.devices
-        speeds = fleet.tokens_a_second * np.exp(fleet.compute_spread * draws.standard_normal(number))
+        speeds = fleet.device_speed * np.exp(fleet.device_spread * draws.standard_normal(number))
         forwards = plan.tokens / plan.micro_batches * plan.block_share / speeds / 2  # the other half is the way back
         links = np.exp(fleet.link_spread * draws.standard_normal(number))
         uplinks, downlinks = (megabits * 1e6 / BITS * links for megabits in (fleet.uplink, fleet.downlink))
@@ -256,8 +256,8 @@ class _Simulation:
         self._decide("join", self.federation.join, device.name, join(device.step, self._plan.micro_batches))
 
     def _schedule_loss(self, device: Device) -> None:
-        if self._plan.fleet.seconds_connected:
-            connected = self._draws.exponential(self._plan.fleet.seconds_connected)
+        if self._plan.fleet.connected:
+            connected = self._draws.exponential(self._plan.fleet.connected)
             self._happens(self._now + connected, IS_LOST, device)
 
     def _lose(self, device: Device) -> None:
@@ -273,7 +273,7 @@ class _Simulation:
             self._decide("leave", self.federation.leave, device.name)
             return
         self._meter.call("disconnected", self.federation.disconnected, device.name, self._now)
-        away = self._draws.exponential(fleet.seconds_away) if fleet.seconds_away else 0.0
+        away = self._draws.exponential(fleet.away) if fleet.away else 0.0
         # As a device's program does, it computes on and connects again when it is about to speak or to wait.
         back = max(self._now + away, device.processor_free) + 2 * HANDSHAKE_ROUND_TRIPS * device.hardware.latency
         self._happens(back, JOINS, device)

@@ -34,13 +34,13 @@ class Fleet:
     The devices and their links. A speed is its median times a log-normal factor, drawn once for each device.
     """
 
-    tokens_a_second: float = 1650.0
+    device_speed: float = 1650.0
     """
-    Of the median device, forward and backward through three blocks of GPT-2 small: what one core of this project's benchmark
-    machine does (benchmarks/README.md, How fast a device computes: 412 rows in 250 ms of the processor). Other widths and cuts
-    are scaled from it.
+    Tokens a second of the median device, forward and backward through three blocks of GPT-2 small: what one core of this
+    project's benchmark machine does (benchmarks/README.md, How fast a device computes: 412 rows in 250 ms of the processor).
+    Other widths and cuts are scaled from it.
     """
-    compute_spread: float = math.log(10) / SPREAD_OF_90_PERCENT
+    device_spread: float = math.log(10) / SPREAD_OF_90_PERCENT
     """
     Standard deviation of the logarithm of devices' speeds: 5 % and 95 % are ten times apart, as the peak performance of phones
     is (Wu et al. 2019, Machine learning at Facebook: understanding inference at the edge, HPCA, Fig. 1: over an order of
@@ -67,10 +67,10 @@ class Fleet:
     Digital Information World reports it, February 2023); that this holds elsewhere, and upwards, is an assumption. A device's
     link is slow, or fast, in everything.
     """
-    seconds_connected: float = SECONDS_OF_A_ROUND / LOST_IN_A_ROUND
-    """From a device's connection to its loss, exponentially distributed, the mean; 0: it is never lost."""
-    seconds_away: float = 180.0
-    """From the loss to the next connection, the same. An assumption: no public measurement of it is known to us."""
+    connected: float = SECONDS_OF_A_ROUND / LOST_IN_A_ROUND
+    """Seconds from a device's connection to its loss, exponentially distributed, the mean; 0: it is never lost."""
+    away: float = 180.0
+    """Seconds from the loss to the next connection, the same. An assumption: no public measurement of it is known to us."""
     leaving: float = 0.0
     """The share of losses after which the device does not come back, and says so. An assumption."""
     arrival: float = 60.0
@@ -81,14 +81,14 @@ class Fleet:
 class Server:
     """What the server takes for its work, besides deciding."""
 
-    tokens_a_second: float = 230_000.0
+    server_speed: float = 230_000.0
     """
-    That one GPU trains of GPT-2 small. 10 billion tokens in about 90 minutes on 8 A100 80GB SXM (Karpathy 2024, Reproducing
-    GPT-2 (124M) in llm.c in 90 minutes for $20): with all gradients, so the server's part alone should be faster.
+    Tokens a second that one GPU trains of GPT-2 small. 10 billion tokens in about 90 minutes on 8 A100 80GB SXM (Karpathy 2024,
+    Reproducing GPT-2 (124M) in llm.c in 90 minutes for $20): with all gradients, so the server's part alone should be faster.
     `make device-check` measures the card that is at hand.
     """
-    seconds_a_micro_batch: float = 0.005
-    """Of each computation, whatever its size: launches and the optimiser's step. An assumption."""
+    server_overhead: float = 0.005
+    """Seconds of each computation, whatever its size: launches and the optimiser's step. An assumption."""
     ranks: int = 1
     """GPUs that share the computation."""
     rank_efficiency: float = 0.9
@@ -106,8 +106,8 @@ class Server:
 
     def seconds_of(self, tokens: float) -> float:
         """Of a micro-batch."""
-        speed = self.tokens_a_second * self.ranks * (self.rank_efficiency if self.ranks > 1 else 1.0)
-        return self.seconds_a_micro_batch + tokens / speed
+        speed = self.server_speed * self.ranks * (self.rank_efficiency if self.ranks > 1 else 1.0)
+        return self.server_overhead + tokens / speed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,16 +155,16 @@ class Plan:
             raise PlanError(f"codec must be one of {', '.join(CODECS)}, got {self.codec[:40]!r}")
         _require("seed", self.seed, 0, 2**63 - 1)
         fleet, server = self.fleet, self.server
-        for name in ("tokens_a_second", "uplink", "downlink"):
+        for name in ("device_speed", "uplink", "downlink"):
             _require(name, getattr(fleet, name), 1e-6, 1e12)
-        for name in ("compute_spread", "jitter", "link_spread"):
+        for name in ("device_spread", "jitter", "link_spread"):
             _require(name, getattr(fleet, name), 0, 3)
-        for name in ("round_trip", "seconds_connected", "seconds_away", "arrival"):
+        for name in ("round_trip", "connected", "away", "arrival"):
             _require(name, getattr(fleet, name), 0, 1e9)
         _require("leaving", fleet.leaving, 0, 1)
-        for name in ("tokens_a_second", "gigabits", "adding"):
+        for name in ("server_speed", "gigabits", "adding"):
             _require(name, getattr(server, name), 1e-6, 1e15)
-        for name in ("seconds_a_micro_batch", "exchange"):
+        for name in ("server_overhead", "exchange"):
             _require(name, getattr(server, name), 0, 1e6)
         _require("ranks", server.ranks, 1, 100_000)
         _require("rank_efficiency", server.rank_efficiency, 0.01, 1)
@@ -200,5 +200,13 @@ class Plan:
 
 
 def _require(name: str, value: float, least: float, most: float) -> None:
+    """
+    Args:
+        name: of a field, and of the program's flag.
+    """
     if not least <= value <= most:  # a NaN is not either
-        raise PlanError(f"{name.replace('_', '-')} must be {least:g} to {most:g}, got {value:g}")
+        raise PlanError(f"{name.replace('_', '-')} must be {_shown(least)} to {_shown(most)}, got {_shown(value)}")
+
+
+def _shown(number: float) -> str:
+    return f"{number:,d}" if isinstance(number, int) else f"{number:g}"

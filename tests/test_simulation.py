@@ -38,9 +38,9 @@ from simulation.events import make_federation
 from simulation.tables import growth_table
 from simulation.traffic import Traffic
 
-ALIKE = Fleet(compute_spread=0.0, link_spread=0.0, jitter=0.0, seconds_connected=0.0)
+ALIKE = Fleet(device_spread=0.0, link_spread=0.0, jitter=0.0, connected=0.0)
 WIDE = 1e6  # Gbit/s: the server's own link takes no time
-HARSH = Fleet(seconds_connected=8.0, seconds_away=4.0, leaving=0.05, arrival=2.0)
+HARSH = Fleet(connected=8.0, away=4.0, leaving=0.05, arrival=2.0)
 
 
 def closed_form(plan: Plan, *, forward: float | None = None, took_part: int | None = None) -> float:
@@ -49,7 +49,7 @@ def closed_form(plan: Plan, *, forward: float | None = None, took_part: int | No
     sizes = Traffic(plan.tokens, plan.micro_batches, plan.width, plan.cut_layer, plan.lora_rank, plan.codec).bytes_by_kind()
     one_way = fleet.round_trip / 2
     if forward is None:
-        forward = plan.tokens / (2 * fleet.tokens_a_second)
+        forward = plan.tokens / (2 * fleet.device_speed)
 
     def goes_up(kind: type[Message]) -> float:
         return 8 * sizes[kind] / (1e6 * fleet.uplink) + one_way + devices * server.exchange
@@ -57,9 +57,7 @@ def closed_form(plan: Plan, *, forward: float | None = None, took_part: int | No
     def goes_down(kind: type[Message]) -> float:
         return one_way + 8 * sizes[kind] / (1e6 * fleet.downlink)
 
-    computes = server.seconds_a_micro_batch + devices * plan.tokens / (
-        server.tokens_a_second * server.ranks * efficiency(server)
-    )
+    computes = server.server_overhead + devices * plan.tokens / (server.server_speed * server.ranks * efficiency(server))
     adds = devices * 4 * plan.cut_layer * plan.lora_rank * 4 * plan.width / server.adding
     to_gradient = goes_down(EdgeAdapter) + forward + goes_up(Activations) + computes + goes_down(ActivationGradient)
     return to_gradient + forward + goes_up(AdapterGradient) + adds
@@ -88,7 +86,7 @@ def test_servers_link_bounds_a_step_of_many_devices() -> None:
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_first_step_with_a_quorum_waits_for_the_order_statistic_of_its_devices(share: float, seed: int) -> None:
-    fleet = replace(ALIKE, compute_spread=0.7)
+    fleet = replace(ALIKE, device_spread=0.7)
     plan = Plan(
         devices=40,
         steps=1,
@@ -100,7 +98,7 @@ def test_first_step_with_a_quorum_waits_for_the_order_statistic_of_its_devices(s
         server=Server(gigabits=WIDE, exchange=0.0),
     )
     factors = np.exp(0.7 * np.random.default_rng(seed).standard_normal(40))
-    slowest_needed = np.sort(plan.tokens / (2 * fleet.tokens_a_second * factors))[round(share * 40) - 1]
+    slowest_needed = np.sort(plan.tokens / (2 * fleet.device_speed * factors))[round(share * 40) - 1]
     expected = closed_form(plan, forward=float(slowest_needed), took_part=round(share * 40))
     (step,) = simulate(plan).steps
     assert step.seconds == pytest.approx(expected, rel=1e-6)
@@ -108,10 +106,10 @@ def test_first_step_with_a_quorum_waits_for_the_order_statistic_of_its_devices(s
 
 
 def test_step_without_a_quorum_waits_for_the_slowest_device() -> None:
-    fleet = replace(ALIKE, compute_spread=0.7)
+    fleet = replace(ALIKE, device_spread=0.7)
     plan = Plan(devices=40, steps=1, micro_batches=1, fleet=fleet, server=Server(gigabits=WIDE, exchange=0.0))
     slowest = float(np.exp(0.7 * np.random.default_rng(0).standard_normal(40)).min())
-    expected = closed_form(plan, forward=plan.tokens / (2 * fleet.tokens_a_second * slowest))
+    expected = closed_form(plan, forward=plan.tokens / (2 * fleet.device_speed * slowest))
     assert simulate(plan).steps[0].seconds == pytest.approx(expected, rel=1e-6)
 
 
@@ -146,13 +144,13 @@ def test_another_seed_gives_another_result() -> None:
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_all_work_counts_where_nobody_is_lost_and_all_are_waited_for(every: int) -> None:
-    result = simulate(Plan(devices=9, steps=6, aggregate_every=every, fleet=replace(Fleet(), seconds_connected=0.0)))
+    result = simulate(Plan(devices=9, steps=6, aggregate_every=every, fleet=replace(Fleet(), connected=0.0)))
     assert result.counted == pytest.approx(result.worked)
     assert result.share_in_step == 1
 
 
 def test_work_is_lost_where_slow_devices_are_overtaken() -> None:
-    plan = Plan(devices=30, steps=6, quorum=0.5, deadline=0.0, fleet=replace(Fleet(), seconds_connected=0.0))
+    plan = Plan(devices=30, steps=6, quorum=0.5, deadline=0.0, fleet=replace(Fleet(), connected=0.0))
     assert simulate(plan).share_that_counts < 1
 
 
@@ -171,7 +169,7 @@ def delivered(plan: Plan) -> dict[tuple[str, str], list[Message]]:
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_every_message_is_delivered_once_and_in_order(every: int) -> None:
-    plan = Plan(devices=6, steps=4, aggregate_every=every, fleet=replace(Fleet(), seconds_connected=0.0))
+    plan = Plan(devices=6, steps=4, aggregate_every=every, fleet=replace(Fleet(), connected=0.0))
     messages = delivered(plan)
     up: list[tuple[type, int, int]] = []
     down: list[tuple[type, int, int]] = []
@@ -203,7 +201,7 @@ def test_adapters_come_in_the_order_of_their_steps_whatever_is_lost(seed: int) -
 
 
 def test_lost_connections_cost_a_step_without_a_quorum_more_than_one_with() -> None:
-    plans = [Plan(devices=60, steps=6, quorum=quorum, fleet=Fleet(seconds_connected=100.0)) for quorum in (0.7, 1.0)]
+    plans = [Plan(devices=60, steps=6, quorum=quorum, fleet=Fleet(connected=100.0)) for quorum in (0.7, 1.0)]
     with_quorum, without = (simulate(plan) for plan in plans)
     assert with_quorum.step_seconds < 0.5 * without.step_seconds
     assert with_quorum.share_that_counts < 1
@@ -242,15 +240,15 @@ def test_meter_names_what_grows_with_the_number_of_devices() -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: Plan(devices=0), "devices must be 1 to 1e+06, got 0"),
-        (lambda: Plan(devices=2, steps=0), "steps must be 1 to 1e+07, got 0"),
+        (lambda: Plan(devices=0), "devices must be 1 to 1,000,000, got 0"),
+        (lambda: Plan(devices=2, steps=0), "steps must be 1 to 10,000,000, got 0"),
         (lambda: Plan(devices=2, quorum=0.0), "quorum is a share of the devices, above 0 and up to 1, got 0"),
         (lambda: Plan(devices=2, quorum=float("nan")), "quorum is a share of the devices, above 0 and up to 1, got nan"),
         (lambda: Plan(devices=2, deadline=-1.0), "deadline must be 0 to 1e+09, got -1"),
         (lambda: Plan(devices=2, codec="zip"), "codec must be one of float32, bfloat16, int8, int4, got 'zip'"),
         (lambda: Plan(devices=2, fleet=Fleet(uplink=0.0)), "uplink must be 1e-06 to 1e+12, got 0"),
-        (lambda: Plan(devices=2, server=Server(ranks=0)), "ranks must be 1 to 100000, got 0"),
-        (lambda: Plan(devices=2, seed=-1), "seed must be 0 to 9.22337e+18, got -1"),
+        (lambda: Plan(devices=2, server=Server(ranks=0)), "ranks must be 1 to 100,000, got 0"),
+        (lambda: Plan(devices=2, seed=-1), "seed must be 0 to 9,223,372,036,854,775,807, got -1"),
     ],
 )
 def test_what_cannot_be_simulated_is_said_in_a_sentence(make: Callable[[], Plan], sentence: str) -> None:
@@ -260,9 +258,28 @@ def test_what_cannot_be_simulated_is_said_in_a_sentence(make: Callable[[], Plan]
 
 
 def test_run_that_nobody_would_wait_for_is_given_up_with_a_sentence() -> None:
-    fleet = Fleet(seconds_connected=5.0, seconds_away=1e9, arrival=0.0)
+    fleet = Fleet(connected=5.0, away=1e9, arrival=0.0)
     with pytest.raises(RunStuck, match=r"^no step was finished in 30 d of simulated time, and the run is waiting for"):
         simulate(Plan(devices=5, steps=50, fleet=fleet))
+
+
+@pytest.mark.parametrize(
+    ("flag", "number"),
+    [
+        ("--device-speed", "0"),
+        ("--device-spread", "9"),
+        ("--connected", "-1"),
+        ("--away", "nan"),
+        ("--server-speed", "0"),
+        ("--server-overhead", "-1"),
+        ("--exchange", "inf"),
+    ],
+)
+def test_number_that_cannot_be_is_named_as_the_flag_that_gave_it(
+    flag: str, number: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_program(monkeypatch, flag, number) == 1
+    assert capsys.readouterr().err.startswith(f"simulation: {flag.removeprefix('--')} must be ")
 
 
 def run_program(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -272,7 +289,7 @@ def run_program(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 def test_program_says_what_is_wrong_with_a_number(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_program(monkeypatch, "--devices", "3", "0") == 1
-    assert capsys.readouterr().err == "simulation: devices must be 1 to 1e+06, got 0\n"
+    assert capsys.readouterr().err == "simulation: devices must be 1 to 1,000,000, got 0\n"
     with pytest.raises(SystemExit):
         run_program(monkeypatch, "--deadline", "soon")
     assert "a deadline is a number of seconds, or \"measured\", got 'soon'" in capsys.readouterr().err
@@ -284,6 +301,7 @@ def test_program_says_what_is_wrong_with_a_number(monkeypatch: pytest.MonkeyPatc
         (["--json", "{}/none/figures.json"], "--json {}/none/figures.json: there is no folder {}/none"),
         (["--json", "{}"], "--json {} is a folder; give a file's name"),
         (["--pictures", "{}/a-file"], "--pictures {}/a-file is a file; give a folder"),
+        (["--pictures", "{}/a-file/in-it"], "--pictures {}/a-file/in-it: nothing can be written there: Not a directory"),
     ],
 )
 def test_program_looks_where_it_is_to_write_before_it_begins(
@@ -292,6 +310,18 @@ def test_program_looks_where_it_is_to_write_before_it_begins(
     (tmp_path / "a-file").touch()
     assert run_program(monkeypatch, *(word.format(tmp_path) for word in asked)) == 1
     assert capsys.readouterr().err == f"simulation: {sentence.replace('{}', str(tmp_path))}\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a folder in which nobody may write")
+@pytest.mark.parametrize("flag", ["--json", "--pictures"])
+def test_program_tries_to_write_before_it_begins(
+    flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_program(monkeypatch, flag, "/proc/figures") == 1
+    assert (
+        capsys.readouterr().err
+        == f"simulation: {flag} /proc/figures: nothing can be written there: No such file or directory\n"
+    )
 
 
 def test_program_writes_tables_figures_and_curves(
@@ -328,7 +358,7 @@ def test_arithmetic_of_the_document_is_that_of_the_defaults() -> None:
     activations, gradient, adapter = (sizes[kind] / 1000 for kind in (Activations, ActivationGradient, AdapterGradient))
     assert f"{activations:.0f} kB of activations, {adapter:.0f} kB of adapter" in DOCUMENT
     assert f"{gradient:.0f} kB of gradients, {adapter:.0f} kB of adapter" in DOCUMENT
-    assert f"| {server.tokens_a_second / plan.tokens:.0f} | g / tokens |" in DOCUMENT
+    assert f"| {server.server_speed / plan.tokens:.0f} | g / tokens |" in DOCUMENT
     for every, parts in ((1, 2), (10, 2), (10, 1)):
         assert f"| {1 / ((parts + 1 / every) * server.exchange):.0f} |" in DOCUMENT
     assert f"{2 * plan.tokens * plan.width * 4 / 1e6:.1f} MB, once" in DOCUMENT
