@@ -373,8 +373,9 @@ def run_sweep(options: argparse.Namespace) -> None:
     from .ranks.place import Place
     from .sweep.loop import run_sweep
 
-    if Place.here() is not None:
-        raise ConfigError("a sweep starts its servers itself, and each on one process: start it without torchrun")
+    with _said_once():
+        if Place.here() is not None:
+            raise ConfigError("a sweep starts its servers itself, and each on one process: start it without torchrun")
     run_sweep(options.file, None if options.output is None else user_path(options.output))
 
 

@@ -25,7 +25,7 @@ TORCHRUN = {
 }
 
 
-@pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "1"}, {**TORCHRUN, "WORLD_SIZE": "1"}])
+@pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "1"}, {**TORCHRUN, "WORLD_SIZE": "1"}])
 def test_process_without_others_computes_alone(environment: dict[str, str]) -> None:
     assert Place.here(environment) is None
 
@@ -84,10 +84,16 @@ def test_torch_that_cannot_shard_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_sweep_starts_its_servers_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, text in TORCHRUN.items():
+    for name, text in {**TORCHRUN, "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, text)
     assert cli.main(["sweep", "none.toml"]) == 1
     assert "start it without torchrun" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "SECONDS_FOR_THE_FIRST_TO_SPEAK", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sweep", "none.toml"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == ""
 
 
 def test_backend_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ class Place:
         Raises:
             ConfigError: the environment says that there are several, and not which of them this one is.
         """
-        if environment.get("WORLD_SIZE", "1") == "1":
+        if environment.get("WORLD_SIZE", "") in ("", "1"):
             return None
         num_ranks, rank = _number("WORLD_SIZE", environment), _number("RANK", environment)
         local_rank = _number("LOCAL_RANK", environment, rank)
@@ -59,7 +59,7 @@ class Place:
         )
 
 
-ALTERNATIVES = "start the server by torchrun, which sets both, or alone: without WORLD_SIZE"
+ALTERNATIVES = "start the server by torchrun, which sets all of these, or alone: without WORLD_SIZE"
 
 
 def _number(name: str, environment: Mapping[str, str], default: int | None = None) -> int:
