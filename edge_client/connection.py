@@ -314,16 +314,14 @@ class Connection:
             self._last_ping = self._sender.submit(ping)
 
     def give_up(self) -> None:
-        with suppress(OSError):  # the socket is closed already
-            self._socket.socket.shutdown(socket.SHUT_RDWR)
+        shut(self._socket.socket)
 
     def abandon(self) -> None:
         """Close without a word, as for a connection that is lost: for the server this client remains a member."""
         if self._link_watch is not None:
             self._link_watch.close()
         if not self._last_sending.done():
-            with suppress(OSError):  # the socket is closed already
-                self._socket.socket.shutdown(socket.SHUT_RDWR)  # without this, closing would wait until the question is sent
+            shut(self._socket.socket)  # without this, closing would wait until the question is sent
         self._open.close()
         self._sender.shutdown()
 
@@ -332,6 +330,15 @@ class Connection:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
+
+
+def shut(connected: socket.socket) -> None:
+    """
+    End what other threads send and receive on it. `ssl.SSLSocket.shutdown` forgets the encryption first: whoever sends at that
+    moment would send the rest as it is.
+    """
+    with suppress(OSError):  # it is closed already
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
 
 def unacknowledged_bytes(connected: socket.socket) -> int | None:

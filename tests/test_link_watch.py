@@ -1,6 +1,7 @@
 """A link that is dead is given up, and none that lives. No socket, no clock but the test's, but for the last ones."""
 
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from disturbance import Fault, Plan
 from disturbance import Link as DisturbedLink
 
 from edge_client import EdgeClient
-from edge_client.connection import retransmissions, unacknowledged_bytes
+from edge_client.connection import retransmissions, shut, unacknowledged_bytes
 from edge_client.link_watch import LinkWatch, Patience
 from gpu_server import GpuServer
 
@@ -177,6 +178,17 @@ def test_device_that_has_slept_hears_the_answer_that_has_come_meanwhile(link: Fa
 def test_ten_thousand_devices_that_wait_ask_for_five_hundred_signs_of_life_a_second(link: FakeLink) -> None:
     link.pass_time(watch_of(link, num_devices=10_000), 3600)
     assert len(link.pings) * 10_000 / 3600 <= 500
+
+
+def test_link_that_is_given_up_stays_encrypted() -> None:
+    near, far = socket.socketpair()
+    with far, ssl.create_default_context().wrap_socket(near, server_hostname="a", do_handshake_on_connect=False) as encrypted:
+        shut(encrypted)
+        assert far.recv(1) == b""
+        with pytest.raises(ssl.SSLError):  # what is sent without encryption fails otherwise
+            encrypted.send(b"activations")
+        shut(far)
+    shut(encrypted)  # it is closed
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say it")
