@@ -13,8 +13,9 @@ reaches the server through a proxy of its own, which can cut its link. A seed de
     device    a device is killed (SIGKILL)
     server    the server is killed (SIGKILL)
 
-Time is lost from a fault until the run has finished the step that was next when it struck, less the time that this step
-takes without a fault; so steps that are repeated count as lost. The ratio of effective training time (ETTR) is the time that
+Time is lost from a fault until the run has finished the two steps that were next when it struck, less the time that two steps
+take without a fault; so steps that are repeated count as lost. Two, since whoever has done its part of a step when it fails is
+missed in the next one. The ratio of effective training time (ETTR) is the time that
 the undisturbed run needs for all steps over the time that the disturbed one needs; beside it stands the share of the
 disturbed run's own time that its steps took. The adapters are compared byte by byte.
 
@@ -348,15 +349,17 @@ def _cost(fault: tuple[float, str, str], began: float, finished: Sequence[tuple[
     """
     at, kind, victim = fault
     index = bisect_right(finished, (at, sys.maxsize))
-    last, stood = finished[index - 1] if index else (began, 0)
+    last = finished[index - 1][0] if index else began
     stood = max((step for _, step in finished[:index]), default=0)
-    regained = next(number for number in range(index, len(finished)) if finished[number][1] > stood)
+    regained, passed = (
+        next(number for number in range(index, len(finished)) if finished[number][1] == stood + more) for more in (1, 2)
+    )
     return Loss(
         kind=kind,
         victim=victim,
         at=at - began,
         step=stood,
-        seconds=finished[regained][0] - last - pace,
+        seconds=finished[passed][0] - last - 2 * pace,
         steps_repeated=regained - index,
     )
 
