@@ -36,7 +36,7 @@ from simulation.cli import main
 from simulation.cost import Meter, bytes_a_member
 from simulation.events import make_federation
 from simulation.tables import growth_table
-from simulation.traffic import Traffic
+from simulation.traffic import BYTES_OF_A_WEIGHT, CODECS, Traffic
 
 ALIKE = Fleet(device_spread=0.0, link_spread=0.0, jitter=0.0, connected=0.0)
 WIDE = 1e6  # Gbit/s: the server's own link takes no time
@@ -358,9 +358,13 @@ def test_arithmetic_of_the_document_is_that_of_the_defaults() -> None:
     activations, gradient, adapter = (sizes[kind] / 1000 for kind in (Activations, ActivationGradient, AdapterGradient))
     assert f"{activations:.0f} kB of activations, {adapter:.0f} kB of adapter" in DOCUMENT
     assert f"{gradient:.0f} kB of gradients, {adapter:.0f} kB of adapter" in DOCUMENT
-    assert f"| {server.server_speed / plan.tokens:.0f} | g / tokens |" in DOCUMENT
+    assert f"| {server.server_speed / plan.tokens:.0f} | g / t |" in DOCUMENT
     for every, parts in ((1, 2), (10, 2), (10, 1)):
         assert f"| {1 / ((parts + 1 / every) * server.exchange):.0f} |" in DOCUMENT
+    formulas = re.findall(r"bytes/s / \((\d\.\d+) t d \+ (\d+\.\d) r c d / A\)", DOCUMENT)
+    assert [tuple(map(float, formula)) for formula in formulas] == [
+        (size, pytest.approx(4 * BYTES_OF_A_WEIGHT)) for size in CODECS[plan.codec]
+    ]
     assert f"{2 * plan.tokens * plan.width * 4 / 1e6:.1f} MB, once" in DOCUMENT
 
 
