@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch.distributed.fsdp
+from ranks import config_of, ranks
+from test_ranks import UNEQUAL, batches
 
 from gpu_server import ConfigError, GpuServer, cli
 from gpu_server.ranks.agreement import check_sharding, chosen_backend, differences, introduction
 from gpu_server.ranks.packing import NotAMessage, pack, unpack
 from gpu_server.ranks.place import Place
-from gpu_server.ranks.process_group import ProcessGroup
+from gpu_server.ranks.process_group import MESSAGES, ProcessGroup
 
 TORCHRUN = {
     "WORLD_SIZE": "4",
@@ -207,3 +209,28 @@ def test_whatever_the_bytes_are_they_become_plain_values_or_an_error() -> None:
             unpack(spoilt[:cut])
         except NotAMessage:
             continue
+
+
+def test_ranks_have_what_was_sent_to_them_though_the_first_fails_meanwhile(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = []
+    isend = torch.distributed.isend
+
+    def keep(*arguments: Any, **more: Any) -> Any:
+        sent.append((isend(*arguments, **more), more["tag"]))
+        return sent[-1][0]
+
+    def fail(*_: object) -> None:
+        monkeypatch.setattr(torch.distributed, "isend", isend)
+        raise MemoryError
+
+    with ranks(2) as several:
+        engine = several.engine(config_of(tiny_model))
+        engine._trainer._own.train = fail  # type: ignore[attr-defined]
+        monkeypatch.setattr(torch.distributed, "isend", keep)
+        with pytest.raises(MemoryError):
+            engine.train(1, 1, 0, batches(UNEQUAL, 1, 0))
+        messages = [work for work, tag in sent if tag == MESSAGES]
+        assert len(messages) == 1
+        assert messages[0].is_completed()  # it was waited for

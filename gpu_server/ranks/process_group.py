@@ -115,7 +115,8 @@ class ProcessGroup:
     @contextmanager
     def sending(self, messages: Mapping[int, Any]) -> Iterator[None]:
         """
-        One to each of these ranks, while something else is done; see `pack` for what it may be. In the end all have theirs.
+        One to each of these ranks, while something else is done; see `pack` for what it may be. In the end all have theirs,
+        even if that fails: what is sent must not be dropped on its way.
 
         Raises:
             RankLost: one has not.
@@ -127,10 +128,12 @@ class ProcessGroup:
             with self._talking_to(rank):
                 sent.append((rank, dist.isend(torch.tensor([len(data)]), rank, tag=LENGTHS)))
                 sent.append((rank, dist.isend(data, rank, tag=MESSAGES)))
-        yield
-        for rank, work in sent:
-            with self._talking_to(rank):
-                _wait(work)
+        try:
+            yield
+        finally:
+            for rank, work in sent:
+                with self._talking_to(rank):
+                    _wait(work)
 
     def receive(self, rank: int) -> Any:
         """
