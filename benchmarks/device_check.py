@@ -364,7 +364,8 @@ def check(device: str, names: list[str], output: Path | None) -> int:
                 f"the check needs a CUDA device, and torch {torch.__version__} finds none here; --device cpu is its dry run"
             )
     began = time.monotonic()
-    findings: dict[str, Any] = {"machine": machine(device), "parts": {}}
+    findings: dict[str, Any] = {"machine": machine(device), "parts": {}, "seconds": 0.0}
+    write(findings, output)  # before all the work: it may not be possible
     spared = 0.0
     for name in names:
         seconds = PARTS[name][0] + spared
@@ -373,10 +374,17 @@ def check(device: str, names: list[str], output: Path | None) -> int:
         spared = max(0.0, seconds - found["seconds"])
         print(f"{name}: {found['verdict']} after {found['seconds']:.0f} s: {found['found']}", flush=True)
         findings["seconds"] = round(time.monotonic() - began, 1)
-        if output:
-            output.write_text(json.dumps(findings, indent=1) + "\n", encoding="utf-8")
+        write(findings, output)
     print(f"\n{tables(findings)}")
     return int(any(found["verdict"] in (FAILED, TOO_SLOW) for found in findings["parts"].values()))
+
+
+def write(findings: dict[str, Any], output: Path | None) -> None:
+    if output:
+        try:
+            output.write_text(json.dumps(findings, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            sys.exit(f"{output} cannot be written: {error.strerror}")
 
 
 def in_a_process(name: str, device: str, seconds: float) -> dict[str, Any]:

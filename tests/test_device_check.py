@@ -60,6 +60,13 @@ def test_without_a_card_there_is_one_sentence() -> None:
     )
 
 
+def test_place_where_nothing_can_be_written_is_named_before_all_the_work(tmp_path: Path) -> None:
+    for place, why in ((tmp_path, "Is a directory"), (tmp_path / "none/file.json", "No such file or directory")):
+        done = run("--device", "cpu", "--output", str(place))
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"{place} cannot be written: {why}\n"
+
+
 def test_file_that_no_check_has_written_is_named(tmp_path: Path) -> None:
     for content in (None, "{", "[]", "{}"):
         file = tmp_path / "findings.json"
