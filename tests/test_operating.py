@@ -92,8 +92,8 @@ def test_image_starts_its_program_as_it_can_be_started(image: str, program: str)
 
 def test_every_command_among_those_of_others_is_one() -> None:
     lines = "".join(blocks("sh") + blocks("ini"))
-    commands = re.findall(r"/bin/splitlora-server (\S.*)$", lines, re.M)
-    assert len(commands) == 2
+    commands = re.findall(r"/bin/(?:splitlora-server|torchrun .* -m gpu_server) (\S.*)$", lines, re.M)
+    assert len(commands) == 3
     for command in commands:
         PARSERS["splitlora-server"].parse_args(shlex.split(command))
 
@@ -104,6 +104,7 @@ def test_every_flag_that_is_named_is_one() -> None:
     ours = re.sub(r"```sh\n.*?```", "", DOCUMENT, flags=re.S)
     for others in ("certbot --reuse-key", "tensorboard --logdir", "torchrun --master-port", "torchrun --max-restarts"):
         ours = ours.replace(others, "")
+    ours = re.sub(r"/bin/torchrun .* -m gpu_server", "", ours)
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours)) <= known
 
 
