@@ -78,6 +78,8 @@ class Leader:
             check_sharding()
         backend, how = chosen_backend(device.type, self._ranks)
         self.choices.append(f"ranks {self._place.num_ranks}: {how}")
+        if config.shard:
+            self.choices.append("shard: each rank keeps a part of the frozen weights")
         self._say({"config": asdict(config), "device": device.type, "backend": backend})
         mine = own_device(device.type, self._place)
         if backend == "nccl":
