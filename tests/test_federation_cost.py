@@ -100,6 +100,7 @@ def work_of_a_run(devices: int, **way: Any) -> tuple[dict[str, int], float]:
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_work_of_a_message_does_not_grow_with_the_number_of_devices(way: dict[str, Any]) -> None:
+    work_of_a_run(FEW, **way)  # Python 3.12 counts no instruction of some functions when it sees them for the first time
     few, few_computing = work_of_a_run(FEW, **way)
     many, many_computing = work_of_a_run(MANY, **way)
     assert {kind for kind, work in many.items() if work > 1.05 * few[kind]} == set()
