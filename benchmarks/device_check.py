@@ -37,6 +37,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import harness
+from answering import wait_until_it_answers
 from ports import free_port
 
 PASSED, FAILED, SKIPPED, TOO_SLOW = "passed", "failed", "skipped", "took too long"
@@ -294,7 +295,7 @@ def compare_ranks(part: Part) -> str:
     with (part.scratch / "ranks.log").open("w+", encoding="utf-8") as log:
         server = subprocess.Popen([*torchrun, "-m", "gpu_server", "serve", *flags], stdout=log, stderr=log)
         try:
-            harness.wait_until_it_answers(server, f"ws://127.0.0.1:{port}")
+            wait_until_it_answers(server, f"ws://127.0.0.1:{port}")
             take_part(f"ws://127.0.0.1:{port}", material.files)
             server.wait()
         finally:

@@ -6,16 +6,14 @@ import queue
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # the independent reference: transformers + PEFT
 
+from answering import wait_until_it_answers
 from ports import free_port
-
-from edge_client import ConnectionFailed, ping
 
 if TYPE_CHECKING:
     from contestants.whole_model import WholeModel
@@ -121,17 +119,6 @@ def _serve(settings: dict[str, Any], cores: Iterable[int] | None, urls: Any) -> 
                 pass
         except RunEndedEarly:
             pass  # a benchmark's clients leave when they have measured enough
-
-
-def wait_until_it_answers(server: "subprocess.Popen[Any]", url: str) -> None:
-    """The benchmark ends if the process does before."""
-    while server.poll() is None:
-        try:
-            ping(url)
-            return
-        except ConnectionFailed:
-            time.sleep(0.1)
-    sys.exit("the server of the run did not start")
 
 
 class SplitRun:

@@ -13,16 +13,14 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+from answering import wait_until_it_answers
 from ports import free_port
 from safetensors.numpy import load_file
-
-from edge_client import ConnectionFailed, ping
 
 REPOSITORY = Path(__file__).parent.parent
 PROGRAMS = Path(sys.executable).parent
@@ -67,16 +65,6 @@ def run(folder: Path, steps: int, devices: Sequence[Sequence[str]]) -> Path:
             if process.wait():
                 sys.exit(f"{process.args} failed")
     return folder / "run"
-
-
-def wait_until_it_answers(server: "subprocess.Popen[bytes]", url: str) -> None:
-    while server.poll() is None:
-        try:
-            ping(url)
-            return
-        except ConnectionFailed:
-            time.sleep(0.1)
-    sys.exit("the server failed")
 
 
 def losses(run_dir: Path) -> list[float]:
