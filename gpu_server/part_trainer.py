@@ -183,11 +183,11 @@ class PartTrainer:
             gradients = _by_client(gradient, {client: len(batch.values) for client, batch in batches.items()})
             of_rows = _by_client(of_labels, {client: len(batch.labels) for client, batch in batches.items()})
             summed_losses = {client: float(rows.sum(dtype=numpy.float64)) for client, rows in of_rows.items()}
-        loss = self._add(sum(summed_losses.values()), sum(len(batch.labels) for batch in union))
+        loss, is_finite = self._add(sum(summed_losses.values()), sum(len(batch.labels) for batch in union), is_finite)
         if not math.isfinite(loss):
             self._check_base("losses", union, lambda: self._losses(union))
             raise TrainingDiverged(f"the loss of step {step} is {loss}; try a lower --lr")
-        self._check_gradient(is_finite, step)
+        _check_gradient(is_finite, step)
         return self._trained(step, total_steps, micro_batch, gradients, summed_losses)
 
     def forward(self, step: int, micro_batch: int, batches: Mapping[str, LabelledBatch], seeds: Seeds) -> dict[str, Array]:
@@ -220,8 +220,9 @@ class PartTrainer:
         torch.autograd.backward(graph.hidden, self._uploads.joined(upstream))
         gradient, all_finite = _read_gradient(graph.activations)
         summed_losses = {client: gradient.summed_loss for client, gradient in gradients.items()}
-        self._add(sum(summed_losses.values()), sum(gradient.labelled_tokens for gradient in gradients.values()))
-        self._check_gradient(bool(all_finite), step)
+        labelled_tokens = sum(gradient.labelled_tokens for gradient in gradients.values())
+        _, is_finite = self._add(sum(summed_losses.values()), labelled_tokens, bool(all_finite))
+        _check_gradient(is_finite, step)
         of_all = _by_client(gradient, graph.num_rows)
         return self._trained(step, total_steps, micro_batch, {client: of_all[client] for client in gradients}, summed_losses)
 
@@ -254,12 +255,12 @@ class PartTrainer:
         self._summed, self._labelled_tokens = 0.0, 0
         self._graphs.clear()
 
-    def _add(self, summed_loss: float, labelled_tokens: int) -> float:
-        """A micro-batch's to the step's; returns the micro-batch's of all ranks."""
-        of_all, num_labels = self._ranks.sum_numbers([summed_loss, labelled_tokens])
+    def _add(self, summed_loss: float, labelled_tokens: int, is_finite: bool) -> tuple[float, bool]:
+        """A micro-batch's to the step's; returns the loss of all ranks, and whether the gradient is finite on all."""
+        of_all, num_labels, not_finite = self._ranks.sum_numbers([summed_loss, labelled_tokens, not is_finite])
         self._summed += of_all
         self._labelled_tokens += int(num_labels)
-        return of_all
+        return of_all, not not_finite
 
     def _trained(
         self, step: int, total_steps: int, micro_batch: int, gradients: dict[str, Array], summed_losses: dict[str, float]
@@ -285,14 +286,6 @@ class PartTrainer:
     def _is_finite_everywhere(self, is_finite: bool) -> bool:
         (not_finite,) = self._ranks.sum_numbers([not is_finite])
         return not not_finite
-
-    def _check_gradient(self, is_finite: bool, step: int) -> None:
-        """
-        Raises:
-            TrainingDiverged: it is not finite, here or on another rank.
-        """
-        if not self._is_finite_everywhere(is_finite):
-            raise TrainingDiverged(f"the gradient of step {step} is not finite; try a lower --lr")
 
     @torch.no_grad()
     def _check_base(self, what: str, union: Sequence[LabelledBatch], compute: Callable[[], torch.Tensor]) -> None:
@@ -352,6 +345,15 @@ class PartTrainer:
 def _shape(union: Sequence[LabelledBatch]) -> tuple[Array, Array]:
     """Lengths and label counts of all sequences, (B,) each, which stay on the host."""
     return numpy.concatenate([batch.lengths for batch in union]), numpy.concatenate([batch.label_counts for batch in union])
+
+
+def _check_gradient(is_finite: bool, step: int) -> None:
+    """
+    Raises:
+        TrainingDiverged: it is not finite, here or on another rank.
+    """
+    if not is_finite:
+        raise TrainingDiverged(f"the gradient of step {step} is not finite; try a lower --lr")
 
 
 def _read_gradient(activations: torch.Tensor, *more: torch.Tensor) -> list[Array]:

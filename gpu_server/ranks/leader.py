@@ -159,34 +159,15 @@ class RankedTrainer:
     def train(
         self, step: int, total_steps: int, micro_batch: int, batches: Mapping[str, LabelledBatch], seeds: Seeds
     ) -> Trained:
-        shares = self._divided(batches)
-        trained, others = self._together(
-            "train",
-            lambda rank: {
-                "step": step,
-                "total_steps": total_steps,
-                "micro_batch": micro_batch,
-                "batches": told(shares.of(rank, batches)),
-                "seeds": shares.seeds_of(rank, seeds),
-            },
-            lambda: self._own.train(step, total_steps, micro_batch, shares.of(LEADER, batches), shares.seeds_of(LEADER, seeds)),
-        )
+        shares, of = self._divided(batches), {"step": step, "total_steps": total_steps, "micro_batch": micro_batch}
+        trained, others = self._with_shares(self._own.train, shares, batches, seeds, **of)
         return _of_all(trained, others, shares)
 
     def forward(self, step: int, micro_batch: int, batches: Mapping[str, LabelledBatch], seeds: Seeds) -> dict[str, Array]:
         if not micro_batch:
             self._shares.clear()
         shares = self._shares[micro_batch] = self._divided(batches)
-        hidden, others = self._together(
-            "forward",
-            lambda rank: {
-                "step": step,
-                "micro_batch": micro_batch,
-                "batches": told(shares.of(rank, batches)),
-                "seeds": shares.seeds_of(rank, seeds),
-            },
-            lambda: self._own.forward(step, micro_batch, shares.of(LEADER, batches), shares.seeds_of(LEADER, seeds)),
-        )
+        hidden, others = self._with_shares(self._own.forward, shares, batches, seeds, step=step, micro_batch=micro_batch)
         return shares.join_labelled({LEADER: hidden, **{rank: reply["hidden"] for rank, reply in others.items()}})
 
     def backward(self, step: int, total_steps: int, micro_batch: int, gradients: Mapping[str, HalfStep]) -> Trained:
@@ -242,6 +223,22 @@ class RankedTrainer:
 
     def _divided(self, batches: Mapping[str, LabelledBatch]) -> Shares:
         return Shares(batches, self._group.num_ranks, self._work)
+
+    def _with_shares(
+        self, own: Callable[..., Result], shares: Shares, batches: Mapping[str, LabelledBatch], seeds: Seeds, **more: int
+    ) -> tuple[Result, dict[int, Any]]:
+        """
+        As `_together`, of what takes batches and their seeds.
+
+        Args:
+            own: a method of this rank's trainer, whose name is the command.
+            more: its other arguments, which are the same on all ranks.
+        """
+        return self._together(
+            own.__name__,
+            lambda rank: {"batches": told(shares.of(rank, batches)), "seeds": shares.seeds_of(rank, seeds), **more},
+            lambda: own(batches=shares.of(LEADER, batches), seeds=shares.seeds_of(LEADER, seeds), **more),
+        )
 
     def _together(
         self, command: str, arguments: Callable[[int], dict[str, Any]], own: Callable[[], Result]
