@@ -160,7 +160,10 @@ def test_what_a_crash_has_left_is_taken_back_with_what_follows(file: LineFile, g
     assert steps(file) == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b'{"step": 3}\n')[:-9]])
+CUT = gzip.compress(b'{"step": 3}\n', mtime=0)[:-9]
+
+
+@pytest.mark.parametrize("content", [b"", b"no gzip", CUT], ids=["empty", "no gzip", "cut"])
 def test_damaged_segment_is_named(file: LineFile, content: bytes) -> None:
     (file.path.parent / "metrics.0002.jsonl.gz").write_bytes(content)
     if not content:
