@@ -45,6 +45,7 @@ from split_model import (
     DTYPES,
     Adapter,
     LoraConfig,
+    ModelConfig,
     OptimiserConfig,
     PretrainedModel,
     ServerPart,
@@ -57,7 +58,7 @@ from split_model import (
     packing,
     take_step,
 )
-from split_model.families.gpt2 import GPT2Config
+from split_model.families import FAMILIES
 from split_model.loss import rows_at_a_time
 from storage import ModelError
 
@@ -114,7 +115,7 @@ class DoesNotFit(Exception):
 class MadeUpModel:
     """In place of a `PretrainedModel`: a shape, and weights that are drawn on ``device`` when they are asked for."""
 
-    def __init__(self, config: GPT2Config, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.config = config
         self.tensors = {name: _MadeUpTensor(name, shape, dtype, device) for name, shape in config.tensor_shapes.items()}
 
@@ -532,10 +533,13 @@ class Race:
         self, shape: tuple[int, int, int], vocabulary_size: int, dtype: torch.dtype, device: torch.device, line_up: LineUp
     ) -> None:
         blocks, width, heads = shape
-        self.config = GPT2Config(
+        self.config = ModelConfig(
+            family=FAMILIES["gpt2"],
             num_layers=blocks,
             width=width,
             num_heads=heads,
+            num_key_value_heads=heads,
+            head_width=width // heads,
             inner_width=4 * width,
             num_positions=1024,
             vocabulary_size=vocabulary_size,

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -99,7 +100,7 @@ class Task:
 
     def model(self) -> WholeModel:
         """With its initial adapter, which is the one that a split run with this seed begins with."""
-        base, device = PretrainedModel(find_model(self.config.model)), choose_device(self.config.device)
+        base, device = self.base, choose_device(self.config.device)
         dtype, _ = choose_dtype(self.config.dtype, device)
         lora = self.lora
         if self.config.init_adapter is None:
@@ -109,13 +110,22 @@ class Task:
         optimiser = OptimiserConfig(**self.settings.optimiser())
         return WholeModel(base, lora, optimiser, adapter, weight_dtype=DTYPES[dtype], device=device)
 
+    @cached_property
+    def base(self) -> PretrainedModel:
+        return PretrainedModel(find_model(self.config.model))
+
+    @cached_property
+    def complete(self) -> ServerConfig:
+        """The configuration with what it leaves to the model."""
+        return self.config.for_model(self.base.config)
+
     @property
     def settings(self) -> RunSettings:
-        return self.config.settings()
+        return self.complete.settings()
 
     @property
     def lora(self) -> LoraConfig:
-        return LoraConfig(**self.settings.lora())
+        return LoraConfig(**self.complete.lora())
 
     @property
     def names(self) -> list[str]:
@@ -162,7 +172,7 @@ class Task:
         of_server, of_device = (
             {name: value for name, value in asdict(table).items() if name in known}
             for table, known in (
-                (self.config, known_of_server(self.mode)),
+                (self.complete, known_of_server(self.mode)),
                 (self.device, known_of_device(self.mode)),
             )
         )

@@ -193,10 +193,11 @@ class OnnxEngine:
         passes = []
         for grid in grids(batch.lengths, self._description.width):
             rows = self._graphs.tokens.embed(batch.tokens[grid.rows])
-            inputs = {"rows": self._runtime.value(rows), "positions": self._runtime.value(grid.positions)}
-            inputs |= self._graphs.embedding_weights
+            positions = {"positions": self._runtime.value(grid.positions)}
+            inputs = {"rows": self._runtime.value(rows), **positions, **self._graphs.embedding_weights}
             hidden = self._graphs.embedding.run(inputs, {"output": self._shape(grid)})["output"]
             layout = {
+                **positions,
                 "row_of_cell": self._runtime.value(grid.row_of_cell),
                 "cell_of_row": self._runtime.value(grid.cell_of_row),
                 "is_token": self._runtime.value(grid.is_token),

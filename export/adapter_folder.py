@@ -17,7 +17,6 @@ from storage import AdapterSettings, Folder
 from storage.adapter_settings import CONFIG_FILE, WEIGHTS_FILE
 
 from .errors import ExportError
-from .families import family_of
 from .lora import LoraAdapter, LoraUpdate
 from .patterns import AT_END, BEFORE_NUMBER, INSIDE, WHOLE, match_all
 
@@ -45,7 +44,7 @@ def read_adapter(folder: Path, config: ModelConfig) -> LoraAdapter:
     for layer in targets.layers:
         if targets.rank(layer) > longest:
             raise ExportError(f"{settings.path}: {layer} has rank {targets.rank(layer)}, and no matrix is that large")
-    blocks = re.escape(config.stored_name(config.blocks))
+    blocks = re.escape(config.stored_name(config.names.blocks))
     of_a_layer = re.compile(rf"base_model\.model\.({blocks}\.\d+\.\w+\.\w+)\.lora_([AB])\.weight")
     pairs: dict[str, dict[str, Floats]] = {}
     beyond = settings.beyond
@@ -59,7 +58,7 @@ def read_adapter(folder: Path, config: ModelConfig) -> LoraAdapter:
     if beyond:
         more = f" and {len(beyond) - SHOWN} more" if len(beyond) > SHOWN else ""
         raise BeyondLora(f"{folder}: the adapter is more than plain LoRA: {', '.join(beyond[:SHOWN])}{more}")
-    return {layer.removeprefix(config.prefix): _update(folder, layer, pair, targets) for layer, pair in pairs.items()}
+    return {layer.removeprefix(config.names.prefix): _update(folder, layer, pair, targets) for layer, pair in pairs.items()}
 
 
 def copy_adapter(folder: Path, copy: Path) -> None:
@@ -90,7 +89,7 @@ class Targets:
                 layers[name], self.shapes[name] = block, shape
         try:
             # Every expression with every name that PEFT may match it with: if that is fast here, PEFT will not hang on it.
-            self._matched = match_all(_expressions(settings), [*layers, *family_of(config).other_modules(config)])
+            self._matched = match_all(_expressions(settings), [*layers, *config.other_modules])
         except ExportError as error:
             raise ExportError(f"{settings.path}: {error}") from None
         chosen = values.get("layers_to_transform")

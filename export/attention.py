@@ -1,18 +1,19 @@
 """
 Causal self-attention of new tokens over earlier and new ones, in three forms: each asks a runtime for other operators.
 
-B sequences, S new tokens of each, P tokens before them, T = P + S, H heads of D elements, d = H D.
+B sequences, S new tokens of each, P tokens before them, T = P + S; H heads of queries and K of keys and values,
+D elements each.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from graphs import MICROSOFT, Graph
 
-__all__ = ["ATTENTIONS", "Attention", "AttentionForm", "Cache", "Heads"]
+__all__ = ["ATTENTIONS", "Attention", "AttentionForm", "Cache", "Heads", "Rotary", "split_heads"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,9 @@ class Heads:
     """The shape of attention, the same in all blocks."""
 
     count: int
+    """Of queries, H."""
+    keys: int
+    """Of keys and values, K, which divides H."""
     width: int
     """Elements of one head, D."""
     dtype: DTypeLike
@@ -28,10 +32,26 @@ class Heads:
     def scale(self) -> float:
         return float(self.width**-0.5)
 
+    @property
+    def widths(self) -> list[int]:
+        """Elements of all queries, keys and values of a token."""
+        return [self.count * self.width, self.keys * self.width, self.keys * self.width]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """How queries and keys are turned."""
+
+    width: int
+    """Elements of a head that are turned, the first ones."""
+    cosines: str
+    sines: str
+    """Of each new token's angles, (B, S, width / 2)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cache:
-    """Names of a block's keys and values, (B, H, P, D) before a run and (B, H, T, D) after it."""
+    """Names of a block's keys and values, (B, K, P, D) before a run and (B, K, T, D) after it."""
 
     past_key: str
     past_value: str
@@ -40,13 +60,21 @@ class Cache:
 
 
 class Attention(Protocol):
-    """Made once for a graph: the mask is the same for all blocks."""
+    """Made once for a graph: the masks are the same for all blocks."""
 
     def __init__(self, graph: Graph, heads: Heads, tokens: str) -> None:
         """``tokens`` is a value whose first two dimensions are (B, S)."""
 
-    def attend(self, qkv: str, cache: Cache) -> str:
-        """Queries, keys and values side by side (B, S, 3 d) -> (B, S, d)."""
+    def turn(self, x: str, count: int, rotary: Rotary) -> str:
+        """``count`` heads of each token (B, S, count D), turned."""
+
+    def attend(self, qkv: tuple[str, ...], cache: Cache, window: int | None) -> str:
+        """
+        Queries (B, S, H D), keys and values (B, S, K D) each, or all side by side -> (B, S, H D).
+
+        Args:
+            window: how many tokens a token sees, itself and those before it; None: all.
+        """
 
 
 class GroupQuery:
@@ -66,17 +94,40 @@ class GroupQuery:
         last = graph.node("Expand", graph.node("Sub", total, one), batch)
         self.last_positions = graph.cast(last, np.int32)
         self.total = graph.cast(graph.node("Squeeze", total), np.int32)
+        self._tables: dict[Rotary, tuple[str, str, str]] = {}
 
-    def attend(self, qkv: str, cache: Cache) -> str:
+    def turn(self, x: str, count: int, rotary: Rotary) -> str:
+        positions, *tables = self._of_rows(rotary)
+        options: dict[str, Any] = {}
+        if rotary.width < self.heads.width:
+            options = {"rotary_embedding_dim": rotary.width, "num_heads": count}
+        return self.graph.node("RotaryEmbedding", x, positions, *tables, domain=MICROSOFT, **options)
+
+    def _of_rows(self, rotary: Rotary) -> tuple[str, str, str]:
+        """The operator looks angles up in tables: here one with a row for each new token, and each token's row."""
+        if rotary not in self._tables:
+            node, constant = self.graph.node, self.graph.constant
+            cosines, sines = (
+                node("Reshape", table, constant([-1, rotary.width // 2])) for table in (rotary.cosines, rotary.sines)
+            )
+            rows = node("Range", constant(0), node("Squeeze", _dimension(self.graph, cosines, 0)), constant(1))
+            rows = node("Reshape", rows, node("Shape", rotary.cosines, start=0, end=2))
+            self._tables[rotary] = rows, cosines, sines
+        return self._tables[rotary]
+
+    def attend(self, qkv: tuple[str, ...], cache: Cache, window: int | None) -> str:
         mixed = f"{cache.present_key}/mixed"
+        query, key, value = qkv if len(qkv) == 3 else (*qkv, "", "")
+        options: dict[str, Any] = {} if window is None else {"local_window_size": window}
         self.graph.node_with_outputs(
             "GroupQueryAttention",
-            [qkv, "", "", cache.past_key, cache.past_value, self.last_positions, self.total, "", "", "", self.bias],
+            [query, key, value, cache.past_key, cache.past_value, self.last_positions, self.total, "", "", "", self.bias],
             [mixed, cache.present_key, cache.present_value],
             domain=MICROSOFT,
             num_heads=self.heads.count,
-            kv_num_heads=self.heads.count,
+            kv_num_heads=self.heads.keys,
             scale=self.heads.scale,
+            **options,
         )
         return mixed
 
@@ -85,18 +136,21 @@ class Standard:
     """The Attention of ONNX's opset 23, which ONNX Runtime has from 1.23 on."""
 
     def __init__(self, graph: Graph, heads: Heads, tokens: str) -> None:
-        self.graph, self.heads = graph, heads
-        self.bias = _causal_bias(graph, heads, tokens)
+        self.graph, self.heads, self.bias = graph, heads, CausalBias(graph, heads, tokens)
 
-    def attend(self, qkv: str, cache: Cache) -> str:
-        query, key, value = _split(self.graph, qkv, self.heads)
+    def turn(self, x: str, count: int, rotary: Rotary) -> str:
+        options: dict[str, Any] = {} if rotary.width == self.heads.width else {"rotary_embedding_dim": rotary.width}
+        return self.graph.node("RotaryEmbedding", x, rotary.cosines, rotary.sines, num_heads=count, **options)
+
+    def attend(self, qkv: tuple[str, ...], cache: Cache, window: int | None) -> str:
+        query, key, value = split_heads(self.graph, qkv, self.heads)
         mixed = f"{cache.present_key}/mixed"
         self.graph.node_with_outputs(
             "Attention",
-            [query, key, value, self.bias, cache.past_key, cache.past_value],
+            [query, key, value, self.bias.within(window), cache.past_key, cache.past_value],
             [mixed, cache.present_key, cache.present_value],
             q_num_heads=self.heads.count,
-            kv_num_heads=self.heads.count,
+            kv_num_heads=self.heads.keys,
             scale=self.heads.scale,
         )
         return mixed
@@ -106,23 +160,49 @@ class Elementary:
     """Matrix products and a softmax, for runtimes that know nothing else."""
 
     def __init__(self, graph: Graph, heads: Heads, tokens: str) -> None:
-        self.graph, self.heads = graph, heads
-        self.bias = _causal_bias(graph, heads, tokens)
+        self.graph, self.heads, self.bias = graph, heads, CausalBias(graph, heads, tokens)
 
-    def attend(self, qkv: str, cache: Cache) -> str:
-        node = self.graph.node
-        query, key, value = (self._by_head(part) for part in _split(self.graph, qkv, self.heads))
+    def turn(self, x: str, count: int, rotary: Rotary) -> str:
+        node, constant, half = self.graph.node, self.graph.constant, rotary.width // 2
+        by_head = node("Reshape", x, constant([0, 0, count, self.heads.width]))
+        sizes = [half, half, *([self.heads.width - rotary.width] if rotary.width < self.heads.width else [])]
+        parts = [f"{x}/part{number}" for number in range(len(sizes))]
+        self.graph.node_with_outputs("Split", [by_head, constant(sizes)], parts, axis=-1)
+        first, second, *rest = parts
+        cosine, sine = (node("Unsqueeze", table, constant([2])) for table in (rotary.cosines, rotary.sines))
+        turned = (
+            node("Sub", node("Mul", first, cosine), node("Mul", second, sine)),
+            node("Add", node("Mul", second, cosine), node("Mul", first, sine)),
+        )
+        return node("Reshape", node("Concat", *turned, *rest, axis=-1), constant([0, 0, count * self.heads.width]))
+
+    def attend(self, qkv: tuple[str, ...], cache: Cache, window: int | None) -> str:
+        node, heads = self.graph.node, self.heads
+        counts = (heads.count, heads.keys, heads.keys)
+        parts = zip(split_heads(self.graph, qkv, heads), counts, strict=True)
+        query, key, value = (self._by_head(part, count) for part, count in parts)
         self.graph.node_with_outputs("Concat", [cache.past_key, key], [cache.present_key], axis=2)
         self.graph.node_with_outputs("Concat", [cache.past_value, value], [cache.present_value], axis=2)
-        scaled = node("Mul", query, self.graph.constant(self.heads.scale, self.heads.dtype))
-        scores = node("MatMul", scaled, node("Transpose", cache.present_key, perm=[0, 1, 3, 2]))  # (B, H, S, T)
-        weights = node("Softmax", node("Add", scores, self.bias), axis=-1)
-        mixed = node("Transpose", node("MatMul", weights, cache.present_value), perm=[0, 2, 1, 3])  # (B, S, H, D)
-        return node("Reshape", mixed, self.graph.constant([0, 0, self.heads.count * self.heads.width]))
+        scaled = self._grouped(node("Mul", query, self.graph.constant(heads.scale, heads.dtype)), heads.keys)
+        scores = node("MatMul", scaled, node("Transpose", cache.present_key, perm=[0, 1, 3, 2]))
+        scores = self._grouped(scores, heads.count)  # (B, H, S, T)
+        weights = node("Softmax", node("Add", scores, self.bias.within(window)), axis=-1)
+        mixed = self._grouped(node("MatMul", self._grouped(weights, heads.keys), cache.present_value), heads.count)
+        mixed = node("Transpose", mixed, perm=[0, 2, 1, 3])  # (B, S, H, D)
+        return node("Reshape", mixed, self.graph.constant([0, 0, heads.count * heads.width]))
 
-    def _by_head(self, part: str) -> str:  # (B, S, d) -> (B, H, S, D)
-        shape = self.graph.constant([0, 0, self.heads.count, self.heads.width])
+    def _by_head(self, part: str, count: int) -> str:  # (B, S, count D) -> (B, count, S, D)
+        shape = self.graph.constant([0, 0, count, self.heads.width])
         return self.graph.node("Transpose", self.graph.node("Reshape", part, shape), perm=[0, 2, 1, 3])
+
+    def _grouped(self, heads: str, count: int) -> str:
+        """
+        (B, H, S, ...) <-> (B, K, H / K S, ...): the tokens of all heads of queries that see one head of keys, as if they were
+        tokens of that head.
+        """
+        if self.heads.count == self.heads.keys:
+            return heads
+        return self.graph.node("Reshape", heads, self.graph.constant([0, count, -1, 0]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,18 +236,33 @@ def _bias(graph: Graph, visible: str, dtype: DTypeLike) -> str:
     return graph.node("Where", visible, graph.constant(0, dtype), graph.constant(lowest, dtype))
 
 
-def _causal_bias(graph: Graph, heads: Heads, tokens: str) -> str:
-    """(B, 1, S, T): key j is seen by query i if it is a token and j <= P + i."""
-    length, total = (graph.node("Squeeze", _dimension(graph, *what)) for what in ((tokens, 1), ("attention_mask", 1)))
-    zero, one = graph.constant(0), graph.constant(1)
-    keys = graph.node("Range", zero, total, one)
-    queries = graph.node("Range", graph.node("Sub", total, length), total, one)
-    before = graph.node("LessOrEqual", keys, graph.node("Unsqueeze", queries, graph.constant([1])))
-    return _bias(graph, graph.node("And", before, _is_token(graph)), heads.dtype)
+class CausalBias:
+    """(B, 1, S, T): 0 where a key is seen by a query. Query i sees key j if it is a token, not later, and within the window."""
+
+    def __init__(self, graph: Graph, heads: Heads, tokens: str) -> None:
+        self._graph, self._dtype = graph, heads.dtype
+        length, total = (graph.node("Squeeze", _dimension(graph, *what)) for what in ((tokens, 1), ("attention_mask", 1)))
+        zero, one = graph.constant(0), graph.constant(1)
+        self._keys = graph.node("Range", zero, total, one)
+        queries = graph.node("Range", graph.node("Sub", total, length), total, one)
+        self._queries = graph.node("Unsqueeze", queries, graph.constant([1]))
+        before = graph.node("LessOrEqual", self._keys, self._queries)
+        self._visible = graph.node("And", before, _is_token(graph))
+        self._biases: dict[int | None, str] = {None: _bias(graph, self._visible, heads.dtype)}
+
+    def within(self, window: int | None) -> str:
+        if window not in self._biases:
+            graph = self._graph
+            with graph.scope("mask"):
+                first = graph.node("Sub", self._queries, graph.constant(window))
+                seen = graph.node("And", graph.node("Less", first, self._keys), self._visible)
+                self._biases[window] = _bias(graph, seen, self._dtype)
+        return self._biases[window]
 
 
-def _split(graph: Graph, qkv: str, heads: Heads) -> tuple[str, str, str]:
-    width = heads.count * heads.width
-    query, key, value = (f"{qkv}/{part}" for part in ("query", "key", "value"))
-    graph.node_with_outputs("Split", [qkv, graph.constant([width] * 3)], [query, key, value], axis=-1)
-    return query, key, value
+def split_heads(graph: Graph, qkv: tuple[str, ...], heads: Heads) -> tuple[str, ...]:
+    if len(qkv) == 3:
+        return qkv
+    parts = tuple(f"{qkv[0]}/{part}" for part in ("query", "key", "value"))
+    graph.node_with_outputs("Split", [*qkv, graph.constant(heads.widths)], parts, axis=-1)
+    return parts

@@ -21,6 +21,7 @@ def write_checkpoint(path: Path, config: "ModelConfig", weights: Weights) -> Non
     The library of safetensors would hold them in memory twice; its format is a length, a JSON header and the data
     (https://huggingface.co/docs/safetensors#format).
     """
+    turned = config.turned_matrices
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in config.tensor_shapes.items():
@@ -31,4 +32,5 @@ def write_checkpoint(path: Path, config: "ModelConfig", weights: Weights) -> Non
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in config.tensor_shapes:
-            file.write(np.ascontiguousarray(weights.read(name), "<f4").data)
+            tensor = weights.read(name)
+            file.write(np.ascontiguousarray(tensor.T if name in turned else tensor, "<f4").data)

@@ -1,10 +1,10 @@
 """
 A language model as an ONNX graph, from its token ids to its logits, or a stretch of its blocks.
 
-B sequences, S new tokens of each, d width, H heads of D elements, V tokens in the vocabulary.
+B sequences, S new tokens of each, d width, V tokens in the vocabulary; H heads of queries and K of keys and values, D
+elements each.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from graphs import MICROSOFT, Graph, Weights
 
-from .attention import ATTENTIONS, Attention, Cache, Heads
+from .attention import ATTENTIONS, Attention, Cache, Heads, Rotary, split_heads
 from .graph_weights import GraphWeights
 from .precision import Precision
 from .quantisation import BlockFormat
@@ -22,11 +22,20 @@ if TYPE_CHECKING:  # a graph is built without torch, which split_model imports
 
 __all__ = ["DecoderGraph"]
 
+LAYER_NORM = "layer"
+"""`split_model.model_config.LAYER_NORM`, which cannot be imported without torch."""
+ACTIVATIONS: dict[str, tuple[str, dict[str, str]]] = {
+    "gelu_new": ("Gelu", {"approximate": "tanh"}),
+    "gelu_pytorch_tanh": ("Gelu", {"approximate": "tanh"}),
+    "gelu": ("Gelu", {}),
+    "relu": ("Relu", {}),
+}
+"""Operators by transformers' names of functions; "silu" takes two."""
 
-class DecoderGraph(ABC):
+
+class DecoderGraph:
     """
-    Adds a stretch of a model's blocks to a graph. A family derives its class from this one: what its embedding, its blocks and
-    its norms are. Linear layers, token embedding, LM head, keys and values are here.
+    Adds a stretch of a model's blocks to a graph, in the order of the forward pass.
 
     Args:
         attention: a key of `ATTENTIONS`.
@@ -47,7 +56,9 @@ class DecoderGraph(ABC):
         self.weights = GraphWeights(graph, weights, precision)
         self.attention_form, self.blocks, self.adapted = ATTENTIONS[attention], blocks, adapted
         self.node = graph.node
-        self.heads = Heads(count=config.num_heads, width=config.head_width, dtype=precision.dtype)
+        self.heads = Heads(
+            count=config.num_heads, keys=config.num_key_value_heads, width=config.head_width, dtype=precision.dtype
+        )
         self.shapes = {
             f"{config.block_name(block)}.{layer}": shape for block in blocks for layer, shape in config.layer_shapes.items()
         }
@@ -55,35 +66,117 @@ class DecoderGraph(ABC):
         self.inputs: str
         """Token ids (B, S), or the hidden states (B, S, d) of the stretch before."""
         self.attention: Attention
-        """Of all blocks, which share its mask."""
+        """Of all blocks, which share its masks."""
+        self.rotary: Rotary | None = None
+        """Of all blocks; None where positions are added to the embeddings."""
 
     def build(self) -> None:
         """Add the blocks, with the embeddings before the model's first block, and the final norm and head after its last."""
         hidden = self.embeddings() if self.blocks.start == 0 else self.hidden_states()
+        if self.config.rotary is not None:
+            self.rotary = self.angles()
         with self.graph.scope("mask"):
             self.attention = self.attention_form.build(self.graph, self.heads, self.inputs)
         caches = [self.cache(index) for index in self.blocks]
         for index, cache in zip(self.blocks, caches, strict=True):
-            hidden = self.block(self.config.block_name(index), hidden, cache)
+            hidden = self.block(index, hidden, cache)
         if self.blocks.stop == self.config.num_layers:
-            self.head(self.final_norm(hidden))
+            self.head(self.norm(self.config.names.final_norm, hidden))
         else:
             self.name_output("hidden_states", hidden, self.config.width)
         for cache in caches:
             for name in (cache.present_key, cache.present_value):
                 self.graph.output(name, self.precision.dtype, self.cache_shape("total_sequence_length"))
 
-    @abstractmethod
-    def embeddings(self) -> str:
-        """`token_inputs`, and whatever else the family takes -> (B, S, d)."""
+    def embeddings(self) -> str:  # -> (B, S, d)
+        self.token_inputs()
+        if self.config.rotary is not None:
+            return self.embedded(self.inputs)
+        positions = self.position_ids()
+        with self.graph.scope("embeddings"):
+            table = self.weights.plain(self.config.positions_name)
+            return self.node("Add", self.embedded(self.inputs), self.node("Gather", table, positions))
 
-    @abstractmethod
-    def block(self, name: str, x: str, cache: Cache) -> str:
-        """The block of a `ModelConfig.block_name`: (B, S, d) -> (B, S, d)."""
+    def block(self, index: int, x: str, cache: Cache) -> str:  # (B, S, d) -> (B, S, d)
+        names, prefix = self.config.names, self.config.block_name(index)
+        x = self.node("Add", x, self.self_attention(index, self.norm(f"{prefix}.{names.attention_norm}", x), cache))
+        return self.node("Add", x, self.mlp(prefix, self.norm(f"{prefix}.{names.mlp_norm}", x)))
 
-    @abstractmethod
-    def final_norm(self, x: str) -> str:
-        """(B, S, d) -> (B, S, d)."""
+    def self_attention(self, index: int, x: str, cache: Cache) -> str:
+        names, prefix = self.config.names, self.config.block_name(index)
+        qkv = tuple(self.linear(f"{prefix}.{layer}", x, self.precision.matrices) for layer in names.qkv)
+        with self.graph.scope(f"{prefix}.attention"):
+            if self.rotary or self.config.normalises_heads:
+                query, key, value = split_heads(self.graph, qkv, self.heads)
+                if self.config.normalises_heads:
+                    query = self.head_norm(f"{prefix}.{names.query_norm}", query, self.heads.count)
+                    key = self.head_norm(f"{prefix}.{names.key_norm}", key, self.heads.keys)
+                if self.rotary:
+                    query = self.attention.turn(query, self.heads.count, self.rotary)
+                    key = self.attention.turn(key, self.heads.keys, self.rotary)
+                qkv = (query, key, value)
+            mixed = self.attention.attend(qkv, cache, self.config.window(index))
+        return self.linear(f"{prefix}.{names.projection}", mixed, self.precision.projection)
+
+    def mlp(self, prefix: str, x: str) -> str:
+        names, form = self.config.names, self.precision.matrices
+        inner = [self.linear(f"{prefix}.{layer}", x, form) for layer in names.up]
+        if self.config.is_gated:
+            if len(inner) == 1:
+                whole, inner = inner[0], [f"{inner[0]}/gate", f"{inner[0]}/up"]
+                self.graph.node_with_outputs("Split", [whole], inner, axis=-1, num_outputs=2)
+            gate, up = inner
+            active = self.node("Mul", self.activated(gate), up)
+        else:
+            active = self.activated(inner[0])
+        return self.linear(f"{prefix}.{names.down}", active, form)
+
+    def activated(self, x: str) -> str:
+        if self.config.activation == "silu":
+            return self.node("Mul", x, self.node("Sigmoid", x))
+        operator, attributes = ACTIVATIONS[self.config.activation]
+        return self.node(operator, x, **attributes)
+
+    def norm(self, name: str, x: str) -> str:
+        """Over the last dimension."""
+        epsilon = self.config.norm_epsilon
+        with self.graph.scope(name):
+            gain = self.weights.plain(f"{name}.weight")
+            if self.config.norm == LAYER_NORM:
+                offset = self.weights.plain(f"{name}.bias")
+                return self.node("LayerNormalization", x, gain, offset, axis=-1, epsilon=epsilon)
+            # Operators that every runtime has; ONNX Runtime makes one of its own of them. In float32: a square of float16 is
+            # soon beyond its largest number.
+            wide = x if self.precision.dtype == np.float32 else self.graph.cast(x, np.float32)
+            square = self.node("Pow", wide, self.graph.constant(2, np.float32))
+            mean = self.node("ReduceMean", square, self.graph.constant([-1]))
+            size = self.node("Sqrt", self.node("Add", mean, self.graph.constant(epsilon, np.float32)))
+            normed = self.node("Div", wide, size)
+            if wide != x:
+                normed = self.graph.cast(normed, self.precision.dtype)
+            return self.node("Mul", normed, gain)
+
+    def head_norm(self, name: str, x: str, count: int) -> str:
+        """Of each of ``count`` heads, (B, S, count D) -> (B, S, count D)."""
+        by_head = self.node("Reshape", x, self.graph.constant([0, 0, count, self.heads.width]))
+        return self.node("Reshape", self.norm(name, by_head), self.graph.constant([0, 0, count * self.heads.width]))
+
+    def angles(self) -> Rotary:
+        rotary, node, constant = self.config.rotary, self.node, self.graph.constant
+        assert rotary is not None
+        with self.graph.scope("rotation"):
+            positions = self.graph.cast(node("Unsqueeze", self.position_ids(), constant([2])), np.float32)
+            angles = node("Mul", positions, constant(rotary.frequencies().tolist(), np.float32))
+            tables = [node("Cos", angles), node("Sin", angles)]
+            if rotary.amplitude != 1:
+                tables = [node("Mul", table, constant(rotary.amplitude, np.float32)) for table in tables]
+            if self.precision.dtype != np.float32:
+                tables = [self.graph.cast(table, self.precision.dtype) for table in tables]
+        return Rotary(width=rotary.width, cosines=tables[0], sines=tables[1])
+
+    def position_ids(self) -> str:
+        """An input: the position of each new token, (B, S)."""
+        return self.graph.input("position_ids", np.int64, ["batch_size", "sequence_length"])
 
     def token_inputs(self) -> None:
         """Inputs: ids of the new tokens, (B, S), and 0 for padding among the T earlier and new ones, (B, T)."""
@@ -99,18 +192,20 @@ class DecoderGraph(ABC):
 
     def linear(self, name: str, x: str, form: BlockFormat | None) -> str:
         """
-        x W + b, and what an adapter adds to it: (B, S, in) -> (B, S, out).
+        x W, or x W + b, and what an adapter adds to it: (B, S, in) -> (B, S, out).
 
         Args:
             form: how W is stored, one of the precision's; None: as the precision's dtype.
         """
         inputs, outputs = self.shapes[name]
-        matrix, bias = f"{name}.weight", self.weights.plain(f"{name}.bias")
+        has_bias = name.removeprefix(f"{self.config.names.blocks}.").split(".", 1)[1] not in self.config.without_bias
+        matrix, bias = f"{name}.weight", self.weights.plain(f"{name}.bias") if has_bias else ""
         with self.graph.scope(name):
             if form:
                 y = self.weights.product(x, matrix, (outputs, inputs), form, bias, transposed=True)
             else:
-                y = self.node("Add", self.node("MatMul", x, self.weights.plain(matrix)), bias)
+                y = self.node("MatMul", x, self.weights.plain(matrix))
+                y = self.node("Add", y, bias) if has_bias else y
             return self.node("Add", y, self.low_rank(name, x, inputs, outputs)) if name in self.adapted else y
 
     def low_rank(self, name: str, x: str, inputs: int, outputs: int) -> str:
@@ -124,7 +219,7 @@ class DecoderGraph(ABC):
     def head(self, x: str) -> None:
         """(B, S, d) -> logits (B, S, V)."""
         table, shape = self.config.head_name, (self.config.vocabulary_size, self.config.width)
-        with self.graph.scope(self.config.separate_head_name.removesuffix(".weight")):
+        with self.graph.scope(self.config.names.head):
             # The head is a third of a small model's work, and a program that continues a text needs only the last row's logits.
             start = self.graph.optional_input("logits_start", np.array([0]))
             end, axis = self.graph.constant([np.iinfo(np.int64).max]), self.graph.constant([1])
@@ -166,7 +261,7 @@ class DecoderGraph(ABC):
         return Cache(**names)
 
     def cache_shape(self, length: str) -> list[int | str]:
-        return ["batch_size", self.heads.count, length, self.heads.width]
+        return ["batch_size", self.heads.keys, length, self.heads.width]
 
     def name_output(self, name: str, value: str, width: int) -> None:
         self.graph.node_with_outputs("Identity", [value], [name])

@@ -14,7 +14,6 @@ from storage.tokenizer import DEFAULT_CLASS
 from .beside_weights import copy_files_beside_weights
 from .checkpoint import write_checkpoint
 from .errors import ExportError
-from .families import family_of
 from .source import Source
 
 __all__ = ["write_genai_config", "write_json", "write_model_files"]
@@ -54,7 +53,7 @@ def write_genai_config(folder: Path, config: ModelConfig, *, filename: str, shar
         "hidden_size": config.width,
         "num_attention_heads": config.num_heads,
         "num_hidden_layers": config.num_layers,
-        "num_key_value_heads": config.num_heads,
+        "num_key_value_heads": config.num_key_value_heads,
         "inputs": {
             **{name: name for name in ("input_ids", "attention_mask", "position_ids")},
             **{name: pattern for name, pattern in cache.items() if name.startswith("past")},
@@ -90,7 +89,7 @@ def _write_missing(path: Path, value: dict[str, Any]) -> None:
 
 def _config(source: Source) -> dict[str, Any]:
     """The base model's config.json in float32, with keys that other programs look for and transformers no longer writes."""
-    family, config = family_of(source.config), Folder(source.folder, ExportError).read_json("config.json")
+    family, config = source.config.family, Folder(source.folder, ExportError).read_json("config.json")
     config.pop("torch_dtype", None)
     config.setdefault("architectures", [family.architecture])
     config.setdefault("bos_token_id", source.config.end_token)

@@ -14,9 +14,9 @@ from terminal import Progress, import_onnxruntime, version
 
 from .adapter_folder import copy_adapter
 from .attention import ATTENTIONS
-from .equalisation import EqualisedWeights
+from .decoder_graph import DecoderGraph
+from .equalisation import Equalised
 from .errors import ExportError
-from .families import family_of
 from .lora import LoraAdapter
 from .model_files import write_genai_config, write_json, write_model_files
 from .output_folder import check_output, output_folder
@@ -94,8 +94,7 @@ class OnnxFolder:
             if source.adapter is None or source.adapter_folder is None:
                 raise ExportError("--keep-adapter needs an adapter: give --run-dir or --adapter")
             self.adapter, self.weights = source.adapter, source.base()
-        self.family = family_of(self.config)
-        self.equalised = self.family.equalised(self.weights, self.config)
+        self.equalised = Equalised(self.weights, self.config)
         head_width = self.config.head_width
         if attention == "gqa" and head_width % 8:
             raise ExportError(
@@ -139,9 +138,9 @@ class OnnxFolder:
         for part in self.parts:
             path = self.folder / "onnx" / f"{part.file}{precision.suffix}.onnx"
             with Graph(path) as graph:
-                build = self.family.graph
-                build(graph, self.config, weights, precision, self.attention, part.blocks, self.adapter.keys()).build()
-                graph.save(self.config.model_type, form.opset, form.ir_version)
+                adapted = self.adapter.keys()
+                DecoderGraph(graph, self.config, weights, precision, self.attention, part.blocks, adapted).build()
+                graph.save(self.config.family.model_type, form.opset, form.ir_version)
             entry[part.key] = f"onnx/{path.name}"
             sizes |= {f"onnx/{file.name}": file.stat().st_size for file in (path, graph.data_path)}
         return {**entry, "bytes": sizes}
@@ -180,7 +179,7 @@ class Watched:
         return tensor
 
 
-def write_adapter(path: Path, adapter: LoraAdapter, base: EqualisedWeights) -> None:
+def write_adapter(path: Path, adapter: LoraAdapter, base: Equalised) -> None:
     """Write an adapter as ONNX Runtime takes it, for the slots of graphs with the weights ``base``."""
     parameters = {}
     for layer, update in adapter.items():

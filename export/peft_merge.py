@@ -15,7 +15,6 @@ from storage import AdapterSettings
 from .adapter_folder import BeyondLora, read_adapter
 from .beside_weights import copy_files_beside_weights
 from .errors import ExportError
-from .families import family_of
 
 __all__ = ["load_with_peft", "load_with_transformers", "merge_with_peft"]
 
@@ -61,7 +60,7 @@ def load_with_transformers(base: PretrainedModel) -> Any:
     import transformers
     from transformers.utils import logging
 
-    family = family_of(base.config)
+    family = base.config.family
     architecture: Any = getattr(transformers, family.architecture)
     config = architecture.config_class(**family.settings(base.config))
     tensors = {base.config.stored_name(name): tensor.view().to(torch.float32) for name, tensor in base.tensors.items()}

@@ -52,8 +52,9 @@ class RunDirectory:
         alpha = self._setting(config, "lora_alpha", float)
         if not all(isinstance(target, str) for target in targets):
             raise self._wrong(f"lora_targets is {shown(targets)}; a list of texts is expected")
+        rslora = bool(config.get("lora_rslora", False))  # a run of an earlier version has no such setting
         try:
-            self._lora = LoraConfig(rank=rank, alpha=float(alpha), targets=tuple(targets))
+            self._lora = LoraConfig(rank=rank, alpha=float(alpha), rslora=rslora, targets=tuple(targets))
         except (AdapterError, OverflowError) as error:  # of a whole number that no float is as large as
             raise self._wrong(error) from None
 

@@ -9,13 +9,16 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from protocol import CODECS, DELTA, EXACT, RunSettings, gradient_codec
 from protocol.settings import FLOAT32, LARGEST_COUNT, codec_named
 from terminal import user_path, user_text_path
 
 from .errors import ConfigError
+
+if TYPE_CHECKING:  # --help loads no torch
+    from split_model import ModelConfig
 
 __all__ = [
     "ServerConfig",
@@ -39,8 +42,15 @@ def option(help: str, default: Any = None, *, choices: tuple[str, ...] | None = 
 
 # A run that goes on may do so elsewhere, and with other limits; what it computes stays what it was.
 DERIVED = {"precision", "activation_codec", "gradient_codec"}
-OF_THE_RUN = {item.name for item in fields(RunSettings)} - DERIVED | {"dtype", "residual", "codec", "edge_weights"}
+OF_THE_RUN = {item.name for item in fields(RunSettings)} - DERIVED | {
+    "lora_rslora",
+    "dtype",
+    "residual",
+    "codec",
+    "edge_weights",
+}
 
+ALL_LINEAR = ("all-linear",)
 PATHS = {"model", "run_dir", "init_adapter", "tls_cert", "tls_key", "next_tls_cert", "clients_file"}
 COUNTS = ("checkpoint_every", "quorum", "max_batch_tokens", "max_connections", "max_strangers", "max_pages", "max_queue")
 
@@ -60,7 +70,11 @@ class ServerConfig:
     lora_rank: int = option("rank of the LoRA adapters", 8)
     lora_alpha: float = option("LoRA's alpha: an adapter's update is scaled by alpha / rank", 32.0)
     lora_dropout: float = option("probability of dropping an input of the adapters", 0.0)
-    lora_targets: tuple[str, ...] = option("adapted layers, separated by commas: c_attn, c_proj, c_fc", ("c_attn",))
+    lora_rslora: bool = option("scale by alpha / sqrt(rank) instead, so that a high rank learns as fast as a low one", False)
+    lora_targets: tuple[str, ...] | None = option(
+        "adapted layers, separated by commas, such as q_proj,v_proj; or all-linear, for all linear layers of a block (default: "
+        "those that PEFT adapts of such a model)"
+    )
     clients: int = option("number of devices to wait for before training starts", 1)
     steps: int | None = option("length of the run in steps")
     epochs: int | None = option("length of the run in passes of every device over its data")
@@ -175,7 +189,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ConfigError("give either steps or epochs" if self.steps is None else "give steps or epochs, not both")
-        self._shared(cut_layer=1)  # of which the model says more
+        self._shared(cut_layer=1, **({} if self.names_targets else {"lora_targets": ("any",)}))  # of both the model says more
         for name in COUNTS:
             self._require(name, lambda value: value is None or 1 <= value <= LARGEST_COUNT, f"1 to {LARGEST_COUNT}")
         self._require("codec_tolerance", lambda value: value >= 0, "at least 0")
@@ -221,9 +235,24 @@ class ServerConfig:
         micro_batches = self.micro_batches or (1 if is_loopback(self.host) else 2)
         return replace(self, dtype=dtype, micro_batches=micro_batches, check_codec_every=checks)
 
+    @property
+    def names_targets(self) -> bool:
+        """Whether the adapted layers are named, and not left to the model's family."""
+        return self.lora_targets not in (None, ALL_LINEAR)
+
+    def for_model(self, config: "ModelConfig") -> "ServerConfig":
+        """The same with the names of the adapted layers, where they are left to the model's family."""
+        if self.names_targets:
+            return self
+        return replace(self, lora_targets=config.lora_targets if self.lora_targets else config.family.usual_targets)
+
     def settings(self) -> RunSettings:
-        """What every client is told of these settings, which are `settled`."""
+        """What every client is told of these settings, which are `settled`, and `for_model`."""
         return self._shared()
+
+    def lora(self) -> dict[str, Any]:
+        """The keyword arguments of ``split_model.LoraConfig``, as the run's adapter is saved."""
+        return self.settings().lora() | {"alpha": self.lora_alpha, "rslora": self.lora_rslora}
 
     def _shared(self, **instead: Any) -> RunSettings:
         precision = "float64" if self.dtype == "float64" else "float32"
@@ -237,6 +266,8 @@ class ServerConfig:
             raise ConfigError(f"codec {codec} is for runs in float32; a run in float64 has --codec float32, which is exact")
         if precision == "float64" and self.edge_weights != "float32":
             raise ConfigError(f"edge-weights {self.edge_weights} is for runs in float32; in float64 every device has a model")
+        if self.lora_rslora and self.lora_rank > 0:
+            shared["lora_alpha"] = self.lora_alpha * math.sqrt(self.lora_rank)
         shared |= {"precision": precision, "activation_codec": codec, "gradient_codec": gradient_codec(codec)}
         try:
             return RunSettings(**{**shared, **instead})

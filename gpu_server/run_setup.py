@@ -141,14 +141,15 @@ def _set_up(options: Mapping[str, Any], leader: "Leader | None") -> Run:
             )
         config = replace(config, shard=False)
         choices.append("no shard: the run goes on with one rank, which holds the whole model")
+    model = PretrainedModel(find_model(config.model))
+    config = config.for_model(model.config)
     if leader is not None:
         device = leader.prepare(config, device)
         choices += leader.choices
     door = open_door(config)
-    model = PretrainedModel(find_model(config.model))
     check_cut_layer(config.cut_layer, model.config.num_layers)
     settings = config.settings()
-    lora = LoraConfig(**settings.lora())
+    lora = LoraConfig(**config.lora())
     adapter = _starting_adapter(config, directory, model, lora)
     make = make_trainer if leader is None else leader.trainer
     trainer = make(config, model, adapter, device)

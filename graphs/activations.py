@@ -77,10 +77,23 @@ class Relu(Activation):
         return graph.cast(graph.node("Greater", x, graph.constant(0, np.float32)), np.float32)
 
 
+class Silu(Activation):
+    """y = x S with S = sigmoid(x); y' = S + x S (1 - S) = S (1 + x (1 - S))."""
+
+    def function(self, graph: PartGraph, x: str) -> str:
+        return graph.node("Mul", x, graph.node("Sigmoid", x))
+
+    def derivative(self, graph: PartGraph, x: str) -> str:
+        node, one = graph.node, graph.constant(1, np.float32)
+        sigmoid = node("Sigmoid", x)
+        return node("Mul", sigmoid, node("Add", node("Mul", x, node("Sub", one, sigmoid)), one))
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": GeluTanh(),
     "gelu_pytorch_tanh": GeluTanh(),
     "gelu": GeluErf(),
     "relu": Relu(),
+    "silu": Silu(),
 }
 """By transformers' names."""

@@ -1,19 +1,27 @@
 """
 The layers of a block, each with its forward and its backward pass side by side, and the head.
 
-N rows of a packed batch, one for each token; B sequences, and T columns of the grid in which attention sees them; H heads of D
-elements, d = H D. dx is the gradient of the loss by x. ∘ multiplies element by element.
+N rows of a packed batch, one for each token; B sequences, and T columns of the grid in which attention sees them; H heads of
+queries and K of keys and values, of D elements each. dx is the gradient of the loss by x. ∘ multiplies element by element.
 """
+
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from .matrix_formats import MatrixFormat
 from .part_graph import PartGraph
 
-__all__ = ["CausalAttention", "Head", "LayerNorm", "Linear"]
+if TYPE_CHECKING:  # a graph is built without torch, which split_model imports
+    from split_model import ModelConfig
+    from split_model.rotary import Rotary
+
+__all__ = ["CausalAttention", "Head", "LayerNorm", "Linear", "Norm", "RMSNorm", "Rotation"]
 
 TOKENS = "tokens"
 """The table of tokens, by its name in files of weights."""
+WINDOW = "window"
+"""How many tokens a token sees, by its name in a block's file of weights."""
 HIDDEN = -1e30
 """Added to a score that must not be seen: its exponential is 0 in float32."""
 
@@ -27,10 +35,13 @@ class Linear:
 
     Args:
         shape: (in, out).
+        has_bias: whether there is b.
     """
 
-    def __init__(self, graph: PartGraph, name: str, shape: tuple[int, int], form: MatrixFormat) -> None:
-        self.graph, self.name, self.shape, self.form = graph, name, shape, form
+    def __init__(
+        self, graph: PartGraph, name: str, shape: tuple[int, int], form: MatrixFormat, *, has_bias: bool = True
+    ) -> None:
+        self.graph, self.name, self.shape, self.form, self.has_bias = graph, name, shape, form, has_bias
         adaptation = graph.adaptation
         self.is_adapted = name in adaptation.layers
         self.has_dropout = graph.trains and adaptation.dropout > 0
@@ -38,7 +49,7 @@ class Linear:
 
     def forward(self, x: str) -> str:  # (N, in) -> (N, out)
         with self.graph.scope(self.name):
-            bias = self.graph.weight_input(f"{self.name}.bias", np.float32, self.shape[1:])
+            bias = self.graph.weight_input(f"{self.name}.bias", np.float32, self.shape[1:]) if self.has_bias else ""
             y = self.form.product(self.graph, f"{self.name}.weight", self.shape, x, bias)
             if not self.is_adapted:
                 return y
@@ -79,6 +90,15 @@ class Linear:
         return self.graph.lora_input(self.name, matrix)
 
 
+class Norm(Protocol):
+    """Over the last of an array's dimensions."""
+
+    def forward(self, x: str) -> str: ...
+
+    def backward(self, x: str, dy: str) -> str:
+        """The input, and the gradient by the output -> the gradient by the input."""
+
+
 class LayerNorm:
     """
     y = g ∘ x̂ + b with x̂ = (x - mean(x)) r and r = 1 / sqrt(var(x) + epsilon); means and variance are those of each row, g and b
@@ -110,67 +130,204 @@ class LayerNorm:
         return self.graph.weight_input(f"{self.name}.{name}", np.float32, [self.width])
 
 
+class RMSNorm:
+    """
+    y = g ∘ x̂ with x̂ = x r and r = 1 / sqrt(mean(x²) + epsilon), over the last dimension; g is frozen. With e = g ∘ dy:
+
+        dx = r (e - x̂ mean(e ∘ x̂))
+    """
+
+    def __init__(self, graph: PartGraph, name: str, width: int, epsilon: float) -> None:
+        self.graph, self.name, self.width, self.epsilon = graph, name, width, epsilon
+
+    def forward(self, x: str) -> str:
+        with self.graph.scope(self.name):
+            return self.graph.node("Mul", self.graph.node("Div", x, self._size(x)), self._gain())
+
+    def backward(self, x: str, dy: str) -> str:
+        node, last = self.graph.node, self.graph.constant([-1])
+        with self.graph.scope(f"{self.name}.backward"):
+            size = self._size(x)
+            normed, e = node("Div", x, size), node("Mul", dy, self._gain())
+            across = node("Mul", normed, node("ReduceMean", node("Mul", e, normed), last))
+            return node("Div", node("Sub", e, across), size)
+
+    def _size(self, x: str) -> str:
+        """1 / r."""
+        node = self.graph.node
+        square = node("ReduceMean", node("Mul", x, x), self.graph.constant([-1]))
+        return node("Sqrt", node("Add", square, self.graph.constant(self.epsilon, np.float32)))
+
+    def _gain(self) -> str:
+        return self.graph.weight_input(f"{self.name}.weight", np.float32, [self.width])
+
+
+class Rotation:
+    """
+    Turns queries and keys by their positions. Of a head's elements x = (x₁, x₂, rest), x₁ and x₂ as wide, with the angles
+    a = position ∘ frequencies:
+
+        y = (x₁ ∘ cos a - x₂ ∘ sin a, x₂ ∘ cos a + x₁ ∘ sin a, rest)
+
+    The gradient is turned back, by -a. An amplitude that is not 1 multiplies cosine and sine.
+    """
+
+    def __init__(self, graph: PartGraph, rotary: "Rotary", head_width: int) -> None:
+        self.graph, self.rotary, self.half = graph, rotary, rotary.width // 2
+        self.rest = head_width - rotary.width
+        self._tables: tuple[str, str] | None = None
+
+    def turned(self, heads: str, *, back: bool = False) -> str:  # (B, H, T, D) -> (B, H, T, D)
+        node, (cosine, sine) = self.graph.node, self._angles()
+        with self.graph.scope("rotation"):
+            sizes = [self.half, self.half, *([self.rest] if self.rest else [])]
+            parts = [f"{heads}/{back}/{number}" for number in range(len(sizes))]
+            self.graph.node_with_outputs("Split", [heads, self.graph.constant(sizes)], parts, axis=-1)
+            first, second, *rest = parts
+            minus, plus = ("Add", "Sub") if back else ("Sub", "Add")
+            turned = (
+                node(minus, node("Mul", first, cosine), node("Mul", second, sine)),
+                node(plus, node("Mul", second, cosine), node("Mul", first, sine)),
+            )
+            return node("Concat", *turned, *rest, axis=-1)
+
+    def _angles(self) -> tuple[str, str]:
+        """Cosines and sines, (B, 1, T, D' / 2); computed once in a graph."""
+        if self._tables is None:
+            node, constant = self.graph.node, self.graph.constant
+            with self.graph.scope("rotation"):
+                positions = self.graph.cast(position_of_cell(self.graph, [0, 1, -1, 1]), np.float32)
+                angles = node("Mul", positions, constant(self.rotary.frequencies().tolist(), np.float32))
+                cosine, sine = node("Cos", angles), node("Sin", angles)
+                if self.rotary.amplitude != 1:
+                    amplitude = constant(self.rotary.amplitude, np.float32)
+                    cosine, sine = node("Mul", cosine, amplitude), node("Mul", sine, amplitude)
+            self._tables = cosine, sine
+        return self._tables
+
+
 class CausalAttention:
     """
-    O = P V with P = softmax(Q Kᵀ / sqrt(D) + C) row by row, in each head of each sequence; C hides later tokens. With
+    O = P V with P = softmax(Q Kᵀ / sqrt(D) + C) row by row, in each head of each sequence; C hides later tokens, and those
+    before a window. With
 
         dV = Pᵀ dO        dP = dO Vᵀ        dS = P ∘ (dP - sum(P ∘ dP)) / sqrt(D)        dQ = dS K        dK = dSᵀ Q
 
     Rows become a grid (B, T) by their numbers, ``row_of_cell``. Cells after a sequence's end show any row. No token sees them,
     as they are later, and ``cell_of_row`` leaves out what they see. Their dO is set to 0, so that nothing flows back from them.
+
+    Where H / K = G heads of queries see one head of keys, their tokens are taken for G T tokens of that head: the products
+    above then add up what flows back to the keys and values.
+
+    Args:
+        norms: of each head of queries, and of keys; none in most families.
     """
 
-    def __init__(self, graph: PartGraph, width: int, num_heads: int) -> None:
-        self.graph, self.width, self.num_heads, self.head_width = graph, width, num_heads, width // num_heads
-        self._seen: dict[str, tuple[str, str, str, str]] = {}
+    def __init__(self, graph: PartGraph, config: "ModelConfig", norms: tuple[Norm, Norm] | None) -> None:
+        self.graph, self.norms, self.head_width = graph, norms, config.head_width
+        self.num_heads, self.num_keys = config.num_heads, config.num_key_value_heads
+        self.widths = [config.query_width, config.key_width, config.key_width]
+        self.rotation = Rotation(graph, config.rotary, config.head_width) if config.rotary else None
+        self.has_window = any(config.windows)
+        self._seen: dict[tuple[str, ...], tuple[str, str, str, str]] = {}
+        self._made: dict[tuple[str, ...], tuple[str, str]] = {}
+        """Queries and keys as the linear layers have made them, of what was seen."""
 
-    def forward(self, qkv: str) -> str:
-        """Queries, keys and values side by side (N, 3 d) -> (N, d)."""
+    def forward(self, qkv: tuple[str, ...]) -> str:
+        """Queries (N, H D), keys and values (N, K D) each, or all side by side -> (N, H D)."""
         _, _, value, probabilities = self._attend(qkv)
         with self.graph.scope("attention"):
-            return self._rows(self.graph.node("MatMul", probabilities, value), self.width)
+            mixed = self.graph.node("MatMul", self._grouped(probabilities), value)
+            return self._rows(self._ungrouped(mixed), self.widths[0])
 
-    def backward(self, qkv: str, d_mixed: str) -> str:  # (N, 3 d), (N, d) -> (N, 3 d)
+    def backward(self, qkv: tuple[str, ...], d_mixed: str) -> tuple[str, ...]:
+        """What `forward` was given, and the gradient by what it gave (N, H D) -> the gradients by the former."""
         node = self.graph.node
         query, key, value, probabilities = self._attend(qkv)
         with self.graph.scope("attention.backward"):
             is_token = self.graph.given("is_token", np.float32, ["sequences", "columns", 1])
-            d_mixed = self._heads(node("Mul", node("Gather", d_mixed, self._row_of_cell()), is_token))
+            d_mixed = self._heads(node("Mul", node("Gather", d_mixed, self._row_of_cell()), is_token), self.num_heads)
+            probabilities, d_mixed = self._grouped(probabilities), self._grouped(d_mixed)
             d_value = node("MatMul", self._transposed(probabilities), d_mixed)
             d_probabilities = node("MatMul", d_mixed, self._transposed(value))
             inner = node("ReduceSum", node("Mul", probabilities, d_probabilities), self.graph.constant([-1]))
             d_scores = self._scaled(node("Mul", probabilities, node("Sub", d_probabilities, inner)))
-            d_query = node("MatMul", d_scores, key)
+            d_query = self._ungrouped(node("MatMul", d_scores, key))
             d_key = node("MatMul", self._transposed(d_scores), query)
-            return self._rows(node("Concat", d_query, d_key, d_value, axis=1), 3 * self.width)
+            d_query, d_key = self._through_norms_and_rotation(qkv, d_query, d_key)
+            if len(qkv) == 1:
+                return (self._rows(node("Concat", d_query, d_key, d_value, axis=1), sum(self.widths)),)
+            parts = zip((d_query, d_key, d_value), self.widths, strict=True)
+            return tuple(self._rows(part, width) for part, width in parts)
 
-    def _attend(self, qkv: str) -> tuple[str, str, str, str]:
-        """Q, K and V (B, H, T, D), and P (B, H, T, T); computed once in a graph."""
+    def _attend(self, qkv: tuple[str, ...]) -> tuple[str, str, str, str]:
+        """Q (B, K, G T, D), K and V (B, K, T, D), and P (B, H, T, T); computed once in a graph."""
         if qkv not in self._seen:
             node = self.graph.node
             with self.graph.scope("attention"):
-                parts = [f"attention/{part}" for part in ("query", "key", "value")]
-                cells = node("Gather", qkv, self._row_of_cell())
-                self.graph.node_with_outputs("Split", [cells], parts, axis=2, num_outputs=3)
-                query, key, value = (self._heads(part) for part in parts)
-                scores = self._scaled(node("MatMul", query, self._transposed(key)))
+                query, key, value = self._parts(qkv)
+                self._made[qkv] = query, key
+                if self.norms:
+                    query, key = self.norms[0].forward(query), self.norms[1].forward(key)
+                if self.rotation:
+                    query, key = self.rotation.turned(query), self.rotation.turned(key)
+                query = self._grouped(query)
+                scores = self._ungrouped(self._scaled(node("MatMul", query, self._transposed(key))))
                 probabilities = node("Softmax", node("Add", scores, self._hidden()), axis=-1)
             self._seen[qkv] = query, key, value, probabilities
         return self._seen[qkv]
 
+    def _parts(self, qkv: tuple[str, ...]) -> list[str]:
+        """Queries (B, H, T, D), keys and values (B, K, T, D)."""
+        cells = [self.graph.node("Gather", rows, self._row_of_cell()) for rows in qkv]
+        if len(cells) == 1:
+            names = [f"attention/{part}" for part in ("query", "key", "value")]
+            if self.num_keys == self.num_heads:
+                self.graph.node_with_outputs("Split", cells, names, axis=2, num_outputs=3)
+            else:
+                self.graph.node_with_outputs("Split", [*cells, self.graph.constant(self.widths)], names, axis=2)
+            cells = names
+        heads = (self.num_heads, self.num_keys, self.num_keys)
+        return [self._heads(part, count) for part, count in zip(cells, heads, strict=True)]
+
+    def _through_norms_and_rotation(self, qkv: tuple[str, ...], d_query: str, d_key: str) -> tuple[str, str]:
+        """Gradients by what attention takes -> by what the linear layers make."""
+        if self.rotation:
+            d_query, d_key = self.rotation.turned(d_query, back=True), self.rotation.turned(d_key, back=True)
+        if self.norms:
+            query, key = self._made[qkv]
+            d_query, d_key = self.norms[0].backward(query, d_query), self.norms[1].backward(key, d_key)
+        return d_query, d_key
+
     def _hidden(self) -> str:
-        """C (T, T): 0 up to the diagonal, `HIDDEN` after it."""
-        columns = self.graph.node("Shape", self._row_of_cell(), start=1, end=2)
-        square = self.graph.node("Concat", columns, columns, axis=0)
-        return self.graph.node(
-            "Trilu", self.graph.node("Expand", self.graph.constant(HIDDEN, np.float32), square), self.graph.constant(1), upper=1
+        """C (T, T): 0 up to the diagonal, `HIDDEN` after it. With a window (B, 1, T, T): `HIDDEN` before it, too."""
+        node, constant = self.graph.node, self.graph.constant
+        columns = node("Shape", self._row_of_cell(), start=1, end=2)
+        square = node("Concat", columns, columns, axis=0)
+        later = node("Trilu", node("Expand", constant(HIDDEN, np.float32), square), constant(1), upper=1)
+        if not self.has_window:
+            return later
+        by_row, by_column = (
+            self.graph.cast(position_of_cell(self.graph, shape), np.float32) for shape in ([0, 1, -1, 1], [0, 1, 1, -1])
         )
+        last_seen = node("Sub", self.graph.weight_input(WINDOW, np.float32, [1]), constant(1, np.float32))
+        before = self.graph.cast(node("Greater", node("Sub", by_row, by_column), last_seen), np.float32)
+        return node("Add", later, node("Mul", before, constant(HIDDEN, np.float32)))
+
+    def _grouped(self, heads: str) -> str:  # (B, H, T, ...) -> (B, K, G T, ...)
+        return heads if self.num_heads == self.num_keys else self._regrouped(heads, self.num_keys)
+
+    def _ungrouped(self, heads: str) -> str:  # (B, K, G T, ...) -> (B, H, T, ...)
+        return heads if self.num_heads == self.num_keys else self._regrouped(heads, self.num_heads)
+
+    def _regrouped(self, heads: str, count: int) -> str:
+        return self.graph.node("Reshape", heads, self.graph.constant([0, count, -1, 0]))
 
     def _row_of_cell(self) -> str:
-        return self.graph.given("row_of_cell", np.int64, ["sequences", "columns"])
+        return _row_of_cell(self.graph)
 
-    def _heads(self, grid: str) -> str:  # (B, T, d) -> (B, H, T, D)
-        shape = self.graph.constant([0, 0, self.num_heads, self.head_width])
+    def _heads(self, grid: str, count: int) -> str:  # (B, T, H D) -> (B, H, T, D)
+        shape = self.graph.constant([0, 0, count, self.head_width])
         return self.graph.node("Transpose", self.graph.node("Reshape", grid, shape), perm=[0, 2, 1, 3])
 
     def _rows(self, heads: str, width: int) -> str:  # (B, width / D, T, D) -> (N, width)
@@ -183,6 +340,16 @@ class CausalAttention:
 
     def _scaled(self, scores: str) -> str:
         return self.graph.node("Mul", scores, self.graph.constant(self.head_width**-0.5, np.float32))
+
+
+def _row_of_cell(graph: PartGraph) -> str:
+    return graph.given("row_of_cell", np.int64, ["sequences", "columns"])
+
+
+def position_of_cell(graph: PartGraph, shape: list[int]) -> str:
+    """The position of each cell's token in its sequence, (B, T), in the shape of ONNX's Reshape."""
+    positions = graph.node("Gather", graph.given("positions", np.int64, ["rows"]), _row_of_cell(graph))
+    return graph.node("Reshape", positions, graph.constant(shape))
 
 
 class Head:

@@ -42,7 +42,7 @@ class MatrixFormat(ABC):
 
     @abstractmethod
     def product(self, graph: PartGraph, name: str, shape: tuple[int, int], x: str, bias: str) -> str:
-        """x W + bias: (N, in) and (out,) -> (N, out)."""
+        """x W + bias: (N, in) and (out,) -> (N, out); "" is no bias."""
 
     @abstractmethod
     def transposed_product(self, graph: PartGraph, name: str, shape: tuple[int, int], dy: str) -> str:
@@ -65,12 +65,12 @@ class Floating(MatrixFormat):
 
     def store(self, name: str, matrix: Floats, *, shared_scale: int = 0) -> Tensors:
         with np.errstate(over="ignore"):
-            stored = matrix.astype(self.dtype)
+            stored = matrix.astype(self.dtype, order="C")
         check_finite(name, stored, self.dtype.name)
         return {name: stored}
 
     def product(self, graph: PartGraph, name: str, shape: tuple[int, int], x: str, bias: str) -> str:
-        return graph.node("Gemm", x, self._matrix(graph, name, shape), bias)
+        return graph.node("Gemm", x, self._matrix(graph, name, shape), *([bias] if bias else []))
 
     def transposed_product(self, graph: PartGraph, name: str, shape: tuple[int, int], dy: str) -> str:
         return graph.node("Gemm", dy, self._matrix(graph, name, shape), transB=1)
@@ -102,12 +102,13 @@ class Integers(MatrixFormat):
         largest = np.abs(matrix).max(axis=shared_scale, keepdims=True)
         check_finite(name, largest, "int8")
         scale = np.where(largest > SMALLEST, largest / np.float32(LARGEST_INT8), np.float32(1))
-        integers = np.rint(matrix / scale).astype(np.int8)
+        integers = np.rint(matrix / scale).astype(np.int8, order="C")
         return {name: integers, scale_name(name): scale.reshape(-1)}
 
     def product(self, graph: PartGraph, name: str, shape: tuple[int, int], x: str, bias: str) -> str:
         integers, scale = self._inputs(graph, name, shape, shape[1:])
-        product = graph.node("Gemm", x, graph.cast(integers, np.float32), graph.node("Div", bias, scale))
+        divided = [graph.node("Div", bias, scale)] if bias else []
+        product = graph.node("Gemm", x, graph.cast(integers, np.float32), *divided)
         return graph.node("Mul", product, scale)
 
     def transposed_product(self, graph: PartGraph, name: str, shape: tuple[int, int], dy: str) -> str:

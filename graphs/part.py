@@ -29,8 +29,8 @@ from safetensors.numpy import save_file
 from storage import HEAD_WEIGHTS, TOKENIZER_FILES, Folder, ModelError, PartDescription
 from storage.part_description import EMBEDDING_WEIGHTS
 
-from .families import Block, family_of
-from .layers import TOKENS, Head
+from .block import Block, embedding, embedding_tensors
+from .layers import TOKENS, WINDOW, Head
 from .matrix_formats import MATRIX_FORMATS, MatrixFormat, check_finite
 from .part_graph import Adaptation, PartGraph
 from .weights import Weights
@@ -84,7 +84,7 @@ def build_part(
         lora_rank=adaptation.rank,
         lora_alpha=adaptation.alpha,
         lora_dropout=adaptation.dropout,
-        adapter_prefix=f"base_model.model.{config.stored_name(config.blocks)}.{{block}}.",
+        adapter_prefix=f"base_model.model.{config.stored_name(config.names.blocks)}.{{block}}.",
         adapted=adaptation.layers,
         onnxruntime=ONNXRUNTIME,
         head=(EMBEDDING_WEIGHTS if config.tied_head else HEAD_WEIGHTS) if with_head else "",
@@ -128,11 +128,11 @@ class _Graphs:
     """What stands in the graphs of a part."""
 
     def __init__(self, config: "ModelConfig", form: MatrixFormat) -> None:
-        self.family, self.config, self.form = family_of(config), config, form
+        self.config, self.form = config, form
 
     def embedding(self, graph: PartGraph) -> None:
         tokens = graph.given_rows("rows", self.config.width)
-        graph.rows_output("output", self.family.embedding(graph, self.config, tokens), self.config.width)
+        graph.rows_output("output", embedding(graph, self.config, tokens), self.config.width)
 
     def forward(self, graph: PartGraph) -> None:
         graph.rows_output("output", self._block(graph).forward(self._input(graph)), self.config.width)
@@ -157,19 +157,22 @@ class _Graphs:
         return self._block(graph).backward(self._input(graph), graph.given_rows("gradient", self.config.width))
 
     def _block(self, graph: PartGraph) -> Block:
-        return self.family.block(graph, self.config, self.form)
+        return Block(graph, self.config, self.form)
 
     def _input(self, graph: PartGraph) -> str:
         return graph.given_rows("input", self.config.width)
 
 
 def _embedding(config: "ModelConfig", weights: Weights, form: MatrixFormat) -> dict[str, NDArray[np.generic]]:
-    tensors = {name: _exact(weights, name) for name in family_of(config).embedding_tensors}
+    tensors = {name: _exact(weights, name) for name in embedding_tensors(config)}
     return {**form.store(TOKENS, weights.read(config.table_name), shared_scale=1), **tensors}
 
 
 def _block(config: "ModelConfig", weights: Weights, form: MatrixFormat, index: int) -> dict[str, NDArray[np.generic]]:
     tensors: dict[str, NDArray[np.generic]] = {}
+    if any(config.windows):
+        # The same graph is run for every block: one whose tokens see all has the widest window that there is.
+        tensors[WINDOW] = np.array([config.window(index) or config.num_positions], np.float32)
     prefix, matrices = f"{config.block_name(index)}.", {f"{layer}.weight" for layer in config.layer_shapes}
     for name in config.tensor_shapes:
         if name.startswith(prefix):

@@ -27,6 +27,7 @@ class StoredWeights:
 
     def __init__(self, base: "PretrainedModel") -> None:
         self._places = base.tensors
+        self._turned = base.config.turned_matrices
         self._files: dict[Path, Any] = {
             path: safe_open(path, framework="np") for path in {stored.path for stored in base.tensors.values()}
         }
@@ -35,4 +36,4 @@ class StoredWeights:
         stored = self._places[name]
         with np.errstate(over="ignore"):  # a float64 that becomes infinite is refused by `Merged`
             tensor: Floats = self._files[stored.path].get_tensor(stored.name).astype(np.float32)
-        return tensor
+        return tensor.T if name in self._turned else tensor

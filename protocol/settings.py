@@ -1,5 +1,6 @@
 """What the server decides for everybody, and announces in `Welcome`."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,6 @@ __all__ = [
     "FLOAT32",
     "LARGEST_COUNT",
     "SERVER_ABILITIES",
-    "TARGETS",
     "RunSettings",
     "codec_name",
     "codec_named",
@@ -56,8 +56,8 @@ ABILITIES = ("device-labels", "noise", NEXT_PIN)
 SERVER_ABILITIES = ("held-out-loss",)
 """What a server of this release can do for its clients, besides what the first ones of this version could."""
 
-TARGETS = ("c_attn", "c_proj", "c_fc")
-"""Names of layers that may be adapted, of all model families. Whether a model has them, is checked where it is split."""
+NAME_OF_LAYER, MOST_TARGETS = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}"), 64
+"""What can be a layer's name. Whether a model has it, is checked where settings meet the model."""
 LARGEST_COUNT = 2**31 - 1  # far below the largest integer that a message may hold
 
 LARGEST_NOISE = LARGEST_VALUE / 10
@@ -91,6 +91,7 @@ class RunSettings:
     """Blocks [0, cut_layer) are on the edge."""
     lora_rank: int
     lora_alpha: float
+    """An adapter's update is scaled by lora_alpha / lora_rank; what a run calls its alpha may be another number."""
     lora_dropout: float
     lora_targets: tuple[str, ...]
     clients: int
@@ -140,9 +141,9 @@ class RunSettings:
             if value is not None and (wrong := out_of_bounds(name, value)):
                 raise ValueError(f"{name} {wrong}")
         targets = self.lora_targets
-        if not targets or len(set(targets)) < len(targets) or not set(targets) <= set(TARGETS):
+        if not 1 <= len(set(targets)) == len(targets) <= MOST_TARGETS or not all(map(NAME_OF_LAYER.fullmatch, targets)):
             got = ", ".join(target[:40] for target in targets[:10])
-            raise ValueError(f"lora_targets must be among {', '.join(TARGETS)}, each once; got {ascii(got)[1:-1] or 'none'}")
+            raise ValueError(f"lora_targets must be names of layers, each once; got {ascii(got)[1:-1] or 'none'}")
         if self.lr_schedule not in ("constant", "linear"):
             raise ValueError(f"lr_schedule must be constant or linear, got {self.lr_schedule[:40]!r}")
         if self.precision not in ("float32", "float64"):

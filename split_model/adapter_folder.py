@@ -15,8 +15,8 @@ from .model_config import ModelConfig
 
 __all__ = ["load_adapter", "save_adapter"]
 
-CHOOSING = ("use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules")
-"""Settings of plain LoRA that scale in another way, or not all layers alike; a run has one rank and one scale, alpha / rank."""
+CHOOSING = ("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules")
+"""Settings of plain LoRA that do not treat all layers alike; a run has one rank and one scale."""
 
 
 def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, lora: LoraConfig, base_model: str) -> None:
@@ -36,7 +36,8 @@ def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, lora: Lora
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         "target_modules": list(lora.targets),
-        "fan_in_fan_out": config.stores_in_out,
+        "fan_in_fan_out": config.family.stores_in_out,
+        "use_rslora": lora.rslora,
         "bias": "none",
         "inference_mode": True,
     }
@@ -55,8 +56,10 @@ def load_adapter(folder: Path, config: ModelConfig, lora: LoraConfig) -> Adapter
     beyond = settings.beyond + [name for name in CHOOSING if settings.has(name)]
     if beyond:
         raise AdapterError(f"{folder}: only plain LoRA can be continued; this adapter uses {', '.join(beyond)}")
-    for key, expected in {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": list(lora.targets)}.items():
-        found = settings.values.get(key)
+    asked = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora, "target_modules": list(lora.targets)}
+    given = settings.values | {"use_rslora": settings.has("use_rslora")}
+    for key, expected in asked.items():
+        found = given.get(key)
         same = set(found) == set(expected) if isinstance(found, list) and isinstance(expected, list) else found == expected
         if not same:
             raise AdapterError(f"{folder}: {key} is {shown(found)}, the run asks for {shown(expected)}")

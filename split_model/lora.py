@@ -25,6 +25,8 @@ class LoraConfig:
     alpha: float = 32.0
     dropout: float = 0.0
     """Probability of zeroing an input element of A during training."""
+    rslora: bool = False
+    """Rank-stabilised (arXiv 2312.03732): the update is (alpha / sqrt(rank)) B A."""
     targets: tuple[str, ...]
     """The last components of layers' names, as PEFT matches target_modules; `ModelConfig.lora_targets` lists a family's."""
 
@@ -38,7 +40,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 def adapted_layers(config: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int, int]]:
@@ -48,8 +50,6 @@ def adapted_layers(config: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int
     Raises:
         AdapterError: a target is no layer of this family, or there is no target.
     """
-    # This is where settings first meet a model. What may be named at all, the protocol checks when settings arrive
-    # (`protocol.settings.TARGETS`), long before either side knows which family it is about.
     known = config.lora_targets
     unknown = [target for target in lora.targets if target not in known]
     if unknown or not lora.targets:
@@ -90,18 +90,23 @@ def initial_adapter(config: ModelConfig, lora: LoraConfig, seed: int) -> Adapter
 
 class LoraLinear(nn.Module):
     """
-    y = x W + b + scale * dropout(x) A^T B^T. W (in, out) and b (out,) are frozen and in `Placement.weight_dtype`; A (r, in) and
-    B (out, r), where there are any, learn and are in `Placement.dtype`; x (N, in) and y (N, out) are in `Placement.residual`.
+    y = x W + b + scale * dropout(x) A^T B^T. W (in, out) and b (out,), where there is one, are frozen and in
+    `Placement.weight_dtype`; A (r, in) and B (out, r), where there are any, learn and are in `Placement.dtype`; x (N, in) and
+    y (N, out) are in `Placement.residual`.
+
+    Args:
+        weight: W, or W^T unless it is stored as (in, out).
     """
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
     columns: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, stores_in_out: bool) -> None:
         super().__init__()
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
+        self.stores_in_out = stores_in_out
         self.lora_A: nn.Parameter | None = None
         self.lora_B: nn.Parameter | None = None
         self.is_adapted = True
@@ -109,17 +114,23 @@ class LoraLinear(nn.Module):
 
     def adapt(self, lora: LoraConfig, dropout: SeededDropout, dtype: torch.dtype) -> dict[str, nn.Parameter]:
         """Add the matrices, zero until an adapter's values are loaded, and return A (r, in) and B (out, r)."""
-        inputs, outputs = self.weight.shape
+        inputs, outputs = self.matrix.shape
         self.scale, self.dropout = lora.scale, dropout
         self.register_buffer("columns", dropout.add_columns(inputs), persistent=False)
         self.lora_A = nn.Parameter(torch.zeros(lora.rank, inputs, dtype=dtype, device=self.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(outputs, lora.rank, dtype=dtype, device=self.weight.device))
         return {"A": self.lora_A, "B": self.lora_B}
 
+    @property
+    def matrix(self) -> Tensor:
+        """W, (in, out)."""
+        return self.weight if self.stores_in_out else self.weight.T
+
     def forward(self, x: Tensor) -> Tensor:  # (N, in) -> (N, out)
         # With bfloat16 weights, this product is computed in bfloat16, for which the processor has instructions. A and B stay in
         # float32: what a step changes of them is smaller than what bfloat16 can tell apart.
-        y = torch.addmm(self.bias, x.to(self.weight.dtype), self.weight).to(x.dtype)
+        rounded, matrix = x.to(self.weight.dtype), self.matrix
+        y = (rounded @ matrix if self.bias is None else torch.addmm(self.bias, rounded, matrix)).to(x.dtype)
         if self.lora_A is None or self.lora_B is None or not self.is_adapted:
             return y
         low_rank = self.dropout(x, self.columns) @ self.lora_A.T.to(x.dtype)  # (N, r)

@@ -145,15 +145,31 @@ class Packing:
         """Each grid (B', T, w) -> rows (N, w), without the padding."""
         return self._cells.take(torch.cat([grid.flatten(0, 1) for grid in grids]))
 
-    def attend(self, qkv: Tensor, num_heads: int) -> Tensor:
-        """Causal attention of every sequence to itself: queries, keys and values (N, 3d) -> (N, d)."""
-        kernel = kernel_of_packed_rows(qkv.device, qkv.dtype, qkv.shape[1] // 3 // num_heads)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> Tensor:
+        """
+        Causal attention of every sequence to itself. Queries (N, H, D), keys and values (N, K, D), each of which is seen by
+        H / K heads of queries -> (N, H D).
+
+        Args:
+            window: how many tokens a token sees, itself and those before it; None: all.
+        """
+        key, value = (_for_each_query(each, query.shape[1]) for each in (key, value))
+        kernel = kernel_of_packed_rows(query.device, query.dtype, query.shape[2])
         if kernel is None:
-            return self.pack([_attend(grid, num_heads) for grid in self.pad(qkv)])
-        query, key, value = (part.view(len(qkv), num_heads, -1) for part in qkv.chunk(3, 1))  # (N, H, d/H)
+            queries, keys, values = (self.pad(each.flatten(1)) for each in (query, key, value))
+            grids = zip(queries, keys, values, strict=True)
+            return self.pack([_attend(q, k, v, query.shape[1], window) for q, k, v in grids])
         where, longest = self._boundaries, int(self.lengths.max())
-        mixed: Tensor = kernel(query, key, value, where, where, longest, longest, window_size=CAUSAL)
+        seen = CAUSAL if window is None else (window - 1, 0)
+        mixed: Tensor = kernel(query, key, value, where, where, longest, longest, window_size=seen)
         return mixed.flatten(1)
+
+
+def _for_each_query(heads: Tensor, num_heads: int) -> Tensor:  # (N, K, D) -> (N, H, D)
+    if heads.shape[1] == num_heads:
+        return heads
+    # By a view: the gradient of repeat_interleave adds up in an order that nobody knows.
+    return heads.unsqueeze(2).expand(-1, -1, num_heads // heads.shape[1], -1).flatten(1, 2)
 
 
 CAUSAL = (-1, 0)
@@ -183,11 +199,18 @@ def _varlen_attn(device: torch.device) -> Callable[..., Tensor] | None:
     return kernel if "window_size" in signature(kernel).parameters else None
 
 
-def _attend(qkv: Tensor, num_heads: int) -> Tensor:  # (B, T, 3d) -> (B, T, d)
-    heads = (*qkv.shape[:2], num_heads, -1)
-    query, key, value = (part.view(heads).transpose(1, 2) for part in qkv.chunk(3, 2))  # (B, H, T, d/H)
+def _attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, window: int | None) -> Tensor:  # (B, T, H D), each
+    longest = query.shape[1]
+    query, key, value = (
+        each.view(*each.shape[:2], num_heads, -1).transpose(1, 2) for each in (query, key, value)
+    )  # (B, H, T, D)
     # No mask for the padding: it comes after a sequence's tokens, so no token sees it, and `pack` drops what it gives.
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
+    if window is None or window >= longest:
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    else:
+        mask = torch.ones(longest, longest, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+        mixed = F.scaled_dot_product_attention(query, key, value, mask)
+    return mixed.transpose(1, 2).flatten(2)
 
 
 def _of_about_the_same_length(lengths: list[int]) -> list[list[int]]:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from storage import AdapterError, ModelError
 
+from .decoder import Block, Embedding, final_norm
 from .dropout import SeededDropout
-from .families import family_of
 from .lora import Adapter, LoraConfig, LoraLinear, adapted_layers, adapter_name
 from .loss import Head
 from .packing import Packing
 from .placement import Placement
 from .pretrained_model import PretrainedModel
+from .rotary import Rotation
 from .transfer import read_back
 
 if TYPE_CHECKING:
@@ -71,19 +72,18 @@ class Part(nn.Module):
         sharding: "Sharding | None" = None,
     ) -> None:
         super().__init__()
-        config, self.family = model.config, family_of(model.config)
+        config = model.config
         self.placement = Placement(weight_dtype, device, in_bfloat16)
         self.placement.prepare()
         self.dtype, self.device = self.placement.dtype, device
-        self.dropout = SeededDropout(lora.dropout, device)
+        self.dropout, rotation = SeededDropout(lora.dropout, device), Rotation(config.rotary, self.placement)
         self.blocks = Blocks()
         self._matrices: dict[str, nn.Parameter] = {}
         self._adapted: list[LoraLinear] = []
         for index in blocks:
-            block = self.family.block(config, model.tensors, index, self.placement)
+            block = Block(config, model.tensors, index, self.placement, rotation)
             for layer in adapted_layers(config, lora):
-                linear = block.get_submodule(layer)
-                assert isinstance(linear, LoraLinear)
+                linear = block.layers[layer]
                 self._adapted.append(linear)
                 for matrix, parameter in linear.adapt(lora, self.dropout, self.dtype).items():
                     self._matrices[adapter_name(config, index, layer, matrix)] = parameter
@@ -166,7 +166,7 @@ class EdgePart(Part):
     ) -> None:
         super().__init__(model, range(cut_layer), lora, weight_dtype=weight_dtype, device=device)
         self.width = model.config.width
-        self.embedding = self.family.embedding(model.config, model.tensors, self.placement)
+        self.embedding = Embedding(model.config, model.tensors, self.placement)
 
     def forward(self, tokens: ArrayLike, lengths: ArrayLike) -> Tensor:
         """Packed ids (N,) and lengths (B,), both on the host -> activations (N, d) on the device."""
@@ -205,7 +205,7 @@ class ServerPart(Part):
             in_bfloat16=in_bfloat16,
             sharding=sharding,
         )
-        self.final_norm = self.family.final_norm(model.config, model.tensors, self.placement)
+        self.final_norm = final_norm(model.config, model.tensors, self.placement)
         self._head = Head(model.tensors[model.config.head_name].view().to(device, weight_dtype)) if with_head else None
         if sharding is not None and self._head is not None:
             sharding.shard(self._head, again_in_backward=False)  # the loss' gradient is computed with it

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,8 +34,8 @@ class PretrainedModel:
         if not folder.is_dir():
             raise ModelError(f"no model folder at {folder}")
         config = read_config(folder / CONFIG_FILE)
-        stored = open_tensors(weight_files(Folder(folder, ModelError)), config.prefix)
-        self.config = _settle_head(config, stored)
+        stored = open_tensors(weight_files(Folder(folder, ModelError)), config.names.prefix)
+        self.config = _settle_end(_settle_head(config, stored), folder)
         self.tensors: StoredTensors = {name: _find(folder, self.config, stored, name) for name in self.config.tensor_shapes}
         """In the order of the forward pass, and no others than the model's."""
         for name, shape in self.config.tensor_shapes.items():
@@ -64,7 +64,7 @@ class PretrainedModel:
 
         Rows, not whole tensors: it takes milliseconds for any size, and training of any kind moves every row.
         """
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.config.identity(), sort_keys=True).encode())
         for name, stored in sorted(self.tensors.items()):
             rows = stored.rows()
             digest.update(f"{name} {list(stored.shape)} {stored.dtype}".encode())
@@ -101,12 +101,24 @@ def _settle_head(config: ModelConfig, stored: dict[str, StoredTensor]) -> ModelC
     return config
 
 
+def _settle_end(config: ModelConfig, folder: Path) -> ModelConfig:
+    """Of the tokens that end a text by the configuration, its first stands for all, unless the tokenizer names another one."""
+    end = end_of_text(folder)
+    found = None if end is None else load_tokenizer(folder).token_to_id(end)
+    if found not in config.stop_tokens:
+        return config
+    others = (token for token in (config.end_token, *config.stop_tokens) if token != found)
+    return replace(config, end_token=found, stop_tokens=tuple(others))
+
+
 def _find(folder: Path, config: ModelConfig, stored: Mapping[str, StoredTensor], name: str) -> StoredTensor:
     if name in stored:
         return stored[name]
     other = next((tensor for other, tensor in stored.items() if other.endswith(f".{name}")), None)
     as_what = f"{other.path.name} has {other.name!r}, a name that transformers does not read either" if other else ""
-    raise ModelError(f"{folder}: tensor {name!r} is missing; {as_what or f'is this a complete {config.title} checkpoint?'}")
+    raise ModelError(
+        f"{folder}: tensor {name!r} is missing; {as_what or f'is this a complete {config.family.title} checkpoint?'}"
+    )
 
 
 def _check(stored: StoredTensor, name: str, shape: tuple[int, ...]) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 IGNORED = -100
 Pair = tuple[str, str]
@@ -23,7 +24,20 @@ Sample = tuple[list[int], int]
 
 
 def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    if dtype == torch.float64:
+        _compute_norms_in_float64(model)
+    return model
+
+
+def _compute_norms_in_float64(model: torch.nn.Module) -> None:
+    """transformers' RMS norms round to float32 whatever the model's dtype is; torch's own do not."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=child.weight.dtype)
+                norm.weight = child.weight
+                setattr(parent, name, norm)
 
 
 def encode(pairs: Iterable[Pair], folder: Path, max_length: int = 512) -> list[Sample]:
@@ -59,8 +73,10 @@ def mean_loss(model: Any, samples: Sequence[Sample]) -> torch.Tensor:
 def make_adapter(base: Path, folder: Path, *, seed: int = 1, rank: int = 4, alpha: int = 8, targets: Sequence[str]) -> Path:
     """A PEFT folder whose B is not zero, so that everything is learnt from the first step on."""
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), fan_in_fan_out=True, task_type="CAUSAL_LM")
-    model = get_peft_model(load_base(base), config)
+    whole = load_base(base)
+    turned = any(isinstance(module, Conv1D) for module in whole.modules())
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), fan_in_fan_out=turned, task_type="CAUSAL_LM")
+    model = get_peft_model(whole, config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)

@@ -641,7 +641,7 @@ def test_trained_model_loses_no_more_than_verify_allows(tmp_path: Path) -> None:
     ("module", "unwanted"),
     [
         ("export.cli", {"torch", "onnx", "onnxruntime", "numpy"}),
-        ("export.families, export.lora, export.checkpoint", {"torch", "transformers", "peft", "onnxruntime"}),
+        ("export.decoder_graph, export.lora, export.checkpoint", {"torch", "transformers", "peft", "onnxruntime"}),
         ("export.onnx_folder", {"transformers", "peft"}),
     ],
 )

@@ -10,17 +10,18 @@ import pytest
 import reference
 import torch
 from conftest import make_model, shared_path
+from family_models import gpt2_config
 from onnx_reference import decode, exported, largest_difference, left_padded, logits_of, random_ids
 
 from export import export_onnx
 from export.attention import ATTENTIONS
+from export.decoder_graph import DecoderGraph
+from export.equalisation import Equalised
 from export.exported_model import ExportedModel, read_manifest
-from export.families import family_of
 from export.precision import PRECISIONS, Precision
 from export.quantisation import BlockFormat, quantise
 from graphs import Graph, StoredWeights, Weights
 from split_model import ModelConfig, PretrainedModel
-from split_model.families.gpt2 import GPT2Config
 from storage import load_tokenizer
 
 TARGETS = ("c_attn", "c_proj", "c_fc")
@@ -137,7 +138,7 @@ def test_quantised_graph_is_the_model_with_rounded_weights(
     export_onnx(str(folder), tmp_path / "out", precisions=[precision])
     model, form = reference.load_base(folder), PRECISIONS[precision]
     config = PretrainedModel(folder).config
-    weights = family_of(config).equalised(StoredWeights(PretrainedModel(folder)), config)
+    weights = Equalised(StoredWeights(PretrainedModel(folder)), config)
     assert form.matrices
     assert form.projection
     assert form.table
@@ -322,7 +323,7 @@ class Shaped:
 def write(path: Path, config: ModelConfig, weights: Weights, precision: Precision) -> int:
     """Bytes of both files."""
     with Graph(path) as graph:
-        family_of(config).graph(graph, config, weights, precision, "gqa", range(config.num_layers)).build()
+        DecoderGraph(graph, config, weights, precision, "gqa", range(config.num_layers)).build()
         graph.save("gpt2", 20, 9)
     return path.stat().st_size + graph.data_path.stat().st_size
 
@@ -330,11 +331,17 @@ def write(path: Path, config: ModelConfig, weights: Weights, precision: Precisio
 @pytest.mark.parametrize(("precision", "largest"), [("fp32", 500e6), ("q8", 140e6), ("q4", 100e6)])
 def test_gpt2_small_is_as_small_as_it_should_be(tmp_path: Path, precision: str, largest: float) -> None:
     """Embeddings, head and two blocks are written; the others are as large as the second."""
-    shape = {"vocabulary_size": 50257, "width": 768, "num_heads": 12, "inner_width": 3072, "num_positions": 1024}
-    rest = {"norm_epsilon": 1e-5, "activation": "gelu_new", "tied_head": True, "end_token": 50256}
+    shape = {
+        "vocabulary_size": 50257,
+        "width": 768,
+        "num_heads": 12,
+        "inner_width": 3072,
+        "num_positions": 1024,
+        "end_token": 50256,
+    }
     sizes = []
     for num_layers in (1, 2):
-        config = GPT2Config(num_layers=num_layers, **shape, **rest)  # type: ignore[arg-type]
+        config = gpt2_config(num_layers=num_layers, **shape)
         sizes.append(write(tmp_path / f"{num_layers}.onnx", config, Shaped(config), PRECISIONS[precision]))
     assert sizes[0] + 11 * (sizes[1] - sizes[0]) <= largest
 
@@ -357,7 +364,7 @@ class Outlying:
 def test_equalisation_changes_no_digit_in_full_precision(wide_model: Path, tmp_path: Path) -> None:
     model = PretrainedModel(wide_model)
     weights = Outlying(StoredWeights(model))
-    equalised = family_of(model.config).equalised(weights, model.config)
+    equalised = Equalised(weights, model.config)
     assert np.unique(equalised.rows("h.1.attn.c_attn")).size > 1
     ids, found = random_ids(600, 2, 20), []
     for number, source in enumerate((weights, equalised)):
@@ -374,7 +381,7 @@ def test_equalisation_takes_most_of_what_outliers_cost(wide_model: Path, tmp_pat
     ids = random_ids(600, 2, 40)
     expected = logits_of(reference.load_base(wide_model), ids)
     errors = []
-    for number, source in enumerate((weights, family_of(model.config).equalised(weights, model.config))):
+    for number, source in enumerate((weights, Equalised(weights, model.config))):
         path = tmp_path / f"{number}.onnx"
         write(path, model.config, source, PRECISIONS[precision])
         errors.append(float(np.square(ExportedModel([path]).logits(ids) - expected).mean()))

@@ -1,66 +1,81 @@
-"""Model families: their names stand in their own files, and what they give fits together."""
+"""Model families: a file each, and their names stand nowhere else."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from family_models import CLASSES, OPTIONS, make_family_model
 
-import export.families
-import graphs.families
-import split_model.families
-from protocol.settings import TARGETS
+import graphs.activations
+from export.decoder_graph import ACTIVATIONS as EXPORTED_ACTIVATIONS
 from split_model import LoraConfig, PretrainedModel, adapter_shapes
-from storage import AdapterError
+from split_model.decoder import ACTIVATIONS
+from split_model.families import FAMILIES, read_config
+from storage import AdapterError, ModelError
 
 PACKAGES = ("edge_client", "export", "gpu_server", "graphs", "protocol", "split_model", "storage", "terminal")
-NAMES_OF_GPT2 = re.compile(
+NAMES = re.compile(
     r"\b(wte|wpe|c_attn|c_proj|c_fc|ln_1|ln_2|ln_f|lm_head|n_embd|n_layer|n_head|n_inner|n_positions|n_ctx)\b"
-    r"|GPT2\w*|gpt2\w*|transformer\.(h|wte|wpe|ln_f)\b"
+    r"|\b(embed_tokens|self_attn|input_layernorm|post_attention_layernorm|[qkvo]_proj|(gate|up|down|qkv|gate_up)_proj|[qk]_norm)\b"
+    r"|\b(hidden_size|intermediate_size|num_attention_heads|rms_norm_eps|sliding_window|layer_types)\b"
+    r"|GPT2\w*|gpt2\w*|[Ll]lama\w*|[Mm]istral\w*|[Qq]wen\w*|[Pp]hi3\w*|transformer\.(h|wte|wpe|ln_f)\b"
 )
 EXCEPTIONS = {
-    # What may be named on the wire is fixed before either side knows the model.
-    "protocol/settings.py": {"c_attn", "c_proj", "c_fc"},
-    # The words and the default of the flag --lora-targets; "gpt2" as the example of a name on the hub.
-    "gpu_server/config.py": {"c_attn", "c_proj", "c_fc", "gpt2"},
+    # The words of the flag --lora-targets; "gpt2" as the example of a name on the hub.
+    "gpu_server/config.py": {"q_proj", "v_proj", "gpt2"},
     "gpu_server/sdk.py": {"gpt2"},
     "edge_client/cli.py": {"gpt2"},
     "edge_client/leak/flags.py": {"gpt2"},
     "export/cli.py": {"gpt2"},
-    # A class of tokenizers, which models of any family may have.
+    # onnxruntime-genai's words, for models of any family.
+    "export/model_files.py": {"hidden_size", "num_attention_heads"},
+    # A scaling of frequencies, which models of any family may have.
+    "split_model/rotary.py": {"Llama", "llama3"},
+    # A class of tokenizers, likewise.
     "storage/tokenizer.py": {"GPT2", "gpt2", "GPT2Tokenizer", "GPT2TokenizerFast", "GPT2_CLASSES"},
 }
 
 
 def names_in(file: Path) -> set[str]:
-    return {found[0] for found in NAMES_OF_GPT2.finditer(file.read_text(encoding="utf-8"))}
+    return {found[0] for found in NAMES.finditer(file.read_text(encoding="utf-8"))}
 
 
-def test_names_of_gpt2_stand_in_files_of_its_own() -> None:
+def test_names_of_a_family_stand_in_files_of_families() -> None:
     files = [file for package in PACKAGES for file in sorted((REPOSITORY / package).rglob("*.py"))]
     found = {file.relative_to(REPOSITORY).as_posix(): names_in(file) for file in files if file.parent.name != "families"}
     assert {file: names for file, names in found.items() if names} == EXCEPTIONS
 
 
-@pytest.mark.parametrize("package", ["split_model", "graphs", "export"])
-def test_each_family_has_a_file_named_after_it_that_no_other_file_imports(package: str) -> None:
-    folder = REPOSITORY / package / "families"
-    families = {file.stem for file in folder.glob("*.py")} - {"__init__", "family"}
-    assert families == set(split_model.families.FAMILIES)
-    others = [file for file in (REPOSITORY / package).rglob("*.py") if file != folder / "__init__.py"]
-    for family in families:
-        importing = re.compile(rf"^\s*(from|import) .*\b{family}\b", re.MULTILINE)
-        assert not [file for file in others if importing.search(file.read_text(encoding="utf-8"))]
+def test_each_family_has_a_file_named_after_it() -> None:
+    folder = REPOSITORY / "split_model/families"
+    assert {file.stem for file in folder.glob("*.py")} - {"__init__"} == set(FAMILIES)
 
 
-def test_every_family_can_be_trained_and_exported_and_handed_to_devices() -> None:
-    families = split_model.families.FAMILIES.keys()
-    assert families == export.families.FAMILIES.keys() == graphs.families.FAMILIES.keys()
+def test_every_family_has_options_that_are_tested() -> None:
+    assert {model_type for model_type, _ in OPTIONS.values()} == set(FAMILIES) == {"gpt2", *CLASSES}
 
 
-def test_settings_may_name_what_can_be_adapted_in_some_family(tiny_model: Path) -> None:
-    """One family so far; with more of them, TARGETS is the union."""
-    assert PretrainedModel(tiny_model).config.lora_targets == TARGETS
+def test_every_activation_can_be_trained_and_exported_and_handed_to_devices() -> None:
+    assert set(ACTIVATIONS) == set(graphs.activations.ACTIVATIONS) == {*EXPORTED_ACTIVATIONS, "silu"}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_configuration_comes_back_from_what_it_tells_transformers(tmp_path: Path, option: str) -> None:
+    config = PretrainedModel(make_family_model(tmp_path, option)).config
+    told = {"model_type": config.family.model_type, **config.family.settings(config)}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    assert read_config(tmp_path / "config.json").identity() == config.identity()
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_that_is_not_known_is_refused_by_its_name(tmp_path: Path, option: str) -> None:
+    make_family_model(tmp_path, option)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"residual_scale": 0.5, "idle": False}))
+    with pytest.raises(ModelError, match=r"config\.json: residual_scale is 0\.5, an option that is not known here"):
+        read_config(path)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import make_model, shared_path
+from family_models import make_family_model
 from part_runner import Array, Batch, Masks, PartRunner
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
@@ -108,7 +109,7 @@ def by_edge_part(
     part = EdgePart(model, cut_layer, lora, weight_dtype=torch.float32, device=torch.device("cpu"))
     part.load_adapter({name: torch.from_numpy(matrix) for name, matrix in adapter.items()})
     for (block, layer), mask in masks.items():
-        part.blocks[block].get_submodule(layer).dropout = FixedDropout(torch.from_numpy(mask), lora.dropout)
+        part.blocks[block].layers[layer].dropout = FixedDropout(torch.from_numpy(mask), lora.dropout)
     activations = part(torch.from_numpy(batch.ids), torch.tensor(batch.lengths))
     activations.backward(torch.from_numpy(gradient))
     return activations.detach().numpy(), {name: matrix.numpy() for name, matrix in part.gradients().items()}
@@ -348,6 +349,11 @@ def every_graph(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> l
         layers = adapted_layers(config, lora_of(targets))
         adaptation = Adaptation(layers=layers, rank=RANK, alpha=ALPHA, dropout=dropout)
         write_graphs(folder, replace(config, activation=activation), adaptation, precision, with_head=True)
+        graphs += [onnx.load(folder / name) for name in (*GRAPH_FILES, *HEAD_GRAPH_FILES)]
+    for option in ("qwen2-windows", "qwen3-biases", "phi3-partial"):
+        config = PretrainedModel(make_family_model(tmp_path_factory.mktemp(option), option)).config
+        adaptation = Adaptation(layers=config.layer_shapes, rank=RANK, alpha=ALPHA, dropout=0.1)
+        write_graphs(folder, config, adaptation, "int8", with_head=True)
         graphs += [onnx.load(folder / name) for name in (*GRAPH_FILES, *HEAD_GRAPH_FILES)]
     return graphs
 

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from family_models import gpt2_config
 from protocol_samples import SAMPLES, SETTINGS, assert_same, inflate
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -51,7 +52,6 @@ from protocol.invitation import FORM
 from protocol.rounding import Dither, to_bfloat16
 from protocol.settings import ABILITIES, BOUNDS
 from split_model import LoraConfig, PretrainedModel, adapted_layers
-from split_model.families.gpt2 import GPT2Config
 from split_model.optimisation import OptimiserConfig, adamw, take_step
 from storage import EDGE_WEIGHTS, GRAPH_FILES, HEAD_GRAPH_FILES, HEAD_WEIGHTS, PART_FILE, PartDescription
 from storage.tokenizer import tokenizer_digest
@@ -270,7 +270,7 @@ def test_it_names_what_describes_a_part() -> None:
 @pytest.mark.parametrize("weights", EDGE_WEIGHTS)
 def test_it_names_what_goes_into_the_graphs_of_a_part_and_what_comes_out(tmp_path: Path, weights: str) -> None:
     shape = {"vocabulary_size": 3, "num_layers": 2, "width": 4, "num_heads": 1, "inner_width": 16, "num_positions": 4}
-    config = GPT2Config(**shape, norm_epsilon=1e-5, activation="gelu_new", tied_head=True, end_token=2)
+    config = gpt2_config(**shape, end_token=2)
     layers = adapted_layers(config, LoraConfig(rank=1, alpha=1.0, dropout=0.5, targets=("c_attn", "c_proj", "c_fc")))
     write_graphs(tmp_path, config, Adaptation(layers=layers, rank=1, alpha=1.0, dropout=0.5), weights, with_head=True)
     graphs = [onnx.load(tmp_path / name) for name in (*GRAPH_FILES, *HEAD_GRAPH_FILES)]
@@ -377,10 +377,10 @@ def test_its_vector_of_a_fingerprint_is_that_of_such_a_model(tmp_path: Path) -> 
     _, _, text = DOCUMENT.partition("\n**A fingerprint**")
     first, second = re.findall(r"^    (.*)$", text, re.MULTILINE)
     (digits,) = re.findall(r"over the model begins with `([0-9a-f]{32})`", text)
-    config = GPT2Config(**json.loads(f"{first} {second}"))
-    assert f"{first} {second}" == json.dumps(dataclasses.asdict(config), sort_keys=True)
+    config = gpt2_config(**json.loads(f"{first} {second}"))
+    assert f"{first} {second}" == json.dumps(config.identity(), sort_keys=True)
     names = {"num_layers": "n_layer", "width": "n_embd", "num_heads": "n_head", "num_positions": "n_positions"}
-    stored = {names[name]: value for name, value in dataclasses.asdict(config).items() if name in names}
+    stored = {names[name]: value for name, value in config.identity().items() if name in names}
     stored |= {"vocab_size": config.vocabulary_size, "eos_token_id": config.end_token, "n_inner": None}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "layer_norm_epsilon": 1e-5, **stored}))
     tensors = {

@@ -215,11 +215,11 @@ def test_kernel_of_packed_rows_is_given_what_it_is_documented_to_take(monkeypatc
     packing, generator = Packing([5, 2, 1, 4, 9], CPU), torch.Generator().manual_seed(0)
     qkv = torch.randn(21, 3 * 16, generator=generator, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(21, 16, generator=generator, dtype=torch.float64)
-    expected = packing.attend(qkv, 2)
+    expected = packing.attend(*qkv.view(21, 6, 8).chunk(3, 1))
     expected.backward(upstream)
     expected_gradient, qkv.grad = qkv.grad, None
     monkeypatch.setattr("split_model.packing.kernel_of_packed_rows", lambda *_: attention_of_packed_rows)
-    found = packing.attend(qkv, 2)
+    found = packing.attend(*qkv.view(21, 6, 8).chunk(3, 1))
     found.backward(upstream)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(qkv.grad, expected_gradient, rtol=1e-12, atol=1e-12)

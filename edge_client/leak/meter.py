@@ -263,7 +263,7 @@ def _adapter(subject: Subject, seed: int) -> tuple[Adapter, LoraConfig]:
     """The adapter of the folder, or the one with which a run begins."""
     config = subject.model.config
     if subject.adapter is None:
-        lora = LoraConfig(targets=config.lora_targets[:1])
+        lora = LoraConfig(targets=config.family.usual_targets)
         return initial_adapter(config, lora, seed), lora
     values = AdapterSettings.read(subject.adapter).values
     lora = LoraConfig(rank=int(values["r"]), alpha=float(values["lora_alpha"]), targets=tuple(values["target_modules"]))

@@ -30,7 +30,7 @@ from protocol import (
     gradient_codec,
 )
 from protocol.rounding import Dither
-from protocol.settings import FLOAT32, TARGETS, codec_named
+from protocol.settings import FLOAT32, codec_named
 from split_model import LoraConfig, summed_cross_entropy
 
 from ..data import Batch, Sample, pack
@@ -90,7 +90,7 @@ class Setting:
             raise ValueError(f"codec must be one of {', '.join((FLOAT32, *CODECS))}, got {self.codec}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        self.of_a_run(LoraConfig(targets=TARGETS[:1]))  # for the checks of a run, which ask for some layers
+        self.of_a_run(LoraConfig(targets=("any",)))  # for the checks of a run
 
     def of_a_run(self, lora: LoraConfig) -> RunSettings:
         """A run of one client with these settings; what else there is makes no difference here."""

@@ -42,7 +42,7 @@ class Operator:
 # No more than the graphs of parts need: onnxruntime has been seen to read beyond its own arrays where a node has fewer or
 # other things than its operator defines.
 OPERATORS = {
-    **dict.fromkeys(("Erf", "Exp", "Relu", "Sigmoid"), Operator((1,))),
+    **dict.fromkeys(("Cos", "Erf", "Exp", "Identity", "Relu", "Sigmoid", "Sin", "Sqrt"), Operator((1,))),
     **dict.fromkeys(("Add", "Div", "Expand", "Greater", "MatMul", "Mul", "Reshape", "Sub"), Operator((2,))),
     **dict.fromkeys(("ReduceMax", "ReduceMean", "ReduceSum"), Operator((2,))),
     "Cast": Operator((1,), attributes={"to": INTEGER}),
@@ -53,7 +53,7 @@ OPERATORS = {
     "LayerNormalization": Operator((2, 3), 3, {"axis": INTEGER, "epsilon": FLOAT}),
     "Shape": Operator((1,), attributes={"start": INTEGER, "end": INTEGER}),
     "Softmax": Operator((1,), attributes={"axis": INTEGER}),
-    "Split": Operator((1,), 3, {"axis": INTEGER, "num_outputs": INTEGER}),
+    "Split": Operator((1, 2), 3, {"axis": INTEGER, "num_outputs": INTEGER}),
     "Transpose": Operator((1,), attributes={"perm": INTEGERS}),
     "Trilu": Operator((2,), attributes={"upper": INTEGER}),
 }

@@ -28,7 +28,7 @@ class Work:
         num_blocks = config.num_layers - cut_layer
         return cls(
             row=2 * num_blocks * sum(inputs * outputs for inputs, outputs in config.layer_shapes.values()),
-            pair=3 * num_blocks * 2 * config.width,
+            pair=3 * num_blocks * 2 * config.query_width,
             label=2 * config.vocabulary_size * config.width if with_head else 0,
         )
 

@@ -1,31 +1,22 @@
 """
-The model families that can be split, a file each. No other file of the packages knows the names of a family's tensors.
+The model families that can be split, trained, handed to devices and exported, a file each. No other file of the packages knows
+the names of a family's tensors; all families are computed by one block, which is told by a `ModelConfig` what it is.
 
-A new family is a file here with
-
-- a class derived from `ModelConfig`: what config.json calls its fields, and names and shapes of the model's tensors;
-- its modules: a block, the embedding of tokens (with positions, where there is a table of them) and the final norm;
-- a `Family` of these,
-
-a line in `FAMILIES`, and the same in `graphs.families` and `export.families`. `protocol.settings.TARGETS` lists what LoRA may
-adapt in any family.
+A new family is a file here with a `Family`, and a line in `FAMILIES`; docs/families.md adds one. `protocol.settings.TARGETS`
+lists what LoRA may adapt in any family.
 """
 
 from pathlib import Path
 
 from storage import ModelError, shown
 
-from ..model_config import ConfigFile, ModelConfig
-from . import gpt2
-from .family import Family
+from ..config_file import WITHOUT_EFFECT, ConfigFile
+from ..model_config import Family, ModelConfig
+from . import gpt2, llama, mistral, phi3, qwen2, qwen3
 
-__all__ = ["FAMILIES", "Family", "family_of", "read_config"]
+__all__ = ["FAMILIES", "read_config"]
 
-FAMILIES = {family.config.model_type: family for family in (gpt2.FAMILY,)}
-
-
-def family_of(config: ModelConfig) -> Family:
-    return FAMILIES[config.model_type]
+FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in (gpt2, llama, mistral, phi3, qwen2, qwen3)}
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -38,6 +29,10 @@ def read_config(path: Path) -> ModelConfig:
     file = ConfigFile(path)
     family = FAMILIES.get(file.model_type) if isinstance(file.model_type, str) else None
     if family is None:
-        known = " or ".join(f'"{name}"' for name in FAMILIES)
-        raise ModelError(f"{path}: model_type is {shown(file.model_type)}; only {known} can be split")
-    return family.config.read(file)
+        *others, last = (f'"{name}"' for name in FAMILIES)
+        raise ModelError(f"{path}: model_type is {shown(file.model_type)}; only {', '.join(others)} or {last} can be split")
+    file.check_support()
+    config = family.read(file)
+    file.check_all_known(WITHOUT_EFFECT | family.without_effect)
+    config.check(file)
+    return config

@@ -1,0 +1,76 @@
+"""A device's graphs of every family, and every option of theirs: what they compute is what torch and transformers compute."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from device_parts import make_part
+from family_models import OPTIONS, make_family_model
+from usual_settings import settings
+
+from edge_client.data import Batch, Sample, pack
+from edge_client.onnx_engine import OnnxEngine
+from edge_client.part.device_part import DevicePart
+from edge_client.torch_engine import TorchEngine
+from protocol import Array, Tensors
+from split_model import PretrainedModel
+from storage import EDGE_WEIGHTS
+
+TOLERANCE = 1e-5
+LENGTHS = (3, 1, 40, 17, 5, 41)  # longer than a window; several grids
+SEED = 1234
+
+
+@pytest.fixture(scope="module", params=OPTIONS)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_family_model(tmp_path_factory.mktemp("base"), request.param)
+
+
+def batch_of(*lengths: int) -> Batch:
+    source = np.random.default_rng(sum(lengths))
+    return pack([Sample(source.integers(0, 600, length + 1).astype(np.int32), (length + 1) // 2) for length in lengths])
+
+
+def step(engine: OnnxEngine | TorchEngine, batch: Batch) -> tuple[Array, Tensors]:
+    engine.begin_step()
+    activations = engine.forward(batch, SEED)
+    engine.backward(np.random.default_rng(7).normal(0, 1, activations.shape).astype(np.float32))
+    engine.end_step(7)
+    return activations, engine.gradients()
+
+
+def relative(found: Array, expected: Array) -> float:
+    assert found.shape == expected.shape
+    return float(np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected.astype(np.float64)))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_step_on_all_layers_is_that_of_the_engine_with_torch(base: Path, tmp_path: Path, dropout: float) -> None:
+    model = PretrainedModel(base)
+    run = settings(lora_targets=model.config.lora_targets, cut_layer=3, lora_dropout=dropout)
+    theirs, ours = (
+        TorchEngine(model, run, "cpu", "float32"),
+        OnnxEngine(DevicePart(make_part(tmp_path / "part", base, run)), run),
+    )
+    source = np.random.default_rng(3)
+    adapter = {name: source.normal(0, 0.2, matrix.shape).astype(np.float32) for name, matrix in theirs.adapter().items()}
+    for engine in (theirs, ours):
+        engine.load_adapter(adapter)
+    batch = batch_of(*LENGTHS)
+    (expected, expected_gradients), (found, gradients) = step(theirs, batch), step(ours, batch)
+    assert relative(found, expected) < TOLERANCE
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        assert relative(gradients[name], gradient) < TOLERANCE, name
+    assert relative(ours.infer(batch), theirs.infer(batch)) < TOLERANCE
+
+
+@pytest.mark.parametrize("precision", EDGE_WEIGHTS)
+def test_stored_precision_moves_activations_no_further_than_its_rounding(base: Path, tmp_path: Path, precision: str) -> None:
+    model = PretrainedModel(base)
+    run = settings(lora_targets=model.config.family.usual_targets, cut_layer=3)
+    ours = OnnxEngine(DevicePart(make_part(tmp_path / "part", base, run, precision)), run)
+    moved = relative(ours.infer(batch_of(*LENGTHS)), TorchEngine(model, run, "cpu", "float32").infer(batch_of(*LENGTHS)))
+    most = {"float32": TOLERANCE, "float16": 2e-3, "int8": 0.08}[precision]
+    least = {"float32": 0, "float16": TOLERANCE, "int8": 1e-3}[precision]
+    assert least <= moved < most
