@@ -161,7 +161,9 @@ class Measured:
 def measure(model: Path, fingerprint: str, clients: int, batch_size: int, seconds: float) -> Measured:
     cores_of_server, cores_of_clients = halves(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
-        settings = {**RUN, "model": str(model), "run_dir": f"{folder}/run", "clients": clients}
+        # All clients connect at once, and none comes again if it is told to.
+        many = {"clients": clients, "max_strangers": max(clients, 32)}
+        settings = {**RUN, "model": str(model), "run_dir": f"{folder}/run", **many}
         server, url = harness.start_server(settings, cores_of_server)
         run, told, looks = (
             Run(url, fingerprint, clients, batch_size, seconds + SECONDS_OF_WARM_UP),

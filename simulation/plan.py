@@ -95,9 +95,10 @@ class Server:
     """What each of several ranks does of what one alone would. Two are to be 1.8 times as fast as one."""
     exchange: float = 0.0018
     """
-    Seconds of the thread that serves, a question and its answer: decoding, checking, deciding, encoding. From
-    benchmarks/README.md, One server and many clients: of a step of 16 clients a quarter is no arithmetic, 55 ms for 32
-    exchanges. It holds the federation's own part, which is measured here besides.
+    Seconds of the thread that serves, a question and its answer: decoding, checking, deciding, encoding. Measured by
+    benchmarks/server_scale.py while other work ran on both cores: of a step of 16 clients a quarter is no arithmetic, 55 ms
+    for 32 exchanges. Without other work it is 0.8 ms; the larger one is kept as a reserve. It holds the federation's own part,
+    which is measured here besides.
     """
     gigabits: float = 10.0
     """Gbit/s of the server's link, each way."""
