@@ -51,6 +51,7 @@ OF_THE_RUN = {item.name for item in fields(RunSettings)} - DERIVED | {
 }
 
 ALL_LINEAR = ("all-linear",)
+"""PEFT's word for all linear layers of a block; which these are, the model says."""
 PATHS = {"model", "run_dir", "init_adapter", "tls_cert", "tls_key", "next_tls_cert", "clients_file"}
 COUNTS = ("checkpoint_every", "quorum", "max_batch_tokens", "max_connections", "max_strangers", "max_pages", "max_queue")
 
@@ -273,7 +274,9 @@ class ServerConfig:
             return RunSettings(**{**shared, **instead})
         except ValueError as error:
             known = "|".join(item.name for item in fields(RunSettings))
-            raise ConfigError(re.sub(rf"\b({known})\b", lambda name: flag_name(name[0]), str(error))) from None
+            what = re.sub(rf"\b({known})\b", lambda name: flag_name(name[0]), str(error))
+            alone = "; all-linear stands alone" if set(ALL_LINEAR) < set(self.lora_targets or ()) else ""
+            raise ConfigError(what + alone) from None
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "ServerConfig":
@@ -356,7 +359,7 @@ def resumed(options: Mapping[str, Any], previous: Mapping[str, Any]) -> dict[str
         given, before = options[name], recorded[name]
         if isinstance(before, list | tuple):
             given, before = list(_typed(name, given, tuple[str, ...], {"choices": None})), list(before)
-        if given == before:
+        if given == before or given == list(ALL_LINEAR):  # these are compared under their names, which the model gives
             continue
         if name == "steps" and type(given) is type(before) is int:
             if given < before:

@@ -143,6 +143,8 @@ def _set_up(options: Mapping[str, Any], leader: "Leader | None") -> Run:
         choices.append("no shard: the run goes on with one rank, which holds the whole model")
     model = PretrainedModel(find_model(config.model))
     config = config.for_model(model.config)
+    if previous:
+        resumed({"run_dir": config.run_dir, "lora_targets": config.lora_targets}, previous.config)
     if leader is not None:
         device = leader.prepare(config, device)
         choices += leader.choices

@@ -16,8 +16,8 @@ UNSUPPORTED = ("add_cross_attention", "pruned_heads")
 # fmt: off
 OF_FILES = (
     "_name_or_path", "architectures", "auto_map", "dtype", "model_type", "name_or_path", "torch_dtype",
-    "tokenizer_class", "transformers_version", "unsloth_fixed", "unsloth_version", "bos_token_id", "pad_token_id",
-    "sep_token_id", "decoder_start_token_id", "id2label", "label2id",
+    "tokenizer_class", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version",
+    "bos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "id2label", "label2id",
 )
 OF_TRAINING = (
     "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "gradient_checkpointing", "initializer_range",

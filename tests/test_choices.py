@@ -136,9 +136,9 @@ def test_device_that_was_killed_comes_back_in_the_dtype_it_began_with(
 )
 def test_step_is_divided_where_devices_have_processors_of_their_own(host: str, micro_batches: int) -> None:
     config = ServerConfig(model="gpt2", run_dir="run", steps=1, host=host)
-    assert config.settled("float32").settings().micro_batches == micro_batches
+    assert config.settled("float32").micro_batches == micro_batches
     given = ServerConfig(model="gpt2", run_dir="run", steps=1, host=host, micro_batches=3)
-    assert given.settled("float32").settings().micro_batches == 3
+    assert given.settled("float32").micro_batches == 3
 
 
 def test_resumed_server_that_listens_elsewhere_divides_its_steps_as_before(options: dict[str, Any]) -> None:

@@ -133,7 +133,7 @@ def test_noise_and_labels_that_do_not_go_together_are_refused_before_a_model_is_
 
 def test_codec_is_checked_where_the_server_has_a_loss() -> None:
     assert config().settled("float32").check_codec_every == 100
-    assert config(labels="device").settled("float32").settings().check_codec_every == 0
+    assert config(labels="device").settled("float32").check_codec_every == 0
     assert config(check_codec_every=7).settled("float32").check_codec_every == 7
 
 
@@ -341,6 +341,7 @@ OTHER_VALUES: dict[str, Any] = {
     "lora_rank": 4,
     "lora_alpha": 16.5,
     "lora_dropout": 0.1,
+    "lora_rslora": True,
     "lora_targets": ("c_attn", "c_proj"),
     "clients": 7,
     "steps": 9,
@@ -432,8 +433,10 @@ def test_clients_are_told_the_settings_of_the_run() -> None:
     assert told.precision == "float32"
     assert {told.activation_codec, told.gradient_codec} == {OTHER_VALUES["codec"]}
     for item in dataclasses.fields(RunSettings):
-        if item.name not in ("precision", "epochs", "activation_codec", "gradient_codec"):
+        if item.name not in ("precision", "epochs", "activation_codec", "gradient_codec", "lora_alpha"):
             assert getattr(told, item.name) == OTHER_VALUES[item.name]
+    # Rank-stabilised by the rank 4: alpha / sqrt(4) is what (alpha * sqrt(4)) / 4 is.
+    assert told.lora_alpha == 2 * OTHER_VALUES["lora_alpha"]
 
 
 @pytest.mark.parametrize(
@@ -447,7 +450,7 @@ def test_clients_are_told_the_settings_of_the_run() -> None:
     ],
 )
 def test_codec_is_what_the_operator_says_and_auto_is_what_the_run_allows(codec: str, precision: str, told: str) -> None:
-    settings = config(codec=codec).settled(precision).settings()
+    settings = config(codec=codec, lora_targets="c_attn").settled(precision).settings()
     assert (settings.activation_codec, settings.gradient_codec) == (told, told)
 
 

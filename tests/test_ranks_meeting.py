@@ -221,7 +221,7 @@ def test_ranks_have_what_was_sent_to_them_though_the_first_fails_meanwhile(
         sent.append((isend(*arguments, **more), more["tag"]))
         return sent[-1][0]
 
-    def fail(*_: object) -> None:
+    def fail(**_: object) -> None:
         monkeypatch.setattr(torch.distributed, "isend", isend)
         raise MemoryError
 

@@ -2,8 +2,7 @@
 The model families that can be split, trained, handed to devices and exported, a file each. No other file of the packages knows
 the names of a family's tensors; all families are computed by one block, which is told by a `ModelConfig` what it is.
 
-A new family is a file here with a `Family`, and a line in `FAMILIES`; docs/families.md adds one. `protocol.settings.TARGETS`
-lists what LoRA may adapt in any family.
+A new family is a file here with a `Family`, and a line in `FAMILIES`; docs/families.md adds one.
 """
 
 from pathlib import Path

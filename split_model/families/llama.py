@@ -120,6 +120,6 @@ FAMILY = Family(
     usual_targets=("q_proj", "v_proj"),
     read=_read,
     settings=_settings,
-    # The first splits products and changes no result; the others stand in files of SmolLM2, and no program of ours reads them.
-    without_effect=frozenset({"pretraining_tp", "is_llama_config", "transformers.js_config"}),
+    # The first splits products and changes no result; the second stands in files of SmolLM2, and no program reads it.
+    without_effect=frozenset({"pretraining_tp", "is_llama_config"}),
 )
