@@ -310,8 +310,8 @@ def labels_on_the_host(patch: pytest.MonkeyPatch) -> None:
 def attention_at_a_length_of_the_device(patch: pytest.MonkeyPatch) -> None:
     attend = Packing.attend
 
-    def of_longest(packing: Packing, qkv: Tensor, num_heads: int) -> Tensor:
-        return attend(packing, qkv[: on_cuda(packing.lengths).sum()], num_heads)
+    def of_longest(packing: Packing, query: Tensor, *others: Any) -> Tensor:
+        return attend(packing, query[: on_cuda(packing.lengths).sum()], *others)
 
     patch.setattr(Packing, "attend", of_longest)
 
