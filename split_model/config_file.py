@@ -1,5 +1,6 @@
 """A model's config.json, which may be a stranger's."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,12 @@ OF_THE_PROGRAM = (
 WITHOUT_EFFECT = frozenset({*OF_FILES, *OF_TRAINING, *OF_GENERATION, *OF_THE_PROGRAM, *KERNELS})
 """Keys of any family that change nothing of what a model computes here."""
 LARGEST = (1 << 31) - 1
-QUANTISED = "use the checkpoint that it was made from; --dtype bfloat16 and a device's --weights make it small here"
+QUANTISERS = {"awq": "AWQ", "bitsandbytes": "bitsandbytes", "gptq": "GPTQ"}
+"""By what config.json calls them, what people do."""
+OTHER_HEAD = re.compile(r"\w+For(?!CausalLM)[A-Z]\w*")
+"""Architectures that do not tell the next token."""
+ENCODER = re.compile(r"\w+For(MaskedLM|PreTraining)")
+"""Those that fill gaps instead, with what is before and behind them."""
 
 
 class Settings:
@@ -179,15 +185,30 @@ class ConfigFile(Settings):
         path, raw = self.path, self._raw
         if quantised := raw.get("quantization_config"):
             method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-            kind = f"{method} " if isinstance(method, str) and method.isalnum() and len(method) < 20 else ""
+            by = f" by {QUANTISERS.get(method, shown(method))}" if isinstance(method, str) else ""
             raise ModelError(
-                f"{path}: quantization_config is {shown(quantised)}: {kind}weights cannot be trained on; {QUANTISED}"
+                f"{path}: quantization_config is {shown(quantised)}; weights that are quantised{by} cannot be used: take the "
+                "model that they were made from, which --dtype bfloat16 and --edge-weights int8 make smaller here"
             )
+        for architecture in self.texts("architectures"):
+            if OTHER_HEAD.fullmatch(architecture):
+                raise ModelError(
+                    f"{path}: architectures is {shown(raw['architectures'])}, a model that does not tell the next token; its "
+                    "ForCausalLM is what can be split"
+                )
         if raw.get("auto_map"):
             raise ModelError(f"{path}: auto_map is {shown(raw['auto_map'])}; code of a folder is never run; remove the key")
         for key in KERNELS:
             if raw.get(key) is not None and raw[key] not in OWN_KERNELS:
                 raise ModelError(f"{path}: {key} is {shown(raw[key])}; code of others is never fetched; remove the key")
+
+    def other_kind(self) -> str:
+        """Of a model of no known family: what keeps it from being one, as the end of a sentence; "" if that is not known."""
+        if any(self.has(key) for key in ("vision_config", "audio_config")):
+            return ": it takes more than text; its language model, saved as a model of its own, may be one of these"
+        if self._raw.get("is_encoder_decoder") is True or any(map(ENCODER.fullmatch, self.texts("architectures"))):
+            return ": it has an encoder, and what is split here only continues texts"
+        return ""
 
     def rename(self, aliases: dict[str, str]) -> None:
         """Read what stands under an alias (alias -> name) as if it stood under the name; where both are there, they agree."""

@@ -19,6 +19,9 @@ from .stored_tensors import STORED_DTYPES, StoredTensor, StoredTensors, open_ten
 
 __all__ = ["PretrainedModel"]
 
+QUANTISED = ".qweight"
+"""How the names of packed matrices end that GPTQ and AWQ store."""
+
 
 class PretrainedModel:
     """
@@ -114,6 +117,8 @@ def _settle_end(config: ModelConfig, folder: Path) -> ModelConfig:
 def _find(folder: Path, config: ModelConfig, stored: Mapping[str, StoredTensor], name: str) -> StoredTensor:
     if name in stored:
         return stored[name]
+    if any(other.endswith(QUANTISED) for other in stored):
+        raise ModelError(f"{folder}: tensor {name!r} is missing; its weights are quantised: take the model they were made from")
     other = next((tensor for other, tensor in stored.items() if other.endswith(f".{name}")), None)
     as_what = f"{other.path.name} has {other.name!r}, a name that transformers does not read either" if other else ""
     raise ModelError(

@@ -202,6 +202,7 @@ def use_index(model: Path, index: Any) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+QUERIES = "transformer.h.0.attn.c_attn"
 SPOILT_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (shutil.rmtree, "no model folder at"),
     "no config": (lambda model: (model / "config.json").unlink(), "config.json is missing"),
@@ -238,7 +239,39 @@ SPOILT_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda model: change_config(model, num_hidden_layers=2),
         "n_layer is 4 and num_hidden_layers 2; they",
     ),
-    "quantised": (lambda model: change_config(model, quantization_config={"a": 1}), 'quantization_config is {"a": 1}, which'),
+    "quantised": (
+        lambda model: change_config(model, quantization_config={"a": 1}),
+        'quantization_config is {"a": 1}; weights that are quantised cannot be used: take the model that they were made from',
+    ),
+    **{
+        f"quantised by {name}": (
+            lambda model, method=method: change_config(model, quantization_config={"bits": 4, "quant_method": method}),
+            f"weights that are quantised by {name} cannot be used: take the model that they were made from",
+        )
+        for method, name in {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "new": '"new"'}.items()
+    },
+    "packed matrices": (
+        lambda model: change_weights(
+            model, lambda weights: weights.update({f"{QUERIES}.qweight": weights.pop(f"{QUERIES}.weight")})
+        ),
+        "its weights are quantised: take the model they were made from",
+    ),
+    "another head": (
+        lambda model: change_config(model, architectures=["GPT2ForSequenceClassification"]),
+        'architectures is ["GPT2ForSequenceClassification"], a model that does not tell the next token; its ForCausalLM',
+    ),
+    "pictures": (
+        lambda model: change_config(model, model_type="llava", vision_config={"image_size": 336}),
+        "can be split: it takes more than text; its language model, saved as a model of its own, may be one",
+    ),
+    "encoder and decoder": (
+        lambda model: change_config(model, model_type="t5", is_encoder_decoder=True),
+        "can be split: it has an encoder, and what is split here only continues texts",
+    ),
+    "encoder": (
+        lambda model: change_config(model, model_type="bert", architectures=["BertForMaskedLM"]),
+        "can be split: it has an encoder",
+    ),
     "code": (
         lambda model: change_config(model, auto_map={"AutoConfig": "a.B"}),
         "code of a folder is never run; remove the key",

@@ -29,7 +29,8 @@ def read_config(path: Path) -> ModelConfig:
     family = FAMILIES.get(file.model_type) if isinstance(file.model_type, str) else None
     if family is None:
         *others, last = (f'"{name}"' for name in FAMILIES)
-        raise ModelError(f"{path}: model_type is {shown(file.model_type)}; only {', '.join(others)} or {last} can be split")
+        known = f"only {', '.join(others)} or {last} can be split"
+        raise ModelError(f"{path}: model_type is {shown(file.model_type)}; {known}{file.other_kind()}")
     file.check_support()
     config = family.read(file)
     file.check_all_known(WITHOUT_EFFECT | family.without_effect)

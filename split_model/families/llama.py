@@ -58,7 +58,9 @@ def read_shape(
     num_positions = file.integer("max_position_embeddings", positions)
     ends = file.integers("eos_token_id")
     if not ends:
-        raise ModelError(f"{file.path}: eos_token_id is missing; a text has to end with a token")
+        raise ModelError(
+            f"{file.path}: eos_token_id is missing; a text has to end with a token: add the id of the tokenizer's eos_token"
+        )
     return {
         "num_layers": file.integer("num_hidden_layers", most=MOST_LAYERS),
         "width": width,
