@@ -70,12 +70,22 @@ def mean_loss(model: Any, samples: Sequence[Sample]) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
 
 
-def make_adapter(base: Path, folder: Path, *, seed: int = 1, rank: int = 4, alpha: int = 8, targets: Sequence[str]) -> Path:
+def make_adapter(
+    base: Path,
+    folder: Path,
+    *,
+    seed: int = 1,
+    rank: int = 4,
+    alpha: int = 8,
+    targets: Sequence[str],
+    rslora: bool = False,
+) -> Path:
     """A PEFT folder whose B is not zero, so that everything is learnt from the first step on."""
     torch.manual_seed(seed)
     whole = load_base(base)
     turned = any(isinstance(module, Conv1D) for module in whole.modules())
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), fan_in_fan_out=turned, task_type="CAUSAL_LM")
+    more = {"fan_in_fan_out": turned, "use_rslora": rslora, "task_type": "CAUSAL_LM"}
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), **more)
     model = get_peft_model(whole, config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

@@ -151,6 +151,44 @@ def test_resumed_server_that_listens_elsewhere_divides_its_steps_as_before(optio
         server.suspend()
 
 
+# Which layers are adapted
+
+
+LAYERS = {None: ["c_attn"], "all-linear": ["c_attn", "c_proj", "c_fc"], "c_fc": ["c_fc"]}
+
+
+@pytest.mark.parametrize("asked", LAYERS)
+def test_adapted_layers_are_recorded_by_their_names_and_the_same_command_goes_on(
+    options: dict[str, Any], asked: str | None
+) -> None:
+    given = options | ({} if asked is None else {"lora_targets": asked})
+    with GpuServer(**given, steps=3, resume_or_start=True) as server:
+        server.suspend()
+    assert recorded(options)["lora_targets"] == LAYERS[asked]
+    with GpuServer(**given, steps=3, resume_or_start=True) as server:
+        assert server.config.lora_targets == tuple(LAYERS[asked])
+        server.suspend()
+
+
+def test_run_of_some_layers_does_not_go_on_with_all_of_them(options: dict[str, Any]) -> None:
+    with GpuServer(**options, steps=3) as server:
+        server.suspend()
+    with pytest.raises(
+        ConfigError, match=r"holds a run with lora-targets \['c_attn'\]; it cannot go on with lora-targets \['c_"
+    ):
+        GpuServer(run_dir=options["run_dir"], resume=True, lora_targets="all-linear")
+
+
+def test_scale_of_a_run_is_recorded_and_stays(options: dict[str, Any]) -> None:
+    with GpuServer(**options, steps=3, lora_rslora=True) as server:
+        server.suspend()
+    config = recorded(options)
+    assert (config["lora_rslora"], config["lora_alpha"]) == (True, 32.0)
+    with GpuServer(run_dir=options["run_dir"], port=0, resume=True) as server:
+        assert server.config.lora_rslora
+        server.suspend()
+
+
 # Where it is said
 
 

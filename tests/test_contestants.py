@@ -15,7 +15,7 @@ from contestants.centralised import Centralised
 from contestants.cli import main
 from contestants.federated import Federated, mean
 from contestants.training import Task, train
-from gpu_server import ServerConfig
+from gpu_server import ServerConfig, ServerError
 from gpu_server.history import Overview, RunFiles
 from gpu_server.sweep.settings import DeviceConfig, device_names
 from storage import RunDescription
@@ -77,6 +77,21 @@ def test_centralised_equals_split_in_rounds_of_one_step(
     assert largest(losses(centralised), split.losses) <= tolerance[0]
     assert difference(centralised, split.run_dir) <= tolerance[1]
     assert [row["learning_rate"] for row in metrics(centralised)] == [record.learning_rate for record in split.records]
+
+
+@pytest.mark.parametrize("mode", WAYS)
+def test_rank_stabilised_scale_is_that_of_a_split_run(tiny_model: Path, files: list[Path], tmp_path: Path, mode: str) -> None:
+    lora = {"lora_rank": 4, "lora_rslora": True, "lora_targets": "all-linear"}
+    server = {"model": str(tiny_model), "steps": 5, "dtype": "float32", "lr": LEARNING_RATE, **lora}
+    split = run_split(
+        {**server, "run_dir": str(tmp_path / "split"), "cut_layer": 2}, {"device-1": {"data": files[0], "batch_size": 2}}
+    )
+    other = run(mode, files[:1], {"batch_size": 2}, **server, run_dir=str(tmp_path / mode))
+    assert largest(losses(other), split.losses) <= FLOAT32_TOLERANCE[0]
+    assert difference(other, split.run_dir) <= FLOAT32_TOLERANCE[1]
+    told = RunDescription.read(other, ServerError)
+    assert told is not None
+    assert (told.config["lora_rslora"], told.config["lora_targets"]) == (True, ["c_attn", "c_proj", "c_fc"])
 
 
 @pytest.mark.parametrize("epochs", [2])

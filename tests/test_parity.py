@@ -92,7 +92,7 @@ def assert_equals_centralised(
 ) -> None:
     federation = Federation(tmp_path, batch_sizes, steps)
     targets = options.get("lora_targets", ("c_attn",))
-    start = reference.make_adapter(base, tmp_path / "start", targets=targets)
+    start = reference.make_adapter(base, tmp_path / "start", targets=targets, rslora=options.get("lora_rslora", False))
     run_dir = tmp_path / "run"
     lora = {"lora_rank": 4, "lora_alpha": 8.0, "init_adapter": str(start)}
     server = {

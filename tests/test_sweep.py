@@ -267,6 +267,7 @@ def test_every_mode_knows_only_settings_that_there_are() -> None:
     for mode in MODES:
         assert known_of_server(mode) <= of_server
         assert known_of_device(mode) <= of_device
+        assert {name for name in of_server if name.startswith("lora_")} <= known_of_server(mode)  # which all of them use
     assert known_of_server("federated") - known_of_server("centralised") == {"aggregate_every"}
 
 

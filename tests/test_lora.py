@@ -1,0 +1,182 @@
+"""An adapter is what PEFT makes of such a model: which layers it has, how it is scaled, and who else can load it."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import reference
+import torch
+from family_models import make_family_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as OF_PEFT
+from test_parity import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, assert_equals_centralised
+
+from split_model import Adapter, EdgePart, LoraConfig, PretrainedModel, ServerPart, adapter_shapes, save_adapter
+from split_model.families import FAMILIES
+
+LOGITS_TOLERANCE = 1e-5
+LENGTHS = (9, 4)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PretrainedModel:
+    return PretrainedModel(make_family_model(tmp_path_factory.mktemp("base"), request.param))
+
+
+def random_adapter(model: PretrainedModel, lora: LoraConfig) -> Adapter:
+    source = torch.Generator().manual_seed(5)
+    shapes = adapter_shapes(model.config, lora, range(model.config.num_layers))
+    return {name: torch.randn(shape, generator=source) * 0.2 for name, shape in shapes.items()}
+
+
+def difference_of_logits(model: PretrainedModel, lora: LoraConfig, folder: Path) -> float:
+    """Between both parts with a random adapter, and PEFT with the folder of it; relative to the largest logit."""
+    adapter = random_adapter(model, lora)
+    save_adapter(folder, adapter, model.config, lora, str(model.folder))
+    where: dict[str, Any] = {"weight_dtype": torch.float32, "device": torch.device("cpu")}
+    edge, server = EdgePart(model, 2, lora, **where), ServerPart(model, 2, lora, **where)
+    for part in (edge, server):
+        part.load_adapter({name: adapter[name] for name in part.adapter()})
+    whole = reference.load_peft(model.folder, folder)
+    source = np.random.default_rng(0)
+    texts = [source.integers(0, model.config.vocabulary_size, length) for length in LENGTHS]
+    with torch.no_grad():
+        found = server.logits(edge(np.concatenate(texts), LENGTHS), LENGTHS)
+        expected = torch.cat([whole(input_ids=torch.from_numpy(text)[None]).logits[0] for text in texts])
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+# Which layers
+
+
+def test_layers_that_are_adapted_unless_others_are_named_are_those_of_peft() -> None:
+    of_peft = {name: OF_PEFT[name] for name in FAMILIES if name in OF_PEFT}
+    assert {name: list(FAMILIES[name].usual_targets) for name in of_peft} == of_peft
+    # For others PEFT wants them named: as of the rest, those of queries and values.
+    assert {name: FAMILIES[name].usual_targets for name in FAMILIES if name not in OF_PEFT} == {"phi3": ("qkv_proj",)}
+
+
+def test_all_linear_layers_are_those_of_peft(model: PretrainedModel) -> None:
+    lora = LoraConfig(rank=3, targets=model.config.lora_targets)
+    turned = model.config.family.stores_in_out
+    config = peft.LoraConfig(r=3, target_modules="all-linear", fan_in_fan_out=turned, task_type="CAUSAL_LM")
+    whole = peft.get_peft_model(reference.load_base(model.folder), config)
+    of_peft = {name: tuple(matrix.shape) for name, matrix in peft.get_peft_model_state_dict(whole).items()}
+    assert adapter_shapes(model.config, lora, range(model.config.num_layers)) == of_peft
+
+
+# Who can load them
+
+
+def test_adapter_of_each_layer_computes_in_peft_what_it_computes_here(model: PretrainedModel, tmp_path: Path) -> None:
+    for target in model.config.lora_targets:
+        lora = LoraConfig(rank=3, alpha=6.0, targets=(target,))
+        assert difference_of_logits(model, lora, tmp_path / target) <= LOGITS_TOLERANCE, target
+
+
+def test_rank_stabilised_adapter_computes_in_peft_what_it_computes_here(model: PretrainedModel, tmp_path: Path) -> None:
+    lora = LoraConfig(rank=3, alpha=2.0, targets=model.config.lora_targets, rslora=True)
+    assert lora.scale == 2 / math.sqrt(3)
+    assert difference_of_logits(model, lora, tmp_path) <= LOGITS_TOLERANCE
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["use_rslora"] is True
+
+
+def test_servers_of_many_adapters_find_each_matrix_by_its_name(model: PretrainedModel, tmp_path: Path) -> None:
+    """vLLM and those that read as it does: a module's name between a fixed beginning and end, and plain LoRA's settings."""
+    lora = LoraConfig(rank=3, targets=model.config.lora_targets)
+    save_adapter(tmp_path, random_adapter(model, lora), model.config, lora, str(model.folder))
+    modules = dict(reference.load_base(model.folder).named_modules())
+    for name, matrix in reference.read_adapter(tmp_path).items():
+        found = re.fullmatch(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight", name)
+        assert found is not None
+        module = modules[found["module"]]
+        inputs, outputs = module.weight.shape if model.config.family.stores_in_out else reversed(module.weight.shape)
+        assert tuple(matrix.shape) == ((3, inputs) if found["matrix"] == "A" else (outputs, 3))
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    told = {name: settings[name] for name in ("peft_type", "r", "lora_alpha", "bias", "use_rslora", "target_modules")}
+    targets = list(model.config.lora_targets)
+    assert told == {
+        "peft_type": "LORA",
+        "r": 3,
+        "lora_alpha": 32,
+        "bias": "none",
+        "use_rslora": False,
+        "target_modules": targets,
+    }
+    assert not settings.get("modules_to_save")
+    assert not settings.get("use_dora")
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt2"])
+def test_adapter_is_one_of_llama_cpp_under_its_names(tmp_path: Path, family: str) -> None:
+    """
+    Written as `convert_lora_to_gguf` writes it, by the names of the package gguf, and read back: each layer has both matrices,
+    in the shapes that llama.cpp asks for before it loads them. It takes lora_alpha / rank for the scale.
+    """
+    gguf = pytest.importorskip("gguf")
+    model = PretrainedModel(make_family_model(tmp_path, family))
+    lora = LoraConfig(rank=3, alpha=6.0, targets=model.config.lora_targets)
+    save_adapter(tmp_path / "adapter", random_adapter(model, lora), model.config, lora, str(model.folder))
+    # A Mistral is a Llama there.
+    kind = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "phi3": "PHI3"}[family]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind], model.config.num_layers)
+    writer = gguf.GGUFWriter(tmp_path / "adapter.gguf", gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[kind]])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(settings["lora_alpha"]))
+    for name, matrix in reference.read_adapter(tmp_path / "adapter").items():
+        layer, _, which = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+        of_llama_cpp = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
+        assert of_llama_cpp is not None, name
+        writer.add_tensor(f"{of_llama_cpp}.lora_{which.lower()}", matrix.numpy())
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+
+    read = gguf.GGUFReader(tmp_path / "adapter.gguf")
+    assert read.fields["adapter.lora.alpha"].contents() == 6.0
+    found = {tensor.name: tuple(map(int, tensor.shape)) for tensor in read.tensors}
+    whole = {}
+    for name, matrix in reference.load_base(model.folder).state_dict().items():
+        if name.rpartition(".")[0].rpartition(".")[2] in lora.targets and name.endswith(".weight"):
+            outputs, inputs = matrix.shape
+            of_llama_cpp = names.get_name(name, try_suffixes=(".weight",))
+            whole |= {f"{of_llama_cpp}.lora_a": (inputs, 3), f"{of_llama_cpp}.lora_b": (3, outputs)}
+    assert found == whole
+    assert len(found) == 2 * len(model.config.layer_shapes) * model.config.num_layers
+
+
+# How they are scaled
+
+
+def test_rank_stabilised_run_equals_that_of_peft_in_float64(tmp_path: Path) -> None:
+    assert_equals_centralised(
+        make_family_model(tmp_path, "llama"),
+        tmp_path,
+        batch_sizes=[2, 3],
+        steps=20,
+        dtype="float64",
+        tolerance=FLOAT64_TOLERANCE,
+        cut_layer=2,
+        lora_targets=("q_proj", "v_proj"),
+        lora_rslora=True,
+    )
+
+
+def test_rank_stabilised_run_of_a_device_without_torch_equals_that_of_peft(tmp_path: Path) -> None:
+    assert_equals_centralised(
+        make_family_model(tmp_path, "llama"),
+        tmp_path,
+        batch_sizes=[2, 2],
+        steps=10,
+        dtype="float32",
+        tolerance=FLOAT32_TOLERANCE,
+        engines=("onnxruntime", "torch"),
+        cut_layer=1,
+        lora_targets=("q_proj", "v_proj"),
+        lora_rslora=True,
+    )
