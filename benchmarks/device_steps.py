@@ -202,7 +202,7 @@ class Peer:
             base = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         with torch.no_grad():
             for name, parameter in base.named_parameters():
-                parameter.copy_(model.tensors[name.removeprefix(shape.prefix)].view())
+                parameter.copy_(model.tensors[name.removeprefix(shape.names.prefix)].view())
         lora = peft.LoraConfig(
             r=LORA.rank,
             lora_alpha=LORA.alpha,
