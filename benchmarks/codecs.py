@@ -1,13 +1,13 @@
 """
-What each codec costs and loses: activations after block 3 and their gradients, on E2E NLG in batches of 8.
+What each codec costs and loses: activations at the cut and their gradients, on E2E NLG in batches of 8.
 
-The model is gpt2-mini after a moment of training; with --llama it is a pretrained Llama as it is, such as that of
-benchmarks/smollm2.py, which has outlier channels as gpt2-mini has not.
+The model is gpt2-mini after a moment of training, or another one, such as that of benchmarks/smollm2.py, which has outlier
+channels as gpt2-mini has not: the first table says how large its channels become.
 
 Bytes an element are those of whole messages after zstd. Speed is of whole messages, too, from floats to bytes and back, in MB
 of float32 a second of one core's own time; memcpy and zstd alone are what cannot be beaten. The change of the loss is that of
 the server's part when it gets the activations as they arrive. Gradients change no loss at once, but the edge's gradient that is
-made of them: that of its LoRA matrices, of a Llama that of its query, key and value matrices.
+made of them: that of its LoRA matrices.
 """
 
 import argparse
@@ -22,18 +22,15 @@ from typing import Any
 import harness
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from edge_client.data import Batch, Dataset
 from protocol import CODECS, EXACT, ActivationGradient, Array, decode, encode, zstd
 from protocol.encoding import COMPRESSION_LEVEL
 from protocol.rounding import Dither
 from split_model import EdgePart, LoraConfig, OptimiserConfig, PretrainedModel, ServerPart, adamw, initial_adapter, take_step
-from storage import load_tokenizer
 from terminal import Progress
 
-BATCH_SIZE, CUT_LAYER, LEARNING_RATE, MAX_BYTES = 8, 3, 2e-3, 2**26
-LORA = LoraConfig(rank=8, alpha=32.0, dropout=0.0, targets=("c_attn",))
+BATCH_SIZE, LEARNING_RATE, MAX_BYTES = 8, 2e-3, 2**26
 
 
 @dataclass
@@ -85,19 +82,28 @@ class Cost:
 
 
 class Model:
-    """Both parts of a model in one process."""
+    """Both parts of a model in one process, to be trained for a moment, so that the adapters are no longer zero."""
+
+    def __init__(self, folder: Path, cut_layer: int) -> None:
+        self.base, cpu = PretrainedModel(folder), torch.device("cpu")
+        lora = LoraConfig(rank=8, alpha=32.0, dropout=0.0, targets=self.base.config.family.usual_targets)
+        adapter = initial_adapter(self.base.config, lora, 0)
+        self.edge = EdgePart(self.base, cut_layer, lora, weight_dtype=torch.float32, device=cpu)
+        self.server = ServerPart(self.base, cut_layer, lora, weight_dtype=torch.float32, device=cpu)
+        self.parts = (self.edge, self.server)
+        for part in self.parts:
+            part.load_adapter({name: adapter[name] for name in part.matrices()})
+            part.train()
 
     def activations(self, batch: Batch) -> torch.Tensor:
-        """After the edge's blocks, (N, d); the edge's gradients are cleared."""
-        raise NotImplementedError
+        """After the edge's blocks, (N, d); the gradients of both parts are cleared."""
+        for part in self.parts:
+            part.clear_gradients()
+        return self.edge(batch.tokens, batch.lengths)
 
     def loss(self, batch: Batch, values: torch.Tensor) -> torch.Tensor:
         """Summed, in nats, of the server's part given activations."""
-        raise NotImplementedError
-
-    def edge_gradients(self) -> list[Array]:
-        """What the last backward pass through the activations left, of any shapes."""
-        raise NotImplementedError
+        return self.server.summed_loss(values, batch.lengths, batch.label_counts, torch.from_numpy(batch.labels).long())
 
     def example(self, batch: Batch) -> Example:
         activations = self.activations(batch)
@@ -110,33 +116,7 @@ class Model:
     def edge_gradient(self, batch: Batch, gradient: Array) -> Array:
         """Of all the edge's trained matrices, one after the other."""
         self.activations(batch).backward(torch.from_numpy(gradient))
-        return np.concatenate([matrix.ravel() for matrix in self.edge_gradients()])
-
-
-class Gpt2(Model):
-    """gpt2-mini, to be trained for a moment, so that the adapters are no longer zero."""
-
-    def __init__(self, folder: Path) -> None:
-        base, cpu = PretrainedModel(folder), torch.device("cpu")
-        adapter = initial_adapter(base.config, LORA, 0)
-        self.edge = EdgePart(base, CUT_LAYER, LORA, weight_dtype=torch.float32, device=cpu)
-        self.server = ServerPart(base, CUT_LAYER, LORA, weight_dtype=torch.float32, device=cpu)
-        self.parts = (self.edge, self.server)
-        for part in self.parts:
-            part.load_adapter({name: adapter[name] for name in part.matrices()})
-            part.train()
-
-    def activations(self, batch: Batch) -> torch.Tensor:
-        for part in self.parts:
-            part.clear_gradients()
-        return self.edge(torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.lengths).long())
-
-    def loss(self, batch: Batch, values: torch.Tensor) -> torch.Tensor:
-        counts = [torch.from_numpy(array).long() for array in (batch.lengths, batch.label_counts, batch.labels)]
-        return self.server.summed_loss(values, *counts)
-
-    def edge_gradients(self) -> list[Array]:
-        return [matrix.numpy() for matrix in self.edge.gradients().values()]
+        return np.concatenate([matrix.numpy().ravel() for matrix in self.edge.gradients().values()])
 
     def train(self, batches: list[Batch], progress: Progress) -> None:
         matrices = [matrix for part in self.parts for matrix in part.matrices().values()]
@@ -147,90 +127,36 @@ class Gpt2(Model):
             progress.advance(f"{len(example.activations)} tokens")
 
 
-class Llama(Model):
-    """transformers' model, its blocks dealt out to two. Padding is on the right, where causal attention does not look."""
-
-    def __init__(self, folder: Path) -> None:
-        from transformers import LlamaForCausalLM
-
-        whole = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
-        blocks = whole.model.layers
-        self.head, self.end_token = whole.lm_head.weight, whole.config.eos_token_id
-        self.edge = self._part(whole.model, blocks[:CUT_LAYER], torch.nn.Identity())
-        self.server = self._part(whole.model, blocks[CUT_LAYER:], whole.model.norm)
-        attentions = [block.self_attn for block in blocks[:CUT_LAYER]]
-        self.matrices = [linear.weight for a in attentions for linear in (a.q_proj, a.k_proj, a.v_proj)]
-        for matrix in self.matrices:
-            matrix.requires_grad_()
-
-    @staticmethod
-    def _part(model: Any, blocks: torch.nn.ModuleList, norm: torch.nn.Module) -> Any:
-        with torch.device("meta"):
-            part = type(model)(model.config)
-        part.embed_tokens, part.layers, part.norm, part.rotary_emb = model.embed_tokens, blocks, norm, model.rotary_emb
-        return part
-
-    def activations(self, batch: Batch) -> torch.Tensor:
-        for matrix in self.matrices:
-            matrix.grad = None
-        tokens = self._padded(batch, torch.from_numpy(batch.tokens).long())
-        hidden = self.edge(input_ids=tokens, use_cache=False).last_hidden_state
-        return torch.cat([rows[:length] for rows, length in zip(hidden, batch.lengths, strict=True)])
-
-    def loss(self, batch: Batch, values: torch.Tensor) -> torch.Tensor:
-        hidden = self.server(inputs_embeds=self._padded(batch, values), use_cache=False).last_hidden_state
-        ends = zip(hidden, batch.lengths, batch.label_counts, strict=True)
-        labelled = torch.cat([rows[length - count : length] for rows, length, count in ends])
-        logits = labelled @ self.head.T
-        return torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch.labels).long(), reduction="sum")
-
-    def edge_gradients(self) -> list[Array]:
-        return [matrix.grad.numpy() for matrix in self.matrices]
-
-    @staticmethod
-    def _padded(batch: Batch, packed: torch.Tensor) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence(packed.split(batch.lengths.tolist()), batch_first=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="in Hugging Face's format, instead of gpt2-mini")
+    parser.add_argument("--cut-layer", type=int, default=3)
     parser.add_argument("--batches", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=40, help="of training before; of gpt2-mini only")
-    parser.add_argument("--llama", type=Path, metavar="FOLDER", help="a Llama in Hugging Face's format, instead of gpt2-mini")
+    parser.add_argument("--steps", type=int, default=40, help="of training before")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model, batches = llama(options.llama, options.batches) if options.llama else gpt2(options.batches, options.steps)
+    model = Model(options.model or harness.shared("models/gpt2-mini"), options.cut_layer)
+    batches = e2e_batches(model.base, options.batches + options.steps)
+    with Progress(options.steps) as progress:
+        model.train(batches[options.batches :], progress)
     costs = [Cost(codec, gradients) for gradients in (False, True) for codec in (EXACT, *CODECS)]
     limits: dict[str, list[float]] = {}
     examples = []
-    with Progress(len(batches)) as progress:
-        for number, batch in enumerate(batches):
+    with Progress(options.batches) as progress:
+        for number, batch in enumerate(batches[: options.batches], 1):
             examples.append(model.example(batch))
             for cost in costs:
                 cost.measure(number, examples[-1].gradient if cost.gradients else examples[-1].activations)
             race_limits(examples[-1].activations, limits)
             progress.advance("batches coded")
+    print(channels(examples), end="\n\n")
     report(model, examples, costs, limits)
 
 
-def gpt2(num_batches: int, steps: int) -> tuple[Model, list[Batch]]:
-    folder = harness.shared("models/gpt2-mini")
-    batches = e2e_batches(load_tokenizer(folder), PretrainedModel(folder).config.end_token, num_batches + steps)
-    model = Gpt2(folder)
-    with Progress(steps) as progress:
-        model.train(batches[num_batches:], progress)
-    return model, batches[:num_batches]
-
-
-def llama(folder: Path, num_batches: int) -> tuple[Model, list[Batch]]:
-    model = Llama(folder)
-    return model, e2e_batches(Tokenizer.from_file(str(folder / "tokenizer.json")), model.end_token, num_batches)
-
-
-def e2e_batches(tokenizer: Tokenizer, end_token: int, count: int) -> list[Batch]:
+def e2e_batches(base: PretrainedModel, count: int) -> list[Batch]:
     with tempfile.TemporaryDirectory() as scratch:
         rows = harness.write_rows(Path(scratch) / "rows.txt", harness.e2e_rows("train", slice(0, 14_020)))
-        data = Dataset.load(rows, tokenizer, end_token, 512)
+        data = Dataset.load(rows, base.tokenizer(), base.config.end_token, 512)
     return [data.batch(step, BATCH_SIZE, (0, "benchmark", "order")) for step in range(1, count + 1)]
 
 
@@ -247,6 +173,16 @@ def race_limits(values: Array, speeds: dict[str, list[float]]) -> None:
         began = time.thread_time()
         contest()
         speeds.setdefault(name, []).append(values.nbytes / 1e6 / max(time.thread_time() - began, 1e-9))
+
+
+def channels(examples: list[Example]) -> str:
+    """How large the elements of a channel become, of the largest channels and of the median one."""
+    rows = []
+    for kind in ("activations", "gradient"):
+        largest = np.max([np.abs(getattr(example, kind)).max(axis=0) for example in examples], axis=0)
+        *_, third, second, first = np.sort(largest)
+        rows.append([kind, *(f"{value:.3g}" for value in (first, second, third, np.median(largest)))])
+    return harness.markdown(["largest element of a channel", "first", "second", "third", "median channel"], rows)
 
 
 def report(model: Model, examples: list[Example], costs: list[Cost], limits: dict[str, list[float]]) -> None:
