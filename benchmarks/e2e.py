@@ -15,7 +15,6 @@ import reference
 import torch
 from tqdm import tqdm
 
-from edge_client.data import Dataset
 from split_model import (
     EdgePart,
     LoraConfig,
@@ -83,13 +82,8 @@ def run_split(base: Path, scratch: Path, files: list[Path], valid: Path, steps: 
 
 def run_centralised(base: Path, start: Path, files: list[Path], valid: list[tuple[str, str]], steps: int) -> float:
     """Perplexity after training on the batches that the clients drew."""
-    tokenizer, model = load_tokenizer(base), PretrainedModel(base)
-    datasets = [Dataset.load(file, tokenizer, model.config.end_token, 512) for file in files]
-    samples = [reference.encode(harness.read_rows(file), base) for file in files]
-    union = []
-    for step in range(1, steps + 1):
-        orders = [data.order(step, BATCH_SIZE, (SEED, f"client-{i}", "order")) for i, data in enumerate(datasets)]
-        union.append([samples[i][row] for i, order in enumerate(orders) for row in order])
+    names = [f"client-{number}" for number in range(len(files))]
+    union = harness.union_batches(files, names, base, batch_size=BATCH_SIZE, steps=steps, seed=SEED)
     progress = tqdm(union, desc="centralised", disable=None)
     _, _, trained = reference.train(base, start, progress, dtype=torch.float32, lr=LEARNING_RATE)
     return reference.perplexity(trained, reference.encode(valid, base))

@@ -1,5 +1,6 @@
 """What the benchmarks share: E2E rows, a model of GPT-2 small's shape, and whole split runs in processes of their own."""
 
+import json
 import multiprocessing
 import os
 import queue
@@ -16,6 +17,8 @@ from answering import wait_until_it_answers
 from ports import free_port
 
 if TYPE_CHECKING:
+    import reference
+
     from contestants.whole_model import WholeModel
     from edge_client.data import Dataset
     from split_model import LoraConfig
@@ -43,6 +46,19 @@ def e2e_rows(split: str, rows: slice) -> list[tuple[str, str]]:
 def write_rows(path: Path, pairs: Sequence[tuple[str, str]]) -> Path:
     path.write_text("".join(f"{prompt}||{completion}\n" for prompt, completion in pairs), encoding="utf-8")
     return path
+
+
+def rnnlg_rows(domain: str, split: str) -> list[tuple[str, str]]:
+    """
+    Dialogue act and a person's sentence for it, of RNNLG.
+
+    Args:
+        domain: "hotel", "laptop", "restaurant" or "tv".
+        split: "train", "valid" or "test".
+    """
+    lines = shared(f"data/rnnlg/{domain}.{split}.json").read_text(encoding="utf-8").splitlines()
+    rows = json.loads("\n".join(line for line in lines if not line.startswith("#")))
+    return [(act, sentence) for act, sentence, _ in rows]
 
 
 def read_rows(path: Path) -> list[tuple[str, str]]:
@@ -119,6 +135,30 @@ def _serve(settings: dict[str, Any], cores: Iterable[int] | None, urls: Any) -> 
                 pass
         except RunEndedEarly:
             pass  # a benchmark's clients leave when they have measured enough
+
+
+def union_batches(
+    files: Sequence[Path], names: Sequence[str], model: Path, *, batch_size: int, steps: int, seed: int
+) -> "list[list[reference.Sample]]":
+    """
+    What the devices of a run learn from together in each step, as the reference encodes it.
+
+    Args:
+        files, names: of the devices, in the same order.
+    """
+    import reference
+
+    from edge_client.data import Dataset
+    from split_model import PretrainedModel
+
+    base = PretrainedModel(model)
+    datasets = [Dataset.load(file, base.tokenizer(), base.config.end_token, 512) for file in files]
+    samples = [reference.encode(read_rows(file), model) for file in files]
+    union = []
+    for step in range(1, steps + 1):
+        orders = [data.order(step, batch_size, (seed, name, "order")) for name, data in zip(names, datasets, strict=True)]
+        union.append([samples[device][row] for device, order in enumerate(orders) for row in order])
+    return union
 
 
 class SplitRun:
