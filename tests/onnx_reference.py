@@ -5,10 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import reference
 import torch
 from numpy.typing import NDArray
 
+from export.equalisation import Equalised
 from export.exported_model import ExportedModel, read_manifest
+from export.precision import PRECISIONS
+from export.quantisation import BlockFormat, quantise
+from graphs import StoredWeights
+from split_model import PretrainedModel
 
 Ids = NDArray[np.int64]
 
@@ -50,3 +56,43 @@ def largest_difference(found: NDArray[np.float32], expected: NDArray[np.float32]
     """Where the mask, if there is one, is 1: what stands at padding means nothing."""
     difference = np.abs(found - expected)
     return float(difference.max() if mask is None else difference[mask.astype(bool)].max())
+
+
+def dequantised(rows: Any, form: BlockFormat) -> Any:
+    """(N, K) as a runtime reads it, and the step between two values at every place."""
+    stored = quantise(rows, form)
+    integers, zero_points = stored.integers, stored.zero_points
+    if form.bits == 4:
+        integers, zero_points = (np.stack([both & 15, both >> 4], -1) for both in (integers, zero_points))
+    blocks = integers.reshape(len(rows), -1, form.size).astype(np.float32)
+    zero_points = zero_points.reshape(len(rows), -1)[:, : blocks.shape[1]].astype(np.float32)
+    values = (blocks - zero_points[..., None]) * stored.scales[..., None]
+    width = rows.shape[1]
+    return values.reshape(len(rows), -1)[:, :width], np.repeat(np.abs(stored.scales), form.size, 1)[:, :width]
+
+
+def rounded(folder: Path, precision: str) -> Any:
+    """transformers' model with the weights that a quantised graph has."""
+    base, form = PretrainedModel(folder), PRECISIONS[precision]
+    config, weights = base.config, Equalised(StoredWeights(base), base.config)
+    forms = {
+        f"{config.block_name(block)}.{layer}": form.matrices
+        for block in range(config.num_layers)
+        for layer in config.layer_shapes
+    }
+    forms |= {f"{config.block_name(block)}.{config.names.projection}": form.projection for block in range(config.num_layers)}
+    state = {}
+    for name in config.tensor_shapes:
+        value, layer = weights.read(name), name.removesuffix(".weight")
+        if name in (config.table_name, config.head_name):
+            assert form.table is not None
+            value = dequantised(value, form.table)[0]
+        elif block_form := forms.get(layer):
+            value = dequantised(value.T, block_form)[0].T
+        turned = value.T if name in config.turned_matrices else value
+        state[config.stored_name(name)] = torch.from_numpy(np.ascontiguousarray(turned))
+    model = reference.load_base(folder)
+    missing, unknown = model.load_state_dict(state, strict=False)
+    assert not unknown
+    assert set(missing) <= ({config.separate_head_name} if config.tied_head else set())
+    return model
