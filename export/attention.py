@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike
 
 from graphs import MICROSOFT, Graph
 
-__all__ = ["ATTENTIONS", "Attention", "AttentionForm", "Cache", "Heads", "Rotary", "split_heads"]
+__all__ = ["ATTENTIONS", "Angles", "Attention", "AttentionForm", "Cache", "Heads", "split_heads"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +39,14 @@ class Heads:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rotary:
-    """How queries and keys are turned."""
+class Angles:
+    """By which queries and keys are turned."""
 
     width: int
     """Elements of a head that are turned, the first ones."""
     cosines: str
     sines: str
-    """Of each new token's angles, (B, S, width / 2)."""
+    """For each new token, (B, S, width / 2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +60,17 @@ class Cache:
 
 
 class Attention(Protocol):
-    """Made once for a graph: the masks are the same for all blocks."""
+    """Made once for a graph: masks and angles are the same for all blocks."""
 
-    def __init__(self, graph: Graph, heads: Heads, tokens: str) -> None:
-        """``tokens`` is a value whose first two dimensions are (B, S)."""
+    def __init__(self, graph: Graph, heads: Heads, tokens: str, angles: Angles | None) -> None:
+        """
+        Args:
+            tokens: a value whose first two dimensions are (B, S).
+            angles: None where nothing is turned.
+        """
 
-    def turn(self, x: str, count: int, rotary: Rotary) -> str:
-        """``count`` heads of each token (B, S, count D), turned."""
+    def turn(self, x: str, count: int) -> str:
+        """``count`` heads of each token, (B, S, count D), turned by the token's angles."""
 
     def attend(self, qkv: tuple[str, ...], cache: Cache, window: int | None) -> str:
         """
@@ -83,7 +87,7 @@ class GroupQuery:
     tokens are not copied for every new one. With a past, it cannot take several new tokens of several sequences.
     """
 
-    def __init__(self, graph: Graph, heads: Heads, tokens: str) -> None:
+    def __init__(self, graph: Graph, heads: Heads, tokens: str, angles: Angles | None) -> None:
         self.graph, self.heads = graph, heads
         batch, length = _dimension(graph, tokens, 0), _dimension(graph, tokens, 1)
         total = _dimension(graph, "attention_mask", 1)
@@ -94,26 +98,21 @@ class GroupQuery:
         last = graph.node("Expand", graph.node("Sub", total, one), batch)
         self.last_positions = graph.cast(last, np.int32)
         self.total = graph.cast(graph.node("Squeeze", total), np.int32)
-        self._tables: dict[Rotary, tuple[str, str, str]] = {}
+        self.angles, self._looked_up = angles, self._for_lookup(angles) if angles else []
 
-    def turn(self, x: str, count: int, rotary: Rotary) -> str:
-        positions, *tables = self._of_rows(rotary)
-        options: dict[str, Any] = {}
-        if rotary.width < self.heads.width:
-            options = {"rotary_embedding_dim": rotary.width, "num_heads": count}
-        return self.graph.node("RotaryEmbedding", x, positions, *tables, domain=MICROSOFT, **options)
+    def _for_lookup(self, angles: Angles) -> list[str]:
+        """The operator looks angles up in tables, by row: here each new token has a row of its own."""
+        node, constant = self.graph.node, self.graph.constant
+        tables = [node("Reshape", table, constant([-1, angles.width // 2])) for table in (angles.cosines, angles.sines)]
+        rows = node("Range", constant(0), node("Squeeze", _dimension(self.graph, tables[0], 0)), constant(1))
+        return [node("Reshape", rows, node("Shape", angles.cosines, start=0, end=2)), *tables]
 
-    def _of_rows(self, rotary: Rotary) -> tuple[str, str, str]:
-        """The operator looks angles up in tables: here one with a row for each new token, and each token's row."""
-        if rotary not in self._tables:
-            node, constant = self.graph.node, self.graph.constant
-            cosines, sines = (
-                node("Reshape", table, constant([-1, rotary.width // 2])) for table in (rotary.cosines, rotary.sines)
-            )
-            rows = node("Range", constant(0), node("Squeeze", _dimension(self.graph, cosines, 0)), constant(1))
-            rows = node("Reshape", rows, node("Shape", rotary.cosines, start=0, end=2))
-            self._tables[rotary] = rows, cosines, sines
-        return self._tables[rotary]
+    def turn(self, x: str, count: int) -> str:
+        assert self.angles is not None
+        # The operator takes the number of heads only where a part of each is turned.
+        is_whole = self.angles.width == self.heads.width
+        options = {} if is_whole else {"rotary_embedding_dim": self.angles.width, "num_heads": count}
+        return self.graph.node("RotaryEmbedding", x, *self._looked_up, domain=MICROSOFT, **options)
 
     def attend(self, qkv: tuple[str, ...], cache: Cache, window: int | None) -> str:
         mixed = f"{cache.present_key}/mixed"
@@ -135,12 +134,14 @@ class GroupQuery:
 class Standard:
     """The Attention of ONNX's opset 23, which ONNX Runtime has from 1.23 on."""
 
-    def __init__(self, graph: Graph, heads: Heads, tokens: str) -> None:
-        self.graph, self.heads, self.bias = graph, heads, CausalBias(graph, heads, tokens)
+    def __init__(self, graph: Graph, heads: Heads, tokens: str, angles: Angles | None) -> None:
+        self.graph, self.heads, self.bias, self.angles = graph, heads, CausalBias(graph, heads, tokens), angles
 
-    def turn(self, x: str, count: int, rotary: Rotary) -> str:
-        options: dict[str, Any] = {} if rotary.width == self.heads.width else {"rotary_embedding_dim": rotary.width}
-        return self.graph.node("RotaryEmbedding", x, rotary.cosines, rotary.sines, num_heads=count, **options)
+    def turn(self, x: str, count: int) -> str:
+        assert self.angles is not None
+        is_whole = self.angles.width == self.heads.width
+        options: dict[str, Any] = {} if is_whole else {"rotary_embedding_dim": self.angles.width}
+        return self.graph.node("RotaryEmbedding", x, self.angles.cosines, self.angles.sines, num_heads=count, **options)
 
     def attend(self, qkv: tuple[str, ...], cache: Cache, window: int | None) -> str:
         query, key, value = split_heads(self.graph, qkv, self.heads)
@@ -159,22 +160,24 @@ class Standard:
 class Elementary:
     """Matrix products and a softmax, for runtimes that know nothing else."""
 
-    def __init__(self, graph: Graph, heads: Heads, tokens: str) -> None:
-        self.graph, self.heads, self.bias = graph, heads, CausalBias(graph, heads, tokens)
+    def __init__(self, graph: Graph, heads: Heads, tokens: str, angles: Angles | None) -> None:
+        self.graph, self.heads, self.bias, self.angles = graph, heads, CausalBias(graph, heads, tokens), angles
 
-    def turn(self, x: str, count: int, rotary: Rotary) -> str:
-        node, constant, half = self.graph.node, self.graph.constant, rotary.width // 2
+    def turn(self, x: str, count: int) -> str:
+        assert self.angles is not None
+        node, constant, half = self.graph.node, self.graph.constant, self.angles.width // 2
         by_head = node("Reshape", x, constant([0, 0, count, self.heads.width]))
-        sizes = [half, half, *([self.heads.width - rotary.width] if rotary.width < self.heads.width else [])]
+        rest = self.heads.width - self.angles.width
+        sizes = [half, half, rest] if rest else [half, half]
         parts = [f"{x}/part{number}" for number in range(len(sizes))]
         self.graph.node_with_outputs("Split", [by_head, constant(sizes)], parts, axis=-1)
-        first, second, *rest = parts
-        cosine, sine = (node("Unsqueeze", table, constant([2])) for table in (rotary.cosines, rotary.sines))
+        first, second, *unturned = parts
+        cosine, sine = (node("Unsqueeze", table, constant([2])) for table in (self.angles.cosines, self.angles.sines))
         turned = (
             node("Sub", node("Mul", first, cosine), node("Mul", second, sine)),
             node("Add", node("Mul", second, cosine), node("Mul", first, sine)),
         )
-        return node("Reshape", node("Concat", *turned, *rest, axis=-1), constant([0, 0, count * self.heads.width]))
+        return node("Reshape", node("Concat", *turned, *unturned, axis=-1), constant([0, 0, count * self.heads.width]))
 
     def attend(self, qkv: tuple[str, ...], cache: Cache, window: int | None) -> str:
         node, heads = self.graph.node, self.heads
@@ -248,14 +251,15 @@ class CausalBias:
         self._queries = graph.node("Unsqueeze", queries, graph.constant([1]))
         before = graph.node("LessOrEqual", self._keys, self._queries)
         self._visible = graph.node("And", before, _is_token(graph))
-        self._biases: dict[int | None, str] = {None: _bias(graph, self._visible, heads.dtype)}
+        self._biases: dict[int | None, str] = {}
 
     def within(self, window: int | None) -> str:
         if window not in self._biases:
-            graph = self._graph
+            graph, seen = self._graph, self._visible
             with graph.scope("mask"):
-                first = graph.node("Sub", self._queries, graph.constant(window))
-                seen = graph.node("And", graph.node("Less", first, self._keys), self._visible)
+                if window is not None:
+                    before_first = graph.node("Sub", self._queries, graph.constant(window))
+                    seen = graph.node("And", graph.node("Less", before_first, self._keys), seen)
                 self._biases[window] = _bias(graph, seen, self._dtype)
         return self._biases[window]
 

@@ -12,25 +12,24 @@ import numpy as np
 
 from graphs import MICROSOFT, Graph, Weights
 
-from .attention import ATTENTIONS, Attention, Cache, Heads, Rotary, split_heads
+from .attention import ATTENTIONS, Angles, Attention, Cache, Heads, split_heads
 from .graph_weights import GraphWeights
 from .precision import Precision
 from .quantisation import BlockFormat
 
 if TYPE_CHECKING:  # a graph is built without torch, which split_model imports
     from split_model import ModelConfig
+    from split_model.rotary import Rotary
 
 __all__ = ["DecoderGraph"]
 
-LAYER_NORM = "layer"
-"""`split_model.model_config.LAYER_NORM`, which cannot be imported without torch."""
 ACTIVATIONS: dict[str, tuple[str, dict[str, str]]] = {
     "gelu_new": ("Gelu", {"approximate": "tanh"}),
     "gelu_pytorch_tanh": ("Gelu", {"approximate": "tanh"}),
     "gelu": ("Gelu", {}),
     "relu": ("Relu", {}),
 }
-"""Operators by transformers' names of functions; "silu" takes two."""
+"""Operators with their attributes, by transformers' names; "silu" is made of two."""
 
 
 class DecoderGraph:
@@ -59,24 +58,17 @@ class DecoderGraph:
         self.heads = Heads(
             count=config.num_heads, keys=config.num_key_value_heads, width=config.head_width, dtype=precision.dtype
         )
-        self.shapes = {
-            f"{config.block_name(block)}.{layer}": shape for block in blocks for layer, shape in config.layer_shapes.items()
-        }
-        """Of every linear layer, (in, out)."""
         self.inputs: str
         """Token ids (B, S), or the hidden states (B, S, d) of the stretch before."""
         self.attention: Attention
-        """Of all blocks, which share its masks."""
-        self.rotary: Rotary | None = None
-        """Of all blocks; None where positions are added to the embeddings."""
+        """Of all blocks, which share its masks and angles."""
 
     def build(self) -> None:
         """Add the blocks, with the embeddings before the model's first block, and the final norm and head after its last."""
         hidden = self.embeddings() if self.blocks.start == 0 else self.hidden_states()
-        if self.config.rotary is not None:
-            self.rotary = self.angles()
+        angles = None if self.config.rotary is None else self.angles(self.config.rotary)
         with self.graph.scope("mask"):
-            self.attention = self.attention_form.build(self.graph, self.heads, self.inputs)
+            self.attention = self.attention_form.build(self.graph, self.heads, self.inputs, angles)
         caches = [self.cache(index) for index in self.blocks]
         for index, cache in zip(self.blocks, caches, strict=True):
             hidden = self.block(index, hidden, cache)
@@ -103,24 +95,24 @@ class DecoderGraph:
         return self.node("Add", x, self.mlp(prefix, self.norm(f"{prefix}.{names.mlp_norm}", x)))
 
     def self_attention(self, index: int, x: str, cache: Cache) -> str:
-        names, prefix = self.config.names, self.config.block_name(index)
-        qkv = tuple(self.linear(f"{prefix}.{layer}", x, self.precision.matrices) for layer in names.qkv)
+        config, names, prefix = self.config, self.config.names, self.config.block_name(index)
+        qkv = tuple(self.linear(prefix, layer, x, self.precision.matrices) for layer in names.qkv)
         with self.graph.scope(f"{prefix}.attention"):
-            if self.rotary or self.config.normalises_heads:
+            if config.rotary is not None or config.normalises_heads:
                 query, key, value = split_heads(self.graph, qkv, self.heads)
-                if self.config.normalises_heads:
+                if config.normalises_heads:
                     query = self.head_norm(f"{prefix}.{names.query_norm}", query, self.heads.count)
                     key = self.head_norm(f"{prefix}.{names.key_norm}", key, self.heads.keys)
-                if self.rotary:
-                    query = self.attention.turn(query, self.heads.count, self.rotary)
-                    key = self.attention.turn(key, self.heads.keys, self.rotary)
+                if config.rotary is not None:
+                    query = self.attention.turn(query, self.heads.count)
+                    key = self.attention.turn(key, self.heads.keys)
                 qkv = (query, key, value)
-            mixed = self.attention.attend(qkv, cache, self.config.window(index))
-        return self.linear(f"{prefix}.{names.projection}", mixed, self.precision.projection)
+            mixed = self.attention.attend(qkv, cache, config.window(index))
+        return self.linear(prefix, names.projection, mixed, self.precision.projection)
 
     def mlp(self, prefix: str, x: str) -> str:
         names, form = self.config.names, self.precision.matrices
-        inner = [self.linear(f"{prefix}.{layer}", x, form) for layer in names.up]
+        inner = [self.linear(prefix, layer, x, form) for layer in names.up]
         if self.config.is_gated:
             if len(inner) == 1:
                 whole, inner = inner[0], [f"{inner[0]}/gate", f"{inner[0]}/up"]
@@ -129,7 +121,7 @@ class DecoderGraph:
             active = self.node("Mul", self.activated(gate), up)
         else:
             active = self.activated(inner[0])
-        return self.linear(f"{prefix}.{names.down}", active, form)
+        return self.linear(prefix, names.down, active, form)
 
     def activated(self, x: str) -> str:
         if self.config.activation == "silu":
@@ -142,7 +134,7 @@ class DecoderGraph:
         epsilon = self.config.norm_epsilon
         with self.graph.scope(name):
             gain = self.weights.plain(f"{name}.weight")
-            if self.config.norm == LAYER_NORM:
+            if self.config.has_layer_norms:
                 offset = self.weights.plain(f"{name}.bias")
                 return self.node("LayerNormalization", x, gain, offset, axis=-1, epsilon=epsilon)
             # Operators that every runtime has; ONNX Runtime makes one of its own of them. In float32: a square of float16 is
@@ -161,18 +153,18 @@ class DecoderGraph:
         by_head = self.node("Reshape", x, self.graph.constant([0, 0, count, self.heads.width]))
         return self.node("Reshape", self.norm(name, by_head), self.graph.constant([0, 0, count * self.heads.width]))
 
-    def angles(self) -> Rotary:
-        rotary, node, constant = self.config.rotary, self.node, self.graph.constant
-        assert rotary is not None
+    def angles(self, rotary: "Rotary") -> Angles:
+        """In float32: in float16, positions from 2048 on would be rounded."""
+        node, constant = self.node, self.graph.constant
         with self.graph.scope("rotation"):
             positions = self.graph.cast(node("Unsqueeze", self.position_ids(), constant([2])), np.float32)
-            angles = node("Mul", positions, constant(rotary.frequencies().tolist(), np.float32))
+            angles = node("Mul", positions, self.graph.weight("rotation/frequencies", rotary.frequencies()))
             tables = [node("Cos", angles), node("Sin", angles)]
             if rotary.amplitude != 1:
                 tables = [node("Mul", table, constant(rotary.amplitude, np.float32)) for table in tables]
             if self.precision.dtype != np.float32:
                 tables = [self.graph.cast(table, self.precision.dtype) for table in tables]
-        return Rotary(width=rotary.width, cosines=tables[0], sines=tables[1])
+        return Angles(width=rotary.width, cosines=tables[0], sines=tables[1])
 
     def position_ids(self) -> str:
         """An input: the position of each new token, (B, S)."""
@@ -190,22 +182,24 @@ class DecoderGraph:
         self.graph.input("attention_mask", np.int64, ["batch_size", "total_sequence_length"])
         return self.inputs
 
-    def linear(self, name: str, x: str, form: BlockFormat | None) -> str:
+    def linear(self, prefix: str, layer: str, x: str, form: BlockFormat | None) -> str:
         """
         x W, or x W + b, and what an adapter adds to it: (B, S, in) -> (B, S, out).
 
         Args:
+            prefix: of the names of the block.
+            layer: a key of `ModelConfig.layer_shapes`.
             form: how W is stored, one of the precision's; None: as the precision's dtype.
         """
-        inputs, outputs = self.shapes[name]
-        has_bias = name.removeprefix(f"{self.config.names.blocks}.").split(".", 1)[1] not in self.config.without_bias
-        matrix, bias = f"{name}.weight", self.weights.plain(f"{name}.bias") if has_bias else ""
+        name, (inputs, outputs) = f"{prefix}.{layer}", self.config.layer_shapes[layer]
+        matrix = f"{name}.weight"
+        bias = "" if layer in self.config.without_bias else self.weights.plain(f"{name}.bias")
         with self.graph.scope(name):
             if form:
                 y = self.weights.product(x, matrix, (outputs, inputs), form, bias, transposed=True)
             else:
                 y = self.node("MatMul", x, self.weights.plain(matrix))
-                y = self.node("Add", y, bias) if has_bias else y
+                y = self.node("Add", y, bias) if bias else y
             return self.node("Add", y, self.low_rank(name, x, inputs, outputs)) if name in self.adapted else y
 
     def low_rank(self, name: str, x: str, inputs: int, outputs: int) -> str:

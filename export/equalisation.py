@@ -124,7 +124,7 @@ class Equalised:
     def _size_of_normed(self, block: str, norm: str) -> Floats:  # -> (d,)
         # A normed element has variance 1: times the gain, and around the offset, this is its root mean square.
         gain = self._weights.read(f"{block}.{norm}.weight")
-        if self._config.norm != "layer":
+        if not self._config.has_layer_norms:
             return np.abs(gain)
         size: Floats = np.sqrt(gain**2 + self._weights.read(f"{block}.{norm}.bias") ** 2)
         return size

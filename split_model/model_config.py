@@ -135,8 +135,18 @@ class ModelConfig:
         return {name: asdict(value) if isinstance(value, Rotary) else value for name, value in different.items()}
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """All tokens with which a model ends what it generates."""
+        return (self.end_token, *self.stop_tokens)
+
+    @property
     def names(self) -> Names:
         return self.family.names
+
+    @property
+    def has_layer_norms(self) -> bool:
+        """Whether norms subtract the mean and add an offset; else they are root mean square norms."""
+        return self.norm == LAYER_NORM
 
     @property
     def query_width(self) -> int:
@@ -198,7 +208,7 @@ class ModelConfig:
         return frozenset(f"{block}.{layer}.weight" for block in blocks for layer in self.layer_shapes)
 
     def _norm_shapes(self, name: str, width: int) -> dict[str, tuple[int, ...]]:
-        parameters = ("weight", "bias") if self.norm == LAYER_NORM else ("weight",)
+        parameters = ("weight", "bias") if self.has_layer_norms else ("weight",)
         return {f"{name}.{parameter}": (width,) for parameter in parameters}
 
     @property
@@ -255,7 +265,7 @@ class ModelConfig:
             raise ModelError(
                 f"{file.path}: {self.num_heads} heads of queries are not a multiple of {self.num_key_value_heads} heads of keys"
             )
-        for token in (self.end_token, *self.stop_tokens):
+        for token in self.ends:
             if token >= self.vocabulary_size:
                 raise ModelError(f"{file.path}: eos_token_id {token} is not below vocab_size {self.vocabulary_size}")
 
