@@ -1,6 +1,6 @@
 """An exported folder, read and run with ONNX Runtime, to measure how well it agrees with its model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -118,11 +118,11 @@ class ExportedModel:
                 if item.name.startswith("past_key_values.")
             }
 
-    def continue_greedily(self, prompt: Sequence[int], limit: int, end_token: int) -> list[int]:
-        """The most likely continuation: at most ``limit`` tokens, and none after the end token."""
-        tokens, cache, text = np.array([prompt], np.int64), self.empty_cache(1), list(prompt)
-        while len(text) < len(prompt) + limit and text[len(prompt) :][-1:] != [end_token]:
-            logits, cache = self.step(tokens, np.ones((1, len(text)), np.int64), cache)
-            text.append(int(logits[0, -1].argmax()))
-            tokens = np.array([text[-1:]], np.int64)
-        return text[len(prompt) :]
+    def continue_greedily(self, prompt: Sequence[int], limit: int, ends: Collection[int]) -> list[int]:
+        """The most likely continuation: at most ``limit`` tokens, and none after one of ``ends``."""
+        tokens, cache, found = np.array([prompt], np.int64), self.empty_cache(1), list[int]()
+        while len(found) < limit and not (found and found[-1] in ends):
+            logits, cache = self.step(tokens, np.ones((1, len(prompt) + len(found)), np.int64), cache)
+            found.append(int(logits[0, -1].argmax()))
+            tokens = np.array([found[-1:]], np.int64)
+        return found

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer
 from graphs import Weights
 from split_model import ModelConfig
 from storage import Folder, load_tokenizer
-from storage.tokenizer import DEFAULT_CLASS
+from storage.model_folder import CONFIG_FILE, GENERATION_FILE
+from storage.tokenizer import DEFAULT_CLASS, SETTINGS
 
 from .beside_weights import copy_files_beside_weights
 from .checkpoint import write_checkpoint
@@ -29,15 +30,14 @@ def write_model_files(folder: Path, source: Source, weights: Weights, more: dict
     copy_files_beside_weights(source.folder, folder)
     tokenizer = load_tokenizer(source.folder)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    _write_missing(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, source.config))
-    _write_missing(
-        folder / "generation_config.json", {"bos_token_id": source.config.end_token, "eos_token_id": source.config.end_token}
-    )
-    write_json(folder / "config.json", _config(source) | more)
+    if not (folder / SETTINGS).exists():
+        write_json(folder / SETTINGS, _tokenizer_config(tokenizer, source.config))
+    write_json(folder / GENERATION_FILE, _generation_config(source))
+    write_json(folder / CONFIG_FILE, _config(source) | more)
     write_checkpoint(folder / "model.safetensors", source.config, weights)
 
 
-def write_genai_config(folder: Path, config: ModelConfig, *, filename: str, shared_cache: bool) -> None:
+def write_genai_config(folder: Path, source: Source, *, filename: str, shared_cache: bool) -> None:
     """
     Write genai_config.json, by which onnxruntime-genai loads the model.
 
@@ -45,6 +45,7 @@ def write_genai_config(folder: Path, config: ModelConfig, *, filename: str, shar
         filename: of the graph it loads.
         shared_cache: whether past and present keys and values may be one buffer.
     """
+    config = source.config
     cache = {f"{when}_{part}_names": f"{prefix}.%d.{part}" for when, prefix in CACHE_NAMES.items() for part in ("key", "value")}
     decoder = {
         "session_options": {"provider_options": []},
@@ -62,7 +63,8 @@ def write_genai_config(folder: Path, config: ModelConfig, *, filename: str, shar
     }
     model = {
         "type": "decoder",  # a family's own name would mean the names and the combined cache of older exports
-        **dict.fromkeys(("bos_token_id", "eos_token_id"), config.end_token),
+        "bos_token_id": _first_token(source),
+        "eos_token_id": _ends(source),
         # genai masks every token that equals it, so it cannot be the end token, which stands between prompt and completion. No
         # text has -1, and as an index into the table it is a row that exists, the last one.
         "pad_token_id": -1,
@@ -82,14 +84,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_missing(path: Path, value: dict[str, Any]) -> None:
-    if not path.exists():
-        write_json(path, value)
-
-
 def _config(source: Source) -> dict[str, Any]:
-    """The base model's config.json in float32, with keys that other programs look for and transformers no longer writes."""
-    family, config = source.config.family, Folder(source.folder, ExportError).read_json("config.json")
+    """
+    The base model's config.json in float32, with keys that other programs look for and transformers no longer writes. The token
+    that ends a text is one here, also where the base model's file lists several: see `_generation_config`.
+    """
+    family, config = source.config.family, _read(source, CONFIG_FILE)
     config.pop("torch_dtype", None)
     config.setdefault("architectures", [family.architecture])
     config.setdefault("bos_token_id", source.config.end_token)
@@ -99,6 +99,27 @@ def _config(source: Source) -> dict[str, Any]:
         **dict.fromkeys(family.position_keys, source.config.num_positions),
         "tie_word_embeddings": source.config.tied_head,
     }
+
+
+def _generation_config(source: Source) -> dict[str, Any]:
+    """The base model's, with all tokens that end a text: there, transformers, optimum and transformers.js look for them."""
+    return {"bos_token_id": _first_token(source)} | _read(source, GENERATION_FILE) | {"eos_token_id": _ends(source)}
+
+
+def _ends(source: Source) -> int | list[int]:
+    """As runtimes write it: one number, or a list of several."""
+    return list(source.config.ends) if source.config.stop_tokens else source.config.end_token
+
+
+def _first_token(source: Source) -> int:
+    """The token that begins a text, where the base model's configuration names one."""
+    token = _read(source, CONFIG_FILE).get("bos_token_id")
+    return token if isinstance(token, int) else source.config.end_token
+
+
+def _read(source: Source, name: str) -> dict[str, Any]:
+    files = Folder(source.folder, ExportError)
+    return files.read_json(name) if files.find(name) else {}
 
 
 def _tokenizer_config(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:

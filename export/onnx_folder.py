@@ -129,7 +129,7 @@ class OnnxFolder:
         if self.split is None:
             best = next(name for name in BEST_FIRST if name in precisions)
             shared = self.attention == "gqa"
-            write_genai_config(self.folder, self.config, filename=files[best]["graph"], shared_cache=shared)
+            write_genai_config(self.folder, self.source, filename=files[best]["graph"], shared_cache=shared)
         write_json(self.folder / MANIFEST, self._manifest(files))
 
     def _write_graphs(self, precision: Precision, progress: Progress) -> dict[str, Any]:
@@ -163,6 +163,7 @@ class OnnxFolder:
             "vocabulary_size": config.vocabulary_size,
             "context": config.num_positions,
             "end_token": config.end_token,
+            "stop_tokens": list(config.stop_tokens),
             "precisions": precisions,
         }
 

@@ -111,7 +111,8 @@ def verify(
     model = model and user_text_path(model)
     manifest = read_manifest(folder)
     config = PretrainedModel(folder).config
-    described = {"context": config.num_positions, "vocabulary_size": config.vocabulary_size, "end_token": config.end_token}
+    described: dict[str, object] = {"context": config.num_positions, "vocabulary_size": config.vocabulary_size}
+    described |= {"end_token": config.end_token, "stop_tokens": config.stop_tokens}
     for name, right in described.items():
         if (found := getattr(manifest, name)) != right:
             raise ExportError(f"{folder}: splitlora.json says {name} {found}, config.json {right}; export the model again")
@@ -142,7 +143,7 @@ def _compare_continuations(
 ) -> None:
     expected = reference.continue_greedily(prompt)
     for name, model in models.items():
-        found = model.continue_greedily(prompt, len(expected), reference.end_token)
+        found = model.continue_greedily(prompt, len(expected), reference.ends)
         agreements[name].continuations.append(found == expected)
 
 
@@ -197,16 +198,16 @@ def _reference(
             )
         if adapter is None and manifest.adapter is not None:
             raise ExportError(f"{manifest.folder} has an adapter: give the PEFT folder that it was made of with --adapter")
-        yield Reference(base, adapter, end_token=manifest.end_token, context=manifest.context)
+        yield Reference(base, adapter, ends=manifest.ends, context=manifest.context)
 
 
 class Reference:
     """A model in transformers, and its adapter in PEFT where it has one."""
 
-    def __init__(self, base: Path, adapter: Path | None, *, end_token: int, context: int) -> None:
+    def __init__(self, base: Path, adapter: Path | None, *, ends: Sequence[int], context: int) -> None:
         model = PretrainedModel(base)
         self._model = load_with_transformers(model) if adapter is None else load_with_peft(model, adapter)
-        self.end_token, self._context = end_token, context
+        self.ends, self._context = ends, context
 
     @torch.no_grad()
     def logits(self, tokens: Tokens) -> Floats:  # (S,) -> (S, V)
@@ -214,9 +215,10 @@ class Reference:
         return logits
 
     def continue_greedily(self, prompt: list[int]) -> list[int]:
-        """The most likely continuation, up to the end token or the context's end."""
+        """The most likely continuation, up to a token that ends it or the context's end."""
         ids, limit = torch.tensor([prompt]), min(CONTINUED_TOKENS, self._context - len(prompt))
-        options = {"max_new_tokens": limit, "do_sample": False, "pad_token_id": self.end_token}
+        ends = {"eos_token_id": list(self.ends), "pad_token_id": self.ends[0]}
+        options = {"max_new_tokens": limit, "do_sample": False, **ends}
         found = self._model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :]
         return [int(token) for token in found]
 

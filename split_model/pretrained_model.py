@@ -10,9 +10,10 @@ import torch
 from tokenizers import Tokenizer
 
 from storage import Folder, ModelError, fingerprint, load_tokenizer, shown
-from storage.model_folder import CONFIG_FILE
+from storage.model_folder import CONFIG_FILE, GENERATION_FILE
 from storage.tokenizer import end_of_text, tokenizer_digest
 
+from .config_file import Settings
 from .families import read_config
 from .model_config import ModelConfig
 from .stored_tensors import STORED_DTYPES, StoredTensor, StoredTensors, open_tensors, weight_files
@@ -38,7 +39,7 @@ class PretrainedModel:
             raise ModelError(f"no model folder at {folder}")
         config = read_config(folder / CONFIG_FILE)
         stored = open_tensors(weight_files(Folder(folder, ModelError)), config.names.prefix)
-        self.config = _settle_end(_settle_head(config, stored), folder)
+        self.config = _settle_ends(_settle_head(config, stored), folder)
         self.tensors: StoredTensors = {name: _find(folder, self.config, stored, name) for name in self.config.tensor_shapes}
         """In the order of the forward pass, and no others than the model's."""
         for name, shape in self.config.tensor_shapes.items():
@@ -104,14 +105,29 @@ def _settle_head(config: ModelConfig, stored: dict[str, StoredTensor]) -> ModelC
     return config
 
 
-def _settle_end(config: ModelConfig, folder: Path) -> ModelConfig:
-    """Of the tokens that end a text by the configuration, its first stands for all, unless the tokenizer names another one."""
-    end = end_of_text(folder)
-    found = None if end is None else load_tokenizer(folder).token_to_id(end)
-    if found not in config.stop_tokens:
-        return config
-    others = (token for token in (config.end_token, *config.stop_tokens) if token != found)
-    return replace(config, end_token=found, stop_tokens=tuple(others))
+def _settle_ends(config: ModelConfig, folder: Path) -> ModelConfig:
+    """
+    Of the tokens that end what the model generates, those of config.json and of generation_config.json, one ends a text in
+    training, too: that of the tokenizer if it names one of them, or else the first.
+    """
+    ends, end, chosen = dict.fromkeys((*config.ends, *_ends_of_generation(config, folder))), end_of_text(folder), None
+    if end is not None and len(ends) > 1:
+        chosen = load_tokenizer(folder).token_to_id(end)
+    if chosen is None or chosen not in ends:
+        chosen = config.end_token
+    return replace(config, end_token=chosen, stop_tokens=tuple(token for token in ends if token != chosen))
+
+
+def _ends_of_generation(config: ModelConfig, folder: Path) -> tuple[int, ...]:
+    files = Folder(folder, ModelError)
+    if not files.find(GENERATION_FILE):
+        return ()
+    ends = Settings(folder / GENERATION_FILE, files.read_json(GENERATION_FILE)).integers("eos_token_id")
+    for token in ends:
+        if token >= config.vocabulary_size:
+            path, size = folder / GENERATION_FILE, config.vocabulary_size
+            raise ModelError(f"{path}: eos_token_id {token} is not below the vocabulary's {size} tokens; correct the file")
+    return ends
 
 
 def _find(folder: Path, config: ModelConfig, stored: Mapping[str, StoredTensor], name: str) -> StoredTensor:

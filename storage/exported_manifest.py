@@ -50,8 +50,16 @@ class ExportedManifest:
     context: int
     """Most tokens of a sequence, prompt and continuation together."""
     end_token: int
+    """Which training puts at the end of a text."""
+    stop_tokens: tuple[int, ...]
+    """Other tokens with which the model ends what it generates."""
     precisions: Mapping[str, ExportedPrecision]
     """By name, such as "q8". Some may be unknown to this version of splitlora."""
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """All tokens with which the model ends what it generates."""
+        return (self.end_token, *self.stop_tokens)
 
     @property
     def folder(self) -> Path:
@@ -71,8 +79,8 @@ class ExportedManifest:
             raise files.error(f"no folder at {files.path}; splitlora-export onnx makes one")
         if files.find(MANIFEST) is None:
             raise files.error(f"{files.path} is not an exported model: no {MANIFEST}; splitlora-export onnx writes one")
-        # Folders of the first versions say nothing of a PEFT folder.
-        raw = {"peft_adapter": None} | files.read_json(MANIFEST)
+        # Folders of earlier versions say nothing of a PEFT folder, or of other tokens than one that end a text.
+        raw = {"peft_adapter": None, "stop_tokens": []} | files.read_json(MANIFEST)
         if raw.get("format", FORMAT) != FORMAT:  # another format may be wrong in everything that is checked from here on
             raise files.error(f"{path} has format {shown(raw['format'])}; this splitlora reads format {FORMAT}")
         _member(files, raw, "format", int)
@@ -89,8 +97,11 @@ class ExportedManifest:
             vocabulary_size=_member(files, raw, "vocabulary_size", int),
             context=_member(files, raw, "context", int),
             end_token=_member(files, raw, "end_token", int),
+            stop_tokens=tuple(_member(files, raw, "stop_tokens", list)),
             precisions={name: _precision(files, kind, _member(files, precisions, name, dict)) for name in precisions},
         )
+        if not all(_is_token(token, manifest.vocabulary_size) for token in manifest.stop_tokens):
+            raise files.error(f"{path}: stop_tokens cannot be {shown(raw['stop_tokens'])}; export the model again")
         if not 0 <= manifest.end_token < manifest.vocabulary_size < LARGEST or not 1 < manifest.context < LARGEST:
             sizes = f"{manifest.end_token}, {manifest.vocabulary_size} and {manifest.context}"
             raise files.error(f"{path}: end_token, vocabulary_size and context cannot be {sizes[:80]}; export the model again")
@@ -116,6 +127,10 @@ class ExportedManifest:
 
 def _member(files: Folder, value: dict[str, Any], key: str, kind: type[Member]) -> Member:
     return files.member(MANIFEST, value, key, kind, "; export the model again")
+
+
+def _is_token(value: object, vocabulary_size: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocabulary_size
 
 
 def _file_or_none(files: Folder, value: dict[str, Any], key: str) -> Path | None:

@@ -6,11 +6,20 @@ from pathlib import Path
 from .errors import ModelError
 from .tokenizer import TOKENIZER_FILES
 
-__all__ = ["CONFIG_FILE", "FILES_BESIDE_WEIGHTS", "INDEX_FILE", "WEIGHTS_FILE", "find_model", "is_hub_name"]
+__all__ = [
+    "CONFIG_FILE",
+    "FILES_BESIDE_WEIGHTS",
+    "GENERATION_FILE",
+    "INDEX_FILE",
+    "WEIGHTS_FILE",
+    "find_model",
+    "is_hub_name",
+]
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
 FILES_OF_WEIGHTS = (CONFIG_FILE, "model*.safetensors", INDEX_FILE)
-FILES_BESIDE_WEIGHTS = (*TOKENIZER_FILES, "generation_config.json", "chat_template.jinja")
+FILES_BESIDE_WEIGHTS = (*TOKENIZER_FILES, GENERATION_FILE, "chat_template.jinja")
 """The files of a model folder, besides weights and configuration, that other programs need."""
 
 

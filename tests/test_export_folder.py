@@ -84,6 +84,7 @@ def test_manifest_describes_the_folder_to_the_byte(tiny_model: Path, tmp_path: P
         assert entry["graph"] in entry["bytes"]
         assert all((tmp_path / "out" / name).stat().st_size == size for name, size in entry["bytes"].items())
     shape = {"num_layers": 4, "num_heads": 4, "width": 32, "vocabulary_size": 600, "context": 256, "end_token": 0}
+    shape["stop_tokens"] = []
     assert manifest.pop("base")["model"] == str(tiny_model)
     assert manifest.pop("software").startswith("splitlora ")
     kind = {"format": 1, "kind": "language model", "run": None, "attention": "attn23", "split": None}

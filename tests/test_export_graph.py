@@ -172,7 +172,7 @@ def assert_greedy_texts_are_those_of_transformers(folder: Path, out: Path, token
         ids = torch.tensor([prompt])
         options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": end}
         expected = expected_from.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
-        assert model.continue_greedily(prompt, tokens, end) == expected
+        assert model.continue_greedily(prompt, tokens, [end]) == expected
 
 
 def test_greedy_texts_of_fifty_prompts_are_those_of_transformers(tiny_model: Path, tmp_path: Path) -> None:

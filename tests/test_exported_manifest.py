@@ -62,6 +62,11 @@ def test_manifest_says_where_the_files_are_and_how_large(folder: Path) -> None:
     assert manifest.require("q8").num_bytes == 5
 
 
+def test_other_tokens_that_end_a_text_may_be_named(folder: Path) -> None:
+    assert read(folder, WHOLE).ends == (0,)
+    assert read(folder, WHOLE | {"stop_tokens": [7, 599]}).ends == (0, 7, 599)
+
+
 def test_split_model_has_its_parts_in_the_order_in_which_they_are_computed(folder: Path) -> None:
     precision = read(folder, SPLIT).require("q8")
     assert precision.graphs == (folder / GRAPHS[0], folder / GRAPHS[1])
@@ -89,6 +94,13 @@ def test_member_of_another_type_or_out_of_range_is_refused_by_name(folder: Path,
         message = refusal(folder, WHOLE | {key: value})
         assert key in message
         assert len(message) < len(str(folder)) + 200
+
+
+@pytest.mark.parametrize("tokens", [7, "7", {}, [600], [-1], [True], [[7]], [10**400]])
+def test_tokens_that_cannot_end_a_text_are_refused(folder: Path, tokens: Any) -> None:
+    message = refusal(folder, WHOLE | {"stop_tokens": tokens})
+    assert "stop_tokens" in message
+    assert len(message) < len(str(folder)) + 200
 
 
 @pytest.mark.parametrize(

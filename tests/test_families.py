@@ -99,3 +99,37 @@ def test_target_adapts_all_layers_whose_names_end_with_it(tiny_model: Path) -> N
         f"{block}.mlp.c_proj.lora_A.weight": (2, 128),
         f"{block}.mlp.c_proj.lora_B.weight": (32, 2),
     }
+
+
+def write_ends(model: Path, *, config: object, generation: object) -> PretrainedModel:
+    for name, ends in (("config.json", config), ("generation_config.json", generation)):
+        raw = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps(raw | {"eos_token_id": ends}))
+    return PretrainedModel(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "others"),
+    [(0, 0, ()), ([7, 0, 9], None, (7, 9)), (0, [11, 0], (11,)), ([0, 7], [7, 11], (7, 11)), (7, [7, 0], (7,))],
+)
+def test_tokenizer_says_which_token_ends_a_text_and_all_others_only_stop_a_model(
+    tmp_path: Path, config: object, generation: object, others: tuple[int, ...]
+) -> None:
+    folder = make_family_model(tmp_path, "llama")
+    fingerprint = PretrainedModel(folder).fingerprint()
+    model = write_ends(folder, config=config, generation=generation)
+    assert (model.config.end_token, model.config.stop_tokens) == (0, others)
+    assert model.fingerprint() == fingerprint
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [
+        ([0, 600], "generation_config.json: eos_token_id 600 is not below the vocabulary's 600 tokens; correct the file"),
+        ("</s>", 'generation_config.json: eos_token_id is "</s>"; a whole number from 0'),
+    ],
+)
+def test_ends_that_are_no_tokens_are_refused(tmp_path: Path, ends: object, message: str) -> None:
+    folder = make_family_model(tmp_path, "llama")
+    with pytest.raises(ModelError, match=re.escape(message)):
+        write_ends(folder, config=0, generation=ends)

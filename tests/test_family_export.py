@@ -1,5 +1,6 @@
 """Exported graphs of every family, and every option of theirs, against transformers and PEFT."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from family_models import OPTIONS, make_family_model
 from numpy.typing import NDArray
 from onnx_reference import decode, exported, largest_difference, left_padded, logits_of, random_ids, rounded
 
-from export import export_onnx
+from export import export_onnx, verify
 from export.attention import ATTENTIONS
 from split_model import PretrainedModel
 
@@ -82,3 +83,21 @@ def test_checkpoint_that_is_exported_is_one_that_transformers_loads(model: Model
     export_onnx(str(model.base), tmp_path / "out", precisions=["q4"])
     found, expected = (logits_of(reference.load_base(folder), IDS) for folder in (tmp_path / "out", model.base))
     assert np.array_equal(found, expected)
+
+
+def test_every_runtime_is_told_all_tokens_that_end_a_text(tmp_path: Path) -> None:
+    base, out = make_family_model(tmp_path, "llama", eos_token_id=[7, 0], bos_token_id=3), tmp_path / "out"
+    settings = {"eos_token_id": [0, 11], "temperature": 0.6}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    export_onnx(str(base), out, precisions=["fp32"])
+    written = {
+        name: json.loads((out / f"{name}.json").read_text()) for name in ("splitlora", "generation_config", "genai_config")
+    }
+    assert (written["splitlora"]["end_token"], written["splitlora"]["stop_tokens"]) == (0, [7, 11])
+    assert written["generation_config"] == {"bos_token_id": 3, "eos_token_id": [0, 7, 11], "temperature": 0.6}
+    assert (written["genai_config"]["model"]["bos_token_id"], written["genai_config"]["model"]["eos_token_id"]) == (
+        3,
+        [0, 7, 11],
+    )
+    assert reference.load_base(out).generation_config.eos_token_id == [0, 7, 11]
+    assert all(agreement.within_tolerance for agreement in verify(out))

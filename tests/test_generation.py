@@ -106,6 +106,15 @@ def test_continuation_ends_with_the_text(tiny_model: Path, copied: Path) -> None
     assert [tokens] == expected_tokens(tiny_model, [prompt], 30, eos_token_id=end) == [unlimited[: unlimited.index(end)]]
 
 
+def test_continuation_ends_with_any_of_the_tokens_that_end_a_text(tiny_model: Path, copied: Path) -> None:
+    prompt = [5, 6, 7]
+    (unlimited,) = expected_tokens(tiny_model, [prompt], 30)
+    first, second = sorted(set(unlimited), key=unlimited.index)[3:5]
+    change_manifest(copied, end_token=second, stop_tokens=[599, first])
+    tokens = list(Generator(copied, precision="fp32").tokens(prompt, max_new_tokens=30))
+    assert tokens == unlimited[: unlimited.index(first)]
+
+
 def test_every_text_starts_afresh(exported: Path) -> None:
     generator = Generator(exported, precision="q8")
     first = generator.text("The Wrestlers is", max_new_tokens=12)

@@ -173,7 +173,7 @@ class Generator:
             began = time.perf_counter()
             token = sampling.choose(self._logits(pending), random)
             self._count(time.perf_counter() - began)
-            if token == self.model.end_token:
+            if token in self.model.ends:
                 return
             yield token
             pending = [token]
