@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from edge_client.generation import process_memory
 from export.checkpoint import write_checkpoint
+from graphs import Weights
 from split_model import ModelConfig
 from split_model.families import read_config
 
@@ -28,7 +29,7 @@ SHAPES = {
 }
 
 
-class RandomWeights:
+class RandomWeights(Weights):
     """Standard deviation 0.02, one tensor at a time."""
 
     def __init__(self, config: ModelConfig) -> None:

@@ -32,5 +32,5 @@ def write_checkpoint(path: Path, config: "ModelConfig", weights: Weights) -> Non
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in config.tensor_shapes:
-            tensor = weights.read(name)
-            file.write(np.ascontiguousarray(tensor.T if name in turned else tensor, "<f4").data)
+            for piece in [weights.read(name).T] if name in turned else weights.pieces(name):
+                file.write(np.ascontiguousarray(piece, "<f4").data)

@@ -8,6 +8,7 @@ projection in the values, and a gated MLP's last layer in what the gate lets thr
 change no digit of a float: the function stays the same to the bit.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ LARGEST_INPUT = 3.0
 """The largest input of a block that is expected, in root mean squares of its channels."""
 
 
-class Equalised:
+class Equalised(Weights):
     """Weights of the same function as those that they are made of."""
 
     def __init__(self, weights: Weights, config: "ModelConfig") -> None:
@@ -53,6 +54,10 @@ class Equalised:
         if parameter == "bias":
             return tensor * self.columns(f"{block}.{layer}")
         return self.rows(f"{block}.{layer}")[:, None] * tensor * self.columns(f"{block}.{layer}")
+
+    def pieces(self, name: str) -> Iterator[Floats]:
+        block, _ = self._place(name)
+        return iter([self.read(name)]) if block else self._weights.pieces(name)
 
     def rows(self, layer: str) -> Floats:
         """(in,): what the rows of the matrix of a linear layer of the model have been multiplied by."""

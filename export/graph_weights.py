@@ -1,5 +1,6 @@
 """A model's weights in a graph, in the form that a precision gives them."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,20 +31,22 @@ class GraphWeights:
 
     def plain(self, name: str) -> str:
         """A tensor that is not quantised, in the precision's dtype."""
-        if not self._graph.has_weight(name):
+        return self._graph.weight_in_pieces(name, self._converted(name))
+
+    def _converted(self, name: str) -> Iterator[NDArray[Any]]:
+        for piece in self._weights.pieces(name):
             with np.errstate(over="ignore"):
-                stored = self._weights.read(name).astype(self._precision.dtype, copy=False)
+                stored = piece.astype(self._precision.dtype, copy=False)
             self._check_finite(name, stored)
-            self._graph.weight(name, stored)
-        return name
+            yield stored
 
     def quantised(self, name: str, form: BlockFormat, *, transposed: bool = False) -> list[str]:
         """Integers, scales and zero points of a matrix's rows, or of its columns if it is transposed."""
         names = [f"{name}.{part}" for part in ("integers", "scales", "zero_points")]
         if not self._graph.has_weight(names[0]):
-            matrix = self._weights.read(name)
+            rows = iter([self._weights.read(name).T]) if transposed else self._weights.pieces(name)
             with np.errstate(over="ignore", invalid="ignore"):
-                stored = quantise(matrix.T if transposed else matrix, form)
+                stored = quantise(rows, form)
             self._check_finite(name, stored.scales)
             arrays: tuple[NDArray[Any], ...] = (stored.integers, stored.scales, stored.zero_points)
             for part, array in zip(names, arrays, strict=True):

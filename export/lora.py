@@ -1,5 +1,6 @@
 """Adds LoRA adapters to weights, without PEFT and without torch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,7 @@ LoraAdapter = dict[str, LoraUpdate]
 """By a linear layer's name in the model, without `ModelConfig.prefix`."""
 
 
-class Merged:
+class Merged(Weights):
     """
     Weights with an adapter in them.
 
@@ -42,9 +43,7 @@ class Merged:
         self._weights, self._adapter = weights, adapter
 
     def read(self, name: str) -> Floats:
-        tensor, update = self._weights.read(name), self._adapter.get(name.removesuffix(".weight"))
-        if not np.isfinite(tensor).all():
-            raise ExportError(f"the base model's tensor {name} has values that are not finite numbers")
+        tensor, update = self._checked(name, self._weights.read(name)), self._update(name)
         if update is None:
             return tensor
         with np.errstate(over="ignore", invalid="ignore"):  # the error below says it
@@ -53,4 +52,19 @@ class Merged:
             raise ExportError(
                 f"with the adapter, the tensor {name} is beyond the largest float32; the adapter cannot be merged"
             )
+        return tensor
+
+    def pieces(self, name: str) -> Iterator[Floats]:
+        if self._update(name) is not None:
+            yield self.read(name)
+            return
+        for piece in self._weights.pieces(name):
+            yield self._checked(name, piece)
+
+    def _update(self, name: str) -> LoraUpdate | None:
+        return self._adapter.get(name.removesuffix(".weight"))
+
+    def _checked(self, name: str, tensor: Floats) -> Floats:
+        if not np.isfinite(tensor).all():
+            raise ExportError(f"the base model's tensor {name} has values that are not finite numbers")
         return tensor

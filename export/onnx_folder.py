@@ -1,6 +1,6 @@
 """From a model and an adapter to one folder that every runtime loads."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ class OnnxFolder:
         }
 
 
-class Watched:
+class Watched(Weights):
     """Weights that advance a progress bar whenever a tensor is read."""
 
     def __init__(self, weights: Weights, progress: Progress, what: str) -> None:
@@ -178,6 +178,10 @@ class Watched:
         tensor = self._weights.read(name)
         self._progress.advance(self._what)
         return tensor
+
+    def pieces(self, name: str) -> Iterator[Floats]:
+        yield from self._weights.pieces(name)
+        self._progress.advance(self._what)
 
 
 def write_adapter(path: Path, adapter: LoraAdapter, base: Equalised) -> None:

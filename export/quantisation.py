@@ -1,5 +1,6 @@
 """Weights as small integers, a scale and a zero point for each block of a row: the layout of ONNX Runtime's MatMulNBits."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from graphs import Floats
 __all__ = ["BlockFormat", "QuantisedMatrix", "quantise"]
 
 ROWS_AT_ONCE = 4096
-"""A vocabulary's table is quantised in pieces of so many rows: as a whole it would need several float copies of itself."""
+"""A matrix is quantised in pieces of so many rows: as a whole it would need several float copies of itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +40,19 @@ class QuantisedMatrix:
     """(N, b), packed as the integers are."""
 
 
-def quantise(rows: Floats, form: BlockFormat) -> QuantisedMatrix:
-    """(N, K) -> its nearest representation; the last block of a row is filled up with zeros."""
-    pieces = [_quantise_piece(rows[start : start + ROWS_AT_ONCE], form) for start in range(0, len(rows), ROWS_AT_ONCE)]
+def quantise(rows: Iterable[Floats], form: BlockFormat) -> QuantisedMatrix:
+    """
+    Args:
+        rows: (N, K), in pieces of some rows each.
+
+    Returns:
+        Their nearest representation. The last block of a row is filled up with zeros.
+    """
+    pieces = [
+        _quantise_piece(some[start : start + ROWS_AT_ONCE], form)
+        for some in rows
+        for start in range(0, len(some), ROWS_AT_ONCE)
+    ]
     return QuantisedMatrix(
         integers=np.concatenate([piece.integers for piece in pieces]),
         scales=np.concatenate([piece.scales for piece in pieces]),

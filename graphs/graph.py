@@ -1,7 +1,9 @@
 """An ONNX graph that grows node by node, its large weights in a file beside it."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -103,10 +105,14 @@ class Graph:
 
     def weight(self, name: str, array: Array) -> str:
         """An initializer. If there is one of this name already, that one stays: a tied matrix is stored once."""
+        return self.weight_in_pieces(name, iter([array]))
+
+    def weight_in_pieces(self, name: str, pieces: Iterator[Array]) -> str:
+        """The same of an array that is given some rows at a time, so that it is never in memory as a whole."""
         if name not in self._initializers:
-            large = array.nbytes >= SMALLEST_EXTERNAL_BYTES
-            array = np.ascontiguousarray(array)
-            self._initializers[name] = self._external(name, array) if large else numpy_helper.from_array(array, name)
+            first = np.ascontiguousarray(next(pieces))
+            large = first.nbytes >= SMALLEST_EXTERNAL_BYTES
+            self._initializers[name] = self._external(name, first, pieces) if large else numpy_helper.from_array(first, name)
         return name
 
     def optional_input(self, name: str, default: Array) -> str:
@@ -168,17 +174,20 @@ class Graph:
         self.path.write_bytes(model.SerializeToString())
         onnx.checker.check_model(self.path)
 
-    def _external(self, name: str, array: Array) -> onnx.TensorProto:
-        alignment = PAGE_BYTES if array.nbytes >= SMALLEST_PAGED_BYTES else CACHE_LINE_BYTES
+    def _external(self, name: str, first: Array, more: Iterator[Array]) -> onnx.TensorProto:
+        alignment = PAGE_BYTES if first.nbytes >= SMALLEST_PAGED_BYTES else CACHE_LINE_BYTES
         if self._data is None:
             self._data = self.data_path.open("wb")
-        self._data.write(b"\0" * (-self._data.tell() % alignment))
-        tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
+        begin = self._data.seek(-self._data.tell() % alignment, os.SEEK_CUR)
+        rows = 0
+        for piece in chain([first], more):
+            self._data.write(np.ascontiguousarray(piece).data)
+            rows += len(piece)
+        tensor = TensorProto(name=name, dims=(rows, *first.shape[1:]), data_type=helper.np_dtype_to_tensor_dtype(first.dtype))
         tensor.data_location = TensorProto.EXTERNAL
-        place = {"location": self.data_path.name, "offset": self._data.tell(), "length": array.nbytes}
+        place = {"location": self.data_path.name, "offset": begin, "length": self._data.tell() - begin}
         for key, value in place.items():
             tensor.external_data.add(key=key, value=str(value))
-        self._data.write(array.data)
         return tensor
 
 

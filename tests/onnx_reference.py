@@ -60,7 +60,7 @@ def largest_difference(found: NDArray[np.float32], expected: NDArray[np.float32]
 
 def dequantised(rows: Any, form: BlockFormat) -> Any:
     """(N, K) as a runtime reads it, and the step between two values at every place."""
-    stored = quantise(rows, form)
+    stored = quantise([rows], form)
     integers, zero_points = stored.integers, stored.zero_points
     if form.bits == 4:
         integers, zero_points = (np.stack([both & 15, both >> 4], -1) for both in (integers, zero_points))

@@ -1,5 +1,6 @@
 """Exported graphs against transformers, and against the graph that torch exports."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,39 @@ def test_weights_lie_where_a_runtime_can_map_them(wide_model: Path, tmp_path: Pa
     assert (tmp_path / "out/onnx/model.onnx").stat().st_size < 100_000
 
 
+def test_weights_beyond_two_gigabytes_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a file with a hole, so that no disk has to hold them."""
+    monkeypatch.setattr("graphs.graph.PAGE_BYTES", 1 << 31)
+    first, second = np.random.default_rng(0).standard_normal((2, 128, 128), np.float32)
+    with Graph(tmp_path / "sum.onnx") as graph:
+        summed = graph.node("Add", graph.weight("first", first), graph.weight("second", second))
+        graph.node_with_outputs("Identity", [summed], ["sum"])
+        graph.output("sum", np.float32, (128, 128))
+        graph.save("sum", 20, 9)
+    assert graph.data_path.stat().st_size == (1 << 31) + second.nbytes
+    session = onnxruntime.InferenceSession(tmp_path / "sum.onnx", providers=["CPUExecutionProvider"])
+    assert np.array_equal(session.run(None, {})[0], first + second)
+
+
+def test_table_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+    model = make_model(tmp_path, n_layer=1, n_embd=64, vocab_size=100_000, tie_word_embeddings=False)
+    tracemalloc.start()
+    try:
+        export_onnx(str(model), tmp_path / "out", precisions=list(PRECISIONS))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 100_000 * 64 * 4
+
+
+def test_table_that_is_read_in_pieces_is_the_same(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("whole", "pieces"):
+        export_onnx(str(tiny_model), tmp_path / name, precisions=list(PRECISIONS))
+        monkeypatch.setattr("graphs.weights.ROWS_AT_ONCE", 7)
+    for path in (tmp_path / "whole").rglob("*.*"):
+        assert (tmp_path / "pieces" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes(), path
+
+
 def test_names_are_those_that_optimum_genai_and_transformers_js_look_for(tiny_model: Path, tmp_path: Path) -> None:
     export_onnx(str(tiny_model), tmp_path / "out", precisions=["fp32"])
     session = onnxruntime.InferenceSession(tmp_path / "out/onnx/model.onnx", providers=["CPUExecutionProvider"])
@@ -283,7 +317,7 @@ def test_names_are_those_that_optimum_genai_and_transformers_js_look_for(tiny_mo
     assert outputs == {"logits": ["batch_size", "sequence_length", 600], **present}
 
 
-class Shaped:
+class Shaped(Weights):
     """Random weights of a shape, made when they are read."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -320,7 +354,7 @@ def test_gpt2_small_is_as_small_as_it_should_be(tmp_path: Path, precision: str, 
     assert sizes[0] + 11 * (sizes[1] - sizes[0]) <= largest
 
 
-class Outlying:
+class Outlying(Weights):
     """The same function with what real GPT-2s have: a few channels that are thirty times as large as the others."""
 
     def __init__(self, weights: Weights) -> None:
