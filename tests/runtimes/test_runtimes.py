@@ -9,15 +9,17 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import REPOSITORY
+from family_models import make_family_model
 
 from edge_client import Generator
+from edge_client.generation import open_exported
 from export import export_onnx
 
 HERE = Path(__file__).parent
@@ -51,13 +53,24 @@ RUNTIMES = {
     "transformers.js": Runtime("node", NODE_PACKAGES, "with_transformers_js.mjs"),
 }
 CASES = [(name, precision) for name, runtime in RUNTIMES.items() for precision in runtime.precisions]
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "the project's own": lambda _: REPOSITORY / "examples/base_model",
+    "grouped heads, scaled angles": lambda folder: make_family_model(folder, "llama-llama3", tie_word_embeddings=True),
+    "windows, normed heads": lambda folder: make_family_model(
+        folder, "qwen3", use_sliding_window=True, sliding_window=5, max_window_layers=2, eos_token_id=[0, 11]
+    ),
+}
 
 
-@pytest.fixture(scope="module", params=["gqa", "attn23"])
+FOLDERS = [(model, attention) for model in MODELS for attention in ("gqa", "attn23")]
+
+
+@pytest.fixture(scope="module", params=FOLDERS, ids=", ".join)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exported") / request.param
-    export_onnx(str(REPOSITORY / "examples/base_model"), folder, precisions=tuple(FILES), attention=request.param)
-    return folder
+    model, attention = request.param
+    scratch = tmp_path_factory.mktemp("exported")
+    export_onnx(str(MODELS[model](scratch)), scratch / "out", precisions=tuple(FILES), attention=attention)
+    return scratch / "out"
 
 
 @pytest.mark.parametrize(("name", "precision"), CASES)
@@ -67,14 +80,18 @@ def test_greedy_tokens_are_the_same_everywhere(folder: Path, name: str, precisio
     assert continued(RUNTIMES[name], folder, precision) == expected
 
 
-@pytest.mark.parametrize("onnxruntime", ["onnxruntime==1.23.2", "onnxruntime"], ids=["oldest", "newest"])
-def test_device_without_torch_generates(folder: Path, tmp_path: Path, onnxruntime: str) -> None:
+@pytest.fixture(scope="module", params=["onnxruntime==1.23.2", "onnxruntime"], ids=["oldest", "newest"])
+def environment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As docs/deploy.md installs it: onnxruntime, numpy, tokenizers and this package, without its other dependencies."""
-    environment = tmp_path / "device"
+    environment = tmp_path_factory.mktemp("device")
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     install = [environment / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*install, onnxruntime, "numpy", "tokenizers"], check=True)
+    subprocess.run([*install, request.param, "numpy", "tokenizers"], check=True)
     subprocess.run([*install, "--no-deps", "--editable", REPOSITORY], check=True)
+    return environment
+
+
+def test_device_without_torch_generates(folder: Path, environment: Path) -> None:
     for precision in FILES:
         command = ["generate", folder, "--prompt", PROMPTS[0], "--precision", precision]
         done = subprocess.run([environment / "bin/splitlora-edge", *command], capture_output=True, text=True, check=False)
@@ -85,6 +102,7 @@ def test_device_without_torch_generates(folder: Path, tmp_path: Path, onnxruntim
 @pytest.mark.parametrize(
     "name", ["edge_client", "onnxruntime_genai", "AutoTokenizer, env", "optimum", "import AutoModelForCausalLM\n"]
 )
+@pytest.mark.parametrize("folder", FOLDERS[:2], ids=", ".join, indirect=True)
 def test_what_the_document_shows_runs(folder: Path, tmp_path: Path, name: str) -> None:
     (language, code), *others = [block for block in CODE if name in block[1]]
     assert not others
@@ -107,11 +125,11 @@ def continued_here(folder: Path, precision: str) -> Iterator[list[int]]:
 
 
 def continued(runtime: Runtime, folder: Path, precision: str) -> list[list[int]]:
-    """Tokens of prompts and continuations, these without the end token."""
+    """Tokens of prompts and continuations, these without a token that ends them."""
     if not runtime.needs.exists():
         pytest.fail(f"{runtime.needs} is missing; `make test-runtimes` installs it")
-    end = json.loads((folder / "splitlora.json").read_text())["end_token"]
-    task: dict[str, Any] = {"folder": str(folder), "file": FILES[precision], "dtype": precision, "end_token": end}
+    ends = open_exported(folder).ends
+    task: dict[str, Any] = {"folder": str(folder), "file": FILES[precision], "dtype": precision, "ends": ends}
     task |= {"prompts": PROMPTS, "max_new_tokens": 24}
     program = shutil.which(runtime.program)
     assert program is not None, f"{runtime.program} is not installed"
@@ -125,4 +143,4 @@ def continued(runtime: Runtime, folder: Path, precision: str) -> list[list[int]]
     )
     assert done.returncode == 0, done.stderr
     answers: list[list[int]] = json.loads(done.stdout.splitlines()[-1])
-    return [answer[:-1] if answer[-1] == end else answer for answer in answers]
+    return [answer[:-1] if answer[-1] in ends else answer for answer in answers]

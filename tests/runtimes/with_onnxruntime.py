@@ -27,7 +27,7 @@ for prompt in task["prompts"]:
         logits, *past = session.run(outputs, feeds)
         pending = [int(logits[0, -1].argmax())]
         sequence = sequence + pending
-        if pending[0] == task["end_token"]:
+        if pending[0] in task["ends"]:
             break
     answers.append(sequence)
 print(json.dumps(answers))
