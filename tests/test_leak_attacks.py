@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from family_models import make_family_model
 
 from edge_client.data import Sample
 from edge_client.leak.attacks import Attack, Recovered
@@ -23,7 +23,7 @@ from edge_client.leak.observation import NO_TOKEN, Observations, Setting, Target
 from edge_client.leak.prefixes import Prefixes
 from split_model import LoraConfig, PretrainedModel, initial_adapter
 
-LORA = LoraConfig(rank=4, targets=("c_attn",))
+RANK = 4
 SECRET = bytes(range(32))
 CODECS = ("float32", "int8", "int4")
 
@@ -43,16 +43,22 @@ def some_texts(count: int, seed: int) -> list[Sample]:
 TEXTS, OWN = some_texts(6, seed=1), some_texts(48, seed=2)
 
 
-@pytest.fixture(scope="module")
-def cut(tmp_path_factory: pytest.TempPathFactory) -> CutModel:
-    """The tiny model behind its second block, with an adapter that has been trained for some steps."""
-    model = PretrainedModel(make_model(tmp_path_factory.mktemp("cut")))
-    generator = torch.Generator().manual_seed(0)
+@pytest.fixture(
+    scope="module", params=[("gpt2", {}), ("mistral-window", {"initializer_range": 0.1})], ids=lambda param: param[0]
+)
+def cut(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CutModel:
+    """
+    A tiny model behind its second block, with an adapter that has been trained for some steps: one with a table of positions,
+    and one with rotary positions, grouped heads and a window shorter than the texts.
+    """
+    option, sizes = request.param
+    model = PretrainedModel(make_family_model(tmp_path_factory.mktemp("cut"), option, **sizes))
+    generator, lora = torch.Generator().manual_seed(0), LoraConfig(rank=RANK, targets=model.config.family.usual_targets)
     adapter = {
         name: matrix if ".lora_A." in name else 0.01 * torch.randn(matrix.shape, generator=generator)
-        for name, matrix in initial_adapter(model.config, LORA, 0).items()
+        for name, matrix in initial_adapter(model.config, lora, 0).items()
     }
-    return CutModel(model, adapter, LORA, 2)
+    return CutModel(model, adapter, lora, 2)
 
 
 def attacked(attack: Attack, cut: CutModel, **settings: Any) -> Recovered:
@@ -156,14 +162,14 @@ def bags(cut: CutModel, length: int) -> tuple[float, float]:
 
 
 def test_tokens_no_more_than_the_adapters_rank_are_found_in_its_gradient(cut: CutModel) -> None:
-    found, guessed = bags(cut, LORA.rank)
+    found, guessed = bags(cut, RANK)
     assert found > 0.9
     assert guessed < 0.2
 
 
 def test_the_adapters_gradient_says_nothing_in_a_runs_first_step(cut: CutModel) -> None:
-    fresh = CutModel(cut.model, initial_adapter(cut.config, LORA, 0), LORA, 2)
-    found, guessed = bags(fresh, LORA.rank)
+    fresh = CutModel(cut.model, initial_adapter(cut.config, cut.lora, 0), cut.lora, 2)
+    found, guessed = bags(fresh, RANK)
     assert found == pytest.approx(guessed, abs=0.1)
 
 

@@ -23,6 +23,8 @@ from edge_client.leak.knowledge import Knowledge
 from edge_client.leak.meter import Findings, Plan, Subject, measure, open_subject, settings_of
 from edge_client.leak.observation import Observations, Setting, Target, truth
 from edge_client.leak.statistics import Estimate, Ratio, count, guess_the_commonest, rare_tokens
+from split_model import LoraConfig, initial_adapter, save_adapter
+from storage import AdapterError
 
 RARE = np.array([False, False, True, True])
 """Of a vocabulary of four."""
@@ -208,6 +210,23 @@ def test_texts_are_recovered_where_nothing_is_masked_and_the_controls_pass(subje
     assert reading.guess < 0.5
     assert not findings.failures
     assert "Controls passed" in report.as_text(findings, width=80)
+
+
+def test_an_adapter_that_is_scaled_by_the_root_of_its_rank_is_measured_so(subject: Subject, tmp_path: Path) -> None:
+    config, lora = subject.model.config, LoraConfig(rank=4, alpha=8.0, rslora=True, targets=("c_attn",))
+    save_adapter(tmp_path / "adapter", initial_adapter(config, lora, 1), config, lora, "base")
+    _, found = meter._adapter(replace(subject, adapter=tmp_path / "adapter"), 0)
+    run = Setting(cut_layer=2).of_a_run(found)
+    assert (found.scale, run.lora_alpha / run.lora_rank) == (4.0, 4.0)
+
+
+def test_an_adapter_whose_layers_a_pattern_names_is_refused_by_the_pattern(subject: Subject, tmp_path: Path) -> None:
+    config, lora = subject.model.config, LoraConfig(targets=("c_attn",))
+    save_adapter(tmp_path, initial_adapter(config, lora, 1), config, lora, "base")
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ".*c_attn"}))
+    with pytest.raises(AdapterError, match=r"LoRA targets must be among .*; got \.\*c_attn$"):
+        meter._adapter(replace(subject, adapter=tmp_path), 0)
 
 
 def test_attacks_of_one_name_on_two_channels_are_told_apart(subject: Subject) -> None:

@@ -18,7 +18,15 @@ import numpy as np
 from privacy import SECRET_BYTES
 from protocol import Array
 from protocol.settings import FLOAT32
-from split_model import Adapter, LoraConfig, PretrainedModel, check_cut_layer, initial_adapter, load_adapter
+from split_model import (
+    Adapter,
+    LoraConfig,
+    PretrainedModel,
+    adapted_layers,
+    check_cut_layer,
+    initial_adapter,
+    load_adapter,
+)
 from storage import AdapterSettings
 from terminal import count as counted
 
@@ -265,8 +273,15 @@ def _adapter(subject: Subject, seed: int) -> tuple[Adapter, LoraConfig]:
     if subject.adapter is None:
         lora = LoraConfig(targets=config.family.usual_targets)
         return initial_adapter(config, lora, seed), lora
-    values = AdapterSettings.read(subject.adapter).values
-    lora = LoraConfig(rank=int(values["r"]), alpha=float(values["lora_alpha"]), targets=tuple(values["target_modules"]))
+    settings = AdapterSettings.read(subject.adapter)
+    values, named = settings.values, settings.values["target_modules"]
+    lora = LoraConfig(
+        rank=int(values["r"]),
+        alpha=float(values["lora_alpha"]),
+        rslora=settings.has("use_rslora"),
+        targets=(named,) if isinstance(named, str) else tuple(named),
+    )
+    adapted_layers(config, lora)  # says what is wrong with a pattern in place of names
     return load_adapter(subject.adapter, config, lora), lora
 
 

@@ -100,7 +100,7 @@ class Setting:
             activation_codec=(codec := codec_named(given.pop("codec"))),
             gradient_codec=gradient_codec(codec),
             lora_rank=lora.rank,
-            lora_alpha=lora.alpha,
+            lora_alpha=lora.scale * lora.rank,
             lora_dropout=lora.dropout,
             lora_targets=lora.targets,
             clients=1,

@@ -2,19 +2,21 @@
 Which tokens a micro-batch has, from the gradient of the edge adapter.
 
 The gradient of the first adapted layer's A is a sum of that layer's inputs, each times r numbers: its rows lie in the space of
-the inputs. In block 0 an input is a function of the token and its position, which the attacker computes for all tokens (as
-DAGER does, arXiv 2405.15586). With no more rows than the adapter has ranks, the inputs of tokens that are there lie in the
-gradient's row space, and others do not. With more rows that is true only more or less; how much it tells beside how common
-tokens are, the attacker learns from its own texts. As long as B is zero, in a run's first step, so is the gradient of A.
+the inputs. Other layers may have the same inputs, as those have that make queries, keys and values: the rows of all their
+gradients are r' together. In block 0 an input is a function of the token and its position, which the attacker computes for all
+tokens (as DAGER does, arXiv 2405.15586). With no more inputs than r', those of tokens that are there lie in the row space, and
+others do not. With more inputs that is true only more or less; how much it tells beside how common tokens are, the attacker
+learns from its own texts. As long as B is zero, in a run's first step, so is the gradient of A.
 """
-
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from protocol import Array
+from split_model import adapted_layers
+from split_model.decoder import Block
+from split_model.lora import adapter_name
 
 from ..cut_model import CutModel
 from ..knowledge import Knowledge
@@ -45,7 +47,8 @@ class _Inputs:
     """Of the first adapted layer, in directions in which those of the attacker's own texts are spread alike."""
 
     def __init__(self, knowledge: Knowledge) -> None:
-        self._cut = knowledge.cut
+        self._cut, self._matrices = knowledge.cut, _matrices_of_the_same_input(knowledge.cut)
+        self._by_position = self._cut.config.rotary is None
         tokens = np.concatenate(truth(Target.TOKENS, knowledge.samples, 1))
         positions = np.concatenate([np.arange(len(sample.tokens) - 1) for sample in knowledge.samples])
         inputs = _inputs(self._cut, tokens, positions)
@@ -53,6 +56,18 @@ class _Inputs:
         covariance += 0.01 * covariance.diagonal().mean() * torch.eye(len(covariance))
         self.whitening = torch.linalg.cholesky(torch.linalg.inv(covariance))  # (d, d)
         self._squares: dict[tuple[int, int, int], Tensor] = {}
+
+    def rows(self, exchange: Exchange) -> Tensor:
+        """What gradients add up of the inputs, (r', d)."""
+        gradients = np.concatenate([exchange.adapter_gradient[name] for name in self._matrices])
+        rows: Tensor = torch.from_numpy(gradients) @ self.whitening
+        return rows
+
+    def positions(self, longest: int, count: int) -> list[int]:
+        """Some of those in sequences of at most ``longest`` rows, at which a token's input is another one."""
+        if not self._by_position:
+            return [0]
+        return sorted({int(position) for position in np.linspace(0, longest - 1, min(count, longest)).round()})
 
     def along(self, tokens: Tensor, position: int, directions: Tensor) -> Tensor:
         """
@@ -73,20 +88,28 @@ class _Inputs:
         return products.pow(2) / squares
 
 
+def _matrices_of_the_same_input(cut: CutModel) -> list[str]:
+    """The A of the first adapted layer of block 0, and of others that take the same input, by PEFT's names."""
+    config, adapted = cut.config, adapted_layers(cut.config, cut.lora)
+    names, first = config.names, next(iter(adapted))
+    together = next(layers for layers in (names.qkv, (names.projection,), names.up, (names.down,)) if first in layers)
+    return [adapter_name(config, 0, layer, "A") for layer in together if layer in adapted]
+
+
 def _inputs(cut: CutModel, tokens: Array, positions: Array) -> Tensor:
     """What the first adapted layer gets of each token at its position, (n, d); exact in a layer before any attention."""
-    block = cut.edge.blocks[0]
-    layer = next(module for module in block.modules() if getattr(module, "lora_A", None) is not None)
+    block: Block = cut.edge.blocks[0]  # type: ignore[assignment]
+    first = next(iter(adapted_layers(cut.config, cut.lora)))
     found: list[Tensor] = []
 
     def stop(module: nn.Module, given: tuple[Tensor, ...]) -> None:
         found.append(given[0])
         raise _Stopped
 
-    hook = layer.register_forward_pre_hook(stop)
+    hook, alone = block.layers[first].register_forward_pre_hook(stop), _Alone(positions)
     try:
         with torch.no_grad():
-            block(cut.edge.embedding(tokens, SimpleNamespace(positions=positions)), _Alone())
+            block(cut.edge.embedding(tokens, alone), alone)
     except _Stopped:
         pass  # what comes behind is of no use here, and would take most of the time
     finally:
@@ -97,8 +120,12 @@ def _inputs(cut: CutModel, tokens: Array, positions: Array) -> Tensor:
 class _Alone:
     """Stands where a `Packing` does: every row is a text of its own, in which attention gives back its value."""
 
-    def attend(self, qkv: Tensor, num_heads: int) -> Tensor:
-        return qkv.chunk(3, 1)[2]
+    def __init__(self, positions: Array) -> None:
+        self.positions = positions
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> Tensor:
+        """See `Packing.attend`."""
+        return value.repeat_interleave(query.shape[1] // value.shape[1], 1).flatten(1)
 
 
 class BagFromAdapterGradient:
@@ -152,22 +179,17 @@ def _count(exchange: Exchange, distinct: float) -> int:
 
 def _features(exchange: Exchange, inputs: _Inputs, usual: Tensor) -> Tensor:
     """(V, 4): 1, how usual a token is, how much of its input lies in the gradient's row space, and along its rows."""
-    gradient = next(iter(exchange.adapter_gradient.values()))  # of the first layer's A, (r, d)
     longest, size = int(exchange.lengths.max()), len(usual)
     inside, along = torch.zeros(size), torch.zeros(size)
-    rows = torch.from_numpy(gradient) @ inputs.whitening
+    rows = inputs.rows(exchange)
     if float(rows.norm()):
         basis = torch.linalg.svd(rows / rows.norm(), full_matrices=False)[2]
         for tokens in torch.split(torch.arange(size), CHUNK_TOKENS):
-            inside[tokens], along[tokens] = _nearest(inputs, tokens, _spread(longest, COARSE_POSITIONS), basis, rows)
+            inside[tokens], along[tokens] = _nearest(inputs, tokens, inputs.positions(longest, COARSE_POSITIONS), basis, rows)
         kept = (inside + along).topk(min(KEPT_TOKENS, size)).indices.sort().values
-        inside[kept], along[kept] = _nearest(inputs, kept, _spread(longest, FINE_POSITIONS), basis, rows)
+        inside[kept], along[kept] = _nearest(inputs, kept, inputs.positions(longest, FINE_POSITIONS), basis, rows)
     columns = torch.ones(size), usual, _logit(inside), along
     return torch.stack(columns, 1)
-
-
-def _spread(longest: int, count: int) -> list[int]:
-    return sorted({int(position) for position in np.linspace(0, longest - 1, min(count, longest)).round()})
 
 
 def _nearest(inputs: _Inputs, tokens: Tensor, positions: list[int], basis: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

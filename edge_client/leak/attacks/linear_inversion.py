@@ -141,7 +141,8 @@ class InvertedGradients:
         rows = _rows(knowledge.own, lambda exchange: exchange.activation_gradient).numpy()
         has_label = labels >= 0
         found = torch.from_numpy(labels[has_label])
-        inversion = Inversion.learn(torch.from_numpy(_normalised(rows)[has_label]), found, found, knowledge.cut.table)
+        moved_by = knowledge.cut.head  # a label's row of it; in some models that is not the token's embedding
+        inversion = Inversion.learn(torch.from_numpy(_normalised(rows)[has_label]), found, found, moved_by)
 
         def guess(exchange: Exchange) -> Array:
             return inversion.guess(_normalised(exchange.activation_gradient)[exchange.labelled])
