@@ -1,5 +1,6 @@
 """An ONNX graph that grows node by node, its large weights in a file beside it."""
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ SMALLEST_PAGED_BYTES = 1 << 16
 """Smaller tensors do not begin a page: the gaps before them would be a noticeable part of the file."""
 SMALLEST_EXTERNAL_BYTES = 1024
 """Smaller tensors stay in the graph, where shape inference can see them."""
+
+LONGEST_SHOWN = 100
+"""Characters of a constant that are its name. A longer one is named by its digest: a device refuses names without end."""
 
 PRODUCTS = ("Gemm", "MatMul")
 
@@ -98,7 +102,10 @@ class Graph:
     def constant(self, value: Any, dtype: DTypeLike = np.int64) -> str:
         """A small initializer; equal constants share one."""
         array = np.array(value, dtype)
-        return self.weight(f"constant/{array.dtype}/{array.tolist()}", array)
+        shown = str(array.tolist())
+        if len(shown) > LONGEST_SHOWN:
+            shown = f"{array.shape}/{hashlib.sha256(array.tobytes()).hexdigest()}"
+        return self.weight(f"constant/{array.dtype}/{shown}", array)
 
     def has_weight(self, name: str) -> bool:
         return name in self._initializers

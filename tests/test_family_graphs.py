@@ -74,3 +74,14 @@ def test_stored_precision_moves_activations_no_further_than_its_rounding(base: P
     most = {"float32": TOLERANCE, "float16": 2e-3, "int8": 0.08}[precision]
     least = {"float32": 0, "float16": TOLERANCE, "int8": 1e-3}[precision]
     assert least <= moved < most
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_device_takes_part_of_heads_as_wide_as_those_of_pretrained_models(tmp_path: Path, head_dim: int) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    make_family_model(base, "llama", head_dim=head_dim)
+    run = settings(lora_targets=("q_proj",), cut_layer=3)
+    ours = OnnxEngine(DevicePart(make_part(tmp_path / "part", base, run)), run)
+    expected = TorchEngine(PretrainedModel(base), run, "cpu", "float32").infer(batch_of(*LENGTHS))
+    assert relative(ours.infer(batch_of(*LENGTHS)), expected) < TOLERANCE
