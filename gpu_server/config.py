@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from protocol import CODECS, DELTA, EXACT, RunSettings, gradient_codec
-from protocol.settings import FLOAT32, LARGEST_COUNT, codec_named
+from protocol.settings import FLOAT32, LARGEST_COUNT, LR_SCHEDULES, codec_named
 from terminal import user_path, user_text_path
 
 from .errors import ConfigError
@@ -86,9 +86,10 @@ class ServerConfig:
     aggregate_every: int = option("steps in a round: with 1, gradients are summed; with more, adapters are averaged", 1)
     lr: float = option("peak learning rate of AdamW", 1e-3)
     lr_schedule: str = option(
-        "learning rate after the warm-up: constant, or linear down to 0", "constant", choices=("constant", "linear")
+        "learning rate after the warm-up: constant, or down to 0, linear or as half a cosine", "constant", choices=LR_SCHEDULES
     )
     warmup_steps: int = option("steps in which the learning rate rises from 0", 0)
+    warmup_ratio: float = option("the same as a part of the run's steps, such as 0.03; rounded up", 0.0)
     weight_decay: float = option("weight decay of AdamW", 0.01)
     seed: int = option("random seed", 0)
     init_adapter: str | None = option("PEFT folder of an adapter to start from")
@@ -364,11 +365,14 @@ def resumed(options: Mapping[str, Any], previous: Mapping[str, Any]) -> dict[str
         if name == "steps" and type(given) is type(before) is int:
             if given < before:
                 raise ConfigError(f"{where} holds a run of {before} steps, which cannot be made shorter; leave --steps out")
-            if previous["lr_schedule"] == "constant":
+            if recorded["lr_schedule"] == "constant" and not recorded["warmup_ratio"]:
                 continue
+            which = ", ".join(
+                f"{flag_name(name)} {recorded[name]}" for name in ("lr_schedule", "warmup_ratio") if recorded[name]
+            )
             raise ConfigError(
-                f"{where} holds a run of {before} steps whose learning rate falls to 0 at its end (lr-schedule linear), so it "
-                f"cannot be made longer; leave --steps out, {another}"
+                f"{where} holds a run of {before} steps whose learning rate depends on their number ({which}), so it cannot be "
+                f"made longer; leave --steps out, {another}"
             )
         shown = [f"{flag_name(name)} {value}" if value is not None else f"no {flag_name(name)}" for value in (before, given)]
         raise ConfigError(

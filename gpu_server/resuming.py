@@ -56,7 +56,7 @@ def _tell_where_it_goes_on(run: Run) -> None:
     federation, config, folder = run.federation, run.config, run.directory.adapter_folder
     here = federation.unfinished()
     if federation.step == federation.total_steps:
-        may_be_longer = config.lr_schedule == "constant" and config.steps and _may_go_on_after_the_end(run)
+        may_be_longer = not federation.settings.rate_depends_on_length and config.steps and _may_go_on_after_the_end(run)
         longer = "a larger --steps, or " if may_be_longer else ""
         done = f"all {count(federation.step, 'step')} of this run are done, and its adapter is in {folder}"
         tell("note", f"{done}; to train further: {longer}another run with --init-adapter {folder}")

@@ -132,7 +132,7 @@ def changed_settings(before: RunSettings, now: RunSettings, *, restarted: bool) 
     Only its length may grow, with a restart, where the rate does not depend on it.
     """
     changed = [f"{name} {value} is now {vars(now)[name]}" for name, value in vars(before).items() if value != vars(now)[name]]
-    may_grow = restarted and before.lr_schedule == "constant" and (before.steps or 0) < (now.steps or 0)
+    may_grow = restarted and not before.rate_depends_on_length and (before.steps or 0) < (now.steps or 0)
     return [] if may_grow and replace(now, steps=before.steps, epochs=before.epochs) == before else changed
 
 

@@ -1,5 +1,6 @@
 """What the server decides for everybody, and announces in `Welcome`."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ __all__ = [
     "EXACT",
     "FLOAT32",
     "LARGEST_COUNT",
+    "LR_SCHEDULES",
     "SERVER_ABILITIES",
     "RunSettings",
     "codec_name",
@@ -50,11 +52,14 @@ def gradient_codec(codec: str) -> str:
 NEXT_PIN = "next-pin"
 """A client that has a pin for the server keeps the one that `Welcome` announces beside it. No run needs this of a client."""
 
-ABILITIES = ("device-labels", "noise", NEXT_PIN)
+ABILITIES = ("device-labels", "noise", "schedules", NEXT_PIN)
 """What a client of this release can do for a run, besides what the first ones of this version could."""
 
 SERVER_ABILITIES = ("held-out-loss",)
 """What a server of this release can do for its clients, besides what the first ones of this version could."""
+
+LR_SCHEDULES = ("constant", "linear", "cosine")
+"""What becomes of the learning rate after the warm-up."""
 
 NAME_OF_LAYER, MOST_TARGETS = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}"), 64
 """What can be a layer's name. Whether a model has it, is checked where settings meet the model."""
@@ -70,6 +75,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "weight_decay": (0, 1e30),
     "lora_dropout": (0, 0.999),  # what is kept of an input is multiplied by a thousand at most
     **dict.fromkeys(("warmup_steps", "seed", "check_codec_every"), (0, LARGEST_COUNT)),
+    "warmup_ratio": (0, 0.999),
     "cache_bytes": (0, 2**50),
     **dict.fromkeys(("activation_noise", "activation_clip", "gradient_noise", "gradient_clip"), (0, 1e4)),
     "noise_delta": (1e-30, 0.999),
@@ -104,7 +110,7 @@ class RunSettings:
     """Parts of every client's batch, each computed together with the other clients' of its number."""
     lr: float
     lr_schedule: str
-    """"constant", or "linear": down to zero at the run's end. Both after a linear warm-up."""
+    """"constant"; or "linear" or "cosine": down to zero at the run's end. All after a linear warm-up."""
     warmup_steps: int
     weight_decay: float
     seed: int
@@ -132,6 +138,8 @@ class RunSettings:
     """The most that a row of this gradient is long; 0: it is not clipped."""
     noise_delta: float = 1e-6
     """Delta of the (epsilon, delta) that is reported of the noise."""
+    warmup_ratio: float = 0.0
+    """The warm-up as a part of the run's steps, rounded up, where it is not given as `warmup_steps`."""
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -144,8 +152,13 @@ class RunSettings:
         if not 1 <= len(set(targets)) == len(targets) <= MOST_TARGETS or not all(map(NAME_OF_LAYER.fullmatch, targets)):
             got = ", ".join(target[:40] for target in targets[:10])
             raise ValueError(f"lora_targets must be names of layers, each once; got {ascii(got)[1:-1] or 'none'}")
-        if self.lr_schedule not in ("constant", "linear"):
-            raise ValueError(f"lr_schedule must be constant or linear, got {self.lr_schedule[:40]!r}")
+        if self.lr_schedule not in LR_SCHEDULES:
+            raise ValueError(f"lr_schedule must be one of {', '.join(LR_SCHEDULES)}; got {self.lr_schedule[:40]!r}")
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} and warmup_ratio {self.warmup_ratio:g} both say how long the warm-up is: "
+                "give one of them"
+            )
         if self.precision not in ("float32", "float64"):
             raise ValueError(f"precision must be float32 or float64, got {self.precision[:40]!r}")
         for name, known in (("activation_codec", (EXACT, *CODECS, DELTA)), ("gradient_codec", (EXACT, *CODECS))):
@@ -198,7 +211,12 @@ class RunSettings:
     def abilities(self) -> set[str]:
         """Those of ABILITIES that a client must have."""
         noise = self.activation_noise or self.activation_clip or self.gradient_noise or self.gradient_clip
-        return {name for name, needed in (("device-labels", self.labels == "device"), ("noise", noise)) if needed}
+        needed = {
+            "device-labels": self.labels == "device",
+            "noise": noise,
+            "schedules": self.lr_schedule == "cosine" or self.warmup_ratio,
+        }
+        return {name for name, is_needed in needed.items() if is_needed}
 
     def codecs(self) -> set[str]:
         """What a client has to offer, besides EXACT."""
@@ -229,11 +247,20 @@ class RunSettings:
         or without.
         """
         taken = step - 1
-        if taken < self.warmup_steps:
-            return self.lr * taken / self.warmup_steps
+        warmup_steps = self.warmup_steps or math.ceil(total_steps * self.warmup_ratio)
+        if taken < warmup_steps:
+            return self.lr * taken / warmup_steps
         if self.lr_schedule == "constant":
             return self.lr
-        return self.lr * (total_steps - taken) / max(1, total_steps - self.warmup_steps)
+        falling_steps = max(1, total_steps - warmup_steps)
+        if self.lr_schedule == "linear":
+            return self.lr * (total_steps - taken) / falling_steps
+        return self.lr * max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((taken - warmup_steps) / falling_steps))))
+
+    @property
+    def rate_depends_on_length(self) -> bool:
+        """Whether the learning rate of a step is another one in a longer run, which therefore cannot be made longer."""
+        return self.lr_schedule != "constant" or self.warmup_ratio > 0
 
     def steps_of_client(self, num_samples: int, batch_size: int) -> int:
         """In how many steps a client with this much data takes part: ``steps``, or its own ``epochs`` to the last sample."""

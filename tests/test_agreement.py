@@ -206,6 +206,8 @@ def test_labelled_tokens_are_as_many_as_rows_at_most(labelled: int) -> None:
         (HIDDEN, (), "device-labels, noise"),
         (HIDDEN, ("device-labels", "later"), "noise"),
         (replace(EXACTLY, activation_clip=1.0), ("device-labels",), "noise"),
+        (replace(EXACTLY, lr_schedule="cosine"), ("device-labels", "noise"), "schedules"),
+        (replace(EXACTLY, warmup_steps=0, warmup_ratio=0.1), (), "schedules"),
     ],
 )
 def test_client_leaves_a_run_that_needs_what_it_cannot(settings: RunSettings, offered: tuple[str, ...], missing: str) -> None:

@@ -156,8 +156,10 @@ def test_run_of_a_constant_rate_may_become_longer_and_no_other_and_none_shorter(
     assert going_on({}, steps=11)["steps"] == 11
     with pytest.raises(ConfigError, match=r"^r holds a run of 10 steps, which cannot be made shorter; leave --steps out$"):
         going_on({}, steps=9)
-    with pytest.raises(ConfigError, match=r"learning rate falls to 0 at its end .* cannot be made longer; .*--init-adapter r/"):
-        going_on({"lr_schedule": "linear"}, steps=11)
+    longer = r"learning rate depends on their number \(.*{}.*\), so it cannot be made longer; .*--init-adapter r/"
+    for name, value in (("lr_schedule", "linear"), ("lr_schedule", "cosine"), ("warmup_ratio", 0.1)):
+        with pytest.raises(ConfigError, match=longer.format(f"{name.replace('_', '-')} {value}")):
+            going_on({name: value}, steps=11)
     with pytest.raises(ConfigError, match=r"^r holds a run with no steps; it cannot go on with steps 11. Leave --steps out, "):
         going_on({"steps": None, "epochs": 3}, steps=11)
 
@@ -240,7 +242,7 @@ def test_targets_are_a_list_or_a_text_with_commas(value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "choices"),
-    [("lr_schedule", "constant, linear"), ("device", "auto, cpu, cuda"), ("dtype", "auto, float32, bfloat16")],
+    [("lr_schedule", "constant, linear, cosine"), ("device", "auto, cpu, cuda"), ("dtype", "auto, float32, bfloat16")],
 )
 def test_value_beside_the_choices_is_refused_with_the_choices(name: str, choices: str) -> None:
     assert refused(**{name: "other"}) == f"{name.replace('_', '-')} must be one of {choices}; got 'other'"
@@ -351,6 +353,7 @@ OTHER_VALUES: dict[str, Any] = {
     "lr": 5e-4,
     "lr_schedule": "linear",
     "warmup_steps": 8,
+    "warmup_ratio": 0.25,
     "weight_decay": 0.5,
     "seed": 42,
     "init_adapter": "folder",

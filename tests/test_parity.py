@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 import reference
 import torch
 from conftest import REPOSITORY, SHARED, make_model, run_split, shared_path
-from transformers import get_linear_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 LEARNING_RATE = 2e-3
 # As the mission states them: (loss at every step, final adapter)
 FLOAT64_TOLERANCE = (1e-9, 1e-8)
 FLOAT32_TOLERANCE = (1e-4, 1e-3)
+SCHEDULES = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}
 
 
 def rows(count: int, offset: int = 0) -> list[reference.Pair]:
@@ -106,9 +108,9 @@ def assert_equals_centralised(
     }
     result = run_split(server, federation.clients(engines, in_flight=in_flight))
     schedule = None
-    if options.get("lr_schedule") == "linear":
-        warmup = options["warmup_steps"]
-        schedule = lambda optimiser: get_linear_schedule_with_warmup(optimiser, warmup, steps)  # noqa: E731
+    if "lr_schedule" in options:
+        warmup = options.get("warmup_steps") or math.ceil(options["warmup_ratio"] * steps)
+        schedule = lambda optimiser: SCHEDULES[options["lr_schedule"]](optimiser, warmup, steps)  # noqa: E731
     losses, adapter, _ = reference.train(
         base, start, federation.union_batches(base), dtype=getattr(torch, dtype), lr=LEARNING_RATE, schedule=schedule
     )
@@ -139,8 +141,13 @@ def test_run_equals_centralised_lora_in_float64(
     )
 
 
-def test_run_equals_centralised_lora_with_all_targets_and_a_linear_schedule(four_blocks: Path, tmp_path: Path) -> None:
-    options = {"lora_targets": ("c_attn", "c_proj", "c_fc"), "lr_schedule": "linear", "warmup_steps": 5, "cut_layer": 2}
+@pytest.mark.parametrize(
+    "schedule", [{"lr_schedule": "linear", "warmup_steps": 5}, {"lr_schedule": "cosine", "warmup_ratio": 0.1}]
+)
+def test_run_equals_centralised_lora_with_all_targets_and_a_schedule(
+    four_blocks: Path, tmp_path: Path, schedule: dict[str, Any]
+) -> None:
+    options = {"lora_targets": ("c_attn", "c_proj", "c_fc"), "cut_layer": 2, **schedule}
     assert_equals_centralised(
         four_blocks, tmp_path, batch_sizes=[2, 3], steps=30, dtype="float64", tolerance=FLOAT64_TOLERANCE, **options
     )
@@ -261,8 +268,8 @@ def test_one_client_with_long_rounds_equals_centralised_lora(four_blocks: Path, 
         tolerance=FLOAT64_TOLERANCE,
         cut_layer=2,
         aggregate_every=7,
-        lr_schedule="linear",
-        warmup_steps=3,
+        lr_schedule="cosine",
+        warmup_ratio=0.09,
     )
 
 

@@ -464,9 +464,10 @@ def test_its_shuffle_is_the_programs() -> None:
             assert data.order(epoch + 1, num_samples, (3, name, "order")) == expected
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear"])
-def test_its_adamw_and_its_rates_are_the_programs(schedule: str) -> None:
-    settings = dataclasses.replace(SETTINGS, lr=0.1, lr_schedule=schedule, warmup_steps=3, weight_decay=0.3)
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warm_up", [{"warmup_steps": 3}, {"warmup_steps": 0, "warmup_ratio": 0.3}], ids=["steps", "ratio"])
+def test_its_adamw_and_its_rates_are_the_programs(schedule: str, warm_up: dict[str, Any]) -> None:
+    settings = dataclasses.replace(SETTINGS, lr=0.1, lr_schedule=schedule, weight_decay=0.3, **warm_up)
     generator = np.random.default_rng(0)
     p = generator.standard_normal((3, 2))
     parameter = torch.nn.Parameter(torch.from_numpy(p.copy()))
@@ -475,7 +476,12 @@ def test_its_adamw_and_its_rates_are_the_programs(schedule: str) -> None:
         g = generator.standard_normal(p.shape)
         parameter.grad = torch.from_numpy(g.copy())
         take_step(optimiser, settings.learning_rate_at(step, 8))
-        eta = 0.1 * (step - 1) / 3 if step - 1 < 3 else 0.1 if schedule == "constant" else 0.1 * (8 - step + 1) / max(1, 8 - 3)
+        falling = {
+            "constant": 0.1,
+            "linear": 0.1 * (8 - step + 1) / max(1, 8 - 3),
+            "cosine": 0.1 * (1 + np.cos(np.pi * (step - 1 - 3) / max(1, 8 - 3))) / 2,
+        }
+        eta = 0.1 * (step - 1) / 3 if step - 1 < 3 else falling[schedule]
         p = p - eta * 0.3 * p
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
         p = p - eta * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)

@@ -17,9 +17,15 @@ from protocol_samples import SETTINGS
 from safetensors.torch import load_file, save_file
 from spoiling import change_weights
 from torch.nn import functional as F
-from transformers import get_linear_schedule_with_warmup
+from transformers import (
+    TrainingArguments,
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
 from protocol import derive_seed
+from protocol.settings import LR_SCHEDULES
 from split_model import (
     EdgePart,
     LoraConfig,
@@ -407,14 +413,32 @@ def test_adapter_folder_survives_a_round_trip_through_peft(tiny_model: Path, tmp
     assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["fan_in_fan_out"] is True
 
 
-def test_learning_rate_is_that_of_transformers() -> None:
-    settings = replace(SETTINGS, lr=0.5, lr_schedule="linear", warmup_steps=4)
-    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-    schedule = get_linear_schedule_with_warmup(optimiser, 4, 20)
-    for step in range(1, 21):
-        assert settings.learning_rate_at(step, 20) == pytest.approx(schedule.get_last_lr()[0])
+SCHEDULES = {
+    "constant": lambda optimiser, warmup, total: get_constant_schedule_with_warmup(optimiser, warmup),
+    "linear": get_linear_schedule_with_warmup,
+    "cosine": get_cosine_schedule_with_warmup,
+}
+
+
+@pytest.mark.parametrize("lr_schedule", LR_SCHEDULES)
+@pytest.mark.parametrize("total", [1, 4, 20, 333])
+@pytest.mark.parametrize(("warmup_steps", "warmup_ratio"), [(0, 0.0), (4, 0.0), (0, 0.03), (0, 0.5)])
+def test_learning_rate_is_that_of_transformers(
+    lr_schedule: str, total: int, warmup_steps: int, warmup_ratio: float, tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, lr=0.3, lr_schedule=lr_schedule, warmup_steps=warmup_steps, warmup_ratio=warmup_ratio)
+    arguments = TrainingArguments(output_dir=str(tmp_path), warmup_steps=warmup_steps or warmup_ratio)  # a part, if below 1
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    schedule = SCHEDULES[lr_schedule](optimiser, arguments.get_warmup_steps(total), total)
+    for step in range(1, total + 1):
+        assert settings.learning_rate_at(step, total) == pytest.approx(schedule.get_last_lr()[0], rel=1e-15, abs=1e-18)
         optimiser.step()
         schedule.step()
+
+
+def test_warm_up_is_given_as_steps_or_as_a_part_of_the_run_and_not_as_both() -> None:
+    with pytest.raises(ValueError, match=r"^warmup_steps 4 and warmup_ratio 0.1 both say how long the warm-up is: give one"):
+        replace(SETTINGS, warmup_steps=4, warmup_ratio=0.1)
 
 
 def test_seeds_are_functions_of_all_their_parts() -> None:
