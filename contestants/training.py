@@ -108,7 +108,8 @@ class Task:
         else:
             adapter = load_adapter(user_path(self.config.init_adapter), base.config, lora)
         optimiser = OptimiserConfig(**self.settings.optimiser())
-        return WholeModel(base, lora, optimiser, adapter, weight_dtype=DTYPES[dtype], device=device)
+        clip = self.config.max_grad_norm
+        return WholeModel(base, lora, optimiser, adapter, weight_dtype=DTYPES[dtype], device=device, max_grad_norm=clip)
 
     @cached_property
     def base(self) -> PretrainedModel:

@@ -15,6 +15,7 @@ from split_model import (
     PretrainedModel,
     ServerPart,
     adamw,
+    clipping_factor,
     copied_to,
     gradient_norm,
     optimiser_state,
@@ -39,6 +40,7 @@ class WholeModel:
     Args:
         adapter: initial LoRA matrices of the whole model.
         weight_dtype: of the frozen weights; the adapter and its optimiser are never less exact than float32.
+        max_grad_norm: see `RunSettings`.
     """
 
     def __init__(
@@ -50,8 +52,9 @@ class WholeModel:
         *,
         weight_dtype: torch.dtype = torch.float32,
         device: torch.device = CPU,
+        max_grad_norm: float = 0.0,
     ) -> None:
-        self.base = base
+        self.base, self._max_grad_norm = base, max_grad_norm
         self._edge = EdgePart(base, CUT, lora, weight_dtype=weight_dtype, device=device)
         self._server = ServerPart(base, CUT, lora, weight_dtype=weight_dtype, device=device)
         self._matrices = {**self._edge.matrices(), **self._server.matrices()}
@@ -88,14 +91,15 @@ class WholeModel:
             labelled_tokens: of all batches since the last step.
 
         Returns:
-            The Euclidean norm of that gradient.
+            The Euclidean norm of that gradient, before it is clipped.
         """
         for part in (self._edge, self._server):
             part.divide_gradients(max(1, labelled_tokens))
         norm = gradient_norm(self._matrices.values())
         if not math.isfinite(norm):
             raise TrainingDiverged("the gradient is not finite; try a lower --lr")
-        take_step(self._optimiser, learning_rate)
+        factor = clipping_factor(norm, self._max_grad_norm) if self._max_grad_norm else 1.0
+        take_step(self._optimiser, learning_rate, gradient_factor=factor)
         return norm
 
     def learn(self, batch: Batch, learning_rate: float) -> float:

@@ -91,6 +91,11 @@ class ServerConfig:
     warmup_steps: int = option("steps in which the learning rate rises from 0", 0)
     warmup_ratio: float = option("the same as a part of the run's steps, such as 0.03; rounded up", 0.0)
     weight_decay: float = option("weight decay of AdamW", 0.01)
+    max_grad_norm: float = option(
+        "largest norm of the gradient by the adapters of devices and server together; a longer one is shortened before the "
+        "optimiser's step, which then waits for the devices' part of it; needs --aggregate-every 1; 0: none is",
+        0.0,
+    )
     seed: int = option("random seed", 0)
     init_adapter: str | None = option("PEFT folder of an adapter to start from")
     device: str = option("where the server computes", "auto", choices=("auto", "cpu", "cuda"))

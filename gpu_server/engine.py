@@ -30,7 +30,7 @@ class Engine(Protocol):
     def train(self, step: int, total_steps: int, micro_batch: int, batches: dict[str, Activations]) -> Trained:
         """
         One forward and backward over all clients' tokens of a micro-batch together; after the step's last also the server
-        part's update.
+        part's update, which in runs with ``max_grad_norm`` waits for `aggregate`.
 
         Args:
             step: 1, 2, ...; with ``total_steps`` it gives the learning rate.
@@ -63,7 +63,7 @@ class Engine(Protocol):
 
     def backward(self, step: int, total_steps: int, micro_batch: int, gradients: dict[str, HiddenGradient]) -> Trained:
         """
-        The second half; micro-batches come in their order. After the step's last also the server part's update.
+        The second half; micro-batches come in their order. After the step's last also the server part's update, as in `train`.
 
         Args:
             gradients: by client: values (M, d), of its summed loss by its hidden states. Whoever is missing counts no tokens,
@@ -91,7 +91,8 @@ class Engine(Protocol):
 
     def aggregate(self, step: int, total_steps: int, contributions: dict[str, Tensors], weights: dict[str, int]) -> Aggregated:
         """
-        The edge adapter after a round.
+        The edge adapter after a round. In runs with ``max_grad_norm`` both parts are updated here, by gradients whose common
+        norm is no larger; a step that nobody contributes to then updates neither.
 
         Args:
             contributions: by client, a tensor in the shape of every LoRA matrix of the edge part: gradients to be summed where
@@ -99,7 +100,7 @@ class Engine(Protocol):
             weights: labelled tokens of each client in the round, for the average.
 
         Raises:
-            TrainingDiverged: the adapter is not finite.
+            TrainingDiverged: the adapter is not finite, or the norm of the gradient is not.
         """
 
     def evaluate(self, batch: Evaluation) -> float:

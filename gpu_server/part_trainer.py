@@ -67,6 +67,15 @@ class Trainer(Protocol):
 
     def backward(self, step: int, total_steps: int, micro_batch: int, gradients: Mapping[str, HalfStep]) -> Trained: ...
 
+    def take_step(self, step: int, total_steps: int, gradient_factor: float) -> None:
+        """
+        The part's update by a step that is trained, in runs with ``max_grad_norm``, where it waits for the edge's gradient.
+        Without it the step changes nothing.
+
+        Args:
+            gradient_factor: by which its gradient is multiplied before.
+        """
+
     def summed_loss(self, batches: Sequence[LabelledBatch], of: str) -> float:
         """
         Of all batches together, in nats, without dropout.
@@ -226,6 +235,9 @@ class PartTrainer:
         of_all = _by_client(gradient, graph.num_rows)
         return self._trained(step, total_steps, micro_batch, {client: of_all[client] for client in gradients}, summed_losses)
 
+    def take_step(self, step: int, total_steps: int, gradient_factor: float) -> None:
+        take_step(self._optimiser, self._settings.learning_rate_at(step, total_steps), gradient_factor=gradient_factor)
+
     def summed_loss(self, batches: Sequence[LabelledBatch], of: str) -> float:
         (loss,) = self._ranks.sum_numbers([float(*read_back(self._losses(batches).sum(dtype=torch.float64)))])
         if not math.isfinite(loss):
@@ -254,6 +266,7 @@ class PartTrainer:
     def _begin_step(self) -> None:
         self._summed, self._labelled_tokens = 0.0, 0
         self._graphs.clear()
+        self._part.clear_gradients()  # of a step that nobody has contributed to
 
     def _add(self, summed_loss: float, labelled_tokens: int, is_finite: bool) -> tuple[float, bool]:
         """A micro-batch's to the step's; returns the loss of all ranks, and whether the gradient is finite on all."""
@@ -265,7 +278,7 @@ class PartTrainer:
     def _trained(
         self, step: int, total_steps: int, micro_batch: int, gradients: dict[str, Array], summed_losses: dict[str, float]
     ) -> Trained:
-        """With a step's last micro-batch, update the part."""
+        """With a step's last micro-batch, update the part, or have its gradient ready for `take_step`."""
         norm = 0.0
         # A step without any label has gradients of 0: it teaches nothing, and divides by 1.
         labelled_tokens = max(1, self._labelled_tokens)
@@ -274,7 +287,8 @@ class PartTrainer:
             self._ranks.sum_gradients(self._part.matrices().values())
             self._part.divide_gradients(labelled_tokens)
             norm = gradient_norm(self._part.matrices().values())
-            take_step(self._optimiser, self._settings.learning_rate_at(step, total_steps))
+            if not self._settings.max_grad_norm:
+                self.take_step(step, total_steps, gradient_factor=1.0)
         return Trained(
             loss=self._summed / labelled_tokens,
             labelled_tokens=self._labelled_tokens,

@@ -1,5 +1,6 @@
 """The server's arithmetic in PyTorch."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -18,7 +19,16 @@ from protocol import (
     derive_seed,
 )
 from protocol.codecs import Coded
-from split_model import Adapter, OptimiserConfig, adamw, gradient_norm, optimiser_state, restore_optimiser, take_step
+from split_model import (
+    Adapter,
+    OptimiserConfig,
+    adamw,
+    clipping_factor,
+    gradient_norm,
+    optimiser_state,
+    restore_optimiser,
+    take_step,
+)
 from storage import AdapterError
 
 from .federation import Aggregated, Trained
@@ -47,15 +57,22 @@ class TorchEngine:
         self._edge = {name: nn.Parameter(matrix.to(dtype, copy=True)) for name, matrix in edge_adapter.items()}
         self._edge_optimiser = adamw(self._edge.values(), OptimiserConfig(**settings.optimiser()))
         self.round_end: Adapter = self._state()
+        self._norm_of_server = 0.0
+        """Of the gradient by the server's adapter, in the step that is trained."""
 
     def train(self, step: int, total_steps: int, micro_batch: int, batches: dict[str, Activations]) -> Trained:
-        return self._trainer.train(step, total_steps, micro_batch, batches, self._seeds(step, micro_batch, batches))
+        seeds = self._seeds(step, micro_batch, batches)
+        return self._noted(self._trainer.train(step, total_steps, micro_batch, batches, seeds))
 
     def forward(self, step: int, micro_batch: int, batches: dict[str, Activations]) -> dict[str, Array]:
         return self._trainer.forward(step, micro_batch, batches, self._seeds(step, micro_batch, batches))
 
     def backward(self, step: int, total_steps: int, micro_batch: int, gradients: dict[str, HiddenGradient]) -> Trained:
-        return self._trainer.backward(step, total_steps, micro_batch, gradients)
+        return self._noted(self._trainer.backward(step, total_steps, micro_batch, gradients))
+
+    def _noted(self, trained: Trained) -> Trained:
+        self._norm_of_server = trained.gradient_norm
+        return trained
 
     def _seeds(self, step: int, micro_batch: int, batches: Mapping[str, LabelledBatch]) -> Seeds:
         """Each sequence has its own, so that its masks do not depend on what it is computed with, nor where."""
@@ -88,7 +105,11 @@ class TorchEngine:
             for name, matrix in self._edge.items():
                 matrix.grad = torch.stack([_tensor(tensors[name]) for tensors in contributions.values()]).sum(0)
             norm = gradient_norm(self._edge.values())
-            take_step(self._edge_optimiser, self._settings.learning_rate_at(step, total_steps))
+            factor = 1.0
+            if self._settings.max_grad_norm:
+                factor = self._clipping_factor(step, math.hypot(self._norm_of_server, norm))
+                self._trainer.take_step(step, total_steps, factor)
+            take_step(self._edge_optimiser, self._settings.learning_rate_at(step, total_steps), gradient_factor=factor)
         else:
             # FedAvg (arXiv 1602.05629). A round without any label has taught nobody anything: all count alike.
             weights = weights if any(weights.values()) else dict.fromkeys(weights, 1)
@@ -101,6 +122,11 @@ class TorchEngine:
             raise TrainingDiverged(f"the edge adapter of step {step} is not finite; try a lower --lr")
         self.round_end = self._state()
         return Aggregated(edge_adapter=self.edge_adapter(), gradient_norm=norm)
+
+    def _clipping_factor(self, step: int, norm: float) -> float:
+        if not math.isfinite(norm):  # by which a gradient would become 0, without a word
+            raise TrainingDiverged(f"the norm of the gradient of step {step} is {norm}; try a lower --lr")
+        return clipping_factor(norm, self._settings.max_grad_norm)
 
     def evaluate(self, batch: Evaluation) -> float:
         return self._trainer.summed_loss([batch], HELD_OUT) if len(batch.values) else 0.0

@@ -76,6 +76,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "lora_dropout": (0, 0.999),  # what is kept of an input is multiplied by a thousand at most
     **dict.fromkeys(("warmup_steps", "seed", "check_codec_every"), (0, LARGEST_COUNT)),
     "warmup_ratio": (0, 0.999),
+    "max_grad_norm": (0, 1e30),
     "cache_bytes": (0, 2**50),
     **dict.fromkeys(("activation_noise", "activation_clip", "gradient_noise", "gradient_clip"), (0, 1e4)),
     "noise_delta": (1e-30, 0.999),
@@ -140,6 +141,11 @@ class RunSettings:
     """Delta of the (epsilon, delta) that is reported of the noise."""
     warmup_ratio: float = 0.0
     """The warm-up as a part of the run's steps, rounded up, where it is not given as `warmup_steps`."""
+    max_grad_norm: float = 0.0
+    """
+    The most that the gradient of the mean loss by both parts' adapters together is long, as a Euclidean norm; a longer one is
+    shortened before the optimiser's step. 0: none is.
+    """
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -158,6 +164,12 @@ class RunSettings:
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} and warmup_ratio {self.warmup_ratio:g} both say how long the warm-up is: "
                 "give one of them"
+            )
+        if self.max_grad_norm and self.aggregate_every > 1:
+            raise ValueError(
+                f"max_grad_norm {self.max_grad_norm:g} needs aggregate_every 1: it is the norm of both parts' gradients "
+                f"together, and in rounds of {self.aggregate_every} steps every device takes steps of its own, with a gradient "
+                "that nobody else has"
             )
         if self.precision not in ("float32", "float64"):
             raise ValueError(f"precision must be float32 or float64, got {self.precision[:40]!r}")

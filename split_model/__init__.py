@@ -5,7 +5,7 @@ from .generation import continue_greedily
 from .lora import Adapter, LoraConfig, adapted_layers, adapter_shapes, initial_adapter
 from .loss import cross_entropies, summed_cross_entropy
 from .model_config import ModelConfig
-from .optimisation import OptimiserConfig, adamw, gradient_norm, optimiser_state, restore_optimiser, take_step
+from .optimisation import OptimiserConfig, adamw, clipping_factor, gradient_norm, optimiser_state, restore_optimiser, take_step
 from .parts import EdgePart, ServerPart, check_cut_layer
 from .placement import DTYPES, choose_device, choose_dtype
 from .pretrained_model import PretrainedModel
@@ -29,6 +29,7 @@ __all__ = [
     "check_cut_layer",
     "choose_device",
     "choose_dtype",
+    "clipping_factor",
     "continue_greedily",
     "copied_to",
     "cross_entropies",

@@ -9,7 +9,16 @@ from torch.optim.adamw import adamw as update
 
 from .transfer import read_back
 
-__all__ = ["AdamW", "OptimiserConfig", "adamw", "gradient_norm", "optimiser_state", "restore_optimiser", "take_step"]
+__all__ = [
+    "AdamW",
+    "OptimiserConfig",
+    "adamw",
+    "clipping_factor",
+    "gradient_norm",
+    "optimiser_state",
+    "restore_optimiser",
+    "take_step",
+]
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
@@ -89,8 +98,22 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
     return float(*read_back(torch.linalg.vector_norm(norms)))
 
 
-def take_step(optimiser: AdamW, learning_rate: float) -> None:
-    """Update the parameters once, at the given rate, and clear their gradients."""
+def clipping_factor(norm: float, max_norm: float) -> float:
+    """What a gradient of this norm is multiplied by, to be no longer than ``max_norm``: as `torch.nn.utils.clip_grad_norm_`."""
+    return min(1.0, max_norm / (norm + 1e-6))
+
+
+def take_step(optimiser: AdamW, learning_rate: float, *, gradient_factor: float = 1.0) -> None:
+    """
+    Update the parameters once, at the given rate, and clear their gradients.
+
+    Args:
+        gradient_factor: by which the gradients are multiplied before.
+    """
+    if gradient_factor != 1.0:
+        for parameter in optimiser.parameters:
+            if parameter.grad is not None:
+                parameter.grad *= gradient_factor
     optimiser.step(learning_rate)
     for parameter in optimiser.parameters:
         parameter.grad = None

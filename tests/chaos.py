@@ -55,6 +55,7 @@ ON_DEVICE: dict[str, Any] = {
 }
 ALL_MODES: dict[str, dict[str, Any]] = {
     **MODES,
+    "clipped, rounds of one step": {**MODES["rounds of one step"], "max_grad_norm": 0.05},
     "delta, rounds of one step": {**DELTA, "aggregate_every": 1},
     "delta, rounds of two steps": {**DELTA, "aggregate_every": 2},
     "labels on the device, rounds of one step": {**ON_DEVICE, **MODES["rounds of one step"]},

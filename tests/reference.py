@@ -99,7 +99,14 @@ def load_peft(base: Path, adapter: Path, dtype: torch.dtype = torch.float32, **o
 
 
 def train(
-    base: Path, adapter: Path, union_batches: Iterable[Sequence[Sample]], *, dtype: torch.dtype, lr: float, schedule: Any = None
+    base: Path,
+    adapter: Path,
+    union_batches: Iterable[Sequence[Sample]],
+    *,
+    dtype: torch.dtype,
+    lr: float,
+    schedule: Any = None,
+    max_grad_norm: float | None = None,
 ) -> tuple[list[float], dict[str, torch.Tensor], Any]:
     """Losses, final adapter under PEFT's names, and the model."""
     model = load_peft(base, adapter, dtype, is_trainable=True)
@@ -110,6 +117,8 @@ def train(
     for samples in union_batches:
         loss = mean_loss(model, samples)
         loss.backward()
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(matrices.values(), max_grad_norm)
         optimiser.step()
         optimiser.zero_grad()
         if scheduler is not None:

@@ -221,6 +221,10 @@ def test_client_leaves_a_run_that_needs_what_it_cannot(settings: RunSettings, of
     ("changes", "reason"),
     [
         ({"labels": "client"}, "labels must be server or device, got 'client'"),
+        (
+            {"max_grad_norm": 1.0, "aggregate_every": 5},
+            "max_grad_norm 1 needs aggregate_every 1: it is the norm of both parts'",
+        ),
         ({"label_rows": "secret"}, "label_rows must be shown or hidden, got 'secret'"),
         ({"activation_noise": 0.5}, "activation_noise 0.5 is a multiple of activation_clip, which is not given"),
         ({"labels": "device", "gradient_noise": 0.5}, "gradient_noise 0.5 is a multiple of gradient_clip, which is not given"),

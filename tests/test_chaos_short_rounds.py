@@ -11,6 +11,7 @@ import pytest
 from chaos import Fault, Outcome, Scene, every_fault
 
 MODE = "rounds of one step"
+CLIPPED = "clipped, rounds of one step"
 
 
 @pytest.mark.parametrize("fault", every_fault(MODE), ids=str)
@@ -20,3 +21,20 @@ def test_disturbed_run_gives_the_adapter_and_the_losses_of_an_undisturbed_one(
     outcome = scene.run(tmp_path, MODE, [fault]).to_its_end()
     assert outcome.struck == [fault.what]
     assert outcome.differences(undisturbed(MODE)) == []
+
+
+KILLS_OF_THE_SERVER = [fault for fault in every_fault(CLIPPED) if fault.what == "kill" and fault.process == "server"]
+
+
+@pytest.mark.parametrize("fault", [fault for fault in KILLS_OF_THE_SERVER if fault.event == "receive"], ids=str)
+def test_disturbed_run_whose_gradients_are_clipped_gives_them_too(
+    scene: Scene, undisturbed: Callable[[str], Outcome], tmp_path: Path, fault: Fault
+) -> None:
+    """The server's step waits for the devices' gradients; killed in between, the server begins it again."""
+    outcome = scene.run(tmp_path, CLIPPED, [fault]).to_its_end()
+    assert outcome.struck == [fault.what]
+    assert outcome.differences(undisturbed(CLIPPED)) == []
+
+
+def test_gradients_are_clipped_in_these_runs(undisturbed: Callable[[str], Outcome]) -> None:
+    assert undisturbed(CLIPPED).differences(undisturbed(MODE)) == ["adapter", "losses", "perplexity"]

@@ -64,12 +64,16 @@ def settings(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
     return {"model": str(tiny_model), "steps": STEPS, "lr_schedule": "linear", "warmup_steps": 3, **lora}
 
 
+CLIPPED: dict[str, Any] = {"lr_schedule": "cosine", "warmup_steps": 0, "warmup_ratio": 0.2, "max_grad_norm": 0.2}
+"""A schedule, and a norm that some steps' gradients exceed."""
+
+
 @pytest.mark.parametrize("number", [1, 3])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("dtype", "more"), [("float32", {}), ("float64", {}), ("float64", CLIPPED)])
 def test_centralised_equals_split_in_rounds_of_one_step(
-    settings: dict[str, Any], files: list[Path], tmp_path: Path, dtype: str, number: int
+    settings: dict[str, Any], files: list[Path], tmp_path: Path, dtype: str, more: dict[str, Any], number: int
 ) -> None:
-    data, server = files[:number], {**settings, "dtype": dtype, "lr": LEARNING_RATE}
+    data, server = files[:number], {**settings, "dtype": dtype, "lr": LEARNING_RATE, **more}
     clients = {name: {"data": path, "batch_size": 2} for name, path in zip(device_names(number), data, strict=True)}
     split = run_split({**server, "run_dir": str(tmp_path / "split"), "cut_layer": 2}, clients)
     centralised = run("centralised", data, {"batch_size": 2}, **server, run_dir=str(tmp_path / "centralised"))
@@ -106,9 +110,11 @@ def test_client_whose_data_ends_earlier_leaves_as_in_a_split_run(
     assert [row["labelled_tokens"] for row in metrics(centralised)] == [record.labelled_tokens for record in split.records]
 
 
+@pytest.mark.parametrize("more", [{}, CLIPPED], ids=["", "clipped"])
 def test_federated_in_rounds_of_one_step_equals_centralised(
-    settings: dict[str, Any], files: list[Path], tmp_path: Path
+    settings: dict[str, Any], files: list[Path], tmp_path: Path, more: dict[str, Any]
 ) -> None:
+    settings = {**settings, **more}
     runs = {mode: run(mode, files, {"batch_size": 2}, **settings, run_dir=str(tmp_path / mode)) for mode in WAYS}
     assert largest(losses(runs["federated"]), losses(runs["centralised"])) <= FLOAT32_TOLERANCE[0]
     assert difference(*runs.values()) <= FLOAT32_TOLERANCE[1]

@@ -14,10 +14,14 @@ import torch
 from conftest import REPOSITORY, SHARED, make_model, run_split, shared_path
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from gpu_server import StepRecord
+
 LEARNING_RATE = 2e-3
 # As the mission states them: (loss at every step, final adapter)
 FLOAT64_TOLERANCE = (1e-9, 1e-8)
 FLOAT32_TOLERANCE = (1e-4, 1e-3)
+CLIPPED = 0.5
+"""Norm of the gradient that some steps exceed and others do not."""
 SCHEDULES = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}
 
 
@@ -91,7 +95,7 @@ def assert_equals_centralised(
     engines: Sequence[str] = ("torch",),
     in_flight: int = 2,
     **options: Any,
-) -> None:
+) -> list[StepRecord]:
     federation = Federation(tmp_path, batch_sizes, steps)
     targets = options.get("lora_targets", ("c_attn",))
     start = reference.make_adapter(base, tmp_path / "start", targets=targets, rslora=options.get("lora_rslora", False))
@@ -112,7 +116,13 @@ def assert_equals_centralised(
         warmup = options.get("warmup_steps") or math.ceil(options["warmup_ratio"] * steps)
         schedule = lambda optimiser: SCHEDULES[options["lr_schedule"]](optimiser, warmup, steps)  # noqa: E731
     losses, adapter, _ = reference.train(
-        base, start, federation.union_batches(base), dtype=getattr(torch, dtype), lr=LEARNING_RATE, schedule=schedule
+        base,
+        start,
+        federation.union_batches(base),
+        dtype=getattr(torch, dtype),
+        lr=LEARNING_RATE,
+        schedule=schedule,
+        max_grad_norm=options.get("max_grad_norm"),
     )
     assert [record.number for record in result.records] == list(range(1, steps + 1))
     assert max(abs(a - b) for a, b in zip(result.losses, losses, strict=True)) <= tolerance[0]
@@ -122,6 +132,7 @@ def assert_equals_centralised(
     else:
         assert reference.relative_difference(found, adapter) <= tolerance[1]
     assert losses[-1] < losses[0]
+    return result.records
 
 
 @pytest.mark.parametrize("cut_layer", [1, 2, 3])
@@ -151,6 +162,29 @@ def test_run_equals_centralised_lora_with_all_targets_and_a_schedule(
     assert_equals_centralised(
         four_blocks, tmp_path, batch_sizes=[2, 3], steps=30, dtype="float64", tolerance=FLOAT64_TOLERANCE, **options
     )
+
+
+@pytest.mark.parametrize(
+    ("batch_sizes", "cut_layer", "labels", "micro_batches"), [([2, 3], 2, "server", 1), ([3, 1, 2], 1, "device", 2)]
+)
+def test_gradients_of_both_parts_are_clipped_by_their_common_norm_as_in_centralised_lora(
+    four_blocks: Path, tmp_path: Path, batch_sizes: list[int], cut_layer: int, labels: str, micro_batches: int
+) -> None:
+    records = assert_equals_centralised(
+        four_blocks,
+        tmp_path,
+        batch_sizes=batch_sizes,
+        steps=50,
+        dtype="float64",
+        tolerance=FLOAT64_TOLERANCE,
+        cut_layer=cut_layer,
+        labels=labels,
+        micro_batches=micro_batches,
+        max_grad_norm=CLIPPED,
+    )
+    longer = [record.gradient_norm > CLIPPED for record in records]
+    assert any(longer)
+    assert not all(longer)
 
 
 @pytest.mark.parametrize("labels", ["server", "device"])

@@ -229,15 +229,19 @@ def test_it_names_the_codecs_that_a_client_has_to_offer() -> None:
     assert not documented
 
 
+NEEDY: dict[str, Any] = {"lr_schedule": "cosine", "warmup_ratio": 0.5}
+"""Values that need an ability, of settings whose 1 does not or cannot be."""
+
+
 def test_it_names_the_abilities_and_the_settings_that_need_them() -> None:
     (rows,) = tables(DOCUMENT, "ability", "a client that says it", "needed where")
     assert tuple(ability.strip("`") for ability, _, _ in rows) == ABILITIES
     for ability, _, where in rows:
         for name in re.findall(r"`(\w+)`", where.partition(" is ")[0].replace("one of", "")):
-            changes: dict[str, Any] = {"labels": "device", "check_codec_every": 0}
+            changes: dict[str, Any] = {"labels": "device", "check_codec_every": 0, "warmup_steps": 0}
             if name != "labels":
                 changes |= {f"{kind}_clip": 1.0 for kind in ("activation", "gradient") if name == f"{kind}_noise"}
-                changes |= {name: 1.0}
+                changes |= {name: NEEDY.get(name, 1.0)}
             assert dataclasses.replace(SETTINGS, **changes).abilities() == {"device-labels", ability.strip("`")}, name
     assert SETTINGS.abilities() == set()
 

@@ -124,6 +124,26 @@ def test_ranks_train_as_one_process(several: Ranks, tiny_model: Path, shapes: li
         assert_same_adapter(all_ranks, one)
 
 
+def test_ranks_clip_the_gradient_as_one_process_does(several: Ranks, tiny_model: Path) -> None:
+    """All of them wait for the edge's gradient, and take the step then."""
+    config = config_of(tiny_model, max_grad_norm=0.05)
+    one, all_ranks = engine_of(config), several.engine(config)
+    edge = {"a": {name: matrix * 0 + 0.01 for name, matrix in one.edge_adapter().items()}}
+    for step in (1, 2, 3):
+        before = one.adapter()
+        norms = []
+        for engine in (one, all_ranks):
+            (trained,) = [engine.train(step, 3, 0, batches(UNEQUAL, step, 0))]
+            assert all(torch.equal(matrix, before[name]) for name, matrix in one.adapter().items())
+            norms.append(trained.gradient_norm)
+            if step != 2:  # nobody contributes to it
+                engine.aggregate(step, 3, edge, {"a": 1})
+                before = one.adapter()
+        assert norms[0] == pytest.approx(norms[1], rel=OF_LOSSES)
+        assert norms[0] > 0.05
+        assert_same_adapter(all_ranks, one)
+
+
 @pytest.mark.parametrize(
     ("name", "silent"), [*((name, "") for name in SHAPES), *(("several micro-batches", silent) for silent in ("a", "b", "ab"))]
 )

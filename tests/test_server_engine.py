@@ -183,6 +183,73 @@ def test_step_that_is_over_is_forgotten(tiny_model: Path, end: str) -> None:
     assert all(reference() is None for reference in kept)
 
 
+CLIPPED = 0.01
+"""The norm of no step's gradient is as small."""
+
+
+@pytest.mark.parametrize("halved", [False, True], ids=["labels on the server", "labels on the device"])
+def test_step_whose_gradient_is_clipped_waits_for_the_devices_part_of_it(tiny_model: Path, halved: bool) -> None:
+    """What comes of it is torch's: all gradients together are clipped, and AdamW takes its step with them."""
+    waiting, whole = (engine_of(tiny_model, max_grad_norm=limit) for limit in (CLIPPED, 0.0))
+    if halved:
+        halves = Halves(tiny_model, max_grad_norm=CLIPPED)
+        waiting = halves.engine
+    parameters = {name: torch.nn.Parameter(matrix) for name, matrix in waiting.adapter().items()}
+    optimiser = torch.optim.AdamW(parameters.values(), lr=1e-3, weight_decay=0.0)
+    draw = np.random.default_rng(0)
+    for step in (1, 2, 3):
+        whole.restore({f"adapter/{name}": parameter.detach() for name, parameter in parameters.items()})
+        before = waiting.adapter()
+        if halved:
+            norm = halves.engine.backward(step, 3, 0, halves.forward(step, 0, batches(step))).gradient_norm
+        else:
+            norm = waiting.train(step, 3, 0, batches(step)).gradient_norm
+        assert all(torch.equal(matrix, before[name]) for name, matrix in waiting.adapter().items())
+        edge = {name: draw.normal(size=matrix.shape) / 100 for name, matrix in waiting.edge_adapter().items()}
+        aggregated = waiting.aggregate(step, 3, {"a": edge}, {"a": 1})
+        for name, parameter in parameters.items():
+            parameter.grad = torch.from_numpy(edge[name]) if name in edge else gradient_of(whole, step)[name]
+        total = torch.nn.utils.clip_grad_norm_(parameters.values(), CLIPPED).item()
+        assert np.hypot(norm, aggregated.gradient_norm) == pytest.approx(total, rel=1e-12)
+        assert total > CLIPPED
+        optimiser.step()
+        for name, matrix in waiting.adapter().items():
+            torch.testing.assert_close(matrix, parameters[name].detach(), rtol=0, atol=1e-12)
+
+
+def gradient_of(engine: TorchEngine, step: int) -> dict[str, torch.Tensor]:
+    """By the server's matrices, of the mean loss of `batches`."""
+    part = engine._trainer._part  # type: ignore[attr-defined]
+    part.clear_gradients()
+    union = list(batches(step).values())
+    lengths, counts = (np.concatenate([getattr(batch, name) for batch in union]) for name in ("lengths", "label_counts"))
+    values = torch.from_numpy(np.concatenate([batch.values for batch in union]))
+    labels = torch.from_numpy(np.concatenate([batch.labels for batch in union])).long()
+    part.train()
+    part.losses(values, lengths, counts, labels).mean().backward()
+    gradients = {name: matrix.grad.clone() for name, matrix in part.matrices().items()}
+    part.clear_gradients()
+    return gradients
+
+
+def test_step_whose_gradient_is_clipped_and_to_which_nobody_contributes_changes_nothing(tiny_model: Path) -> None:
+    engine, undisturbed = (engine_of(tiny_model, max_grad_norm=CLIPPED) for _ in range(2))
+    before = engine.adapter()
+    engine.train(1, 3, 0, batches(1))
+    for each in (engine, undisturbed):
+        each.train(2, 3, 0, batches(2))
+        assert all(torch.equal(matrix, before[name]) for name, matrix in each.adapter().items())
+        each.aggregate(2, 3, {"a": each.edge_adapter()}, {"a": 1})
+    assert_same_adapter(engine, undisturbed, 0.0)
+
+
+def test_norm_that_is_not_finite_ends_the_run_and_shortens_no_gradient_to_nothing(tiny_model: Path) -> None:
+    engine = engine_of(tiny_model, max_grad_norm=CLIPPED)
+    engine.train(2, 3, 0, batches(2))
+    with pytest.raises(TrainingDiverged, match=r"^the norm of the gradient of step 2 is inf; try a lower --lr$"):
+        engine.aggregate(2, 3, {"a": {name: matrix * 0 + 1e200 for name, matrix in engine.edge_adapter().items()}}, {"a": 1})
+
+
 def test_devices_without_a_label_or_a_row_take_part(tiny_model: Path) -> None:
     whole, halves = engine_of(tiny_model), Halves(tiny_model)
     without_label = replace(batch_of("b", 1, 0), label_counts=np.zeros(2, np.int32), labels=np.zeros(0, np.int32))

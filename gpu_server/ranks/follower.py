@@ -102,6 +102,10 @@ def _gradients(trained: Trained) -> dict[str, Any]:
     return {"gradients": trained.gradients, "summed_losses": trained.summed_losses}
 
 
+def _take_step(trainer: PartTrainer, *, step: int, total_steps: int, gradient_factor: float) -> None:
+    trainer.take_step(step, total_steps, gradient_factor)
+
+
 def _summed_loss(trainer: PartTrainer, *, batches: dict[str, Any], of: str) -> dict[str, Any]:
     trainer.summed_loss(list(batches_of(batches).values()), of)
     return {}
@@ -120,6 +124,7 @@ COMMANDS: dict[str, Callable[..., dict[str, Any] | None]] = {
     "train": _train,
     "forward": _forward,
     "backward": _backward,
+    "take_step": _take_step,
     "summed_loss": _summed_loss,
     "infer": _infer,
     "restore": _restore,

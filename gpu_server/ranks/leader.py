@@ -190,6 +190,11 @@ class RankedTrainer:
         )
         return _of_all(trained, others, shares)
 
+    def take_step(self, step: int, total_steps: int, gradient_factor: float) -> None:
+        message = {"command": "take_step", "step": step, "total_steps": total_steps, "gradient_factor": gradient_factor}
+        self._group.send(dict.fromkeys(self._group.partners, message))
+        self._own.take_step(step, total_steps, gradient_factor)
+
     def summed_loss(self, batches: Sequence[LabelledBatch], of: str) -> float:
         by_number = {str(number): batch for number, batch in enumerate(batches)}
         shares = self._divided(by_number)
