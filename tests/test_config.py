@@ -431,14 +431,19 @@ def test_every_setting_has_another_value_in_these_tests() -> None:
 # What clients are told
 
 
+NOT_TOGETHER: dict[str, Any] = {"epochs": None, "warmup_ratio": 0.0, "max_grad_norm": 0.0}
+"""Of settings that do not go with others of OTHER_VALUES: what they are without."""
+
+
 def test_clients_are_told_the_settings_of_the_run() -> None:
-    told = ServerConfig(**{**OTHER_VALUES, "epochs": None}).settings()
+    given = {**OTHER_VALUES, **NOT_TOGETHER}
+    told = ServerConfig(**given).settings()
     assert isinstance(told, RunSettings)
     assert told.precision == "float32"
     assert {told.activation_codec, told.gradient_codec} == {OTHER_VALUES["codec"]}
     for item in dataclasses.fields(RunSettings):
         if item.name not in ("precision", "epochs", "activation_codec", "gradient_codec", "lora_alpha"):
-            assert getattr(told, item.name) == OTHER_VALUES[item.name]
+            assert getattr(told, item.name) == given[item.name]
     # Rank-stabilised by the rank 4: alpha / sqrt(4) is what (alpha * sqrt(4)) / 4 is.
     assert told.lora_alpha == 2 * OTHER_VALUES["lora_alpha"]
 
