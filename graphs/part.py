@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from storage import HEAD_WEIGHTS, TOKENIZER_FILES, Folder, ModelError, PartDescription
-from storage.part_description import EMBEDDING_WEIGHTS
+from storage.part_description import EMBEDDING_WEIGHTS, WITH_POSITIONS, WITHOUT_POSITIONS
 
 from .block import Block, embedding, embedding_tensors
 from .layers import TOKENS, WINDOW, Head
@@ -88,6 +88,7 @@ def build_part(
         adapted=adaptation.layers,
         onnxruntime=ONNXRUNTIME,
         head=(EMBEDDING_WEIGHTS if config.tied_head else HEAD_WEIGHTS) if with_head else "",
+        format=WITHOUT_POSITIONS if config.rotary is None else WITH_POSITIONS,
     )
     write_graphs(folder, config, adaptation, precision, with_head=with_head)
     embedding, *blocks = description.weight_files

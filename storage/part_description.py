@@ -16,7 +16,9 @@ from .folder import Folder, Member, shown
 
 __all__ = ["EDGE_WEIGHTS", "GRAPH_FILES", "HEAD_GRAPH_FILES", "HEAD_WEIGHTS", "PART_FILE", "PartDescription", "required_files"]
 
-PART_FILE, FORMAT = "part.json", 1
+PART_FILE = "part.json"
+WITHOUT_POSITIONS, WITH_POSITIONS = FORMATS = (1, 2)
+"""Whether the graphs of blocks ask for positions, which older devices do not give them."""
 EDGE_WEIGHTS = ("float32", "float16", "int8")
 """How the frozen matrices of a part can be stored."""
 GRAPH_FILES = ("embedding.onnx", "forward.onnx", "inference.onnx", "backward.onnx", "first_backward.onnx")
@@ -59,6 +61,8 @@ class PartDescription:
     """The lowest version that runs the graphs, such as "1.23"."""
     head: str = ""
     """The file of weights whose table of tokens is the head's; empty where the labels, and so the head, are on the server."""
+    format: int = WITHOUT_POSITIONS
+    """One of FORMATS."""
 
     @classmethod
     def read(cls, folder: Path | Folder, *, onnxruntime: str | None = None) -> "PartDescription":
@@ -71,13 +75,12 @@ class PartDescription:
         """
         files = folder if isinstance(folder, Folder) else Folder(folder, ModelError)
         raw, path = files.read_json(PART_FILE), files.path / PART_FILE
-        if raw.get("format", FORMAT) != FORMAT:  # another format may be wrong in everything that is checked from here on
+        if raw.get("format", FORMATS[0]) not in FORMATS:  # another may be wrong in everything that is checked from here on
             raise ModelError(
-                f"{path} has format {shown(raw['format'])}; this splitlora reads format {FORMAT}: "
+                f"{path} has format {shown(raw['format'])}; this splitlora reads formats {FORMATS[0]} to {FORMATS[-1]}: "
                 "install the server's version of splitlora on this device"
             )
         values = _Values(files, raw)
-        values.get("format", int)
         needed = values.matching("onnxruntime", r"[0-9]{1,4}\.[0-9]{1,4}", "a version such as 1.23")
         if onnxruntime is not None and _version(onnxruntime) < _version(needed):
             raise ModelError(
@@ -104,6 +107,7 @@ class PartDescription:
             head=values.matching("head", f"{EMBEDDING_WEIGHTS}|{HEAD_WEIGHTS}", f"{EMBEDDING_WEIGHTS} or {HEAD_WEIGHTS}")
             if "head" in raw
             else "",
+            format=values.get("format", int),
         )
 
     def write(self, folder: Path) -> None:
@@ -111,7 +115,7 @@ class PartDescription:
         Raises:
             OSError: it cannot be written.
         """
-        content = {"format": FORMAT, **asdict(self)}
+        content = {"format": self.format, **asdict(self)}
         if not self.head:  # a part of the same bytes as before there were heads on devices
             del content["head"]
         replace_file(folder / PART_FILE, (json.dumps(content, indent=2) + "\n").encode())

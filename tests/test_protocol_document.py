@@ -51,8 +51,10 @@ from protocol.encoding import MAX_ELEMENTS, MAX_TENSOR_ELEMENTS, MAX_TEXT
 from protocol.invitation import FORM
 from protocol.rounding import Dither, to_bfloat16
 from protocol.settings import ABILITIES, BOUNDS
-from split_model import LoraConfig, PretrainedModel, adapted_layers
+from split_model import LoraConfig, ModelConfig, PretrainedModel, adapted_layers
+from split_model.families import FAMILIES
 from split_model.optimisation import OptimiserConfig, adamw, take_step
+from split_model.rotary import Rotary
 from storage import EDGE_WEIGHTS, GRAPH_FILES, HEAD_GRAPH_FILES, HEAD_WEIGHTS, PART_FILE, PartDescription
 from storage.tokenizer import tokenizer_digest
 
@@ -267,15 +269,33 @@ def test_it_names_the_files_of_a_part() -> None:
 def test_it_names_what_describes_a_part() -> None:
     (rows,) = tables(DOCUMENT, "member", "value")[1:]
     named = [name for cell, _ in rows for name in re.findall(r"`(\w+)`", cell)]
-    assert sorted(named) == sorted(["format", *(field.name for field in dataclasses.fields(PartDescription))])
+    assert sorted(named) == sorted(field.name for field in dataclasses.fields(PartDescription))
     assert set(re.findall(r"`(\w+)`", dict(rows)["`weights`"])) == set(EDGE_WEIGHTS)
 
 
+SHAPE = {
+    "vocabulary_size": 3,
+    "num_layers": 2,
+    "width": 4,
+    "num_heads": 2,
+    "inner_width": 16,
+    "num_positions": 4,
+    "end_token": 2,
+}
+
+
+def options_of(config: ModelConfig) -> ModelConfig:
+    """The same model with every option that graphs have inputs for."""
+    rotary = Rotary(width=2, base=1e4)
+    return dataclasses.replace(config, family=FAMILIES["qwen3"], rotary=rotary, is_gated=True, norm="rms", windows=(2, None))
+
+
+@pytest.mark.parametrize("config", [gpt2_config(**SHAPE), options_of(gpt2_config(**SHAPE))], ids=["gpt2", "options"])
 @pytest.mark.parametrize("weights", EDGE_WEIGHTS)
-def test_it_names_what_goes_into_the_graphs_of_a_part_and_what_comes_out(tmp_path: Path, weights: str) -> None:
-    shape = {"vocabulary_size": 3, "num_layers": 2, "width": 4, "num_heads": 1, "inner_width": 16, "num_positions": 4}
-    config = gpt2_config(**shape, end_token=2)
-    layers = adapted_layers(config, LoraConfig(rank=1, alpha=1.0, dropout=0.5, targets=("c_attn", "c_proj", "c_fc")))
+def test_it_names_what_goes_into_the_graphs_of_a_part_and_what_comes_out(
+    tmp_path: Path, weights: str, config: ModelConfig
+) -> None:
+    layers = adapted_layers(config, LoraConfig(rank=1, alpha=1.0, dropout=0.5, targets=config.lora_targets))
     write_graphs(tmp_path, config, Adaptation(layers=layers, rank=1, alpha=1.0, dropout=0.5), weights, with_head=True)
     graphs = [onnx.load(tmp_path / name) for name in (*GRAPH_FILES, *HEAD_GRAPH_FILES)]
     for what, values in (
@@ -377,27 +397,67 @@ def test_its_vector_of_delta_decodes_to_what_it_says() -> None:
     assert side.kept == {4: 2, 6: 0}
 
 
+def json_under(heading: str) -> tuple[str, str]:
+    """The indented lines of JSON under a bold heading as one line, and what follows the heading."""
+    text = DOCUMENT.partition(f"\n**{heading}**")[2].partition("\n**")[0]
+    return " ".join(re.findall(r"^    (.*)$", text, re.MULTILINE)), text
+
+
+def fingerprint_of(folder: Path, config: ModelConfig) -> str:
+    """Of a model whose elements are as the document says, with its example of a tokenizer."""
+    tensors = {
+        name: (np.arange(np.prod(shape)) / 8).astype(np.float32).reshape(shape) for name, shape in config.tensor_shapes.items()
+    }
+    save_file(tensors, folder / "model.safetensors")
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "Ġb": 1, "aĠb": 2}, merges=[("a", "Ġb")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return PretrainedModel(folder).fingerprint()
+
+
 def test_its_vector_of_a_fingerprint_is_that_of_such_a_model(tmp_path: Path) -> None:
-    _, _, text = DOCUMENT.partition("\n**A fingerprint**")
-    first, second = re.findall(r"^    (.*)$", text, re.MULTILINE)
+    form, text = json_under("A fingerprint")
     (digits,) = re.findall(r"over the model begins with `([0-9a-f]{32})`", text)
-    config = gpt2_config(**json.loads(f"{first} {second}"))
-    assert f"{first} {second}" == json.dumps(config.identity(), sort_keys=True)
+    config = gpt2_config(**json.loads(form))
+    assert form == json.dumps(config.identity(), sort_keys=True)
     names = {"num_layers": "n_layer", "width": "n_embd", "num_heads": "n_head", "num_positions": "n_positions"}
     stored = {names[name]: value for name, value in config.identity().items() if name in names}
     stored |= {"vocab_size": config.vocabulary_size, "eos_token_id": config.end_token, "n_inner": None}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "layer_norm_epsilon": 1e-5, **stored}))
-    tensors = {
-        name: (np.arange(np.prod(shape)) / 8).astype(np.float32).reshape(shape) for name, shape in config.tensor_shapes.items()
-    }
-    save_file(tensors, tmp_path / "model.safetensors")
-    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "Ġb": 1, "aĠb": 2}, merges=[("a", "Ġb")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    fingerprint = PretrainedModel(tmp_path).fingerprint()
+    fingerprint = fingerprint_of(tmp_path, config)
     assert fingerprint[:16] == digits[:16]
     assert f"the fingerprint is `{fingerprint}`" in text
+
+
+def test_its_vector_of_a_fingerprint_with_options_is_that_of_such_a_model(tmp_path: Path) -> None:
+    form, text = json_under("A fingerprint with options")
+    found = json.loads(form)
+    rotary, windows = Rotary(**found.pop("rotary")), tuple(found.pop("windows"))
+    options = {**found, "without_bias": tuple(found["without_bias"]), "rotary": rotary, "windows": windows}
+    config = ModelConfig(family=FAMILIES["mistral"], **options)
+    assert form == json.dumps(config.identity(), sort_keys=True)
+    settings = {"model_type": "mistral", **config.family.settings(config)}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert f"The fingerprint is `{fingerprint_of(tmp_path, config)}`" in text
+
+
+def test_it_names_the_options_of_a_fingerprint_and_what_is_usual() -> None:
+    (rows,), (of_rotary,) = (
+        tables(DOCUMENT, what, usual, "value") for what, usual in (("option", "usually"), ("rotary", "in `default`"))
+    )
+    plain = gpt2_config(vocabulary_size=3, num_layers=1, width=4, num_heads=1, inner_width=8, num_positions=4, end_token=2)
+    every = {each.name for each in dataclasses.fields(ModelConfig)} - {"family", "stop_tokens"}
+    documented = {name: usual for cell, usual, _ in rows for name in re.findall(r"`(\w+)`", cell)}
+    assert documented.keys() == every - plain.identity().keys()
+    usual = {each.name: each.default for each in dataclasses.fields(ModelConfig)}
+    for name, cell in documented.items():
+        if not cell.startswith("`num_heads`") and not cell.startswith("`width`"):
+            assert json.dumps(usual[name]) == cell.strip("`"), name
+    defaults = {name: cell for names, cell, _ in of_rotary for name in re.findall(r"`(\w+)`", names)}
+    assert list(defaults) == [each.name for each in dataclasses.fields(Rotary)]
+    for name, value in dataclasses.asdict(Rotary(width=2, base=1e4)).items():
+        assert not defaults[name] or json.dumps(value) == defaults[name].strip("`"), name
 
 
 def test_its_example_of_a_shuffle_is_the_order_of_the_program() -> None:
