@@ -15,6 +15,7 @@ from family_models import make_family_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as OF_PEFT
 from test_parity import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, assert_equals_centralised
 
+from export import merge
 from split_model import Adapter, EdgePart, LoraConfig, PretrainedModel, ServerPart, adapter_shapes, save_adapter
 from split_model.families import FAMILIES
 
@@ -148,6 +149,51 @@ def test_adapter_is_one_of_llama_cpp_under_its_names(tmp_path: Path, family: str
             whole |= {f"{of_llama_cpp}.lora_a": (inputs, 3), f"{of_llama_cpp}.lora_b": (3, outputs)}
     assert found == whole
     assert len(found) == 2 * len(model.config.layer_shapes) * model.config.num_layers
+
+
+# Adapters of others
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"target_modules": "all-linear"}),
+        ("llama", {"rank_pattern": {"up_proj": 7, "layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"up_proj": 5}}),
+        ("llama", {"target_modules": ["down_proj"], "layers_to_transform": [1, 3]}),
+        ("llama", {"target_modules": r"model\.layers\.[02]\.(self_attn\.[qv]|mlp\.gate)_proj"}),
+        ("llama", {"exclude_modules": ["k_proj", "layers.2.mlp.up_proj"]}),
+        ("llama", {"use_rslora": True}),
+        ("llama", {"use_dora": True}),
+        ("llama-biases", {"bias": "all"}),
+        ("llama", {"modules_to_save": ["lm_head"]}),
+        ("llama", {"modules_to_save": ["norm"]}),
+        ("qwen3", {"modules_to_save": ["q_norm"]}),
+        ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
+        ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+        ("qwen2", {"init_lora_weights": "pissa"}),
+        ("phi3", {"rank_pattern": {"gate_up_proj": 5}}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(f"{name}={value[name]}" for name in value)[:40],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's advice
+def test_adapter_of_any_kind_is_merged_as_peft_merges_it(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    base = make_family_model(tmp_path, family)
+    if "target_modules" not in options:
+        options = {"target_modules": list(PretrainedModel(base).config.lora_targets), **options}
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(reference.load_base(base), peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merge(str(base), tmp_path / "merged", adapter=tmp_path / "adapter")
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 600, (2, 20)))
+    with torch.no_grad():
+        found = reference.load_base(tmp_path / "merged")(input_ids=ids).logits
+        expected = reference.load_peft(base, tmp_path / "adapter").eval()(input_ids=ids).logits
+        plain = reference.load_base(base)(input_ids=ids).logits
+    assert float((expected - plain).abs().max()) > 0.01
+    assert float((found - expected).abs().max()) <= LOGITS_TOLERANCE * float(expected.abs().max())
 
 
 # How they are scaled
