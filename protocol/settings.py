@@ -157,7 +157,7 @@ class RunSettings:
         targets = self.lora_targets
         if not 1 <= len(set(targets)) == len(targets) <= MOST_TARGETS or not all(map(NAME_OF_LAYER.fullmatch, targets)):
             got = ", ".join(target[:40] for target in targets[:10])
-            raise ValueError(f"lora_targets must be names of layers, each once; got {ascii(got)[1:-1] or 'none'}")
+            raise ValueError(f"lora_targets must be names of layers, without dots, each once; got {ascii(got)[1:-1] or 'none'}")
         if self.lr_schedule not in LR_SCHEDULES:
             raise ValueError(f"lr_schedule must be one of {', '.join(LR_SCHEDULES)}; got {self.lr_schedule[:40]!r}")
         if self.warmup_steps and self.warmup_ratio:

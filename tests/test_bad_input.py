@@ -392,11 +392,14 @@ def test_file_is_no_model(edge_says: Say, model: Path) -> None:
         ({"lora_dropout": 1.0}, "lora-dropout must be 0 to 0.999, got 1.0"),
         ({"lora_dropout": "nan"}, "lora-dropout must be 0 to 0.999, got nan"),
         ({"lora_targets": "c_attn,q_proj"}, "LoRA targets must be among c_attn, c_proj, c_fc; got q_proj"),
-        ({"lora_targets": ""}, "lora-targets must be names of layers, each once; got none"),
-        ({"lora_targets": "c_attn,c_attn"}, "lora-targets must be names of layers, each once; got c_attn, c_attn"),
+        ({"lora_targets": ""}, "lora-targets must be names of layers, without dots, each once; got none"),
+        (
+            {"lora_targets": "c_attn,c_attn"},
+            "lora-targets must be names of layers, without dots, each once; got c_attn, c_attn",
+        ),
         (
             {"lora_targets": "all-linear,c_attn"},
-            "lora-targets must be names of layers, each once; got all-linear, c_attn; all-linear stands alone",
+            "lora-targets must be names of layers, without dots, each once; got all-linear, c_attn; all-linear stands alone",
         ),
         ({"steps": 0}, "steps must be 1 to 2147483647, got 0"),
         ({"epochs": 2}, "give steps or epochs, not both"),
