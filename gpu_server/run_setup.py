@@ -142,9 +142,11 @@ def _set_up(options: Mapping[str, Any], leader: "Leader | None") -> Run:
         config = replace(config, shard=False)
         choices.append("no shard: the run goes on with one rank, which holds the whole model")
     model = PretrainedModel(find_model(config.model))
-    config = config.for_model(model.config)
+    named, config = config.names_targets, config.for_model(model.config)
     if previous:
         resumed({"run_dir": config.run_dir, "lora_targets": config.lora_targets}, previous.config)
+    elif not named:
+        choices.append(f"lora-targets {','.join(config.lora_targets or ())}: those of this model ({model.config.family.title})")
     if leader is not None:
         device = leader.prepare(config, device)
         choices += leader.choices

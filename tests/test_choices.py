@@ -164,6 +164,8 @@ def test_adapted_layers_are_recorded_by_their_names_and_the_same_command_goes_on
     given = options | ({} if asked is None else {"lora_targets": asked})
     with GpuServer(**given, steps=3, resume_or_start=True) as server:
         server.suspend()
+        said = [choice for choice in server.choices if choice.startswith("lora-targets ")]
+    assert said == ([] if asked == "c_fc" else [f"lora-targets {','.join(LAYERS[asked])}: those of this model (GPT-2)"])
     assert recorded(options)["lora_targets"] == LAYERS[asked]
     with GpuServer(**given, steps=3, resume_or_start=True) as server:
         assert server.config.lora_targets == tuple(LAYERS[asked])
