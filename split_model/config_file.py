@@ -33,9 +33,9 @@ OF_GENERATION = (
     "return_dict_in_generate", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
 )
 OF_THE_PROGRAM = (
-    "chunk_size_feed_forward", "cross_attention_hidden_size", "is_decoder", "is_encoder_decoder",
-    "keys_to_ignore_at_inference", "output_attentions", "output_hidden_states", "return_dict", "tf_legacy_loss",
-    "tie_encoder_decoder", "torchscript", "use_bfloat16", "use_cache",
+    "_attn_implementation_autoset", "chunk_size_feed_forward", "cross_attention_hidden_size", "is_decoder",
+    "is_encoder_decoder", "keys_to_ignore_at_inference", "output_attentions", "output_hidden_states", "return_dict",
+    "tf_legacy_loss", "tie_encoder_decoder", "torchscript", "use_bfloat16", "use_cache",
 )
 # fmt: on
 WITHOUT_EFFECT = frozenset({*OF_FILES, *OF_TRAINING, *OF_GENERATION, *OF_THE_PROGRAM, *KERNELS})
@@ -70,6 +70,10 @@ class Settings:
         """Whether the key is there, and not null."""
         self._asked.add(key)
         return self._raw.get(key) is not None
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._raw
 
     def is_null(self, key: str) -> bool:
         """Whether the key is there, and null."""
@@ -147,7 +151,7 @@ class Settings:
         Every key has been asked for, is one of these, or has a value that sets nothing. Otherwise the file asks for something
         that this package has never heard of, and would compute another model than the one that is meant.
         """
-        for key in self._raw.keys() - self._asked - set(without_effect):
+        for key in sorted(self._raw.keys() - self._asked - set(without_effect)):
             if self._raw[key]:
                 raise ModelError(
                     f"{self.path}: {self.within}{key} is {shown(self._raw[key])}, an option that is not known here; remove the "

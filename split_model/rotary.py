@@ -6,7 +6,8 @@ that they are the same to the bit: at position 100,000 a frequency that differs 
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy
@@ -61,6 +62,10 @@ class Rotary:
     """Of "yarn": whether these bounds are moved outwards to whole pairs."""
     amplitude: float = 1.0
     """By which queries and keys grow as they are turned; `attention_factor` in config.json."""
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that differ from the usual ones; see `ModelConfig.identity`."""
+        return {each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default}
 
     def frequencies(self) -> NDArray[numpy.float32]:
         """Of each pair, in radians a position: (width / 2,)."""
@@ -118,19 +123,27 @@ class Rotary:
         return torch.where(is_between, mixed, scaled)
 
 
-def read_rotary(file: ConfigFile, head_width: int, num_positions: int, *, may_be_partial: bool = False) -> Rotary:
+def read_rotary(
+    file: ConfigFile,
+    head_width: int,
+    num_positions: int,
+    *,
+    scalings: Sequence[str] = (*SCALINGS, DYNAMIC),
+    may_be_partial: bool = False,
+) -> Rotary:
     """
     What config.json says under rope_parameters, and in older files under rope_scaling and rope_theta.
 
     Args:
+        scalings: those that the family knows.
         may_be_partial: whether the family can turn a part of each head.
 
     Raises:
         ModelError: a scaling or an option of it is not known, or a value cannot be right.
     """
     # transformers reads rope_scaling instead of rope_parameters where both are there.
-    given = file.settings("rope_scaling" if file.has("rope_scaling") else "rope_parameters")
-    file.settings("rope_parameters")
+    older, newer = file.settings("rope_scaling"), file.settings("rope_parameters")
+    given = newer if older.is_empty else older
     base = given.number("rope_theta", file.number("rope_theta", 10_000.0))
     share = given.number("partial_rotary_factor", file.number("partial_rotary_factor", 1.0))
     width = int(head_width * share)
@@ -140,7 +153,8 @@ def read_rotary(file: ConfigFile, head_width: int, num_positions: int, *, may_be
             f"{file.path}: partial_rotary_factor {share:g} turns {width} of {head_width} elements of a head; {some} "
             "can be turned"
         )
-    scaling = given.one_of("rope_type", given.text("type", "default"), (*SCALINGS, DYNAMIC))
+    has_old_key = given.has("type")
+    scaling = given.one_of("type" if has_old_key and not given.has("rope_type") else "rope_type", "default", scalings)
     values: dict[str, Any] = {"width": width, "base": base, "scaling": scaling}
     if scaling in ("linear", "llama3"):
         values["factor"] = given.number("factor")

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import REPOSITORY
@@ -133,3 +134,48 @@ def test_ends_that_are_no_tokens_are_refused(tmp_path: Path, ends: object, messa
     folder = make_family_model(tmp_path, "llama")
     with pytest.raises(ModelError, match=re.escape(message)):
         write_ends(folder, config=0, generation=ends)
+
+
+@pytest.mark.parametrize("option", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize("said", [{"num_key_value_heads": None}, {"num_key_value_heads": 4}])
+def test_heads_of_keys_that_are_null_are_as_many_as_those_of_queries(tmp_path: Path, option: str, said: dict[str, Any]) -> None:
+    """A key that is not there stands for the family's default instead."""
+    path = make_family_model(tmp_path, option) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    assert read_config(path).num_key_value_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("option", "said", "windows"),
+    [
+        ("qwen2", {"use_sliding_window": True, "sliding_window": None, "layer_types": None}, ()),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 7, "layer_types": None, "max_window_layers": 3},
+            (None, None, None, 7),
+        ),
+        ("qwen3", {"use_sliding_window": False, "sliding_window": 7, "layer_types": None, "max_window_layers": 0}, ()),
+        ("mistral", {"sliding_window": None}, ()),
+    ],
+)
+def test_windows_are_those_of_transformers(
+    tmp_path: Path, option: str, said: dict[str, Any], windows: tuple[int | None, ...]
+) -> None:
+    from transformers import AutoConfig
+
+    path = make_family_model(tmp_path, option) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    config, reference = read_config(path), AutoConfig.from_pretrained(tmp_path)
+    kinds = getattr(reference, "layer_types", None) or ["sliding_attention"] * 4
+    assert config.windows == windows
+    assert [config.window(block) for block in range(4)] == [
+        reference.sliding_window if kind == "sliding_attention" else None for kind in kinds
+    ]
+
+
+@pytest.mark.parametrize("said", [{"use_sliding_window": False}, {"use_sliding_window": True, "sliding_window": None}])
+def test_blocks_with_windows_of_no_width_are_refused(tmp_path: Path, said: dict[str, Any]) -> None:
+    path = make_family_model(tmp_path, "qwen2-windows") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    with pytest.raises(ModelError, match="layer_types asks for windows, and use_sliding_window or sliding_window for none"):
+        read_config(path)

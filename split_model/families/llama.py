@@ -37,7 +37,7 @@ def read_shape(
     epsilon: float = 1e-6,
     head_width: int | None = None,
     positions: int = 2048,
-    may_be_partial: bool = False,
+    **of_rotary: Any,
 ) -> dict[str, Any]:
     """
     What Llama and its descendants say alike, as arguments of `ModelConfig`.
@@ -45,10 +45,14 @@ def read_shape(
     Args:
         key_value_heads, epsilon, head_width, positions: the family's defaults in transformers; None: as many heads of keys as
             of queries, and as wide as the heads of queries make the width.
-        may_be_partial: whether the family can turn a part of each head.
+        of_rotary: see `read_rotary`.
     """
     width, num_heads = file.integer("hidden_size"), file.integer("num_attention_heads")
-    own_heads = file.has("num_key_value_heads")
+    # null stands for as many heads as there are of queries, whatever the family's default is.
+    if file.is_null("num_key_value_heads"):
+        key_value_heads = num_heads
+    else:
+        key_value_heads = file.integer("num_key_value_heads", key_value_heads or num_heads)
     if file.has("head_dim"):
         head_width = file.integer("head_dim")
     elif head_width is None:
@@ -65,7 +69,7 @@ def read_shape(
         "num_layers": file.integer("num_hidden_layers", most=MOST_LAYERS),
         "width": width,
         "num_heads": num_heads,
-        "num_key_value_heads": file.integer("num_key_value_heads") if own_heads else key_value_heads or num_heads,
+        "num_key_value_heads": key_value_heads,
         "head_width": head_width,
         "inner_width": file.integer("intermediate_size"),
         "num_positions": num_positions,
@@ -77,7 +81,7 @@ def read_shape(
         "tied_head": file.boolean("tie_word_embeddings", False),
         "end_token": ends[0],
         "stop_tokens": ends[1:],
-        "rotary": read_rotary(file, head_width, num_positions, may_be_partial=may_be_partial),
+        "rotary": read_rotary(file, head_width, num_positions, **of_rotary),
     }
 
 

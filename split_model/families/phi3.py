@@ -1,9 +1,10 @@
-"""Phi-3 and Phi-4-mini: a Llama whose linear layers of one input are one, and which may turn a part of each head."""
+"""
+Phi-3 with positions as they were trained (4k, not 128k): a Llama whose linear layers of one input are one, and which may turn
+a part of each head.
+"""
 
 from dataclasses import replace
 from typing import Any
-
-from storage import ModelError
 
 from ..config_file import ConfigFile
 from ..model_config import Family, ModelConfig
@@ -13,11 +14,8 @@ __all__ = ["FAMILY"]
 
 
 def _read(file: ConfigFile) -> ModelConfig:
-    shape = read_shape(file, epsilon=1e-5, positions=4096, may_be_partial=True)
-    if shape["rotary"].scaling != "default":
-        raise ModelError(f"{file.path}: Phi-3 knows no rope scaling {shape['rotary'].scaling!r}")
-    if file.has("original_max_position_embeddings"):
-        file.integer("original_max_position_embeddings")  # of longrope alone, which is refused
+    shape = read_shape(file, epsilon=1e-5, positions=4096, may_be_partial=True, scalings=("default",))
+    file.integer("original_max_position_embeddings", 4096)  # of a scaling that is refused
     window = file.integer("sliding_window") if file.has("sliding_window") else None
     windows = () if window is None else (window,) * shape["num_layers"]
     return ModelConfig(family=FAMILY, without_bias=tuple(LAYERS), windows=windows, **shape)

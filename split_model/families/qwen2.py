@@ -16,15 +16,17 @@ FULL, WINDOW = "full_attention", "sliding_attention"
 def read_windows(file: ConfigFile, num_layers: int) -> tuple[int | None, ...]:
     """Of each block; none where no block has one."""
     uses_window = file.boolean("use_sliding_window", False)
-    window = file.integer("sliding_window", 4096) if file.has("sliding_window") or uses_window else None
+    given = None if file.is_null("sliding_window") else file.integer("sliding_window", 4096)
+    window = given if uses_window else None
     first = file.integer("max_window_layers", 28, least=0)
-    kinds = file.texts("layer_types") or [WINDOW if uses_window and block >= first else FULL for block in range(num_layers)]
+    has_window = [window is not None and block >= first for block in range(num_layers)]
+    kinds = file.texts("layer_types") or [WINDOW if has_one else FULL for has_one in has_window]
     if len(kinds) != num_layers or not set(kinds) <= {FULL, WINDOW}:
         raise ModelError(f'{file.path}: layer_types should say "{FULL}" or "{WINDOW}" of each of the {num_layers} layers')
     if WINDOW not in kinds:
         return ()
-    if not uses_window:
-        raise ModelError(f"{file.path}: layer_types asks for windows, and use_sliding_window for none")
+    if window is None:
+        raise ModelError(f"{file.path}: layer_types asks for windows, and use_sliding_window or sliding_window for none")
     return tuple(window if kind == WINDOW else None for kind in kinds)
 
 
