@@ -89,6 +89,38 @@ def make_gpt2_small(folder: Path, *, half: bool = False, **shape: int) -> Path:
     return folder
 
 
+def make_smollm2(folder: Path) -> Path:
+    """
+    SmolLM2-135M's shape with random weights and GPT-2's tokenizer: its vocabulary is 2 % larger, and like the model's own a
+    multiple of 64, since products with an odd number of columns are slow in transformers.
+    """
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=30,
+        hidden_size=576,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        max_position_embeddings=8192,
+        vocab_size=50304,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=50256,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = ByteLevelBPETokenizer(*(str(shared(f"tokenizers/gpt2/{name}")) for name in ("vocab.json", "merges.txt")))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
 def whole_model(folder: Path, lora: "LoraConfig", learning_rate: float, seed: int) -> "WholeModel":
     """A model that is split nowhere, in float32 on the CPU, with a fresh adapter."""
     from contestants.whole_model import WholeModel

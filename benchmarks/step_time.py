@@ -1,10 +1,10 @@
 """
-One training step of GPT-2 small's shape on E2E batches of 8, LoRA r=4 on c_attn, in one process and split over loopback.
+One training step on E2E batches of 8, LoRA r=4 on what PEFT adapts by default, in one process and split over loopback.
 
 (a) transformers + PEFT in one process, padded to the longest row   (b) the split pair, a server and an edge process
 
-Rounds are interleaved and medians compared, because the machine's speed drifts: a round of (a) runs while (b) waits for its
-next batch, and the other way round.
+Both in every precision that pays here, on random weights of a model's shape. Rounds are interleaved and medians compared,
+because the machine's speed drifts: a round of (a) runs while (b) waits for its next batch, and the other way round.
 """
 
 import argparse
@@ -19,23 +19,26 @@ import harness
 import torch
 
 BATCH_SIZE, RANK, LEARNING_RATE = 8, 4, 2e-4
+SHAPES = {"gpt2": harness.make_gpt2_small, "smollm2-135m": harness.make_smollm2}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="gpt2")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--cut-layer", type=int, default=3)
     parser.add_argument("--micro-batches", type=int, default=1, help="more than 1 pay where the sides do not share their cores")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", *(["bfloat16"] if has_bfloat16() else [])])
     options = parser.parse_args()
     pairs = harness.e2e_rows("train", slice(0, BATCH_SIZE * options.rounds))
     with tempfile.TemporaryDirectory() as scratch:
-        model = harness.make_gpt2_small(Path(scratch))
+        model = SHAPES[options.shape](Path(scratch) / "model")
         tokens = count_tokens(model, pairs)
-        dtypes = ["float32", *(["bfloat16"] if has_bfloat16() else [])]
-        racers: dict[str, Iterator[float]] = {"transformers + PEFT, one process": centralised(model, pairs)}
-        for dtype in dtypes:
-            racers[f"split pair, {dtype}"] = split(model, pairs, dtype, options, Path(scratch))
-        seconds: dict[str, list[float]] = {name: [] for name in racers}
+        racers: dict[tuple[str, str], Iterator[float]] = {}
+        for dtype in options.dtypes:
+            racers["transformers + PEFT, one process", dtype] = centralised(model, pairs, dtype)
+            racers["split pair", dtype] = split(model, pairs, dtype, options, Path(scratch))
+        seconds: dict[tuple[str, str], list[float]] = {name: [] for name in racers}
         for _ in range(options.rounds):
             for name, racer in racers.items():
                 seconds[name].append(next(racer))
@@ -44,14 +47,23 @@ def main() -> None:
             racer.close()  # type: ignore[attr-defined]
 
 
-def centralised(model: Path, pairs: list[tuple[str, str]]) -> Iterator[float]:
-    """Seconds of each step."""
+def centralised(model: Path, pairs: list[tuple[str, str]], dtype: str) -> Iterator[float]:
+    """Seconds of each step. The base model is in ``dtype``, and its adapter in float32, as PEFT has it and as ours is."""
     import reference
     from peft import LoraConfig, get_peft_model
 
+    from split_model import PretrainedModel
+
     samples = reference.encode(pairs, model)
-    config = LoraConfig(r=RANK, lora_alpha=32, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
-    whole: Any = get_peft_model(reference.load_base(model), config)
+    family = PretrainedModel(model).config.family
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=32,
+        target_modules=list(family.usual_targets),
+        fan_in_fan_out=family.stores_in_out,
+        task_type="CAUSAL_LM",
+    )
+    whole: Any = get_peft_model(reference.load_base(model, getattr(torch, dtype)), config)
     optimiser = torch.optim.AdamW((p for p in whole.parameters() if p.requires_grad), lr=LEARNING_RATE)
     for start in range(0, len(samples), BATCH_SIZE):
         began = time.perf_counter()
@@ -99,16 +111,15 @@ def has_bfloat16() -> bool:
     return choose_dtype("auto", torch.device("cpu"))[0] == "bfloat16"
 
 
-def report(seconds: dict[str, list[float]], tokens: int) -> None:
-    baseline, *_ = (statistics.median(values) for values in seconds.values())
+def report(seconds: dict[tuple[str, str], list[float]], tokens: int) -> None:
     rows = []
-    for name, values in seconds.items():
+    peers = {dtype: statistics.median(values) for (name, dtype), values in seconds.items() if name != "split pair"}
+    for (name, dtype), values in seconds.items():
         median = statistics.median(values)
         rate = tokens / len(values) / median
-        rows.append(
-            [name, f"{median:.2f}", f"{min(values):.2f} - {max(values):.2f}", f"{rate:.0f}", f"{baseline / median:.2f} x"]
-        )
-    print(harness.markdown(["", "seconds a step, median", "range", "tokens/s", "against the first"], rows))
+        spread = f"{min(values):.2f} - {max(values):.2f}"
+        rows.append([name, dtype, f"{median:.2f}", spread, f"{rate:.0f}", f"{peers[dtype] / median:.2f} x"])
+    print(harness.markdown(["", "", "seconds a step, median", "range", "tokens/s", "against the peer in this precision"], rows))
     print(
         f"\n{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}; bfloat16 pays here: {has_bfloat16()}"
     )
