@@ -1,7 +1,7 @@
 """What is known of a model before its weights are opened: its shape, and the names that its family gives to its tensors."""
 
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from storage import ModelError
@@ -132,7 +132,7 @@ class ModelConfig:
         usual |= {each.name: each.default for each in fields(self) if each.default is not MISSING}
         found = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("family", "stop_tokens")}
         different = {name: value for name, value in found.items() if name not in usual or usual[name] != value}
-        return {name: value.identity() if isinstance(value, Rotary) else value for name, value in different.items()}
+        return {name: asdict(value) if isinstance(value, Rotary) else value for name, value in different.items()}
 
     @property
     def ends(self) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ that they are the same to the bit: at position 100,000 a frequency that differs 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -62,10 +62,6 @@ class Rotary:
     """Of "yarn": whether these bounds are moved outwards to whole pairs."""
     amplitude: float = 1.0
     """By which queries and keys grow as they are turned; `attention_factor` in config.json."""
-
-    def identity(self) -> dict[str, Any]:
-        """The fields that differ from the usual ones; see `ModelConfig.identity`."""
-        return {each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default}
 
     def frequencies(self) -> NDArray[numpy.float32]:
         """Of each pair, in radians a position: (width / 2,)."""
