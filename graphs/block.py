@@ -18,9 +18,6 @@ if TYPE_CHECKING:  # a graph is built without torch, which split_model imports
 
 __all__ = ["Block", "embedding", "embedding_tensors"]
 
-LAYER_NORM = "layer"
-"""`split_model.model_config.LAYER_NORM`, which cannot be imported without torch."""
-
 
 class Block:
     """
@@ -28,15 +25,16 @@ class Block:
         middle -> norm -> up -> activation -> down -> + middle = output
         or, gated:     -> gate and up -> activation of the gate, times up -> down
 
-    Kept for the backward pass, in bytes of each row, and in MB of 468 rows of GPT-2 small (d = 768):
+    Kept for the backward pass, in bytes of each row of GPT-2 and of SmolLM2-135M, and in MB of 468 rows of GPT-2 small
+    (d = 768) and of SmolLM2-135M (d = 576):
 
-        x         the block's input, which the block before has made     4 d     1.4
-        qkv       queries, keys and values                              12 d     4.3
-        middle    between attention and MLP                              4 d     1.4
-        inner     what goes into the activation, and is gated           16 d     5.8
+        x         the block's input, which the block before has made     4 d     4 d     1.4    1.1
+        qkv       queries, keys and values                              12 d     7 d     4.3    1.8
+        middle    between attention and MLP                              4 d     4 d     1.4    1.1
+        inner     what goes into the activation, and is gated           16 d    21 d     5.8    5.8
 
-    Everything else is computed again: both norms, the rotation, attention's probabilities and what they mix, and the activation
-    cost a tenth of the products with the matrices, and would be as much again to keep.
+    Everything else is computed again: norms, the rotation, attention's probabilities and what they mix, and the activation cost
+    a tenth of the products with the matrices, and would be as much again to keep.
 
     Tensors of the file of weights have the names they have within a block of the model.
     """
@@ -49,7 +47,7 @@ class Block:
         }
 
         def norm(name: str) -> Norm:
-            kind = LayerNorm if config.norm == LAYER_NORM else RMSNorm
+            kind = LayerNorm if config.has_layer_norms else RMSNorm
             return kind(graph, name, config.norm_widths[name], config.norm_epsilon)
 
         self.qkv, self.projection = [linear[name] for name in names.qkv], linear[names.projection]
@@ -114,12 +112,13 @@ class Block:
         return (node("Concat", d_gate, d_up, axis=1),) if len(inner) == 1 else (d_gate, d_up)
 
     def _gate_and_up(self, inner: tuple[str, ...]) -> tuple[str, ...]:
+        """Apart, where one layer makes both; divided once in a graph."""
         if len(inner) == 2:
             return inner
         parts = (f"{inner[0]}/gate", f"{inner[0]}/up")
         if parts not in self._divided:
             self._divided.add(parts)
-            self.graph.node_with_outputs("Split", list(inner), list(parts), axis=1, num_outputs=2)
+            self.graph.node_with_outputs("Split", inner, parts, axis=1, num_outputs=2)
         return parts
 
 

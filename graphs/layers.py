@@ -5,7 +5,7 @@ N rows of a packed batch, one for each token; B sequences, and T columns of the 
 queries and K of keys and values, of D elements each. dx is the gradient of the loss by x. ∘ multiplies element by element.
 """
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -181,7 +181,7 @@ class Rotation:
         node, (cosine, sine) = self.graph.node, self._angles()
         with self.graph.scope("rotation"):
             sizes = [self.half, self.half, *([self.rest] if self.rest else [])]
-            parts = [f"{heads}/{back}/{number}" for number in range(len(sizes))]
+            parts = [f"{heads}/{part}" for part in ("first", "second", "rest")[: len(sizes)]]
             self.graph.node_with_outputs("Split", [heads, self.graph.constant(sizes)], parts, axis=-1)
             first, second, *rest = parts
             minus, plus = ("Add", "Sub") if back else ("Sub", "Add")
@@ -196,7 +196,7 @@ class Rotation:
         if self._tables is None:
             node, constant = self.graph.node, self.graph.constant
             with self.graph.scope("rotation"):
-                positions = self.graph.cast(position_of_cell(self.graph, [0, 1, -1, 1]), np.float32)
+                positions = self.graph.cast(_position_of_cell(self.graph, [0, 1, -1, 1]), np.float32)
                 angles = node("Mul", positions, constant(self.rotary.frequencies().tolist(), np.float32))
                 cosine, sine = node("Cos", angles), node("Sin", angles)
                 if self.rotary.amplitude != 1:
@@ -229,44 +229,42 @@ class CausalAttention:
         self.widths = [config.query_width, config.key_width, config.key_width]
         self.rotation = Rotation(graph, config.rotary, config.head_width) if config.rotary else None
         self.has_window = any(config.windows)
-        self._seen: dict[tuple[str, ...], tuple[str, str, str, str]] = {}
-        self._made: dict[tuple[str, ...], tuple[str, str]] = {}
-        """Queries and keys as the linear layers have made them, of what was seen."""
+        self._seen: dict[tuple[str, ...], _Seen] = {}
+        """By what `forward` was given."""
 
     def forward(self, qkv: tuple[str, ...]) -> str:
         """Queries (N, H D), keys and values (N, K D) each, or all side by side -> (N, H D)."""
-        _, _, value, probabilities = self._attend(qkv)
+        seen = self._attend(qkv)
         with self.graph.scope("attention"):
-            mixed = self.graph.node("MatMul", self._grouped(probabilities), value)
+            mixed = self.graph.node("MatMul", self._grouped(seen.probabilities), seen.value)
             return self._rows(self._ungrouped(mixed), self.widths[0])
 
     def backward(self, qkv: tuple[str, ...], d_mixed: str) -> tuple[str, ...]:
         """What `forward` was given, and the gradient by what it gave (N, H D) -> the gradients by the former."""
         node = self.graph.node
-        query, key, value, probabilities = self._attend(qkv)
+        seen = self._attend(qkv)
         with self.graph.scope("attention.backward"):
             is_token = self.graph.given("is_token", np.float32, ["sequences", "columns", 1])
             d_mixed = self._heads(node("Mul", node("Gather", d_mixed, self._row_of_cell()), is_token), self.num_heads)
-            probabilities, d_mixed = self._grouped(probabilities), self._grouped(d_mixed)
+            probabilities, d_mixed = self._grouped(seen.probabilities), self._grouped(d_mixed)
             d_value = node("MatMul", self._transposed(probabilities), d_mixed)
-            d_probabilities = node("MatMul", d_mixed, self._transposed(value))
+            d_probabilities = node("MatMul", d_mixed, self._transposed(seen.value))
             inner = node("ReduceSum", node("Mul", probabilities, d_probabilities), self.graph.constant([-1]))
             d_scores = self._scaled(node("Mul", probabilities, node("Sub", d_probabilities, inner)))
-            d_query = self._ungrouped(node("MatMul", d_scores, key))
-            d_key = node("MatMul", self._transposed(d_scores), query)
-            d_query, d_key = self._through_norms_and_rotation(qkv, d_query, d_key)
+            d_query = self._ungrouped(node("MatMul", d_scores, seen.key))
+            d_key = node("MatMul", self._transposed(d_scores), seen.query)
+            d_query, d_key = self._through_norms_and_rotation(seen, d_query, d_key)
             if len(qkv) == 1:
                 return (self._rows(node("Concat", d_query, d_key, d_value, axis=1), sum(self.widths)),)
             parts = zip((d_query, d_key, d_value), self.widths, strict=True)
             return tuple(self._rows(part, width) for part, width in parts)
 
-    def _attend(self, qkv: tuple[str, ...]) -> tuple[str, str, str, str]:
-        """Q (B, K, G T, D), K and V (B, K, T, D), and P (B, H, T, T); computed once in a graph."""
+    def _attend(self, qkv: tuple[str, ...]) -> "_Seen":
+        """Computed once in a graph."""
         if qkv not in self._seen:
             node = self.graph.node
             with self.graph.scope("attention"):
-                query, key, value = self._parts(qkv)
-                self._made[qkv] = query, key
+                query, key, value = made = self._parts(qkv)
                 if self.norms:
                     query, key = self.norms[0].forward(query), self.norms[1].forward(key)
                 if self.rotation:
@@ -274,7 +272,7 @@ class CausalAttention:
                 query = self._grouped(query)
                 scores = self._ungrouped(self._scaled(node("MatMul", query, self._transposed(key))))
                 probabilities = node("Softmax", node("Add", scores, self._hidden()), axis=-1)
-            self._seen[qkv] = query, key, value, probabilities
+            self._seen[qkv] = _Seen(made[0], made[1], query, key, value, probabilities)
         return self._seen[qkv]
 
     def _parts(self, qkv: tuple[str, ...]) -> list[str]:
@@ -290,13 +288,13 @@ class CausalAttention:
         heads = (self.num_heads, self.num_keys, self.num_keys)
         return [self._heads(part, count) for part, count in zip(cells, heads, strict=True)]
 
-    def _through_norms_and_rotation(self, qkv: tuple[str, ...], d_query: str, d_key: str) -> tuple[str, str]:
+    def _through_norms_and_rotation(self, seen: "_Seen", d_query: str, d_key: str) -> tuple[str, str]:
         """Gradients by what attention takes -> by what the linear layers make."""
         if self.rotation:
             d_query, d_key = self.rotation.turned(d_query, back=True), self.rotation.turned(d_key, back=True)
         if self.norms:
-            query, key = self._made[qkv]
-            d_query, d_key = self.norms[0].backward(query, d_query), self.norms[1].backward(key, d_key)
+            d_query = self.norms[0].backward(seen.made_query, d_query)
+            d_key = self.norms[1].backward(seen.made_key, d_key)
         return d_query, d_key
 
     def _hidden(self) -> str:
@@ -308,7 +306,7 @@ class CausalAttention:
         if not self.has_window:
             return later
         by_row, by_column = (
-            self.graph.cast(position_of_cell(self.graph, shape), np.float32) for shape in ([0, 1, -1, 1], [0, 1, 1, -1])
+            self.graph.cast(_position_of_cell(self.graph, shape), np.float32) for shape in ([0, 1, -1, 1], [0, 1, 1, -1])
         )
         last_seen = node("Sub", self.graph.weight_input(WINDOW, np.float32, [1]), constant(1, np.float32))
         before = self.graph.cast(node("Greater", node("Sub", by_row, by_column), last_seen), np.float32)
@@ -342,11 +340,27 @@ class CausalAttention:
         return self.graph.node("Mul", scores, self.graph.constant(self.head_width**-0.5, np.float32))
 
 
+class _Seen(NamedTuple):
+    """What attention has computed of its input; see `CausalAttention`."""
+
+    made_query: str
+    made_key: str
+    """As linear layers have made them: (B, H, T, D) and (B, K, T, D)."""
+    query: str
+    """Q, normed, turned and grouped: (B, K, G T, D)."""
+    key: str
+    """K, normed and turned: (B, K, T, D)."""
+    value: str
+    """V (B, K, T, D)."""
+    probabilities: str
+    """P (B, H, T, T)."""
+
+
 def _row_of_cell(graph: PartGraph) -> str:
     return graph.given("row_of_cell", np.int64, ["sequences", "columns"])
 
 
-def position_of_cell(graph: PartGraph, shape: list[int]) -> str:
+def _position_of_cell(graph: PartGraph, shape: list[int]) -> str:
     """The position of each cell's token in its sequence, (B, T), in the shape of ONNX's Reshape."""
     positions = graph.node("Gather", graph.given("positions", np.int64, ["rows"]), _row_of_cell(graph))
     return graph.node("Reshape", positions, graph.constant(shape))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from device_parts import make_part
 from family_models import OPTIONS, make_family_model
 from usual_settings import settings
@@ -12,8 +13,12 @@ from edge_client.data import Batch, Sample, pack
 from edge_client.onnx_engine import OnnxEngine
 from edge_client.part.device_part import DevicePart
 from edge_client.torch_engine import TorchEngine
+from graphs import Adaptation
+from graphs.layers import Rotation
+from graphs.part_graph import PartGraph
 from protocol import Array, Tensors
 from split_model import PretrainedModel
+from split_model.rotary import Rotary, rotate
 from storage import EDGE_WEIGHTS
 
 TOLERANCE = 1e-5
@@ -92,3 +97,21 @@ def test_only_a_part_whose_blocks_ask_for_positions_is_none_for_older_devices(ba
     graphs = part.open()
     blocks = (graphs.forward, graphs.inference, graphs.backward, graphs.first_backward)
     assert {"positions" in graph.inputs for graph in blocks} == {part.description.format == 2}
+
+
+def test_heads_are_turned_by_far_positions_as_torch_turns_them(tmp_path: Path) -> None:
+    """131,071 radians are many turns: what a runtime makes of them depends on how it takes the turns away."""
+    import onnxruntime
+
+    rotary, positions = Rotary(width=16, base=5e5), np.array([0, 1, 1000, 8191, 65_537, 131_071])
+    graph = PartGraph(tmp_path / "turn.onnx", Adaptation(layers={}, rank=1, alpha=1.0, dropout=0.0), trains=False)
+    heads = graph.given("heads", np.float32, ["sequences", 2, "columns", 20])
+    graph.name_output("turned", Rotation(graph, rotary, 20).turned(heads), np.float32, ["sequences", 2, "columns", 20])
+    graph.write("turn")
+    values = np.random.default_rng(0).normal(size=(1, 2, 6, 20)).astype(np.float32)
+    session = onnxruntime.InferenceSession(tmp_path / "turn.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"heads": values, "positions": positions, "row_of_cell": np.arange(6)[None]})
+    angles = positions.astype(np.float32)[:, None] * rotary.frequencies()  # float32, as transformers computes them
+    tables = (torch.from_numpy(turn(angles.astype(np.float64)))[:, None] for turn in (np.cos, np.sin))
+    expected = rotate(torch.from_numpy(values[0]).double().transpose(0, 1), tuple(tables)).transpose(0, 1)
+    np.testing.assert_allclose(found[0], expected.numpy(), rtol=0, atol=1e-6)

@@ -94,12 +94,16 @@ class _Inspection:
         _check_versions(model)
         graph = _one(model, "graph", "ModelProto")
         self._values: set[str] = set()
+        self._sizes: dict[str, Sequence[int]] = {}
+        """What is in those constants that are lists of whole numbers."""
         for value in graph["input"]:
             self._add(_described(value))
         constants = 0
         for tensor in graph["initializer"]:
             self._add(_one(tensor, "name", "TensorProto"))
             constants += _constant_bytes(tensor)
+            if tensor["data_type"] == [INT64] and len(tensor["dims"]) == 1:
+                self._sizes[tensor["name"][0]] = _whole_numbers(_optional(tensor, "raw_data", b""))
         if constants > MOST_CONSTANT_BYTES:
             raise ModelError(f"its constants have {constants} bytes; at most {MOST_CONSTANT_BYTES} are expected")
         computed: set[str] = set()
@@ -139,9 +143,21 @@ class _Inspection:
         attributes = dict(_attribute(attribute, operator, where) for attribute in node["attribute"])
         if len(attributes) < len(node["attribute"]):
             raise ModelError(f"{where} has an attribute twice")
-        if attributes.get("num_outputs", len(outputs)) != len(outputs):
-            raise ModelError(f"{where} has {len(outputs)} outputs, and says {attributes['num_outputs']}")
+        if name == "Split":
+            self._check_pieces(inputs, len(outputs), attributes, where)
         return set(computed)
+
+    def _check_pieces(self, inputs: Sequence[str], number: int, attributes: Mapping[str, Any], where: str) -> None:
+        """Of a Split: it has as many outputs as it says, by their number or by a constant of their sizes."""
+        if len(inputs) == 1:
+            if attributes.get("num_outputs") != number:
+                raise ModelError(f"{where} has {number} outputs, and says {attributes.get('num_outputs')}")
+            return
+        sizes = self._sizes.get(inputs[1], ())
+        if "num_outputs" in attributes or len(sizes) != number or min(sizes) < 1:
+            raise ModelError(
+                f"{where} has {number} outputs; a constant of {number} sizes, each at least 1, is expected with them"
+            )
 
 
 def _check_versions(model: Message) -> None:
@@ -179,7 +195,7 @@ def _constant_bytes(tensor: Message) -> int:
     sizes = tensor["dims"]
     if not all(1 <= size <= LARGEST for size in sizes) or math.prod(sizes) * ELEMENT_BYTES[element_type] != len(raw):
         raise ModelError(f"the constant {name} of shape {sizes} has {len(raw)} bytes")
-    if element_type == INT64 and not _are_small(struct.unpack(f"<{len(raw) // 8}q", raw)):
+    if element_type == INT64 and not _are_small(_whole_numbers(raw)):
         raise ModelError(f"the constant {name} has whole numbers beyond {LARGEST}")
     return len(raw)
 
@@ -201,6 +217,10 @@ def _attribute(attribute: Message, operator: Operator, where: str) -> tuple[str,
 def _check_element_type(element_type: int, where: str) -> None:
     if element_type not in ELEMENT_BYTES:
         raise ModelError(f"{where} has elements of ONNX's type {element_type}, which no part has")
+
+
+def _whole_numbers(raw: bytes) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(raw) // 8}q", raw)
 
 
 def _are_small(numbers: Sequence[int]) -> bool:
