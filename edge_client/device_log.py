@@ -35,6 +35,7 @@ DEVICE_EVENTS = {
     "waiting": "this device has waited for an answer for long, and why",
     "missed": "the run has gone on without this device",
     "sent_back": "the server takes back what this device has done",
+    "ended_early": "the server ends the run before the last step for which this device has data",
     "refused": "the server takes this device no more",
     "left": "the user has ended it",
     "stopped": "it has ended before the run was over, and may be started again",

@@ -83,6 +83,14 @@ class HeldOut:
         if not step or step // self._every > round_before // self._every:
             self.evaluate(step)
 
+    def evaluate_once(self, step: int) -> None:
+        """As `evaluate`; what is known already becomes the last of `evaluations`, and is not measured again."""
+        known = next((evaluated for evaluated in reversed(self.evaluations) if evaluated.step == step), None)
+        if known is None:
+            self.evaluate(step)
+        elif known is not self.evaluations[-1]:
+            self.evaluations.append(known)
+
     def evaluate(self, step: int) -> None:
         """
         Evaluate all texts, and tell the server.
@@ -106,7 +114,9 @@ class HeldOut:
             raise RemoteProtocolError(f"expected a note of the held-out loss of step {step}, got that of step {noted.step}")
         seconds = membership.stopwatch.now() - began
         membership.stopwatch.lap()  # an evaluation belongs to no step
-        if noted.reached != step:
+        if noted.reached < step:
+            return  # the run is over, and has gone back to its best adapter
+        if noted.reached > step:
             self._log.tell(
                 "note",
                 f"the run went on to step {noted.reached} while this device evaluated its held-out texts after step {step}, so "

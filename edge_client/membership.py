@@ -348,7 +348,9 @@ class Membership:
         device has sent, which no run has to do often: with another adapter, what is sent again tells more of the same texts.
         """
         first = getattr(question, "step", start.step + 1)
-        if first <= start.step:
+        if start.total_steps < first:
+            self._log.tell("ended_early", f"the server ends the run after step {start.step}", step=start.step)
+        elif first <= start.step:
             steps = f"step {first}" if first == start.step else f"steps {first} to {start.step}"
             text = f"the run has gone on without this device, which has missed {steps}"
             self._log.tell("missed", text, step=start.step, first=first, last=start.step)

@@ -81,7 +81,7 @@ def train(
     """
     while True:
         settings = membership.welcome.settings  # of each pass: a server that was started again may have made the run longer
-        last_step = batches.last_step(settings)
+        last_step = min(batches.last_step(settings), start.total_steps)  # the run may have ended before this device's data
         itinerary = Itinerary(settings, last_step)
         try:
             question = _go_to(start, itinerary, engine, membership, saved_steps)
@@ -128,10 +128,12 @@ def train(
                     seconds=difference(membership.stopwatch.read(), seconds_before),
                 )
 
+            if held_out is not None and settings.final_adapter == "best" and batches.last_step(settings) == start.total_steps:
+                held_out.evaluate_once(last_step)  # before the server decides which adapter is the best
             end = membership.exchange(Done(step=last_step), RunEnd)
             engine.load_adapter(end.tensors)
             if held_out is not None:
-                held_out.evaluate(end.step)
+                held_out.evaluate_once(end.best_step or end.step)
             return
         except Redirected as redirected:
             start = redirected.start

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class SavedRound:
     """See `Federation.membership`."""
     state: dict[str, Tensor]
     """See `Engine.round_end`."""
+    judgements: list[dict[str, Any]] = field(default_factory=list)
+    """See `EarlyStopping.state`."""
 
 
 class CheckpointSpacing:
@@ -91,6 +93,8 @@ class Checkpoints:
             ServerError: the disk is full, or the folder cannot be written. Earlier checkpoints are untouched.
         """
         described = {"format": FORMAT, "run": saved.run, "step": saved.step, "membership": saved.membership}
+        if saved.judgements:
+            described["judgements"] = saved.judgements
         with _readable_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             content = seal(json.dumps(described), saved.state)
@@ -136,7 +140,13 @@ def _read(path: Path) -> SavedRound:
     described = json.loads(text)
     if described["format"] != FORMAT:
         raise ServerError(f"{path} has format {described['format']}, this version reads {FORMAT}")
-    return SavedRound(run=described["run"], step=described["step"], membership=described["membership"], state=state)
+    return SavedRound(
+        run=described["run"],
+        step=described["step"],
+        membership=described["membership"],
+        state=state,
+        judgements=described.get("judgements", []),
+    )
 
 
 @contextmanager

@@ -48,6 +48,7 @@ OF_THE_RUN = {item.name for item in fields(RunSettings)} - DERIVED | {
     "residual",
     "codec",
     "edge_weights",
+    "early_stopping_threshold",
 }
 
 ALL_LINEAR = ("all-linear",)
@@ -95,6 +96,17 @@ class ServerConfig:
         "largest norm of the gradient by the adapters of devices and server together; a longer one is shortened before the "
         "optimiser's step, which then waits for the devices' part of it; needs --aggregate-every 1; 0: none is",
         0.0,
+    )
+    early_stopping_patience: int = option(
+        "end the run when so many evaluations of the devices' held-out texts in a row were not better than those before; needs "
+        "devices with --eval-data and --eval-every; 0: it does not end early",
+        0,
+    )
+    early_stopping_threshold: float = option("nats/token by which a held-out loss must be lower to count as better", 0.0)
+    final_adapter: str = option(
+        "the adapter with which the run ends: the last, or the best, under which the held-out texts lost least",
+        "last",
+        choices=("last", "best"),
     )
     seed: int = option("random seed", 0)
     init_adapter: str | None = option("PEFT folder of an adapter to start from")
@@ -199,7 +211,13 @@ class ServerConfig:
         self._shared(cut_layer=1, **({} if self.names_targets else {"lora_targets": ("any",)}))  # of both the model says more
         for name in COUNTS:
             self._require(name, lambda value: value is None or 1 <= value <= LARGEST_COUNT, f"1 to {LARGEST_COUNT}")
-        self._require("codec_tolerance", lambda value: value >= 0, "at least 0")
+        for name in ("codec_tolerance", "early_stopping_threshold"):
+            self._require(name, lambda value: value >= 0, "at least 0")
+        if self.early_stopping_threshold and not self.early_stopping_patience:
+            raise ConfigError(
+                f"early-stopping-threshold {self.early_stopping_threshold:g} is for runs that may end early: add "
+                "--early-stopping-patience, or leave it out"
+            )
         for name in ("handshake_seconds", "max_messages_per_second", "step_deadline"):
             self._require(name, lambda value: value is None or value > 0, "positive")
         self._require("linger", lambda value: value >= 0, "at least 0")

@@ -121,6 +121,17 @@ class Engine(Protocol):
             ModelError: nor are they without the adapter.
         """
 
+    def keep_best(self) -> None:
+        """The adapter of the last round's end is the best so far. From now on `round_end` has it besides."""
+
+    def load_best(self) -> Tensors:
+        """
+        Let the adapter be the one that was kept last.
+
+        Returns:
+            See `edge_adapter`.
+        """
+
     def adapter(self) -> "Adapter":
         """A copy of all LoRA matrices, edge and server: A is (r, inputs), B is (outputs, r)."""
 

@@ -37,6 +37,8 @@ def go_back(run: Run) -> list[Action]:
             f"(aggregate-every {run.config.aggregate_every}, codec {run.config.codec}); {start_from(run)}"
         )
     engine.restore(saved.state)
+    if federation.early_stopping is not None:
+        federation.early_stopping.restore(saved.judgements)
     earliest = directory.checkpoints.steps()[0]
     evaluated = {record.client: record.step for record in RunFiles(directory.path).evaluations()}
     actions = federation.restore(

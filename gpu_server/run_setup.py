@@ -36,7 +36,7 @@ from .config import OF_THE_RUN, ServerConfig, is_loopback, resumed, with_whole_p
 from .door import Door, open_door
 from .edge_part import EdgePartStore
 from .errors import ConfigError, ServerError
-from .federation import CodecPolicy, Deadline, Federation, ModelLimits
+from .federation import CodecPolicy, Deadline, EarlyStopping, Federation, ModelLimits
 from .history.overview import Overview
 from .noise_observer import NoiseObserver
 from .page.live import PageObserver
@@ -188,6 +188,7 @@ def _set_up(options: Mapping[str, Any], leader: "Leader | None") -> Run:
         checkpoint_every=_rounds_to_checkpoint(config, settings) or 1,
         deadline=Deadline(config.step_deadline),
         codec_policy=_codec_policy(config, settings, directory),
+        early_stopping=EarlyStopping.in_run(settings, config.early_stopping_threshold),
         restarts=description.restarts,
     )
     overview = Overview(description.run, config.clients, codec=settings.activation_codec)

@@ -36,7 +36,7 @@ from .part_trainer import Seeds, Trainer
 
 __all__ = ["TorchEngine"]
 
-ADAPTER, SERVER_OPTIMISER, EDGE_OPTIMISER = "adapter/", "server_optimiser/", "edge_optimiser/"
+ADAPTER, SERVER_OPTIMISER, EDGE_OPTIMISER, BEST = "adapter/", "server_optimiser/", "edge_optimiser/", "best/"
 HELD_OUT = "held-out texts"
 
 
@@ -56,6 +56,8 @@ class TorchEngine:
         dtype = torch.float64 if settings.precision == "float64" else torch.float32
         self._edge = {name: nn.Parameter(matrix.to(dtype, copy=True)) for name, matrix in edge_adapter.items()}
         self._edge_optimiser = adamw(self._edge.values(), OptimiserConfig(**settings.optimiser()))
+        self._best: Adapter = {}
+        """The adapter that was kept as the best; empty if none was."""
         self.round_end: Adapter = self._state()
         self._norm_of_server = 0.0
         """Of the gradient by the server's adapter, in the step that is trained."""
@@ -134,6 +136,14 @@ class TorchEngine:
     def infer(self, batch: Evaluation) -> Array:
         return self._trainer.infer(batch, HELD_OUT) if len(batch.values) else batch.values
 
+    def keep_best(self) -> None:
+        self._best = _under(ADAPTER, self.round_end)
+        self.round_end = {**self.round_end, **{f"{BEST}{name}": matrix for name, matrix in self._best.items()}}
+
+    def load_best(self) -> Tensors:
+        self._load(self._best, self._trainer.optimiser_state())
+        return self.edge_adapter()
+
     def edge_adapter(self) -> Tensors:
         return {name: matrix.detach().clone().numpy() for name, matrix in self._edge.items()}
 
@@ -141,22 +151,25 @@ class TorchEngine:
         return {**{name: matrix.detach().clone() for name, matrix in self._edge.items()}, **self._trainer.adapter()}
 
     def restore(self, state: Adapter) -> None:
-        adapter = _under(ADAPTER, state)
+        self._load(_under(ADAPTER, state), _under(SERVER_OPTIMISER, state))
+        restore_optimiser(self._edge_optimiser, _under(EDGE_OPTIMISER, state))
+        self._best = _under(BEST, state)
+        self.round_end = self._state()
+
+    def _load(self, adapter: Adapter, server_optimiser: Adapter) -> None:
         if not self._edge.keys() <= adapter.keys():
             raise AdapterError("the checkpoint's matrices are not those of the run's model and LoRA settings")
-        edge = {name: adapter.pop(name) for name in self._edge}
-        self._trainer.restore(adapter, _under(SERVER_OPTIMISER, state))
+        self._trainer.restore({name: matrix for name, matrix in adapter.items() if name not in self._edge}, server_optimiser)
         with torch.no_grad():
             for name, matrix in self._edge.items():
-                matrix.copy_(edge[name])
-        restore_optimiser(self._edge_optimiser, _under(EDGE_OPTIMISER, state))
-        self.round_end = self._state()
+                matrix.copy_(adapter[name])
 
     def _state(self) -> Adapter:
         parts = {
             ADAPTER: self.adapter(),
             SERVER_OPTIMISER: self._trainer.optimiser_state(),
             EDGE_OPTIMISER: optimiser_state(self._edge_optimiser),
+            BEST: self._best,
         }
         return {f"{prefix}{name}": tensor for prefix, tensors in parts.items() for name, tensor in tensors.items()}
 

@@ -103,13 +103,21 @@ class Agreement:
                 raise RemoteProtocolError(f"{_name(message)}.{name} is {array.dtype.name}; this run is in {precision}")
 
     def _check_start(self, start: Start, settings: RunSettings) -> None:
-        join = self._join
-        own_steps = 0 if join is None else settings.steps_of_client(join.num_samples, join.batch_size)
-        if not max(own_steps, start.step, start.round) <= start.total_steps <= LARGEST_COUNT:
+        own_steps = self._own_steps(settings)
+        least = 0 if settings.may_end_early else own_steps
+        if not max(least, start.step, start.round) <= start.total_steps <= LARGEST_COUNT:
             raise RemoteProtocolError(
                 f"Start after step {start.step}, with the adapter of step {start.round}, in a run of {start.total_steps} steps "
                 f"in which this client takes part in {own_steps}"
             )
+
+    def ends_early(self, start: Start) -> bool:
+        """Whether it says that the run is over though the client has data left."""
+        return self.settings is not None and start.step == start.total_steps < self._own_steps(self.settings)
+
+    def _own_steps(self, settings: RunSettings) -> int:
+        """For which the client has data."""
+        return 0 if self._join is None else settings.steps_of_client(self._join.num_samples, self._join.batch_size)
 
     def _check_codec(self, codec: str, settings: RunSettings) -> None:
         if not settings.codecs() and codec != EXACT:

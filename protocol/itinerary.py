@@ -185,4 +185,6 @@ class Itinerary:
             return True
         if kind is HeldOutLoss:  # of the run's end, a client's own data may have ended earlier
             return start.step <= step == start.round
-        return step == (start.step + 1 if kind in (Activations, AdapterGradient) else start.step)
+        if kind in (Activations, AdapterGradient):
+            return step == start.step + 1 <= start.total_steps
+        return step == start.step

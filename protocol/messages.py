@@ -264,7 +264,10 @@ class Start:
     step: int
     """Steps finished: 0 in a fresh run. The client goes on with the next one."""
     total_steps: int
-    """Of the whole run; a client whose data ends earlier takes part in fewer."""
+    """
+    Of the whole run; a client whose data ends earlier takes part in fewer. Fewer than a client has data for, where the run has
+    ended early, see `RunSettings.may_end_early`.
+    """
     adapter: Tensors
     """As it was when the present round began."""
     round: int = 0
@@ -523,6 +526,8 @@ class RunEnd:
     step: int
     """The run's last."""
     tensors: Tensors
+    best_step: int = 0
+    """The last in this adapter, where the run ends with that of an earlier one, see `RunSettings.final_adapter`; else 0."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -216,9 +216,11 @@ class Session:
         self.activation_cache: delta.ActivationCache | None = None
         """The client's samples, for runs in `DELTA`; both sides give the session theirs when the client has joined."""
         self._agreed = Agreement()
-        self._received: tuple[type, int, int, int] | None = None
+        self._received: tuple[type, int, int, int, int] | None = None
         self._resumed_at: int | None = None
-        """The step of the last `Start`: it has answered what was asked of steps up to this one."""
+        """The step of the last `Start`."""
+        self._answered_up_to = 0
+        """What was asked of steps up to this one, it has answered: the same, and the next, where the run has ended early."""
         self._start_may_be_lost = False
         """Whether nothing has been heard since: what a `Start` takes back the server keeps until then."""
         self._open: dict[tuple[type, int, int], OpenBatch] = {}
@@ -318,7 +320,7 @@ class Session:
         Raises:
             RemoteProtocolError: its sender had heard the `Start`, and would wait for an answer for ever.
         """
-        if not isinstance(message, Activations | HiddenGradient) or self._resumed_at is None or message.step > self._resumed_at:
+        if not isinstance(message, Activations | HiddenGradient) or message.step > self._answered_up_to:
             return False
         if not self._start_may_be_lost:
             if isinstance(message, HiddenGradient):
@@ -388,6 +390,7 @@ class Session:
         self.state = next_state
         if isinstance(message, Start):
             self._resumed_at, self._start_may_be_lost = message.step, True
+            self._answered_up_to = message.step + self._agreed.ends_early(message)
             if self.side is Side.CLIENT:
                 self._see_that_start_arrived()
         self._agreed.note(message)
@@ -461,7 +464,7 @@ def _batch_of(message: Message) -> tuple[type, int, int]:
     return _BATCH_OF.get(kind, kind), number, micro_batch
 
 
-def _received_as(message: Message) -> tuple[type, int, int, int]:
+def _received_as(message: Message) -> tuple[type, int, int, int, int]:
     """What a message delivered twice has in common with itself, and with none before it."""
-    # A `Start` may name the step of the one before it, where only its round has ended meanwhile.
-    return (*identity(message), getattr(message, "round", 0))
+    # A `Start` may name the step of the one before it, where only its round has ended meanwhile, or the run has, early.
+    return (*identity(message), getattr(message, "round", 0), getattr(message, "total_steps", 0))

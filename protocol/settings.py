@@ -52,7 +52,7 @@ def gradient_codec(codec: str) -> str:
 NEXT_PIN = "next-pin"
 """A client that has a pin for the server keeps the one that `Welcome` announces beside it. No run needs this of a client."""
 
-ABILITIES = ("device-labels", "noise", "schedules", NEXT_PIN)
+ABILITIES = ("device-labels", "noise", "schedules", "early-end", NEXT_PIN)
 """What a client of this release can do for a run, besides what the first ones of this version could."""
 
 SERVER_ABILITIES = ("held-out-loss",)
@@ -74,7 +74,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("lora_alpha", "lr"), (1e-30, 1e30)),  # a float32 holds them, and their inverses
     "weight_decay": (0, 1e30),
     "lora_dropout": (0, 0.999),  # what is kept of an input is multiplied by a thousand at most
-    **dict.fromkeys(("warmup_steps", "seed", "check_codec_every"), (0, LARGEST_COUNT)),
+    **dict.fromkeys(("warmup_steps", "seed", "check_codec_every", "early_stopping_patience"), (0, LARGEST_COUNT)),
     "warmup_ratio": (0, 0.999),
     "max_grad_norm": (0, 1e30),
     "cache_bytes": (0, 2**50),
@@ -146,6 +146,10 @@ class RunSettings:
     The most that the gradient of the mean loss by both parts' adapters together is long, as a Euclidean norm; a longer one is
     shortened before the optimiser's step. 0: none is.
     """
+    early_stopping_patience: int = 0
+    """Evaluations of held-out texts in a row, none better than those before, after which the run ends; 0: it does not."""
+    final_adapter: str = "last"
+    """With which adapter the run ends: the "last", or the "best", under which held-out texts lost least."""
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -180,7 +184,11 @@ class RunSettings:
             if codec != EXACT and self.precision != "float32":
                 raise ValueError(f"{name} must be {EXACT} in a run of {self.precision}, got {codec!r}")
 
-        for name, either in (("labels", ("server", "device")), ("label_rows", ("shown", "hidden"))):
+        for name, either in (
+            ("labels", ("server", "device")),
+            ("label_rows", ("shown", "hidden")),
+            ("final_adapter", ("last", "best")),
+        ):
             value = getattr(self, name)
             if value not in either:
                 raise ValueError(f"{name} must be {' or '.join(either)}, got {value[:40]!r}")
@@ -227,6 +235,7 @@ class RunSettings:
             "device-labels": self.labels == "device",
             "noise": noise,
             "schedules": self.lr_schedule == "cosine" or self.warmup_ratio,
+            "early-end": self.may_end_early or self.final_adapter == "best",
         }
         return {name for name, is_needed in needed.items() if is_needed}
 
@@ -268,6 +277,11 @@ class RunSettings:
         if self.lr_schedule == "linear":
             return self.lr * (total_steps - taken) / falling_steps
         return self.lr * max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((taken - warmup_steps) / falling_steps))))
+
+    @property
+    def may_end_early(self) -> bool:
+        """Whether the server may end the run before the last step for which its clients have data."""
+        return self.early_stopping_patience > 0
 
     @property
     def rate_depends_on_length(self) -> bool:

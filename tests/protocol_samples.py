@@ -158,7 +158,7 @@ SAMPLES: dict[str, Message] = {
         HeldOutLoss(step=10, loss=2.25, labelled_tokens=300),
         Noted(step=10, reached=11),
         Done(step=100),
-        RunEnd(step=100, tensors=_MATRICES),
+        RunEnd(step=100, tensors=_MATRICES, best_step=80),
         Goodbye(),
         Failure(reason="der Name ist vergeben: „jetson“", retry_after=10.0),
     ]

@@ -355,6 +355,9 @@ OTHER_VALUES: dict[str, Any] = {
     "warmup_steps": 8,
     "warmup_ratio": 0.25,
     "max_grad_norm": 0.5,
+    "early_stopping_patience": 2,
+    "early_stopping_threshold": 0.125,
+    "final_adapter": "best",
     "weight_decay": 0.5,
     "seed": 42,
     "init_adapter": "folder",
@@ -401,6 +404,7 @@ OTHER_VALUES: dict[str, Any] = {
 
 
 NEEDED: dict[str, dict[str, Any]] = {
+    "early_stopping_threshold": {"early_stopping_patience": 1},
     "label_rows": {"labels": "device", "gradient_noise": 1.0, "gradient_clip": 1.0},
     "activation_noise": {"activation_clip": 1.0},
     "gradient_noise": {"labels": "device", "gradient_clip": 1.0},

@@ -213,6 +213,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "Join": {"step": 0},
     "Start": {"round": 0},
     "EdgeAdapter": {"checkpoint": 0},
+    "RunEnd": {"best_step": 0},
     "Failure": {"retry_after": 0.0},
 }
 

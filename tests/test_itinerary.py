@@ -18,10 +18,12 @@ from gpu_server.federation import (
     Aggregated,
     Backward,
     Checkpoint,
+    EarlyStopping,
     Evaluate,
     Federation,
     FinishRun,
     Forward,
+    KeepJudgement,
     ModelLimits,
     Phase,
     Reply,
@@ -59,6 +61,8 @@ from protocol.settings import ABILITIES
 LIMITS = ModelLimits(
     fingerprint="f", width=1, vocabulary_size=9, num_positions=9, max_batch_tokens=9, edge_shapes={"A": (1, 1)}
 )
+ENDING = (Phase.LAST_EVALUATIONS, Phase.SAVING, Phase.FINISHED)
+"""Phases in which nobody comes back who has left."""
 ONE = np.ones(1, np.int32)
 NONE = np.empty(0, np.int32)
 BATCH = {"lengths": ONE, "label_counts": ONE, "labels": ONE, "values": np.zeros((1, 1), np.float32)}
@@ -67,6 +71,11 @@ BATCH = {"lengths": ONE, "label_counts": ONE, "labels": ONE, "values": np.zeros(
 def adapter_of(num_steps: int) -> dict[str, Any]:
     """Matrices that tell how many steps of the round are in them."""
     return {"A": np.array([[num_steps]], np.float32)}
+
+
+def held_out_loss(step: int) -> float:
+    """Under the adapter that the run has after this step: it falls at first."""
+    return (1.0, 0.6, 0.8, 0.5, 0.9, 0.7, 0.6)[min(step, 6)]
 
 
 ANSWERS: dict[type, set[type]] = {
@@ -84,7 +93,9 @@ class Device:
 
     def __init__(self, name: str, num_samples: int, of: RunSettings) -> None:
         self.name, self.num_samples, self.settings = name, num_samples, of
-        self.itinerary = Itinerary(of, of.steps_of_client(num_samples, 1))
+        self.itinerary = self.whole = Itinerary(of, of.steps_of_client(num_samples, 1))
+        self.evaluates = False
+        """Whether it tells what its held-out texts lose, after every round."""
         self.kept: dict[int, Remembered] = {}
         """On its disk, by step."""
         self.num_steps_at: dict[int, int] = {}
@@ -116,6 +127,8 @@ class Device:
         self.unheard: Start | None = None
         """Where the training must go once an evaluation has ended."""
         self.num_evaluations = 0
+        self.told_of = -1
+        """The step of which it has told its held-out loss last, since it heard where to go on."""
 
     def dial(self, restarts: int) -> Join:
         self.connected = self.is_joining = True
@@ -177,6 +190,9 @@ class Device:
         if self.unheard is not None:
             start, self.unheard = self.unheard, None
             return self.go_to(start)
+        if self.evaluates and not self.open and self.step == self.round and self.told_of != self.step:
+            self.told_of = self.step
+            return self.tell()
         kind, step, micro_batch = self.next
         self.put(self.question(self.next))
         # A step's later micro-batches need not wait for the answer.
@@ -193,7 +209,7 @@ class Device:
         if self.unheard is not None:
             start, self.unheard = self.unheard, None
             return self.go_to(start)
-        return self.put(HeldOutLoss(step=self.round, loss=1.0, labelled_tokens=1))
+        return self.put(HeldOutLoss(step=self.round, loss=held_out_loss(self.round), labelled_tokens=1))
 
     def put(self, question: Message) -> None:
         self.open.append(question)
@@ -201,6 +217,8 @@ class Device:
 
     def go_to(self, start: Start) -> None:
         self.open.clear()
+        self.told_of = -1
+        self.itinerary = Itinerary(self.settings, min(self.whole.last_step, start.total_steps))
         self.kept = {step: kept for step, kept in self.kept.items() if step <= start.step}
         latest = self.kept[max(self.kept)] if self.kept else None
         self.next = self.itinerary.resume(start, self.restarts, latest)
@@ -262,10 +280,10 @@ class Device:
 class History:
     """One federation and three devices, to which anything may happen."""
 
-    def __init__(self, seed: int, labels: str) -> None:
+    def __init__(self, seed: int, labels: str, **more: Any) -> None:
         self.random = random.Random(seed)
         choose = self.random.choice
-        mode = {"labels": labels, "check_codec_every": 0}
+        mode = {"labels": labels, "check_codec_every": 0, **more}
         self.settings = settings(clients=3, aggregate_every=choose([1, 1, 2, 3, 5]), micro_batches=choose([1, 1, 2, 3]), **mode)
         self.quorum = choose([None, 1, 2])
         self.checkpoint_every = choose([1, 2])
@@ -277,13 +295,26 @@ class History:
         self.computing: deque[Action] = deque()
         self.in_forward: dict[int, list[str]] = {}
         """Clients of each micro-batch whose forward was computed last."""
-        self.checkpoints: list[tuple[int, dict[str, Any]]] = []
-        self.federation = Federation("run", self.settings, LIMITS, adapter_of(0), self.quorum, self.checkpoint_every)
+        self.checkpoints: list[tuple[int, dict[str, Any], list[Any]]] = []
+        self.federation = self.served()
         self.devices = {name: Device(name, self.random.randint(1, 7), self.settings) for name in "abc"}
+        if self.federation.early_stopping is not None:
+            for device in self.devices.values():
+                device.evaluates = self.random.random() < 0.6
         for device in self.devices.values():
             self.come_back(device)
 
     # What a server does
+
+    def served(self) -> Federation:
+        judge = EarlyStopping.in_run(self.settings, threshold=0.0)
+        federation = Federation("run", self.settings, LIMITS, adapter_of(0), self.quorum, self.checkpoint_every)
+        federation.early_stopping = judge
+        return federation
+
+    def judgements(self) -> list[Any]:
+        judge = self.federation.early_stopping
+        return [] if judge is None else judge.state()
 
     def perform(self, actions: list[Action]) -> None:
         for action in actions:
@@ -298,8 +329,14 @@ class History:
                         self.have_asked_back.add(micro_batch)
                     device.inbox.append(action.message)
             elif isinstance(action, Checkpoint):
-                self.checkpoints = [*self.checkpoints[-1:], (self.federation.round, self.federation.membership())]
+                saved = self.federation.round, self.federation.membership(), self.judgements()
+                self.checkpoints = [*self.checkpoints[-1:], saved]
                 self.federation.checkpointed(self.federation.round)
+            elif isinstance(action, KeepJudgement):
+                step, members, _ = self.checkpoints[-1]
+                assert action.step == self.federation.round
+                if step == action.step and self.random.random() < 0.5:  # it was not written yet, or is written again
+                    self.checkpoints[-1] = step, members, self.judgements()
             elif isinstance(action, Train | Forward | Backward | Aggregate | FinishRun | Evaluate):
                 self.computing.append(action)
 
@@ -338,17 +375,19 @@ class History:
             else:
                 self.perform(federation.inferred(action.client, action.batch, BATCH["values"], self.now))
         else:
-            self.perform(federation.saved(self.now))
+            self.perform(federation.saved(self.now, best_step=action.best_step))
 
     def restart(self) -> None:
         if not self.checkpoints or self.federation.phase in (Phase.SAVING, Phase.FINISHED):
             return
-        step, members = self.checkpoints[-1]
+        step, members, judgements = self.checkpoints[-1]
         self.computing.clear()
         for device in self.devices.values():
             device.hang_up()
         before = self.federation
-        self.federation = Federation("run", self.settings, LIMITS, adapter_of(0), self.quorum, self.checkpoint_every)
+        self.federation = self.served()
+        if self.federation.early_stopping is not None:
+            self.federation.early_stopping.restore(judgements)
         self.federation.restarts = before.restarts + 1
         self.perform(self.federation.restore(step, self.checkpoints[0][0], members, adapter_of(0), self.now))
 
@@ -363,7 +402,7 @@ class History:
         if not device.alive:
             device.start_process()
         member = self.federation.members.get(device.name)
-        if member is not None and member.presence.has_left and self.federation.phase in (Phase.SAVING, Phase.FINISHED):
+        if member is not None and member.presence.has_left and self.federation.phase in ENDING:
             device.ended = True  # the run is over for it
             return
         self.federation.welcome(Hello(name=device.name, fingerprint="f", abilities=ABILITIES))
@@ -410,7 +449,7 @@ class History:
 
     def upload(self, device: Device) -> None:
         question, member = device.outbox.popleft(), self.federation.members[device.name]
-        if not (isinstance(question, Activations | HiddenGradient) and question.step <= member.resumed_at):
+        if not (isinstance(question, Activations | HiddenGradient) and question.step <= member.answered_up_to):
             if isinstance(question, HiddenGradient):
                 assert device.asked_back[identity(question)[1:]] is False, "nobody asked for it, or it was given"
                 device.asked_back[identity(question)[1:]] = True
@@ -436,6 +475,27 @@ class History:
             device.name: (device.next, *map(identity, device.open)) for device in self.devices.values() if not device.ended
         }
         raise AssertionError(f"hangs in {self.federation.phase.value}: {waiting}")
+
+
+@pytest.mark.parametrize("labels", ["server", "device"])
+@pytest.mark.parametrize("final_adapter", ["last", "best"])
+def test_both_sides_agree_where_a_run_ends_early_or_with_its_best_adapter(labels: str, final_adapter: str) -> None:
+    num_early = num_best = 0
+    for seed in range(200):
+        patience = seed % 3 if final_adapter == "best" else 1
+        history = History(seed, labels, early_stopping_patience=patience, final_adapter=final_adapter)
+        try:
+            history.run()
+        except (AssertionError, RemoteProtocolError) as error:
+            pytest.fail(f"history {seed}: {error}")
+        federation = history.federation
+        had = max(device.whole.last_step for device in history.devices.values())
+        num_early += federation.total_steps < had
+        if federation.total_steps < had:
+            assert federation.step == federation.total_steps == federation.early_stopping.last_step  # type: ignore[union-attr]
+        num_best += 0 < federation._best_step < federation.step
+    assert num_early >= 20
+    assert (num_best >= 20) == (final_adapter == "best")
 
 
 @pytest.mark.parametrize(("labels", "histories"), [("server", 1500), ("device", 750)])

@@ -94,12 +94,12 @@ def test_lost_connection_takes_with_it_what_only_it_waited_for() -> None:
 
 def test_member_that_comes_back_has_been_told_nothing_and_remembers_what_it_says() -> None:
     one = member()
-    assert (one.remembers, one.resumed_at) == (0, -1)
+    assert (one.remembers, one.answered_up_to) == (0, -1)
     one.told, one.presence = (3, 2), AWAY
-    assert one.resumed_at == 3
+    assert one.answered_up_to == 3
     back = Join(num_samples=6, batch_size=1, longest=3, step=4)
     one.came_back(back)
-    assert (one.told, one.resumed_at, one.remembers, one.join) == (None, -1, 4, back)
+    assert (one.told, one.answered_up_to, one.remembers, one.join) == (None, -1, 4, back)
 
 
 def test_overtaken_member_has_asked_nothing_and_the_first_step_it_missed_is_known() -> None:

@@ -231,7 +231,12 @@ def test_it_names_the_codecs_that_a_client_has_to_offer() -> None:
     assert not documented
 
 
-NEEDY: dict[str, Any] = {"lr_schedule": "cosine", "warmup_ratio": 0.5}
+NEEDY: dict[str, Any] = {
+    "lr_schedule": "cosine",
+    "warmup_ratio": 0.5,
+    "early_stopping_patience": 1,
+    "final_adapter": "best",
+}
 """Values that need an ability, of settings whose 1 does not or cannot be."""
 
 

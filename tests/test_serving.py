@@ -335,7 +335,9 @@ def test_bytes_are_counted_step_by_step_however_slow_the_disk_is(journal: Journa
     """A step's line has the bytes until it was finished; of three steps on a disk that is stuck, none gets all."""
     num_bytes = iter([(10, 1), (20, 2), (30, 3)])
     peer: Any = SimpleNamespace(take_counts=lambda: next(num_bytes))
-    federation: Any = SimpleNamespace(round=0, phase=Phase.TRAINING, status=lambda: None, expires=lambda: None)
+    federation: Any = SimpleNamespace(
+        round=0, early_stopping=None, phase=Phase.TRAINING, status=lambda: None, expires=lambda: None
+    )
     engine: Any = SimpleNamespace(round_end={})
     watching = Watching()
 
@@ -382,7 +384,7 @@ def test_what_is_decided_about_a_codec_is_on_the_disk_before_the_step_is_compute
             return Trained(loss=float(len(disk.done)), labelled_tokens=1, gradients={})
 
     class Federation:
-        phase, round = Phase.TRAINING, 0
+        phase, round, early_stopping = Phase.TRAINING, 0, None
         result: Trained
 
         def codec_of(self, step: int) -> str:
@@ -417,7 +419,7 @@ def test_what_is_decided_about_a_codec_is_on_the_disk_before_the_step_is_compute
 
 
 def test_whatever_the_federation_wants_done_somebody_does(journal: Journal) -> None:
-    federation: Any = SimpleNamespace(round=0)
+    federation: Any = SimpleNamespace(round=0, early_stopping=None)
     engine: Any = SimpleNamespace(round_end={})
     nobody: Any = None
     performer = Performer(federation, engine, journal=journal, observers=[], peers={}, lifetime=nobody)

@@ -2,6 +2,7 @@
 
 from .codec_policy import CodecPolicy
 from .deadline import Deadline
+from .early_stopping import EarlyStopping
 from .events import (
     Action,
     Aggregate,
@@ -12,6 +13,7 @@ from .events import (
     FinishStep,
     Forward,
     KeepHeldOutLoss,
+    KeepJudgement,
     Reply,
     Report,
     SaveCodecState,
@@ -32,12 +34,14 @@ __all__ = [
     "Checkpoint",
     "CodecPolicy",
     "Deadline",
+    "EarlyStopping",
     "Evaluate",
     "Federation",
     "FinishRun",
     "FinishStep",
     "Forward",
     "KeepHeldOutLoss",
+    "KeepJudgement",
     "Member",
     "ModelLimits",
     "NameInUse",

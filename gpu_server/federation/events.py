@@ -17,6 +17,7 @@ __all__ = [
     "FinishStep",
     "Forward",
     "KeepHeldOutLoss",
+    "KeepJudgement",
     "Reply",
     "Report",
     "SaveCodecState",
@@ -111,6 +112,15 @@ class KeepHeldOutLoss:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeepJudgement:
+    """What all devices' held-out texts lose after the last round's end is judged, which a checkpoint of it must know."""
+
+    step: int
+    is_best: bool
+    """Whether the adapter that the run has is the best so far, and is to be kept as such."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinishStep:
     """A step is complete: write its line of metrics once the replies before it are sent."""
 
@@ -129,6 +139,8 @@ class FinishRun:
     """The run is complete, or nobody is left: write the adapter, then call `Federation.saved`."""
 
     step: int
+    best_step: int = 0
+    """The last in the adapter that is to be written, where that is the best one and not the last; else 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +172,7 @@ Action = (
     | Aggregate
     | Evaluate
     | KeepHeldOutLoss
+    | KeepJudgement
     | FinishStep
     | Checkpoint
     | FinishRun

@@ -6,7 +6,7 @@ Theory of operation
 
 The run goes through phases, and only here:
 
-    JOINING ── all have joined ──► ACTIVATIONS ── nobody has data left ──► SAVING ──► FINISHED
+    JOINING ── all have joined ──► ACTIVATIONS ── nobody has data left ──► SAVING ──► FINISHED     (see Early endings)
                                      │   ▲   ▲
                       all have asked │   │   └─────────────────────────────────────────┐
                                      ▼   │ step or round goes on                       │ the round has its adapter
@@ -54,6 +54,11 @@ dropped, and it must be told where to go on.
                  once it has asked
 
 A member that comes back is HERE if it was AWAY or LEFT, and RETURNING if it was ABSENT or GONE. A connected one may leave, too.
+
+Early endings. Devices evaluate held-out texts between two steps. So when all have asked the first micro-batch of a step, all
+losses after the step before are known, and with early stopping they are judged then. If that ends the run, nobody has data left
+from there on: whoever has asked is told by a `Start` whose `total_steps` are those that are done. A run that ends with the best
+adapter waits in LAST_EVALUATIONS, before SAVING, for those that evaluate after the last step: they ask `Done` when they have.
 
 What is kept for how long. A member's answers, until a question of a newer step or kind of its is answered. The counts of a
 round, until the round has its adapter. Hidden states and replies, until their micro-batch has had its backward. A step's sums,
@@ -105,6 +110,7 @@ from terminal import duration
 
 from .codec_policy import CodecPolicy
 from .deadline import Deadline
+from .early_stopping import EarlyStopping, Judgement
 from .events import (
     Action,
     Aggregate,
@@ -115,6 +121,7 @@ from .events import (
     FinishStep,
     Forward,
     KeepHeldOutLoss,
+    KeepJudgement,
     Reply,
     Report,
     SaveCodecState,
@@ -150,6 +157,7 @@ class Phase(enum.Enum):
     HIDDEN_GRADIENTS = "waiting for gradients at the hidden states"
     CONTRIBUTIONS = "waiting for the clients' adapters"
     AGGREGATING = "computing the edge adapter"
+    LAST_EVALUATIONS = "waiting for the last held-out losses"
     SAVING = "saving the adapter"
     FINISHED = "finished"
 
@@ -159,6 +167,7 @@ WAITED_FOR: dict[Phase, type] = {
     Phase.ACTIVATIONS: Activations,
     Phase.HIDDEN_GRADIENTS: HiddenGradient,
     Phase.CONTRIBUTIONS: Contribution,
+    Phase.LAST_EVALUATIONS: Done,
     Phase.FINISHED: Done,
 }
 
@@ -175,6 +184,7 @@ class Federation:
         quorum: clients that a step needs at least once its deadline has passed; None is all of them.
         checkpoint_every: rounds.
         codec_policy: None if the run has one codec from beginning to end.
+        early_stopping: None if no held-out loss decides anything.
         restarts: how often the server has been started for this run before.
     """
 
@@ -186,6 +196,7 @@ class Federation:
     checkpoint_every: int = 1
     deadline: Deadline = field(default_factory=Deadline)
     codec_policy: CodecPolicy | None = None
+    early_stopping: EarlyStopping | None = None
     restarts: int = 0
 
     def __post_init__(self) -> None:
@@ -196,7 +207,7 @@ class Federation:
         self.checkpoints = (0, 0)
         """Steps of the last two checkpoints, the earlier first: the server may still go back to either."""
         self.total_steps = 0
-        """The last step for which any member had data when the run started; 0 until then."""
+        """The last step for which any member had data when the run started, or after which it ends early; 0 until then."""
         self.phase = Phase.JOINING
         self.timing = StepTiming()
         self._roster = Roster(self.settings, self.limits.edge_shapes)
@@ -212,6 +223,10 @@ class Federation:
         What the present phase waits for. None while the server computes, unless it does so ahead of a gradient that it waits
         for: that wait goes on afterwards, and is as long.
         """
+        self._told: dict[str, HeldOutLoss] = {}
+        """By client: of its held-out texts under the adapter that the run has."""
+        self._best_step = 0
+        """The last in the adapter with which the run has ended, where that is an earlier one; else 0."""
         self._ahead: Turnout | None = None
         """While HIDDEN_GRADIENTS waits: who of those it waits for has asked the next micro-batch. None until that is asked."""
 
@@ -251,6 +266,8 @@ class Federation:
         self.total_steps = self._roster.last_step
         self._step_began = now
         self._enter(Phase.ACTIVATIONS, now)
+        if self._ends_early:
+            return self._end_early(now)
         return self._advance(now)
 
     # What comes in
@@ -312,7 +329,7 @@ class Federation:
             return self._note_held_out_loss(name, message, now)
         if not isinstance(message, StepQuestion | HiddenGradient):
             raise RemoteProtocolError(f"{type(message).__name__} out of turn")
-        if isinstance(message, Activations | HiddenGradient) and message.step <= member.resumed_at:
+        if isinstance(message, Activations | HiddenGradient) and message.step <= member.answered_up_to:
             kind = type(message).__name__
             logger.debug("%s: ignored %s of step %d: Start has answered it meanwhile", name, kind, message.step)
             return []
@@ -494,6 +511,7 @@ class Federation:
             self._enter(Phase.HIDDEN_GRADIENTS if present.asked_back else Phase.ACTIVATIONS, now)
             return actions + self._advance(now)
         self.step += 1
+        self._told.clear()
         present.goes_on_from(0)
         for name, num_labels in present.labels_of.items():
             member = self.members[name]
@@ -550,8 +568,16 @@ class Federation:
         """The checkpoint of a `Checkpoint` is on disk."""
         self.checkpoints = (self.checkpoints[1], step)
 
-    def saved(self, now: float) -> list[Action]:
-        """The adapter of `FinishRun` is on disk."""
+    def saved(self, now: float, *, best_step: int = 0, edge_adapter: Tensors | None = None) -> list[Action]:
+        """
+        The adapter of `FinishRun` is on disk.
+
+        Args:
+            best_step: as it said.
+            edge_adapter: with which the run ends, where that is not the last.
+        """
+        self._best_step = best_step
+        self.edge_adapter = self.edge_adapter if edge_adapter is None else edge_adapter
         self._enter(Phase.FINISHED, now)
         return self._advance(now)
 
@@ -580,8 +606,10 @@ class Federation:
         if told.step > self.step:
             raise RemoteProtocolError(f"HeldOutLoss of step {told.step}, and the run has reached step {self.step}")
         self.timing.replied(name, now)  # as of an evaluation
-        noted = Reply(client=name, message=Noted(step=told.step, reached=self.step))
-        if not told.step == self.step == self.round or told.step <= member.evaluated:
+        noted = Reply(client=name, message=Noted(step=told.step, reached=self._best_step or self.step))
+        if told.step == self.step == self.round:
+            self._told[name] = told
+        if name not in self._told or told.step <= member.evaluated:
             return [noted]
         member.evaluated = told.step
         kept = KeepHeldOutLoss(client=name, step=told.step, loss=told.loss, labelled_tokens=told.labelled_tokens)
@@ -599,6 +627,8 @@ class Federation:
             return self._advance_hidden_gradients(now)
         if self.phase is Phase.CONTRIBUTIONS:
             return self._advance_contributions(now)
+        if self.phase is Phase.LAST_EVALUATIONS:
+            return self._advance_last_evaluations(now)
         if self.phase is Phase.FINISHED:
             return self._answer_returning(now) + self._answer_done(now)
         return []
@@ -609,6 +639,10 @@ class Federation:
         if is_between_steps and self._wants_nobody:
             return actions + self._close_last_round(now)
         ready, notes = self._gathered(now)
+        if ready and is_between_steps:
+            notes += self._judge({name for name, member in self._roster if member.has_data_for(self.step + 1)})
+            if self._ends_early:
+                return actions + notes + self._end_early(now)
         # If all that began a step have gone, it ends with the micro-batches that there are.
         is_due = bool(ready) or self._wants_nobody
         return actions + notes + ([self._compute_micro_batch(ready, now)] if is_due else [])
@@ -632,6 +666,14 @@ class Federation:
             return self._finish_step(now) + self._advance(now)
         ready, notes = self._gathered(now)
         return notes + ([self._aggregate(ready, now)] if ready else [])
+
+    def _advance_last_evaluations(self, now: float) -> list[Action]:
+        actions = self._answer_returning(now)
+        ready, notes = self._gathered(now)
+        if not ready and not self._wants_nobody:
+            return actions + notes
+        judged = self._judge({name for name, member in self._roster if member.has_data_for(self.step)})
+        return actions + notes + judged + self._finish_run(now)
 
     def _gathered(self, now: float) -> tuple[list[str], list[Action]]:
         """Those with whom the step can go on, and what the operator is told; nobody as long as the step has to wait."""
@@ -747,8 +789,61 @@ class Federation:
         if self._roster.contributors():
             self._end_round(now)
             return self._advance(now)
+        if self.settings.final_adapter == "best" and self.step > self._judged_step:
+            self._enter(Phase.LAST_EVALUATIONS, now)
+            return self._advance(now)
+        return self._finish_run(now)
+
+    def _finish_run(self, now: float) -> list[Action]:
         self._enter(Phase.SAVING, now)
-        return [FinishRun(step=self.step)]
+        actions: list[Action] = []
+        best_step = 0 if self.early_stopping is None else self.early_stopping.best_step
+        if self.settings.final_adapter == "best" and not best_step:
+            text = "the run ends with its last adapter and not with the best: held-out texts were evaluated after no step"
+            actions.append(Report(kind="note", text=text))
+        is_earlier = self.settings.final_adapter == "best" and best_step < self.step
+        return [*actions, FinishRun(step=self.step, best_step=best_step if is_earlier else 0)]
+
+    # What held-out losses decide
+
+    @property
+    def _judged_step(self) -> int:
+        return 0 if self.early_stopping is None else self.early_stopping.last_step
+
+    @property
+    def _ends_early(self) -> bool:
+        """Whether what was judged last is of the adapter that the run has, and ends it."""
+        return self.early_stopping is not None and self.early_stopping.ends_run and self._judged_step == self.step
+
+    def _judge(self, candidates: set[str]) -> list[Action]:
+        """
+        Compare what held-out texts lose under the adapter that the run has with what they lost before, if all of the candidates
+        that evaluate any have told it. The adapter with which the run begins is not judged.
+        """
+        judge, telling = self.early_stopping, {name for name in candidates if self.members[name].evaluated >= 0}
+        if judge is None or (telling and self.step <= judge.last_step):
+            return []
+        if not self.step:
+            text = (
+                "no device evaluates held-out texts, by which this run would end early or find its best adapter: start one "
+                "with --eval-data and --eval-every"
+            )
+            return [] if telling else [Report(kind="note", text=text)]
+        if not telling or not telling <= self._told.keys():
+            return []
+        judge.judge(Judgement.of(self.step, {name: self._told[name] for name in sorted(telling)}))
+        return [KeepJudgement(step=self.step, is_best=judge.best_step == self.step)]
+
+    def _end_early(self, now: float) -> list[Action]:
+        """The run has no more steps: everybody is told so as whoever is told where to go on."""
+        assert self.early_stopping is not None
+        self.total_steps = self.step
+        for _, member in self._roster:
+            member.ends_after(self.step)
+        details = {"total_steps": self.total_steps, "best_step": self.early_stopping.best_step}
+        ended = Report(kind="ended_early", text=self.early_stopping.reason(), details=details)
+        self._enter(Phase.ACTIVATIONS, now)
+        return [ended, *self._advance(now)]
 
     def _end_round(self, now: float) -> None:
         """
@@ -777,7 +872,7 @@ class Federation:
 
     def _answer_done(self, now: float) -> list[Action]:
         assert self._gathering is not None
-        end = RunEnd(step=self.step, tensors=self.edge_adapter)
+        end = RunEnd(step=self.step, tensors=self.edge_adapter, best_step=self._best_step)
         return [self._reply(name, end, QuestionId(Evaluation, self.step), now) for name in list(self._gathering.turnout.come)]
 
     def _reply(self, name: str, message: Message, next_question: QuestionId, now: float) -> Reply:
@@ -840,7 +935,7 @@ class Federation:
 
     @property
     def _is_ending(self) -> bool:
-        return self.phase in (Phase.SAVING, Phase.FINISHED)
+        return self.phase in (Phase.LAST_EVALUATIONS, Phase.SAVING, Phase.FINISHED)
 
     @property
     def _wants_nobody(self) -> bool:
@@ -857,6 +952,9 @@ class Federation:
             return lambda name, member: False  # for those that are no members yet
         if self.phase is Phase.FINISHED:
             return lambda name, member: not member.presence.has_left
+        if self.phase is Phase.LAST_EVALUATIONS:
+            last = self.step
+            return lambda name, member: member.evaluated >= 0 and member.has_data_for(last)
         if self.phase is Phase.CONTRIBUTIONS:
             return lambda name, member: member.contributes
         if self._present_step.next_forward:

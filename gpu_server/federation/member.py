@@ -2,7 +2,7 @@
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from protocol import Activations, AdapterWeights, Done, Evaluation, Itinerary, Join, Message, QuestionId
 
@@ -97,6 +97,8 @@ class Member:
     """Whether it asks for the losses of its held-out texts: what it has sent last belongs to these."""
     evaluated: int = -1
     """The last step of which its held-out loss is kept; -1: none."""
+    is_cut_short: bool = False
+    """Whether the run has ended before its data does."""
     remembers: int = 0
     """The last step that it has finished and not forgotten, as its `Join` says, or a question that the run has left behind. A
     device whose disk is lost forgets."""
@@ -129,9 +131,9 @@ class Member:
         return self.itinerary.last_step
 
     @property
-    def resumed_at(self) -> int:
-        """The step of the last `Start` on its connection, which answers all it asks of steps up to this one; -1: none."""
-        return -1 if self.told is None else self.told[0]
+    def answered_up_to(self) -> int:
+        """All that it asks of steps up to this one the last `Start` on its connection has answered; -1: none."""
+        return -1 if self.told is None else self.told[0] + self.is_cut_short
 
     # Whether it is waited for
 
@@ -166,6 +168,15 @@ class Member:
         if not self.presence.is_overtaken:
             self.presence, self.missed_from = _OVERTAKEN[self.presence], step
         self._drop_questions()
+
+    def ends_after(self, step: int) -> None:
+        """The run ends with this step, and whoever has more data is to be told so."""
+        if self.itinerary.last_step > step:
+            has_asked = bool(self.questions)
+            self.itinerary, self.is_cut_short = replace(self.itinerary, last_step=step), True
+            self.was_overtaken(0)  # and has missed nothing
+            if has_asked:
+                self.asked_from_behind()
 
     def asked_from_behind(self) -> None:
         """What it asked shows that it has to be told where to go on."""

@@ -39,6 +39,7 @@ EVENT_KINDS = {
     "part_fetched": "a device has its part of the model",
     "next_key": "a device knows the key that the server will have next",
     "noise": "what the noise of a device is worth",
+    "ended_early": "held-out losses have ended the run before its last step",
     "checkpoint": "the run can go on from here; told at most once a minute",
     "complete": "the last step is done, and the adapter is saved",
     "stopped": "the server was stopped before that",

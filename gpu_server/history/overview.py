@@ -215,6 +215,8 @@ class Overview:
         elif kind == "training_started":
             self._started = event.time
             self.total_steps = max(self.total_steps, int(details.get("total_steps", 0)))
+        elif kind == "ended_early":
+            self.total_steps = int(details.get("total_steps", self.total_steps))
         elif kind in ("complete", "stopped", "failed"):
             self.ended, self._late = kind, _Wait()
             if kind != "complete":  # else devices may still fetch the adapter

@@ -24,6 +24,7 @@ from ..federation import (
     FinishStep,
     Forward,
     KeepHeldOutLoss,
+    KeepJudgement,
     Reply,
     Report,
     SaveCodecState,
@@ -78,6 +79,8 @@ class Performer:
         self._checkpoints = _CheckpointWriter(federation, engine, journal, observers, self._steps, lifetime, spacing)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._alarm: asyncio.TimerHandle | None = None
+        self._judging: asyncio.Task[None] | None = None
+        """Keeps the last judgement."""
         # What returns a coroutine takes time: the actions after it do not wait for it.
         self._methods: dict[type[Action], Callable[[Any, Replies], Coroutine[Any, Any, None] | None]] = {
             Reply: self._reply,
@@ -90,6 +93,7 @@ class Performer:
             Aggregate: self._aggregate,
             Evaluate: self._evaluate,
             KeepHeldOutLoss: self._keep_held_out_loss,
+            KeepJudgement: self._keep_judgement,
             FinishRun: self._finish_run,
             SaveCodecState: self._save_codec_state,
         }
@@ -204,10 +208,21 @@ class Performer:
         for observer in self._observers:
             observer.evaluated(record)
 
-    async def _finish_run(self, _: FinishRun, __: Replies) -> None:
+    def _keep_judgement(self, action: KeepJudgement, _: Replies) -> None:
+        self._judging = self._lifetime.spawn(self._judged(action))
+
+    async def _judged(self, action: KeepJudgement) -> None:
+        if action.is_best:
+            await self._compute(self._engine.keep_best)
+        self._checkpoints.judged(action.step, self._engine.round_end)
+
+    async def _finish_run(self, action: FinishRun, _: Replies) -> None:
+        if self._judging is not None:
+            await self._judging
         await self._checkpoints.finish()
+        edge_adapter = await self._compute(self._engine.load_best) if action.best_step else None
         await self._save_adapter()
-        self.perform(self._federation.saved(time.monotonic()))
+        self.perform(self._federation.saved(time.monotonic(), best_step=action.best_step, edge_adapter=edge_adapter))
         tell("complete", "the adapter is saved", step=self._federation.step, quiet=True)
         self.tell_status()
         self._lifetime.end_if_all_have_left()
@@ -306,15 +321,28 @@ class _CheckpointWriter:
         self._federation, self._journal, self._steps, self._lifetime = federation, journal, steps, lifetime
         self._spacing = spacing
         self._observers, self._told = observers, -math.inf
-        self._round_end: tuple[int, Adapter] = (federation.round, engine.round_end)
-        """What the last round ended with: its step, and `Engine.round_end` as it was then."""
+        self._round_end: tuple[int, Adapter, list[Any]] = (federation.round, engine.round_end, self._judgements())
+        """
+        What the last round ended with: its step, `Engine.round_end` as it was then, or as its judgement has left it, and all
+        judgements until then.
+        """
         self._asked_for = federation.round
         """The last round's end that was to be written, or the one from which the server went on."""
-        self._to_write: tuple[int, Adapter] | None = None
+        self._to_write: tuple[int, Adapter, list[Any]] | None = None
         self._writing: asyncio.Task[None] | None = None
 
     def round_ended(self, step: int, state: Adapter) -> None:
-        self._round_end = step, state
+        self._round_end = step, state, self._judgements()
+
+    def judged(self, step: int, state: Adapter) -> None:
+        """The last round's end is judged. Its checkpoint, if it is written already, is written again at the end."""
+        assert step == self._round_end[0]
+        self.round_ended(step, state)
+        self._asked_for = min(self._asked_for, step - 1)
+
+    def _judgements(self) -> list[Any]:
+        judge = self._federation.early_stopping
+        return [] if judge is None else judge.state()
 
     def write_if_due(self) -> None:
         if self._spacing is None or self._spacing.is_due(time.monotonic()):
@@ -338,10 +366,16 @@ class _CheckpointWriter:
     async def _write(self) -> None:
         """The newest round's end that is to be written, as often as there is a newer one."""
         while self._to_write is not None:
-            (step, state), self._to_write = self._to_write, None
+            (step, state, judgements), self._to_write = self._to_write, None
             if self._steps.last is not None:
                 await self._steps.last  # metrics know at least the steps that a checkpoint knows
-            saved = SavedRound(run=self._federation.run, step=step, membership=self._federation.membership(), state=state)
+            saved = SavedRound(
+                run=self._federation.run,
+                step=step,
+                membership=self._federation.membership(),
+                state=state,
+                judgements=judgements,
+            )
             seconds, num_bytes = await asyncio.wrap_future(self._journal.write_checkpoint(saved))
             if self._spacing is not None:
                 self._spacing.written(time.monotonic(), seconds=seconds, num_bytes=num_bytes)
