@@ -89,13 +89,11 @@ class GroupQuery:
 
     def __init__(self, graph: Graph, heads: Heads, tokens: str, angles: Angles | None) -> None:
         self.graph, self.heads = graph, heads
-        batch, length = _dimension(graph, tokens, 0), _dimension(graph, tokens, 1)
-        total = _dimension(graph, "attention_mask", 1)
-        one = graph.constant([1])
-        # The operator masks only what is to the right of a sequence's end. To mask padding at the left, it needs a bias.
-        shape = graph.node("Concat", batch, one, length, total, axis=0)
-        self.bias = graph.node("Expand", _bias(graph, _is_token(graph), heads.dtype), shape)
-        last = graph.node("Expand", graph.node("Sub", total, one), batch)
+        # The operator masks only what is to the right of a sequence's end. To mask padding at the left, it needs a bias, which
+        # masks what is outside a window, too: of the operator's own windows, versions of ONNX Runtime have different ideas.
+        self.bias = CausalBias(graph, heads, tokens)
+        batch, total = _dimension(graph, tokens, 0), _dimension(graph, "attention_mask", 1)
+        last = graph.node("Expand", graph.node("Sub", total, graph.constant([1])), batch)
         self.last_positions = graph.cast(last, np.int32)
         self.total = graph.cast(graph.node("Squeeze", total), np.int32)
         self.angles, self._looked_up = angles, self._for_lookup(angles) if angles else []
@@ -117,16 +115,15 @@ class GroupQuery:
     def attend(self, qkv: tuple[str, ...], cache: Cache, window: int | None) -> str:
         mixed = f"{cache.present_key}/mixed"
         query, key, value = qkv if len(qkv) == 3 else (*qkv, "", "")
-        options: dict[str, Any] = {} if window is None else {"local_window_size": window}
+        earlier = (cache.past_key, cache.past_value, self.last_positions, self.total)
         self.graph.node_with_outputs(
             "GroupQueryAttention",
-            [query, key, value, cache.past_key, cache.past_value, self.last_positions, self.total, "", "", "", self.bias],
+            [query, key, value, *earlier, "", "", "", self.bias.within(window)],
             [mixed, cache.present_key, cache.present_value],
             domain=MICROSOFT,
             num_heads=self.heads.count,
             kv_num_heads=self.heads.keys,
             scale=self.heads.scale,
-            **options,
         )
         return mixed
 
