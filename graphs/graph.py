@@ -118,6 +118,8 @@ class Graph:
         """The same of an array that is given some rows at a time, so that it is never in memory as a whole."""
         if name not in self._initializers:
             first = np.ascontiguousarray(next(pieces))
+            if first.nbytes < SMALLEST_PAGED_BYTES:
+                first = np.concatenate([first, *pieces])
             large = first.nbytes >= SMALLEST_EXTERNAL_BYTES
             self._initializers[name] = self._external(name, first, pieces) if large else numpy_helper.from_array(first, name)
         return name
