@@ -14,8 +14,7 @@ from graphs import MICROSOFT, Graph, Weights
 
 from .attention import ATTENTIONS, Angles, Attention, Cache, Heads, split_heads
 from .graph_weights import GraphWeights
-from .precision import Precision
-from .quantisation import BlockFormat
+from .precision import Precision, sensitive_layers
 
 if TYPE_CHECKING:  # a graph is built without torch, which split_model imports
     from split_model import ModelConfig
@@ -54,7 +53,7 @@ class DecoderGraph:
         self.graph, self.config, self.precision = graph, config, precision
         self.weights = GraphWeights(graph, weights, precision)
         self.attention_form, self.blocks, self.adapted = ATTENTIONS[attention], blocks, adapted
-        self.node = graph.node
+        self.node, self.sensitive = graph.node, sensitive_layers(config)
         self.heads = Heads(
             count=config.num_heads, keys=config.num_key_value_heads, width=config.head_width, dtype=precision.dtype
         )
@@ -96,7 +95,7 @@ class DecoderGraph:
 
     def self_attention(self, index: int, x: str, cache: Cache) -> str:
         config, names, prefix = self.config, self.config.names, self.config.block_name(index)
-        qkv = tuple(self.linear(prefix, layer, x, self.precision.matrices) for layer in names.qkv)
+        qkv = tuple(self.linear(prefix, layer, x) for layer in names.qkv)
         with self.graph.scope(f"{prefix}.attention"):
             if config.rotary is not None or config.normalises_heads:
                 query, key, value = split_heads(self.graph, qkv, self.heads)
@@ -108,11 +107,11 @@ class DecoderGraph:
                     key = self.attention.turn(key, self.heads.keys)
                 qkv = (query, key, value)
             mixed = self.attention.attend(qkv, cache, config.window(index))
-        return self.linear(prefix, names.projection, mixed, self.precision.projection)
+        return self.linear(prefix, names.projection, mixed)
 
     def mlp(self, prefix: str, x: str) -> str:
-        names, form = self.config.names, self.precision.matrices
-        inner = [self.linear(prefix, layer, x, form) for layer in names.up]
+        names = self.config.names
+        inner = [self.linear(prefix, layer, x) for layer in names.up]
         if self.config.is_gated:
             if len(inner) == 1:
                 whole, inner = inner[0], [f"{inner[0]}/gate", f"{inner[0]}/up"]
@@ -121,7 +120,7 @@ class DecoderGraph:
             active = self.node("Mul", self.activated(gate), up)
         else:
             active = self.activated(inner[0])
-        return self.linear(prefix, names.down, active, form)
+        return self.linear(prefix, names.down, active)
 
     def activated(self, x: str) -> str:
         if self.config.activation == "silu":
@@ -182,17 +181,16 @@ class DecoderGraph:
         self.graph.input("attention_mask", np.int64, ["batch_size", "total_sequence_length"])
         return self.inputs
 
-    def linear(self, prefix: str, layer: str, x: str, form: BlockFormat | None) -> str:
+    def linear(self, prefix: str, layer: str, x: str) -> str:
         """
         x W, or x W + b, and what an adapter adds to it: (B, S, in) -> (B, S, out).
 
         Args:
             prefix: of the names of the block.
             layer: a key of `ModelConfig.layer_shapes`.
-            form: how W is stored, one of the precision's; None: as the precision's dtype.
         """
         name, (inputs, outputs) = f"{prefix}.{layer}", self.config.layer_shapes[layer]
-        matrix = f"{name}.weight"
+        matrix, form = f"{name}.weight", self.precision.sensitive if layer in self.sensitive else self.precision.matrices
         bias = "" if layer in self.config.without_bias else self.weights.plain(f"{name}.bias")
         with self.graph.scope(name):
             if form:

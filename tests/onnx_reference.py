@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from export.equalisation import Equalised
 from export.exported_model import ExportedModel, read_manifest
-from export.precision import PRECISIONS
+from export.precision import PRECISIONS, sensitive_layers
 from export.quantisation import BlockFormat, quantise
 from graphs import StoredWeights
 from split_model import PretrainedModel
@@ -75,19 +75,17 @@ def rounded(folder: Path, precision: str) -> Any:
     """transformers' model with the weights that a quantised graph has."""
     base, form = PretrainedModel(folder), PRECISIONS[precision]
     config, weights = base.config, Equalised(StoredWeights(base), base.config)
-    forms = {
-        f"{config.block_name(block)}.{layer}": form.matrices
-        for block in range(config.num_layers)
-        for layer in config.layer_shapes
+    forms = dict.fromkeys(config.layer_shapes, form.matrices) | dict.fromkeys(sensitive_layers(config), form.sensitive)
+    forms_by_name = {
+        f"{config.block_name(block)}.{layer}": each for block in range(config.num_layers) for layer, each in forms.items()
     }
-    forms |= {f"{config.block_name(block)}.{config.names.projection}": form.projection for block in range(config.num_layers)}
     state = {}
     for name in config.tensor_shapes:
         value, layer = weights.read(name), name.removesuffix(".weight")
         if name in (config.table_name, config.head_name):
             assert form.table is not None
             value = dequantised(value, form.table)[0]
-        elif block_form := forms.get(layer):
+        elif block_form := forms_by_name.get(layer):
             value = dequantised(value.T, block_form)[0].T
         turned = value.T if name in config.turned_matrices else value
         state[config.stored_name(name)] = torch.from_numpy(np.ascontiguousarray(turned))

@@ -14,6 +14,7 @@ from onnx_reference import decode, exported, largest_difference, left_padded, lo
 
 from export import export_onnx, verify
 from export.attention import ATTENTIONS
+from export.precision import sensitive_layers
 from split_model import PretrainedModel
 
 IDS, MASK = random_ids(600, 2, 24), left_padded([24, 17])
@@ -101,3 +102,15 @@ def test_every_runtime_is_told_all_tokens_that_end_a_text(tmp_path: Path) -> Non
     )
     assert reference.load_base(out).generation_config.eos_token_id == [0, 7, 11]
     assert all(agreement.within_tolerance for agreement in verify(out))
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("gpt2", {"attn.c_proj"}),
+        ("llama", {"self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"}),
+        ("phi3", {"self_attn.o_proj", "mlp.down_proj"}),
+    ],
+)
+def test_layers_that_suffer_from_four_bits_have_eight(tmp_path: Path, option: str, expected: set[str]) -> None:
+    assert sensitive_layers(PretrainedModel(make_family_model(tmp_path, option)).config) == expected
