@@ -118,9 +118,9 @@ class Block(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if tables := self._rotation.tables(packing):
             query, key = rotate(query, tables), rotate(key, tables)
-        # Queries, keys and values are rounded to the dtype of the weights, as the inputs of every other large product are:
-        # with bfloat16 weights, attention, too, then runs on the processor's instructions for bfloat16.
-        dtype = self._projection.weight.dtype
+        # On a CUDA device queries, keys and values are rounded to the dtype of the weights, as the inputs of every other large
+        # product are: only so is there a kernel of packed rows. On the CPU attention in bfloat16 takes several times as long.
+        dtype = self._projection.weight.dtype if x.is_cuda else x.dtype
         mixed = packing.attend(query.to(dtype), key.to(dtype), value.to(dtype), self._window)
         return self._projection(mixed.to(x.dtype))  # type: ignore[no-any-return]
 

@@ -10,6 +10,7 @@ from storage import AdapterError
 
 from .dropout import SeededDropout
 from .model_config import ModelConfig
+from .products import frozen_linear
 
 __all__ = ["Adapter", "LoraConfig", "adapter_shapes", "initial_adapter"]
 
@@ -129,8 +130,7 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (N, in) -> (N, out)
         # With bfloat16 weights, this product is computed in bfloat16, for which the processor has instructions. A and B stay in
         # float32: what a step changes of them is smaller than what bfloat16 can tell apart.
-        rounded, matrix = x.to(self.weight.dtype), self.matrix
-        y = (rounded @ matrix if self.bias is None else torch.addmm(self.bias, rounded, matrix)).to(x.dtype)
+        y = frozen_linear(x, self.weight.T if self.stores_in_out else self.weight, self.bias)
         if self.lora_A is None or self.lora_B is None or not self.is_adapted:
             return y
         low_rank = self.dropout(x, self.columns) @ self.lora_A.T.to(x.dtype)  # (N, r)

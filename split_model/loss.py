@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .products import linear, linear_aligned
+
 __all__ = ["Head", "cross_entropies", "summed_cross_entropy"]
 
 CHUNK_ROWS = 256  # 256 x 50,257 logits in float32 are 51 MB
@@ -23,7 +25,6 @@ SHARE = 8
 """Of the free memory of a CUDA device, a chunk takes at most this part of the whole."""
 BYTES_OF_LOGIT = 12
 """At most, with the copies in other types that a chunk needs for a moment."""
-ALIGNMENT = 64  # elements, whole cache lines in every precision
 
 
 class Head(nn.Module):
@@ -81,10 +82,7 @@ class _CrossEntropies(torch.autograd.Function):
         for start in range(0, len(labels), size):
             chunk, targets = slice(start, start + size), labels[start : start + size]
             rows = torch.arange(len(targets), device=targets.device)
-            # Rows are padded to whole cache lines. Without that, an odd vocabulary such as GPT-2's makes nearly every row begin
-            # within a line, which slows the product and every pass over the logits.
-            aligned = head.new_empty(len(targets), -(-len(head) // ALIGNMENT) * ALIGNMENT)[:, : len(head)]
-            logits = torch.mm(hidden[chunk].to(head.dtype), head.T, out=aligned).to(hidden.dtype)  # (rows, V)
+            logits = linear_aligned(hidden[chunk].to(head.dtype), head).to(hidden.dtype)  # (rows, V)
             logits -= logits.amax(1, keepdim=True)  # exp of what is left cannot overflow; in place, as all that follows
             of_labels = logits[rows, targets]
             sums = logits.exp_().sum(1, keepdim=True)
@@ -92,7 +90,7 @@ class _CrossEntropies(torch.autograd.Function):
             if gradient is not None:
                 difference = logits.div_(sums)  # softmax, (rows, V)
                 difference[rows, targets] -= 1
-                gradient[chunk] = (difference.to(head.dtype) @ head).to(hidden.dtype)
+                gradient[chunk] = linear(difference.to(head.dtype), head.T).to(hidden.dtype)
         context.gradient = gradient
         return losses
 

@@ -22,6 +22,7 @@ from .loss import Head
 from .packing import Packing
 from .placement import Placement
 from .pretrained_model import PretrainedModel
+from .products import frozen_linear
 from .rotary import Rotation
 from .transfer import read_back
 
@@ -248,8 +249,7 @@ class ServerPart(Part):
     def logits(self, activations: Tensor, lengths: ArrayLike) -> Tensor:
         """Activations (N, d) -> logits (N, V). For generation and for tests; training never holds them all."""
         hidden = self.final_norm(self._run(activations, Packing(lengths, self.device)).to(self.dtype))
-        logits: Tensor = (hidden.to(self.head.dtype) @ self.head.T).to(self.dtype)
-        return logits
+        return frozen_linear(hidden, self.head)
 
     def _with_head(self) -> Head:
         assert self._head is not None, "this part was made without its head"

@@ -1,0 +1,66 @@
+"""Products with frozen matrices are those of torch, whichever kernel computes them."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from split_model import products
+from split_model.products import frozen_linear, linear_aligned
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""Relative to the largest element."""
+
+
+@pytest.fixture(params=[True, False], ids=["oneDNN", "other kernels"], autouse=True)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_prefers_onednn", lambda: request.param)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCES[dtype] * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("stores_in_out", [True, False])
+@pytest.mark.parametrize("rows", [1, 37])
+def test_product_and_its_gradient_are_those_of_torch(
+    dtype: torch.dtype, has_bias: bool, stores_in_out: bool, rows: int
+) -> None:
+    torch.manual_seed(0)
+    of_rows = torch.float64 if dtype == torch.float64 else torch.float32
+    stored = torch.randn((24, 40) if stores_in_out else (40, 24), dtype=dtype)
+    weight, bias = stored.T if stores_in_out else stored, torch.randn(40, dtype=dtype) if has_bias else None
+    x = torch.randn(rows, 30, dtype=of_rows)[:, 3:27].requires_grad_()  # a part of the columns, as one layer leaves several
+    gradient = torch.randn(rows, 40, dtype=of_rows)
+    found = frozen_linear(x, weight, bias)
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert_close(found, exact.to(of_rows).detach(), dtype)
+    (by_x,) = torch.autograd.grad(found, x, gradient)
+    assert_close(by_x, (gradient.double() @ weight.double()).to(of_rows), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_product_with_many_outputs_is_the_same(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 24, dtype=dtype), torch.randn(601, 24, dtype=dtype)
+    assert_close(linear_aligned(x, weight), F.linear(x.double(), weight.double()).to(dtype), dtype)
+
+
+def test_product_of_no_rows_has_no_rows() -> None:
+    x = torch.zeros(0, 24, requires_grad=True)
+    found = frozen_linear(x, torch.ones(40, 24))
+    assert found.shape == (0, 40)
+    torch.autograd.backward(found.sum())
+    assert x.grad is not None
+    assert x.grad.shape == (0, 24)
+
+
+def test_kernels_of_onednn_are_taken_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for capability, available, expected in (("AVX512", True, True), ("AVX512", False, False), ("AVX2", True, False)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+            patch.setattr(torch.backends.mkldnn, "is_available", lambda available=available: available)
+            assert products._prefers_onednn.__wrapped__() is expected
