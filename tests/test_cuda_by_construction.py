@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fake_cuda import CUDA, HostWaits, Watch, backward, fake_cuda
+from family_models import make_family_model
 from test_server_engine import WIDTH, batches
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
@@ -57,7 +58,8 @@ def said() -> Iterator[list[str]]:
 def parts_on_cuda(
     folder: Path, dtype: torch.dtype, dropout: float = 0.1, in_bfloat16: bool = False
 ) -> tuple[EdgePart, ServerPart]:
-    model, lora = PretrainedModel(folder), LoraConfig(rank=2, targets=EVERYTHING, dropout=dropout)
+    model = PretrainedModel(folder)
+    lora = LoraConfig(rank=2, targets=model.config.lora_targets, dropout=dropout)
     where: dict[str, Any] = {"weight_dtype": dtype, "device": CUDA}
     return EdgePart(model, 2, lora, **where), ServerPart(model, 2, lora, in_bfloat16=in_bfloat16, **where)
 
@@ -100,6 +102,34 @@ def test_parts_train_without_making_the_host_wait(
         for matrix in part.matrices().values():
             assert matrix.grad is not None
             assert (matrix.grad.device, matrix.grad.dtype) == (CUDA, part.dtype)
+
+
+@pytest.mark.parametrize(("dtype", "in_bfloat16"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize("option", ["llama-biases", "qwen2-windows", "qwen3", "phi3-partial"])
+def test_parts_of_other_families_train_without_making_the_host_wait(
+    tmp_path: Path, option: str, dtype: torch.dtype, in_bfloat16: bool
+) -> None:
+    make_family_model(tmp_path, option)
+    with fake_cuda():
+        edge, server = parts_on_cuda(tmp_path, dtype, in_bfloat16=in_bfloat16)
+        losses, gradient = train(edge, server)
+        assert (losses.shape, gradient.shape, losses.device, gradient.device) == ((11,), (21, WIDTH), CUDA, CUDA)
+
+
+def test_windows_are_told_to_the_kernel_of_packed_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    called = []
+
+    def kernel(query: Tensor, key: Tensor, *others: Any, **options: Any) -> Tensor:
+        called.append((key.shape == query.shape, options["window_size"]))
+        mixed: Tensor = varlen.varlen_attn(query, key, *others, **options)
+        return mixed
+
+    monkeypatch.setattr("split_model.packing._varlen_attn", lambda device: kernel)
+    make_family_model(tmp_path, "qwen2-windows")
+    with fake_cuda():
+        train(*parts_on_cuda(tmp_path, torch.bfloat16))
+    assert called == [(True, (-1, 0)), *[(True, (4, 0))] * 3]  # of five tokens a token sees itself and four before it
 
 
 def test_parts_train_on_packed_rows(said: list[str], tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

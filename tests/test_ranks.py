@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from device_replies import LabelKeepers
+from family_models import make_family_model
 from ranks import Ranks, config_of, engine_of, ranks
 
 from gpu_server.federation import Trained
 from gpu_server.torch_engine import TorchEngine
 from protocol import Activations, Evaluation, Seconds, TrainingDiverged
+from split_model import PretrainedModel
 from storage import ModelError
 
 VOCABULARY, WIDTH = 600, 32
@@ -154,6 +156,17 @@ def test_ranks_train_as_one_process_where_devices_keep_the_labels(
     config, devices = config_of(tiny_model, micro_batches=len(shapes), labels="device", lora_dropout=0.3), Devices(tiny_model)
     one, all_ranks = engine_of(config), several.engine(config)
     for expected, trained in zip(devices.run(one, shapes, silent), devices.run(all_ranks, shapes, silent), strict=True):
+        assert_same(trained, expected)
+        assert_same_adapter(all_ranks, one)
+
+
+@pytest.mark.parametrize("option", ["llama-biases", "qwen3-biases", "phi3-partial"])
+def test_ranks_train_models_of_other_families_as_one_process(several: Ranks, tmp_path: Path, option: str) -> None:
+    targets = PretrainedModel(make_family_model(tmp_path, option)).config.lora_targets
+    config = config_of(tmp_path, lora_targets=targets, micro_batches=2, lora_dropout=0.3)
+    one, all_ranks = engine_of(config), several.engine(config)
+    shapes = [UNEQUAL, ONE_SEQUENCE]
+    for expected, trained in zip(run(one, shapes), run(all_ranks, shapes), strict=True):
         assert_same(trained, expected)
         assert_same_adapter(all_ranks, one)
 

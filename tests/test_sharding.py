@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY
+from family_models import make_family_model
 from ranks import config_of, engine_of, ranks
 from test_ranks import ONE_SEQUENCE, UNEQUAL, Devices, held_out, run
 from torch.distributed.tensor import DTensor
 
 from gpu_server.ranks.leader import RankedTrainer
 from gpu_server.torch_engine import TorchEngine
-from split_model import ServerPart
+from split_model import PretrainedModel, ServerPart
 
 SHAPES = [UNEQUAL, ONE_SEQUENCE]
 
@@ -49,6 +50,13 @@ def test_sharding_changes_no_bit(tiny_model: Path, labels: str) -> None:
     assert {name: matrix.numpy().tobytes() for name, matrix in of_sharded.items()} == {
         name: matrix.numpy().tobytes() for name, matrix in adapter.items()
     }
+
+
+def test_sharding_changes_no_bit_of_a_model_with_rotary_positions(tmp_path: Path) -> None:
+    make_family_model(tmp_path, "llama-biases")
+    targets = PretrainedModel(tmp_path).config.lora_targets
+    (whole, _), (sharded, _) = (trained(tmp_path, shard=shard, lora_targets=targets) for shard in (False, True))
+    assert sharded == whole
 
 
 @pytest.mark.parametrize("number", [2, 3])
