@@ -18,8 +18,10 @@ Nothing goes on below the first block, so first_backward.onnx computes nothing b
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +35,7 @@ from .block import Block, embedding, embedding_tensors
 from .layers import TOKENS, WINDOW, Head
 from .matrix_formats import MATRIX_FORMATS, MatrixFormat, check_finite
 from .part_graph import Adaptation, PartGraph
+from .tensor_file import TensorFile
 from .weights import Weights
 
 if TYPE_CHECKING:  # a graph is built without torch, which split_model imports
@@ -92,11 +95,12 @@ def build_part(
     )
     write_graphs(folder, config, adaptation, precision, with_head=with_head)
     embedding, *blocks = description.weight_files
-    save_file(_embedding(config, weights, form), folder / embedding)
+    positions = {name: _exact(weights, name) for name in embedding_tensors(config)}
+    _write_table(folder / embedding, config, config.table_name, weights, form, positions)
     for index, name in enumerate(blocks):
         save_file(_block(config, weights, form, index), folder / name)
     if description.head == HEAD_WEIGHTS:
-        save_file(form.store(TOKENS, weights.read(config.head_name), shared_scale=1), folder / HEAD_WEIGHTS)
+        _write_table(folder / HEAD_WEIGHTS, config, config.head_name, weights, form)
     tokenizer = Folder(tokenizer_folder, ModelError)
     for name in TOKENIZER_FILES:
         if path := tokenizer.find(name):
@@ -164,9 +168,23 @@ class _Graphs:
         return graph.given_rows("input", self.config.width)
 
 
-def _embedding(config: "ModelConfig", weights: Weights, form: MatrixFormat) -> dict[str, NDArray[np.generic]]:
-    tensors = {name: _exact(weights, name) for name in embedding_tensors(config)}
-    return {**form.store(TOKENS, weights.read(config.table_name), shared_scale=1), **tensors}
+def _write_table(
+    path: Path,
+    config: "ModelConfig",
+    name: str,
+    weights: Weights,
+    form: MatrixFormat,
+    others: Mapping[str, NDArray[np.float32]] = MappingProxyType({}),
+) -> None:
+    """A file of a table of tokens, some rows at a time, and of other tensors."""
+    pieces = (form.store(TOKENS, rows, shared_scale=1) for rows in weights.pieces(name))
+    first = next(pieces)
+    layout = {each: (array.dtype, (config.vocabulary_size, *array.shape[1:])) for each, array in first.items()}
+    layout |= {each: (array.dtype, array.shape) for each, array in others.items()}
+    with TensorFile(path, layout) as file:
+        for tensors in chain([others, first], pieces):
+            for each, array in tensors.items():
+                file.append(each, array)
 
 
 def _block(config: "ModelConfig", weights: Weights, form: MatrixFormat, index: int) -> dict[str, NDArray[np.generic]]:

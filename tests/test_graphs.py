@@ -21,13 +21,14 @@ from part_runner import Array, Batch, Masks, PartRunner
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from reference import load_base
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from edge_client.part.graph_inspection import OPERATORS
 from graphs import Adaptation, StoredWeights, build_part
 from graphs.matrix_formats import MATRIX_FORMATS
 from graphs.part import write_graphs
+from graphs.tensor_file import TensorFile
 from split_model import EdgePart, LoraConfig, PretrainedModel, adapted_layers, adapter_shapes
 from storage import EDGE_WEIGHTS, GRAPH_FILES, HEAD_GRAPH_FILES, HEAD_WEIGHTS, ModelError, PartDescription, required_files
 
@@ -490,3 +491,50 @@ def test_a_gradient_is_computed_as_soon_as_it_can_be_and_a_matrix_cast_when_all_
     assert len(casts) == 4
     assert all("Gemm" in order[index + 1 : index + 3] for index in casts)
     assert order.index("gradient:mlp.c_fc.A") < order.index("Softmax")
+
+
+# Files of weights
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_file_that_is_written_in_pieces_is_that_of_the_library(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    source = np.random.default_rng(0)
+    tensors: dict[str, Any] = {
+        "tokens": source.integers(-127, 127, (7, 5)).astype(np.int8),
+        "tokens.scale": source.normal(size=7).astype(np.float32),
+        "positions": source.normal(size=(2, 3)).astype(np.float32),
+        "half": source.normal(size=(2, 3)).astype(np.float16),
+    }
+    save_file(tensors, tmp_path / "expected", metadata)
+    with TensorFile(
+        tmp_path / "found", {name: (array.dtype, array.shape) for name, array in tensors.items()}, metadata
+    ) as file:
+        for rows in (slice(0, 2), slice(2, None)):
+            for name, array in tensors.items():
+                file.append(name, array[rows])
+    assert (tmp_path / "found").read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+@pytest.mark.parametrize("precision", EDGE_WEIGHTS)
+def test_table_of_a_large_vocabulary_is_stored_some_rows_at_a_time(
+    tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_model(tmp_path, n_embd=256, n_head=4, n_layer=2, tie_word_embeddings=False)
+    whole = build(tmp_path / "whole", base, lora_of(["c_attn"]), 1, precision, with_head=True)
+    monkeypatch.setattr("graphs.weights.ROWS_AT_ONCE", 25)
+    model, lora = PretrainedModel(base), lora_of(["c_attn"])
+    tables = (model.config.table_name, model.config.head_name)
+
+    class Watched(StoredWeights):
+        def read(self, name: str) -> Any:
+            assert name not in tables
+            return super().read(name)
+
+    adaptation = Adaptation(layers=adapted_layers(model.config, lora), rank=RANK, alpha=ALPHA, dropout=0.0)
+    (tmp_path / "pieces").mkdir()
+    given: dict[str, Any] = {"fingerprint": whole.fingerprint, "tokenizer_folder": base, "with_head": True}
+    build_part(
+        tmp_path / "pieces", model.config, Watched(model), cut_layer=1, adaptation=adaptation, precision=precision, **given
+    )
+    for name in (*whole.weight_files, HEAD_WEIGHTS):
+        assert (tmp_path / "pieces" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
