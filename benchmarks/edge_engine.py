@@ -1,6 +1,6 @@
 """
-A device's engine without torch: its speed beside the engine with torch, and where its memory goes. GPT-2 small's shape, cut
-after block 3, batches of 8 E2E rows. `device_weight.py` measures the whole program.
+A device's engine without torch: its speed beside the engine with torch, and where its memory goes. GPT-2 small's shape, or
+that of SmolLM2-135M, cut after block 3, batches of 8 E2E rows. `device_weight.py` measures the whole program.
 
 Speed: one process on two cores. The engines take turns, a batch each; a batch's forward and backward pass are timed.
 
@@ -30,14 +30,17 @@ from storage import EDGE_WEIGHTS
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's threads wait at full speed, which counts as computing
 
 BATCH_SIZE, CUT_LAYER, RANK = 8, 3, 8
-TARGETS = {"c_attn": ("c_attn",), "all": ("c_attn", "c_proj", "c_fc")}
+USUAL, ALL = "usual", "all"
+"""Which layers are adapted: PEFT's default for the family, or all linear layers of a block."""
+MODELS: dict[str, Callable[[Path], Path]] = {"gpt2-small": harness.make_gpt2_small, "smollm2-135m": harness.make_smollm2}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("parts", nargs="*", choices=[[], "speed", "memory", "labels"], help="all, if none is named")
     parser.add_argument("--rounds", type=int, default=30, help="batches that each engine computes")
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--model", choices=MODELS, default="gpt2-small", help="whose shape")
+    parser.add_argument("--targets", nargs="+", choices=(USUAL, ALL), default=[USUAL, ALL])
     parser.add_argument("--cuts", nargs="+", type=int, default=[1, 3, 6], help="of the part about labels")
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
     options = parser.parse_args()
@@ -45,7 +48,7 @@ def main() -> None:
     measures: dict[str, Callable[[Path, argparse.Namespace], None]] = {"speed": speed, "memory": memory, "labels": labels}
     with tempfile.TemporaryDirectory() as scratch:
         (model := Path(scratch) / "model").mkdir()
-        harness.make_gpt2_small(model)
+        MODELS[options.model](model)
         for name, measure in measures.items():
             if not options.parts or name in options.parts:
                 print(f"\n{name}\n")
@@ -56,7 +59,7 @@ def speed(model: Path, options: argparse.Namespace) -> None:
     rows = []
     for targets in options.targets:
         for dropout in options.dropout:
-            seconds = race(model, run_settings(TARGETS[targets], dropout), options.rounds)
+            seconds = race(model, run_settings(targets_of(model, targets), dropout), options.rounds)
             torch_median, torch_least = statistics.median(seconds["torch, float32"]), min(seconds["torch, float32"])
             for name, values in seconds.items():
                 median, least = statistics.median(values), min(values)
@@ -77,7 +80,9 @@ def race(model: Path, settings: RunSettings, rounds: int) -> dict[str, list[floa
     from split_model import PretrainedModel
 
     with tempfile.TemporaryDirectory() as scratch:
-        engines: dict[str, Any] = {"torch, float32": TorchEngine(PretrainedModel(model), settings, "cpu", "float32")}
+        base = PretrainedModel(model)
+        engines: dict[str, Any] = {"torch, float32": TorchEngine(base, settings, "cpu", "float32")}
+        width = base.config.width
         for weights in EDGE_WEIGHTS:
             part = DevicePart(make_part(Path(scratch) / weights, model, settings, weights))
             engines[f"onnxruntime, {weights}"] = OnnxEngine(part, settings)
@@ -90,7 +95,7 @@ def race(model: Path, settings: RunSettings, rounds: int) -> dict[str, list[floa
             engine.load_adapter(adapter)
         seconds: dict[str, list[float]] = {name: [] for name in engines}
         for number, batch in enumerate(batches(model, rounds + 1)):
-            gradient = source.normal(0, 1e-3, (len(batch.tokens), 768)).astype(np.float32)
+            gradient = source.normal(0, 1e-3, (len(batch.tokens), width)).astype(np.float32)
             for name, engine in engines.items():
                 engine.begin_step()
                 began = time.perf_counter()
@@ -114,6 +119,13 @@ def batches(folder: Path, count: int) -> Any:
         tokens = [*tokenizer.encode(prompt.strip()).ids, end, *ids, end]
         samples.append(Sample(np.array(tokens, np.int32), len(ids) + 1))
     return [pack(samples[index * BATCH_SIZE : (index + 1) * BATCH_SIZE]) for index in range(count)]
+
+
+def targets_of(model: Path, which: str) -> tuple[str, ...]:
+    from split_model import PretrainedModel
+
+    config = PretrainedModel(model).config
+    return config.family.usual_targets if which == USUAL else config.lora_targets
 
 
 def run_settings(targets: tuple[str, ...], dropout: float, **more: Any) -> RunSettings:
@@ -141,7 +153,7 @@ LABELS = """
 import json, sys
 sys.path[:0] = {paths!r}
 from edge_engine import labels_process
-print(json.dumps(labels_process({model!r}, {cut}, {engine!r}, {where!r}, {rounds})))
+print(json.dumps(labels_process({model!r}, {targets!r}, {cut}, {engine!r}, {where!r}, {rounds})))
 """
 
 
@@ -149,21 +161,22 @@ def labels_case(model: Path, cut: int, engine: str, where: str, rounds: int) -> 
     """What `labels_process` finds in a process of its own."""
     paths = [str(path) for path in (harness.REPOSITORY / name for name in ("", "tests", "benchmarks"))]
     with tempfile.TemporaryDirectory() as scratch:
-        run = run_settings(("c_attn",), 0.0, cut_layer=cut, labels=where)
-        folder = model
+        targets = targets_of(model, USUAL)
+        run, folder = run_settings(targets, 0.0, cut_layer=cut, labels=where), model
         if engine != "torch":
             from device_parts import make_part
 
             folder = make_part(Path(scratch) / "part", model, run, engine)
-        program = LABELS.format(paths=paths, model=str(folder), cut=cut, engine=engine, where=where, rounds=rounds)
+        given = {"model": str(folder), "targets": targets, "cut": cut, "engine": engine, "where": where, "rounds": rounds}
+        program = LABELS.format(paths=paths, **given)
         done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     found: dict[str, float] = json.loads(done.stdout)
     return found
 
 
-def labels_process(folder: str, cut: int, engine: str, where: str, rounds: int) -> dict[str, float]:
+def labels_process(folder: str, targets: tuple[str, ...], cut: int, engine: str, where: str, rounds: int) -> dict[str, float]:
     """Seconds of the processor for a batch's passes, and its head, each the median; bytes resident at most."""
-    run = run_settings(("c_attn",), 0.0, cut_layer=cut, labels=where)
+    run = run_settings(targets, 0.0, cut_layer=cut, labels=where)
     computer: Any
     if engine == "torch":
         from edge_client.torch_engine import TorchEngine
@@ -176,15 +189,13 @@ def labels_process(folder: str, cut: int, engine: str, where: str, rounds: int) 
 
         computer = OnnxEngine(DevicePart(Path(folder)), run)
     seconds: dict[str, list[float]] = {"passes": [], "head": []}
-    source = np.random.default_rng(0)
     for number, batch in enumerate(batches(Path(folder), rounds + 1)):
-        hidden = source.normal(0, 1, (len(batch.labels), 768)).astype(np.float32)  # as after the final norm
         computer.begin_step()
         began = time.process_time()
         activations = computer.forward(batch, number)
         forward = time.process_time()
         if where == "device":
-            computer.losses_and_gradient(hidden, batch.labels)
+            computer.losses_and_gradient(activations[: len(batch.labels)], batch.labels)
         head = time.process_time()
         computer.backward(activations)
         if number:  # the first one makes room
@@ -234,7 +245,7 @@ part = DevicePart(Path({part!r}))
 from edge_engine import batches, run_settings
 data = batches(Path({part!r}), 12)
 stage("reading data: the tokenizer, which then goes")
-engine = OnnxEngine(part, run_settings(("c_attn",), 0.0))
+engine = OnnxEngine(part, run_settings({targets!r}, 0.0))
 stage("the graphs")
 engine.infer(data[0])
 stage("evaluation: the weights, and one block at a time")
@@ -255,10 +266,11 @@ def stages_of(model: Path, weights: str) -> dict[str, int]:
     from device_parts import make_part
 
     with tempfile.TemporaryDirectory() as scratch:
-        part = make_part(Path(scratch) / "part", model, run_settings(("c_attn",), 0.0), weights)
+        targets = targets_of(model, USUAL)
+        part = make_part(Path(scratch) / "part", model, run_settings(targets, 0.0), weights)
         folder = harness.REPOSITORY
         paths = [str(path) for path in (folder, folder / "tests", folder / "benchmarks")]
-        program = STAGES.format(paths=paths, part=str(part))
+        program = STAGES.format(paths=paths, part=str(part), targets=targets)
         done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     found: dict[str, int] = json.loads(done.stdout)
     return found
