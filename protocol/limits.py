@@ -37,8 +37,9 @@ MAX_PART_FILE_BYTES = 2**40
 
 LARGEST_VALUE = 1e6
 """
-Of activations, gradients and adapters that clients send, in magnitude. GPT-2's largest activations are some thousands; what is
-beyond would make the loss of everybody infinite, and belongs to one client that has diverged or means harm.
+Of activations, gradients and adapters that clients send, in magnitude. GPT-2's largest activations are some thousands,
+SmolLM2-135M's 25,000; what is beyond would make the loss of everybody infinite, and belongs to one client that has diverged or
+means harm.
 """
 
 MAX_FRAMES = 4096
