@@ -1,11 +1,14 @@
 """A model's config.json as it lies on the hub is read, option by option."""
 
+import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 
 from split_model.families import read_config
+from storage import ModelError
 
 FILES = {
     "gpt2": """
@@ -107,3 +110,59 @@ def test_file_of_the_hub_is_read(tmp_path: Path, name: str) -> None:
     rest = (config.inner_width, config.vocabulary_size, config.num_positions)
     assert (config.num_layers, config.width, *heads, *rest) == SHAPES[name]
     assert sum(map(math.prod, config.tensor_shapes.values())) == PARAMETERS[name]
+
+
+REFUSED: dict[str, tuple[str, dict[str, object], str]] = {
+    "no end": (
+        "Llama-3.2-1B-Instruct",
+        {"eos_token_id": None},
+        "eos_token_id is missing; a text has to end with a token: add the id of the tokenizer's eos_token",
+    ),
+    "long rope": (
+        "Phi-3-mini-4k-instruct",
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}},
+        'rope_scaling.type is "longrope"; it can be default',
+    ),
+    "AWQ": (
+        "Qwen2.5-0.5B-Instruct",
+        {"quantization_config": {"bits": 4, "group_size": 128, "quant_method": "awq", "version": "gemm", "zero_point": True}},
+        "weights that are quantised by AWQ cannot be used: take the model that they were made from",
+    ),
+    "GPTQ": (
+        "Llama-3.2-1B-Instruct",
+        {"quantization_config": {"bits": 4, "damp_percent": 0.01, "desc_act": True, "quant_method": "gptq"}},
+        "weights that are quantised by GPTQ cannot be used: take the model that they were made from",
+    ),
+    "bitsandbytes": (
+        "Mistral-7B-v0.1",
+        {"quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}},
+        "weights that are quantised by bitsandbytes cannot be used: take the model that they were made from",
+    ),
+    "a head for classes": (
+        "Qwen3-0.6B",
+        {"architectures": ["Qwen3ForSequenceClassification"]},
+        'architectures is ["Qwen3ForSequenceClassification"], a model that does not tell the next token',
+    ),
+    "code": (
+        "Phi-3-mini-4k-instruct",
+        {"auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}},
+        "code of a folder is never run; remove the key",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_file_that_asks_for_something_else_is_refused_in_a_sentence(tmp_path: Path, case: str) -> None:
+    name, changes, reason = REFUSED[case]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(FILES[name]) | changes))
+    with pytest.raises(ModelError, match=f"^{re.escape(str(path))}: .*{re.escape(reason)}") as caught:
+        read_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_first_of_several_ends_is_a_texts_end(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(FILES["Llama-3.2-1B-Instruct"])
+    config = read_config(path)
+    assert (config.end_token, config.stop_tokens) == (128001, (128008, 128009))
