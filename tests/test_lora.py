@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import peft
 import pytest
 import reference
 import torch
+from conftest import run_split
 from family_models import make_family_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as OF_PEFT
+from safetensors.torch import load_file
 from test_parity import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, assert_equals_centralised
 
 from export import merge
@@ -211,6 +214,24 @@ def test_rank_stabilised_run_equals_that_of_peft_in_float64(tmp_path: Path) -> N
         lora_targets=("q_proj", "v_proj"),
         lora_rslora=True,
     )
+
+
+def test_checkpoint_of_a_rank_stabilised_run_is_exported_with_its_scale(
+    tiny_model: Path, tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    options = {"model": str(tiny_model), "run_dir": str(tmp_path / "run"), "cut_layer": 2, "lora_rank": 4, "lr": 2e-2}
+    more = {"steps": 4, "checkpoint_every": 4, "lora_rslora": True}
+    run_split({**options, **more}, {"a": {"data": pairs_file("a", 20), "batch_size": 3}})
+    merge(str(tiny_model), tmp_path / "finished", run_dir=tmp_path / "run")
+    description = json.loads((tmp_path / "run/run.json").read_text())
+    del description["adapter"]  # as of a run that goes on
+    (tmp_path / "run/run.json").write_text(json.dumps(description))
+    merge(str(tiny_model), tmp_path / "unfinished", run_dir=tmp_path / "run")
+    finished, unfinished = (load_file(tmp_path / name / "model.safetensors") for name in ("finished", "unfinished"))
+    expected = reference.load_peft(tiny_model, tmp_path / "run/adapter").merge_and_unload().state_dict()
+    for name in finished:
+        assert torch.equal(unfinished[name], finished[name]), name
+        assert torch.allclose(finished[name], expected[name], rtol=0, atol=2e-6), name
 
 
 def test_rank_stabilised_run_of_a_device_without_torch_equals_that_of_peft(tmp_path: Path) -> None:
