@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .callbacks import Callback
     from .client import EdgeClient
     from .client_state import StateError
     from .connection import ConnectionFailed, Refused
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from .training import Step
 
 __all__ = [
+    "Callback",
     "CertificateChanged",
     "ConnectionFailed",
     "DataError",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Callback": "callbacks",
     "CertificateChanged": "pinning",
     "EnrolmentError": "enrolment",
     "StateError": "client_state",

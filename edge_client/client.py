@@ -30,9 +30,10 @@ from protocol import (
 from protocol.invitation import Invitation
 from protocol.settings import ABILITIES
 from storage import ModelError, NamedFiles, find_model
-from terminal import importing, user_path, user_text_path
+from terminal import importing, user_text_path
 
 from .access import Access, default_name
+from .callbacks import Callback
 from .client_state import ClientState, DeviceCache, StateError, WayToCompute, allowed_cache_bytes
 from .connection import ConnectionFailed, Refused, SecretRefused
 from .data import Batch, Batches, DataError, Dataset, check_file
@@ -41,6 +42,7 @@ from .disclosure import Demands, Disclosure
 from .engine import Engine
 from .engine_choice import ENGINES, TORCH, choose_engine
 from .enrolment import state_folder, store
+from .given_texts import TextFiles, Texts
 from .held_out import Evaluated, HeldOut, perplexity
 from .membership import Membership, Redirected
 from .part.fetching import fetch_part, part_digest
@@ -77,7 +79,9 @@ class EdgeClient:
         server: WebSocket address; for wss:// this device has been enrolled there, or the certificate is an authority's.
         model: the run's base model, a Hugging Face folder or a hub name; None: the server hands over this device's part of it.
         data: .jsonl, .csv or .txt; the texts stay on this device.
-        eval_data: held-out texts for `perplexity`.
+            Or the entries themselves: a list or an iterator of dicts, or a `datasets.Dataset`, each as a line of .jsonl would
+            be. An iterator is read to its end at once. A device that comes back to a run needs the same again, as of a file.
+        eval_data: held-out texts for `perplexity`; the same.
         eval_every: steps from one evaluation of ``eval_data`` to the next, for which the others wait: before the first step, at
             each round's end by which so many more are done, and when the run is over. `evaluations` has what comes of it, and
             so have the server's records. None evaluates only when `perplexity` is called.
@@ -102,6 +106,7 @@ class EdgeClient:
         labels: "device" takes part in no run in which labels leave this device; "server" in any.
         activation_noise, gradient_noise: the least noise of a run in which this device takes part, in units of the run's clip;
             see `RunSettings`.
+        callbacks: are told of every step and evaluation.
         report: called while this device makes itself ready, with what it is at, how many bytes of it are done, and of how many.
 
     Raises:
@@ -133,8 +138,8 @@ class EdgeClient:
         server: str,
         *,
         model: str | None = None,
-        data: str | os.PathLike[str],
-        eval_data: str | os.PathLike[str] | None = None,
+        data: Texts,
+        eval_data: Texts | None = None,
         eval_every: int | None = None,
         batch_size: int = 8,
         max_length: int = 512,
@@ -151,6 +156,7 @@ class EdgeClient:
         labels: str = "server",
         activation_noise: float = 0.0,
         gradient_noise: float = 0.0,
+        callbacks: Sequence[Callback] = (),
         report: Callable[[str, int, int], object] | None = None,
     ) -> None:
         if batch_size < 1:
@@ -177,9 +183,11 @@ class EdgeClient:
             raise DataError(str(error)) from None
         self.server, self.batch_size, self.shuffle = server, batch_size, shuffle
         state = state_folder(state_dir)
-        data, held_out = user_path(data), None if eval_data is None else user_path(eval_data)
+        self._callbacks, self._texts = tuple(callbacks), TextFiles()
+        path = self._texts.path(data, "data")
+        held_out = None if eval_data is None else self._texts.path(eval_data, "eval_data")
         self._access = Access.to(server, state, None if name is None else check_name(name))
-        self.name = name or self._access.name or default_name(data)
+        self.name = name or self._access.name or default_name(path)
         self._state, self._give_up_after = ClientState(state, server, self.name), give_up_after
         self._tokens, self._report = state / "tokens", report
         self.log_file = self._state.log_file
@@ -189,7 +197,7 @@ class EdgeClient:
         self._parts = PartCache(state / "parts", PART_BYTES if part_bytes is None else part_bytes)
         self._asked_engine, self._device, self._dtype = engine, device, dtype
         self._in_flight, self._cache_bytes = in_flight, cache_bytes
-        self._files, self._max_length = (data, held_out), max_length
+        self._files, self._max_length = (path, held_out), max_length
         self._hub_name = ""
         self._model: PretrainedModel | None = None
         if model is not None:
@@ -206,17 +214,21 @@ class EdgeClient:
         self.data = self._load(data, tokenizer, config, where)
         if held_out is not None:
             self.eval_data = self._load(held_out, tokenizer, config, where)
+        self._texts.remove()
 
     def _load(self, path: Path, tokenizer: Tokenizer, config: "Described", where: Path) -> Dataset:
         report = self._report
-        data = Dataset.load(
-            path,
-            tokenizer,
-            config.end_token,
-            min(self._max_length, config.num_positions),
-            folder=self._tokens,
-            report=None if report is None else lambda done, total: report(path.name, done, total),
-        )
+        try:
+            data = Dataset.load(
+                path,
+                tokenizer,
+                config.end_token,
+                min(self._max_length, config.num_positions),
+                folder=self._tokens,
+                report=None if report is None else lambda done, total: report(path.name, done, total),
+            )
+        except DataError as error:
+            raise DataError(self._texts.in_words(str(error))) from None
         # Tokens may have been added to the tokenizer and not to the model. The server would blame the device for its labels.
         if data.highest_token >= config.vocabulary_size:
             raise ModelError(
@@ -357,7 +369,12 @@ class EdgeClient:
             engine=self._engine,
             disclosure=self.disclosure,
             log=self._log,
+            told=self._tell_evaluated,
         )
+
+    def _tell_evaluated(self, evaluated: Evaluated) -> None:
+        for callback in self._callbacks:
+            callback.on_evaluate(self, evaluated)
 
     def _described_data(self) -> str:
         return f"{self.data.digest} max-length={self._max_length} {'shuffled' if self.shuffle else 'in order'}"
@@ -368,8 +385,9 @@ class EdgeClient:
             DataError: the data is not what this device has trained on in this run before.
         """
         if before is not None and before.data and before.data != way.data:
+            data = self._texts.in_words(str(self._files[0]))
             raise DataError(
-                f"{self._files[0]} is not the data with which this device has taken part in run {self.welcome.run} so far: its "
+                f"{data} is not the data with which this device has taken part in run {self.welcome.run} so far: its "
                 "content, --max-length or --no-shuffle is another. Give it as it was to go on; other data are for another run"
             )
         # A device that is killed from here on comes back as this client and computes as before: else the result changes.
@@ -462,7 +480,9 @@ class EdgeClient:
         )
 
     def _telling(self, steps: Iterator[Step]) -> Iterator[Step]:
-        """Them, each told to the log."""
+        """Them, each told to the log, and to the callbacks."""
+        for callback in self._callbacks:
+            callback.on_train_begin(self)
         for step in steps:
             self._log.tell(
                 "step",
@@ -474,7 +494,11 @@ class EdgeClient:
                 bytes=step.num_bytes,
                 seconds={part: round(value, 6) for part, value in vars(step.seconds).items()},
             )
+            for callback in self._callbacks:
+                callback.on_step_end(self, step)
             yield step
+        for callback in self._callbacks:
+            callback.on_train_end(self)
         self._log.tell("done", f"run {self.welcome.run} is over", level="debug", step=self.num_steps, bytes=self.num_bytes)
 
     @property

@@ -1,7 +1,7 @@
 """Held-out texts: what they lose under the adapter that the run has, before, while and after it learns."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +46,7 @@ class HeldOut:
 
     Args:
         every: steps from one evaluation to the next.
+        told: called with each evaluation.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class HeldOut:
         engine: Engine,
         disclosure: Disclosure,
         log: DeviceLog,
+        told: Callable[[Evaluated], object] = lambda evaluated: None,
     ) -> None:
+        self._told = told
         self._data, self._batch_size, self._every = data, batch_size, every
         self._membership, self._engine, self._disclosure, self._log = membership, engine, disclosure, log
         self.evaluations: list[Evaluated] = []
@@ -137,6 +140,7 @@ class HeldOut:
             labelled_tokens=num_labels,
             seconds=round(seconds, 3),
         )
+        self._told(evaluated)
 
 
 def perplexity(

@@ -546,6 +546,7 @@ FLAGS = {
 
 NAMES = {
     "edge_client": [
+        "Callback",
         *("CertificateChanged", "ConnectionFailed", "DataError", "EdgeClient", "EnrolmentError", "ExportedModelError"),
         *("GenerationError", "Generator", "Refused", "RuntimeMissing", "Sampling", "ServerStatus", "StateError", "Step"),
         "TooMuchDisclosed",

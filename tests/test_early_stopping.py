@@ -92,7 +92,11 @@ def test_threshold_without_patience_is_refused_in_a_sentence() -> None:
 
 STEPS = 24
 EVERY = 2
-KILLS = [Fault("server", "receive", 40, "kill")]
+KILLS = [
+    *(Fault("server", "receive", number, "kill") for number in (41, 53)),
+    Fault("server", "send", 49, "kill"),
+    Fault("a", "receive", 23, "kill"),
+]
 KINDS: dict[str, dict[str, Any]] = {
     "rounds of one step": {},
     "rounds of two steps": {"aggregate_every": 2},
