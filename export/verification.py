@@ -27,7 +27,8 @@ __all__ = ["Agreement", "table", "verify"]
 
 Tokens = NDArray[np.int64]
 
-LARGEST_LOGIT_DIFFERENCE = {"fp32": 1e-4}
+LARGEST_LOGIT_DIFFERENCE = {"fp32": 1e-5}
+"""Of the largest logit, or of 10 where all are smaller."""
 LARGEST_LOSS_CHANGE = {"fp32": 1e-5, "fp16": 0.001, "q8": 0.002, "q4": 0.02}
 """Nats per token that the loss may rise by."""
 NUM_CONTINUED, CONTINUED_TOKENS = 8, 16
@@ -42,6 +43,8 @@ class Agreement:
     tokens: int = 0
     logit_difference: float = 0.0
     """The largest difference of any logit."""
+    largest_logit: float = 10.0
+    """In magnitude, of the reference's; at least 10."""
     summed_loss_change: float = 0.0
     same_first: int = 0
     """Number of positions at which both find the same token the most likely."""
@@ -55,8 +58,14 @@ class Agreement:
 
     @property
     def within_tolerance(self) -> bool:
-        largest_difference = LARGEST_LOGIT_DIFFERENCE.get(self.precision, float("inf"))
-        return self.logit_difference <= largest_difference and self.loss_change <= LARGEST_LOSS_CHANGE[self.precision]
+        is_near = self.allowed_difference is None or self.logit_difference <= self.allowed_difference
+        return is_near and self.loss_change <= LARGEST_LOSS_CHANGE[self.precision]
+
+    @property
+    def allowed_difference(self) -> float | None:
+        """Of any logit; None: any."""
+        share = LARGEST_LOGIT_DIFFERENCE.get(self.precision)
+        return None if share is None else share * self.largest_logit
 
     @property
     def is_finite(self) -> bool:
@@ -67,6 +76,7 @@ class Agreement:
         """Add the predictions of both for one text."""
         difference = float((found.logits - expected.logits).abs().max())
         self.logit_difference = float(np.maximum(self.logit_difference, difference))  # NaN stays: Python's max would lose it
+        self.largest_logit = max(self.largest_logit, float(expected.logits.abs().max()))
         self.summed_loss_change += found.loss - expected.loss
         self.same_first += int((found.first == expected.first).sum())
         self.tokens += len(found.first)
@@ -161,11 +171,11 @@ def table(agreements: Sequence[Agreement], columns: int | None = None) -> str:
 
 
 def _row(found: Agreement) -> tuple[str, ...]:
-    allowed = LARGEST_LOGIT_DIFFERENCE.get(found.precision)
+    allowed = found.allowed_difference
     return (
         found.precision,
         f"{found.num_bytes / 1e6:.1f}",
-        f"{found.logit_difference:.2g}" + (f" (<= {allowed:g})" if allowed else ""),
+        f"{found.logit_difference:.2g}" + (f" (<= {allowed:.2g})" if allowed else ""),
         f"{found.loss_change:+.5f} (<= {LARGEST_LOSS_CHANGE[found.precision]:g})",
         f"{100 * found.same_first / found.tokens:.2f} %",
         f"{sum(found.continuations)} of {len(found.continuations)}",
