@@ -10,7 +10,7 @@ from graphs import Weights
 from split_model import ModelConfig
 from storage import Folder, load_tokenizer
 from storage.model_folder import CONFIG_FILE, GENERATION_FILE
-from storage.tokenizer import DEFAULT_CLASS, SETTINGS
+from storage.tokenizer import FILE, OF_MODELS, SETTINGS
 
 from .beside_weights import copy_files_beside_weights
 from .checkpoint import write_checkpoint
@@ -30,8 +30,12 @@ def write_model_files(folder: Path, source: Source, weights: Weights, more: dict
     copy_files_beside_weights(source.folder, folder)
     tokenizer = load_tokenizer(source.folder)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    if not (folder / SETTINGS).exists():
+    settings = Folder(folder, ExportError).read_json(SETTINGS) if (folder / SETTINGS).exists() else None
+    if settings is None:
         write_json(folder / SETTINGS, _tokenizer_config(tokenizer, source.config))
+    elif source.config.family.model_type not in OF_MODELS:
+        # Nothing is left to be built by the class that the base model names, and versions of transformers build it differently.
+        write_json(folder / SETTINGS, settings | {"tokenizer_class": FILE})
     write_json(folder / GENERATION_FILE, _generation_config(source))
     write_json(folder / CONFIG_FILE, _config(source) | more)
     write_checkpoint(folder / "model.safetensors", source.config, weights)
@@ -125,7 +129,7 @@ def _read(source: Source, name: str) -> dict[str, Any]:
 def _tokenizer_config(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
     end = tokenizer.id_to_token(config.end_token)
     return {
-        "tokenizer_class": DEFAULT_CLASS,
+        "tokenizer_class": OF_MODELS.get(config.family.model_type, FILE),
         "model_max_length": config.num_positions,
         "add_prefix_space": False,
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), end),

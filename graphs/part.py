@@ -17,7 +17,6 @@ Where labels stay on the devices, they have the head, too; of a slice of its tab
 Nothing goes on below the first block, so first_backward.onnx computes nothing below the first adapted layer.
 """
 
-import shutil
 from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
@@ -28,8 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from storage import HEAD_WEIGHTS, TOKENIZER_FILES, Folder, ModelError, PartDescription
+from storage import HEAD_WEIGHTS, PartDescription
 from storage.part_description import EMBEDDING_WEIGHTS, WITH_POSITIONS, WITHOUT_POSITIONS
+from storage.tokenizer import write_tokenizer
 
 from .block import Block, embedding, embedding_tensors
 from .layers import TOKENS, WINDOW, Head
@@ -72,7 +72,7 @@ def build_part(
         with_head: whether the devices compute the loss themselves. A head that is no table of its own costs no byte of weights.
 
     Raises:
-        ModelError: a value is too large for the precision, or no number.
+        ModelError: a value is too large for the precision, or no number; the folder has no tokenizer that can be used.
         OSError: a file cannot be written.
     """
     form = MATRIX_FORMATS[precision]
@@ -101,10 +101,7 @@ def build_part(
         save_file(_block(config, weights, form, index), folder / name)
     if description.head == HEAD_WEIGHTS:
         _write_table(folder / HEAD_WEIGHTS, config, config.head_name, weights, form)
-    tokenizer = Folder(tokenizer_folder, ModelError)
-    for name in TOKENIZER_FILES:
-        if path := tokenizer.find(name):
-            shutil.copyfile(path, folder / name)
+    write_tokenizer(tokenizer_folder, folder)
     description.write(folder)
     return description
 

@@ -19,7 +19,7 @@ __all__ = [
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
 FILES_OF_WEIGHTS = (CONFIG_FILE, "model*.safetensors", INDEX_FILE)
-FILES_BESIDE_WEIGHTS = (*TOKENIZER_FILES, GENERATION_FILE, "chat_template.jinja")
+FILES_BESIDE_WEIGHTS = (*TOKENIZER_FILES, GENERATION_FILE)
 """The files of a model folder, besides weights and configuration, that other programs need."""
 
 

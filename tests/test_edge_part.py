@@ -573,7 +573,7 @@ def test_part_that_is_handed_over_is_that_of_the_run(tiny_model: Path, tmp_path:
             (folder / file.name).write_bytes(device.fetch(file))
     part, base = PartDescription.read(folder), PretrainedModel(tiny_model)
     with_head = labels == "device"
-    names = {*required_files(part.cut_layer, with_head=with_head), "tokenizer.json"}
+    names = {*required_files(part.cut_layer, with_head=with_head), "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in folder.iterdir()} == names
     assert part.head == ("embedding.safetensors" if with_head else "")
     assert (part.fingerprint, part.weights, part.cut_layer) == (base.fingerprint(), weights, 2)

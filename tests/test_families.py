@@ -35,7 +35,17 @@ EXCEPTIONS = {
     # A scaling of frequencies, which models of any family may have.
     "split_model/rotary.py": {"Llama", "llama3"},
     # A class of tokenizers, likewise.
-    "storage/tokenizer.py": {"GPT2", "gpt2", "GPT2Tokenizer", "GPT2TokenizerFast", "GPT2_CLASSES"},
+    "storage/tokenizer.py": {
+        "GPT2",
+        "gpt2",
+        "GPT2Tokenizer",
+        "Qwen2Tokenizer",
+        "qwen2",
+        "qwen3",
+        "LlamaTokenizer",
+        "mistral",
+        "phi3",
+    },
 }
 
 

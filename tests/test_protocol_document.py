@@ -268,6 +268,7 @@ def test_it_names_the_files_of_a_part() -> None:
         "block-1.safetensors",
         "cut_layer",
         HEAD_WEIGHTS,
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     ]
 
 

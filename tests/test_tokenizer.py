@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 from conftest import make_tokenizer
+from family_tokenizers import TOKENIZERS, make_family_tokenizer
 from spoiling import swap_two_ids
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import AutoTokenizer
 
 from split_model import PretrainedModel
 from storage import ModelError, encode, load_tokenizer
-from storage.tokenizer import tokenizer_digest
+from storage.tokenizer import beginning, separator, special_tokens, tokenizer_digest, write_tokenizer
 
 TEXTS = [
     "<|user|>a pub near the river<|bot|>",
@@ -94,6 +95,96 @@ def test_ids_are_those_of_transformers(write: Write, case: str, form: str) -> No
     assert encode(load_tokenizer(folder), TEXTS) == expected
 
 
+MARKED = [
+    *TEXTS,
+    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>",
+    "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+    "<s> [INST] Hi [/INST] a pub</s> more</s>\n<|user|>\nHi<|end|>\n<|assistant|>",
+    "cafe\u0301 \u4f60\u597d \U0001f600 1234567 and 12 34",
+    "\n\n  \r\n\ttabs   end   ",
+]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_ids_of_every_family_are_those_of_transformers_with_what_begins_a_text(tmp_path: Path, name: str) -> None:
+    folder = make_family_tokenizer(tmp_path / "model", name)
+    ours, reference = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert encode(ours, MARKED) == reference(MARKED, add_special_tokens=False)["input_ids"]
+    begins = beginning(ours)
+    assert [[*begins, *ids] for ids in encode(ours, MARKED)] == reference(MARKED)["input_ids"]
+    assert bool(begins) == (TOKENIZERS[name][2] != "qwen")
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_device_without_the_model_has_the_same_tokenizer_as_one_with_it(tmp_path: Path, name: str) -> None:
+    folder, part = make_family_tokenizer(tmp_path / "model", name, chat_template="{{ bos_token }}"), tmp_path / "part"
+    part.mkdir()
+    write_tokenizer(folder, part)
+    assert {path.name for path in part.iterdir()} == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    one, other = load_tokenizer(folder), load_tokenizer(part)
+    assert encode(one, MARKED) == encode(other, MARKED)
+    assert tokenizer_digest(one) == tokenizer_digest(other)
+    assert special_tokens(part) == special_tokens(folder)
+    assert special_tokens(folder)["eos_token"] == AutoTokenizer.from_pretrained(folder).eos_token
+
+
+@pytest.mark.parametrize("name", ["Qwen2", "Qwen3 that names none"])
+def test_two_files_of_another_class_than_gpt2s_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    folder = make_family_tokenizer(tmp_path / "model", name, extra_special_tokens=["<|im_start|>", "<|im_end|>"])
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("\n".join(" ".join(merge) for merge in model["merges"]) + "\n", encoding="utf-8")
+    expected = AutoTokenizer.from_pretrained(folder)(MARKED, add_special_tokens=False)["input_ids"]
+    assert encode(load_tokenizer(folder), MARKED) == expected
+
+
+def test_digits_stay_apart_where_transformers_forgets_that_they_do(tmp_path: Path) -> None:
+    folder = make_family_tokenizer(tmp_path / "model", "SmolLM2")
+    ours, as_it_stands = load_tokenizer(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = "  12   345\n\n 6 x7"
+    assert encode(ours, [text])[0] == as_it_stands.encode(text, add_special_tokens=False).ids
+    assert len(ours.pre_tokenizer.pre_tokenize_str("34")) == 2
+    assert len(AutoTokenizer.from_pretrained(folder).backend_tokenizer.pre_tokenizer.pre_tokenize_str("34")) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("Qwen2", " "), ("SmolLM2", " "), ("Llama 3", " "), ("Llama 2", ""), ("Mistral", "")]
+)
+def test_space_before_a_continuation_is_there_once(tmp_path: Path, name: str, expected: str) -> None:
+    tokenizer = load_tokenizer(make_family_tokenizer(tmp_path / "model", name))
+    assert separator(tokenizer) == expected
+    (ids,) = encode(tokenizer, [f"{expected}pub"])
+    assert tokenizer.id_to_token(ids[0])[0] in "\u0120\u2581"
+    assert tokenizer.id_to_token(ids[0])[1:2] not in ("\u0120", "\u2581")
+
+
+def spoil_bytes(whole: dict[str, Any]) -> None:
+    whole["model"]["byte_fallback"] = False
+
+
+def spoil_space(whole: dict[str, Any]) -> None:
+    whole["normalizer"] = {"type": "Lowercase"}
+
+
+@pytest.mark.parametrize(("spoil", "part"), [(spoil_bytes, "model.byte_fallback"), (spoil_space, "normalizer")])
+def test_file_that_its_class_would_not_follow_is_refused(
+    tmp_path: Path, spoil: Callable[[dict[str, Any]], None], part: str
+) -> None:
+    folder = make_family_tokenizer(tmp_path / "model", "Llama 2")
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    spoil(whole)
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(ModelError, match=rf"{part} is not that of LlamaTokenizer, the tokenizer's class, which ignores it"):
+        load_tokenizer(folder)
+
+
+def test_folder_with_sentencepiece_alone_is_told_what_makes_a_file_of_it(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"has no tokenizer: .*save_pretrained\(.*makes a tokenizer.json of tokenizer.model"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("case", FOLDERS)
 def test_both_forms_of_a_tokenizer_have_one_digest(write: Write, case: str) -> None:
     one, two = write("whole", name="one", **FOLDERS[case]), write("two files", name="two", **FOLDERS[case])
@@ -162,13 +253,21 @@ def test_file_is_taken_as_it_stands_where_its_class_says_so(write: Write, whole:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "normalizer": ({"changes": {"normalizer": {"type": "Lowercase"}}}, "normalizer is not that of GPT-2's tokenizer"),
-    "no pre_tokenizer": ({"changes": {"pre_tokenizer": None}}, "pre_tokenizer is not that of GPT-2's tokenizer"),
+    "normalizer": ({"changes": {"normalizer": {"type": "Lowercase"}}}, "normalizer is not that of GPT2Tokenizer"),
+    "no pre_tokenizer": ({"changes": {"pre_tokenizer": None}}, "pre_tokenizer is not that of GPT2Tokenizer"),
     "other model": (
         {"changes": {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}},
-        "model is not that of GPT-2's tokenizer",
+        "model is not that of GPT2Tokenizer",
     ),
-    "unknown class": ({"tokenizer_config__json": {"tokenizer_class": "LlamaTokenizer"}}, 'tokenizer_class is "LlamaTokenizer"'),
+    "unknown class": ({"tokenizer_config__json": {"tokenizer_class": "T5Tokenizer"}}, 'tokenizer_class is "T5Tokenizer"; GPT2'),
+    "class no text": (
+        {"tokenizer_config__json": {"tokenizer_class": ["GPT2Tokenizer"]}},
+        'tokenizer_class is ["GPT2Tokenizer"]',
+    ),
+    "vocabulary of bytes alone": (
+        {"tokenizer_config__json": {"tokenizer_class": "Qwen2Tokenizer"}},
+        "normalizer is not that of Qwen2Tokenizer",
+    ),
     "code": ({"tokenizer_config__json": {"auto_map": {"AutoTokenizer": ["a.B", None]}}}, "auto_map is "),
     "split special tokens": ({"tokenizer_config__json": {"split_special_tokens": True}}, "split_special_tokens is true"),
     "id that is taken": ({"added_tokens__json": {"the": 700}}, 'the added token "the" is declared with id 700, but gets'),
@@ -230,7 +329,7 @@ def test_ids_that_change_by_chance_are_refused(write: Write, whole: dict[str, An
 
 def test_bytes_without_a_token_are_refused_where_they_have_two_meanings(write: Write) -> None:
     model = {"type": "BPE", "vocab": {"<|endoftext|>": 0, "a": 1}, "merges": [], "unk_token": "<|endoftext|>"}
-    with pytest.raises(ModelError, match=r"model\.unk_token is not that of GPT-2's tokenizer"):
+    with pytest.raises(ModelError, match=r"model\.unk_token is not that of GPT2Tokenizer"):
         load_tokenizer(write(changes={"model": model}))
 
 
