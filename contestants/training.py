@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy
 import torch
 
-from edge_client.data import Batch, Batches, Dataset
+from edge_client.data import Batch, Batches, Dataset, Form
 from gpu_server import ServerConfig, StepRecord
 from gpu_server.history import EvaluationRecord, tell, telling_to
 from gpu_server.run_directory import RunDirectory
@@ -32,7 +32,7 @@ from split_model import (
     initial_adapter,
     load_adapter,
 )
-from storage import ModelError, RunDescription, find_model
+from storage import ChatTemplate, ModelError, RunDescription, find_model
 from terminal import Progress, count, user_path, version
 
 from .whole_model import WholeModel
@@ -134,8 +134,15 @@ class Task:
 
     def read(self, path: Path, base: PretrainedModel) -> Dataset:
         """The samples of a file, cut as on a device."""
-        longest = min(self.device.max_length, base.config.num_positions)
-        data = Dataset.load(user_path(path), base.tokenizer(), base.config.end_token, longest, folder=self.token_folder)
+        data = Dataset.load(
+            user_path(path),
+            base.tokenizer(),
+            base.config.end_token,
+            min(self.device.max_length, base.config.num_positions),
+            form=Form(template=ChatTemplate.find(base.folder), loss_on=self.device.loss_on),
+            long=self.device.long,
+            folder=self.token_folder,
+        )
         if data.highest_token >= base.config.vocabulary_size:
             raise ModelError(
                 f"{base.folder}: the tokenizer gives token {data.highest_token}, the model's vocabulary has "

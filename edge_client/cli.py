@@ -98,6 +98,26 @@ def build_parser() -> Parser:
     )
     ping.set_defaults(run=run_ping, errors=_errors_of_ping)
 
+    preview = commands.add_parser(
+        "preview",
+        help="show what would be learnt of a file",
+        description="Show the first samples of a file as tokens, what is learnt of each apart, and how long all are. "
+        "No text leaves this device.",
+    )
+    preview.add_argument("--data", required=True, metavar="FILE", type=Path, help="texts: .jsonl, .csv, .txt or .parquet")
+    tokenizer = preview.add_mutually_exclusive_group(required=True)
+    tokenizer.add_argument(
+        "--model", metavar="DIR", type=Path, help="a folder with the model's tokenizer; weights are not needed"
+    )
+    tokenizer.add_argument("--server", metavar="URL", help="or address of the server that hands over the tokenizer")
+    preview.add_argument("--name", help="name of this device, if it is enrolled there under several")
+    preview.add_argument(
+        "--state-dir", metavar="DIR", help="folder of this device's enrolments (default: the user's folder for state)"
+    )
+    _add_sample_flags(preview)
+    preview.add_argument("--samples", type=int, default=3, metavar="N", help="how many are shown (default: %(default)s)")
+    preview.set_defaults(run=run_preview, errors=_errors_of_preview)
+
     leak = commands.add_parser(
         "leak",
         help="measure what a server could recover of your texts",
@@ -131,9 +151,12 @@ def _add_generation_flags(command: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--prompt",
         metavar="TEXT",
-        help="complete it, with a model trained on prompts and completions; <|endoftext|> is put behind it, as in training",
+        help="complete it, with a model trained on prompts and completions; the token that ends a text is put behind it, as in "
+        "training",
     )
+    text.add_argument("--chat", metavar="TEXT", help="answer it, by the model's chat template, with a model of conversations")
     text.add_argument("--raw", metavar="TEXT", help="continue it as it stands, with a model trained on plain texts")
+    command.add_argument("--system", metavar="TEXT", help="with --chat: the message of the system that stands before it")
     command.add_argument("--precision", choices=("auto", "fp32", "fp16", "q8", "q4"), default="auto")
     command.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="N", help="most tokens to generate (default: %(default)s)"
@@ -167,7 +190,10 @@ def _add_training_flags(command: argparse.ArgumentParser) -> None:
         "device's part of it)",
     )
     command.add_argument(
-        "--data", required=True, metavar="FILE", help="training texts: .jsonl, .csv or .txt; the file never leaves this device"
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="training texts: .jsonl, .csv, .txt or .parquet; it never leaves this device",
     )
     command.add_argument(
         "--eval-data", metavar="FILE", help="held-out texts, whose perplexity is measured before and after training"
@@ -179,9 +205,7 @@ def _add_training_flags(command: argparse.ArgumentParser) -> None:
         help="evaluate --eval-data after every N steps as well, while the other devices wait, and tell the server its loss",
     )
     command.add_argument("--batch-size", type=int, default=8, help="samples in a step (default: %(default)s)")
-    command.add_argument(
-        "--max-length", type=int, default=512, help="tokens after which a sample is cut (default: %(default)s)"
-    )
+    _add_sample_flags(command)
     command.add_argument("--no-shuffle", action="store_true", help="take the samples in the order of the file")
     command.add_argument(
         "--engine",
@@ -250,6 +274,25 @@ def _add_training_flags(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_sample_flags(command: argparse.ArgumentParser) -> None:
+    """How entries of a file become samples."""
+    command.add_argument(
+        "--max-length", type=int, default=512, help="the greatest number of tokens in a sample (default: %(default)s)"
+    )
+    command.add_argument(
+        "--long",
+        choices=("cut", "split", "skip"),
+        default="cut",
+        help="a longer sample: keep its beginning, make several of it that overlap, or leave it out (default: %(default)s)",
+    )
+    command.add_argument(
+        "--loss-on",
+        choices=("all", "completion", "assistant"),
+        help="learn all; or of pairs the completion, of conversations the last answer; or all answers of the assistant "
+        "(default: all answers, completions, and texts that stand alone)",
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 after an error with one sentence on standard error, 130 after Ctrl-C."""
     options = build_parser().parse_args(arguments)
@@ -310,6 +353,8 @@ def _training_options(options: argparse.Namespace) -> dict[str, Any]:
         "eval_every": options.eval_every,
         "batch_size": options.batch_size,
         "max_length": options.max_length,
+        "long": options.long,
+        "loss_on": options.loss_on,
         "shuffle": not options.no_shuffle,
         "model": options.model,
         "engine": options.engine,
@@ -413,6 +458,24 @@ def run_ping(options: argparse.Namespace) -> None:
         print(f"the run has waited {duration(pong.waiting_seconds)} for {plain(listed(pong.waiting_for))}")  # noqa: T201
 
 
+def run_preview(options: argparse.Namespace) -> None:
+    from .preview import Model, preview
+
+    if options.model is not None:
+        model = Model.in_folder(user_path(options.model))
+    else:
+        model = Model.of_server(options.server, options.name, options.state_dir)
+    for line in preview(
+        user_path(options.data),
+        model,
+        max_length=options.max_length,
+        long=options.long,
+        loss_on=options.loss_on,
+        num_shown=options.samples,
+    ):
+        print(line)  # noqa: T201
+
+
 def run_leak(options: argparse.Namespace) -> None:
     with importing("the meter", install="splitlora[leak]"):
         from .leak.program import run
@@ -421,16 +484,18 @@ def run_leak(options: argparse.Namespace) -> None:
 
 
 def run_generate(options: argparse.Namespace) -> None:
-    from .generation import Generator, Sampling
+    from .generation import GenerationError, Generator, Sampling
 
+    if options.system is not None and options.chat is None:
+        raise GenerationError("--system is the beginning of a conversation: give what the user says with --chat")
     sampling = Sampling(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
     generator = Generator(options.folder, precision=options.precision, adapter=options.adapter)
     if options.precision == "auto":
         _say(f"precision {generator.precision}: {generator.choice}")
     _say(f"weights: {generator.preparation}")
-    raw = options.prompt is None
-    given = options.raw if raw else options.prompt
-    pieces = generator.stream(given, raw=raw, max_new_tokens=options.max_new_tokens, sampling=sampling)
+    pieces = generator.stream(
+        _given(options), raw=options.raw is not None, max_new_tokens=options.max_new_tokens, sampling=sampling
+    )
     if options.stream:
         for piece in pieces:
             print(piece, end="", flush=True)  # noqa: T201
@@ -438,6 +503,14 @@ def run_generate(options: argparse.Namespace) -> None:
     else:
         print(_collect(pieces, generator, options.max_new_tokens))  # noqa: T201
     _say(_figures(generator.speed))
+
+
+def _given(options: argparse.Namespace) -> str | list[dict[str, str]]:
+    """What is to be continued: a text, or messages."""
+    if options.chat is None:
+        return str(options.raw if options.prompt is None else options.prompt)
+    messages = [("system", options.system), ("user", options.chat)]
+    return [{"role": role, "content": content} for role, content in messages if content is not None]
 
 
 def _collect(pieces: Iterator[str], generator: "Generator", max_new_tokens: int) -> str:
@@ -472,24 +545,31 @@ def _figures(speed: "Speed") -> str:
 
 def _introduction(client: "EdgeClient") -> str:
     settings, last = client.welcome.settings, client.welcome.settings.cut_layer - 1
-    held_out = f"; {_described(client.eval_data)} held out" if client.eval_data is not None else ""
+    held_out = f"; {_described(client.eval_data, client.long)} held out" if client.eval_data is not None else ""
     return (
-        f"run {client.welcome.run}, device {client.name}: {_described(client.data)}{held_out}; "
+        f"run {client.welcome.run}, device {client.name}: {_described(client.data, client.long)}{held_out}; "
         f"{f'blocks 0 to {last}' if last else 'block 0'}; engine {client.engine}: {client.engine_choice}; "
         f"dtype {client.dtype}: {client.choice}; {client.disclosure}; "
         f"the run waits for {count(settings.clients, 'device')}"
     )
 
 
-def _described(data: "Dataset") -> str:
-    """How many samples there are, and how many of them were cut, which the user may not expect."""
+def _described(data: "Dataset", long: str) -> str:
+    """How many samples there are, and how many were cut, split or left out, which the user may not expect."""
     described = count(len(data.samples), "sample")
     if data.num_cut:
-        described += f" ({data.num_cut} cut at --max-length"
+        described += f" ({data.num_cut} {HOW_LONG[long]}"
         if data.num_unlabelled:
             described += f", {data.num_unlabelled} of them before their completion, so nothing is learnt from these"
         described += ")"
     return described
+
+
+HOW_LONG = {
+    "cut": "cut at --max-length",
+    "split": "longer than --max-length, which were split",
+    "skip": "more, longer than --max-length, left out",
+}
 
 
 def _show_perplexity(client: "EdgeClient", when: str, say: Callable[[str], None], *, silent: bool) -> None:
@@ -523,6 +603,15 @@ def _errors_of_generate() -> tuple[type[Exception], ...]:
     from .generation import ExportedModelError, GenerationError
 
     return (ExportedModelError, GenerationError)
+
+
+def _errors_of_preview() -> tuple[type[Exception], ...]:
+    from storage import ModelError
+
+    from .client_state import StateError
+    from .data import DataError
+
+    return (*_errors_of_ping(), DataError, ModelError, StateError)
 
 
 def _errors_of_leak() -> tuple[type[Exception], ...]:

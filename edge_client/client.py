@@ -5,6 +5,7 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Union
@@ -29,14 +30,14 @@ from protocol import (
 )
 from protocol.invitation import Invitation
 from protocol.settings import ABILITIES
-from storage import ModelError, NamedFiles, find_model
+from storage import ChatTemplate, Folder, ModelError, NamedFiles, find_model
 from terminal import importing, user_text_path
 
 from .access import Access, default_name
 from .callbacks import Callback
 from .client_state import ClientState, DeviceCache, StateError, WayToCompute, allowed_cache_bytes
 from .connection import ConnectionFailed, Refused, SecretRefused
-from .data import Batch, Batches, DataError, Dataset, check_file
+from .data import Batch, Batches, DataError, Dataset, Form, check_file
 from .device_log import DeviceLog
 from .disclosure import Demands, Disclosure
 from .engine import Engine
@@ -46,9 +47,10 @@ from .given_texts import TextFiles, Texts
 from .held_out import Evaluated, HeldOut, perplexity
 from .membership import Membership, Redirected
 from .part.fetching import fetch_part, part_digest
-from .part.part_cache import PartCache
+from .part.part_cache import PART_BYTES, PartCache
 from .pinning import CertificateChanged
 from .server_status import model_of_server
+from .token_file import CUT, check_long
 from .training import Step, train
 from .waiting import WaitReports, reason_to_wait
 
@@ -60,8 +62,6 @@ if TYPE_CHECKING:
 
 __all__ = ["EdgeClient"]
 
-PART_BYTES = 4 * 2**30
-"""Most bytes of parts of models on this device's disk, where the user says nothing."""
 TITLE = "the server's part of the model"
 
 logger = logging.getLogger("edge_client")
@@ -78,14 +78,18 @@ class EdgeClient:
     Args:
         server: WebSocket address; for wss:// this device has been enrolled there, or the certificate is an authority's.
         model: the run's base model, a Hugging Face folder or a hub name; None: the server hands over this device's part of it.
-        data: .jsonl, .csv or .txt; the texts stay on this device.
+        data: .jsonl, .csv, .txt or .parquet; the texts stay on this device.
             Or the entries themselves: a list or an iterator of dicts, or a `datasets.Dataset`, each as a line of .jsonl would
             be. An iterator is read to its end at once. A device that comes back to a run needs the same again, as of a file.
         eval_data: held-out texts for `perplexity`; the same.
         eval_every: steps from one evaluation of ``eval_data`` to the next, for which the others wait: before the first step, at
             each round's end by which so many more are done, and when the run is over. `evaluations` has what comes of it, and
             so have the server's records. None evaluates only when `perplexity` is called.
-        max_length: tokens after which a sample is cut; never more than the model has positions.
+        max_length: the greatest number of tokens in a sample; never more than the model has positions.
+        long: what becomes of a longer sample: "cut" keeps its beginning, "split" makes several of it that overlap, "skip"
+            leaves it out.
+        loss_on: what is learnt: "all", the "completion", or in conversations the turns of the "assistant"; None is what each
+            entry is made for, see docs/training.md.
         shuffle: a new order in every epoch, from the run's seed; False keeps the file's order.
         name: of this device in the run; the default is made of the host's name and the data file's.
         engine: what computes: "onnxruntime", on the part that the server hands over, or "torch", on ``model``; "auto" is torch
@@ -143,6 +147,8 @@ class EdgeClient:
         eval_every: int | None = None,
         batch_size: int = 8,
         max_length: int = 512,
+        long: str = "cut",
+        loss_on: str | None = None,
         shuffle: bool = True,
         name: str | None = None,
         engine: str = "auto",
@@ -177,6 +183,8 @@ class EdgeClient:
             raise DataError(f"engine must be {', '.join(ENGINES[:-1])} or {ENGINES[-1]}, got {engine!r}")
         if engine == TORCH and model is None:
             raise ModelError("the torch engine computes with a model of this device's own: give --model, or leave --engine out")
+        check_long(long)
+        self._form, self.long = Form(loss_on=loss_on), long
         try:
             self._demands = Demands(labels, activation_noise, gradient_noise)
         except ValueError as error:
@@ -204,16 +212,17 @@ class EdgeClient:
             model = user_text_path(model)
             self._hub_name = "" if Path(model).is_dir() else model  # noted on the disk; a folder's path may be another tomorrow
             self._model = _open_model(model)
-            self._read_data(self._model.tokenizer(), self._model.config, self._model.folder)
+            self._read_data(self._model.tokenizer(), self._model.config, Folder(self._model.folder, ModelError))
             return
         for path in filter(None, self._files):  # what is wrong with them is said before anything is fetched
             check_file(path)
 
-    def _read_data(self, tokenizer: Tokenizer, config: "Described", where: Path) -> None:
+    def _read_data(self, tokenizer: Tokenizer, config: "Described", files: Folder) -> None:
+        self._form = replace(self._form, template=ChatTemplate.find(files))
         data, held_out = self._files
-        self.data = self._load(data, tokenizer, config, where)
+        self.data = self._load(data, tokenizer, config, files.path)
         if held_out is not None:
-            self.eval_data = self._load(held_out, tokenizer, config, where)
+            self.eval_data = self._load(held_out, tokenizer, config, files.path)
         self._texts.remove()
 
     def _load(self, path: Path, tokenizer: Tokenizer, config: "Described", where: Path) -> Dataset:
@@ -224,6 +233,8 @@ class EdgeClient:
                 tokenizer,
                 config.end_token,
                 min(self._max_length, config.num_positions),
+                form=self._form,
+                long=self.long,
                 folder=self._tokens,
                 report=None if report is None else lambda done, total: report(path.name, done, total),
             )
@@ -334,7 +345,7 @@ class EdgeClient:
                 before.dtype,
             )
         if self._model is None:
-            self._read_data(part.tokenizer(), part.description, part.files.path)
+            self._read_data(part.tokenizer(), part.description, part.files)
         self._enter_run(WayToCompute(self.engine, self.dtype, digest, self._described_data()), before, part.description)
         self._engine = OnnxEngine(part, settings)
         self.disclosure = self._disclosure(settings, part.description)
@@ -377,7 +388,9 @@ class EdgeClient:
             callback.on_evaluate(self, evaluated)
 
     def _described_data(self) -> str:
-        return f"{self.data.digest} max-length={self._max_length} {'shuffled' if self.shuffle else 'in order'}"
+        usual = f"{self.data.digest} max-length={self._max_length} {'shuffled' if self.shuffle else 'in order'}"
+        other = [f"long={self.long}"] if self.long != CUT else []
+        return " ".join([usual, *other, *([f"loss-on={self._form.loss_on}"] if self._form.loss_on else [])])
 
     def _enter_run(self, way: WayToCompute, before: WayToCompute | None, config: "Described") -> None:
         """
@@ -388,7 +401,8 @@ class EdgeClient:
             data = self._texts.in_words(str(self._files[0]))
             raise DataError(
                 f"{data} is not the data with which this device has taken part in run {self.welcome.run} so far: its "
-                "content, --max-length or --no-shuffle is another. Give it as it was to go on; other data are for another run"
+                "content, --max-length, --long, --loss-on or --no-shuffle is another. Give it as it was to go on; other data "
+                "are for another run"
             )
         # A device that is killed from here on comes back as this client and computes as before: else the result changes.
         self._state.enter(self.welcome, way, model=self._hub_name)

@@ -18,11 +18,12 @@ from tokenizers import Tokenizer
 from protocol import Array, RunSettings, derive_seed
 from protocol.limits import VERSIONS_OF_A_SAMPLE
 
+from .samples import Form, samples
 from .text_encoder import TextEncoder
-from .text_file import DataError, Text, TextFile, check_file
-from .token_file import Sample, Samples, Summary, TokenFolder, TokenWriter, kept_order
+from .text_file import DataError, Entry, TextFile, check_file
+from .token_file import CUT, Sample, Samples, Summary, TokenFolder, TokenWriter, check_long, kept_order
 
-__all__ = ["Batch", "Batches", "DataError", "Dataset", "Sample", "check_file", "pack"]
+__all__ = ["Batch", "Batches", "DataError", "Dataset", "Form", "Sample", "check_file", "pack"]
 
 FORMAT = 1
 """Of token files; another number for everything that changes what is in them, this file's rules included."""
@@ -65,6 +66,8 @@ class Dataset:
         end_token: int,
         max_length: int,
         *,
+        form: Form = Form(),  # noqa: B008
+        long: str = CUT,
         folder: Path | None = None,
         report: Callable[[int, int], object] | None = None,
     ) -> "Dataset":
@@ -72,6 +75,9 @@ class Dataset:
         Read, encode and cut a file once; where that was done before, only find the result.
 
         Args:
+            form: how entries become samples.
+            long: what becomes of a sample of more than ``max_length`` tokens: "cut" keeps its beginning, "split" makes several
+                of it, "skip" leaves it out.
             folder: of this device's token files; None keeps none.
             report: called now and then while the file is read, with the bytes encoded so far and those of the whole file.
 
@@ -82,15 +88,19 @@ class Dataset:
         """
         if max_length < 2:
             raise DataError(f"max-length must be at least 2 tokens, got {max_length}")
+        check_long(long)
         if folder is None:
             # Where a system does not let go of a mapped file, it stays until somebody cleans up the folder of such files.
             with tempfile.TemporaryDirectory(prefix="splitlora-", ignore_cleanup_errors=True) as scratch:
-                return cls.load(path, tokenizer, end_token, max_length, folder=Path(scratch), report=report)
+                return cls.load(
+                    path, tokenizer, end_token, max_length, form=form, long=long, folder=Path(scratch), report=report
+                )
         report = report or (lambda done, total: None)
         files = TokenFolder(folder)
         with TextFile(path) as file:
             content = files.content(file, lambda: report(0, file.size))
-            decides = (FORMAT, content, file.kind, tokenizer.to_str(), end_token, max_length)
+            more = [*form.identity, *([f"long={long}"] if long != CUT else [])]
+            decides = (FORMAT, content, file.kind, tokenizer.to_str(), end_token, max_length, *more)
             key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
             samples = files.find(key)
             if samples is None:
@@ -98,8 +108,8 @@ class Dataset:
                     samples = files.find(key)  # another program may have made it meanwhile
                     if samples is None:
                         encoder = TextEncoder(tokenizer, end_token)
-                        with files.writer(key, encoder.dtype, max_length) as writer:
-                            _encode(file, encoder, end_token, writer, lambda done: report(done, file.size))
+                        with files.writer(key, encoder.dtype, max_length, long) as writer:
+                            _encode(file, form, encoder, end_token, writer, lambda done: report(done, file.size))
                             _check(file, writer.summary, max_length)
                         samples = files.find(key)
                         assert samples is not None  # it was written just now, and only who holds the lock deletes any
@@ -248,14 +258,16 @@ def pack(samples: Sequence[Sample]) -> Batch:
     )
 
 
-def _encode(file: TextFile, encoder: TextEncoder, end_token: int, writer: TokenWriter, report: Callable[[int], object]) -> None:
+def _encode(
+    file: TextFile, form: Form, encoder: TextEncoder, end_token: int, writer: TokenWriter, report: Callable[[int], object]
+) -> None:
     """
     Write what the file has beyond the entries that are written already. They are read once more, which takes little beside
     encoding them: what is wrong with a file may lie in an entry that is right by itself.
     """
-    texts, committed = islice(file.texts(), writer.summary.num_entries, None), 0
-    for some in _by_length(texts):
-        writer.add(len(some), list(_samples(some, encoder, end_token)))
+    entries, committed = islice(file.texts(), writer.summary.num_entries, None), 0
+    for some in by_length(entries):
+        writer.add(len(some), list(samples(some, form, encoder, end_token, str(file.path))))
         report(file.position)
         if file.position - committed > BYTES_BETWEEN_COMMITS:
             writer.commit()
@@ -265,35 +277,24 @@ def _encode(file: TextFile, encoder: TextEncoder, end_token: int, writer: TokenW
 def _check(file: TextFile, summary: Summary, max_length: int) -> None:
     if file.has_changed():
         raise DataError(f"{file.path} was changed while it was read; start again when it is complete")
+    if not summary.num_samples and summary.num_cut:
+        raise DataError(
+            f"{file.path}: all samples have more than {max_length} tokens, and --long skip leaves them out; raise --max-length"
+        )
     if not summary.num_samples:
         raise DataError(f"{file.path}: there is no text in it, only {summary.num_entries} empty entries")
     if summary.num_unlabelled == summary.num_samples:
         raise DataError(f"{file.path}: no token to predict is left within {max_length} tokens; raise --max-length")
 
 
-def _by_length(texts: Iterable[Text]) -> Iterator[list[Text]]:
-    """Lists of texts with about `CHARACTERS_AT_ONCE` characters."""
+def by_length(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    """Lists of entries with about `CHARACTERS_AT_ONCE` characters."""
     some, length = [], 0
-    for text in texts:
-        some.append(text)
-        length += len(text.prompt or "") + len(text.completion)
+    for entry in entries:
+        some.append(entry)
+        length += entry.length
         if length >= CHARACTERS_AT_ONCE:
             yield some
             some, length = [], 0
     if some:
         yield some
-
-
-def _samples(texts: Sequence[Text], encoder: TextEncoder, end_token: int) -> Iterator[tuple[bytes, int]]:
-    """
-    ids(prompt) + [end] + ids(" " + completion) + [end], as in the LoRA papers; a text alone is ids(text) + [end]. With each,
-    as bytes, comes the number of its last tokens that are predicted.
-    """
-    end, size = np.array(end_token, encoder.dtype).tobytes(), encoder.dtype.itemsize
-    prompts = encoder.encode([text.prompt or "" for text in texts])
-    rest = encoder.encode([text.completion if text.prompt is None else f" {text.completion}" for text in texts])
-    for text, prompt_ids, ids in zip(texts, prompts, rest, strict=True):
-        if text.prompt is not None:
-            yield prompt_ids + end + ids + end, len(ids) // size + 1
-        elif ids:
-            yield ids + end, len(ids) // size

@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from storage import encode
+from storage.tokenizer import beginning, separator
 
 __all__ = ["TextEncoder"]
 
@@ -30,6 +31,10 @@ class TextEncoder:
     def __init__(self, tokenizer: Tokenizer, end_token: int) -> None:
         highest = max(end_token, *tokenizer.get_vocab(with_added_tokens=True).values(), 0)
         self.dtype = np.dtype("<u2" if highest < 2**16 else "<u4")
+        self.beginning = beginning(tokenizer)
+        """The ids that the tokenizer puts before a text; `encode` does not."""
+        self.separator = separator(tokenizer)
+        """What is put before a text that continues another."""
         self._tokenizer = tokenizer
         self._knows_words = _cuts_into_words(tokenizer)
         self._known: dict[str, bytes] = {}

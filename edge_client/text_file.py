@@ -1,4 +1,7 @@
-"""A user's file of texts, read line by line: no more of it is in memory than one entry. The text does not leave the device."""
+"""
+A user's file of texts or conversations, read piece by piece: no more of it is in memory than a line, or some rows of a table.
+The text does not leave the device.
+"""
 
 import csv
 import io
@@ -6,15 +9,32 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from storage import shown
+from storage import Message, shown
+from terminal import importing
 
-__all__ = ["DataError", "FileState", "Text", "TextFile", "check_file", "read_texts"]
+__all__ = [
+    "Conversation",
+    "DataError",
+    "Entry",
+    "FileState",
+    "Instruction",
+    "Text",
+    "TextFile",
+    "check_file",
+    "entry_of",
+    "read_texts",
+]
 
-FIELDS = ("prompt", "completion", "text")
+PAIR, TEXT, INSTRUCTION, MESSAGES = ("prompt", "completion"), "text", ("instruction", "input", "output"), "messages"
+FIELDS = (*PAIR, TEXT, *INSTRUCTION, MESSAGES)
+ROLES = ("system", "user", "assistant")
+ANSWERS = "assistant"
+ROWS_AT_ONCE = 256
+"""Of a table of columns that is read row by row."""
 SHOWN = 8
 """How many names of fields an error message gives."""
 LONGEST_LINE = 2**24
@@ -33,6 +53,54 @@ class Text(NamedTuple):
     prompt: str | None
     completion: str
 
+    @property
+    def content(self) -> str:
+        """All that it says."""
+        return f"{self.prompt or ''}{self.completion}"
+
+    @property
+    def length(self) -> int:
+        """In characters."""
+        return len(self.prompt or "") + len(self.completion)
+
+    def stripped(self) -> "Text":
+        """Without white space at the ends. A pair of two empty strings counts as an empty text."""
+        prompt, completion = self.prompt and self.prompt.strip(), self.completion.strip()
+        return type(self)(prompt if completion else prompt or None, completion)
+
+
+class Instruction(Text):
+    """A pair that is a conversation for models that take part in such."""
+
+
+class Conversation(NamedTuple):
+    """One entry of a file, as messages: what the assistant says is learnt."""
+
+    messages: tuple[Message, ...]
+    num_given: int = 0
+    """So many messages at the beginning are given: of these, nothing is learnt."""
+    where: str = ""
+    """Where it stands, for messages of errors."""
+
+    @property
+    def content(self) -> str:
+        """All that it says."""
+        return "".join(message["content"] for message in self.messages)
+
+    @property
+    def length(self) -> int:
+        """In characters."""
+        return len(self.content)
+
+    @property
+    def answers(self) -> list[int]:
+        """The numbers of the messages that are learnt."""
+        numbers = range(self.num_given, len(self.messages))
+        return [number for number in numbers if self.messages[number]["role"] == ANSWERS]
+
+
+Entry = Text | Conversation
+
 
 class FileState(NamedTuple):
     """What the file system says of a file without reading it; another state is another content, or may be."""
@@ -47,7 +115,7 @@ class FileState(NamedTuple):
 
 class TextFile:
     """
-    A .jsonl, .csv or .txt file that is open for reading.
+    A .jsonl, .csv, .txt or .parquet file that is open for reading.
 
     Raises:
         DataError: it is missing, or is none of these.
@@ -96,19 +164,17 @@ class TextFile:
         except OSError as error:
             raise self._unreadable(error) from None
 
-    def texts(self) -> Iterator[Text]:
+    def texts(self) -> Iterator[Entry]:
         """
-        The entries, white space at their ends stripped.
+        The entries, white space at the ends of texts stripped.
 
         Raises:
             DataError: the file is malformed, or empty.
         """
         is_empty = True
-        for prompt, completion in READERS[self.kind](self):
+        for entry in READERS[self.kind](self):
             is_empty = False
-            prompt, completion = prompt and prompt.strip(), completion.strip()
-            # A pair of two empty strings counts as an empty text.
-            yield Text(prompt if completion else prompt or None, completion)
+            yield entry.stripped() if isinstance(entry, Text) else entry
         if is_empty:
             raise DataError(f"{self.path} is empty")
 
@@ -160,9 +226,9 @@ def check_file(path: Path) -> None:
     TextFile(path).close()
 
 
-def read_texts(path: Path) -> Iterator[Text]:
+def read_texts(path: Path) -> Iterator[Entry]:
     """
-    The entries of a .jsonl, .csv or .txt file, white space at their ends stripped.
+    The entries of a .jsonl, .csv, .txt or .parquet file, white space at the ends of texts stripped.
 
     Raises:
         DataError: the file is missing, malformed, or empty.
@@ -171,7 +237,7 @@ def read_texts(path: Path) -> Iterator[Text]:
         yield from file.texts()
 
 
-def _read_jsonl(file: TextFile) -> Iterator[Text]:
+def _read_jsonl(file: TextFile) -> Iterator[Entry]:
     for line in file.lines():
         if not line.strip():
             continue
@@ -181,19 +247,19 @@ def _read_jsonl(file: TextFile) -> Iterator[Text]:
             raise file.error(f"broken JSON: {error.msg} at character {error.pos + 1}") from None
         except (ValueError, RecursionError) as error:  # an endless number, or endless nesting
             raise file.error(f"broken JSON: {error}") from None
-        text = _text_of_fields(entry, f"{file.path}, line {file.line}")
-        if HALF_A_CHARACTER.search(f"{text.prompt}{text.completion}"):
+        text = entry_of(entry, f"{file.path}, line {file.line}")
+        if "\\u" in line and HALF_A_CHARACTER.search(text.content):
             raise file.error("a \\ud800 to \\udfff alone is half a character; they come in pairs")
         yield text
 
 
-def _read_csv(file: TextFile) -> Iterator[Text]:
+def _read_csv(file: TextFile) -> Iterator[Entry]:
     csv.field_size_limit(LONGEST_LINE)  # the library's is 131,072 characters
     reader = csv.DictReader(_lines_of_csv(file), strict=True)
     try:
         columns = reader.fieldnames
         if columns is not None:
-            _text_of_fields(dict.fromkeys(columns, ""), f"{file.path}, line {reader.line_num}")
+            entry_of(dict.fromkeys(columns, ""), f"{file.path}, line {reader.line_num}")
             if len(set(columns)) < len(columns):
                 twice = next(name for name in columns if columns.count(name) > 1)
                 raise DataError(f"{file.path}, line {reader.line_num}: two columns have the name {shown(twice)}")
@@ -204,7 +270,7 @@ def _read_csv(file: TextFile) -> Iterator[Text]:
                     f"{file.path}, line {reader.line_num}: {len(entry) + more} fields for {len(entry)} columns; "
                     "a field with a comma in it is written in quotes"
                 )
-            yield _text_of_fields(entry, f"{file.path}, line {reader.line_num}")
+            yield entry_of(entry, f"{file.path}, line {reader.line_num}")
     except csv.Error as error:
         raise DataError(f"{file.path}, line {reader.reader.line_num}: broken CSV: {error}") from None
 
@@ -218,7 +284,7 @@ def _lines_of_csv(file: TextFile) -> Iterator[str]:
             yield line
 
 
-def _read_txt(file: TextFile) -> Iterator[Text]:
+def _read_txt(file: TextFile) -> Iterator[Entry]:
     seen: dict[bool, list[int]] = {}
     """By whether a line has "||": how many there are, and the number of the first."""
     for line in file.lines():
@@ -238,27 +304,150 @@ def _read_txt(file: TextFile) -> Iterator[Text]:
         )
 
 
-READERS: dict[str, Callable[[TextFile], Iterator[Text]]] = {".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_txt}
+def _read_parquet(file: TextFile) -> Iterator[Entry]:
+    with importing("a .parquet file", install="splitlora[parquet]", instead="save the data as .jsonl"):
+        import pyarrow
+        from pyarrow import parquet
+    file.position, number = 0, 0
+    try:
+        table = parquet.ParquetFile(file.path)
+        _check_columns(table.schema_arrow.names, file.path)
+        for rows in table.iter_batches(batch_size=ROWS_AT_ONCE):
+            for row in rows.to_pylist():
+                number += 1
+                file.position = file.size * number // max(1, table.metadata.num_rows)
+                # A column that says nothing in a row is not there, as in the other kinds of files.
+                entry = {name: value for name, value in row.items() if value is not None}
+                yield entry_of(entry, f"{file.path}, row {number}") if entry else Text(None, "")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{file.path} cannot be read: {str(error).strip().splitlines()[0][:200]}") from None
 
 
-def _text_of_fields(entry: object, where: str) -> Text:
-    """The text in the fields "prompt" and "completion", or in "text"; their names may be in capitals."""
+def _check_columns(names: list[str], path: Path) -> None:
+    """
+    Raises:
+        DataError: none of these columns is known.
+    """
+    known = {name.strip().lower() for name in names} & set(FIELDS)
+    if not known:
+        entry_of(dict.fromkeys(names), f"{path}, columns")
+
+
+READERS: dict[str, Callable[[TextFile], Iterator[Entry]]] = {
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".txt": _read_txt,
+    ".parquet": _read_parquet,
+}
+
+
+def entry_of(value: object, where: str) -> Entry:
+    """
+    The entry that an object's members make: "messages"; "instruction", perhaps "input", and "output"; "prompt" and
+    "completion", which are texts or lists of messages; or "text". Names may be in capitals; other members are left out.
+
+    Args:
+        where: the object stands, for messages.
+
+    Raises:
+        DataError: there is none of these, or more than one that says something; or a message cannot be learnt from.
+    """
     fields: dict[str, object] = {}
-    for key, value in entry.items() if isinstance(entry, dict) else ():
-        name = key.strip().lower()
+    for key, member in value.items() if isinstance(value, dict) else ():
+        name = str(key).strip().lower()
         if name in fields and name in FIELDS:
             raise DataError(f"{where}: {shown(key)} is there twice")
-        fields[name] = value
-    prompt, completion, text = (fields.get(name) for name in FIELDS)
-    pair = Text(prompt, completion) if isinstance(prompt, str) and isinstance(completion, str) else None
-    whole = Text(None, text) if isinstance(text, str) else None
-    if pair is None and whole is None:
-        raise DataError(f'{where}: expected "prompt" and "completion", or "text", each a string; {_found(entry, fields)}')
-    # A table may have all three columns if each of its rows fills either the pair or the text.
-    says = [one for one in (pair, whole) if one is not None and f"{one.prompt or ''}{one.completion}".strip()]
+        fields[name] = member
+    found = {what: entry for what, key, read in KINDS if key in fields and (entry := read(fields, where)) is not None}
+    if not found:
+        raise DataError(
+            f'{where}: expected "messages", or "instruction" and "output", or "prompt" and "completion", or "text", each a '
+            f"string; {_found(value, fields)}"
+        )
+    if len(found) == 1:
+        return next(iter(found.values()))
+    # A table may have columns of several kinds if each of its rows fills those of one.
+    says = [what for what, entry in found.items() if isinstance(entry, Conversation) or entry.content.strip()]
     if len(says) > 1:
-        raise DataError(f'{where}: both a "prompt" with its "completion" and a "text"; leave one of them empty')
-    return says[0] if says else Text(None, "")
+        raise DataError(f"{where}: both {says[0]} and {says[1]}; leave one of them empty")
+    return found[says[0]] if says else Text(None, "")
+
+
+def _pair(fields: Mapping[str, object], where: str) -> Entry | None:
+    prompt, completion = (fields.get(name) for name in PAIR)
+    if isinstance(prompt, list) and isinstance(completion, list):
+        given = _messages(prompt, f'{where}: "prompt"')
+        conversation = Conversation((*given, *_messages(completion, f'{where}: "completion"')), len(given), where)
+        if not conversation.answers:
+            raise DataError(f'{where}: in "completion" the assistant says nothing, so there is nothing to learn')
+        return conversation
+    return Text(prompt, completion) if isinstance(prompt, str) and isinstance(completion, str) else None
+
+
+def _text(fields: Mapping[str, object], where: str) -> Entry | None:
+    text = fields.get(TEXT)
+    return Text(None, text) if isinstance(text, str) else None
+
+
+def _instruction(fields: Mapping[str, object], where: str) -> Entry | None:
+    instruction, given, output = (fields.get(name) for name in INSTRUCTION)
+    if not isinstance(instruction, str) or not isinstance(output, str):
+        return None
+    if given is not None and not isinstance(given, str):
+        raise DataError(f'{where}: "input" is {shown(given)}; a string is expected')
+    asked = [part for part in (instruction.strip(), (given or "").strip()) if part]
+    if asked and not output.strip():
+        raise DataError(f'{where}: "output" is empty: there is nothing to learn; leave the entry out, or write it')
+    return Instruction("\n\n".join(asked), output)
+
+
+def _conversation(fields: Mapping[str, object], where: str) -> Entry | None:
+    messages = fields.get(MESSAGES)
+    return Conversation(_messages(messages, f'{where}: "messages"'), where=where) if isinstance(messages, list) else None
+
+
+KINDS: tuple[tuple[str, str, Callable[[Mapping[str, object], str], Entry | None]], ...] = (
+    ('a "prompt" with its "completion"', "prompt", _pair),
+    ('a "text"', TEXT, _text),
+    ('an "instruction" with its "output"', "instruction", _instruction),
+    ('"messages"', MESSAGES, _conversation),
+)
+"""What is called so, by the member without which there is none, and what reads it."""
+
+
+def _messages(values: list[Any], where: str) -> tuple[Message, ...]:
+    """
+    Raises:
+        DataError: a message has no content, a role or a member that is not known, or the assistant says nothing in it.
+    """
+    if not values:
+        raise DataError(f"{where} has no message")
+    return tuple(_message(value, f"{where}, message {number}") for number, value in enumerate(values, 1))
+
+
+def _message(value: object, where: str) -> Message:
+    members = {key: member for key, member in value.items() if member is not None} if isinstance(value, dict) else None
+    if members is None:
+        raise DataError(f'{where}: expected an object with "role" and "content"; found {shown(value)}')
+    role = members.get("role")
+    for name in ("tool_calls", "function_call", "tool_call_id"):
+        if members.get(name):
+            raise DataError(f"{where}: {name} is {shown(members[name])}: calls of tools are not learnt; leave such entries out")
+    if role in ("tool", "function"):
+        raise DataError(f"{where}: its role is {shown(role)}: answers of tools are not known; leave such entries out")
+    if role not in ROLES:
+        raise DataError(f"{where}: role is {shown(role)}; {', '.join(ROLES[:-1])} and {ROLES[-1]} are known")
+    content = members.get("content")
+    if not isinstance(content, str):
+        raise DataError(f"{where}: content is {shown(content)}; a string is expected")
+    more = sorted(str(key) for key in members if key not in ("role", "content", "tool_calls", "function_call", "tool_call_id"))
+    if more:
+        raise DataError(f"{where}: {shown(more[0])} is not known; a message has role and content")
+    if role == ANSWERS and not content.strip():
+        raise DataError(
+            f"{where}: the assistant's content is empty: there is nothing to learn; leave the entry out, or write it"
+        )
+    return {"role": str(role), "content": content}
 
 
 def _found(entry: object, fields: dict[str, object]) -> str:

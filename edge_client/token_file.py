@@ -23,15 +23,31 @@ from protocol import Array
 from storage import remove_unfinished, replace_file
 
 from .saved_steps import readable_errors
-from .text_file import TextFile
+from .text_file import DataError, TextFile
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["Sample", "Samples", "Summary", "TokenFolder", "TokenWriter", "kept_order"]
+__all__ = [
+    "CUT",
+    "LONG",
+    "SKIP",
+    "SPLIT",
+    "Sample",
+    "Samples",
+    "Summary",
+    "TokenFolder",
+    "TokenWriter",
+    "check_long",
+    "kept_order",
+]
 
 logger = logging.getLogger("edge_client")
 
+CUT, SPLIT, SKIP = LONG = ("cut", "split", "skip")
+"""What becomes of a sample of more tokens than the greatest length."""
+OVERLAP = 4
+"""Of a sample that is split, each part but the first begins with tokens of the one before: this part of the greatest length."""
 MOST_BYTES = 2**31
 """Of all token files of a device together; the one in use stays, of any size."""
 MOST_NOTES = 100
@@ -74,7 +90,7 @@ class Summary:
     num_samples: int = 0
     num_tokens: int = 0
     num_cut: int = 0
-    """How many samples were longer than the greatest length."""
+    """How many samples had more tokens than the greatest length, so that they were cut, split or left out."""
     num_unlabelled: int = 0
     """How many samples have nothing left to predict within the greatest length."""
     longest: int = 0
@@ -230,19 +246,45 @@ def kept_order(folder: Path, seed: int, size: int, make: Callable[[], Array]) ->
     return order
 
 
+def check_long(long: str) -> None:
+    """
+    Raises:
+        DataError: it is none of LONG.
+    """
+    if long not in LONG:
+        raise DataError(f"long must be {', '.join(LONG[:-1])} or {LONG[-1]}, got {long}")
+
+
+def windows(num_tokens: int, num_labels: int, most: int) -> Iterator[tuple[int, int, int]]:
+    """
+    The parts of a sample, each of at most ``most`` tokens: where one begins and ends, and how many of its last tokens are
+    predicted. Each label is predicted once, behind at least an `OVERLAP` of what is before it. A part without any is left out.
+    """
+    start, learnt = 0, num_tokens - num_labels
+    while True:
+        end = min(start + most, num_tokens)
+        if end > learnt:
+            yield start, end, end - learnt
+            learnt = end
+        if end == num_tokens:
+            return
+        start = end - max(1, most // OVERLAP)
+
+
 class TokenWriter:
     """
     Writes a token file into a folder, going on where it was `commit`ted last.
 
     Args:
-        max_length: tokens after which a sample is cut.
+        max_length: the greatest number of tokens in a sample.
+        long: what becomes of a sample that has more: one of LONG.
 
     Raises:
         StateError: the disk is full, or the folder cannot be written. Of every method.
     """
 
-    def __init__(self, folder: Path, dtype: IdType, max_length: int) -> None:
-        self._folder, self._max_length = folder, max_length
+    def __init__(self, folder: Path, dtype: IdType, max_length: int, long: str = CUT) -> None:
+        self._folder, self._max_length, self._long = folder, max_length, long
         self._files: dict[str, BinaryIO] = {}
         try:
             with readable_errors(folder):
@@ -274,11 +316,20 @@ class TokenWriter:
             num_entries: of the text file, from which these samples come.
             samples: of each the ids, as bytes of the file's dtype, and how many of its last tokens are predicted.
         """
-        done, size = self.summary, self.summary.bytes_of_id
+        done, size, most = self.summary, self.summary.bytes_of_id, self._max_length
+        num_long = sum(len(tokens) > most * size for tokens, _ in samples)
+        if num_long and self._long == SKIP:
+            samples = [(tokens, count) for tokens, count in samples if len(tokens) <= most * size]
+        elif num_long and self._long == SPLIT:
+            samples = [
+                (tokens[start * size : end * size], count)
+                for tokens, num_labels in samples
+                for start, end, count in windows(len(tokens) // size, num_labels, most)
+            ]
         whole_lengths = np.array([len(tokens) // size for tokens, _ in samples], START)
-        lengths = np.minimum(whole_lengths, self._max_length)
+        lengths = np.minimum(whole_lengths, most)
         label_counts = np.maximum(0, np.array([count for _, count in samples], START) - (whole_lengths - lengths))
-        tokens = b"".join(tokens[: self._max_length * size] for tokens, _ in samples)
+        tokens = b"".join(tokens[: most * size] for tokens, _ in samples)
         with readable_errors(self._folder):
             self._files[TOKENS].write(tokens)
             self._files[STARTS].write((done.num_tokens + np.cumsum(lengths)).astype(START).tobytes())
@@ -288,7 +339,7 @@ class TokenWriter:
             num_entries=done.num_entries + num_entries,
             num_samples=done.num_samples + len(samples),
             num_tokens=done.num_tokens + int(lengths.sum()),
-            num_cut=done.num_cut + int((whole_lengths > lengths).sum()),
+            num_cut=done.num_cut + num_long,
             num_unlabelled=done.num_unlabelled + int((label_counts == 0).sum()),
             longest=max(done.longest, int(lengths.max(initial=0))),
             highest_token=max(done.highest_token, int(np.frombuffer(tokens, done.dtype).max(initial=0))),
@@ -357,13 +408,13 @@ class TokenFolder:
             yield
 
     @contextmanager
-    def writer(self, key: str, dtype: IdType, max_length: int) -> Iterator[TokenWriter]:
+    def writer(self, key: str, dtype: IdType, max_length: int, long: str = CUT) -> Iterator[TokenWriter]:
         """
         The writer of a token file, which is there under its name when the block has been left, and not before. What a program
         that was killed has written is gone on with; what was written before an error is deleted.
         """
         unfinished = self._path / f"{key}{UNFINISHED}"
-        with _deleted_after_an_error(unfinished), closing(TokenWriter(unfinished, dtype, max_length)) as writer:
+        with _deleted_after_an_error(unfinished), closing(TokenWriter(unfinished, dtype, max_length, long)) as writer:
             self._make_room(key)  # before a new file is as large as an old one
             yield writer
             writer.finish()

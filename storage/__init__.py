@@ -3,6 +3,7 @@
 from .activation_cache import CacheFolder
 from .adapter_settings import AdapterSettings
 from .atomic_file import remove_unfinished, replace_file
+from .chat_template import ChatTemplate, Message, TemplateFailed
 from .errors import AdapterError, ModelError
 from .exported_manifest import ExportedManifest
 from .fingerprint import fingerprint, part_that_differs
@@ -31,12 +32,15 @@ __all__ = [
     "AdapterError",
     "AdapterSettings",
     "CacheFolder",
+    "ChatTemplate",
     "ExportedManifest",
     "Folder",
+    "Message",
     "ModelError",
     "NamedFiles",
     "PartDescription",
     "RunDescription",
+    "TemplateFailed",
     "encode",
     "find_model",
     "fingerprint",

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conftest import make_model, make_tokenizer
+from family_tokenizers import TOKENIZERS, make_family_tokenizer
 
 if TYPE_CHECKING:
     from split_model import ModelConfig
 
-__all__ = ["OPTIONS", "gpt2_config", "make_family_model"]
+__all__ = ["OPTIONS", "gpt2_config", "make_family_model", "make_talking_model"]
 
 ROPE = {"rope_theta": 1e4}
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -101,3 +102,18 @@ def make_family_model(folder: Path, option: str, *, seed: int = 0, **sizes: Any)
             torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.2)
     model.save_pretrained(folder)
     return folder
+
+
+def make_talking_model(folder: Path, name: str, template: str) -> Path:
+    """
+    A model of conversations.
+
+    Args:
+        name: of its tokenizer; see `family_tokenizers`.
+        template: its chat template.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(make_family_tokenizer(folder, name, chat_template=template))
+    make_family_model(folder, TOKENIZERS[name][0], vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    return make_family_tokenizer(folder, name, chat_template=template)

@@ -17,10 +17,12 @@ MAY_IMPORT = {
     "protocol": {"backports", "compression", "msgpack", "numpy"},
     "simulation": {*("gpu_server", "protocol", "terminal"), *("matplotlib", "numpy")},
     "split_model": {"storage", "numpy", "safetensors", "tokenizers", "torch"},
-    "storage": {"huggingface_hub", "numpy", "tokenizers"},
+    "storage": {"huggingface_hub", "jinja2", "numpy", "tokenizers"},
     "graphs": {"storage", "split_model", "ml_dtypes", "numpy", "onnx", "safetensors"},
     "terminal": {"onnxruntime", "tqdm"},
-    "edge_client": OURS | {"numpy", "onnxruntime", "platformdirs", "tokenizers", "torch", "websockets"} | {"matplotlib"},
+    "edge_client": OURS
+    | {"numpy", "onnxruntime", "platformdirs", "tokenizers", "torch", "websockets"}
+    | {"matplotlib", "pyarrow"},
     "export": {
         *("graphs", "split_model", "storage", "terminal"),
         *("ml_dtypes", "numpy", "onnx", "onnxruntime", "peft", "safetensors", "tokenizers", "torch", "transformers"),
@@ -45,9 +47,11 @@ ONLY_IN = {
         *("gpu_server/page/live.py", "gpu_server/serving/event_relay.py", "gpu_server/serving/lifetime.py"),
         *("gpu_server/serving/peer.py", "gpu_server/serving/performer.py", "gpu_server/serving/run_server.py"),
     },
+    "jinja2": {"storage/chat_template.py"},
     "msgpack": {"protocol/encoding.py", "gpu_server/ranks/packing.py"},
     "matplotlib": {"edge_client/leak/picture.py", "gpu_server/report/pictures.py", "simulation/pictures.py"},
     "onnxruntime": {"terminal/packages.py"},
+    "pyarrow": {"edge_client/text_file.py"},
     "prometheus_client": {"gpu_server/prometheus.py"},
     "peft": {"export/peft_merge.py"},
     "tensorboard": {"gpu_server/tensorboard.py"},
@@ -141,7 +145,7 @@ def test_neither_side_imports_transformers_or_peft(package: str) -> None:
     subprocess.run([sys.executable, "-c", check], check=True)
 
 
-NOT_ON_A_DEVICE = ("torch", "safetensors", "transformers", "onnx", "huggingface_hub", "dp_accounting")
+NOT_ON_A_DEVICE = ("jinja2", "pyarrow", "torch", "safetensors", "transformers", "onnx", "huggingface_hub", "dp_accounting")
 
 
 def modules_of(package: str) -> list[str]:

@@ -14,19 +14,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, shared_path
+from family_models import make_talking_model
+from family_tokenizers import MARKERS, SYSTEM, TALK
 from spoiling import change_manifest, foreign_graph, move_out
 from tokenizers import Tokenizer, models
-from transformers import GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from edge_client import ExportedModelError, GenerationError, Generator, Sampling
 from edge_client.cli import main
-from edge_client.data import Dataset
+from edge_client.data import Dataset, Form
 from edge_client.generation import open_exported
 from edge_client.generation.generator import choose_precision
 from export import export_onnx
 from export.cli import main as export_main
 from split_model import LoraConfig, PretrainedModel, initial_adapter, save_adapter
+from storage import ChatTemplate, load_tokenizer
 
 ATTENTIONS = ("gqa", "attn23", "ops")
 
@@ -150,6 +153,76 @@ def test_completion_begins_without_the_space_that_training_puts_before_it(
     tokens = generator.encode("  a", raw=True)
     monkeypatch.setattr(generator, "tokens", lambda *_, **__: iter(tokens))
     assert (generator.text("x"), generator.text("x", raw=True)) == (" a", "  a")
+
+
+# Conversations
+
+
+@pytest.fixture(scope="session")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with a tokenizer that begins texts, and a chat template."""
+    model = make_talking_model(tmp_path_factory.mktemp("talking"), "Llama 2", MARKERS)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "eos_token_id": [2, 5]}))
+    export_onnx(str(model), model / "exported", precisions=("fp32",))
+    return model
+
+
+@pytest.mark.parametrize("begins", [[], [SYSTEM]], ids=["user", "system"])
+def test_messages_are_given_as_transformers_gives_them_and_as_training_did(
+    talking: Path, tmp_path: Path, begins: list[dict[str, str]]
+) -> None:
+    generator, reference = Generator(talking / "exported"), AutoTokenizer.from_pretrained(talking)
+    messages = [*begins, *TALK[:3]]
+    given = generator.encode(messages)
+    assert given == reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [*messages, TALK[3]]}))
+    form = Form(template=ChatTemplate.find(talking), loss_on="completion")
+    (sample,) = Dataset.load(tmp_path / "a.jsonl", load_tokenizer(talking), 2, 256, form=form).samples
+    assert given == sample.tokens[: len(sample.tokens) - sample.num_labels].tolist()
+    loaded = AutoModelForCausalLM.from_pretrained(talking, dtype=torch.float32).eval()
+    ids = torch.tensor([given])
+    output = loaded.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=0)
+    expected = output[0, len(given) :].tolist()
+    assert list(generator.tokens(given, max_new_tokens=12)) == [token for token in expected if token not in (2, 5)]
+
+
+@pytest.mark.parametrize("entry", [{"prompt": "a pub", "completion": "b"}, {"text": "a pub"}])
+def test_text_begins_as_the_tokenizer_begins_it(talking: Path, tmp_path: Path, entry: dict[str, str]) -> None:
+    generator, raw = Generator(talking / "exported"), "text" in entry
+    (tmp_path / "a.jsonl").write_text(json.dumps(entry))
+    (sample,) = Dataset.load(tmp_path / "a.jsonl", load_tokenizer(talking), 2, 256).samples
+    given = generator.encode("a pub", raw=raw)
+    assert given == sample.tokens[: len(given)].tolist()
+    assert given[0] == 1
+    assert generator.encode("", raw=True) == [1]
+
+
+def test_program_answers_by_the_chat_template(talking: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(talking / "exported")
+    assert main(["generate", folder, "--chat", "A pub?", "--system", "You know pubs.", "--max-new-tokens", "6"]) == 0
+    messages = [SYSTEM, {"role": "user", "content": "A pub?"}]
+    assert capsys.readouterr().out == Generator(folder).text(messages, max_new_tokens=6) + "\n"
+    assert main(["generate", folder, "--prompt", "A pub?", "--system", "x"]) == 1
+    assert "--system is the beginning of a conversation: give what the user says with --chat" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "reason"),
+    [
+        (TALK[:1], None, "has no chat template, so the model takes no messages: give a prompt, or a raw text"),
+        (TALK[:1], "{{ raise_exception('only tools') }}", "does not take these messages: only tools"),
+        (TALK[:1], "{% for %}", "the chat template cannot be read: "),
+        (["hi"], MARKERS, "message 1 is 'hi'; it should have a role and a content"),
+        ([{"role": "user", "content": None}], MARKERS, "it should have a role and a content"),
+        ([{"role": "user", "content": "\ud800"}], MARKERS, "the prompt is not UTF-8: '\\ud800' is not a character"),
+    ],
+)
+def test_messages_that_cannot_be_answered_are_refused(copied: Path, messages: Any, template: str | None, reason: str) -> None:
+    if template is not None:
+        (copied / "chat_template.jinja").write_text(template)
+    with pytest.raises((GenerationError, ExportedModelError), match=re.escape(reason)):
+        Generator(copied, precision="fp32").text(messages)
 
 
 # Streaming

@@ -1,7 +1,7 @@
 """Continues texts with an exported model. The device needs onnxruntime, numpy and tokenizers, and no torch."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from storage import ExportedManifest
-from storage.tokenizer import guarded
+from storage import ChatTemplate, ExportedManifest, Message, ModelError, TemplateFailed
+from storage.tokenizer import beginning, guarded
 from terminal import user_path
 
 from .decoder import Decoder
@@ -112,6 +112,7 @@ class Generator:
             num_threads=num_threads,
         )
         self.tokenizer = _load_tokenizer(self.model)
+        self._begins = self._guarded(lambda: beginning(self.tokenizer))
         self.speed = Speed()
         first_adapter = adapter or self.model.adapter
         if first_adapter is not None:
@@ -128,19 +129,33 @@ class Generator:
             raise ExportedModelError(f"{self.model.folder} has its adapter merged; --keep-adapter exports with room for others")
         self._decoder.use_adapter(user_path(path))
 
-    def text(self, prompt: str, *, raw: bool = False, max_new_tokens: int = 64, sampling: Sampling | None = None) -> str:
+    def text(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        raw: bool = False,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+    ) -> str:
         """The whole completion. See `stream`."""
         return "".join(self.stream(prompt, raw=raw, max_new_tokens=max_new_tokens, sampling=sampling))
 
     def stream(
-        self, prompt: str, *, raw: bool = False, max_new_tokens: int = 64, sampling: Sampling | None = None
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        raw: bool = False,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
     ) -> Iterator[str]:
         """
         The completion, piece by piece; joined they are the whole. A piece has only whole characters, so some tokens give none.
 
         Args:
-            raw: continue ``prompt`` as it stands, for a model that was trained on plain texts. Otherwise the model was trained
-                on pairs of prompt and completion, and is given the prompt in the form it had there: see `encode`.
+            prompt: for a model that was trained on pairs of prompt and completion, a prompt, which it is given in the form that
+                it had there; for one that was trained on conversations, a list of messages, each with "role" and "content",
+                which it answers. See `encode`.
+            raw: continue ``prompt`` as it stands, for a model that was trained on plain texts.
 
         Raises:
             GenerationError: the prompt cannot be encoded or leaves no room, or ``max_new_tokens`` is less than 1.
@@ -195,28 +210,47 @@ class Generator:
             raise ExportedModelError(f"{self.model.folder} computes no numbers in {self.precision}, which they overflow: {way}")
         return logits
 
-    def encode(self, prompt: str, *, raw: bool = False) -> list[int]:
+    def encode(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
         """
-        The token ids of a prompt, in the form in which training puts it before a completion (see `data.Dataset`): white space
-        at both ends removed, and the token that separates texts appended. With ``raw``, the ids of the text as it stands; an
-        empty text is that token alone.
+        The token ids of a prompt, in the form in which training puts it before what is learnt (see `samples`). Of a prompt,
+        white space at both ends is removed, and the token that separates texts appended. Of messages, it is what the model's
+        chat template makes of them, with an answer opened. With ``raw``, a text stands as it is; an empty one is the token that
+        begins a text.
 
         Raises:
-            GenerationError: the prompt is not valid Unicode.
+            GenerationError: the prompt is not valid Unicode, or the folder has no chat template that takes the messages.
             ExportedModelError: the tokenizer fails, or is another model's.
         """
+        text = self._conversation(prompt) if not isinstance(prompt, str) else prompt if raw else prompt.strip()
         try:
-            prompt.encode("utf-8")
+            text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise GenerationError(f"the prompt is not UTF-8: {prompt[error.start : error.end]!a} is not a character") from None
-        text = prompt if raw else prompt.strip()
-        ids = self._guarded(lambda: self.tokenizer.encode(text, add_special_tokens=False)).ids
+            raise GenerationError(f"the prompt is not UTF-8: {text[error.start : error.end]!a} is not a character") from None
+        ids: list[int] = self._guarded(lambda: self.tokenizer.encode(text, add_special_tokens=False)).ids
+        if isinstance(prompt, str):  # the template itself writes what begins a conversation, and what ends its messages
+            ids = [*self._begins, *ids]
+            if not ids or (not raw and ids[-1] != self.model.end_token):
+                ids = [*ids, self.model.end_token]
         if max(ids, default=0) >= self.model.vocabulary_size:
             highest = f"{max(ids)} of {self.model.vocabulary_size} tokens"
             raise ExportedModelError(f"{self.model.folder}: the tokenizer is of another model ({highest})")
-        if not ids or (not raw and ids[-1] != self.model.end_token):
-            ids = [*ids, self.model.end_token]
         return ids
+
+    def _conversation(self, messages: Sequence[Message]) -> str:
+        for number, message in enumerate(messages, 1):
+            if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+                raise GenerationError(f"message {number} is {str(message)[:80]!r}; it should have a role and a content")
+        try:
+            template = ChatTemplate.find(self.model.files)
+            if template is None:
+                raise GenerationError(
+                    f"{self.model.folder} has no chat template, so the model takes no messages: give a prompt, or a raw text"
+                )
+            return template.render(messages, opens_answer=True)
+        except ModelError as error:
+            raise ExportedModelError(str(error)) from None
+        except TemplateFailed as failure:
+            raise GenerationError(f"the model's chat template does not take these messages: {failure}") from None
 
     def _capacity(self, prompt: Sequence[int], max_new_tokens: int) -> int:
         """How many tokens prompt and continuation may have together."""
@@ -237,7 +271,7 @@ class Generator:
 
 
 def _without_first_space(pieces: Iterator[str]) -> Iterator[str]:
-    """Training puts a space between the token that separates texts and the completion; it is no part of the answer."""
+    """Training puts a space between what a model is given and what it completes; it is no part of the answer."""
     for piece in pieces:
         yield piece.removeprefix(" ")
         if piece:

@@ -27,10 +27,10 @@ from split_model import (
     initial_adapter,
     load_adapter,
 )
-from storage import AdapterSettings
+from storage import AdapterSettings, ChatTemplate
 from terminal import count as counted
 
-from ..data import DataError, Dataset, Sample
+from ..data import DataError, Dataset, Form, Sample
 from .attacks import ATTACKS, Attack, Recovered
 from .controls import Planted, Shuffled, masked, planted, planted_texts, shuffled
 from .cost import Prediction, extra_nats, predict, train
@@ -263,7 +263,8 @@ def open_subject(data: Path, model: Path, adapter: Path | None, *, max_length: i
     """
     opened = PretrainedModel(model)
     longest = min(max_length, opened.config.num_positions)
-    dataset = Dataset.load(data, opened.tokenizer(), opened.config.end_token, longest)
+    form = Form(template=ChatTemplate.find(opened.folder))
+    dataset = Dataset.load(data, opened.tokenizer(), opened.config.end_token, longest, form=form)
     return Subject(data=data, model=opened, adapter=adapter, dataset=dataset)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from protocol import AskPart, AskPiece, Part, PartFile, Piece, RemoteProtocolError
@@ -25,7 +25,11 @@ MOST_ATTEMPTS = 2
 
 
 def fetch_part(
-    membership: Membership, cache: PartCache, report: Callable[[int, int], object] | None = None
+    membership: Membership,
+    cache: PartCache,
+    report: Callable[[int, int], object] | None = None,
+    *,
+    only: Collection[str] | None = None,
 ) -> tuple[tuple[PartFile, ...], dict[str, Path]]:
     """
     The run's part of the model for devices. What ``cache`` has is not fetched; what it has a beginning of is fetched from
@@ -33,6 +37,7 @@ def fetch_part(
 
     Args:
         report: called with how many bytes are there, and of how many, as they are fetched.
+        only: the names of the files that are needed; None is all.
 
     Returns:
         The files as the server describes them, and where each lies, by its name.
@@ -45,6 +50,8 @@ def fetch_part(
     answer = membership.ask(AskPart(index=membership.next_index()), Part)
     settings = membership.welcome.settings
     files = _wanted(answer, settings.cut_layer, with_head=settings.labels == "device")
+    if only is not None:
+        files = tuple(file for file in files if file.name in only)
     contents = {file.sha256: file for file in files}
     found = {digest: cache.find(file) for digest, file in contents.items()}
     lacking = [file for digest, file in contents.items() if found[digest] is None]

@@ -22,10 +22,12 @@ try:
 except ModuleNotFoundError:  # not on every system; there nobody can see whether another client writes a file
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["PartCache", "Unfinished"]
+__all__ = ["PART_BYTES", "PartCache", "Unfinished"]
 
 logger = logging.getLogger("edge_client")
 
+PART_BYTES = 4 * 2**30
+"""Most bytes of parts of models on this device's disk, where the user says nothing."""
 UNFINISHED = ".partial"
 CHUNK = 1 << 20  # bytes that are read at a time
 

@@ -14,7 +14,7 @@ OF_ANY_TRAINING = {
     *("lr", "lr_schedule", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "device", "dtype"),
 }
 """Of the server's settings, what is not about splitting."""
-OF_ANY_DATA = {"batch_size", "max_length", "no_shuffle"}
+OF_ANY_DATA = {"batch_size", "max_length", "long", "loss_on", "no_shuffle"}
 """The same of a device's."""
 
 
@@ -29,7 +29,11 @@ class DeviceConfig:
     """
 
     batch_size: int = option("samples in a step", 8)
-    max_length: int = option("tokens after which a sample is cut", 512)
+    max_length: int = option("the greatest number of tokens in a sample", 512)
+    long: str = option(
+        "a longer sample: keep its beginning, make several of it, or leave it out", "cut", choices=("cut", "split", "skip")
+    )
+    loss_on: str | None = option("what is learnt of an entry", choices=("all", "completion", "assistant"))
     no_shuffle: bool = option("take the samples in the order of the file", False)
     engine: str = option(
         "what computes on devices: onnxruntime, on what the server hands over, or torch, on the server's --model",

@@ -1,0 +1,128 @@
+"""splitlora-edge preview: what a person checks before training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_tokenizer
+from family_models import make_talking_model
+from family_tokenizers import CHATML, TALK, make_family_tokenizer
+
+from edge_client.cli import main
+from edge_client.data import Dataset, Form
+from edge_client.preview import Model, preview
+from edge_client.server_status import ping
+from storage import load_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model's tokenizer, and nothing else of it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    make_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "a.jsonl"
+    entries = [{"prompt": "a", "completion": "b\n\x1b[2J"}, {"prompt": "a" * 30, "completion": "b"}, {"text": "b" * 12}]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def test_samples_are_shown_with_what_is_learnt_apart(folder: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--data", str(data), "--model", str(folder), "--max-length", "12", "--samples", "1"]
+    assert main(["preview", *options]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "sample 1: 9 tokens, 7 of them learnt",
+        "  given   a·<|endoftext|>",
+        "  learnt   b·\\n·\\x1b·[·2·J·<|endoftext|>",
+        "",
+        "a.jsonl: 3 samples, 55 tokens, 18 of them learnt; the longest has 33",
+        "          8 to 15 tokens         2 ########################################",
+        "         16 to 31 tokens         0",
+        "         32 to 63 tokens         1 ####################",
+        "2 samples with more than 12 tokens: cut",
+        "1 sample cut before what is learnt of them: take a greater --max-length, or --long split",
+    ]
+
+
+@pytest.mark.parametrize("long", ["cut", "split", "skip"])
+@pytest.mark.parametrize("loss_on", [None, "all"])
+def test_as_much_is_learnt_as_in_training(folder: Path, data: Path, long: str, loss_on: str | None) -> None:
+    tokenizer = load_tokenizer(folder)
+    end = tokenizer.token_to_id("<|endoftext|>")
+    trained = Dataset.load(data, tokenizer, end, 12, form=Form(loss_on=loss_on), long=long)
+    num_learnt = sum(sample.num_labels for sample in trained.samples)
+    lines = list(preview(data, Model.in_folder(folder), max_length=12, long=long, loss_on=loss_on, num_shown=0))
+    assert f" 55 tokens, {num_learnt} of them learnt;" in lines[0]
+
+
+def test_answers_of_a_conversation_are_shown_one_by_one(tmp_path: Path) -> None:
+    folder, data = make_family_tokenizer(tmp_path / "model", "Qwen2", chat_template=CHATML), tmp_path / "a.jsonl"
+    data.write_text(json.dumps({"messages": TALK}))
+    lines = [line.replace("·", "") for line in preview(data, Model.in_folder(folder))]
+    learnt = [line for line in lines if line.startswith("  learnt")]
+    assert learnt[0] == "  learnt  The Mill, by the river.<|im_end|>\\n"
+    assert "12 tables<|im_end|>" in learnt[1]
+    assert "The Mill, by the river.<|im_end|>" in next(line for line in lines[3:] if line.startswith("  given"))
+    assert lines[-1].endswith("#")
+
+
+def test_device_without_a_model_previews_by_the_tokenizer_of_the_server(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    from gpu_server import GpuServer
+
+    model = make_talking_model(tmp_path / "model", "Qwen2", CHATML)
+    with data.open("a") as file:
+        file.write(json.dumps({"messages": TALK}) + "\n")
+    with GpuServer(model=str(model), cut_layer=1, steps=1, port=0, run_dir=tmp_path / "run", dtype="float32") as server:
+        state = tmp_path / "state"
+        assert (
+            main(["preview", "--data", str(data), "--server", server.url, "--state-dir", str(state), "--max-length", "999"])
+            == 0
+        )
+        shown = capsys.readouterr().out.splitlines()
+        assert shown == list(preview(data, Model.in_folder(model), max_length=256)), "longer than its positions no sample is"
+        assert len(list((state / "parts").iterdir())) == 4, "tokenizer, its settings, template and description: no weights"
+        assert ping(server.url).pong.joined == 0
+    assert main(["preview", "--data", str(data), "--server", server.url]) == 1
+    assert server.url in capsys.readouterr().err
+
+
+def test_data_that_does_not_teach_to_end_is_pointed_out(tmp_path: Path) -> None:
+    folder, data = make_family_tokenizer(tmp_path / "model", "Qwen2", chat_template=CHATML), tmp_path / "a.jsonl"
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>", "chat_template": CHATML})
+    )
+    data.write_text(json.dumps({"messages": TALK}))
+    *_, last = preview(data, Model.in_folder(folder))
+    assert last.startswith("no sample has <|endoftext|>, the token that ends a text, in what is learnt: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--max-length", "1"], "max-length must be at least 2 tokens, got 1"),
+        (["--samples", "-1"], "samples must be at least 0, got -1"),
+        (["--model", "/nowhere"], "/nowhere has no tokenizer"),
+        (["--data", "none.jsonl"], "none.jsonl cannot be read: No such file"),
+        (["--loss-on", "completion"], "--loss-on completion learns nothing of a text that stands alone"),
+    ],
+)
+def test_what_cannot_be_previewed_is_one_sentence(
+    folder: Path, data: Path, capsys: pytest.CaptureFixture[str], options: list[Any], reason: str
+) -> None:
+    assert main(["preview", "--data", str(data), "--model", str(folder), *options]) == 1
+    assert reason in capsys.readouterr().err
+
+
+def test_tokenizer_that_names_no_end_is_refused(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_family_tokenizer(tmp_path / "model", "Llama 3", eos_token=None)
+    assert main(["preview", "--data", str(data), "--model", str(folder)]) == 1
+    assert "does not say which token ends a text: its tokenizer_config.json should have an eos_token" in capsys.readouterr().err
