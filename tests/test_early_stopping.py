@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chaos import Fault, Scene
+from chaos import Fault, Outcome, Scene
 from conftest import adapter_bytes, metrics, run_split
 from protocol_samples import SETTINGS
 from transformers import Trainer, TrainerControl, TrainerState
@@ -92,11 +92,6 @@ def test_threshold_without_patience_is_refused_in_a_sentence() -> None:
 
 STEPS = 24
 EVERY = 2
-KILLS = [
-    *(Fault("server", "receive", number, "kill") for number in (41, 53)),
-    Fault("server", "send", 49, "kill"),
-    Fault("a", "receive", 23, "kill"),
-]
 KINDS: dict[str, dict[str, Any]] = {
     "rounds of one step": {},
     "rounds of two steps": {"aggregate_every": 2},
@@ -186,16 +181,27 @@ def test_run_ends_where_transformers_would_have_ended_it_with_the_last_adapter_o
 def test_device_that_is_killed_and_a_server_that_goes_back_end_early_as_if_nothing_had_been(
     scene: Scene, tmp_path: Path
 ) -> None:
-    """At every message of the server from the judgement on that ends the run, and of the device that evaluates."""
+    """About when the loss is judged that ends the run, and when all are told so."""
     early = {"steps": 12, "lr": 0.3, "early_stopping_patience": 1, "final_adapter": "best", "lora_dropout": 0.0}
-    outcomes = {}
-    for number, faults in enumerate([[], *([fault] for fault in KILLS)]):
-        run = scene.run(tmp_path / str(number), "rounds of one step", faults, **early)
-        run.folder.mkdir()
+
+    def outcome_of(*faults: Fault) -> Outcome:
+        folder = tmp_path / "-".join(map(str, faults))
+        folder.mkdir(exist_ok=True)
+        run = scene.run(folder, "rounds of one step", list(faults), **early)
         run.clients["a"]["eval_every"] = 1
-        outcomes[number] = run.to_its_end()
-        assert outcomes[number].struck == [fault.what for fault in faults]
-        assert outcomes[number].differences(outcomes[0]) == []
-        events = [event.kind for event in RunFiles(run.run_dir).events()]
-        assert "ended_early" in events
-    assert 1 < len(outcomes[0].losses) < 12
+        outcome = run.to_its_end()
+        assert outcome.struck == [fault.what for fault in faults]
+        assert "ended_early" in [event.kind for event in RunFiles(run.run_dir).events()]
+        return outcome
+
+    undisturbed = outcome_of()
+    steps = len(undisturbed.losses)
+    assert 1 < steps < 12
+    # In a step the server gets 8 messages, and the device that evaluates 5.
+    for fault in (
+        Fault("server", "receive", 8 * steps + 3, "kill"),
+        Fault("server", "receive", 8 * steps + 10, "kill"),
+        Fault("server", "send", 8 * steps + 8, "kill"),
+        Fault("a", "receive", 5 * steps + 2, "kill"),
+    ):
+        assert outcome_of(fault).differences(undisturbed) == []
