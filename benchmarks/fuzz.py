@@ -132,7 +132,7 @@ def besiege(seed: int, labels: str, trials: Mapping[str, "Trial"]) -> None:
             began = time.monotonic()
             suffered = siege.suffer(trial.attack, trial.long)
             what = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(suffered.counts.items()))
-            grown = [f"{num_bytes / 1e6:+.1f}" for num_bytes in suffered.grown]
+            grown = [f"{num_bytes / 1e6:+.1f}" for num_bytes in (suffered.grown[0], suffered.grown[-1])]
             rows.append([name, what, suffered.honest_steps, f"{time.monotonic() - began:.0f}", *grown])
         files, after = siege.server.open_files() - siege.open_files, siege.server.resident()
     header = [f"attack, labels on the {labels}", "what became of it", "honest steps", "s", "MB more, first half", "second half"]

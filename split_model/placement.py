@@ -13,6 +13,7 @@ __all__ = ["DTYPES", "Placement", "choose_device", "choose_dtype"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
+KEPT_PRODUCTS = "64"
 INSTRUCTIONS_FOR_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 """Of x86 and of ARM, as torch calls them. Without them products in bfloat16 take up to a hundred times as long."""
 
@@ -92,7 +93,11 @@ class Placement:
         Where torch knows a slower way to a result that does not change from run to run, it takes that: of what is computed here
         in attention's backward pass alone. What it knows none for it refuses, and nothing here needs that. TF32, which keeps
         11 bits of 24, is off, whatever an environment variable of an image says.
+
+        On the CPU, oneDNN keeps the code that it has made for each number of rows. Of packed batches nearly every one has
+        another number, so that it would keep up to 1,024 of them; a step needs a dozen, block after block.
         """
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KEPT_PRODUCTS)  # it reads this when it begins
         if self.device.type == "cuda":
             # cuBLAS reads it when it begins: with a workspace of fixed size its results do not depend on what else goes on.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
