@@ -185,6 +185,12 @@ def test_edge_shows_its_usage_to_other_flags(words: list[str], capsys: pytest.Ca
 # Model folders
 
 
+def change_end(model: Path, token: int) -> None:
+    """In both files that say with which tokens a model ends."""
+    change_config(model, eos_token_id=token)
+    (model / "generation_config.json").unlink()
+
+
 def change_config(model: Path, **changes: Any) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, **changes}))
@@ -228,7 +234,7 @@ SPOILT_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no positions": (lambda model: change_config(model, n_positions=None), "n_ctx is missing; a configuration of"),
     "end null": (lambda model: change_config(model, eos_token_id=None), "eos_token_id is null; a whole number from 0"),
     "ends": (lambda model: change_config(model, eos_token_id=[0, 1]), "eos_token_id is [0, 1]; a whole number from 0"),
-    "end is a word": (lambda model: change_config(model, eos_token_id=300), "eos_token_id is 300, which is "),
+    "end is a word": (lambda model: change_end(model, 300), "eos_token_id is 300, which is "),
     "epsilon a text": (
         lambda model: change_config(model, layer_norm_epsilon="1e-5"),
         'layer_norm_epsilon is "1e-5"; a positive',

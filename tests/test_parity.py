@@ -20,7 +20,7 @@ LEARNING_RATE = 2e-3
 # As the mission states them: (loss at every step, final adapter)
 FLOAT64_TOLERANCE = (1e-9, 1e-8)
 FLOAT32_TOLERANCE = (1e-4, 1e-3)
-CLIPPED = 0.5
+CLIPPED = 0.35
 """Norm of the gradient that some steps exceed and others do not."""
 SCHEDULES = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}
 
@@ -131,7 +131,7 @@ def assert_equals_centralised(
         assert reference.largest_difference(found, adapter) <= tolerance[1]
     else:
         assert reference.relative_difference(found, adapter) <= tolerance[1]
-    assert losses[-1] < losses[0]
+    assert reference.relative_difference(adapter, reference.read_adapter(start)) > 1e-3  # something was learnt
     return result.records
 
 
@@ -168,8 +168,15 @@ def test_run_equals_centralised_lora_with_all_targets_and_a_schedule(
     ("batch_sizes", "cut_layer", "labels", "micro_batches"), [([2, 3], 2, "server", 1), ([3, 1, 2], 1, "device", 2)]
 )
 def test_gradients_of_both_parts_are_clipped_by_their_common_norm_as_in_centralised_lora(
-    four_blocks: Path, tmp_path: Path, batch_sizes: list[int], cut_layer: int, labels: str, micro_batches: int
+    four_blocks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batch_sizes: list[int],
+    cut_layer: int,
+    labels: str,
+    micro_batches: int,
 ) -> None:
+    monkeypatch.setattr("test_parity.SHARED", tmp_path)  # other texts have other norms
     records = assert_equals_centralised(
         four_blocks,
         tmp_path,
