@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .lora import LoraLinear
-from .model_config import LAYER_NORM, ModelConfig
+from .model_config import ModelConfig
 from .packing import Numbers, Packing
 from .placement import Placement
 from .rotary import Rotation, rotate
@@ -66,7 +66,7 @@ def _vector(tensors: StoredTensors, name: str, placement: Placement) -> Tensor:
 
 
 def _norm(config: ModelConfig, tensors: StoredTensors, name: str, placement: Placement) -> nn.Module:
-    kind = LayerNorm if config.norm == LAYER_NORM else RMSNorm
+    kind = LayerNorm if config.has_layer_norms else RMSNorm
     return kind(config, tensors, name, placement)
 
 
