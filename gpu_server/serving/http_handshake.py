@@ -10,6 +10,7 @@ from weakref import WeakSet
 
 from websockets.asyncio.server import Server, ServerConnection, basic_auth, serve
 from websockets.datastructures import Headers
+from websockets.exceptions import InvalidHandshake
 from websockets.http11 import Request, Response
 from websockets.protocol import State
 
@@ -28,6 +29,16 @@ __all__ = ["SECONDS_TO_TRY_AGAIN", "accept_connections", "watch_door"]
 
 QUIET = logging.getLogger("websockets.server.quiet")
 QUIET.setLevel(logging.INFO)  # below that it would tell the headers, and the secrets in them
+
+
+def _spare_traceback(record: logging.LogRecord) -> bool:
+    """A stranger's bad handshake is no fault of ours: the log has its line, without the way through websockets' code."""
+    if record.exc_info and isinstance(record.exc_info[1], InvalidHandshake):
+        record.exc_info = None
+    return True
+
+
+QUIET.addFilter(_spare_traceback)
 
 SECONDS_TO_TRY_AGAIN = 10.0  # after which a device that was late, or has too many connections, is heard again
 SECONDS_BETWEEN_LOOKS = 1.0
