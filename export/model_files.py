@@ -97,10 +97,11 @@ def _config(source: Source) -> dict[str, Any]:
     config.pop("torch_dtype", None)
     config.setdefault("architectures", [family.architecture])
     config.setdefault("bos_token_id", source.config.end_token)
+    for key in family.position_keys:
+        config.setdefault(key, source.config.num_positions)
     return config | {
         "dtype": "float32",
         "eos_token_id": source.config.end_token,
-        **dict.fromkeys(family.position_keys, source.config.num_positions),
         "tie_word_embeddings": source.config.tied_head,
     }
 

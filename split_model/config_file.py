@@ -89,9 +89,16 @@ class Settings:
     def number(self, key: str, default: float | None = None) -> float:
         """Positive and finite."""
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
+        if not _is_positive(value):
             raise self.wrong(key, "a positive number")
         return float(value)
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """So many positive and finite ones."""
+        values = self._get(key, None)
+        if not isinstance(values, list) or len(values) != count or not all(map(_is_positive, values)):
+            raise self.wrong(key, f"a list of {count} positive numbers")
+        return tuple(map(float, values))
 
     def text(self, key: str, default: str) -> str:
         value = self._get(key, default)
@@ -225,3 +232,7 @@ class ConfigFile(Settings):
     @property
     def _needed_by(self) -> str:
         return f"a configuration of model_type {self.model_type!r} needs it"
+
+
+def _is_positive(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value <= LARGEST

@@ -22,7 +22,7 @@ from .packing import Packing
 from .placement import Placement
 from .transfer import copied_to
 
-__all__ = ["Rotary", "Rotation", "read_rotary", "rotate"]
+__all__ = ["LONGROPE", "LongRotary", "Rotary", "Rotation", "read_rotary", "rotate"]
 
 SCALINGS = ("default", "linear", "llama3", "yarn")
 DYNAMIC = "dynamic"
@@ -30,6 +30,8 @@ DYNAMIC = "dynamic"
 A scaling that changes frequencies only of sequences beyond the model's number of positions. No sequence is longer here, so that
 it is the same as "default".
 """
+LONGROPE = "longrope"
+"""A scaling with a divisor for each frequency; only families of which a model has it ask for it."""
 FASTEST, SLOWEST = 32.0, 1.0
 """Yarn's usual "high" and "low"."""
 
@@ -46,11 +48,11 @@ class Rotary:
     base: float
     """Of the frequencies, base^(-2 i / width); `rope_theta` in config.json."""
     scaling: str = "default"
-    """One of SCALINGS."""
+    """One of SCALINGS; or LONGROPE, see `LongRotary`."""
     factor: float = 1.0
     """By which a frequency is divided, where it is."""
     pretrained_positions: int = 0
-    """Before the scaling; of "llama3" and "yarn"."""
+    """Before the scaling; of "llama3", "yarn" and LONGROPE."""
     low: float = 0.0
     high: float = 0.0
     """
@@ -65,7 +67,7 @@ class Rotary:
 
     def frequencies(self) -> NDArray[numpy.float32]:
         """Of each pair, in radians a position: (width / 2,)."""
-        wavelengths = self.base ** (torch.arange(0, self.width, 2, dtype=torch.float32) / self.width)  # over 2 pi
+        wavelengths = self._wavelengths()
         plain = 1.0 / wavelengths
         if self.scaling == "linear":
             plain = plain / self.factor
@@ -93,6 +95,10 @@ class Rotary:
             settings["original_max_position_embeddings"] = self.pretrained_positions
         return settings
 
+    def _wavelengths(self) -> Tensor:
+        """Of each pair, in positions a radian: (width / 2,)."""
+        return self.base ** (torch.arange(0, self.width, 2, dtype=torch.float32) / self.width)
+
     def _share_divided(self) -> Tensor:
         """Yarn's, of each pair (YaRN, arXiv 2309.00071, 3.2)."""
 
@@ -119,6 +125,29 @@ class Rotary:
         return torch.where(is_between, mixed, scaled)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LongRotary(Rotary):
+    """
+    LongRoPE (arXiv 2402.13753): every frequency has a divisor of its own. Sequences beyond the pretrained positions have other
+    divisors, by which nothing is computed here: a model of this kind has `pretrained_positions` and no more.
+    """
+
+    divisors: tuple[float, ...]
+    """Of each pair, within the pretrained positions; `short_factor` in config.json."""
+    divisors_beyond: tuple[float, ...]
+    """`long_factor` in config.json."""
+    positions_beyond: int
+    """How many positions the model has with these."""
+
+    def frequencies(self) -> NDArray[numpy.float32]:
+        divided: NDArray[numpy.float32] = (1.0 / (torch.tensor(self.divisors) * self._wavelengths())).numpy()
+        return divided
+
+    def settings(self, head_width: int) -> dict[str, Any]:
+        divisors = {"short_factor": list(self.divisors), "long_factor": list(self.divisors_beyond)}
+        return super().settings(head_width) | divisors | {"attention_factor": self.amplitude}
+
+
 def read_rotary(
     file: ConfigFile,
     head_width: int,
@@ -126,6 +155,7 @@ def read_rotary(
     *,
     scalings: Sequence[str] = (*SCALINGS, DYNAMIC),
     may_be_partial: bool = False,
+    pretrained_positions: int | None = None,
 ) -> Rotary:
     """
     What config.json says under rope_parameters, and in older files under rope_scaling and rope_theta.
@@ -133,6 +163,7 @@ def read_rotary(
     Args:
         scalings: those that the family knows.
         may_be_partial: whether the family can turn a part of each head.
+        pretrained_positions: the family's default, in a family that has one; else the scaling says it.
 
     Raises:
         ModelError: a scaling or an option of it is not known, or a value cannot be right.
@@ -154,9 +185,10 @@ def read_rotary(
     values: dict[str, Any] = {"width": width, "base": base, "scaling": scaling}
     if scaling in ("linear", "llama3"):
         values["factor"] = given.number("factor")
-    if scaling in ("llama3", "yarn"):
-        usual = given.integer("original_max_position_embeddings", num_positions)
-        values["pretrained_positions"] = file.integer("original_max_position_embeddings", usual)
+    if scaling in ("llama3", "yarn", LONGROPE):
+        key = "original_max_position_embeddings"
+        usual = given.integer(key, num_positions, least=2)
+        values["pretrained_positions"] = file.integer(key, pretrained_positions or usual, least=2)
     if scaling == DYNAMIC:
         values["scaling"] = "default"
         given.number("factor")
@@ -170,8 +202,10 @@ def read_rotary(
         raise ModelError(
             f"{file.path}: {given.within} begins to scale at {values['low']:g} and ends at {values['high']:g} turns"
         )
+    if scaling == LONGROPE:
+        values |= _longrope(given, width // 2, values["pretrained_positions"], num_positions)
     given.check_all_known()
-    return Rotary(**values)
+    return LongRotary(**values) if scaling == LONGROPE else Rotary(**values)
 
 
 def _yarn(given: Settings, pretrained: int, num_positions: int) -> dict[str, Any]:
@@ -188,6 +222,17 @@ def _yarn(given: Settings, pretrained: int, num_positions: int) -> dict[str, Any
         "high": given.number("beta_fast") if given.has("beta_fast") else FASTEST,
         "truncates": given.boolean("truncate", True),
         "amplitude": given.number("attention_factor") if given.has("attention_factor") else usual,
+    }
+
+
+def _longrope(given: Settings, num_pairs: int, pretrained: int, num_positions: int) -> dict[str, Any]:
+    factor = given.number("factor") if given.has("factor") else num_positions / pretrained
+    usual = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(pretrained))
+    return {
+        "amplitude": given.number("attention_factor") if given.has("attention_factor") else usual,
+        "divisors": given.numbers("short_factor", num_pairs),
+        "divisors_beyond": given.numbers("long_factor", num_pairs),
+        "positions_beyond": num_positions,
     }
 
 

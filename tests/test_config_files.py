@@ -118,10 +118,10 @@ REFUSED: dict[str, tuple[str, dict[str, object], str]] = {
         {"eos_token_id": None},
         "eos_token_id is missing; a text has to end with a token: add the id of the tokenizer's eos_token",
     ),
-    "long rope": (
+    "another family's scaling": (
         "Phi-3-mini-4k-instruct",
-        {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}},
-        'rope_scaling.type is "longrope"; it can be default',
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        'rope_scaling.type is "yarn"; it can be default, longrope',
     ),
     "AWQ": (
         "Qwen2.5-0.5B-Instruct",

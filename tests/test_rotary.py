@@ -58,23 +58,48 @@ def config_with(folder: Path, said: dict[str, Any], head_width: int = 64) -> Pat
     return path
 
 
-@pytest.mark.parametrize("head_width", [64, 128])
-@pytest.mark.parametrize("said", SCALINGS.values(), ids=SCALINGS)
-def test_frequencies_are_those_of_transformers_to_the_bit(tmp_path: Path, said: dict[str, Any], head_width: int) -> None:
+def assert_are_those_of_transformers(config_file: Path, longest: int) -> None:
     from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    rotary = read_config(config_with(tmp_path, said, head_width)).rotary
+    rotary = read_config(config_file).rotary
     assert rotary is not None
-    reference = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
+    reference = LlamaRotaryEmbedding(AutoConfig.from_pretrained(config_file.parent))
     assert rotary.frequencies().tobytes() == reference.inv_freq.numpy().tobytes()
     assert rotary.amplitude == reference.attention_scaling
-    lengths = [100_000, 3]
+    lengths = [longest, 3]
     tables = Rotation(rotary, Placement(torch.float32, CPU)).tables(Packing(lengths, CPU))
     assert tables is not None
     positions = torch.cat([torch.arange(length) for length in lengths])
     for table, expected in zip(tables, reference(torch.zeros(()), positions[None]), strict=True):
-        assert torch.equal(table.squeeze(1), expected[0, :, : head_width // 2])
+        assert torch.equal(table.squeeze(1), expected[0, :, : rotary.width // 2])
+
+
+@pytest.mark.parametrize("head_width", [64, 128])
+@pytest.mark.parametrize("said", SCALINGS.values(), ids=SCALINGS)
+def test_frequencies_are_those_of_transformers_to_the_bit(tmp_path: Path, said: dict[str, Any], head_width: int) -> None:
+    assert_are_those_of_transformers(config_with(tmp_path, said, head_width), 100_000)
+
+
+LONGROPE = {"type": "longrope", "short_factor": [1 + 0.07 * i for i in range(32)], "long_factor": [1.3 + i for i in range(32)]}
+LONG: dict[str, dict[str, Any]] = {
+    "as published": {"original_max_position_embeddings": 4096},
+    "positions in the scaling": {"original_max_position_embeddings": 2048, "rope_scaling": {**LONGROPE, "factor": 40.0}},
+    "positions of the family": {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 512}},
+    "not longer": {"max_position_embeddings": 4096},
+    "amplitude": {"rope_scaling": {**LONGROPE, "attention_factor": 1.7}},
+    "partly": {"partial_rotary_factor": 0.5, "hidden_size": 512},
+}
+
+
+@pytest.mark.parametrize("said", LONG.values(), ids=LONG)
+def test_frequencies_of_longrope_are_those_of_transformers_up_to_the_pretrained_positions(
+    tmp_path: Path, said: dict[str, Any]
+) -> None:
+    path = config_with(tmp_path, {"model_type": "phi3", "rope_scaling": LONGROPE, **said})
+    config = read_config(path)
+    assert config.num_positions == said.get("original_max_position_embeddings", 4096)
+    assert_are_those_of_transformers(path, config.num_positions)
 
 
 def test_turned_heads_are_turned_back_by_the_gradient() -> None:
@@ -112,6 +137,18 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "partial_rotary_factor 0.5 turns 32 of 64 elements of a head; all",
     ),
     "the wrong way": ({"rope_scaling": {**LLAMA3, "high_freq_factor": 0.5}}, "begins to scale at 1 and ends at 0.5 turns"),
+    "divisors of other heads": (
+        {"model_type": "phi3", "rope_scaling": {**LONGROPE, "long_factor": [1.0] * 31}},
+        "; a list of 32 positive numbers is expected",
+    ),
+    "a divisor of 0": (
+        {"model_type": "phi3", "rope_scaling": {**LONGROPE, "short_factor": [0.0] * 32}},
+        "rope_scaling.short_factor is [0.0, 0.0",
+    ),
+    "no positions": (
+        {"model_type": "phi3", "rope_scaling": LONGROPE, "original_max_position_embeddings": 1},
+        "original_max_position_embeddings is 1; a whole number from 2",
+    ),
     "a list": ({"rope_scaling": [1.0]}, "rope_scaling is [1.0]; an object is expected"),
 }
 
@@ -135,6 +172,6 @@ def test_settings_come_back_from_what_transformers_is_told(tmp_path: Path, optio
     assert rotary is not None
     for head_width in (rotary.width, 2 * rotary.width):
         path = config_with(tmp_path, {"rope_parameters": rotary.settings(head_width)})
-        again = read_rotary(ConfigFile(path), head_width, 256, may_be_partial=True)
+        again = read_rotary(ConfigFile(path), head_width, 1024, scalings=(rotary.scaling,), may_be_partial=True)
         assert again == rotary
         assert numpy.array_equal(again.frequencies(), rotary.frequencies())
