@@ -10,9 +10,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpu_server.config import ServerConfig, typed_settings
+from gpu_server.config import ServerConfig
 from gpu_server.errors import ConfigError, ServerError
 from gpu_server.flags import add_flags
+from gpu_server.options import typed_settings
 from gpu_server.sweep.settings import DeviceConfig, known_of_device, known_of_server
 from terminal import Parser, run_program
 

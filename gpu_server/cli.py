@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from terminal import Parser, PathError, Progress, count, listed, run_program, show_log, user_path, version, where_time_went
 
-from .config import ServerConfig, options_from_toml
+from .config import ServerConfig
 from .errors import ServerError
 from .flags import add_flags
+from .options import options_from_toml
 
 if TYPE_CHECKING:
     from .attendance import Seen

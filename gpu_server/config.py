@@ -1,46 +1,25 @@
 """All settings of a run in one table, from which the flags, the keys of --config and those of run.json are made."""
 
-import difflib
 import ipaddress
 import math
 import os
 import re
-import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from protocol import CODECS, DELTA, EXACT, RunSettings, gradient_codec
 from protocol.settings import FLOAT32, LARGEST_COUNT, LR_SCHEDULES, codec_named
-from terminal import user_path, user_text_path
+from terminal import user_text_path
 
 from .errors import ConfigError
+from .options import flag_name, option, typed, typed_settings
 
 if TYPE_CHECKING:  # --help loads no torch
     from split_model import ModelConfig
 
-__all__ = [
-    "ServerConfig",
-    "described",
-    "flag_name",
-    "in_one_spelling",
-    "is_loopback",
-    "option",
-    "options_from_toml",
-    "resumed",
-    "toml_table",
-    "typed_settings",
-    "typed_value",
-    "with_whole_paths",
-]
+__all__ = ["OF_THE_RUN", "ServerConfig", "described", "is_loopback", "resumed", "with_whole_paths"]
 
-
-def option(help: str, default: Any = None, *, choices: tuple[str, ...] | None = None, required: bool = False) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices, "required": required})
-
-
-# A run that goes on may do so elsewhere, and with other limits; what it computes stays what it was.
 DERIVED = {"precision", "activation_codec", "gradient_codec"}
 OF_THE_RUN = {item.name for item in fields(RunSettings)} - DERIVED | {
     "lora_rslora",
@@ -50,6 +29,7 @@ OF_THE_RUN = {item.name for item in fields(RunSettings)} - DERIVED | {
     "edge_weights",
     "early_stopping_threshold",
 }
+"""A run that goes on may do so elsewhere, and with other limits; what it computes stays what it was."""
 
 ALL_LINEAR = ("all-linear",)
 """PEFT's word for all linear layers of a block; which these are, the model says."""
@@ -313,34 +293,6 @@ class ServerConfig:
         return cls(**typed_settings(cls, options))
 
 
-def typed_settings(table: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    The values in the types of a dataclass' fields, each made by `option`.
-
-    Raises:
-        ConfigError: as `typed_value`, or a required value is missing.
-    """
-    typed = {name: typed_value(table, name, value) for name, value in options.items()}
-    for item in fields(table):
-        if item.metadata["required"] and item.name not in options:
-            raise ConfigError(f"{flag_name(item.name)} is missing: {item.metadata['help']}")
-    return typed
-
-
-def typed_value(table: Any, name: str, value: Any) -> Any:
-    """
-    The same of one value.
-
-    Raises:
-        ConfigError: the name is unknown (the nearest known one is named), or the value of another type.
-    """
-    known = {item.name: item for item in fields(table)}
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"unknown setting {name!r}; the nearest known one is {flag_name(nearest)!r}")
-    return _typed(name, value, get_type_hints(table)[name], known[name].metadata)
-
-
 def with_whole_paths(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     The options with every path as the user meant it, whether it came from a flag, TOML or Python.
@@ -382,7 +334,7 @@ def resumed(options: Mapping[str, Any], previous: Mapping[str, Any]) -> dict[str
     for name in OF_THE_RUN & options.keys() & recorded.keys():
         given, before = options[name], recorded[name]
         if isinstance(before, list | tuple):
-            given, before = list(_typed(name, given, tuple[str, ...], {"choices": None})), list(before)
+            given, before = list(typed(name, given, tuple[str, ...], {"choices": None})), list(before)
         if given == before or given == list(ALL_LINEAR):  # these are compared under their names, which the model gives
             continue
         if name == "steps" and type(given) is type(before) is int:
@@ -411,84 +363,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-
-
-def options_from_toml(path: Path) -> dict[str, Any]:
-    """
-    The settings of a TOML file, under the fields' names.
-
-    Raises:
-        ConfigError: the file cannot be read, or says a setting twice, in both spellings.
-    """
-    return in_one_spelling(path, toml_table(path))
-
-
-def toml_table(path: Path) -> dict[str, Any]:
-    """
-    What a TOML file holds.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib
-    try:
-        # Some editors begin a file with a byte order mark.
-        return dict(tomllib.loads(user_path(path).read_text(encoding="utf-8-sig")))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, and brackets without end
-        raise ConfigError(f"{path} is not TOML: {error}") from None
-
-
-def in_one_spelling(path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    The table with "cut_layer" for "cut-layer", which are the same.
-
-    Raises:
-        ConfigError: it says a setting twice, in both spellings.
-    """
-    for name in table:
-        if "_" in name and flag_name(name) in table:
-            raise ConfigError(f"{path} gives both {name} and {flag_name(name)}, which are the same setting; delete one of them")
-    return {name.replace("-", "_"): value for name, value in table.items()}
-
-
-def _typed(name: str, value: Any, kind: Any, metadata: Mapping[str, Any]) -> Any:
-    """``value``, which came from a flag, TOML or a caller, in the type of its field."""
-    if get_origin(kind) is types.UnionType:  # X | None
-        if value is None:
-            return None
-        kind = get_args(kind)[0]
-    if get_origin(kind) is tuple:
-        parts = value.split(",") if isinstance(value, str) else value
-        if isinstance(parts, list | tuple) and all(isinstance(part, str) for part in parts):
-            names = tuple(part.strip() for part in parts)
-            _check_choice(name, names, metadata["choices"])
-            return names
-    elif kind is float and type(value) in (int, float):
-        try:
-            return float(value)
-        except OverflowError:
-            return float("inf")
-    elif type(value) is kind:
-        if not (name == "dtype" and value == "float64"):
-            _check_choice(name, (value,), metadata["choices"])
-        return value
-    raise ConfigError(f"{flag_name(name)} must be {KINDS.get(kind, 'a list of names')}, got {value!r}")
-
-
-def _check_choice(name: str, values: tuple[Any, ...], choices: tuple[str, ...] | None) -> None:
-    for value in values:
-        if choices and value not in choices:
-            raise ConfigError(f"{flag_name(name)} must be one of {', '.join(choices)}; got {value!r}")
-
-
-def flag_name(name: str) -> str:
-    """Of a setting, without the dashes before it."""
-    return name.replace("_", "-")

@@ -36,7 +36,8 @@ from export import export_onnx, merge, verify
 from export.exported_model import read_manifest
 from export.peft_merge import load_with_transformers
 from export.run_directory import RunDirectory
-from gpu_server.config import ServerConfig, options_from_toml
+from gpu_server.config import ServerConfig
+from gpu_server.options import options_from_toml
 from protocol.invitation import Invitation
 from split_model import EdgePart, LoraConfig, PretrainedModel, load_adapter
 from storage import GRAPH_FILES, HEAD_GRAPH_FILES, PART_FILE, load_tokenizer

@@ -16,7 +16,8 @@ import edge_client.cli
 import export.cli
 import gpu_server.cli
 from gpu_server import ConfigError, ServerConfig
-from gpu_server.config import COUNTS, options_from_toml, resumed
+from gpu_server.config import COUNTS, resumed
+from gpu_server.options import options_from_toml
 from protocol import CODECS, RunSettings
 from protocol.settings import BOUNDS
 

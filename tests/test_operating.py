@@ -13,7 +13,7 @@ from conftest import REPOSITORY
 import edge_client.cli
 import gpu_server.cli
 from gpu_server import ServerConfig
-from gpu_server.config import options_from_toml
+from gpu_server.options import options_from_toml
 
 DOCUMENT = (REPOSITORY / "docs/operating.md").read_text(encoding="utf-8")
 SERVICES = REPOSITORY / "services"

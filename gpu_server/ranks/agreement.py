@@ -12,8 +12,8 @@ import torch.distributed as dist
 from storage import part_that_differs
 from terminal import count, version
 
-from ..config import flag_name
 from ..errors import ConfigError
+from ..options import flag_name
 from .place import LEADER, Place
 
 __all__ = [

@@ -12,8 +12,9 @@ from typing import Any
 
 from terminal import listed, user_path
 
-from ..config import ServerConfig, flag_name, in_one_spelling, toml_table, typed_value
+from ..config import ServerConfig
 from ..errors import ConfigError
+from ..options import flag_name, in_one_spelling, toml_table, typed_value
 from .settings import MODES, DeviceConfig, known_of_device, known_of_server
 
 __all__ = ["Cell", "Sweep", "read_sweep"]

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, fields
 
-from ..config import ServerConfig, option
+from ..config import ServerConfig
 from ..errors import ConfigError
+from ..options import option
 
 __all__ = ["MODES", "DeviceConfig", "device_names", "known_of_device", "known_of_server"]
 
