@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 from conftest import adapter_bytes, metrics, run_split
-from test_parity import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, LEARNING_RATE, Federation, rows, write_pairs
+from test_parity import LEARNING_RATE, TOLERANCES, Federation, rows, write_pairs
 
 from contestants.centralised import Centralised
 from contestants.cli import main
@@ -77,7 +77,7 @@ def test_centralised_equals_split_in_rounds_of_one_step(
     clients = {name: {"data": path, "batch_size": 2} for name, path in zip(device_names(number), data, strict=True)}
     split = run_split({**server, "run_dir": str(tmp_path / "split"), "cut_layer": 2}, clients)
     centralised = run("centralised", data, {"batch_size": 2}, **server, run_dir=str(tmp_path / "centralised"))
-    tolerance = FLOAT64_TOLERANCE if dtype == "float64" else FLOAT32_TOLERANCE
+    tolerance = TOLERANCES[dtype]
     assert largest(losses(centralised), split.losses) <= tolerance[0]
     assert difference(centralised, split.run_dir) <= tolerance[1]
     assert [row["learning_rate"] for row in metrics(centralised)] == [record.learning_rate for record in split.records]
@@ -91,8 +91,8 @@ def test_rank_stabilised_scale_is_that_of_a_split_run(tiny_model: Path, files: l
         {**server, "run_dir": str(tmp_path / "split"), "cut_layer": 2}, {"device-1": {"data": files[0], "batch_size": 2}}
     )
     other = run(mode, files[:1], {"batch_size": 2}, **server, run_dir=str(tmp_path / mode))
-    assert largest(losses(other), split.losses) <= FLOAT32_TOLERANCE[0]
-    assert difference(other, split.run_dir) <= FLOAT32_TOLERANCE[1]
+    assert largest(losses(other), split.losses) <= TOLERANCES["float32"][0]
+    assert difference(other, split.run_dir) <= TOLERANCES["float32"][1]
     told = RunDescription.read(other, ServerError)
     assert told is not None
     assert (told.config["lora_rslora"], told.config["lora_targets"]) == (True, ["c_attn", "c_proj", "c_fc"])
@@ -106,7 +106,7 @@ def test_client_whose_data_ends_earlier_leaves_as_in_a_split_run(
     clients = {name: {"data": path, "batch_size": 3} for name, path in zip(device_names(3), files, strict=True)}
     split = run_split({**server, "run_dir": str(tmp_path / "split"), "cut_layer": 1, "dtype": "float32"}, clients)
     centralised = run("centralised", files, {"batch_size": 3}, **server, run_dir=str(tmp_path / "centralised"))
-    assert largest(losses(centralised), split.losses) <= FLOAT32_TOLERANCE[0]
+    assert largest(losses(centralised), split.losses) <= TOLERANCES["float32"][0]
     assert [row["labelled_tokens"] for row in metrics(centralised)] == [record.labelled_tokens for record in split.records]
 
 
@@ -116,8 +116,8 @@ def test_federated_in_rounds_of_one_step_equals_centralised(
 ) -> None:
     settings = {**settings, **more}
     runs = {mode: run(mode, files, {"batch_size": 2}, **settings, run_dir=str(tmp_path / mode)) for mode in WAYS}
-    assert largest(losses(runs["federated"]), losses(runs["centralised"])) <= FLOAT32_TOLERANCE[0]
-    assert difference(*runs.values()) <= FLOAT32_TOLERANCE[1]
+    assert largest(losses(runs["federated"]), losses(runs["centralised"])) <= TOLERANCES["float32"][0]
+    assert difference(*runs.values()) <= TOLERANCES["float32"][1]
     norms = [[row["gradient_norm"] for row in metrics(folder)] for folder in runs.values()]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
@@ -140,8 +140,8 @@ def test_first_round_of_federated_and_split_begins_with_the_same_loss_and_they_p
     split = run_split({**server, "run_dir": str(tmp_path / "split"), "cut_layer": 2}, clients)
     federated = run("federated", files, {"batch_size": 2}, **server, run_dir=str(tmp_path / "federated"))
     # The warm-up's first rate is 0.
-    assert largest(losses(federated)[:2], split.losses[:2]) <= FLOAT32_TOLERANCE[0]
-    assert largest(losses(federated), split.losses) > FLOAT32_TOLERANCE[0]
+    assert largest(losses(federated)[:2], split.losses[:2]) <= TOLERANCES["float32"][0]
+    assert largest(losses(federated), split.losses) > TOLERANCES["float32"][0]
 
 
 def test_federated_with_long_rounds_equals_averaged_models_of_peft(tiny_model: Path, tmp_path: Path) -> None:
@@ -173,9 +173,9 @@ def test_federated_with_long_rounds_equals_averaged_models_of_peft(tiny_model: P
                     for of_model in matrices:
                         of_model[name].copy_(average)
             tokens = [0] * len(models)
-    assert largest(losses(found), expected) <= FLOAT64_TOLERANCE[0]
+    assert largest(losses(found), expected) <= TOLERANCES["float64"][0]
     adapter = {name.replace(".default", ""): matrix.detach() for name, matrix in matrices[0].items()}
-    assert reference.largest_difference(reference.read_adapter(found / "adapter"), adapter) <= FLOAT64_TOLERANCE[1]
+    assert reference.largest_difference(reference.read_adapter(found / "adapter"), adapter) <= TOLERANCES["float64"][1]
 
 
 def test_held_out_loss_is_the_one_that_peft_computes_at_the_steps_that_were_asked_for(
@@ -216,7 +216,7 @@ def test_all_ways_are_evaluated_after_the_same_steps_and_lose_the_same_where_the
         ]
         compared = len(split) if every == 1 else 1
         differences = [abs(a.loss - b.loss) for a, b in zip(split, found, strict=True)]
-        assert max(differences[:compared]) <= FLOAT32_TOLERANCE[0]
+        assert max(differences[:compared]) <= TOLERANCES["float32"][0]
 
 
 def test_federated_counts_the_bytes_of_adapters_and_centralised_those_of_texts(
