@@ -130,8 +130,8 @@ class GroupQuery:
 
 class Standard:
     """
-    The Attention of ONNX's opset 23, which ONNX Runtime has from 1.23 on. 1.23.0 shows heads of queries the keys of others where
-    several of them, and not all, share a head of keys.
+    The Attention of ONNX's opset 23, which ONNX Runtime has from 1.23 on. 1.23.0 shows heads of queries the keys of others
+    where several of them, and not all, share a head of keys.
     """
 
     def __init__(self, graph: Graph, heads: Heads, tokens: str, angles: Angles | None) -> None:

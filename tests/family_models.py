@@ -63,9 +63,10 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phi3-partial": ("phi3", {"rope_parameters": {**ROPE, "rope_type": "default", "partial_rotary_factor": 0.5}}),
+    "starcoder2": ("starcoder2", {}),
+    "starcoder2-plain": ("starcoder2", {"use_bias": False, "sliding_window": 5, "tie_word_embeddings": False}),
 }
 """By what a test calls it: the model_type, and what its configuration says besides the tiny sizes."""
-CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3"}
 SIZES = {
     "num_hidden_layers": 4,
     "hidden_size": 32,
@@ -92,7 +93,7 @@ def gpt2_config(*, width: int, num_heads: int, **shape: Any) -> "ModelConfig":
 def make_family_model(folder: Path, option: str, *, seed: int = 0, **sizes: Any) -> Path:
     """A model of one of the `OPTIONS`, 4 blocks, d = 32, 600 tokens; its norms and biases are no ones and zeros."""
     import torch
-    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type, given = OPTIONS[option]
     if model_type == "gpt2":
@@ -107,9 +108,8 @@ def make_family_model(folder: Path, option: str, *, seed: int = 0, **sizes: Any)
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     vocabulary = {"vocab_size": tokenizer.get_vocab_size(), "eos_token_id": tokenizer.token_to_id("<|endoftext|>")}
-    name = CLASSES[model_type]
-    config = getattr(transformers, f"{name}Config")(**{**SIZES, **vocabulary, **given, **sizes})
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    config = AutoConfig.for_model(model_type, **{**SIZES, **vocabulary, **given, **sizes})
+    model = AutoModelForCausalLM.from_config(config)
     for parameter_name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.2)

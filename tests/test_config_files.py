@@ -77,6 +77,15 @@ FILES = {
         "resid_pdrop": 0.0, "rms_norm_eps": 1e-05, "rope_scaling": null, "rope_theta": 10000.0, "sliding_window": 2047,
         "tie_word_embeddings": false, "use_cache": true, "vocab_size": 32064}
     """,
+    "starcoder2-3b": """
+        {"architectures": ["Starcoder2ForCausalLM"], "attention_dropout": 0.1, "bos_token_id": 0, "embedding_dropout": 0.1,
+        "eos_token_id": 0, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 3072, "initializer_range": 0.018042,
+        "intermediate_size": 12288, "max_position_embeddings": 16384, "mlp_type": "default", "model_type": "starcoder2",
+        "norm_epsilon": 1e-05, "norm_type": "layer_norm", "num_attention_heads": 24, "num_hidden_layers": 30,
+        "num_key_value_heads": 2, "residual_dropout": 0.1, "rope_theta": 999999.4420358813, "sliding_window": 4096,
+        "torch_dtype": "float32", "transformers_version": "4.37.0.dev0", "use_bias": true, "use_cache": true,
+        "vocab_size": 49152}
+    """,
 }
 SHAPES = {
     "gpt2": (12, 768, 12, 12, 64, 3072, 50257, 1024),
@@ -87,6 +96,7 @@ SHAPES = {
     "Qwen2.5-0.5B-Instruct": (24, 896, 14, 2, 64, 4864, 151936, 32768),
     "Qwen3-0.6B": (28, 1024, 16, 8, 128, 3072, 151936, 40960),
     "Phi-3-mini-4k-instruct": (32, 3072, 32, 32, 96, 8192, 32064, 4096),
+    "starcoder2-3b": (30, 3072, 24, 2, 128, 12288, 49152, 16384),
 }
 PARAMETERS = {
     "gpt2": 124_439_808,
@@ -97,6 +107,7 @@ PARAMETERS = {
     "Qwen2.5-0.5B-Instruct": 494_032_768,
     "Qwen3-0.6B": 596_049_920,
     "Phi-3-mini-4k-instruct": 3_821_079_552,
+    "starcoder2-3b": 3_030_371_328,
 }
 """As their model cards count them."""
 
@@ -122,6 +133,11 @@ REFUSED: dict[str, tuple[str, dict[str, object], str]] = {
         "Phi-3-mini-4k-instruct",
         {"rope_scaling": {"type": "yarn", "factor": 4.0}},
         'rope_scaling.type is "yarn"; it can be default, longrope',
+    ),
+    "an MLP of another kind": (
+        "starcoder2-3b",
+        {"mlp_type": "gated"},
+        'mlp_type is "gated"; it can be default',
     ),
     "AWQ": (
         "Qwen2.5-0.5B-Instruct",

@@ -61,7 +61,9 @@ def test_layers_that_are_adapted_unless_others_are_named_are_those_of_peft() -> 
     of_peft = {name: OF_PEFT[name] for name in FAMILIES if name in OF_PEFT}
     assert {name: list(FAMILIES[name].usual_targets) for name in of_peft} == of_peft
     # For others PEFT wants them named: as of the rest, those of queries and values.
-    assert {name: FAMILIES[name].usual_targets for name in FAMILIES if name not in OF_PEFT} == {"phi3": ("qkv_proj",)}
+    for family in (FAMILIES[name] for name in FAMILIES if name not in OF_PEFT):
+        queries, *_, values = [layer.rpartition(".")[2] for layer in (*family.names.qkv, family.names.qkv[-1])]
+        assert set(family.usual_targets) == {queries, values}, family.title
 
 
 def test_all_linear_layers_are_those_of_peft(model: PretrainedModel) -> None:
@@ -126,7 +128,7 @@ def test_adapter_is_one_of_llama_cpp_under_its_names(tmp_path: Path, family: str
     lora = LoraConfig(rank=3, alpha=6.0, targets=model.config.lora_targets)
     save_adapter(tmp_path / "adapter", random_adapter(model, lora), model.config, lora, str(model.folder))
     # A Mistral is a Llama there.
-    kind = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "phi3": "PHI3"}[family]
+    kind = {"mistral": "LLAMA"}.get(family, family.upper())
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind], model.config.num_layers)
     writer = gguf.GGUFWriter(tmp_path / "adapter.gguf", gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[kind]])
     writer.add_type(gguf.GGUFType.ADAPTER)

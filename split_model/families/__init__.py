@@ -11,11 +11,13 @@ from storage import ModelError, shown
 
 from ..config_file import WITHOUT_EFFECT, ConfigFile
 from ..model_config import Family, ModelConfig
-from . import gpt2, llama, mistral, phi3, qwen2, qwen3
+from . import gpt2, llama, mistral, phi3, qwen2, qwen3, starcoder2
 
 __all__ = ["FAMILIES", "read_config"]
 
-FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in (gpt2, llama, mistral, phi3, qwen2, qwen3)}
+FAMILIES: dict[str, Family] = {
+    module.FAMILY.model_type: module.FAMILY for module in (gpt2, llama, mistral, phi3, qwen2, qwen3, starcoder2)
+}
 
 
 def read_config(path: Path) -> ModelConfig:

@@ -6,7 +6,7 @@ from storage import ModelError
 
 from ..config_file import ConfigFile
 from ..decoder import ACTIVATIONS
-from ..model_config import MOST_LAYERS, RMS_NORM, Family, ModelConfig, Names
+from ..model_config import LAYER_NORM, MOST_LAYERS, RMS_NORM, Family, ModelConfig, Names
 from ..rotary import read_rotary
 
 __all__ = ["ATTENTION", "FAMILY", "MLP", "NAMES", "QKV", "read_shape", "settings_of_shape"]
@@ -28,13 +28,18 @@ NAMES = Names(
     other_modules=("rotary_emb",),
     other_modules_of_a_block=("mlp.act_fn",),
 )
+EPSILON = {RMS_NORM: "rms_norm_eps", LAYER_NORM: "norm_epsilon"}
+"""Where config.json says it, by the norm."""
 
 
 def read_shape(
     file: ConfigFile,
     *,
     key_value_heads: int | None = None,
+    norm: str = RMS_NORM,
     epsilon: float = 1e-6,
+    activation: str = "silu",
+    tied_head: bool = False,
     head_width: int | None = None,
     positions: int = 2048,
     **of_rotary: Any,
@@ -43,8 +48,9 @@ def read_shape(
     What Llama and its descendants say alike, as arguments of `ModelConfig`.
 
     Args:
-        key_value_heads, epsilon, head_width, positions: the family's defaults in transformers; None: as many heads of keys as
-            of queries, and as wide as the heads of queries make the width.
+        norm: of the family.
+        key_value_heads, epsilon, activation, tied_head, head_width, positions: the family's defaults in transformers; None: as
+            many heads of keys as of queries, and as wide as the heads of queries make the width.
         of_rotary: see `read_rotary`.
     """
     width, num_heads = file.integer("hidden_size"), file.integer("num_attention_heads")
@@ -74,11 +80,11 @@ def read_shape(
         "inner_width": file.integer("intermediate_size"),
         "num_positions": num_positions,
         "vocabulary_size": file.integer("vocab_size"),
-        "norm": RMS_NORM,
-        "norm_epsilon": file.number("rms_norm_eps", epsilon),
-        "activation": file.one_of("hidden_act", "silu", ACTIVATIONS),
+        "norm": norm,
+        "norm_epsilon": file.number(EPSILON[norm], epsilon),
+        "activation": file.one_of("hidden_act", activation, ACTIVATIONS),
         "is_gated": True,
-        "tied_head": file.boolean("tie_word_embeddings", False),
+        "tied_head": file.boolean("tie_word_embeddings", tied_head),
         "end_token": ends[0],
         "stop_tokens": ends[1:],
         "rotary": read_rotary(file, head_width, num_positions, **of_rotary),
@@ -97,7 +103,7 @@ def settings_of_shape(config: ModelConfig) -> dict[str, Any]:
         "intermediate_size": config.inner_width,
         "max_position_embeddings": config.num_positions,
         "vocab_size": config.vocabulary_size,
-        "rms_norm_eps": config.norm_epsilon,
+        EPSILON[config.norm]: config.norm_epsilon,
         "hidden_act": config.activation,
         "tie_word_embeddings": config.tied_head,
         "bos_token_id": None,
