@@ -1,7 +1,6 @@
 """Which device computes, and in which precision."""
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +8,13 @@ import torch.utils.deterministic
 
 from storage import ModelError
 
+from .products import bfloat16_pays
+
 __all__ = ["DTYPES", "Placement", "choose_device", "choose_dtype"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 KEPT_PRODUCTS = "64"
-INSTRUCTIONS_FOR_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
-"""Of x86 and of ARM, as torch calls them. Without them products in bfloat16 take up to a hundred times as long."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -38,8 +37,7 @@ def choose_dtype(name: str, device: torch.device) -> tuple[str, str]:
     """
     The dtype of the frozen weights, one of DTYPES, and why.
 
-    "auto" is bfloat16 where the hardware has instructions for it, else float32. torch is asked whether it has, and no speed is
-    measured: a measurement could come out otherwise on a busy machine, and the run's result with it.
+    "auto" is bfloat16 where a GPU has instructions for it, or where it pays on the CPU, see `bfloat16_pays`; else float32.
 
     Raises:
         ModelError: there is no such dtype.
@@ -52,15 +50,8 @@ def choose_dtype(name: str, device: torch.device) -> tuple[str, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bfloat16", "this GPU has instructions for it"
         return "float32", "this GPU has no instructions for bfloat16"
-    # Public since torch 2.10; what an older one cannot say is not guessed.
-    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    if not capabilities:
-        return "float32", f"torch {torch.__version__} does not say whether this processor has instructions for bfloat16"
-    if not any(capabilities.get(name) for name in INSTRUCTIONS_FOR_BFLOAT16):
-        return "float32", "this processor has no instructions for bfloat16"
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return "float32", "this torch is built without oneDNN, whose products in bfloat16 are the fast ones"
-    return "bfloat16", "this processor has instructions for it"
+    pays, why = bfloat16_pays()
+    return "bfloat16" if pays else "float32", why
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from split_model import choose_dtype
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ZEN4 = {"architecture": "x86_64", "avx2": True, "avx512_f": True, "avx512_bf16": True, "amx_bf16": False}
 ZEN3 = {"architecture": "x86_64", "avx2": True, "avx512_f": False, "avx512_bf16": False, "amx_bf16": False}
+SAPPHIRE_RAPIDS = {**ZEN4, "avx512_fp16": True, "amx_bf16": True}
+WITH_AMX_HIDDEN = {**SAPPHIRE_RAPIDS, "amx_bf16": False}
 ORIN = {"architecture": "aarch64", "neon": True, "bf16": False}
 GRAVITON3 = {"architecture": "aarch64", "neon": True, "bf16": True}
 
@@ -49,9 +51,17 @@ def recorded(options: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("capabilities", "dtype"),
-    [(ZEN4, "bfloat16"), (ZEN3, "float32"), (ORIN, "float32"), (GRAVITON3, "bfloat16"), ({}, "float32")],
+    [
+        (ZEN4, "bfloat16"),
+        (ZEN3, "float32"),
+        (SAPPHIRE_RAPIDS, "bfloat16"),
+        (WITH_AMX_HIDDEN, "float32"),
+        (ORIN, "float32"),
+        (GRAVITON3, "bfloat16"),
+        ({}, "float32"),
+    ],
 )
-def test_dtype_is_bfloat16_where_the_processor_has_instructions_for_it(
+def test_dtype_is_bfloat16_where_the_processor_multiplies_it_faster(
     processor: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, Any], dtype: str
 ) -> None:
     processor(capabilities)

@@ -1,14 +1,22 @@
 """Products with frozen matrices are those of torch, whichever kernel computes them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from split_model import products
-from split_model.products import frozen_linear, linear_aligned
+from split_model.products import frozen_linear, linear, linear_aligned
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Relative to the largest element."""
+
+
+@pytest.fixture(params=[True, False], ids=["fast bfloat16", "slow bfloat16"], autouse=True)
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_has_fast_bfloat16", lambda: request.param)
+    monkeypatch.setattr(products, "CONVERTED_AT_ONCE", 15 * 24)  # each matrix below has more
 
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "other kernels"], autouse=True)
@@ -44,7 +52,7 @@ def test_product_and_its_gradient_are_those_of_torch(
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_product_with_many_outputs_is_the_same(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x, weight = torch.randn(5, 24, dtype=dtype), torch.randn(601, 24, dtype=dtype)
+    x, weight = torch.randn(29, 24, dtype=dtype), torch.randn(601, 24, dtype=dtype)
     assert_close(linear_aligned(x, weight), F.linear(x.double(), weight.double()).to(dtype), dtype)
 
 
@@ -57,10 +65,30 @@ def test_product_of_no_rows_has_no_rows() -> None:
     assert x.grad.shape == (0, 24)
 
 
+@pytest.mark.parametrize("rows", [16, 17])
+def test_bfloat16_is_multiplied_in_float32_where_that_is_faster(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Of integers that bfloat16 holds: in either way the products are exact, and the last result is rounded once."""
+    in_float32: list[int] = []
+    convert = products._linear_in_float32
+    monkeypatch.setattr(products, "_linear_in_float32", lambda x, weight: in_float32.append(len(x)) or convert(x, weight))
+    x, weight = (torch.randint(-9, 9, shape).bfloat16() for shape in ((rows, 24), (40, 24)))
+    bias = torch.randint(-9, 9, (40,)).bfloat16()
+    found = linear(x, weight, bias)
+    assert torch.equal(found, F.linear(x.double(), weight.double(), bias.double()).bfloat16())
+    assert in_float32 == ([] if rows == 16 or products._has_fast_bfloat16() else [17])
+
+
 def test_kernels_of_onednn_are_taken_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    for capability, available, expected in (("AVX512", True, True), ("AVX512", False, False), ("AVX2", True, False)):
+    for capability, available, has_operator, expected in (
+        ("AVX512", True, True, True),
+        ("AVX512", True, False, False),
+        ("AVX512", False, True, False),
+        ("AVX2", True, True, False),
+    ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
             patch.setattr(torch.backends.mkldnn, "is_available", lambda available=available: available)
+            operators = SimpleNamespace(_linear_pointwise=None) if has_operator else SimpleNamespace()
+            patch.setattr(torch.ops, "mkldnn", operators)
             assert products._prefers_onednn.__wrapped__() is expected
