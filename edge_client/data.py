@@ -279,12 +279,15 @@ def _check(file: TextFile, summary: Summary, max_length: int) -> None:
         raise DataError(f"{file.path} was changed while it was read; start again when it is complete")
     if not summary.num_samples and summary.num_cut:
         raise DataError(
-            f"{file.path}: all samples have more than {max_length} tokens, and --long skip leaves them out; raise --max-length"
+            f"{file.path}: all samples have more than {max_length} tokens, and --long skip leaves them out; "
+            "raise --max-length, or take --long split"
         )
     if not summary.num_samples:
         raise DataError(f"{file.path}: there is no text in it, only {summary.num_entries} empty entries")
     if summary.num_unlabelled == summary.num_samples:
-        raise DataError(f"{file.path}: no token to predict is left within {max_length} tokens; raise --max-length")
+        raise DataError(
+            f"{file.path}: no token to predict is left within {max_length} tokens; raise --max-length, or take --long split"
+        )
 
 
 def by_length(entries: Iterable[Entry]) -> Iterator[list[Entry]]:

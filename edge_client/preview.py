@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from protocol import CODECS, DELTA, Hello
 from protocol.settings import ABILITIES
 from storage import PART_FILE, TOKENIZER_FILES, ChatTemplate, Folder, ModelError, NamedFiles, PartDescription, load_tokenizer
+from storage.model_folder import stated_positions
 from storage.tokenizer import end_of_text, guarded
 from terminal import count, plain
 
@@ -62,7 +63,12 @@ class Model:
             raise ModelError(
                 f"{folder} does not say which token ends a text: its tokenizer_config.json should have an eos_token"
             )
-        return cls(tokenizer=tokenizer, template=ChatTemplate.find(files), end_token=end_token)
+        return cls(
+            tokenizer=tokenizer,
+            template=ChatTemplate.find(files),
+            end_token=end_token,
+            num_positions=stated_positions(files),
+        )
 
     @classmethod
     def of_server(cls, server: str, name: str | None = None, state_dir: str | os.PathLike[str] | None = None) -> "Model":
@@ -184,8 +190,7 @@ class Preview:
             yield f"{count(self.num_long, 'sample')} with more than {self._max_length} tokens: {ways[self._long]}"
         if self.num_unlearnt:
             cut = count(self.num_unlearnt, "sample")
-            yield f"{cut} cut before what is learnt of them: take a greater --max-length, or --long split"
-
+            yield f"{cut} cut before what is learnt of them: take --long split, or a greater --max-length if the model has it"
         if not self._learns_to_end:
             end = self._shown([self._end_token])
             yield f"no sample has {end}, the token that ends a text, in what is learnt: a model that learns this does not end"

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from .errors import ModelError
+from .folder import Folder, shown
 from .tokenizer import TOKENIZER_FILES
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "find_model",
     "is_hub_name",
+    "stated_positions",
 ]
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -21,6 +23,9 @@ GENERATION_FILE = "generation_config.json"
 FILES_OF_WEIGHTS = (CONFIG_FILE, "model*.safetensors", INDEX_FILE)
 FILES_BESIDE_WEIGHTS = (*TOKENIZER_FILES, GENERATION_FILE)
 """The files of a model folder, besides weights and configuration, that other programs need."""
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")
+"""Under one of these, families say in config.json how many positions a model has; the first that is there counts."""
+PRETRAINED_KEY = "original_max_position_embeddings"
 
 
 def is_hub_name(name: str) -> bool:
@@ -57,3 +62,24 @@ def find_model(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{name!r} is no folder here, and the Hugging Face hub did not give it: {reason}") from None
+
+
+def stated_positions(files: Folder) -> int | None:
+    """
+    How many positions a model has by its config.json, for whoever reads nothing else of it; None where none are stated. One
+    whose rotary positions are scaled by longrope has those that it was pretrained with.
+
+    Raises:
+        ModelError: config.json cannot be read, or says no number.
+    """
+    config = files.read_json(CONFIG_FILE) if files.find(CONFIG_FILE) else {}
+    key = next((key for key in POSITION_KEYS if config.get(key) is not None), None)
+    if key is None:
+        return None
+    found, scaling = config[key], config.get("rope_parameters") or config.get("rope_scaling")
+    if isinstance(scaling, dict) and "longrope" in (scaling.get("rope_type"), scaling.get("type")):
+        key = PRETRAINED_KEY if PRETRAINED_KEY in config else key
+        found = config[key]
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise ModelError(f"{files.path / CONFIG_FILE}: {key} is {shown(found)}; a whole number from 1 on is expected")
+    return found

@@ -34,6 +34,8 @@ EXCEPTIONS = {
     "export/model_files.py": {"hidden_size", "num_attention_heads"},
     # A scaling of frequencies, which models of any family may have.
     "split_model/rotary.py": {"Llama", "llama3"},
+    # Under which keys config.json says it, for whoever reads nothing else of a model.
+    "storage/model_folder.py": {"n_positions", "n_ctx"},
     # A class of tokenizers, likewise.
     "storage/tokenizer.py": {
         "GPT2",

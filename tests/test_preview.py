@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 from conftest import make_tokenizer
-from family_models import make_talking_model
+from family_models import OPTIONS, make_family_model, make_talking_model
 from family_tokenizers import CHATML, TALK, make_family_tokenizer
 
 from edge_client.cli import main
 from edge_client.data import Dataset, Form
 from edge_client.preview import Model, preview
 from edge_client.server_status import ping
-from storage import load_tokenizer
+from storage import ModelError, load_tokenizer
 
 
 @pytest.fixture
@@ -46,8 +46,30 @@ def test_samples_are_shown_with_what_is_learnt_apart(folder: Path, data: Path, c
         "         16 to 31 tokens         0",
         "         32 to 63 tokens         1 ####################",
         "2 samples with more than 12 tokens: cut",
-        "1 sample cut before what is learnt of them: take a greater --max-length, or --long split",
+        "1 sample cut before what is learnt of them: take --long split, or a greater --max-length if the model has it",
     ]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_samples_are_no_longer_than_the_positions_that_a_model_has_in_training(tmp_path: Path, option: str) -> None:
+    pytest.importorskip("torch")
+    from split_model import PretrainedModel
+
+    folder = make_family_model(tmp_path, option)
+    assert Model.in_folder(folder).num_positions == PretrainedModel(folder).config.num_positions
+
+
+@pytest.mark.parametrize(("key", "stated"), [("n_positions", {}), ("n_ctx", {"n_positions": None}), ("other", {"n_ctx": 20})])
+def test_preview_cuts_where_training_would(folder: Path, data: Path, key: str, stated: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", key: 20, **stated}))
+    assert list(preview(data, Model.in_folder(folder))) == list(preview(data, Model.in_folder(folder), max_length=20))
+    assert "1 sample with more than 20 tokens: cut" in list(preview(data, Model.in_folder(folder)))
+
+
+def test_positions_that_are_no_number_are_refused(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": "many"}))
+    with pytest.raises(ModelError, match=r'config\.json: n_positions is "many"; a whole number from 1 on is expected'):
+        Model.in_folder(folder)
 
 
 @pytest.mark.parametrize("long", ["cut", "split", "skip"])
