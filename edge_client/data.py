@@ -100,7 +100,8 @@ class Dataset:
         with TextFile(path) as file:
             content = files.content(file, lambda: report(0, file.size))
             more = [*form.identity, *([f"long={long}"] if long != CUT else [])]
-            decides = (FORMAT, content, file.kind, tokenizer.to_str(), end_token, max_length, *more)
+            vocabulary = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+            decides = (FORMAT, content, file.kind, vocabulary, end_token, max_length, *more)
             key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
             samples = files.find(key)
             if samples is None:

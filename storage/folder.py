@@ -1,6 +1,7 @@
 """Reads the files of a folder that somebody else has made: a model, an adapter, an exported model, a run."""
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -81,7 +82,23 @@ class Folder:
         except UnicodeDecodeError as error:
             raise self.error(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}") from None
         except OSError as error:
-            raise self.error(f"{path} cannot be read: {error.strerror or error}") from None
+            raise self._unreadable(path, error) from None
+
+    def read_bytes(self, name: str) -> bytes:
+        """
+        The content of a text file, without a byte order mark: of a large file it takes a half or less of what its text does.
+
+        Raises:
+            error: as `require`, and if the file cannot be read.
+        """
+        path = self.require(name)
+        try:
+            return path.read_bytes().removeprefix(BOM_UTF8)
+        except OSError as error:
+            raise self._unreadable(path, error) from None
+
+    def _unreadable(self, path: Path, error: OSError) -> ValueError:
+        return self.error(f"{path} cannot be read: {error.strerror or error}")
 
     def read_json(self, name: str) -> dict[str, Any]:
         """

@@ -23,6 +23,7 @@ __all__ = [
     "TOKENIZER_FILES",
     "beginning",
     "chat_template",
+    "described",
     "encode",
     "end_of_text",
     "guarded",
@@ -63,6 +64,13 @@ TOKENS_OF_CLASS = {
 QWEN2_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """What stands for a space in the vocabularies of SentencePiece."""
+
+OPTIONS_OF_TOKENS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+OPTIONS_OF_MODELS = (
+    *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback"),
+    "ignore_merges",
+)
+"""Of BPE."""
 
 BARE = "a"
 """A text that is asked for what the tokenizer adds to it."""
@@ -147,6 +155,25 @@ def beginning(tokenizer: Tokenizer) -> list[int]:
     plain = guarded(lambda: tokenizer.encode(BARE, add_special_tokens=False), UNUSABLE).ids
     whole = guarded(lambda: tokenizer.encode(BARE), UNUSABLE).ids
     return next((whole[:start] for start in range(len(whole)) if whole[start : start + len(plain)] == plain), [])
+
+
+def described(tokenizer: Tokenizer) -> dict[str, Any]:
+    """
+    What its tokenizer.json says, but for the vocabulary, the merges, and what is done with ids afterwards. The whole of a large
+    vocabulary, read as JSON, is many times the tokenizer's own memory.
+    """
+    model = tokenizer.model
+    return {
+        "added_tokens": [
+            {"id": number, "content": token.content, **{option: getattr(token, option) for option in OPTIONS_OF_TOKENS}}
+            for number, token in tokenizer.get_added_tokens_decoder().items()
+        ],
+        "model": {"type": type(model).__name__, **{option: getattr(model, option, None) for option in OPTIONS_OF_MODELS}},
+        **{
+            part: None if (found := getattr(tokenizer, part)) is None else json.loads(found.__getstate__())
+            for part in ("normalizer", "pre_tokenizer")
+        },
+    }
 
 
 def separator(tokenizer: Tokenizer) -> str:
@@ -277,7 +304,7 @@ class _Settings:
         )
 
     def _has_bytes_as_characters(self) -> bool:
-        return self._files.find("tokenizer.json") is not None and '"ByteLevel"' in self._files.read_text("tokenizer.json")
+        return self._files.find("tokenizer.json") is not None and b'"ByteLevel"' in self._files.read_bytes("tokenizer.json")
 
     @property
     def prepends(self) -> str:
@@ -351,14 +378,14 @@ class _Settings:
 
 
 def _from_one_file(files: Folder, settings: _Settings) -> Tokenizer:
-    path, content = files.path / "tokenizer.json", files.read_text("tokenizer.json")
-    tokenizer: Tokenizer = guarded(lambda: Tokenizer.from_str(content), f"{path}: {UNREADABLE}")
+    path = files.path / "tokenizer.json"
+    tokenizer: Tokenizer = guarded(lambda: Tokenizer.from_buffer(files.read_bytes("tokenizer.json")), f"{path}: {UNREADABLE}")
     token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
     if number > LARGEST_ID:
         raise ModelError(f"{path}: {shown(token)} has the id {number}; it can be 0 to {LARGEST_ID}")
-    whole = json.loads(tokenizer.to_str())
-    if whole["model"].get("dropout"):
-        raise ModelError(f"{path}: model.dropout is {shown(whole['model']['dropout'])}, which makes ids random; remove it")
+    whole = described(tokenizer)
+    if whole["model"]["dropout"]:
+        raise ModelError(f"{path}: model.dropout is {whole['model']['dropout']:g}, which makes ids random; remove it")
     name = settings.tokenizer_class()
     if name != FILE:
         odd = next(_ignored(tokenizer, whole, name), None)
@@ -370,9 +397,8 @@ def _from_one_file(files: Folder, settings: _Settings) -> Tokenizer:
         if not _has_digits_apart(whole):
             tokenizer.normalizer, tokenizer.pre_tokenizer = _preparation(settings)
         if name == LLAMA:
-            options = {"unk_token": None, "fuse_unk": True, "byte_fallback": True}
-            changed = {**json.loads(tokenizer.to_str()), "model": {**whole["model"], **options}}
-            tokenizer = guarded(lambda: Tokenizer.from_str(json.dumps(changed)), f"{path}: {UNREADABLE}")
+            model = tokenizer.model
+            model.unk_token, model.fuse_unk, model.byte_fallback = None, True, True
     _check_agreement(path, whole, settings)
     return tokenizer
 
@@ -415,7 +441,7 @@ def _in_file(normalizer: Any, pre_tokenizer: Any) -> dict[str, Any]:
     """Both as they stand in a tokenizer.json, but for what `_ignored` does not look at."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
-    whole = json.loads(tokenizer.to_str())
+    whole = described(tokenizer)
     return {part: _without(whole[part], IDLE) for part in ("normalizer", "pre_tokenizer")}
 
 
@@ -507,7 +533,7 @@ def _added_token(where: Path, key: str, value: Any) -> AddedToken:
     if isinstance(value, str) and value:
         return AddedToken(value, special=True, normalized=False)
     if isinstance(value, dict) and isinstance(value.get("content"), str) and value["content"]:
-        options = {name: value[name] for name in ("single_word", "lstrip", "rstrip", "normalized", "special") if name in value}
+        options = {name: value[name] for name in OPTIONS_OF_TOKENS if name in value}
         if all(isinstance(option, bool) for option in options.values()):
             return AddedToken(value["content"], **{"special": key != "added_tokens_decoder", **options})
     raise ModelError(f"{where}: {key} has {shown(value)} where a token is expected")
