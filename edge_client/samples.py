@@ -88,9 +88,8 @@ def samples(
             if form.loss_on not in (None, ALL):
                 raise DataError(f"{where}: --loss-on {form.loss_on} learns nothing of a text that stands alone; leave it out")
             parts.append((None, entry.completion, False))
-    contexts = encoder.encode([given or "" for given, _, _ in parts])
-    rests = encoder.encode([rest for _, rest, _ in parts])
-    for (given, _, is_conversation), context, rest in zip(parts, contexts, rests, strict=True):
+    encoded = encoder.encode([text for given, rest, _ in parts for text in (given or "", rest)])
+    for (given, _, is_conversation), context, rest in zip(parts, encoded[::2], encoded[1::2], strict=True):
         if is_conversation:
             tokens, num_given = rest, _num_alike(context, rest, size)
         elif given is None:
