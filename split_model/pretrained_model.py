@@ -39,27 +39,18 @@ class PretrainedModel:
             raise ModelError(f"no model folder at {folder}")
         config = read_config(folder / CONFIG_FILE)
         stored = open_tensors(weight_files(Folder(folder, ModelError)), config.names.prefix)
-        self.config = _settle_ends(_settle_head(config, stored), folder)
-        self.tensors: StoredTensors = {name: _find(folder, self.config, stored, name) for name in self.config.tensor_shapes}
+        config = _settle_head(config, stored)
+        self.tensors: StoredTensors = {name: _find(folder, config, stored, name) for name in config.tensor_shapes}
         """In the order of the forward pass, and no others than the model's."""
-        for name, shape in self.config.tensor_shapes.items():
+        for name, shape in config.tensor_shapes.items():
             _check(self.tensors[name], name, shape)
-        self._tokenizer_digest = tokenizer_digest(self.tokenizer())
+        tokenizer = load_tokenizer(folder)
+        self.config = _settle_ends(config, folder, tokenizer)
+        self._tokenizer_digest = tokenizer_digest(tokenizer)
 
     def tokenizer(self) -> Tokenizer:
-        """
-        Raises:
-            ModelError: there is none, it cannot be read, or ends a text by another token than the configuration.
-        """
-        tokenizer, end, path = load_tokenizer(self.folder), end_of_text(self.folder), self.folder / CONFIG_FILE
-        found = None if end is None else tokenizer.token_to_id(end)
-        if end is not None and found != self.config.end_token:
-            other = tokenizer.id_to_token(self.config.end_token)
-            raise ModelError(
-                f"{path}: eos_token_id is {self.config.end_token}, which is {shown(other)} in the tokenizer; its own eos_token "
-                f"is {shown(end)}, id {found}; correct the one that is wrong"
-            )
-        return tokenizer
+        """It is read anew: most who open a model need none, and a large one is as much memory as a block."""
+        return load_tokenizer(self.folder)
 
     def fingerprint(self) -> str:
         """
@@ -105,17 +96,27 @@ def _settle_head(config: ModelConfig, stored: dict[str, StoredTensor]) -> ModelC
     return config
 
 
-def _settle_ends(config: ModelConfig, folder: Path) -> ModelConfig:
+def _settle_ends(config: ModelConfig, folder: Path, tokenizer: Tokenizer) -> ModelConfig:
     """
-    Of the tokens that end what the model generates, those of config.json and of generation_config.json, one ends a text in
-    training, too: that of the tokenizer if it names one of them, or else the first.
+    One token ends a text in training: the tokenizer's own, which config.json or generation_config.json has to name, or else the
+    first of config.json. It also ends what the model generates; so do, as in transformers, those of generation_config.json
+    alone if it names any, or else those of config.json.
+
+    Raises:
+        ModelError: the tokenizer ends a text by a token that neither file names, or a token is beyond the vocabulary.
     """
-    ends, end, chosen = dict.fromkeys((*config.ends, *_ends_of_generation(config, folder))), end_of_text(folder), None
-    if end is not None and len(ends) > 1:
-        chosen = load_tokenizer(folder).token_to_id(end)
-    if chosen is None or chosen not in ends:
-        chosen = config.end_token
-    return replace(config, end_token=chosen, stop_tokens=tuple(token for token in ends if token != chosen))
+    generation, end, chosen = _ends_of_generation(config, folder), end_of_text(folder), config.end_token
+    if end is not None:
+        found, path = tokenizer.token_to_id(end), folder / CONFIG_FILE
+        if found not in (*config.ends, *generation):
+            other = tokenizer.id_to_token(config.end_token)
+            raise ModelError(
+                f"{path}: eos_token_id is {config.end_token}, which is {shown(other)} in the tokenizer; its own eos_token "
+                f"is {shown(end)}, id {found}; correct the one that is wrong"
+            )
+        chosen = found
+    stops = dict.fromkeys(generation or config.ends)
+    return replace(config, end_token=chosen, stop_tokens=tuple(token for token in stops if token != chosen))
 
 
 def _ends_of_generation(config: ModelConfig, folder: Path) -> tuple[int, ...]:

@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 from family_models import OPTIONS, make_family_model
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
 import graphs.activations
+import split_model.pretrained_model
 from export.decoder_graph import ACTIVATIONS as EXPORTED_ACTIVATIONS
 from split_model import LoraConfig, PretrainedModel, adapter_shapes
 from split_model.decoder import ACTIVATIONS
 from split_model.families import FAMILIES, read_config
-from storage import AdapterError, ModelError
+from storage import AdapterError, ModelError, load_tokenizer
 
 PACKAGES = ("edge_client", "export", "gpu_server", "graphs", "protocol", "split_model", "storage", "terminal")
 NAMES = re.compile(
@@ -123,7 +126,10 @@ def write_ends(model: Path, *, config: object, generation: object) -> Pretrained
 
 @pytest.mark.parametrize(
     ("config", "generation", "others"),
-    [(0, 0, ()), ([7, 0, 9], None, (7, 9)), (0, [11, 0], (11,)), ([0, 7], [7, 11], (7, 11)), (7, [7, 0], (7,))],
+    [
+        *((0, 0, ()), ([7, 0, 9], None, (7, 9)), (0, [11, 0], (11,)), ([0, 7], [9, 11], (9, 11)), (7, [7, 0], (7,))),
+        *((7, 0, ()), ([7, 0], 0, ()), (0, 7, (7,))),
+    ],
 )
 def test_tokenizer_says_which_token_ends_a_text_and_all_others_only_stop_a_model(
     tmp_path: Path, config: object, generation: object, others: tuple[int, ...]
@@ -133,6 +139,22 @@ def test_tokenizer_says_which_token_ends_a_text_and_all_others_only_stop_a_model
     model = write_ends(folder, config=config, generation=generation)
     assert (model.config.end_token, model.config.stop_tokens) == (0, others)
     assert model.fingerprint() == fingerprint
+    if generation is not None:
+        reference = AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
+        assert set(model.config.ends) == {0, *(reference if isinstance(reference, list) else [reference])}
+
+
+def test_tokenizer_is_read_once_where_several_tokens_end_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, num_read = make_family_model(tmp_path, "llama"), 0
+
+    def counting(folder: Path) -> Tokenizer:
+        nonlocal num_read
+        num_read += 1
+        return load_tokenizer(folder)
+
+    monkeypatch.setattr(split_model.pretrained_model, "load_tokenizer", counting)
+    assert write_ends(folder, config=[7, 0], generation=[0, 9]).config.stop_tokens == (9,)
+    assert num_read == 1
 
 
 @pytest.mark.parametrize(
