@@ -11,6 +11,7 @@ from family_models import make_talking_model
 from family_tokenizers import CHATML, MARKERS, SYSTEM, TALK, make_family_tokenizer
 from transformers import AutoTokenizer
 
+import storage.chat_template
 from edge_client.data import DataError, Dataset, Form
 from edge_client.token_file import windows
 from storage import ChatTemplate, ModelError, TemplateFailed, encode, load_tokenizer
@@ -261,11 +262,60 @@ def test_template_that_refuses_a_conversation_is_quoted(tmp_path: Path) -> None:
             "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'a' * 9999 }}{% endfor %}{% endfor %}",
             "more than 64 million",
         ),
+        ("{% for i in range(100001) %}{% endfor %}", "Range too big. The sandbox blocks ranges larger than MAX_RANGE"),
+        ("{{ messages[0].update(role='x') }}", "is not safely callable|access to"),
+        ("{{ 10 ** (10 ** 9) }}", "it computes with numbers of more than 4096 bits"),
+        ("{{ 2 ** 3000 * 2 ** 3000 }}", "it computes with numbers of more than 4096 bits"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
     ],
 )
 def test_template_that_raises_or_reaches_out_fails_in_a_sentence(tmp_path: Path, template: str, reason: str) -> None:
     with pytest.raises(TemplateFailed, match=reason):
         ChatTemplate(template, {}, tmp_path).render(TALK)
+
+
+LOOPS = {
+    "loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "macro": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "recursive loop": "{% for i in [[[1]]] recursive %}{{ loop(i) if i is iterable }}{% endfor %}",
+    "block": "{% block b %}{% if messages %}{{ self.b() }}{{ self.b() }}{% endif %}{% endblock %}",
+}
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_template_that_does_not_end_is_ended(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage.chat_template, "LONGEST_SECONDS", 0.0)
+    with pytest.raises(TemplateFailed, match=r"^it computes for more than 0 seconds$"):
+        ChatTemplate(LOOPS[kind], {}, tmp_path).render(TALK)
+
+
+def test_time_is_that_of_one_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are, and whatever else this machine does."""
+    now = iter(range(100))
+    monkeypatch.setattr(storage.chat_template.time, "thread_time", lambda: float(next(now)))
+    template = ChatTemplate("{% for i in range(9) %}x{% endfor %}", {}, tmp_path)
+    assert [template.render(TALK) for _ in range(9)] == ["x" * 9] * 9
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system limits the memory of a process")
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 10 ** 12 }}",
+        "{{ 'a'.ljust(10 ** 12) }}",
+        "{{ '%999999999999d' % 1 }}",
+        "{% set at = namespace(x='a') %}{% for i in range(60) %}{% set at.x = at.x ~ at.x %}{% endfor %}",
+        "{{ ('a' * 10 ** 6) | replace('a', 'b' * 10 ** 6) }}",
+    ],
+)
+def test_template_that_fills_the_memory_is_ended(tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    monkeypatch.setattr(storage.chat_template, "MOST_BYTES", 2**26)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(TemplateFailed, match=r"^it needs more than 64 MiB of memory$|too big|too many|width"):
+        ChatTemplate(template, {}, tmp_path).render(TALK)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 def test_template_that_is_none_is_refused(tmp_path: Path) -> None:
