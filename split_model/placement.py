@@ -15,6 +15,7 @@ __all__ = ["DTYPES", "Placement", "choose_device", "choose_dtype"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 KEPT_PRODUCTS = "64"
+"""Of oneDNN's; see `Placement.prepare`."""
 
 
 def choose_device(name: str) -> torch.device:

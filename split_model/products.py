@@ -88,8 +88,7 @@ def bfloat16_pays() -> tuple[bool, str]:
     Whether this processor multiplies matrices of bfloat16 faster than matrices of float32, and why. torch is asked what the
     processor has, and no speed is measured: a measurement could come out otherwise on a busy machine, and results with it.
     """
-    # Public since torch 2.10; what an older one cannot say is not guessed.
-    has: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    has = _capabilities()
     if not has:
         return False, f"torch {torch.__version__} does not say whether this processor has instructions for bfloat16"
     if not (has.get("amx_bf16") or has.get("avx512_bf16") or has.get("bf16")):  # of x86, and of ARM
@@ -108,6 +107,11 @@ def _has_fast_bfloat16() -> bool:
     return bfloat16_pays()[0]
 
 
+def _capabilities() -> Mapping[str, object]:
+    """Of the processor; empty where torch is older than 2.10: what it cannot say is not guessed."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
 def _takes_onednn(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and len(x) > 0 and _prefers_onednn()
 
@@ -115,10 +119,12 @@ def _takes_onednn(x: Tensor) -> bool:
 @cache
 def _prefers_onednn() -> bool:
     """
-    Whether products of float32 are computed by oneDNN, as those of bfloat16 are anyhow, and not by MKL: where there are
-    instructions for 512 bits. MKL uses them on the processors of its maker alone, oneDNN on all, in half the time. The operator
-    is torch's own, made for its compiler; a torch that has it no more computes by MKL.
+    Whether products of float32 are computed by oneDNN, as those of bfloat16 are anyhow, and not by MKL: on processors with
+    instructions for 512 bits that are not Intel's. MKL uses these on its maker's alone, and is the faster there; oneDNN uses
+    them on all, and takes half of MKL's time. The operator is torch's own, made for its compiler; a torch that has it no more
+    computes by MKL.
     """
     has_wide_instructions = torch.backends.cpu.get_cpu_capability() == "AVX512"
     has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return has_wide_instructions and has_onednn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    has_operator = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return has_wide_instructions and has_onednn and has_operator and "Intel" not in str(_capabilities().get("cpu_name"))

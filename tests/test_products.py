@@ -80,15 +80,19 @@ def test_bfloat16_is_multiplied_in_float32_where_that_is_faster(monkeypatch: pyt
 
 def test_kernels_of_onednn_are_taken_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    for capability, available, has_operator, expected in (
-        ("AVX512", True, True, True),
-        ("AVX512", True, False, False),
-        ("AVX512", False, True, False),
-        ("AVX2", True, True, False),
+    for capability, available, has_operator, name, expected in (
+        ("AVX512", True, True, "AMD Zen 4", True),
+        ("AVX512", True, True, "Intel Xeon", False),
+        ("AVX512", True, True, None, True),
+        ("AVX512", True, False, None, False),
+        ("AVX512", False, True, None, False),
+        ("AVX2", True, True, None, False),
     ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
             patch.setattr(torch.backends.mkldnn, "is_available", lambda available=available: available)
             operators = SimpleNamespace(_linear_pointwise=None) if has_operator else SimpleNamespace()
             patch.setattr(torch.ops, "mkldnn", operators)
+            known = {} if name is None else {"cpu_name": name}
+            patch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
             assert products._prefers_onednn.__wrapped__() is expected
