@@ -203,7 +203,7 @@ def test_run_equals_centralised_lora_in_float32(
         four_blocks,
         tmp_path,
         batch_sizes=batch_sizes,
-        steps=100,
+        steps=100 if labels == "server" else 30,
         dtype="float32",
         engines=engines,
         cut_layer=2,
@@ -223,7 +223,7 @@ def test_run_whose_labels_stay_on_the_devices_equals_centralised_lora(
         four_blocks,
         tmp_path,
         batch_sizes=batch_sizes,
-        steps=100,
+        steps=30,
         dtype="float64",
         cut_layer=cut_layer,
         micro_batches=micro_batches,
@@ -237,11 +237,12 @@ def test_run_whose_labels_stay_on_the_devices_equals_centralised_lora(
 def test_run_is_the_same_whoever_has_the_labels(
     four_blocks: Path, tmp_path: Path, batch_sizes: list[int], cut_layer: int, aggregate_every: int
 ) -> None:
-    federation = Federation(tmp_path, batch_sizes, 100)
+    steps = 30
+    federation = Federation(tmp_path, batch_sizes, steps)
     losses, adapters = [], []
     for labels in ("server", "device"):
         run_dir = tmp_path / labels
-        server = {"model": str(four_blocks), "run_dir": str(run_dir), "steps": 100, "lr": LEARNING_RATE, "dtype": "float64"}
+        server = {"model": str(four_blocks), "run_dir": str(run_dir), "steps": steps, "lr": LEARNING_RATE, "dtype": "float64"}
         more = {"lora_dropout": 0.1, "cut_layer": cut_layer, "aggregate_every": aggregate_every, "labels": labels}
         losses.append(run_split({**server, **more}, federation.clients()).losses)
         adapters.append(reference.read_adapter(run_dir / "adapter"))
