@@ -44,6 +44,13 @@ if find_spec("torch"):
 else:
     sys.meta_path.append(_SkipsWhatNeedsTorch)
 
+if find_spec("hypothesis"):
+    import hypothesis
+
+    # The same examples on every machine, however much else it does.
+    hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+    hypothesis.settings.load_profile("tests")
+
 # A script that starts the tests in the background has Ctrl-C ignored; the programs that tests interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

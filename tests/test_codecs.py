@@ -55,7 +55,7 @@ MAX_BYTES = 2**22
 
 every_codec = pytest.mark.parametrize("codec", CODECS)
 quantising = pytest.mark.parametrize("codec", list(LARGEST_CODES))
-some_hundred = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+some_hundred = settings(max_examples=200)
 dithers = st.sampled_from([None, 1, 2])
 tensors = np_st.arrays(
     np.float32,

@@ -189,7 +189,7 @@ def test_batch_of_nothing_travels(ends: Ends) -> None:
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150)
 def test_both_sides_stay_the_same_whatever_happens_to_the_run(data: st.DataObject) -> None:
     """
     Steps are taken, repeated, lost before they are answered, taken back, and no longer needed. The run may also go on without

@@ -149,7 +149,7 @@ some_frames = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40)
 @given(
     frames=some_frames,
     direction=st.sampled_from(DIRECTIONS),

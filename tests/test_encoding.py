@@ -65,7 +65,7 @@ KINDS = [kind.__name__ for kind in get_args(Message)]
 MEGABYTE = 2**20
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
-some_hundred = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+some_hundred = settings(max_examples=200)
 
 
 def refusal(data: bytes, max_bytes: int = HANDSHAKE_BYTES) -> str:

@@ -238,7 +238,7 @@ def test_rotation_that_is_cut_off_loses_no_line_and_doubles_none(file: LineFile,
     assert not [name for name in names(file) if not name.endswith(".gz")]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["append", "rotate", "forget", "mend"]), st.integers(0, 6), st.integers(0, 25)), max_size=12

@@ -5,7 +5,7 @@ import statistics
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_server.federation import StepRecord
@@ -350,7 +350,6 @@ def test_held_out_losses_of_many_devices_are_gone_through_once_a_step_and_not_on
 # Curves
 
 
-@settings(deadline=None, derandomize=True, database=None)
 @given(st.integers(0, 300), st.sampled_from([2, 8, 50]))
 def test_curve_keeps_means_extremes_and_the_last_step_in_few_points(steps: int, most: int) -> None:
     curve, records = Curve(most), [step(number, loss=float((7 * number) % 11)) for number in range(1, steps + 1)]

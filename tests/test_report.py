@@ -13,7 +13,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import numpy as np
 import pytest
 import written_runs
@@ -368,7 +367,6 @@ boxes = st.tuples(st.integers(100, 500), st.integers(20, 150), st.integers(0, 40
 )
 
 
-@hypothesis.settings(deadline=None)  # a machine that does something else as well is no fault
 @given(st.lists(boxes, min_size=1, max_size=10))
 def test_no_label_is_over_another(meant: list[tuple[float, float, float]]) -> None:
     lines = [np.array([[0.0, 200.0], [left - 10, middle]]) for left, _, middle in meant]

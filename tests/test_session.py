@@ -56,7 +56,7 @@ BYTES = {kind: encode(SAMPLES[kind.__name__]) for kind in KINDS}
 everywhere = pytest.mark.parametrize(
     ("state", "side"), [pytest.param(*place, id=f"{place[0].name}-{place[1].name}") for place in itertools.product(State, Side)]
 )
-some_hundred = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+some_hundred = settings(max_examples=100)
 
 
 def session_in(state: State, side: Side, expected: type | None = None) -> Session:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_server.cli import main
@@ -197,7 +197,6 @@ def test_text_of_a_stranger_moves_no_cursor(run_dir: Path, capsys: pytest.Captur
     assert "a\\x1b[2Jb" in status(run_dir, capsys)
 
 
-@settings(deadline=None, derandomize=True, database=None)
 @given(
     columns=st.integers(40, 200),
     names=st.lists(st.text("abcdefgh-0123456789", min_size=1, max_size=64), min_size=1, max_size=4, unique=True),

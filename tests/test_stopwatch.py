@@ -56,7 +56,7 @@ def test_time_until_the_server_asks_back_is_divided_as_that_until_its_answer() -
 
 
 @given(seconds, seconds, seconds, seconds, st.floats(0, 1))
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200)
 def test_parts_add_up_whatever_the_server_says(
     waited: float, under_way: float, queue: float, compute: float, share_up: float
 ) -> None:
