@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from storage import ChatTemplate, TemplateFailed, shown
+from terminal import count
 
 from .text_encoder import TextEncoder
 from .text_file import ANSWERS, Conversation, DataError, Entry, Instruction
@@ -46,10 +47,10 @@ class Form:
         return [*([self.template.identity] if self.template else []), *([f"loss-on={self.loss_on}"] if self.loss_on else [])]
 
 
-Parts = tuple[str | None, str, bool]
+Parts = tuple[str | None, str, str | None]
 """
-The texts of a sample: what is given, or None where nothing is; the rest; and whether this is a conversation, of which the rest
-has what is given, too.
+The texts of a sample: what is given, or None where nothing is; the rest; and of a conversation, of which the rest has what is
+given, too, where it stands.
 """
 
 
@@ -83,15 +84,20 @@ def samples(
             turns = ({"role": "user", "content": entry.prompt or ""}, {"role": ANSWERS, "content": entry.completion})
             parts += _turns(Conversation(turns, where=where), form)
         elif entry.prompt is not None:
-            parts.append((entry.prompt, f"{encoder.separator}{entry.completion}", False))
+            parts.append((entry.prompt, f"{encoder.separator}{entry.completion}", None))
         elif entry.completion:
             if form.loss_on not in (None, ALL):
                 raise DataError(f"{where}: --loss-on {form.loss_on} learns nothing of a text that stands alone; leave it out")
-            parts.append((None, entry.completion, False))
+            parts.append((None, entry.completion, None))
     encoded = encoder.encode([text for given, rest, _ in parts for text in (given or "", rest)])
-    for (given, _, is_conversation), context, rest in zip(parts, encoded[::2], encoded[1::2], strict=True):
-        if is_conversation:
+    for (given, _, conversation), context, rest in zip(parts, encoded[::2], encoded[1::2], strict=True):
+        if conversation is not None:
             tokens, num_given = rest, _num_alike(context, rest, size)
+            if len(tokens) < 2 * size:
+                raise DataError(
+                    f"{conversation}: the chat template makes a text of {count(len(tokens) // size, 'token')} of it; a token "
+                    "is learnt from those before it, so that two are the least: leave the entry out"
+                )
         elif given is None:
             tokens, num_given = begin + rest + end, 0
         else:
@@ -108,7 +114,7 @@ def _turns(entry: Conversation, form: Form) -> Iterator[Parts]:
         raise DataError(f"{entry.where}: {NO_TEMPLATE}")
     try:
         if form.loss_on == ALL:
-            yield None, form.template.render(entry.messages), True
+            yield None, form.template.render(entry.messages), entry.where
             return
         answers = entry.answers[-1:] if form.loss_on == COMPLETION else entry.answers
         if not answers:
@@ -117,13 +123,18 @@ def _turns(entry: Conversation, form: Form) -> Iterator[Parts]:
             )
         for number in answers:
             before = form.template.render(entry.messages[:number], opens_answer=True) if number else ""
-            whole = form.template.render(entry.messages[: number + 1])
+            whole, where = form.template.render(entry.messages[: number + 1]), f"{entry.where}, message {number + 1}"
             if not whole.startswith(before):
                 raise DataError(
-                    f"{entry.where}, message {number + 1}: the chat template opens an answer with {shown(before[-40:])} and "
+                    f"{where}: the chat template opens an answer with {shown(before[-40:])} and "
                     "does not write that once the answer is there: what is to be learnt is not known; --loss-on all learns all"
                 )
-            yield before, whole, True
+            if whole == before:
+                raise DataError(
+                    f"{where}: the chat template writes nothing of what the assistant says there: there is nothing to learn; "
+                    "leave the entry out"
+                )
+            yield before, whole, where
     except TemplateFailed as failure:
         raise DataError(f"{entry.where}: the model's chat template does not take this conversation: {failure}") from None
 

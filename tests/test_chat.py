@@ -331,6 +331,42 @@ def test_template_that_opens_answers_otherwise_than_it_writes_them_is_refused(tm
         load(write(tmp_path, {"messages": TALK}), folder)
 
 
+@pytest.mark.parametrize(
+    ("template", "loss_on", "reason"),
+    [
+        ("{{ '' }}", "all", "line 1: the chat template makes a text of 0 tokens of it; a token is learnt from those before it"),
+        ("{{ eos_token }}", "all", "line 1: the chat template makes a text of 1 token of it"),
+        ("{{ eos_token * (messages | length // 2) }}", None, "line 1, message 2: the chat template makes a text of 1 token"),
+        ("{{ '' }}", None, "line 1, message 2: the chat template writes nothing of what the assistant says there"),
+        ("{{ messages[0].content }}", None, "line 1, message 2: the chat template writes nothing of what the assistant says"),
+    ],
+)
+@pytest.mark.parametrize("long", ["cut", "split", "skip"])
+def test_conversation_of_which_nothing_can_be_predicted_is_refused(
+    tmp_path: Path, template: str, loss_on: str | None, reason: str, long: str
+) -> None:
+    """Such a sample is a sequence of no rows, which no part of a model computes."""
+    with pytest.raises(DataError, match=reason):
+        load(write(tmp_path, {"messages": TALK}), folder_of(tmp_path, "Qwen2", template), loss_on=loss_on, long=long)
+
+
+@pytest.mark.parametrize("long", ["cut", "split", "skip"])
+@pytest.mark.parametrize("most", [2, 3, 5])
+def test_every_sample_of_whatever_data_has_a_row(tmp_path: Path, long: str, most: int) -> None:
+    """Also texts of which a tokenizer makes nothing, and the last part of one that is split."""
+    folder = folder_of(tmp_path, "Qwen2", CHATML)
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    gone = {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"Regex": "x"}, "content": ""}]}
+    (folder / "tokenizer.json").write_text(json.dumps({**whole, "normalizer": gone}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "PreTrainedTokenizerFast"}))
+    texts = [{"text": "x"}, {"text": "xx a"}, {"prompt": "x", "completion": "x"}, {"prompt": "", "completion": "x"}]
+    more = [{"text": "a" * length} for length in range(1, 9)]
+    data = load(write(tmp_path, *texts, *more, {"messages": TALK}), folder, max_length=most, long=long)
+    assert all(len(sample.tokens) >= 2 for sample in data.samples)
+    assert data.batch(1, len(data.samples), None).lengths.min() >= 1
+
+
 @pytest.mark.parametrize("form", ["file", "text", "list"])
 def test_template_is_found_where_transformers_finds_it(tmp_path: Path, form: str) -> None:
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": MARKERS}]
