@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Union
@@ -34,7 +35,7 @@ from storage import ChatTemplate, Folder, ModelError, NamedFiles, find_model
 from terminal import importing, user_text_path
 
 from .access import Access, default_name
-from .callbacks import Callback
+from .callbacks import Callback, checked
 from .client_state import ClientState, DeviceCache, StateError, WayToCompute, allowed_cache_bytes
 from .connection import ConnectionFailed, Refused, SecretRefused
 from .data import Batch, Batches, DataError, Dataset, Form, check_file
@@ -165,18 +166,15 @@ class EdgeClient:
         callbacks: Sequence[Callback] = (),
         report: Callable[[str, int, int], object] | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise DataError(f"batch-size must be at least 1, got {batch_size}")
-        if in_flight < 1:
-            raise DataError(f"in-flight must be at least 1, got {in_flight}")
-        if cache_bytes is not None and cache_bytes < 0:
-            raise DataError(f"cache-bytes must be at least 0, got {cache_bytes}")
-        if part_bytes is not None and part_bytes < 0:
-            raise DataError(f"part-bytes must be at least 0, got {part_bytes}")
-        if max_length < 2:
-            raise DataError(f"max-length must be at least 2 tokens, got {max_length}")
-        if eval_every is not None and eval_every < 1:
-            raise DataError(f"eval-every must be at least 1 step, got {eval_every}")
+        for what, number, least, unit in (
+            ("batch-size", batch_size, 1, ""),
+            ("in-flight", in_flight, 1, ""),
+            ("cache-bytes", cache_bytes, 0, ""),
+            ("part-bytes", part_bytes, 0, ""),
+            ("max-length", max_length, 2, " tokens"),
+            ("eval-every", eval_every, 1, " step"),
+        ):
+            _check_number(what, number, least, unit)
         if eval_every is not None and eval_data is None:
             raise DataError(f"eval-every {eval_every} needs held-out texts: give --eval-data FILE")
         if engine not in ENGINES:
@@ -191,7 +189,8 @@ class EdgeClient:
             raise DataError(str(error)) from None
         self.server, self.batch_size, self.shuffle = server, batch_size, shuffle
         state = state_folder(state_dir)
-        self._callbacks, self._texts = tuple(callbacks), TextFiles()
+        self._callbacks, self._texts = checked(callbacks), TextFiles()
+        self._has_ended = False
         path = self._texts.path(data, "data")
         held_out = None if eval_data is None else self._texts.path(eval_data, "eval_data")
         self._access = Access.to(server, state, None if name is None else check_name(name))
@@ -220,10 +219,12 @@ class EdgeClient:
     def _read_data(self, tokenizer: Tokenizer, config: "Described", files: Folder) -> None:
         self._form = replace(self._form, template=ChatTemplate.find(files))
         data, held_out = self._files
-        self.data = self._load(data, tokenizer, config, files.path)
-        if held_out is not None:
-            self.eval_data = self._load(held_out, tokenizer, config, files.path)
-        self._texts.remove()
+        try:
+            self.data = self._load(data, tokenizer, config, files.path)
+            if held_out is not None:
+                self.eval_data = self._load(held_out, tokenizer, config, files.path)
+        finally:
+            self._texts.remove()
 
     def _load(self, path: Path, tokenizer: Tokenizer, config: "Described", where: Path) -> Dataset:
         report = self._report
@@ -511,9 +512,13 @@ class EdgeClient:
             for callback in self._callbacks:
                 callback.on_step_end(self, step)
             yield step
-        for callback in self._callbacks:
-            callback.on_train_end(self)
         self._log.tell("done", f"run {self.welcome.run} is over", level="debug", step=self.num_steps, bytes=self.num_bytes)
+        try:
+            for callback in self._callbacks:
+                callback.on_train_end(self)
+        except Exception:
+            self._has_ended = True  # nothing is left to go on with, and nobody should wait for this device
+            raise
 
     @property
     def evaluations(self) -> Sequence[Evaluated]:
@@ -584,7 +589,8 @@ class EdgeClient:
         self._wait_reports.close()
         if kind is not None:
             self._log.tell(*_ending(kind, error), level="debug")
-        if kind is None or issubclass(kind, KeyboardInterrupt | TrainingDiverged):  # what has diverged would diverge again
+        # What has diverged would diverge again.
+        if kind is None or self._has_ended or issubclass(kind, KeyboardInterrupt | TrainingDiverged):
             self._state.delete()
             self._membership.close()
             return
@@ -612,6 +618,15 @@ def _ending(kind: type[BaseException], error: BaseException | None) -> tuple[str
 
 Described = Union["ModelConfig", "PartDescription"]
 """What says a model's sizes."""
+
+
+def _check_number(what: str, given: object, least: int, unit: str) -> None:
+    if given is None:
+        return
+    if not isinstance(given, Integral):
+        raise DataError(f"{what} must be a whole number, got {given!r}")
+    if int(given) < least:
+        raise DataError(f"{what} must be at least {least}{unit}, got {given}")
 
 
 def _open_model(name: str) -> "PretrainedModel":

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ from storage import shown
 from terminal import user_path
 
 from .data import DataError
+from .text_file import FIELDS
 
 __all__ = ["TextFiles", "Texts"]
 
@@ -40,7 +41,7 @@ class TextFiles:
             name: of values, in errors.
 
         Raises:
-            DataError: they are neither a path nor dicts.
+            DataError: they are neither a path nor dicts. What an iterator itself raises is raised as it is.
         """
         if isinstance(texts, str | os.PathLike):
             return user_path(texts)
@@ -49,15 +50,21 @@ class TextFiles:
             raise DataError(
                 f"{name} is one mapping, with {names or 'nothing'} in it: give a list of dicts, or of a DatasetDict one split"
             )
-        if not isinstance(texts, Iterable):
+        if not isinstance(texts, Iterable) or isinstance(texts, bytes | bytearray):
             raise DataError(f"{name} is {shown(texts)}: give a file, or a list or an iterator of dicts")
         if self._scratch is None:
             self._scratch = Path(tempfile.mkdtemp(prefix="splitlora-"))
             self._remove = weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
-        path = self._scratch / f"{name}.jsonl"
-        with path.open("w", encoding="ascii") as file:
-            for number, entry in enumerate(texts, 1):
-                file.write(_line(entry, f"{name}, line {number}") + "\n")
+        path, number = self._scratch / f"{name}.jsonl", 0
+        try:
+            with path.open("w", encoding="ascii") as file:
+                for number, entry in enumerate(texts, 1):
+                    file.write(_line(entry, f"{name}, line {number}") + "\n")
+        except BaseException:
+            self.remove()
+            raise
+        if not number and isinstance(texts, Iterator):
+            raise DataError(f"{name} is empty: an iterator gives its entries once; make it anew")
         self._names[path] = name
         return path
 
@@ -75,9 +82,16 @@ class TextFiles:
 def _line(entry: object, where: str) -> str:
     if not isinstance(entry, Mapping):
         raise DataError(f"{where}: expected a dict, found {shown(entry)}")
+    fields: dict[str, Any] = {}
+    for key, value in entry.items():
+        if not isinstance(key, str):
+            raise DataError(f"{where}: {shown(key)} is no name of a member: names are texts")
+        if key.strip().lower() not in FIELDS:
+            fields[key] = None  # a picture, a date: of what is not learnt, errors know the name
+        elif value is not None:  # a table has None where a row has nothing in a column
+            fields[key] = value
     try:
-        # A table has None where a row has nothing in a column.
-        return json.dumps({key: value for key, value in entry.items() if value is not None}, sort_keys=True, default=_plain)
+        return json.dumps(fields, sort_keys=True, default=_plain)
     except (TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{where}: {error}; each value is a text, or lists and dicts of texts") from None
 

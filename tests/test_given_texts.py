@@ -1,14 +1,16 @@
 """Texts that a program gives as values are learnt as those of a file, and whoever wants is told of every step."""
 
 import json
+import tempfile
 import threading
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import adapter_bytes, run_split
+from conftest import adapter_bytes, run_in_thread, run_split
 
 from edge_client import Callback, DataError, EdgeClient
 from edge_client.given_texts import TextFiles
@@ -89,6 +91,15 @@ def finish(url: str, **device: Any) -> None:
         ([{"text": object()}], "^data, line 1: found .*; each value is a text, or lists and dicts of texts$"),
         ([{"text": "\ud800"}], "^data, line 1: a .* alone is half a character"),
         ([], "^data is empty$"),
+        (iter([]), "^data is empty: an iterator gives its entries once; make it anew$"),
+        (b"notes.jsonl", "^data is bytes: give a file, or a list or an iterator of dicts$"),
+        (lambda: iter(PAIRS), "^data is function: give a file"),
+        ([{1: "a", "text": "b"}], "^data, line 1: 1 is no name of a member: names are texts$"),
+        ([{"text": 3}], '^data, line 1: expected .* "text" is 3$'),
+        ([{"text": b"a"}], "^data, line 1: found bytes; each value is a text, or lists and dicts of texts$"),
+        ([{"text": float("nan")}], '^data, line 1: expected .* "text" is NaN$'),
+        ([{"messages": {"role": ["user"], "content": ["a"]}}], '^data, line 1: expected .* "messages" is {"content"'),
+        ([{"name": "a", "food": object()}], '^data, line 1: expected .*; found "food", "name"$'),
     ],
 )
 def test_what_is_wrong_with_values_is_said_without_the_name_of_a_file(
@@ -100,8 +111,8 @@ def test_what_is_wrong_with_values_is_said_without_the_name_of_a_file(
 
 def test_values_are_on_the_disk_for_the_user_alone_and_only_until_they_are_read() -> None:
     files = TextFiles()
-    path = files.path([{"text": np.str_("a"), "label": np.int64(3)}], "data")
-    assert path.read_text() == '{"label": 3, "text": "a"}\n'
+    path = files.path([{"text": np.str_("a"), "Prompt ": np.array(["b"]), "when": datetime.now(), "picture": object()}], "data")
+    assert path.read_text() == '{"Prompt ": ["b"], "picture": null, "text": "a", "when": null}\n', "what is learnt, and names"
     assert path.parent.stat().st_mode & 0o077 == 0
     files.remove()
     assert not path.parent.exists()
@@ -109,6 +120,76 @@ def test_values_are_on_the_disk_for_the_user_alone_and_only_until_they_are_read(
     path = forgotten.path(PAIRS, "data")
     del forgotten
     assert not path.exists()
+
+
+def test_error_of_an_iterator_is_its_own_and_leaves_no_text_on_the_disk(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone(Exception):
+        pass
+
+    def rows() -> Iterator[dict[str, str]]:
+        yield PAIRS[0]
+        raise Gone
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    device: dict[str, Any] = {"model": str(tiny_model), "state_dir": tmp_path / "state"}
+    with pytest.raises(Gone):
+        EdgeClient("ws://127.0.0.1:1", data=rows(), **device)
+    with pytest.raises(Gone):
+        EdgeClient("ws://127.0.0.1:1", data=PAIRS, eval_data=rows(), **device)
+    with pytest.raises(DataError) as failed:  # which holds on to the client that there was to be
+        EdgeClient("ws://127.0.0.1:1", data=[*PAIRS, {"prompt": "p"}], **device)
+    assert failed
+    assert not list(tmp_path.glob("splitlora-*"))
+
+
+def test_fewer_texts_than_a_batch_are_a_batch(tiny_model: Path, tmp_path: Path) -> None:
+    device = {"data": (pair for pair in PAIRS[:1]), "batch_size": 8, "eval_data": iter(PAIRS[:1]), "eval_every": 1}
+    assert len(run_split(options(tiny_model, tmp_path / "run"), {"a": device}).records) == 2
+
+
+class NoCallback:
+    def on_train_begin(self, arguments: object, state: object, control: object) -> None:
+        """As of transformers, which passes three arguments."""
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (
+            {"callbacks": [Callback(), NoCallback()]},
+            "^callbacks has NoCallback: each is an object of a class derived from edge_",
+        ),
+        ({"callbacks": [Callback]}, "^callbacks has the class Callback, of which an object is needed: each is an object"),
+        ({"callbacks": Callback}, "^callbacks has the class Callback, of which an object is needed: each is an object"),
+        ({"callbacks": Callback()}, "^callbacks is Callback: give a list of them$"),
+        ({"batch_size": "8"}, "^batch-size must be a whole number, got '8'$"),
+        ({"batch_size": 2.5}, r"^batch-size must be a whole number, got 2\.5$"),
+        ({"max_length": np.int64(1)}, "^max-length must be at least 2 tokens, got 1$"),
+        ({"eval_every": "50"}, "^eval-every must be a whole number, got '50'$"),
+    ],
+)
+def test_option_of_a_wrong_kind_is_refused_before_anything_is_read(tmp_path: Path, option: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        EdgeClient("ws://127.0.0.1:1", data=tmp_path / "none.jsonl", state_dir=tmp_path, **option)
+
+
+def test_callback_that_fails_when_all_is_over_keeps_nobody_waiting(tiny_model: Path, tmp_path: Path) -> None:
+    class Full(Exception):
+        pass
+
+    class Save(Callback):
+        def on_train_end(self, client: EdgeClient) -> None:
+            raise Full
+
+    with GpuServer(**options(tiny_model, tmp_path / "run"), dtype="float32", port=0) as server:
+        served = run_in_thread(lambda: list(server.train()))
+        device = {"model": str(tiny_model), "engine": "torch", "dtype": "float32", "state_dir": tmp_path / "state"}
+        with pytest.raises(Full), EdgeClient(server.url, data=PAIRS, callbacks=[Save()], name="a", **device) as client:
+            list(client.train())
+        assert len(served.result()) == 2
+        assert not client._state.is_in_a_run
 
 
 class Listening(Callback):
