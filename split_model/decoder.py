@@ -1,6 +1,7 @@
 """The modules of a model, whatever its family: a block, the embedding and the norms, in plain torch on packed batches."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,27 @@ class RMSNorm(nn.Module):
         self.register_buffer("weight", _vector(tensors, f"{name}.weight", placement), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.epsilon).to(x.dtype)
+        y: Tensor = _RootMeanSquareNorm.apply(x.to(self.weight.dtype), self.weight, self.epsilon)  # type: ignore[no-untyped-call]
+        return y.to(x.dtype)
+
+
+class _RootMeanSquareNorm(torch.autograd.Function):
+    """torch's, whose gradient by the rows alone takes half of the passes that torch's takes on the CPU."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        context.save_for_backward(x)
+        context.weight, context.epsilon = weight, epsilon
+        return F.rms_norm(x, weight.shape, weight, epsilon)
+
+    @staticmethod
+    def backward(context: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        # y = weight x / r with r^2 = mean(x^2) + epsilon; g / r - x mean(g x) / r^3, with g = upstream weight.
+        (x,) = context.saved_tensors
+        gradient = upstream[0] * context.weight
+        scale = x.square().mean(-1, keepdim=True).add_(context.epsilon).rsqrt_()
+        along = (gradient * x).mean(-1, keepdim=True) * scale.square()
+        return gradient.addcmul_(x, along, value=-1).mul_(scale), None, None
 
 
 def _vector(tensors: StoredTensors, name: str, placement: Placement) -> Tensor:

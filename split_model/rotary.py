@@ -284,6 +284,11 @@ class _Rotate(torch.autograd.Function):
 
 def _turned(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     half = cosines.shape[-1]
-    first, second, rest = torch.split(heads, [half, half, heads.shape[-1] - 2 * half], dim=-1)
-    turned = (first * cosines - second * sines, second * cosines + first * sines)
-    return torch.cat([*turned, rest] if rest.shape[-1] else turned, dim=-1)
+    widths = [half, half, heads.shape[-1] - 2 * half]
+    turned = torch.empty_like(heads)
+    first, second, rest = torch.split(heads, widths, dim=-1)
+    new_first, new_second, same = torch.split(turned, widths, dim=-1)
+    torch.mul(first, cosines, out=new_first).addcmul_(second, sines, value=-1)
+    torch.mul(second, cosines, out=new_second).addcmul_(first, sines)
+    same.copy_(rest)
+    return turned
