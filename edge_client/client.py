@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 
 from privacy import Centre, NoiseReport
 from protocol import (
-    CODECS,
     DELTA,
     Array,
     Hello,
@@ -30,7 +29,7 @@ from protocol import (
     largest_message_bytes,
 )
 from protocol.invitation import Invitation
-from protocol.settings import ABILITIES
+from protocol.settings import ABILITIES, OFFERED
 from storage import ChatTemplate, Folder, ModelError, NamedFiles, find_model
 from terminal import importing, user_text_path
 
@@ -287,7 +286,7 @@ class EdgeClient:
             Hello(
                 name=self.name,
                 fingerprint=self._model.fingerprint() if self._model else "",
-                codecs=(*CODECS, DELTA),
+                codecs=OFFERED,
                 abilities=ABILITIES,
                 instance=secrets.token_hex(16),
             ),

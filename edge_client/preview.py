@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from protocol import CODECS, DELTA, Hello
-from protocol.settings import ABILITIES
+from protocol import Hello
+from protocol.settings import ABILITIES, OFFERED
 from storage import PART_FILE, TOKENIZER_FILES, ChatTemplate, Folder, ModelError, NamedFiles, PartDescription, load_tokenizer
 from storage.model_folder import stated_positions
 from storage.tokenizer import end_of_text, guarded
@@ -89,7 +89,7 @@ class Model:
         hello = Hello(
             name=name or access.name or PREVIEWING,
             fingerprint="",
-            codecs=(*CODECS, DELTA),
+            codecs=OFFERED,
             abilities=ABILITIES,
             instance=secrets.token_hex(16),
         )

@@ -26,6 +26,8 @@ from protocol import (
     Start,
     Tensors,
     TrainingDiverged,
+    changed_by,
+    changes,
     derive_seed,
 )
 
@@ -85,8 +87,9 @@ def train(
         itinerary = Itinerary(settings, last_step)
         try:
             question = _go_to(start, itinerary, engine, membership, saved_steps)
+            shared = _fitting(start.adapter, engine)  # with which everybody has begun the round
             if question.kind is AdapterWeights:  # the step before was finished, and the server has not averaged it yet
-                _exchange_adapter(AdapterWeights, question.step, last_step, engine.adapter(), engine, membership)
+                shared = _exchange_adapter(AdapterWeights, question.step, last_step, shared, engine, membership)
 
             for step in range(start.step + 1, last_step + 1):
                 if held_out is not None and membership.position.is_between_rounds:
@@ -110,7 +113,7 @@ def train(
 
                 if settings.aggregate_every == 1:
                     # The server sums the gradients of all clients and takes the optimiser's step for everybody.
-                    _exchange_adapter(AdapterGradient, step, last_step, engine.gradients(), engine, membership)
+                    shared = _exchange_adapter(AdapterGradient, step, last_step, shared, engine, membership)
                     membership.position.step = step
                 else:
                     # Every client takes the optimiser's step by itself; at a round's end their adapters are averaged.
@@ -118,7 +121,7 @@ def train(
                     ends_round = itinerary.ends_round(step)
                     _save(step, engine, membership, saved_steps, is_round_end=ends_round)
                     if ends_round:
-                        _exchange_adapter(AdapterWeights, step, last_step, engine.adapter(), engine, membership)
+                        shared = _exchange_adapter(AdapterWeights, step, last_step, shared, engine, membership)
 
                 yield Step(
                     number=step,
@@ -205,17 +208,43 @@ def _exchange_adapter(
     kind: type[AdapterGradient | AdapterWeights],
     step: int,
     last_step: int,
-    tensors: Tensors,
+    shared: Tensors,
     engine: Engine,
     membership: Membership,
-) -> None:
-    """Give what this device adds to the adapter, and go on with the adapter that everybody gets."""
+) -> Tensors:
+    """
+    Give what this device adds to the adapter, and go on with the adapter that everybody gets.
+
+    Args:
+        shared: with which everybody has begun the round.
+
+    Returns:
+        That with which everybody begins the next.
+    """
+    as_changes = membership.welcome.settings.codes_adapter
+    if kind is AdapterGradient:
+        tensors = engine.gradients()
+    else:
+        tensors = changes(engine.adapter(), shared) if as_changes else engine.adapter()
     question = kind(step=step, seconds=membership.stopwatch.lap(), tensors=tensors)
     answer = membership.exchange(question, EdgeAdapter)
     # A client whose data ends within a round gets the adapter of the round's end, a later step.
     if answer.step < step or (answer.step > step and step != last_step):
         raise RemoteProtocolError(f"expected the adapter of step {step}, got that of step {answer.step}")
-    engine.load_adapter(answer.tensors)
+    shared = changed_by(shared, _fitting(answer.tensors, engine)) if as_changes else answer.tensors
+    engine.load_adapter(shared)
+    return shared
+
+
+def _fitting(tensors: Tensors, engine: Engine) -> Tensors:
+    """
+    Raises:
+        RemoteProtocolError: they are not for this device's matrices.
+    """
+    found, expected = ({name: matrix.shape for name, matrix in each.items()} for each in (tensors, engine.adapter()))
+    if found != expected:
+        raise RemoteProtocolError("the server's LoRA matrices are not those of this device's part of the model")
+    return tensors
 
 
 def _go_to(start: Start, itinerary: Itinerary, engine: Engine, membership: Membership, saved_steps: SavedSteps) -> QuestionId:

@@ -16,6 +16,7 @@ from protocol import (
     RunSettings,
     Tensors,
     TrainingDiverged,
+    coded_update,
     derive_seed,
 )
 from protocol.codecs import Coded
@@ -37,6 +38,7 @@ from .part_trainer import Seeds, Trainer
 __all__ = ["TorchEngine"]
 
 ADAPTER, SERVER_OPTIMISER, EDGE_OPTIMISER, BEST = "adapter/", "server_optimiser/", "edge_optimiser/", "best/"
+OWED = "owed/"
 HELD_OUT = "held-out texts"
 
 
@@ -56,6 +58,8 @@ class TorchEngine:
         dtype = torch.float64 if settings.precision == "float64" else torch.float32
         self._edge = {name: nn.Parameter(matrix.to(dtype, copy=True)) for name, matrix in edge_adapter.items()}
         self._edge_optimiser = adamw(self._edge.values(), OptimiserConfig(**settings.optimiser()))
+        self._owed: Adapter = {}
+        """By how much the edge adapter would be another if its changes were not coded; see `coded_update`. Empty: nowhere."""
         self._best: Adapter = {}
         """The adapter that was kept as the best; empty if none was."""
         self.round_end: Adapter = self._state()
@@ -102,7 +106,7 @@ class TorchEngine:
         return changes
 
     def aggregate(self, step: int, total_steps: int, contributions: dict[str, Tensors], weights: dict[str, int]) -> Aggregated:
-        norm = 0.0
+        norm, before = 0.0, self.edge_adapter()
         if self._settings.aggregate_every == 1:
             for name, matrix in self._edge.items():
                 matrix.grad = torch.stack([_tensor(tensors[name]) for tensors in contributions.values()]).sum(0)
@@ -119,11 +123,24 @@ class TorchEngine:
             with torch.no_grad():
                 for name, matrix in self._edge.items():
                     shares = [_tensor(tensors[name]) * (weights[client] / total) for client, tensors in contributions.items()]
-                    matrix.copy_(torch.stack(shares).sum(0))
+                    mean = torch.stack(shares).sum(0)
+                    matrix.copy_(matrix + mean if self._settings.codes_adapter else mean)
         if not all(torch.isfinite(matrix).all() for matrix in self._edge.values()):
             raise TrainingDiverged(f"the edge adapter of step {step} is not finite; try a lower --lr")
+        change = self._go_on_from_what_is_sent(before) if self._settings.codes_adapter else None
         self.round_end = self._state()
-        return Aggregated(edge_adapter=self.edge_adapter(), gradient_norm=norm)
+        return Aggregated(edge_adapter=self.edge_adapter(), change=change, gradient_norm=norm)
+
+    @torch.no_grad()
+    def _go_on_from_what_is_sent(self, before: Tensors) -> dict[str, Coded]:
+        """Let the edge adapter be what devices make of its change since ``before``, which is returned."""
+        for name, matrix in self._owed.items():
+            self._edge[name].add_(matrix)
+        change, shared, owed = coded_update(before, self.edge_adapter(), self._settings)
+        for name, matrix in self._edge.items():
+            matrix.copy_(_tensor(shared[name]))
+        self._owed = {name: _tensor(matrix) for name, matrix in owed.items()}
+        return change
 
     def _clipping_factor(self, step: int, norm: float) -> float:
         if not math.isfinite(norm):  # by which a gradient would become 0, without a word
@@ -153,6 +170,7 @@ class TorchEngine:
     def restore(self, state: Adapter) -> None:
         self._load(_under(ADAPTER, state), _under(SERVER_OPTIMISER, state))
         restore_optimiser(self._edge_optimiser, _under(EDGE_OPTIMISER, state))
+        self._owed = _under(OWED, state)
         self._best = _under(BEST, state)
         self.round_end = self._state()
 
@@ -169,6 +187,7 @@ class TorchEngine:
             ADAPTER: self.adapter(),
             SERVER_OPTIMISER: self._trainer.optimiser_state(),
             EDGE_OPTIMISER: optimiser_state(self._edge_optimiser),
+            OWED: self._owed,
             BEST: self._best,
         }
         return {f"{prefix}{name}": tensor for prefix, tensors in parts.items() for name, tensor in tensors.items()}

@@ -52,6 +52,7 @@ from .messages import (
     check_name,
     identity,
 )
+from .passage import changed_by, changes, coded_update
 from .seeds import derive_seed
 from .session import TRANSITIONS, Session, Side, State
 from .settings import CODECS, DELTA, EXACT, RunSettings, gradient_codec
@@ -116,7 +117,10 @@ __all__ = [
     "Tensors",
     "TrainingDiverged",
     "Welcome",
+    "changed_by",
+    "changes",
     "check_name",
+    "coded_update",
     "compressed_bound",
     "decode",
     "derive_seed",

@@ -120,7 +120,7 @@ class Agreement:
         return 0 if self._join is None else settings.steps_of_client(self._join.num_samples, self._join.batch_size)
 
     def _check_codec(self, codec: str, settings: RunSettings) -> None:
-        if not settings.codecs() and codec != EXACT:
+        if {settings.activation_codec, settings.gradient_codec} == {EXACT} and codec != EXACT:
             raise RemoteProtocolError(f"the server chose the codec {_shown(codec)} in a run that began exact and stays so")
         if codec == DELTA != settings.activation_codec:
             raise RemoteProtocolError(f"the server chose the codec {DELTA} in a run that did not begin with it")

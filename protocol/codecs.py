@@ -1,4 +1,4 @@
-"""Codes activations and their gradients in fewer bytes, and decodes them. Decoded values are always float32."""
+"""Codes activations, their gradients and LoRA matrices in fewer bytes, and decodes them. Decoded values are always float32."""
 
 import math
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ import numpy as np
 
 from .errors import RemoteProtocolError
 from .messages import Array
-from .quantisation import LARGEST_MAGNITUDE, Quantised, dequantise, quantise
+from .quantisation import LARGEST_MAGNITUDE, Quantised, dequantise, quantise, quantise_coarsely
 from .rounding import Dither, from_bfloat16, to_bfloat16
-from .settings import CODECS, DELTA
+from .settings import LORA4, OFFERED
 from .shuffling import shuffled, unshuffled
 
 __all__ = ["Coded", "quantised_parts", "quantised_values"]
@@ -25,7 +25,7 @@ class Coded:
     """A matrix (N, d) as it travels. The parts are bytes that nobody has checked: `decode` does."""
 
     codec: str
-    """One of CODECS, or DELTA, which `decode` cannot decode and `delta.py` does: it depends on what was sent before."""
+    """One of CODECS, LORA4, or DELTA, which `decode` cannot decode and `delta.py` does: it depends on what was sent before."""
     shape: tuple[int, int]
     """Of the decoded matrix."""
     parts: Sequence[bytes]
@@ -51,6 +51,20 @@ class Coded:
         return cls(codec, (num_rows, width), parts)
 
     @classmethod
+    def of_matrix(cls, matrix: Array, codes_of_the_rms: float, dither: Dither | None = None) -> "Coded":
+        """
+        Code a LoRA matrix in LORA4, along its longer side: A row by row, B column by column.
+
+        Args:
+            matrix: (r, inputs) or (outputs, r), float32, finite.
+            codes_of_the_rms: of a row or column, how many codes its root mean square is: the fewer, the coarser, and the fewer
+                bits remain when zeros are compressed. More than four bits allow is as many as they do.
+            dither: as of `of`.
+        """
+        codes, scales = quantise_coarsely(_lengthwise(matrix), LARGEST_CODES["int4"], codes_of_the_rms, dither)
+        return cls(LORA4, matrix.shape, [shuffled(scales), _halves(codes)])
+
+    @classmethod
     def received(cls, fields: Any, max_bytes: int) -> "Coded":
         """
         A coded tensor out of a message. Its form is checked, its parts are not yet.
@@ -67,8 +81,8 @@ class Coded:
         codec, shape, *parts = fields
         if not isinstance(codec, str) or not isinstance(shape, list) or not all(isinstance(part, bytes) for part in parts):
             raise RemoteProtocolError("a coded tensor is [codec, shape, parts...]")
-        if codec not in (*CODECS, DELTA):
-            raise RemoteProtocolError(f"a tensor in the codec {codec[:40]!a}; there are {', '.join((*CODECS, DELTA))}")
+        if codec not in OFFERED:
+            raise RemoteProtocolError(f"a tensor in the codec {codec[:40]!a}; there are {', '.join(OFFERED)}")
         if len(shape) != 2 or any(type(size) is not int or size < 0 for size in shape):
             raise RemoteProtocolError("a coded tensor's shape is a list of two sizes")
         if 4 * math.prod(shape) > max_bytes or max(shape) > max_bytes:
@@ -82,10 +96,32 @@ class Coded:
         Raises:
             RemoteProtocolError: the codec makes no such parts of a tensor of this shape.
         """
+        if self.codec == LORA4:
+            return self._matrix()
         if self.codec != "bfloat16":
             return quantised_values(self.codec, self.shape, self.parts)
         _check_sizes(self.codec, self.shape, self.parts, {"values": 2 * math.prod(self.shape)})
         return from_bfloat16(unshuffled(self.parts[0], UINT16, self.shape))
+
+    def _matrix(self) -> Array:
+        """What `of_matrix` has coded."""
+        num_scales, length = sorted(self.shape)
+        num_codes = num_scales * length
+        _check_sizes(self.codec, self.shape, self.parts, {"scales": 2 * num_scales, "codes": -(-num_codes // 2)})
+        scales = from_bfloat16(unshuffled(self.parts[0], UINT16, (num_scales,)))
+        _check_scales(self.codec, scales)
+        rows = _whole(self.parts[1], num_codes).reshape(num_scales, length) * scales[:, None]
+        return np.ascontiguousarray(rows.T) if _is_tall(self.shape) else rows
+
+
+def _is_tall(shape: tuple[int, ...]) -> bool:
+    """Whether a matrix is coded column by column."""
+    return shape[0] > shape[1]
+
+
+def _lengthwise(matrix: Array) -> Array:
+    """The rows, or columns, of a matrix that have a scale each, one under the other."""
+    return np.ascontiguousarray(matrix.T) if _is_tall(matrix.shape) else matrix
 
 
 def quantised_parts(values: Array, codec: str, dither: Dither | None) -> list[bytes]:
@@ -130,15 +166,18 @@ def _check_sizes(codec: str, shape: tuple[int, int], parts: Sequence[bytes], siz
 
 def _check(codec: str, quantised: Quantised) -> None:
     """Refuses numbers that no sender computes, and those whose values would not be finite."""
-    scales = from_bfloat16(quantised.scales)
-    if not ((scales > 0) & (scales <= LARGEST_MAGNITUDE)).all():
-        raise RemoteProtocolError(f"a scale of {codec} is not a positive number up to 2^120")
+    _check_scales(codec, from_bfloat16(quantised.scales))
     for name in ("centre", "outlier_values"):
         if not (np.abs(from_bfloat16(getattr(quantised, name))) <= LARGEST_MAGNITUDE).all():
             raise RemoteProtocolError(f"the {name.replace('_', ' ')} of {codec} are not numbers up to 2^120")
     outliers, width = quantised.outliers, quantised.codes.shape[1]
     if len(outliers) and not (outliers[0] >= 0 and outliers[-1] < width and (outliers[1:] > outliers[:-1]).all()):
         raise RemoteProtocolError(f"the outliers of {codec} are not increasing numbers of channels from 0 to {width - 1}")
+
+
+def _check_scales(codec: str, scales: Array) -> None:
+    if not ((scales > 0) & (scales <= LARGEST_MAGNITUDE)).all():
+        raise RemoteProtocolError(f"a scale of {codec} is not a positive number up to 2^120")
 
 
 def _halves(codes: Array) -> bytes:

@@ -59,7 +59,7 @@ def encode(message: Message, codec: str = EXACT, dither: Dither | None = None) -
     """
 
     def coded(value: Any, kind: ArrayType) -> Any:
-        if not kind.may_be_coded or codec == EXACT or isinstance(value, Coded):
+        if codec not in kind.codecs or isinstance(value, Coded):
             return value
         return Coded.of(value, codec, dither)
 
@@ -247,7 +247,9 @@ def _shown(value: Any) -> str:
 
 
 def _check_array(value: Any, expected: ArrayType, where: str) -> Array | Coded:
-    if isinstance(value, Coded) and expected.may_be_coded:
+    if isinstance(value, Coded):
+        if value.codec not in expected.codecs:
+            raise RemoteProtocolError(f"{where}: a tensor in {value.codec}, in which none of this field can be")
         if value.codec == DELTA:
             return value
         try:

@@ -12,7 +12,7 @@ import numpy as np
 
 from .errors import InvalidName
 from .limits import MAX_PART_FILE_BYTES, MAX_PART_FILES, PIECE_BYTES
-from .settings import RunSettings
+from .settings import CODECS, DELTA, LORA4, RunSettings
 
 __all__ = [
     "PROTOCOL_VERSION",
@@ -64,14 +64,17 @@ class ArrayType:
 
     dtypes: tuple[str, ...]
     num_dimensions: int
-    may_be_coded: bool = False
+    codecs: tuple[str, ...] = ()
+    """In which it may travel."""
 
 
 Floats = Annotated[Array, ArrayType(("float32", "float64"), 2)]
-CodedFloats = Annotated[Array, ArrayType(("float32", "float64"), 2, may_be_coded=True)]
+CodedFloats = Annotated[Array, ArrayType(("float32", "float64"), 2, codecs=(*CODECS, DELTA))]
 """On the wire in a codec, if the run has one; here they are floats."""
 Integers = Annotated[Array, ArrayType(("int32",), 1)]
 Tensors = dict[str, Floats]
+CodedTensors = dict[str, Annotated[Array, ArrayType(("float32", "float64"), 2, codecs=(LORA4,))]]
+"""LoRA matrices by name; on the wire in a codec, if the run has one for them."""
 
 
 def _check_step(step: int) -> None:
@@ -424,7 +427,7 @@ class Contribution:
 
     step: int
     seconds: Seconds
-    tensors: Tensors
+    tensors: CodedTensors
 
     def __post_init__(self) -> None:
         _check_step(self.step)
@@ -437,7 +440,7 @@ class AdapterGradient(Contribution):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AdapterWeights(Contribution):
-    """client -> server, at the end of a longer round: its LoRA matrices."""
+    """client -> server, at the end of a longer round: its LoRA matrices, or where the run codes them their changes."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -446,7 +449,8 @@ class EdgeAdapter:
 
     step: int
     """The last step that is in them."""
-    tensors: Tensors
+    tensors: CodedTensors
+    """What they have changed since the round began, where the run codes them: see `RunSettings.adapter_codec`."""
     checkpoint: int = 0
     """The earliest step that the server may still go back to: a client keeps what it needs from there on."""
     queue_seconds: float = 0.0

@@ -14,7 +14,7 @@ import numpy as np
 from .messages import Array
 from .rounding import Dither, from_bfloat16, to_bfloat16, upwards_to_bfloat16
 
-__all__ = ["LARGEST_MAGNITUDE", "LARGEST_VALUE", "Quantised", "dequantise", "quantise"]
+__all__ = ["LARGEST_MAGNITUDE", "LARGEST_VALUE", "Quantised", "dequantise", "quantise", "quantise_coarsely"]
 
 LARGEST_MAGNITUDE = 2.0**120
 """Of scales, centres and outlier values: 128 of them are still a float32."""
@@ -66,12 +66,37 @@ def quantise(values: Array, largest_code: int, dither: Dither | None = None) -> 
             outlier_values[:, rows] = to_bfloat16(chunk[:, outliers], dither).T
             chunk[:, outliers] = 0
         scales[rows] = _scales(np.abs(chunk).max(axis=1), largest_code)
-        chunk *= (1 / from_bfloat16(scales[rows]))[:, None]
-        if dither is not None:
-            chunk += np.multiply(dither.draw(chunk.size), np.float32(2.0**-16)).reshape(chunk.shape)
-        np.rint(chunk, out=chunk)
-        np.copyto(codes[rows], chunk, casting="unsafe")
+        codes[rows] = _codes(chunk, scales[rows], dither)
     return Quantised(codes, scales, centre, outliers, outlier_values)
+
+
+def quantise_coarsely(
+    values: Array, largest_code: int, codes_of_the_rms: float, dither: Dither | None = None
+) -> tuple[Array, Array]:
+    """
+    Args:
+        values: (N, d) float32.
+        codes_of_the_rms: how many codes a row's root mean square is; fewer, where else a code would be beyond the largest.
+        dither: see `quantise`.
+
+    Returns:
+        Codes (N, d) int8, and scales (N,) bfloat16.
+    """
+    clipped = _clipped(values)
+    peaks = np.abs(clipped).max(axis=1, initial=0.0)
+    rms = np.sqrt(np.square(clipped, dtype=np.float64).mean(axis=1)) if values.size else np.zeros(len(values))
+    wanted = (rms * (largest_code / (MARGIN * codes_of_the_rms))).astype(np.float32)
+    scales = _scales(np.maximum(peaks, wanted), largest_code)
+    return _codes(clipped, scales, dither), scales
+
+
+def _codes(rows: Array, scales: Array, dither: Dither | None) -> Array:
+    """(N, d) int8: rows of float32, which are overwritten, in units of their scales, (N,) bfloat16."""
+    rows *= (1 / from_bfloat16(scales))[:, None]
+    if dither is not None:
+        rows += np.multiply(dither.draw(rows.size), np.float32(2.0**-16)).reshape(rows.shape)
+    np.rint(rows, out=rows)
+    return rows.astype(np.int8)
 
 
 def dequantise(quantised: Quantised) -> Array:

@@ -24,9 +24,12 @@ from .limits import HANDING_OVER_BYTES, HANDSHAKE_BYTES
 from .messages import (
     ActivationGradient,
     Activations,
+    AdapterGradient,
+    AdapterWeights,
     Array,
     AskPart,
     AskPiece,
+    Contribution,
     EdgeAdapter,
     Evaluation,
     EvaluationLoss,
@@ -50,6 +53,7 @@ from .messages import (
     Welcome,
     identity,
 )
+from .passage import coded_contribution
 from .rounding import Dither
 from .settings import DELTA, EXACT, gradient_codec
 
@@ -99,10 +103,14 @@ class Codecs(NamedTuple):
     activations: str = EXACT
     gradients: str = EXACT
     """Of hidden states, too."""
+    adapters: str = EXACT
+    """Of LoRA matrices; it stays as the run has begun."""
 
     def of(self, kind: type) -> str:
         if issubclass(kind, Activations):
             return self.activations
+        if issubclass(kind, Contribution | EdgeAdapter):
+            return self.adapters
         if issubclass(kind, Evaluation | EvaluationStates):
             return EXACT if self.activations == EXACT else OF_HELD_OUT
         return self.gradients
@@ -113,8 +121,8 @@ class Codecs(NamedTuple):
 
 
 _CODED = {
-    Side.CLIENT: (Activations, HiddenGradient, Evaluation),
-    Side.SERVER: (ActivationGradient, HiddenStates, EvaluationStates),
+    Side.CLIENT: (Activations, HiddenGradient, Contribution, Evaluation),
+    Side.SERVER: (ActivationGradient, HiddenStates, EdgeAdapter, EvaluationStates),
 }
 """Who sends what may be coded."""
 
@@ -395,11 +403,12 @@ class Session:
                 self._see_that_start_arrived()
         self._agreed.note(message)
         if isinstance(message, Welcome):
-            self.codecs = Codecs(message.settings.activation_codec, message.settings.gradient_codec)
+            settings = message.settings
+            self.codecs = Codecs(settings.activation_codec, settings.gradient_codec, settings.adapter_codec)
         elif isinstance(message, Start | ActivationGradient) and message.codec:
             if message.codec != self.codecs.activations:
                 self._codecs_before = self.codecs
-            self.codecs = Codecs(message.codec, gradient_codec(message.codec))
+            self.codecs = self.codecs._replace(activations=message.codec, gradients=gradient_codec(message.codec))
         self._update_cache(message)
 
     def _see_that_start_arrived(self) -> None:
@@ -424,6 +433,9 @@ class Session:
         return self.codecs.of_side(self.side.peer) | self._codecs_before.of_side(self.side.peer)  # it may be delivered twice
 
     def _as_sent(self, message: Message) -> Message:
+        if isinstance(message, AdapterGradient | AdapterWeights) and (dither := self._dither(message)) is not None:
+            assert self._agreed.settings is not None
+            return coded_contribution(message, self._agreed.settings, dither)
         if not isinstance(message, Activations) or self.codecs.activations == EXACT:
             return message
         settings = self._agreed.settings
@@ -451,11 +463,11 @@ class Session:
     def _dither(self, message: Message) -> Dither | None:
         """For gradients, the same for the same run, client, direction and step: a repeated message has the same bytes."""
         hello, settings = self._agreed.hello, self._agreed.settings
-        if not isinstance(message, ActivationGradient | HiddenGradient) or hello is None or settings is None:
+        if not isinstance(message, ActivationGradient | HiddenGradient | Contribution) or hello is None or settings is None:
             return None
-        if self.codecs.gradients == EXACT:
+        if self.codecs.of(type(message)) == EXACT:
             return None
-        return Dither(settings.seed, hello.name, type(message).__name__, message.step, message.micro_batch)
+        return Dither(settings.seed, hello.name, type(message).__name__, *identity(message)[1:])
 
 
 def _batch_of(message: Message) -> tuple[type, int, int]:

@@ -15,7 +15,9 @@ __all__ = [
     "EXACT",
     "FLOAT32",
     "LARGEST_COUNT",
+    "LORA4",
     "LR_SCHEDULES",
+    "OFFERED",
     "SERVER_ABILITIES",
     "RunSettings",
     "codec_name",
@@ -32,6 +34,10 @@ CODECS = ("bfloat16", "int8", "int4")
 """What else there is, for runs in float32; from many bytes to few."""
 DELTA = "delta"
 """Of activations: what a sample's have changed since its last visit, for both sides keep these."""
+LORA4 = "lora4"
+"""Of LoRA matrices: codes of four bits, and a scale for each of the r directions. See `passage.py`."""
+OFFERED = (*CODECS, DELTA, LORA4)
+"""All codecs but EXACT, which a client of this release has."""
 
 
 def codec_name(codec: str) -> str:
@@ -125,6 +131,11 @@ class RunSettings:
     """Steps from one check of the codec to the next, beginning with the first step; 0: it is not checked."""
     cache_bytes: int = 0
     """The most that each side keeps of one client's samples, for DELTA."""
+    adapter_codec: str = EXACT
+    """
+    EXACT or LORA4: how LoRA matrices of the edge part cross the link between two rounds. In LORA4 they cross as changes since
+    the round began, but for gradients, which they are in rounds of one step from a client.
+    """
     labels: str = "server"
     """Who has the tokens to predict, and computes the loss: "server", or "device", which then sends none."""
     label_rows: str = "shown"
@@ -177,7 +188,11 @@ class RunSettings:
             )
         if self.precision not in ("float32", "float64"):
             raise ValueError(f"precision must be float32 or float64, got {self.precision[:40]!r}")
-        for name, known in (("activation_codec", (EXACT, *CODECS, DELTA)), ("gradient_codec", (EXACT, *CODECS))):
+        for name, known in (
+            ("activation_codec", (EXACT, *CODECS, DELTA)),
+            ("gradient_codec", (EXACT, *CODECS)),
+            ("adapter_codec", (EXACT, LORA4)),
+        ):
             codec = getattr(self, name)
             if codec not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {codec[:40]!r}")
@@ -241,7 +256,12 @@ class RunSettings:
 
     def codecs(self) -> set[str]:
         """What a client has to offer, besides EXACT."""
-        return {self.activation_codec, self.gradient_codec} - {EXACT}
+        return {self.activation_codec, self.gradient_codec, self.adapter_codec} - {EXACT}
+
+    @property
+    def codes_adapter(self) -> bool:
+        """Whether LoRA matrices travel in fewer bytes, and changes of them in their place."""
+        return self.adapter_codec != EXACT
 
     def checks_codec(self, step: int) -> bool:
         """Whether clients send their first micro-batch of ``step`` exactly as well."""

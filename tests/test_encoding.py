@@ -278,6 +278,7 @@ NO_FLOATS = [
     1.0,
     {},
 ]
+NO_MAPS = [*({"a": value} for value in NO_FLOATS), {"x" * 4097: ONE}, {b"a": ONE}, [], None, 1, ONE]
 NO_INTEGERS = [np.zeros((1, 1), np.int32), np.zeros(1, np.float32), np.zeros((), np.int32), None, [1], 1, {}]
 WRONG: dict[Any, list[Any]] = {
     int: [-1, 2**53 + 1, 2**64 - 1, True, 1.0, "1", b"1", None, [], {}, ONE],
@@ -299,7 +300,8 @@ WRONG: dict[Any, list[Any]] = {
     protocol.messages.Floats: NO_FLOATS,
     protocol.messages.CodedFloats: NO_FLOATS,
     protocol.messages.Integers: NO_INTEGERS,
-    protocol.Tensors: [*({"a": value} for value in NO_FLOATS), {"x" * 4097: ONE}, {b"a": ONE}, [], None, 1, ONE],
+    protocol.Tensors: NO_MAPS,
+    protocol.messages.CodedTensors: NO_MAPS,
 }
 
 
@@ -609,7 +611,7 @@ def test_msgpack_that_was_not_compressed_is_named() -> None:
 def test_an_unknown_codec_is_named() -> None:
     coded = msgpack.ExtType(2, msgpack.packb(["int3", [1, 1], b""]))
     values = frame_of("EvaluationLoss", plain(SAMPLES["EvaluationLoss"]) | {"later": coded})
-    assert refusal(values) == "a tensor in the codec 'int3'; there are bfloat16, int8, int4, delta"
+    assert refusal(values) == "a tensor in the codec 'int3'; there are bfloat16, int8, int4, delta, lora4"
 
 
 def zstd_header(content_size: int) -> bytes:

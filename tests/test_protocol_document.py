@@ -50,7 +50,7 @@ from protocol.codecs import Coded
 from protocol.encoding import MAX_ELEMENTS, MAX_TENSOR_ELEMENTS, MAX_TEXT
 from protocol.invitation import FORM
 from protocol.rounding import Dither, to_bfloat16
-from protocol.settings import ABILITIES, BOUNDS
+from protocol.settings import ABILITIES, BOUNDS, OFFERED
 from split_model import LoraConfig, ModelConfig, PretrainedModel, adapted_layers
 from split_model.families import FAMILIES
 from split_model.optimisation import OptimiserConfig, adamw, take_step
@@ -75,6 +75,7 @@ WORDS: dict[Any, str] = {
     protocol.messages.Integers | None: "integers or nil",
     protocol.Seconds: "Seconds",
     protocol.Tensors: "map of floats",
+    protocol.messages.CodedTensors: "map of coded floats",
     RunSettings: "RunSettings",
 }
 
@@ -202,9 +203,11 @@ def test_its_example_of_codes_is_what_is_sent() -> None:
 
 def test_it_names_the_codecs() -> None:
     (rows,) = tables(DOCUMENT, "codec", "parts")
-    assert [name for cell, _ in rows for name in re.findall(r"`(\w+)`", cell)] == [*CODECS, DELTA]
+    assert [name for cell, _ in rows for name in re.findall(r"`(\w+)`", cell)] == list(OFFERED)
+    matrix = np.ones((2, 3), np.float32)
     for codec, row in zip(CODECS, (rows[0], rows[1], rows[1]), strict=True):
-        assert len(Coded.of(np.ones((2, 3), np.float32), codec).parts) == len(row[1].split(","))
+        assert len(Coded.of(matrix, codec).parts) == len(row[1].split(","))
+    assert len(Coded.of_matrix(matrix, 1.0).parts) == len(rows[3][1].partition(";")[0].split(","))
 
 
 def test_it_names_no_message_that_does_not_exist() -> None:
@@ -390,6 +393,12 @@ class OneVersion:
 
     def store(self, step: int, micro_batch: int, versions: dict[int, Any]) -> None:
         self.kept = {sample: since for sample, (since, _) in versions.items()}
+
+
+def test_its_vector_of_lora4_decodes_to_what_it_says() -> None:
+    (payload,) = vectors("A tensor in `lora4`,")
+    coded = Coded.received(msgpack.unpackb(payload), HANDSHAKE_BYTES)
+    assert_same(coded.decode(), floats((0.5, 1.75), (0, -1.75), (-1, 0.75)))
 
 
 def test_its_vector_of_delta_decodes_to_what_it_says() -> None:

@@ -546,12 +546,13 @@ class Federation:
     def aggregated(self, aggregated: Aggregated, seconds: float, now: float) -> list[Action]:
         """The edge adapter of the last `Aggregate` is computed; it took so many ``seconds``."""
         self.edge_adapter = aggregated.edge_adapter
+        sent: Any = self.edge_adapter if aggregated.change is None else aggregated.change
         self._present_step.add_aggregated(aggregated, seconds)
         actions: list[Action] = []
         for name in sorted(self._asked(Contribution)):
             answer = EdgeAdapter(
                 step=self.step,
-                tensors=self.edge_adapter,
+                tensors=sent,
                 checkpoint=self.checkpoints[0],
                 queue_seconds=self.timing.queued((name, 0)),
                 compute_seconds=seconds,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from protocol import Activations, Array, HiddenGradient, HiddenStates, Seconds, Tensors
+from protocol.codecs import Coded
 
 __all__ = ["Aggregated", "AskedBack", "StepInProgress", "StepRecord", "Trained"]
 
@@ -91,6 +92,8 @@ class Aggregated:
 
     edge_adapter: Tensors
     """A copy of the edge part's LoRA matrices."""
+    change: Mapping[str, Coded] | None = None
+    """What they have changed since the round before, as clients are to get it; None where they get the matrices."""
     gradient_norm: float = 0.0
     """Euclidean, of the mean loss by the edge adapter; 0 where adapters are averaged."""
 
