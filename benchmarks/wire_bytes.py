@@ -1,10 +1,11 @@
 """
 Bytes of a labelled sample both ways, as TCP carries them: with TLS, WebSocket framing, handshakes and the adapter's exchange.
 
-gpt2-mini on shuffled rows of E2E's train.txt, batches of 8, cut after block 3, epochs of 66 steps, each a round, each codec in
-a run of its own; delta goes through its samples twice. The codec policy is told to let int4 and delta be. The reference pads
-every sample to 512 tokens and sends float32; its bytes are computed, of activations and gradients alone, as are those of
-16-bit floats without padding.
+gpt2-mini, or with --small a model of GPT-2 small's shape, on shuffled rows of E2E's train.txt, batches of 8, cut after block 3,
+epochs of 66 steps, each codec in a run of its own: in rounds of one step, as runs are by default, and with an epoch as one
+round, where the adapter crosses the link once. delta goes through its samples twice. The codec policy is told to let int4 and
+delta be. The reference pads every sample to 512 tokens and sends float32; its bytes are computed, of activations and gradients
+alone, as are those of 16-bit floats without padding.
 
 With --labels device the labels stay on the device: hidden states come down and their gradients go up, in the same codecs, of
 the labelled rows or, with noise on the gradients, of all rows; bytes are also given for each element of the activations.
@@ -34,26 +35,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--steps", type=int, default=66, help="an epoch")
     parser.add_argument("--labels", choices=("server", "device"), default="server")
+    parser.add_argument("--codecs", default=",".join(("float32", *CODECS, DELTA)))
+    parser.add_argument("--small", action="store_true", help="GPT-2 small's shape, with random weights, in place of gpt2-mini")
     options = parser.parse_args()
     if options.labels == "device":
         of_labels_on_the_device(options.steps)
         return
-    model = harness.shared("models/gpt2-mini")
-    num_samples = BATCH_SIZE * options.steps
-    width = PretrainedModel(model).config.width
-    reference = 2 * REFERENCE_LENGTH * BYTES_OF_A_FLOAT * width
-    rows, of_16_bits = [row("reference: float32, padded to 512", reference / 2, reference / 2, reference)], []
-    with tempfile.TemporaryDirectory() as scratch, Progress((3 + len(CODECS)) * options.steps) as progress:
+    num_samples, codecs = BATCH_SIZE * options.steps, options.codecs.split(",")
+    rounds = {"rounds of 1": 1, "one round": options.steps}
+    num_steps = len(rounds) * (len(codecs) + (DELTA in codecs)) * options.steps
+    with tempfile.TemporaryDirectory() as scratch, Progress(num_steps) as progress:
         folder = Path(scratch)
+        model = harness.make_gpt2_small(folder / "small") if options.small else harness.shared("models/gpt2-mini")
+        width = PretrainedModel(model).config.width
+        reference = 2 * REFERENCE_LENGTH * BYTES_OF_A_FLOAT * width
+        rows, of_16_bits = [row("reference: float32, padded to 512", reference / 2, reference / 2, reference)], []
         data = harness.write_rows(folder / "rows.txt", harness.e2e_rows("train", slice(0, num_samples)))
-        for codec in ("float32", *CODECS, DELTA):
+        for codec, (of_rounds, every) in itertools.product(codecs, rounds.items()):
             epochs = 2 if codec == DELTA else 1
-            settings = {"model": str(model), "epochs": epochs, "aggregate_every": options.steps, "codec": codec}
+            settings = {"model": str(model), "epochs": epochs, "aggregate_every": every, "codec": codec}
             # These two change the loss of this model by more than the codec policy's tolerance, and would be left.
             settings |= {"codec_tolerance": 1e9} if codec in ("int4", DELTA) else {}
-            counts = bytes_of_run(folder / codec, settings, data, options.steps, progress)
+            counts = bytes_of_run(folder / f"{codec}-{every}", settings, data, options.steps, progress)
             for epoch, (up, down) in enumerate(counts.epochs, 1):
-                name = codec if epochs == 1 else f"{codec}, epoch {epoch}"
+                name = f"{codec}, {of_rounds}" if epochs == 1 else f"{codec}, {of_rounds}, epoch {epoch}"
                 rows.append(row(name, up / num_samples, down / num_samples, reference))
                 unpadded = 2 * counts.tokens * width
                 of_16_bits.append([name, f"{100 * up / unpadded:.1f} %", f"{100 * (up + down) / (2 * unpadded):.1f} %"])
