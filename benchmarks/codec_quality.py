@@ -21,6 +21,7 @@ import torch
 from edge_client import EdgeClient
 from gpu_server import GpuServer
 from protocol import CODECS, DELTA
+from protocol.settings import LORA4
 from terminal import Progress
 
 CLIENTS, BATCH_SIZE, THIRD = 3, 8, 14_020
@@ -35,6 +36,8 @@ def main() -> None:
     parser.add_argument(
         "--codecs", default=",".join(("float32", *CODECS, DELTA)), help="the first is the measure of the others"
     )
+    parser.add_argument("--aggregate-every", type=int, default=1, help="steps in a round")
+    parser.add_argument("--adapter-codec", choices=("float32", LORA4), help="default: as runs have it")
     parser.add_argument("--labels", choices=("server", "device"), default="server")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -47,6 +50,8 @@ def main() -> None:
         for seed in range(options.seeds):
             for codec in codecs:
                 settings = {"epochs": options.epochs, "seed": seed, "codec": codec, "lr_schedule": options.lr_schedule}
+                settings |= {"aggregate_every": options.aggregate_every}
+                settings |= {"adapter_codec": options.adapter_codec} if options.adapter_codec and codec != "float32" else {}
                 settings |= {"labels": options.labels, "check_codec_every": 0 if options.labels == "device" else 10}
                 perplexity, change = run(folder / f"{seed}-{codec}", settings, options.rows, progress)
                 found[codec].append(perplexity)

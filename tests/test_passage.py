@@ -65,7 +65,7 @@ matrices = np_st.arrays(
     elements=st.floats(-(2.0**100), 2.0**100, width=32) | st.floats(-4, 4, width=32) | st.just(0.0),
     fill=st.floats(-4, 4, width=32),
 )
-some_hundred = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+some_hundred = settings(max_examples=200)
 
 
 def adapter(seed: int, scale: float = 1.0) -> Tensors:
