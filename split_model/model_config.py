@@ -1,7 +1,8 @@
 """What is known of a model before its weights are opened: its shape, and the names that its family gives to its tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from storage import ModelError
@@ -265,9 +266,20 @@ class ModelConfig:
             raise ModelError(
                 f"{file.path}: {self.num_heads} heads of queries are not a multiple of {self.num_key_value_heads} heads of keys"
             )
-        for token in self.ends:
+        self.check_ends(self.ends, file.path)
+
+    def check_ends(self, ends: Iterable[int], path: Path) -> None:
+        """
+        Args:
+            ends: the tokens that a file says to end a text.
+
+        Raises:
+            ModelError: one is not in the vocabulary.
+        """
+        for token in ends:
             if token >= self.vocabulary_size:
-                raise ModelError(f"{file.path}: eos_token_id {token} is not below vocab_size {self.vocabulary_size}")
+                size = self.vocabulary_size
+                raise ModelError(f"{path}: eos_token_id {token} is not below the vocabulary's {size} tokens; correct the file")
 
 
 def _divided(names: tuple[str, ...], widths: list[int]) -> list[tuple[str, int]]:

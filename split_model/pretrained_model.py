@@ -124,10 +124,7 @@ def _ends_of_generation(config: ModelConfig, folder: Path) -> tuple[int, ...]:
     if not files.find(GENERATION_FILE):
         return ()
     ends = Settings(folder / GENERATION_FILE, files.read_json(GENERATION_FILE)).integers("eos_token_id")
-    for token in ends:
-        if token >= config.vocabulary_size:
-            path, size = folder / GENERATION_FILE, config.vocabulary_size
-            raise ModelError(f"{path}: eos_token_id {token} is not below the vocabulary's {size} tokens; correct the file")
+    config.check_ends(ends, folder / GENERATION_FILE)
     return ends
 
 

@@ -290,7 +290,10 @@ SPOILT_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "nested config": (lambda model: (model / "config.json").write_text("[" * 200_000), "its JSON is nested too deeply"),
     "no heads": (lambda model: change_config(model, n_head=0), "n_head is 0; a whole number from 1 to"),
     "odd heads": (lambda model: change_config(model, n_head=5), "n_embd 32 is not a multiple of n_head 5"),
-    "end beyond": (lambda model: change_config(model, eos_token_id=50256), "eos_token_id 50256 is not below vocab_size"),
+    "end beyond": (
+        lambda model: change_config(model, eos_token_id=50256),
+        "eos_token_id 50256 is not below the vocabulary's 600 tokens; correct the file",
+    ),
     "other activation": (
         lambda model: change_config(model, activation_function="swish"),
         'activation_function is "swish"; it can be gelu_new',
@@ -301,7 +304,7 @@ SPOILT_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "unscaled attention": (
         lambda model: change_config(model, scale_attn_weights=False),
-        "without scale_attn_weights is not supported",
+        "scale_attn_weights is false; true, the only attention that is supported, is expected",
     ),
     "no weights": (lambda model: (model / "model.safetensors").unlink(), "has no weights: neither model.safetensors nor"),
     "corrupt weights": (lambda model: (model / "model.safetensors").write_bytes(b"\xff" * 99), "cannot be read as safetensors"),

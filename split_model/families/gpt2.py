@@ -23,7 +23,7 @@ def _read(file: ConfigFile) -> ModelConfig:
     file.rename(ALIASES)
     file.refuse("scale_attn_by_inverse_layer_idx")
     if not file.boolean("scale_attn_weights", True):
-        raise ModelError(f"{file.path}: attention without scale_attn_weights is not supported")
+        raise file.wrong("scale_attn_weights", "true, the only attention that is supported,")
     width, num_heads = file.integer("n_embd"), file.integer("n_head")
     if width % num_heads:
         raise ModelError(f"{file.path}: n_embd {width} is not a multiple of n_head {num_heads}")
