@@ -3,7 +3,7 @@ One training step on E2E batches of 8, LoRA r=4 on what PEFT adapts by default, 
 
 (a) transformers + PEFT in one process, padded to the longest row   (b) the split pair, a server and an edge process
 
-Both in every precision that pays here, on random weights of a model's shape. Rounds are interleaved and medians compared,
+Both in both precisions, on random weights of a model's shape. Rounds are interleaved and medians compared,
 because the machine's speed drifts: a round of (a) runs while (b) waits for its next batch, and the other way round.
 """
 
@@ -11,12 +11,14 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import harness
 import torch
+
+from split_model.products import bfloat16_pays
 
 BATCH_SIZE, RANK, LEARNING_RATE = 8, 4, 2e-4
 SHAPES = {"gpt2": harness.make_gpt2_small, "smollm2-135m": harness.make_smollm2}
@@ -28,7 +30,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--cut-layer", type=int, default=3)
     parser.add_argument("--micro-batches", type=int, default=1, help="more than 1 pay where the sides do not share their cores")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", *(["bfloat16"] if has_bfloat16() else [])])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     options = parser.parse_args()
     pairs = harness.e2e_rows("train", slice(0, BATCH_SIZE * options.rounds))
     with tempfile.TemporaryDirectory() as scratch:
@@ -43,8 +45,14 @@ def main() -> None:
             for name, racer in racers.items():
                 seconds[name].append(next(racer))
         report(seconds, tokens)
+        rows = tokens // options.rounds
+        shares = {dtype: share_of_mm(model, rows, getattr(torch, dtype)) for dtype in options.dtypes}
         for racer in racers.values():
             racer.close()  # type: ignore[attr-defined]
+    pays, why = bfloat16_pays()
+    print(f"\n{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}; bfloat16 pays: {pays}, {why}")
+    for dtype, share in shares.items():
+        print(f"products with the blocks' matrices in {dtype}: {share:.0%} of the rate of torch.mm on the same shapes")
 
 
 def centralised(model: Path, pairs: list[tuple[str, str]], dtype: str) -> Iterator[float]:
@@ -104,11 +112,41 @@ def count_tokens(model: Path, pairs: list[tuple[str, str]]) -> int:
     return sum(len(tokens) for tokens, _ in reference.encode(pairs, model))
 
 
-def has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones."""
-    from split_model import choose_dtype
+def share_of_mm(model: Path, rows: int, dtype: torch.dtype) -> float:
+    """
+    The rate of `frozen_linear`, rounding included, to that of `torch.mm` in the same dtype: of both directions of all products
+    of all blocks but the first, one block after the other as in a step, since no cache holds the matrices of them all.
+    """
+    from split_model import LoraConfig, PretrainedModel, ServerPart
+    from split_model.products import frozen_linear
 
-    return choose_dtype("auto", torch.device("cpu"))[0] == "bfloat16"
+    base = PretrainedModel(model)
+    lora = LoraConfig(targets=base.config.lora_targets)
+    part = ServerPart(base, 1, lora, weight_dtype=dtype, device=torch.device("cpu"), with_head=False)
+    matrices = [layer.matrix for block in part.blocks for layer in block.layers.values()]  # (in, out)
+    given = {width: torch.randn(rows, width) for matrix in matrices for width in matrix.shape}
+    rounded = {width: x.to(dtype) for width, x in given.items()}
+
+    def ours() -> None:
+        for matrix in matrices:
+            inputs, outputs = matrix.shape
+            frozen_linear(given[inputs], matrix.T)
+            frozen_linear(given[outputs], matrix)
+
+    def of_torch() -> None:
+        for matrix in matrices:
+            inputs, outputs = matrix.shape
+            torch.mm(rounded[inputs], matrix)
+            torch.mm(rounded[outputs], matrix.T)
+
+    seconds: dict[Callable[[], None], list[float]] = {ours: [], of_torch: []}
+    with torch.no_grad():
+        for _ in range(6):
+            for multiply, measured in seconds.items():
+                began = time.perf_counter()
+                multiply()
+                measured.append(time.perf_counter() - began)
+    return min(seconds[of_torch]) / min(seconds[ours])
 
 
 def report(seconds: dict[tuple[str, str], list[float]], tokens: int) -> None:
@@ -120,9 +158,6 @@ def report(seconds: dict[tuple[str, str], list[float]], tokens: int) -> None:
         spread = f"{min(values):.2f} - {max(values):.2f}"
         rows.append([name, dtype, f"{median:.2f}", spread, f"{rate:.0f}", f"{peers[dtype] / median:.2f} x"])
     print(harness.markdown(["", "", "seconds a step, median", "range", "tokens/s", "against the peer in this precision"], rows))
-    print(
-        f"\n{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}; bfloat16 pays here: {has_bfloat16()}"
-    )
 
 
 if __name__ == "__main__":
