@@ -9,6 +9,7 @@ from usual_settings import settings
 
 from gpu_server.federation.member import Member
 from gpu_server.federation.message_rules import (
+    WITHOUT_ABILITY,
     ModelLimits,
     check_hello,
     check_hidden_gradient,
@@ -32,7 +33,7 @@ from protocol import (
     Seconds,
 )
 from protocol.limits import LARGEST_VALUE
-from protocol.settings import ABILITIES, LARGEST_COUNT
+from protocol.settings import ABILITIES, LARGEST_COUNT, NEXT_PIN
 
 SHAPES = {"A": (2, 4), "B": (12, 2)}
 LIMITS = ModelLimits(
@@ -169,7 +170,13 @@ def test_client_that_comes_back_has_the_data_it_joined_with_wherever_it_stands()
 
 
 @pytest.mark.parametrize(
-    ("ability", "instead"), [("device-labels", "with --labels server"), ("noise", "without noise and clipping")]
+    ("ability", "instead"),
+    [
+        ("device-labels", "with --labels server"),
+        ("noise", "without noise and clipping"),
+        ("schedules", "with another --lr-schedule than cosine, and --warmup-steps instead of --warmup-ratio"),
+        ("early-end", "without --early-stopping-patience, and with --final-adapter last"),
+    ],
 )
 def test_client_that_lacks_an_ability_is_told_what_helps(ability: str, instead: str) -> None:
     others = tuple(other for other in ABILITIES if other != ability)
@@ -180,6 +187,10 @@ def test_client_that_lacks_an_ability_is_told_what_helps(ability: str, instead: 
         check_hello(Hello(name="a", fingerprint=LIMITS.fingerprint, abilities=others), LIMITS, set(), set(ABILITIES))
     with pytest.raises(RemoteProtocolError, match=r"^a does not know device-labels"):
         check_hello(Hello(name="a", fingerprint=LIMITS.fingerprint), LIMITS, set(), set(ABILITIES))
+
+
+def test_every_ability_that_a_run_may_need_has_a_way_without_it() -> None:
+    assert {*WITHOUT_ABILITY, NEXT_PIN} == set(ABILITIES)
 
 
 NOISE: list[dict[str, Any]] = [

@@ -64,7 +64,12 @@ class ModelLimits:
     """Whether a client without a model is handed its part."""
 
 
-WITHOUT_ABILITY = {"device-labels": "with --labels server", "noise": "without noise and clipping"}
+WITHOUT_ABILITY = {
+    "device-labels": "with --labels server",
+    "noise": "without noise and clipping",
+    "schedules": "with another --lr-schedule than cosine, and --warmup-steps instead of --warmup-ratio",
+    "early-end": "without --early-stopping-patience, and with --final-adapter last",
+}
 """For each of `protocol.settings.ABILITIES`: how to start a run in which a client without it can take part."""
 
 
