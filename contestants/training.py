@@ -108,8 +108,16 @@ class Task:
         else:
             adapter = load_adapter(user_path(self.config.init_adapter), base.config, lora)
         optimiser = OptimiserConfig(**self.settings.optimiser())
-        clip = self.config.max_grad_norm
-        return WholeModel(base, lora, optimiser, adapter, weight_dtype=DTYPES[dtype], device=device, max_grad_norm=clip)
+        return WholeModel(
+            base,
+            lora,
+            optimiser,
+            adapter,
+            weight_dtype=DTYPES[dtype],
+            device=device,
+            max_grad_norm=self.config.max_grad_norm,
+            label_smoothing=self.config.label_smoothing,
+        )
 
     @cached_property
     def base(self) -> PretrainedModel:

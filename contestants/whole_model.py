@@ -40,7 +40,7 @@ class WholeModel:
     Args:
         adapter: initial LoRA matrices of the whole model.
         weight_dtype: of the frozen weights; the adapter and its optimiser are never less exact than float32.
-        max_grad_norm: see `RunSettings`.
+        max_grad_norm, label_smoothing: see `RunSettings`.
     """
 
     def __init__(
@@ -53,8 +53,9 @@ class WholeModel:
         weight_dtype: torch.dtype = torch.float32,
         device: torch.device = CPU,
         max_grad_norm: float = 0.0,
+        label_smoothing: float = 0.0,
     ) -> None:
-        self.base, self._max_grad_norm = base, max_grad_norm
+        self.base, self._max_grad_norm, self._smoothing = base, max_grad_norm, label_smoothing
         self._edge = EdgePart(base, CUT, lora, weight_dtype=weight_dtype, device=device)
         self._server = ServerPart(base, CUT, lora, weight_dtype=weight_dtype, device=device)
         self._matrices = {**self._edge.matrices(), **self._server.matrices()}
@@ -73,7 +74,7 @@ class WholeModel:
         for number, part in enumerate((self._edge, self._server)):
             part.train()
             part.seed_dropout([derive_seed(dropout_seed, number, sequence) for sequence in range(len(batch.lengths))])
-        loss = self._summed_loss(batch)
+        loss = self._summed_loss(batch, self._smoothing)
         torch.autograd.backward(loss)
         summed = float(*read_back(loss))
         if not math.isfinite(summed):
@@ -158,10 +159,10 @@ class WholeModel:
         self.load_adapter(_behind(ADAPTER, state))
         restore_optimiser(self._optimiser, _behind(OPTIMISER, state))
 
-    def _summed_loss(self, batch: Batch) -> torch.Tensor:
+    def _summed_loss(self, batch: Batch, smoothing: float = 0.0) -> torch.Tensor:
         activations = self._edge(batch.tokens, batch.lengths)
         labels = copied_to(activations.device, torch.from_numpy(batch.labels).long())
-        return self._server.summed_loss(activations, batch.lengths, batch.label_counts, labels)
+        return self._server.summed_loss(activations, batch.lengths, batch.label_counts, labels, smoothing)
 
 
 def arrays(tensors: Mapping[str, torch.Tensor]) -> Tensors:

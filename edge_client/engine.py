@@ -97,7 +97,8 @@ class Engine(Protocol):
 
     def losses_and_gradient(self, hidden: Array, labels: Array) -> tuple[Array, Array]:
         """
-        The head and the losses at the rows that have a label. Logits of a few rows exist at a time, never of all.
+        The head and the losses at the rows that have a label, smoothed as the run says. Logits of a few rows exist at a time,
+        never of all.
 
         Args:
             hidden: (M, d) hidden states behind the final norm, as the server has sent them; M may be 0.
@@ -112,7 +113,7 @@ class Engine(Protocol):
 
     def losses(self, hidden: Array, labels: Array) -> Array:
         """
-        The losses alone, of held-out texts; arguments as of `losses_and_gradient`.
+        The losses alone, of held-out texts, never smoothed; arguments as of `losses_and_gradient`.
 
         Raises:
             TrainingDiverged: one is not finite.

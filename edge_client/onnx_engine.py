@@ -38,7 +38,7 @@ class OnnxEngine:
         part.check(settings)
         if settings.precision != "float32":
             raise ModelError(f"the run computes in {settings.precision}, for which a device needs its model and torch")
-        self._description, self._runtime = part.description, part.runtime
+        self._description, self._runtime, self._smoothing = part.description, part.runtime, settings.label_smoothing
         give_back_freed_memory()  # of reading the data
         self._graphs = part.open()
         adapted, rank = part.description.adapted, part.description.lora_rank
@@ -132,7 +132,7 @@ class OnnxEngine:
     # The head
 
     def losses_and_gradient(self, hidden: Array, labels: Array) -> tuple[Array, Array]:
-        return self._head().losses_and_gradient(hidden, labels)
+        return self._head().losses_and_gradient(hidden, labels, self._smoothing)
 
     def losses(self, hidden: Array, labels: Array) -> Array:
         return self._head().losses(hidden, labels)

@@ -50,7 +50,7 @@ class TorchEngine:
         if settings.lora_rank > model.config.width:
             raise ModelError(f"the run's LoRA rank is {settings.lora_rank}, more than the model's width {model.config.width}")
         lora = LoraConfig(**settings.lora())
-        self._dropout, self._cut_layer = lora.dropout, settings.cut_layer
+        self._dropout, self._cut_layer, self._smoothing = lora.dropout, settings.cut_layer, settings.label_smoothing
         self._adapted = adapted_layers(model.config, lora)
         self._part = EdgePart(model, settings.cut_layer, lora, weight_dtype=DTYPES[dtype], device=choose_device(device))
         # On the CPU a head in the dtype in which it is stored is not copied: it is mapped, like every weight.
@@ -104,7 +104,7 @@ class TorchEngine:
 
     def losses_and_gradient(self, hidden: Array, labels: Array) -> tuple[Array, Array]:
         states = copied_to(self._part.device, _to_tensor(hidden)).requires_grad_()
-        losses = self._losses(states, labels)
+        losses = self._losses(states, labels, self._smoothing)
         torch.autograd.backward(losses.sum())
         assert states.grad is not None
         finite = [torch.isfinite(tensor).all() for tensor in (losses, states.grad)]
@@ -150,10 +150,10 @@ class TorchEngine:
         learnt = {name.removeprefix(OPTIMISER): value for name, value in state.items() if name.startswith(OPTIMISER)}
         restore_optimiser(self._optimiser, {name: _to_tensor(value) for name, value in learnt.items()})
 
-    def _losses(self, hidden: torch.Tensor, labels: Array) -> torch.Tensor:
+    def _losses(self, hidden: torch.Tensor, labels: Array, smoothing: float = 0.0) -> torch.Tensor:
         if self._head is None:
             raise RuntimeError("the server has the labels, and the head")
-        return cross_entropies(hidden, self._head, copied_to(hidden.device, _to_tensor(labels).long()))
+        return cross_entropies(hidden, self._head, copied_to(hidden.device, _to_tensor(labels).long()), smoothing)
 
     def _check_losses(self, losses: Array, is_finite: Array) -> None:
         if is_finite:

@@ -80,6 +80,11 @@ class ServerConfig:
         "optimiser's step, which then waits for the devices' part of it; needs --aggregate-every 1; 0: none is",
         0.0,
     )
+    label_smoothing: float = option(
+        "spread this part of each label's weight over the whole vocabulary, such as 0.1; the losses of steps are then those of "
+        "smoothed labels, held-out texts are measured without",
+        0.0,
+    )
     early_stopping_patience: int = option(
         "end the run when so many evaluations of the devices' held-out texts in a row were not better than those before; needs "
         "devices with --eval-data and --eval-every; 0: it does not end early",

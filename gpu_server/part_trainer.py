@@ -184,7 +184,7 @@ class PartTrainer:
         if any(len(batch.values) for batch in union):
             activations = self._as_leaf(union, seeds)
             labels = self._labels(union)
-            losses = self._part.losses(activations, *_shape(union), labels)
+            losses = self._part.losses(activations, *_shape(union), labels, self._settings.label_smoothing)
             # The sum, since how many labels the step has is known only with its last micro-batch.
             torch.autograd.backward(losses.sum())
             gradient, of_labels, all_finite = _read_gradient(activations, losses)

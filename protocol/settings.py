@@ -58,7 +58,7 @@ def gradient_codec(codec: str) -> str:
 NEXT_PIN = "next-pin"
 """A client that has a pin for the server keeps the one that `Welcome` announces beside it. No run needs this of a client."""
 
-ABILITIES = ("device-labels", "noise", "schedules", "early-end", NEXT_PIN)
+ABILITIES = ("device-labels", "noise", "schedules", "early-end", "label-smoothing", NEXT_PIN)
 """What a client of this release can do for a run, besides what the first ones of this version could."""
 
 SERVER_ABILITIES = ("held-out-loss",)
@@ -83,6 +83,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("warmup_steps", "seed", "check_codec_every", "early_stopping_patience"), (0, LARGEST_COUNT)),
     "warmup_ratio": (0, 0.999),
     "max_grad_norm": (0, 1e30),
+    "label_smoothing": (0, 0.999),
     "cache_bytes": (0, 2**50),
     **dict.fromkeys(("activation_noise", "activation_clip", "gradient_noise", "gradient_clip"), (0, 1e4)),
     "noise_delta": (1e-30, 0.999),
@@ -161,6 +162,10 @@ class RunSettings:
     """Evaluations of held-out texts in a row, none better than those before, after which the run ends; 0: it does not."""
     final_adapter: str = "last"
     """With which adapter the run ends: the "last", or the "best", under which held-out texts lost least."""
+    label_smoothing: float = 0.0
+    """
+    In steps, this part of each label's weight is spread evenly over the whole vocabulary. Held-out texts are measured without.
+    """
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -251,6 +256,7 @@ class RunSettings:
             "noise": noise,
             "schedules": self.lr_schedule == "cosine" or self.warmup_ratio,
             "early-end": self.may_end_early or self.final_adapter == "best",
+            "label-smoothing": self.label_smoothing and self.labels == "device",
         }
         return {name for name, is_needed in needed.items() if is_needed}
 

@@ -37,9 +37,9 @@ class Head(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight, persistent=False)
 
-    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """See `cross_entropies`."""
-        return cross_entropies(hidden, self.weight, labels)
+        return cross_entropies(hidden, self.weight, labels, smoothing)
 
 
 def summed_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
@@ -47,16 +47,19 @@ def summed_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor
     return cross_entropies(hidden, head, labels).sum()
 
 
-def cross_entropies(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+def cross_entropies(hidden: Tensor, head: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """
     Of each row -log softmax(hidden head^T)[label], (M,), in nats. The head is frozen.
+
+    With ``smoothing`` e it is (1 - e) of that, and e of the mean of -log softmax over the vocabulary: transformers'
+    LabelSmoother.
 
     Args:
         hidden: (M, d), normalised.
         head: (V, d), in the dtype of the product.
         labels: (M,) ids below V.
     """
-    return _CrossEntropies.apply(hidden, head, labels)  # type: ignore[no-any-return, no-untyped-call]
+    return _CrossEntropies.apply(hidden, head, labels, smoothing)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @cache
@@ -71,11 +74,12 @@ def rows_at_a_time(device: torch.device, vocabulary_size: int) -> int:
 
 
 class _CrossEntropies(torch.autograd.Function):
-    # The gradient by a row of ``hidden`` is (softmax(logits) - onehot(label)) head. The forward pass computes it chunk by chunk
-    # from logits that are there anyhow; backward, which would have to compute these a second time, only scales it.
+    # The gradient by a row of ``hidden`` is (softmax(logits) - onehot(label)) head; smoothing makes of onehot(label)
+    # (1 - e) onehot(label) + e / V. The forward pass computes it chunk by chunk from logits that are there anyhow; backward,
+    # which would have to compute these a second time, only scales it.
 
     @staticmethod
-    def forward(context: Any, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    def forward(context: Any, hidden: Tensor, head: Tensor, labels: Tensor, smoothing: float) -> Tensor:
         losses = hidden.new_empty(len(labels))
         gradient = torch.empty_like(hidden) if context.needs_input_grad[0] else None
         size = rows_at_a_time(head.device, len(head))
@@ -85,15 +89,19 @@ class _CrossEntropies(torch.autograd.Function):
             logits = linear_aligned(hidden[chunk].to(head.dtype), head).to(hidden.dtype)  # (rows, V)
             logits -= logits.amax(1, keepdim=True)  # exp of what is left cannot overflow; in place, as all that follows
             of_labels = logits[rows, targets]
+            if smoothing:
+                of_labels = (1 - smoothing) * of_labels + smoothing * logits.mean(1)
             sums = logits.exp_().sum(1, keepdim=True)
             losses[chunk] = sums.log().squeeze(1) - of_labels
             if gradient is not None:
                 difference = logits.div_(sums)  # softmax, (rows, V)
-                difference[rows, targets] -= 1
+                if smoothing:
+                    difference -= smoothing / len(head)
+                difference[rows, targets] -= 1 - smoothing
                 gradient[chunk] = linear(difference.to(head.dtype), head.T).to(hidden.dtype)
         context.gradient = gradient
         return losses
 
     @staticmethod
-    def backward(context: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
-        return upstream[0].unsqueeze(1) * context.gradient, None, None
+    def backward(context: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        return upstream[0].unsqueeze(1) * context.gradient, None, None, None

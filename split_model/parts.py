@@ -231,20 +231,25 @@ class ServerPart(Part):
         labelled: Tensor = self.final_norm(packing.labelled(label_counts).take(hidden).to(self.dtype))
         return labelled
 
-    def losses(self, activations: Tensor, lengths: ArrayLike, label_counts: ArrayLike, labels: Tensor) -> Tensor:
+    def losses(
+        self, activations: Tensor, lengths: ArrayLike, label_counts: ArrayLike, labels: Tensor, smoothing: float = 0.0
+    ) -> Tensor:
         """
         Cross-entropies of all labels, (M,), in nats.
 
         Args:
             activations, lengths, label_counts: see `hidden`.
             labels: (M,) the next token at the labelled rows, on the device.
+            smoothing: see `cross_entropies`.
         """
-        losses: Tensor = self._with_head()(self.hidden(activations, lengths, label_counts), labels)
+        losses: Tensor = self._with_head()(self.hidden(activations, lengths, label_counts), labels, smoothing)
         return losses
 
-    def summed_loss(self, activations: Tensor, lengths: ArrayLike, label_counts: ArrayLike, labels: Tensor) -> Tensor:
+    def summed_loss(
+        self, activations: Tensor, lengths: ArrayLike, label_counts: ArrayLike, labels: Tensor, smoothing: float = 0.0
+    ) -> Tensor:
         """The sum of the `losses`."""
-        return self.losses(activations, lengths, label_counts, labels).sum()
+        return self.losses(activations, lengths, label_counts, labels, smoothing).sum()
 
     def logits(self, activations: Tensor, lengths: ArrayLike) -> Tensor:
         """Activations (N, d) -> logits (N, V). For generation and for tests; training never holds them all."""

@@ -63,11 +63,11 @@ def pad(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, labels
 
 
-def mean_loss(model: Any, samples: Sequence[Sample]) -> torch.Tensor:
-    """Nats per labelled token."""
+def mean_loss(model: Any, samples: Sequence[Sample], label_smoothing: float = 0.0) -> torch.Tensor:
+    """Nats per labelled token. Smoothed it is transformers' LabelSmoother, which adds up in float32 whatever the logits are."""
     ids, labels = pad(samples)
     logits = model(input_ids=ids).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing)
 
 
 def make_adapter(
@@ -107,6 +107,7 @@ def train(
     lr: float,
     schedule: Any = None,
     max_grad_norm: float | None = None,
+    label_smoothing: float = 0.0,
 ) -> tuple[list[float], dict[str, torch.Tensor], Any]:
     """Losses, final adapter under PEFT's names, and the model."""
     model = load_peft(base, adapter, dtype, is_trainable=True)
@@ -115,7 +116,7 @@ def train(
     scheduler = schedule(optimiser) if schedule else None
     losses = []
     for samples in union_batches:
-        loss = mean_loss(model, samples)
+        loss = mean_loss(model, samples, label_smoothing)
         loss.backward()
         if max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(matrices.values(), max_grad_norm)

@@ -370,6 +370,7 @@ OTHER_VALUES: dict[str, Any] = {
     "warmup_steps": 8,
     "warmup_ratio": 0.25,
     "max_grad_norm": 0.5,
+    "label_smoothing": 0.125,
     "early_stopping_patience": 2,
     "early_stopping_threshold": 0.125,
     "final_adapter": "best",

@@ -66,10 +66,11 @@ def settings(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
 
 CLIPPED: dict[str, Any] = {"lr_schedule": "cosine", "warmup_steps": 0, "warmup_ratio": 0.2, "max_grad_norm": 0.2}
 """A schedule, and a norm that some steps' gradients exceed."""
+SMOOTHED: dict[str, Any] = {"label_smoothing": 0.2}
 
 
 @pytest.mark.parametrize("number", [1, 3])
-@pytest.mark.parametrize(("dtype", "more"), [("float32", {}), ("float64", {}), ("float64", CLIPPED)])
+@pytest.mark.parametrize(("dtype", "more"), [("float32", {}), ("float64", {}), ("float64", CLIPPED), ("float64", SMOOTHED)])
 def test_centralised_equals_split_in_rounds_of_one_step(
     settings: dict[str, Any], files: list[Path], tmp_path: Path, dtype: str, more: dict[str, Any], number: int
 ) -> None:
@@ -110,7 +111,7 @@ def test_client_whose_data_ends_earlier_leaves_as_in_a_split_run(
     assert [row["labelled_tokens"] for row in metrics(centralised)] == [record.labelled_tokens for record in split.records]
 
 
-@pytest.mark.parametrize("more", [{}, CLIPPED], ids=["", "clipped"])
+@pytest.mark.parametrize("more", [{}, CLIPPED, SMOOTHED], ids=["", "clipped", "smoothed"])
 def test_federated_in_rounds_of_one_step_equals_centralised(
     settings: dict[str, Any], files: list[Path], tmp_path: Path, more: dict[str, Any]
 ) -> None:

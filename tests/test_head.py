@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,8 @@ from storage import EDGE_WEIGHTS, ModelError
 WIDTH, VOCABULARY = 32, 600
 RUN = settings(labels="device")
 
-Engines = Callable[[Path, Path], Engine]
-"""Makes one, given a model's folder, and another one to write into."""
+Engines = Callable[..., Engine]
+"""Makes one, given a model's folder, another one to write into, and the run's label smoothing."""
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
@@ -39,11 +40,15 @@ def base(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
 
 def of_torch(dtype: str) -> Engines:
     run = settings(labels="device", precision="float64" if dtype == "float64" else "float32")
-    return lambda base, _: TorchEngine(PretrainedModel(base), run, "cpu", dtype)
+    return lambda base, _, smoothing=0.0: TorchEngine(
+        PretrainedModel(base), replace(run, label_smoothing=smoothing), "cpu", dtype
+    )
 
 
 def of_onnxruntime(precision: str) -> Engines:
-    return lambda base, folder: OnnxEngine(DevicePart(make_part(folder / "part", base, RUN, precision)), RUN)
+    return lambda base, folder, smoothing=0.0: OnnxEngine(
+        DevicePart(make_part(folder / "part", base, RUN, precision)), replace(RUN, label_smoothing=smoothing)
+    )
 
 
 ENGINES = {
@@ -72,12 +77,12 @@ def states(num_rows: int, dtype: str = "float32") -> tuple[Array, Array]:
     return source.normal(0, 1, (num_rows, WIDTH)).astype(dtype), source.integers(0, VOCABULARY, num_rows).astype(np.int32)
 
 
-def by_torch(base: Path, hidden: Array, labels: Array) -> tuple[Array, Array]:
+def by_torch(base: Path, hidden: Array, labels: Array, smoothing: float = 0.0) -> tuple[Array, Array]:
     """In float64."""
     model = PretrainedModel(base)
     head = model.tensors[model.config.head_name].view().double()
     rows = torch.from_numpy(hidden).double().requires_grad_()
-    losses = F.cross_entropy(rows @ head.T, torch.from_numpy(labels).long(), reduction="none")
+    losses = F.cross_entropy(rows @ head.T, torch.from_numpy(labels).long(), reduction="none", label_smoothing=smoothing)
     losses.sum().backward()
     assert rows.grad is not None
     return losses.detach().numpy(), rows.grad.numpy()
@@ -112,6 +117,18 @@ def test_what_was_computed_of_the_head_is_equal_to_the_bit_and_leaves_no_gradien
     assert np.array_equal(first[1], second[1])
     assert np.array_equal(hidden, before)
     assert not any(gradient.any() for gradient in engine.gradients().values())
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_labels_are_smoothed_in_steps_and_not_in_evaluations(base: Path, tmp_path: Path, name: str) -> None:
+    dtype = "float64" if name == "torch-float64" else "float32"
+    engine, (hidden, labels) = ENGINES[name](base, tmp_path, 0.3), states(37, dtype)
+    expected_losses, expected_gradient = by_torch(base, hidden, labels, 0.3)
+    losses, gradient = engine.losses_and_gradient(hidden, labels)
+    assert relative(losses, expected_losses) < TOLERANCES[name]
+    assert relative(gradient, expected_gradient) < TOLERANCES[name]
+    assert gradient.dtype == dtype
+    assert relative(engine.losses(hidden, labels), by_torch(base, hidden, labels)[0]) < TOLERANCES[name]
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -176,6 +176,7 @@ def test_client_that_comes_back_has_the_data_it_joined_with_wherever_it_stands()
         ("noise", "without noise and clipping"),
         ("schedules", "with another --lr-schedule than cosine, and --warmup-steps instead of --warmup-ratio"),
         ("early-end", "without --early-stopping-patience, and with --final-adapter last"),
+        ("label-smoothing", "without --label-smoothing, or with --labels server"),
     ],
 )
 def test_client_that_lacks_an_ability_is_told_what_helps(ability: str, instead: str) -> None:

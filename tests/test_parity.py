@@ -124,6 +124,7 @@ def assert_equals_centralised(
         lr=LEARNING_RATE,
         schedule=schedule,
         max_grad_norm=options.get("max_grad_norm"),
+        label_smoothing=options.get("label_smoothing", 0.0),
     )
     assert [record.number for record in result.records] == list(range(1, steps + 1))
     of_losses, of_adapter = TOLERANCES[dtype]
@@ -188,6 +189,37 @@ def test_gradients_of_both_parts_are_clipped_by_their_common_norm_as_in_centrali
     longer = [record.gradient_norm > CLIPPED for record in records]
     assert any(longer)
     assert not all(longer)
+
+
+@pytest.mark.parametrize("labels", ["server", "device"])
+def test_held_out_texts_are_measured_without_smoothing(four_blocks: Path, tmp_path: Path, labels: str) -> None:
+    found = []
+    for smoothing in (0.0, 0.4):
+        federation = Federation(tmp_path, [2], 1)
+        (client,) = federation.clients(("torch",)).values()
+        server = {"model": str(four_blocks), "run_dir": str(tmp_path / f"run-{smoothing}"), "steps": 1, "dtype": "float64"}
+        device = {"a": {**client, "eval_data": client["data"]}}
+        result = run_split({**server, "cut_layer": 2, "labels": labels, "label_smoothing": smoothing}, device)
+        found.append((result.perplexity["a"][0], result.losses[0]))
+    (plain, plain_loss), (smoothed, smoothed_loss) = found
+    assert smoothed == plain
+    assert abs(smoothed_loss - plain_loss) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("labels", "engines", "dtype"),
+    [
+        ("server", ("torch",), "float64"),
+        ("device", ("torch",), "float64"),
+        ("device", ("onnxruntime", "torch"), "float32"),
+        ("server", ("onnxruntime",), "float32"),
+    ],
+)
+def test_labels_are_smoothed_as_in_centralised_lora(
+    four_blocks: Path, tmp_path: Path, labels: str, engines: Sequence[str], dtype: str
+) -> None:
+    options = {"cut_layer": 2, "labels": labels, "micro_batches": 2, "label_smoothing": 0.2}
+    assert_equals_centralised(four_blocks, tmp_path, batch_sizes=[2, 3], steps=50, dtype=dtype, engines=engines, **options)
 
 
 @pytest.mark.parametrize("labels", ["server", "device"])

@@ -239,6 +239,7 @@ NEEDY: dict[str, Any] = {
     "warmup_ratio": 0.5,
     "early_stopping_patience": 1,
     "final_adapter": "best",
+    "label_smoothing": 0.5,
 }
 """Values that need an ability, of settings whose 1 does not or cannot be."""
 

@@ -23,6 +23,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
 )
+from transformers.trainer_pt_utils import LabelSmoother
 
 from protocol import derive_seed
 from protocol.settings import LR_SCHEDULES
@@ -119,6 +120,24 @@ def test_chunks_of_the_loss_take_an_eighth_of_a_cards_free_memory(
     assert rows_at_a_time.__wrapped__(torch.device("cuda", 0), 50257) == rows
     assert rows * 50257 * BYTES_OF_LOGIT <= max((free + unused) / 8, CHUNK_ROWS * 50257 * BYTES_OF_LOGIT)
     assert rows_at_a_time.__wrapped__(CPU, 50257) == CHUNK_ROWS
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.9])
+def test_smoothed_cross_entropy_and_its_gradient_are_those_of_transformers(smoothing: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = CHUNK_ROWS + 7
+    hidden = torch.randn(rows, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(50, 8, generator=generator, dtype=torch.float64)
+    labels = torch.randint(50, (rows,), generator=generator)
+    with_ignored = torch.cat([labels, torch.full((5,), -100)])
+    logits = torch.cat([hidden, hidden[:5]]) @ head.T
+    by_transformers = LabelSmoother(smoothing)({"logits": logits[None]}, with_ignored[None])
+    expected = F.cross_entropy(logits, with_ignored, ignore_index=-100, label_smoothing=smoothing)
+    assert expected.item() == pytest.approx(by_transformers.item(), rel=1e-6), "which adds up in float32"
+    found = cross_entropies(hidden, head, labels, smoothing).mean()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    (gradient,) = torch.autograd.grad(found * 3, hidden)
+    assert torch.allclose(gradient, torch.autograd.grad(expected * 3, hidden)[0], atol=1e-12)
 
 
 def test_cross_entropies_are_torchs_row_by_row() -> None:

@@ -33,10 +33,16 @@ class Head:
         self._runtime, self._table, self._graph, self._loss_graph = runtime, table, graph, loss_graph
         self._slice_rows = max(1, SLICE_FLOATS // table.width)
 
-    def losses_and_gradient(self, hidden: Array, labels: Array) -> tuple[Array, Array]:
-        """See `Engine.losses_and_gradient`."""
+    def losses_and_gradient(self, hidden: Array, labels: Array, smoothing: float = 0.0) -> tuple[Array, Array]:
+        """
+        See `Engine.losses_and_gradient`.
+
+        Args:
+            smoothing: this part of a label is spread over the vocabulary: the label's row of the table becomes that much of the
+                mean of all rows, and less by as much of its own.
+        """
         gradient = np.empty_like(hidden)
-        losses = self._losses(hidden, labels, gradient)
+        losses = self._losses(hidden, labels, gradient, smoothing)
         if not np.isfinite(gradient).all():
             raise TrainingDiverged("the gradient of this device's loss is no longer finite; try a lower --lr on the server")
         return losses, gradient
@@ -46,7 +52,7 @@ class Head:
         return self._losses(hidden, labels, None)
 
     @np.errstate(all="ignore")  # what is not finite is refused, and not warned of
-    def _losses(self, hidden: Array, labels: Array, gradient: Array | None) -> Array:
+    def _losses(self, hidden: Array, labels: Array, gradient: Array | None, smoothing: float = 0.0) -> Array:
         """
         Args:
             gradient: where the gradient goes, (M, d), if it is asked for.
@@ -55,6 +61,8 @@ class Head:
         for begin in range(0, len(hidden), MOST_ROWS):
             rows = slice(begin, begin + MOST_ROWS)
             states, of_labels = np.ascontiguousarray(hidden[rows]), self._table.embed(labels[rows])
+            if smoothing:
+                of_labels = (1 - smoothing) * of_labels + np.float32(smoothing) * self._table.mean
             sums = self._sums(states, with_gradient=gradient is not None)
             losses[rows] = sums.losses(np.einsum("nd,nd->n", states, of_labels, dtype=np.float64))
             if gradient is not None:

@@ -1,6 +1,7 @@
 """A part's table of tokens."""
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from storage import ModelError, PartDescription
 from .weights_file import Rows, WeightsFile, give_back_pages
 
 __all__ = ["TokenTable"]
+
+MEAN_ROWS = 2048
+"""Rows that are added up at once."""
 
 
 class TokenTable:
@@ -50,6 +54,15 @@ class TokenTable:
         if self._scales is not None:
             rows *= self._scales[tokens, None]
         return rows
+
+    @cached_property
+    def mean(self) -> Array:
+        """(d,) float32, of all rows."""
+        size, summed = self._rows.shape[0], np.zeros(self.width)
+        for begin in range(0, size, MEAN_ROWS):
+            summed += self.embed(np.arange(begin, min(begin + MEAN_ROWS, size))).sum(0, dtype=np.float64)
+        mean: Array = (summed / size).astype(np.float32)
+        return mean
 
     def slices(self, num_rows: int) -> Iterator[Tensors]:
         """So many rows at a time, (V', d) as they are stored, and their scales, (V',), where there are any; both mapped."""

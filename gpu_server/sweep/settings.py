@@ -12,7 +12,8 @@ MODES = ("split", "federated", "centralised")
 
 OF_ANY_TRAINING = {
     *("model", "lora_rank", "lora_alpha", "lora_dropout", "lora_rslora", "lora_targets", "init_adapter", "steps", "epochs"),
-    *("lr", "lr_schedule", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "device", "dtype"),
+    *("lr", "lr_schedule", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "label_smoothing"),
+    *("seed", "device", "dtype"),
 }
 """Of the server's settings, what is not about splitting."""
 OF_ANY_DATA = {"batch_size", "max_length", "long", "loss_on", "no_shuffle"}
