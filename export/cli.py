@@ -45,6 +45,13 @@ def build_parser() -> Parser:
     onnx.add_argument(
         "--split", type=int, metavar="K", help="write two graphs: the embeddings with the first K blocks, and the rest"
     )
+    onnx.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="texts like those that the model will see, one per line, by which q8 and q4 are made (default: texts that the "
+        "model writes itself)",
+    )
     onnx.set_defaults(run=run_onnx)
 
     merge = commands.add_parser("merge", help="export a plain checkpoint", description="Write a plain Hugging Face checkpoint.")
@@ -110,6 +117,7 @@ def run_onnx(options: argparse.Namespace) -> None:
         attention=options.attention,
         keep_adapter=options.keep_adapter,
         split=options.split,
+        calibration=options.calibration,
         overwrite=options.overwrite,
     )
     _say(f"done: {options.output}; to check it: splitlora-export verify {options.output}")

@@ -5,7 +5,8 @@ B sequences, S new tokens of each, d width, V tokens in the vocabulary; H heads 
 elements each.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,8 +14,8 @@ import numpy as np
 from graphs import MICROSOFT, Graph, Weights
 
 from .attention import ATTENTIONS, Angles, Attention, Cache, Heads, split_heads
-from .graph_weights import GraphWeights
-from .precision import Precision, sensitive_layers
+from .graph_weights import GraphWeights, Rounding
+from .precision import Precision, block_forms
 
 if TYPE_CHECKING:  # a graph is built without torch, which split_model imports
     from split_model import ModelConfig
@@ -38,6 +39,7 @@ class DecoderGraph:
     Args:
         attention: a key of `ATTENTIONS`.
         adapted: names of linear layers with empty slots for LoRA matrices.
+        rounding: of matrices that are quantised; None: to the nearest values.
     """
 
     def __init__(
@@ -49,11 +51,12 @@ class DecoderGraph:
         attention: str,
         blocks: range,
         adapted: Collection[str] = (),
+        rounding: Rounding | None = None,
     ) -> None:
         self.graph, self.config, self.precision = graph, config, precision
-        self.weights = GraphWeights(graph, weights, precision)
+        self.weights = GraphWeights(graph, weights, precision, rounding)
         self.attention_form, self.blocks, self.adapted = ATTENTIONS[attention], blocks, adapted
-        self.node, self.sensitive = graph.node, sensitive_layers(config)
+        self.node, self.forms = graph.node, block_forms(config, precision)
         self.heads = Heads(
             count=config.num_heads, keys=config.num_key_value_heads, width=config.head_width, dtype=precision.dtype
         )
@@ -64,6 +67,17 @@ class DecoderGraph:
 
     def build(self) -> None:
         """Add the blocks, with the embeddings before the model's first block, and the final norm and head after its last."""
+        hidden = self.stretch()
+        if self.blocks.stop == self.config.num_layers:
+            self.head(self.norm(self.config.names.final_norm, hidden))
+        else:
+            self.name_output("hidden_states", hidden, self.config.width)
+        for cache in map(self.cache_names, self.blocks):
+            for name in (cache.present_key, cache.present_value):
+                self.graph.output(name, self.precision.dtype, self.cache_shape("total_sequence_length"))
+
+    def stretch(self) -> str:  # -> (B, S, d)
+        """Add the blocks, with the embeddings before the model's first."""
         hidden = self.embeddings() if self.blocks.start == 0 else self.hidden_states()
         angles = None if self.config.rotary is None else self.angles(self.config.rotary)
         with self.graph.scope("mask"):
@@ -71,13 +85,7 @@ class DecoderGraph:
         caches = [self.cache(index) for index in self.blocks]
         for index, cache in zip(self.blocks, caches, strict=True):
             hidden = self.block(index, hidden, cache)
-        if self.blocks.stop == self.config.num_layers:
-            self.head(self.norm(self.config.names.final_norm, hidden))
-        else:
-            self.name_output("hidden_states", hidden, self.config.width)
-        for cache in caches:
-            for name in (cache.present_key, cache.present_value):
-                self.graph.output(name, self.precision.dtype, self.cache_shape("total_sequence_length"))
+        return hidden
 
     def embeddings(self) -> str:  # -> (B, S, d)
         self.token_inputs()
@@ -95,7 +103,7 @@ class DecoderGraph:
 
     def self_attention(self, index: int, x: str, cache: Cache) -> str:
         config, names, prefix = self.config, self.config.names, self.config.block_name(index)
-        qkv = tuple(self.linear(prefix, layer, x) for layer in names.qkv)
+        qkv = self.side_by_side(prefix, names.qkv, x)
         with self.graph.scope(f"{prefix}.attention"):
             if config.rotary is not None or config.normalises_heads:
                 query, key, value = split_heads(self.graph, qkv, self.heads)
@@ -111,7 +119,7 @@ class DecoderGraph:
 
     def mlp(self, prefix: str, x: str) -> str:
         names = self.config.names
-        inner = [self.linear(prefix, layer, x) for layer in names.up]
+        inner = list(self.side_by_side(prefix, names.up, x))
         if self.config.is_gated:
             if len(inner) == 1:
                 whole, inner = inner[0], [f"{inner[0]}/gate", f"{inner[0]}/up"]
@@ -181,6 +189,18 @@ class DecoderGraph:
         self.graph.input("attention_mask", np.int64, ["batch_size", "total_sequence_length"])
         return self.inputs
 
+    def side_by_side(self, prefix: str, layers: Sequence[str], x: str) -> tuple[str, ...]:
+        """
+        What several linear layers make of the same x. Neighbours whose matrices are stored alike are one product: to begin one
+        takes as long as a small matrix.
+        """
+        if not self.forms:
+            return tuple(self.linear(prefix, layer, x) for layer in layers)
+        found: list[str] = []
+        for _, group in groupby(layers, lambda layer: (self.forms[layer], layer in self.config.without_bias)):
+            found += self.quantised_layers(prefix, list(group), x)
+        return tuple(found)
+
     def linear(self, prefix: str, layer: str, x: str) -> str:
         """
         x W, or x W + b, and what an adapter adds to it: (B, S, in) -> (B, S, out).
@@ -189,16 +209,35 @@ class DecoderGraph:
             prefix: of the names of the block.
             layer: a key of `ModelConfig.layer_shapes`.
         """
-        name, (inputs, outputs) = f"{prefix}.{layer}", self.config.layer_shapes[layer]
-        matrix, form = f"{name}.weight", self.precision.sensitive if layer in self.sensitive else self.precision.matrices
-        bias = "" if layer in self.config.without_bias else self.weights.plain(f"{name}.bias")
+        if self.forms:
+            return self.quantised_layers(prefix, [layer], x)[0]
+        name = f"{prefix}.{layer}"
         with self.graph.scope(name):
-            if form:
-                y = self.weights.product(x, matrix, (outputs, inputs), form, bias, transposed=True)
-            else:
-                y = self.node("MatMul", x, self.weights.plain(matrix))
-                y = self.node("Add", y, bias) if bias else y
-            return self.node("Add", y, self.low_rank(name, x, inputs, outputs)) if name in self.adapted else y
+            y = self.node("MatMul", x, self.weights.plain(f"{name}.weight"))
+            if layer not in self.config.without_bias:
+                y = self.node("Add", y, self.weights.plain(f"{name}.bias"))
+        return self.adapted_output(prefix, layer, x, y)
+
+    def quantised_layers(self, prefix: str, layers: Sequence[str], x: str) -> list[str]:
+        """The same of layers whose matrices are stored as one."""
+        names, form = [f"{prefix}.{layer}" for layer in layers], self.forms[layers[0]]
+        inputs, widths = self.config.layer_shapes[layers[0]][0], [self.config.layer_shapes[layer][1] for layer in layers]
+        with self.graph.scope(f"{prefix}.{'+'.join(layers)}"):
+            bias = "" if layers[0] in self.config.without_bias else self.weights.plain(*(f"{name}.bias" for name in names))
+            whole = self.weights.product(x, [f"{name}.weight" for name in names], (sum(widths), inputs), form, bias)
+        parts = [whole]
+        if len(layers) > 1:
+            parts = [f"{name}/product" for name in names]
+            self.graph.node_with_outputs("Split", [whole, self.graph.constant(widths)], parts, axis=-1)
+        return [self.adapted_output(prefix, layer, x, part) for layer, part in zip(layers, parts, strict=True)]
+
+    def adapted_output(self, prefix: str, layer: str, x: str, y: str) -> str:
+        """What a layer makes of x, and what its adapter adds to it."""
+        name = f"{prefix}.{layer}"
+        if name not in self.adapted:
+            return y
+        with self.graph.scope(name):
+            return self.node("Add", y, self.low_rank(name, x, *self.config.layer_shapes[layer]))
 
     def low_rank(self, name: str, x: str, inputs: int, outputs: int) -> str:
         """x A B. The matrices have any rank, and are float32 in graphs of all precisions: one adapter file serves all."""
@@ -217,7 +256,7 @@ class DecoderGraph:
             end, axis = self.graph.constant([np.iinfo(np.int64).max]), self.graph.constant([1])
             x = self.node("Slice", x, start, end, axis)
             if self.precision.table:
-                logits = self.weights.product(x, table, shape, self.precision.table)
+                logits = self.weights.table_product(x, table, shape, self.precision.table)
             else:
                 # Gemm takes the table as it is. For a MatMul, runtimes would transpose it and keep it in memory twice.
                 rows = self.node("Reshape", x, self.graph.constant([-1, self.config.width]))
@@ -231,7 +270,7 @@ class DecoderGraph:
         form = self.precision.table
         if form is None:
             return self.node("Gather", self.weights.plain(self.config.table_name), tokens)
-        integers, *grid = self.weights.quantised(self.config.table_name, form)
+        integers, *grid = self.weights.table(self.config.table_name, form)
         # MatMulNBits wants the blocks of the LM head as a dimension of their own, this operator does not. The Reshape is folded
         # when the graph is loaded, and both use one table in memory.
         table = self.node("Reshape", integers, self.graph.constant([self.config.vocabulary_size, -1]))
@@ -242,15 +281,21 @@ class DecoderGraph:
         start, end, axis = (self.graph.constant([value]) for value in (0, self.config.width, 2))
         return self.node("Slice", rows, start, end, axis)
 
+    def cache_names(self, index: int) -> Cache:
+        return Cache(
+            **{
+                f"{when}_{what}": f"{prefix}.{index}.{what}"
+                for what in ("key", "value")
+                for when, prefix in (("past", "past_key_values"), ("present", "present"))
+            }
+        )
+
     def cache(self, index: int) -> Cache:
-        names = {
-            f"{when}_{what}": f"{prefix}.{index}.{what}"
-            for what in ("key", "value")
-            for when, prefix in (("past", "past_key_values"), ("present", "present"))
-        }
-        for what in ("key", "value"):
-            self.graph.input(names[f"past_{what}"], self.precision.dtype, self.cache_shape("past_sequence_length"))
-        return Cache(**names)
+        """Inputs: keys and values of earlier tokens."""
+        cache = self.cache_names(index)
+        for name in (cache.past_key, cache.past_value):
+            self.graph.input(name, self.precision.dtype, self.cache_shape("past_sequence_length"))
+        return cache
 
     def cache_shape(self, length: str) -> list[int | str]:
         return ["batch_size", self.heads.keys, length, self.heads.width]

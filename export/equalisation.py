@@ -1,47 +1,42 @@
 """
-Channels of equal size before quantisation, by the weights alone: what SmoothQuant (arXiv 2211.10438) does with activations
-that it has seen, and cross-layer equalisation (arXiv 1906.04721) without any.
+Channels of equal size before quantisation, as SmoothQuant (arXiv 2211.10438) and AWQ (arXiv 2306.00978) make them of
+activations that they have seen.
 
 A linear layer's input channel may be divided by a number if its row of the matrix is multiplied by it. It costs nothing where
-the input is what a norm gives, whose gain and offset take the division, or is linear in what another layer gives, as the input
-of attention's projection is in the values. All numbers are powers of two, which change no digit of a float: the function stays
-the same to the bit.
-
-The input of a gated MLP's last layer is linear in what the gate lets through, too. It is left as it is: its size cannot be told
-from the weights, and guesses made SmolLM2 worse in 8 bits and in 4.
+the input is what a norm gives, whose gain and offset take the division, or is linear in what another layer gives: the input of
+attention's projection in the values, that of a gated MLP's last layer in what the gate lets through. All numbers are powers of
+two, which change no digit of a float: the function stays the same to the bit.
 """
 
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from graphs import Floats, Weights
 
+from .quantisation import BlockFormat
+
 if TYPE_CHECKING:  # a graph is built without torch, which split_model imports
     from split_model import ModelConfig
 
-__all__ = ["Equalised", "balance"]
+__all__ = ["Equalised", "Factors", "balance", "factors_of_block"]
+
+Factors = Mapping[str, Floats]
+"""By the name of a linear layer, (in,): what the rows of its matrix are multiplied by. All others stay as they are."""
 
 SMALLEST = np.float32(1e-8)
-STRENGTHS = (0.0, 0.25, 0.5)
-"""How far to go from leaving a layer as it is, 0, to making its inputs and its rows equally large, 0.5."""
-BLOCK = 64
-LARGEST_INPUT = 3.0
-"""The largest input of a block that is expected, in root mean squares of its channels."""
+STRENGTHS = (0.0, 0.25, 0.5, 0.75)
+"""How far to go from leaving a layer as it is, 0, to making its inputs, 1, or its inputs and its rows, 0.5, equally large."""
+LARGEST_INPUT = 127
+"""Of the 8-bit integers, of both signs, that a block of inputs is rounded to at run time."""
 
 
 class Equalised(Weights):
     """Weights of the same function as those that they are made of."""
 
-    def __init__(self, weights: Weights, config: "ModelConfig") -> None:
-        self._weights, self._config = weights, config
-        names = config.names
-        self._norm_of = dict.fromkeys(names.qkv, names.attention_norm) | dict.fromkeys(names.up, names.mlp_norm)
-        self._layers_behind = {names.attention_norm: names.qkv, names.mlp_norm: names.up}
-        self._of_norm = lru_cache(maxsize=None)(self._factors_of_norm)
-        self._of_values = lru_cache(maxsize=None)(self._factors_of_values)
+    def __init__(self, weights: Weights, config: "ModelConfig", factors: Factors) -> None:
+        self._weights, self._config, self._factors = weights, config, factors
 
     def read(self, name: str) -> Floats:
         tensor = self._weights.read(name)
@@ -49,8 +44,10 @@ class Equalised(Weights):
         if not block:
             return tensor
         layer, parameter = part.rsplit(".", 1)
-        if layer in self._layers_behind:
-            return tensor / self._of_norm(block, layer)
+        names = self._config.names
+        behind = {names.attention_norm: names.qkv, names.mlp_norm: names.up}.get(layer)
+        if behind is not None:
+            return tensor / self.rows(f"{block}.{behind[0]}")
         if layer not in self._config.layer_shapes:
             return tensor
         if parameter == "bias":
@@ -63,21 +60,20 @@ class Equalised(Weights):
 
     def rows(self, layer: str) -> Floats:
         """(in,): what the rows of the matrix of a linear layer of the model have been multiplied by."""
-        block, part = self._place(layer)
-        names = self._config.names
-        if part in self._norm_of:
-            return self._of_norm(block, self._norm_of[part])
-        if part == names.projection:
-            return self._for_each_query(self._of_values(block))
-        return np.ones(self._config.layer_shapes[part][0], np.float32)
+        _, part = self._place(layer)
+        return self._factors.get(layer, np.ones(self._config.layer_shapes[part][0], np.float32))
 
     def columns(self, layer: str) -> Floats:
         """(out,): what the columns of its matrix, and its bias, have been multiplied by."""
         block, part = self._place(layer)
-        names = self._config.names
-        factors = np.ones(self._config.layer_shapes[part][1], np.float32)
+        config, names = self._config, self._config.names
+        factors = np.ones(config.layer_shapes[part][1], np.float32)
         if part == names.qkv[-1]:
-            factors[-self._config.key_width :] /= self._of_values(block)
+            # All heads of queries that see one head of values mix the same values, so their rows have the same factors.
+            of_heads = self.rows(f"{block}.{names.projection}").reshape(config.num_key_value_heads, -1, config.head_width)
+            factors[-config.key_width :] /= of_heads[:, 0].reshape(-1)
+        if config.is_gated and part == names.up[-1]:
+            factors[-config.inner_width :] /= self.rows(f"{block}.{names.down}")
         return factors
 
     def _place(self, name: str) -> tuple[str, str]:
@@ -88,63 +84,71 @@ class Equalised(Weights):
         index, _, part = name.removeprefix(blocks).partition(".")
         return f"{blocks}{index}", part
 
-    def _factors_of_norm(self, block: str, norm: str) -> Floats:  # -> (d,)
-        matrices = [self._weights.read(f"{block}.{layer}.weight") for layer in self._layers_behind[norm]]
-        return balance(self._size_of_normed(block, norm), np.concatenate(matrices, 1) if len(matrices) > 1 else matrices[0])
 
-    def _factors_of_values(self, block: str) -> Floats:  # -> (K D,)
-        config, names = self._config, self._config.names
-        size = self._size_of_values(block)
-        # All heads of queries that see one head of values mix the same values, so their rows have the same factor.
-        projection = self._weights.read(f"{block}.{names.projection}.weight")
-        by_head = projection.reshape(config.num_key_value_heads, -1, config.head_width, config.width).swapaxes(1, 2)
-        return balance(size, by_head.reshape(config.key_width, -1))
+def factors_of_block(
+    config: "ModelConfig", block: str, weights: Weights, inputs: Mapping[str, Floats], forms: Mapping[str, BlockFormat]
+) -> Factors:
+    """
+    Args:
+        block: what the names of its layers begin with.
+        inputs: by a layer's name in the model, (tokens, in).
+        forms: by a layer's name in the block, that of its matrix in the smallest precision.
+    """
+    names = config.names
 
-    def _for_each_query(self, factors: Floats) -> Floats:  # (K D,) -> (H D,)
-        config = self._config
-        by_head = factors.reshape(config.num_key_value_heads, 1, config.head_width)
-        shape = (config.num_key_value_heads, config.num_heads // config.num_key_value_heads, config.head_width)
-        return np.broadcast_to(by_head, shape).reshape(-1)
+    def matrix(*layers: str) -> Floats:
+        matrices = [weights.read(f"{block}.{layer}.weight") for layer in layers]
+        return np.concatenate(matrices, 1) if len(matrices) > 1 else matrices[0]
 
-    def _size_of_values(self, block: str) -> Floats:  # -> (K D,)
-        names, width = self._config.names, self._config.key_width
-        layer, bias = names.qkv[-1], np.zeros(width, np.float32)
-        matrix = self._weights.read(f"{block}.{layer}.weight")[:, -width:]
-        if layer not in self._config.without_bias:
-            bias = self._weights.read(f"{block}.{layer}.bias")[-width:]
-        with np.errstate(over="ignore"):
-            size: Floats = np.sqrt(self._size_of_normed(block, names.attention_norm) ** 2 @ matrix**2 + bias**2)
-        return size
+    factors: dict[str, Floats] = {}
+    for layers in (names.qkv, names.up):
+        common = balance(inputs[f"{block}.{layers[0]}"], matrix(*layers), forms[layers[0]])
+        factors |= {f"{block}.{layer}": common for layer in layers}
+    mixed = balance(
+        _by_values(inputs[f"{block}.{names.projection}"], config),
+        _by_values(matrix(names.projection).T, config).T.reshape(config.key_width, -1),
+        forms[names.projection],
+    )
+    factors[f"{block}.{names.projection}"] = _for_each_query(mixed, config)
+    if config.is_gated:
+        factors[f"{block}.{names.down}"] = balance(inputs[f"{block}.{names.down}"], matrix(names.down), forms[names.down])
+    return factors
 
-    def _size_of_normed(self, block: str, norm: str) -> Floats:  # -> (d,)
-        # A normed element has variance 1: times the gain, and around the offset, this is its root mean square.
-        gain = self._weights.read(f"{block}.{norm}.weight")
-        if not self._config.has_layer_norms:
-            return np.abs(gain)
-        size: Floats = np.sqrt(gain**2 + self._weights.read(f"{block}.{norm}.bias") ** 2)
-        return size
+
+def _by_values(inputs: Floats, config: "ModelConfig") -> Floats:  # (n, H D) -> (n H / K, K D)
+    """What the heads of queries mix of the same values, below one another."""
+    by_head = inputs.reshape(len(inputs), config.num_key_value_heads, -1, config.head_width)
+    below: Floats = by_head.swapaxes(1, 2).reshape(-1, config.key_width)
+    return below
+
+
+def _for_each_query(factors: Floats, config: "ModelConfig") -> Floats:  # (K D,) -> (H D,)
+    by_head = factors.reshape(config.num_key_value_heads, 1, config.head_width)
+    return np.repeat(by_head, config.num_heads // config.num_key_value_heads, 1).reshape(-1)
 
 
 @np.errstate(over="ignore", invalid="ignore")  # near the largest float, any choice is as good as another
-def balance(inputs: Floats, matrix: Floats) -> Floats:
+def balance(inputs: Floats, matrix: Floats, form: BlockFormat) -> Floats:
     """
     The factors of a matrix's rows with which quantisation is expected to change the product least, (in,).
 
     Args:
-        inputs: (in,) root mean square of each input channel.
+        inputs: (tokens, in).
         matrix: (in, out).
     """
+    sizes = np.sqrt(np.square(inputs).mean(0))
     rows = np.maximum(np.abs(matrix).max(1), SMALLEST)
-    difference = np.log2(np.maximum(inputs, SMALLEST)) - np.log2(rows)
+    difference = np.log2(np.maximum(sizes, SMALLEST)) - np.log2(rows)
     candidates = [np.exp2(np.rint(strength * (difference - difference.mean()))).astype(np.float32) for strength in STRENGTHS]
-    return min(candidates, key=lambda factors: _expected_error(inputs / factors, matrix * factors[:, None]))
+    return min(candidates, key=lambda factors: _expected_error(inputs / factors, matrix * factors[:, None], form))
 
 
-def _expected_error(inputs: Floats, matrix: Floats) -> float:
-    """The mean square error of a product, up to a factor, if blocks of channels are rounded: weights to 4 bits, inputs to 8."""
-    whole = len(inputs) // BLOCK * BLOCK or len(inputs)
-    blocks = matrix[:whole].reshape(-1, min(BLOCK, whole), matrix.shape[1])
-    squares = (inputs[:whole] ** 2).reshape(blocks.shape[:2])
-    of_weights = ((blocks.max(1) - blocks.min(1)) ** 2).sum(1) @ squares.sum(1) / 15**2
-    of_inputs = (blocks**2).sum((1, 2)) @ squares.max(1) / 127**2 * LARGEST_INPUT**2
-    return float(of_weights + of_inputs)
+def _expected_error(inputs: Floats, matrix: Floats, form: BlockFormat) -> float:
+    """The mean square error of a product, up to a factor, if blocks of weights are rounded, and blocks of inputs to 8 bits."""
+    error = 0.0
+    for start in range(0, len(matrix), form.size):
+        rows, of_rows = matrix[start : start + form.size], np.square(inputs[:, start : start + form.size])
+        steps_of_weights = np.square((rows.max(0) - rows.min(0)) / form.largest).sum()
+        steps_of_inputs = of_rows.max(1).mean() / LARGEST_INPUT**2
+        error += float(steps_of_weights * of_rows.mean(0).sum() + steps_of_inputs * np.square(rows).sum())
+    return error

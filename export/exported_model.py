@@ -16,7 +16,7 @@ from terminal import import_onnxruntime
 from .errors import ExportError
 from .precision import PRECISIONS
 
-__all__ = ["ExportedModel", "read_manifest"]
+__all__ = ["ExportedModel", "empty_cache", "open_session", "read_manifest"]
 
 onnxruntime = import_onnxruntime("exporting", install="splitlora[export]")
 
@@ -47,6 +47,30 @@ def _readable_errors(what: str) -> Iterator[None]:
         raise ExportError(f"{what}: {' '.join(str(error).split())}") from None
 
 
+def open_session(path: Path, *, maps_weights: bool = False) -> Any:
+    """
+    A graph in onnxruntime, on the CPU.
+
+    Args:
+        maps_weights: whether to leave weights in their files, which takes less memory, and more time where many tokens are
+            computed at once. Quantised ones take far more.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # the exceptions say what the log would say about errors
+    if maps_weights:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+
+
+def empty_cache(session: Any, batch: int) -> Cache:
+    """Keys and values of no tokens, for ``batch`` sequences."""
+    return {
+        item.name: np.zeros((batch, item.shape[1], 0, item.shape[3]), np.float16 if "16" in item.type else np.float32)
+        for item in session.get_inputs()
+        if item.name.startswith("past_key_values.")
+    }
+
+
 class ExportedModel:
     """
     Runs the graphs of a model one after the other, each with its own keys and values.
@@ -54,20 +78,17 @@ class ExportedModel:
     Args:
         graphs: the whole model, or its edge part and its server part.
         adapter: an .onnx_adapter file to run them with.
+        maps_weights: see `open_session`.
 
     Raises:
         ExportError: a graph or the adapter cannot be loaded; later, when a graph does not compute what a language model does.
     """
 
-    def __init__(self, graphs: Sequence[Path], adapter: Path | None = None) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # the exceptions say what the log would say about errors
+    def __init__(self, graphs: Sequence[Path], adapter: Path | None = None, *, maps_weights: bool = False) -> None:
         self._sessions = []
         for path in graphs:
             with _readable_errors(f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}"):
-                self._sessions.append(
-                    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], enable_fallback=0)
-                )
+                self._sessions.append(open_session(path, maps_weights=maps_weights))
         self._graphs = graphs
         self._run_options = onnxruntime.RunOptions()
         self._run_options.log_severity_level = 4
@@ -111,12 +132,7 @@ class ExportedModel:
     def empty_cache(self, batch: int) -> Cache:
         """Keys and values of no tokens, for ``batch`` sequences."""
         with _readable_errors(f"{self._graphs[0]} has no keys and values of earlier tokens"):
-            return {
-                item.name: np.zeros((batch, item.shape[1], 0, item.shape[3]), np.float16 if "16" in item.type else np.float32)
-                for session in self._sessions
-                for item in session.get_inputs()
-                if item.name.startswith("past_key_values.")
-            }
+            return {name: value for session in self._sessions for name, value in empty_cache(session, batch).items()}
 
     def continue_greedily(self, prompt: Sequence[int], limit: int, ends: Collection[int]) -> list[int]:
         """The most likely continuation: at most ``limit`` tokens, and none after one of ``ends``."""

@@ -1,7 +1,8 @@
 """A model's weights in a graph, in the form that a precision gives them."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,12 +11,29 @@ from graphs import MICROSOFT, Graph, Weights
 
 from .errors import ExportError
 from .precision import Precision
-from .quantisation import BlockFormat, quantise
+from .quantisation import BlockFormat, QuantisedMatrix, quantise
 
-__all__ = ["GraphWeights"]
+__all__ = ["GraphWeights", "Nearest", "Rounding"]
 
 INTEGER_PRODUCTS = 4
 """MatMulNBits' accuracy_level at which activations are rounded to 8 bits, too. Without it 8-bit weights are 30 times slower."""
+
+
+class Rounding(Protocol):
+    """How matrices of linear layers are quantised."""
+
+    def quantised(self, name: str, form: BlockFormat) -> QuantisedMatrix:
+        """The transpose of a matrix, (in, out)."""
+
+
+class Nearest:
+    """To the nearest values."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+
+    def quantised(self, name: str, form: BlockFormat) -> QuantisedMatrix:
+        return quantise([self._weights.read(name).T], form)
 
 
 class GraphWeights:
@@ -26,12 +44,13 @@ class GraphWeights:
         ExportError: in every method, if a value is too large for the precision.
     """
 
-    def __init__(self, graph: Graph, weights: Weights, precision: Precision) -> None:
+    def __init__(self, graph: Graph, weights: Weights, precision: Precision, rounding: Rounding | None = None) -> None:
         self._graph, self._weights, self._precision = graph, weights, precision
+        self._rounding = rounding or Nearest(weights)
 
-    def plain(self, name: str) -> str:
-        """A tensor that is not quantised, in the precision's dtype."""
-        return self._graph.weight_in_pieces(name, self._converted(name))
+    def plain(self, *names: str) -> str:
+        """A tensor that is not quantised, in the precision's dtype; or several, one behind the other."""
+        return self._graph.weight_in_pieces("+".join(names), chain.from_iterable(map(self._converted, names)))
 
     def _converted(self, name: str) -> Iterator[NDArray[Any]]:
         for piece in self._weights.pieces(name):
@@ -40,26 +59,37 @@ class GraphWeights:
             self._check_finite(name, stored)
             yield stored
 
-    def quantised(self, name: str, form: BlockFormat, *, transposed: bool = False) -> list[str]:
-        """Integers, scales and zero points of a matrix's rows, or of its columns if it is transposed."""
+    def table(self, name: str, form: BlockFormat) -> list[str]:
+        """Integers, scales and zero points of a table's rows."""
+        return self._stored(name, lambda: quantise(self._weights.pieces(name), form))
+
+    def table_product(self, x: str, name: str, shape: tuple[int, int], form: BlockFormat) -> str:
+        """(B, S, K) times the transposed table of shape (N, K) -> (B, S, N)."""
+        return self._product(x, self.table(name, form), shape, form)
+
+    def product(self, x: str, names: Sequence[str], shape: tuple[int, int], form: BlockFormat, bias: str = "") -> str:
+        """(B, S, in) times the matrices (in, out), side by side -> (B, S, all their outputs); shape: of the whole, turned."""
+
+        def rounded() -> QuantisedMatrix:
+            return QuantisedMatrix.joined([self._rounding.quantised(name, form) for name in names])
+
+        return self._product(x, self._stored("+".join(names), rounded), shape, form, bias)
+
+    def _product(self, x: str, matrix: list[str], shape: tuple[int, int], form: BlockFormat, bias: str = "") -> str:
+        layout = {"N": shape[0], "K": shape[1], "bits": form.bits, "block_size": form.size}
+        inputs = [x, *matrix, "", bias]
+        return self._graph.node("MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=INTEGER_PRODUCTS, **layout)
+
+    def _stored(self, name: str, make: Callable[[], QuantisedMatrix]) -> list[str]:
         names = [f"{name}.{part}" for part in ("integers", "scales", "zero_points")]
         if not self._graph.has_weight(names[0]):
-            rows = iter([self._weights.read(name).T]) if transposed else self._weights.pieces(name)
             with np.errstate(over="ignore", invalid="ignore"):
-                stored = quantise(rows, form)
-            self._check_finite(name, stored.scales)
-            arrays: tuple[NDArray[Any], ...] = (stored.integers, stored.scales, stored.zero_points)
+                matrix = make()
+            self._check_finite(name, matrix.scales)
+            arrays: tuple[NDArray[Any], ...] = (matrix.integers, matrix.scales, matrix.zero_points)
             for part, array in zip(names, arrays, strict=True):
                 self._graph.weight(part, array)
         return names
-
-    def product(
-        self, x: str, name: str, shape: tuple[int, int], form: BlockFormat, bias: str = "", *, transposed: bool = False
-    ) -> str:
-        """(B, S, K) times the transposed matrix of shape (N, K) -> (B, S, N)."""
-        inputs = [x, *self.quantised(name, form, transposed=transposed), "", bias]
-        layout = {"N": shape[0], "K": shape[1], "bits": form.bits, "block_size": form.size}
-        return self._graph.node("MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=INTEGER_PRODUCTS, **layout)
 
     def _check_finite(self, name: str, stored: NDArray[Any]) -> None:
         if not np.isfinite(stored).all():

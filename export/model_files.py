@@ -17,7 +17,7 @@ from .checkpoint import write_checkpoint
 from .errors import ExportError
 from .source import Source
 
-__all__ = ["write_genai_config", "write_json", "write_model_files"]
+__all__ = ["first_token", "write_genai_config", "write_json", "write_model_files"]
 
 
 def write_model_files(folder: Path, source: Source, weights: Weights, more: dict[str, Any]) -> None:
@@ -67,7 +67,7 @@ def write_genai_config(folder: Path, source: Source, *, filename: str, shared_ca
     }
     model = {
         "type": "decoder",  # a family's own name would mean the names and the combined cache of older exports
-        "bos_token_id": _first_token(source),
+        "bos_token_id": first_token(source),
         "eos_token_id": _ends(source),
         # genai masks every token that equals it, so it cannot be the end token, which stands between prompt and completion. No
         # text has -1, and as an index into the table it is a row that exists, the last one.
@@ -108,7 +108,7 @@ def _config(source: Source) -> dict[str, Any]:
 
 def _generation_config(source: Source) -> dict[str, Any]:
     """The base model's, with all tokens that end a text: there, transformers, optimum and transformers.js look for them."""
-    return {"bos_token_id": _first_token(source)} | _read(source, GENERATION_FILE) | {"eos_token_id": _ends(source)}
+    return {"bos_token_id": first_token(source)} | _read(source, GENERATION_FILE) | {"eos_token_id": _ends(source)}
 
 
 def _ends(source: Source) -> int | list[int]:
@@ -116,7 +116,7 @@ def _ends(source: Source) -> int | list[int]:
     return list(source.config.ends) if source.config.stop_tokens else source.config.end_token
 
 
-def _first_token(source: Source) -> int:
+def first_token(source: Source) -> int:
     """The token that begins a text, where the base model's configuration names one."""
     token = _read(source, CONFIG_FILE).get("bos_token_id")
     return token if isinstance(token, int) else source.config.end_token

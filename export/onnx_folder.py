@@ -1,5 +1,6 @@
 """From a model and an adapter to one folder that every runtime loads."""
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,19 +10,25 @@ import numpy as np
 
 from graphs import Floats, Graph, Weights
 from split_model import check_cut_layer
+from storage import load_tokenizer
 from storage.exported_manifest import FORMAT, KIND, MANIFEST, SPLIT_KIND
-from terminal import Progress, import_onnxruntime, version
+from terminal import Progress, import_onnxruntime, user_path, version
 
 from .adapter_folder import copy_adapter
 from .attention import ATTENTIONS
+from .calibration import RoundedMatrices, equalised
 from .decoder_graph import DecoderGraph
 from .equalisation import Equalised
 from .errors import ExportError
+from .exported_model import ExportedModel
+from .graph_weights import Rounding
 from .lora import LoraAdapter
-from .model_files import write_genai_config, write_json, write_model_files
+from .model_files import first_token, write_genai_config, write_json, write_model_files
+from .observation import Observer
 from .output_folder import check_output, output_folder
 from .precision import PRECISIONS, Precision
 from .source import Source, open_source
+from .texts import encode_texts, read_texts, written_by
 
 __all__ = ["export_onnx"]
 
@@ -30,6 +37,8 @@ onnxruntime = import_onnxruntime("exporting", install="splitlora[export]")
 ADAPTER_FILE, PEFT_FOLDER = "adapter.onnx_adapter", "adapter"
 BEST_FIRST = ("q8", "q4", "fp32", "fp16")
 """A runtime that loads only one precision gets the first of these that is exported."""
+LONGEST_TEXT = 512
+"""Tokens of a text by which a model is calibrated; what comes behind them is left out."""
 
 
 def export_onnx(
@@ -42,6 +51,7 @@ def export_onnx(
     attention: str = "gqa",
     keep_adapter: bool = False,
     split: int | None = None,
+    calibration: Path | None = None,
     overwrite: bool = False,
 ) -> None:
     """
@@ -55,6 +65,8 @@ def export_onnx(
         attention: gqa, attn23 or ops; see `attention`.
         keep_adapter: whether the adapter stays a file of its own that can be exchanged, and the graphs are the base model's.
         split: the number of blocks in the edge part, for two graphs instead of one.
+        calibration: a file of texts like those that the model will see, one a line, by which it is quantised; without it, texts
+            that the model writes itself.
 
     Raises:
         ModelError, ExportError: what is to be exported cannot be read, or ``output`` cannot be written. Nothing is left of it.
@@ -64,7 +76,8 @@ def export_onnx(
         open_source(model, run_dir=run_dir, adapter=adapter, plain_only=keep_adapter) as source,
         output_folder(output, overwrite=overwrite) as folder,
     ):
-        export = OnnxFolder(folder, source, attention, keep_adapter=keep_adapter, split=split)
+        texts = None if calibration is None else read_texts(user_path(calibration), "--calibration")
+        export = OnnxFolder(folder, source, attention, keep_adapter=keep_adapter, split=split, texts=texts)
         export.write(precisions)
 
 
@@ -81,8 +94,17 @@ class Part:
 class OnnxFolder:
     """Writes one exported folder."""
 
-    def __init__(self, folder: Path, source: Source, attention: str, *, keep_adapter: bool, split: int | None) -> None:
-        self.folder, self.source, self.attention, self.split = folder, source, attention, split
+    def __init__(
+        self,
+        folder: Path,
+        source: Source,
+        attention: str,
+        *,
+        keep_adapter: bool,
+        split: int | None,
+        texts: Sequence[str] | None = None,
+    ) -> None:
+        self.folder, self.source, self.attention, self.split, self.texts = folder, source, attention, split, texts
         self.config = source.config
         self.adapter: LoraAdapter = {}
         self.weights = source.merged()
@@ -94,7 +116,7 @@ class OnnxFolder:
             if source.adapter is None or source.adapter_folder is None:
                 raise ExportError("--keep-adapter needs an adapter: give --run-dir or --adapter")
             self.adapter, self.weights = source.adapter, source.base()
-        self.equalised = Equalised(self.weights, self.config)
+        self.equalised = Equalised(self.weights, self.config, {})
         head_width = self.config.head_width
         if attention == "gqa" and head_width % 8:
             raise ExportError(
@@ -114,11 +136,40 @@ class OnnxFolder:
 
     def write(self, precisions: Sequence[str]) -> None:
         (self.folder / "onnx").mkdir()
+        smallest = min((PRECISIONS[name] for name in precisions), key=lambda precision: precision.bits)
+        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+            observer = self._observer(Path(scratch)) if smallest.matrices else None
+            if observer is not None:
+                self.equalised = equalised(self.config, self.weights, observer, smallest)
+            self._write(precisions, observer)
+
+    def _observer(self, scratch: Path) -> Observer:
+        """Of the model while it reads the texts that were given, or texts that it writes itself."""
+        config = self.config
+        if self.texts is not None:
+            texts = encode_texts(
+                self.texts,
+                load_tokenizer(self.source.folder),
+                self.source.folder,
+                end_token=config.end_token,
+                longest=min(LONGEST_TEXT, config.num_positions),
+                vocabulary_size=config.vocabulary_size,
+                option="--calibration",
+            )
+        else:
+            whole = Part(key="graph", file="exact", blocks=range(config.num_layers))
+            path = self._write_graph(scratch, whole, PRECISIONS["fp32"], self.weights)
+            texts = written_by(ExportedModel([path], maps_weights=True), first_token(self.source), config.num_positions)
+            for file in scratch.iterdir():
+                file.unlink()
+        return Observer(config, texts, self.attention, scratch)
+
+    def _write(self, precisions: Sequence[str], observer: Observer | None) -> None:
         # Each tensor is read once for each precision and once for model.safetensors; a tied table, once more for a second part.
         tables = len(self.parts) - 1 if self.config.tied_head else 0
         total = len(self.config.tensor_shapes) * (1 + len(precisions)) + tables * len(precisions)
         with Progress(total, unit="tensor") as progress:
-            files = {name: self._write_graphs(PRECISIONS[name], progress) for name in precisions}
+            files = {name: self._write_graphs(PRECISIONS[name], observer, progress) for name in precisions}
             names = [Path(name).name for entry in files.values() for name in entry["bytes"] if name.endswith(".onnx")]
             js = {"use_external_data_format": dict.fromkeys(names, 1), "kv_cache_dtype": {"fp16": "float16"}}
             watched = Watched(self.weights, progress, "model.safetensors")
@@ -132,18 +183,25 @@ class OnnxFolder:
             write_genai_config(self.folder, self.source, filename=files[best]["graph"], shared_cache=shared)
         write_json(self.folder / MANIFEST, self._manifest(files))
 
-    def _write_graphs(self, precision: Precision, progress: Progress) -> dict[str, Any]:
-        form, entry, sizes = ATTENTIONS[self.attention], {}, dict[str, int]()
-        weights = Watched(self.equalised, progress, precision.name)
+    def _write_graphs(self, precision: Precision, observer: Observer | None, progress: Progress) -> dict[str, Any]:
+        entry, sizes = {}, dict[str, int]()
+        weights, rounding = Watched(self.equalised, progress, precision.name), None
+        if precision.matrices and observer:
+            rounding = RoundedMatrices(self.config, self.equalised, weights, observer, precision)
         for part in self.parts:
-            path = self.folder / "onnx" / f"{part.file}{precision.suffix}.onnx"
-            with Graph(path) as graph:
-                adapted = self.adapter.keys()
-                DecoderGraph(graph, self.config, weights, precision, self.attention, part.blocks, adapted).build()
-                graph.save(self.config.family.model_type, form.opset, form.ir_version)
+            path = self._write_graph(self.folder / "onnx", part, precision, weights, rounding)
             entry[part.key] = f"onnx/{path.name}"
-            sizes |= {f"onnx/{file.name}": file.stat().st_size for file in (path, graph.data_path)}
+            sizes |= {f"onnx/{file.name}": file.stat().st_size for file in (path, path.with_name(f"{path.name}_data"))}
         return {**entry, "bytes": sizes}
+
+    def _write_graph(
+        self, folder: Path, part: Part, precision: Precision, weights: Weights, rounding: Rounding | None = None
+    ) -> Path:
+        form, adapted = ATTENTIONS[self.attention], self.adapter.keys()
+        with Graph(folder / f"{part.file}{precision.suffix}.onnx") as graph:
+            DecoderGraph(graph, self.config, weights, precision, self.attention, part.blocks, adapted, rounding).build()
+            graph.save(self.config.family.model_type, form.opset, form.ir_version)
+        return graph.path
 
     def _manifest(self, precisions: dict[str, Any]) -> dict[str, Any]:
         config = self.config

@@ -11,7 +11,7 @@ from .quantisation import BlockFormat
 if TYPE_CHECKING:  # a graph is built without torch, which split_model imports
     from split_model import ModelConfig
 
-__all__ = ["PRECISIONS", "Precision", "sensitive_layers"]
+__all__ = ["PRECISIONS", "Precision", "block_forms", "sensitive_layers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,11 @@ class Precision:
     """How those of them are stored in which rounding does most harm, see `sensitive_layers`."""
     table: BlockFormat | None = None
     """How the token embedding and the LM head are stored, which may be one matrix."""
+
+    @property
+    def bits(self) -> int:
+        """Of an element of most matrices."""
+        return self.matrices.bits if self.matrices else 8 * np.dtype(self.dtype).itemsize
 
 
 # Blocks of 64 elements keep GPT-2 small below 140 MB and let prefill run in larger products; the table, of which every logit is
@@ -58,3 +63,11 @@ def sensitive_layers(config: "ModelConfig") -> set[str]:
     names = config.names
     values, down = names.qkv[-1:] if len(names.qkv) > 1 else (), (names.down,) if config.is_gated else ()
     return {names.projection, *values, *down}
+
+
+def block_forms(config: "ModelConfig", precision: Precision) -> dict[str, BlockFormat]:
+    """Of a block's linear layers, by their names there; none where matrices are not quantised."""
+    if precision.matrices is None or precision.sensitive is None:
+        return {}
+    sensitive = sensitive_layers(config)
+    return {layer: precision.sensitive if layer in sensitive else precision.matrices for layer in config.layer_shapes}

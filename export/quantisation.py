@@ -1,6 +1,6 @@
 """Weights as small integers, a scale and a zero point for each block of a row: the layout of ONNX Runtime's MatMulNBits."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from graphs import Floats
 
-__all__ = ["BlockFormat", "QuantisedMatrix", "quantise"]
+__all__ = ["BlockFormat", "Grid", "QuantisedMatrix", "quantise"]
 
 ROWS_AT_ONCE = 4096
 """A matrix is quantised in pieces of so many rows: as a whole it would need several float copies of itself."""
@@ -23,9 +23,41 @@ class BlockFormat:
     size: int
     """Elements of a block; a power of two from 16."""
 
+    @property
+    def largest(self) -> int:
+        """Of the integers."""
+        return int(2**self.bits - 1)
+
     def padded(self, width: int) -> int:
         """``width`` rounded up to whole blocks."""
         return -(-width // self.size) * self.size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The values that the elements of blocks may have. Both arrays have the shape of the elements, or 1 for a dimension."""
+
+    scales: Floats
+    zero_points: Floats
+    """Integers."""
+    largest: int
+    """Of the integers."""
+
+    @classmethod
+    def around(cls, lowest: Floats, highest: Floats, form: BlockFormat) -> "Grid":
+        """From the lowest to the highest value, and zero: the ends of rows are filled up with it."""
+        lowest, highest = np.minimum(lowest, 0), np.maximum(highest, 0)
+        scales = (highest - lowest) / np.float32(form.largest)
+        return cls(scales=scales, zero_points=np.rint(-lowest / np.where(scales == 0, 1, scales)), largest=form.largest)
+
+    def integers(self, values: Floats) -> NDArray[np.uint8]:
+        """The nearest."""
+        nearest = np.rint(values / np.where(self.scales == 0, 1, self.scales)) + self.zero_points
+        return np.clip(nearest, 0, self.largest).astype(np.uint8)
+
+    def values(self, integers: NDArray[np.uint8]) -> Floats:
+        found: Floats = (integers - self.zero_points) * self.scales
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +71,35 @@ class QuantisedMatrix:
     zero_points: NDArray[np.uint8]
     """(N, b), packed as the integers are."""
 
+    @classmethod
+    def of(cls, blocks: NDArray[np.uint8], grid: Grid, form: BlockFormat) -> "QuantisedMatrix":
+        """
+        Args:
+            blocks: (N, b, elements of a block).
+            grid: (N, b, 1).
+        """
+        return cls(
+            integers=_pack(blocks, form.bits),
+            scales=np.ascontiguousarray(grid.scales[..., 0]),
+            zero_points=_pack(grid.zero_points[..., 0].astype(np.uint8), form.bits),
+        )
+
+    @classmethod
+    def joined(cls, matrices: Sequence["QuantisedMatrix"]) -> "QuantisedMatrix":
+        """One below the other."""
+        return cls(
+            integers=np.concatenate([matrix.integers for matrix in matrices]),
+            scales=np.concatenate([matrix.scales for matrix in matrices]),
+            zero_points=np.concatenate([matrix.zero_points for matrix in matrices]),
+        )
+
+    def values(self, width: int, form: BlockFormat) -> Floats:
+        """(N, width) as a runtime reads it."""
+        integers = _unpack(self.integers, form.bits)
+        zero_points = _unpack(self.zero_points, form.bits)[:, : self.scales.shape[1]]
+        grid = Grid(scales=self.scales[..., None], zero_points=zero_points[..., None].astype(np.float32), largest=form.largest)
+        return grid.values(integers).reshape(len(integers), -1)[:, :width]
+
 
 def quantise(rows: Iterable[Floats], form: BlockFormat) -> QuantisedMatrix:
     """
@@ -48,15 +109,12 @@ def quantise(rows: Iterable[Floats], form: BlockFormat) -> QuantisedMatrix:
     Returns:
         Their nearest representation. The last block of a row is filled up with zeros.
     """
-    pieces = [
-        _quantise_piece(some[start : start + ROWS_AT_ONCE], form)
-        for some in rows
-        for start in range(0, len(some), ROWS_AT_ONCE)
-    ]
-    return QuantisedMatrix(
-        integers=np.concatenate([piece.integers for piece in pieces]),
-        scales=np.concatenate([piece.scales for piece in pieces]),
-        zero_points=np.concatenate([piece.zero_points for piece in pieces]),
+    return QuantisedMatrix.joined(
+        [
+            _quantise_piece(some[start : start + ROWS_AT_ONCE], form)
+            for some in rows
+            for start in range(0, len(some), ROWS_AT_ONCE)
+        ]
     )
 
 
@@ -65,18 +123,8 @@ def _quantise_piece(rows: Floats, form: BlockFormat) -> QuantisedMatrix:
     filled = np.zeros((count, form.padded(width)), np.float32)
     filled[:, :width] = rows
     blocks = filled.reshape(count, -1, form.size)
-    # Zero is always on the grid, since the ends of rows are filled up with it.
-    lowest, highest = np.minimum(blocks.min(-1, keepdims=True), 0), np.maximum(blocks.max(-1, keepdims=True), 0)
-    largest = 2**form.bits - 1
-    scales = (highest - lowest) / np.float32(largest)
-    steps = np.where(scales == 0, 1, scales)
-    zero_points = np.rint(-lowest / steps)
-    integers = np.clip(np.rint(blocks / steps) + zero_points, 0, largest)
-    return QuantisedMatrix(
-        integers=_pack(integers.astype(np.uint8), form.bits),
-        scales=np.ascontiguousarray(scales[..., 0]),
-        zero_points=_pack(zero_points[..., 0].astype(np.uint8), form.bits),
-    )
+    grid = Grid.around(blocks.min(-1, keepdims=True), blocks.max(-1, keepdims=True), form)
+    return QuantisedMatrix.of(grid.integers(blocks), grid, form)
 
 
 def _pack(integers: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -85,3 +133,9 @@ def _pack(integers: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     if integers.shape[-1] % 2:
         integers = np.concatenate([integers, np.zeros_like(integers[..., :1])], -1)
     return np.bitwise_or(integers[..., 0::2], np.left_shift(integers[..., 1::2], 4), dtype=np.uint8)
+
+
+def _unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    if bits == 8:
+        return packed
+    return np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
 from graphs import Floats
 from split_model import PretrainedModel
-from storage import ExportedManifest, encode, find_model, load_tokenizer
+from storage import ExportedManifest, find_model, load_tokenizer
 from terminal import Progress, user_path, user_text_path
 
 from .errors import ExportError
@@ -22,10 +21,9 @@ from .exported_model import ExportedModel, read_manifest
 from .peft_merge import load_with_peft, load_with_transformers
 from .run_directory import RunDirectory
 from .sentences import SENTENCES
+from .texts import Tokens, encode_texts, read_texts
 
 __all__ = ["Agreement", "table", "verify"]
-
-Tokens = NDArray[np.int64]
 
 LARGEST_LOGIT_DIFFERENCE = {"fp32": 1e-5}
 """Of the largest logit, or of 10 where all are smaller."""
@@ -126,7 +124,15 @@ def verify(
     for name, right in described.items():
         if (found := getattr(manifest, name)) != right:
             raise ExportError(f"{folder}: splitlora.json says {name} {found}, config.json {right}; export the model again")
-    texts = _encoded(_read_texts(user_path(prompts)) if prompts else SENTENCES, folder, manifest)
+    texts = encode_texts(
+        read_texts(user_path(prompts), "--prompts") if prompts else SENTENCES,
+        load_tokenizer(folder),
+        folder,
+        end_token=manifest.end_token,
+        longest=manifest.context,
+        vocabulary_size=manifest.vocabulary_size,
+        option="--prompts",
+    )
     models = {name: ExportedModel(files.graphs, manifest.adapter) for name, files in manifest.precisions.items()}
     agreements = {name: Agreement(precision=name, num_bytes=manifest.precisions[name].num_bytes) for name in models}
     with _reference(manifest, model, run_dir, adapter) as reference, Progress(len(texts), unit="text") as progress:
@@ -231,27 +237,3 @@ class Reference:
         options = {"max_new_tokens": limit, "do_sample": False, **ends}
         found = self._model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :]
         return [int(token) for token in found]
-
-
-def _read_texts(path: Path) -> list[str]:
-    try:
-        texts = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ExportError(f"{path} cannot be read: {error}") from None
-    if not texts:
-        raise ExportError(f"{path} has no text; --prompts is a file with a text on each line")
-    return texts
-
-
-def _encoded(texts: Sequence[str], folder: Path, manifest: ExportedManifest) -> list[Tokens]:
-    """Ids (S,) of each text and its end token, cut to the context. A text of one token predicts nothing, so it is left out."""
-    ids_of_texts = encode(load_tokenizer(folder), texts)
-    encoded = [[*ids, manifest.end_token][: manifest.context] for ids in ids_of_texts]
-    encoded = [tokens for tokens in encoded if len(tokens) > 1]
-    if not encoded:
-        raise ExportError("no text is longer than a token; give longer ones with --prompts")
-    highest = max(max(tokens) for tokens in encoded)
-    if highest >= manifest.vocabulary_size:
-        size = manifest.vocabulary_size
-        raise ExportError(f"{folder}: the tokenizer is of another model: it has a token {highest}, the vocabulary has {size}")
-    return [np.array(tokens, np.int64) for tokens in encoded]

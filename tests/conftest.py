@@ -114,6 +114,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is exported in few bits writes so little for it that many can be: for tests of everything else."""
+    monkeypatch.setattr("export.texts.NUM_WRITTEN", 2)
+    monkeypatch.setattr("export.texts.WRITTEN_TOKENS", 12)
+
+
+@pytest.fixture
 def model(tiny_model: Path, tmp_path: Path) -> Path:
     """A copy of the tiny model that a test may spoil."""
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))

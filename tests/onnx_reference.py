@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import reference
 import torch
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
-from export.equalisation import Equalised
 from export.exported_model import ExportedModel, read_manifest
-from export.precision import PRECISIONS, sensitive_layers
-from export.quantisation import BlockFormat, quantise
-from graphs import StoredWeights
 from split_model import PretrainedModel
 
 Ids = NDArray[np.int64]
@@ -58,37 +56,53 @@ def largest_difference(found: NDArray[np.float32], expected: NDArray[np.float32]
     return float(difference.max() if mask is None else difference[mask.astype(bool)].max())
 
 
-def dequantised(rows: Any, form: BlockFormat) -> Any:
-    """(N, K) as a runtime reads it, and the step between two values at every place."""
-    stored = quantise([rows], form)
-    integers, zero_points = stored.integers, stored.zero_points
-    if form.bits == 4:
+def dequantised(
+    integers: NDArray[np.uint8], scales: NDArray[np.float32], zero_points: NDArray[np.uint8], bits: int, width: int
+) -> NDArray[np.float32]:
+    """(N, width) as a runtime reads what a graph stores of it."""
+    if bits == 4:
         integers, zero_points = (np.stack([both & 15, both >> 4], -1) for both in (integers, zero_points))
-    blocks = integers.reshape(len(rows), -1, form.size).astype(np.float32)
-    zero_points = zero_points.reshape(len(rows), -1)[:, : blocks.shape[1]].astype(np.float32)
-    values = (blocks - zero_points[..., None]) * stored.scales[..., None]
-    width = rows.shape[1]
-    return values.reshape(len(rows), -1)[:, :width], np.repeat(np.abs(stored.scales), form.size, 1)[:, :width]
+    blocks = integers.reshape(*scales.shape, -1).astype(np.float32)
+    zero_points = zero_points.reshape(len(scales), -1)[:, : scales.shape[1]].astype(np.float32)
+    values: NDArray[np.float32] = (blocks - zero_points[..., None]) * scales[..., None]
+    return values.reshape(len(scales), -1)[:, :width]
 
 
-def rounded(folder: Path, precision: str) -> Any:
-    """transformers' model with the weights that a quantised graph has."""
-    base, form = PretrainedModel(folder), PRECISIONS[precision]
-    config, weights = base.config, Equalised(StoredWeights(base), base.config)
-    forms = dict.fromkeys(config.layer_shapes, form.matrices) | dict.fromkeys(sensitive_layers(config), form.sensitive)
-    forms_by_name = {
-        f"{config.block_name(block)}.{layer}": each for block in range(config.num_layers) for layer, each in forms.items()
-    }
+def weights_in(path: Path) -> dict[str, NDArray[np.float32]]:
+    """A graph's weights, in (out, in) where they are quantised; of several that are stored as one, each by its name."""
+    graph = onnx.load(path).graph
+    stored = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
+    widths = {name: array.shape for name, array in stored.items()}
+    found = {name: array for name, array in stored.items() if "." in name and array.dtype == np.float32}
+    for node in graph.node:
+        settings = {item.name: item.i for item in node.attribute}
+        for name in node.input:
+            if "bits" in settings and name.endswith(".scales"):
+                matrix = name.removesuffix(".scales")
+                parts = [stored[f"{matrix}.{part}"] for part in ("integers", "scales", "zero_points")]
+                width = settings.get("K", widths[name][1] * settings["block_size"])
+                found[matrix] = dequantised(*parts, settings["bits"], width)  # type: ignore[arg-type]
+    return found
+
+
+def rounded(folder: Path, out: Path, precision: str) -> Any:
+    """transformers' model with the weights that an exported graph has."""
+    config = PretrainedModel(folder).config
+    (path,) = read_manifest(out).precisions[precision].graphs
+    found = {}
+    for names, value in weights_in(path).items():
+        start = 0
+        for name in filter(config.tensor_shapes.__contains__, names.split("+")):
+            shape, layer = config.tensor_shapes[name], name.split(".", 2)[-1].removesuffix(".weight")
+            is_turned = layer in config.layer_shapes  # (out, in) in the graph
+            rows = config.layer_shapes[layer][1] if is_turned else shape[0]
+            some = value[start : start + rows]
+            found[name] = some.T if is_turned else some[..., : shape[-1]] if some.ndim > 1 else some
+            start += rows
     state = {}
-    for name in config.tensor_shapes:
-        value, layer = weights.read(name), name.removesuffix(".weight")
-        if name in (config.table_name, config.head_name):
-            assert form.table is not None
-            value = dequantised(value, form.table)[0]
-        elif block_form := forms_by_name.get(layer):
-            value = dequantised(value.T, block_form)[0].T
-        turned = value.T if name in config.turned_matrices else value
-        state[config.stored_name(name)] = torch.from_numpy(np.ascontiguousarray(turned))
+    for name, value in found.items():
+        value = value.T if name in config.turned_matrices else value
+        state[config.stored_name(name)] = torch.from_numpy(np.array(value, order="C"))
     model = reference.load_base(folder)
     missing, unknown = model.load_state_dict(state, strict=False)
     assert not unknown

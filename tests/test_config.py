@@ -561,7 +561,7 @@ FLAGS = {
     },
     "splitlora-export": {
         "": {"--help", "-h", "--version"},
-        "onnx": {*SOURCE, "--attention", "--keep-adapter", "--precision", "--split"},
+        "onnx": {*SOURCE, "--attention", "--calibration", "--keep-adapter", "--precision", "--split"},
         "merge": SOURCE,
         "verify": {"--adapter", "--help", "-h", "--model", "--prompts", "--run-dir"},
     },

@@ -11,19 +11,24 @@ import pytest
 import reference
 import torch
 from conftest import make_model, shared_path
-from family_models import gpt2_config
+from family_models import gpt2_config, make_family_model
+from numpy.typing import NDArray
 from onnx_reference import decode, dequantised, exported, largest_difference, left_padded, logits_of, random_ids, rounded
 
 from export import export_onnx
 from export.attention import ATTENTIONS
+from export.calibration import equalised
 from export.decoder_graph import DecoderGraph
-from export.equalisation import Equalised
+from export.equalisation import Equalised, factors_of_block
 from export.exported_model import ExportedModel, read_manifest
-from export.precision import PRECISIONS, Precision
-from export.quantisation import BlockFormat
+from export.observation import Observer
+from export.precision import PRECISIONS, Precision, block_forms
+from export.quantisation import BlockFormat, quantise
 from graphs import Graph, StoredWeights, Weights
 from split_model import ModelConfig, PretrainedModel
 from storage import load_tokenizer
+
+pytestmark = pytest.mark.usefixtures("few_texts")
 
 TARGETS = ("c_attn", "c_proj", "c_fc")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -126,7 +131,7 @@ def test_quantised_graph_is_the_model_with_rounded_weights(
     export_onnx(str(folder), tmp_path / "out", precisions=[precision])
     ids = random_ids(600, 2, 20)
     found = decode(exported(tmp_path / "out", precision), ids, np.ones_like(ids), 15)
-    assert largest_difference(found, logits_of(rounded(folder, precision), ids)) < 1e-4
+    assert largest_difference(found, logits_of(rounded(folder, tmp_path / "out", precision), ids)) < 1e-4
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")  # torch warns of its own code
@@ -328,11 +333,12 @@ class Shaped(Weights):
         return np.random.default_rng(len(name)).standard_normal(shape, np.float32) * 0.02
 
 
-def write(path: Path, config: ModelConfig, weights: Weights, precision: Precision) -> int:
+def write(path: Path, config: ModelConfig, weights: Weights, precision: Precision, attention: str = "gqa") -> int:
     """Bytes of both files."""
+    form = ATTENTIONS[attention]
     with Graph(path) as graph:
-        DecoderGraph(graph, config, weights, precision, "gqa", range(config.num_layers)).build()
-        graph.save("gpt2", 20, 9)
+        DecoderGraph(graph, config, weights, precision, attention, range(config.num_layers)).build()
+        graph.save("model", form.opset, form.ir_version)
     return path.stat().st_size + graph.data_path.stat().st_size
 
 
@@ -369,15 +375,30 @@ class Outlying(Weights):
         return tensor
 
 
-def test_equalisation_changes_no_digit_in_full_precision(wide_model: Path, tmp_path: Path) -> None:
-    model = PretrainedModel(wide_model)
-    weights = Outlying(StoredWeights(model))
-    equalised = Equalised(weights, model.config)
-    assert np.unique(equalised.rows("h.1.attn.c_attn")).size > 1
+def balanced(weights: Weights, config: ModelConfig, scratch: Path) -> Equalised:
+    texts = list(random_ids(600, 4, 40, seed=1))
+    return equalised(config, weights, Observer(config, texts, "gqa", scratch), PRECISIONS["q4"])
+
+
+@pytest.mark.parametrize("option", ["gpt2", "llama", "llama-one-key-head", "qwen2", "phi3"])
+def test_equalisation_changes_no_digit_in_full_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    monkeypatch.setattr("export.equalisation.STRENGTHS", (0.5,))  # always, whether it pays or not
+    model = PretrainedModel(make_family_model(tmp_path, option))
+    config, weights = model.config, StoredWeights(model)
+    factors, generator = dict[str, NDArray[np.float32]](), np.random.default_rng(0)
+    for block in map(config.block_name, range(config.num_layers)):
+        inputs = {
+            f"{block}.{layer}": np.exp2(generator.uniform(-8, 8, (1, width))).astype(np.float32)
+            for layer, (width, _) in config.layer_shapes.items()
+        }
+        factors |= factors_of_block(config, block, weights, inputs, block_forms(config, PRECISIONS["q4"]))
+    same = Equalised(weights, config, factors)
+    changed = {layer for layer in config.layer_shapes if np.unique(same.rows(f"{config.block_name(1)}.{layer}")).size > 1}
+    assert changed == set(config.layer_shapes) - (set() if config.is_gated else {config.names.down})
     ids, found = random_ids(600, 2, 20), []
-    for number, source in enumerate((weights, equalised)):
+    for number, source in enumerate((weights, same)):
         path = tmp_path / f"{number}.onnx"
-        write(path, model.config, source, PRECISIONS["fp32"])
+        write(path, config, source, PRECISIONS["fp32"], "attn23")
         found.append(ExportedModel([path]).logits(ids))
     assert np.array_equal(found[0], found[1])
 
@@ -389,7 +410,7 @@ def test_equalisation_takes_most_of_what_outliers_cost(wide_model: Path, tmp_pat
     ids = random_ids(600, 2, 40)
     expected = logits_of(reference.load_base(wide_model), ids)
     errors = []
-    for number, source in enumerate((weights, Equalised(weights, model.config))):
+    for number, source in enumerate((weights, balanced(weights, model.config, tmp_path))):
         path = tmp_path / f"{number}.onnx"
         write(path, model.config, source, PRECISIONS[precision])
         errors.append(float(np.square(ExportedModel([path]).logits(ids) - expected).mean()))
@@ -400,6 +421,9 @@ def test_equalisation_takes_most_of_what_outliers_cost(wide_model: Path, tmp_pat
 def test_quantised_rows_are_within_half_a_step(bits: int) -> None:
     rows = np.random.default_rng(0).standard_normal((5, 100), np.float32)
     rows[2] = 0
-    found, steps = dequantised(rows, BlockFormat(bits=bits, size=32))
+    stored = quantise([rows], BlockFormat(bits=bits, size=32))
+    found = dequantised(stored.integers, stored.scales, stored.zero_points, bits, 100)
+    steps = np.repeat(stored.scales, 32, 1)[:, :100]
+    assert np.array_equal(found, stored.values(100, BlockFormat(bits=bits, size=32)))
     assert (np.abs(found - rows) <= 0.501 * steps + 1e-7).all()
     assert not found[2].any()

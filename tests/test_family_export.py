@@ -17,6 +17,8 @@ from export.attention import ATTENTIONS
 from export.precision import sensitive_layers
 from split_model import PretrainedModel
 
+pytestmark = pytest.mark.usefixtures("few_texts")
+
 IDS, MASK = random_ids(600, 2, 24), left_padded([24, 17])
 PREFILL = 20
 
@@ -66,7 +68,7 @@ def test_quantised_graph_is_the_model_with_rounded_weights(
     monkeypatch.setattr("export.graph_weights.INTEGER_PRODUCTS", 1)
     export_onnx(str(model.base), tmp_path / "out", precisions=["q8", "q4"])
     for precision in ("q8", "q4"):
-        expected = logits_of(rounded(model.base, precision), IDS, MASK)
+        expected = logits_of(rounded(model.base, tmp_path / "out", precision), IDS, MASK)
         found = decode(exported(tmp_path / "out", precision), IDS, MASK, PREFILL)
         assert largest_difference(found, expected, MASK) < 1e-5 * np.abs(expected).max()
 

@@ -31,6 +31,8 @@ from export.cli import main as export_main
 from split_model import LoraConfig, PretrainedModel, initial_adapter, save_adapter
 from storage import ChatTemplate, load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("few_texts")
+
 ATTENTIONS = ("gqa", "attn23", "ops")
 
 
