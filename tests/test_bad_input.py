@@ -36,7 +36,6 @@ from edge_client import ConnectionFailed, EdgeClient
 from gpu_server import GpuServer, RunEndedEarly
 from gpu_server.certificates import own_certificate
 from protocol import (
-    CODECS,
     DELTA,
     PROTOCOL_VERSION,
     ActivationGradient,
@@ -64,6 +63,7 @@ from protocol import (
 )
 from protocol.codecs import Coded, quantised_parts
 from protocol.rounding import to_bfloat16
+from protocol.settings import OFFERED
 from protocol.shuffling import shuffled
 from split_model import LoraConfig, PretrainedModel, initial_adapter, save_adapter
 from storage import ModelError
@@ -792,7 +792,7 @@ def joined(run: Run, fingerprint: str) -> Iterator[Hostile]:
     """A hostile client that has joined as it should, batches of 2 x 4 rows: with the honest one, the run has started."""
     while True:
         with Hostile(run.server.url) as hostile:
-            hostile.say(Hello(name="hostile", fingerprint=fingerprint, codecs=(*CODECS, DELTA)))
+            hostile.say(Hello(name="hostile", fingerprint=fingerprint, codecs=OFFERED))
             if isinstance(hostile.hear(Welcome | Failure), Failure):
                 continue  # one refused before has not left quite yet
             hostile.say(Join(num_samples=4, batch_size=2, longest=4))
