@@ -214,6 +214,11 @@ def decoded(coded: msgpack.ExtType) -> Array:
     codec, (num_rows, width), *parts = msgpack.unpackb(coded.data)
     if codec == "bfloat16":
         return np.array(_bfloat16(parts[0]), np.float32).reshape(num_rows, width)
+    if codec == "lora4":
+        nibbles = [half for byte in parts[1] for half in (byte % 16, byte // 16)]
+        signed = np.array([code if code < 8 else code - 16 for code in nibbles][: num_rows * width], np.float32)
+        rows = signed.reshape(min(num_rows, width), -1) * np.array(_bfloat16(parts[0]), np.float32)[:, None]
+        return rows.T if num_rows > width else rows
     centre, outlier_values, scales = (_bfloat16(parts[index]) for index in (0, 2, 3))
     num_outliers = len(parts[1]) // 4
     outliers = [int.from_bytes(parts[1][k::num_outliers], "little") for k in range(num_outliers)]

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as np_st
+from protocol_samples import decoded as decoded_as_documented
 from protocol_samples import frame_of
 from usual_settings import settings as usual
 
@@ -126,6 +127,16 @@ def test_stochastic_rounding_is_right_on_average(codes: float) -> None:
     mean = sum(Coded.of_matrix(matrix, codes, Dither(number)).decode().astype(float) for number in range(num_drawn)) / num_drawn
     deviation = sizes_of_a_code(matrix, Coded.of_matrix(matrix, codes)) / 2 / math.sqrt(num_drawn)
     assert (np.abs(mean - matrix) < 5 * deviation).all()
+
+
+@given(matrices, st.sampled_from([0.25, 1.0, 1e9]))
+@some_hundred
+def test_a_matrix_decodes_to_what_the_document_says_one_element_at_a_time(matrix: Array, codes: float) -> None:
+    if not matrix.size:
+        return
+    coded = Coded.of_matrix(matrix, codes)
+    means = decoded_as_documented(extension(coded.codec, coded.shape, *coded.parts))
+    np.testing.assert_array_equal(coded.decode(), means)
 
 
 # What the server sends
