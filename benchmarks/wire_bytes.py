@@ -25,6 +25,7 @@ from edge_client.enrolment import store
 from gpu_server import GpuServer
 from gpu_server.door import enrolments_of, invite
 from protocol import CODECS, DELTA
+from protocol.settings import LORA4
 from split_model import PretrainedModel
 from terminal import Progress
 
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=66, help="an epoch")
     parser.add_argument("--labels", choices=("server", "device"), default="server")
     parser.add_argument("--codecs", default=",".join(("float32", *CODECS, DELTA)))
+    parser.add_argument("--adapter-codec", choices=("float32", LORA4), default="float32")
     parser.add_argument("--small", action="store_true", help="GPT-2 small's shape, with random weights, in place of gpt2-mini")
     options = parser.parse_args()
     if options.labels == "device":
@@ -54,6 +56,7 @@ def main() -> None:
         for codec, (of_rounds, every) in itertools.product(codecs, rounds.items()):
             epochs = 2 if codec == DELTA else 1
             settings = {"model": str(model), "epochs": epochs, "aggregate_every": every, "codec": codec}
+            settings |= {"adapter_codec": options.adapter_codec}
             # These two change the loss of this model by more than the codec policy's tolerance, and would be left.
             settings |= {"codec_tolerance": 1e9} if codec in ("int4", DELTA) else {}
             counts = bytes_of_run(folder / f"{codec}-{every}", settings, data, options.steps, progress)

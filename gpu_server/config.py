@@ -32,8 +32,6 @@ OF_THE_RUN = {item.name for item in fields(RunSettings)} - DERIVED | {
 }
 """A run that goes on may do so elsewhere, and with other limits; what it computes stays what it was."""
 
-SINCE_BEFORE = {"adapter_codec": FLOAT32}
-"""What runs have been of whom an earlier version did not record it, where that is not what runs are by default since."""
 ALL_LINEAR = ("all-linear",)
 """PEFT's word for all linear layers of a block; which these are, the model says."""
 PATHS = {"model", "run_dir", "init_adapter", "tls_cert", "tls_key", "next_tls_cert", "clients_file"}
@@ -120,9 +118,9 @@ class ServerConfig:
         FLOAT32,
         choices=("auto", FLOAT32, *CODECS, DELTA),
     )
-    adapter_codec: str | None = option(
-        "how LoRA matrices travel between devices and server: float32 is exact, lora4 takes a tenth of its bytes or less "
-        "(default: lora4; float32 with --codec float32)",
+    adapter_codec: str = option(
+        "how LoRA matrices travel between devices and server: float32 is exact, lora4 takes a tenth of its bytes or less",
+        FLOAT32,
         choices=(FLOAT32, LORA4),
     )
     codec_tolerance: float = option("nats/token by which a codec may change the loss before a richer one is used", 0.01)
@@ -237,8 +235,8 @@ class ServerConfig:
 
     def settled(self, dtype: str) -> "ServerConfig":
         """
-        The same with what was left open: ``dtype``, as it was chosen; the number of micro-batches, how often the codec is
-        checked, and the codec of LoRA matrices, which are chosen here.
+        The same with what was left open: ``dtype``, as it was chosen; the number of micro-batches, and how often the codec is
+        checked, which are chosen here.
 
         Raises:
             ConfigError: the residual stream is to be in bfloat16, and the weights are not.
@@ -251,8 +249,7 @@ class ServerConfig:
                 f"residual bfloat16 needs dtype bfloat16, and the run has {dtype}: leave --residual out or add --dtype bfloat16"
             )
         micro_batches = self.micro_batches or (1 if is_loopback(self.host) else 2)
-        settled = replace(self, dtype=dtype, micro_batches=micro_batches, check_codec_every=checks)
-        return replace(settled, adapter_codec=settled._codec_of_adapter)
+        return replace(self, dtype=dtype, micro_batches=micro_batches, check_codec_every=checks)
 
     @property
     def _codec(self) -> str:
@@ -260,10 +257,6 @@ class ServerConfig:
         if self.codec == "auto":
             return EXACT if self.dtype == "float64" else "int8"
         return codec_named(self.codec)
-
-    @property
-    def _codec_of_adapter(self) -> str:
-        return self.adapter_codec or (FLOAT32 if self._codec == EXACT else LORA4)
 
     @property
     def names_targets(self) -> bool:
@@ -287,7 +280,7 @@ class ServerConfig:
     def _shared(self, **instead: Any) -> RunSettings:
         precision = "float64" if self.dtype == "float64" else "float32"
         shared = {item.name: getattr(self, item.name) for item in fields(RunSettings) if item.name not in DERIVED}
-        codec, of_adapter = self._codec, codec_named(self._codec_of_adapter)
+        codec, of_adapter = self._codec, codec_named(self.adapter_codec)
         if codec != EXACT and precision == "float64":
             raise ConfigError(f"codec {codec} is for runs in float32; a run in float64 has --codec float32, which is exact")
         if precision == "float64" and self.edge_weights != "float32":
@@ -358,7 +351,7 @@ def resumed(options: Mapping[str, Any], previous: Mapping[str, Any]) -> dict[str
     another = f"or start another run from its adapter: --init-adapter {where}/adapter with another --run-dir"
     # What an earlier version did not record is what it has been by default since.
     defaults = {item.name: item.default for item in fields(ServerConfig) if item.default is not None}
-    recorded = {**defaults, **SINCE_BEFORE, **previous}
+    recorded = {**defaults, **previous}
     for name in OF_THE_RUN & options.keys() & recorded.keys():
         given, before = options[name], recorded[name]
         if isinstance(before, list | tuple):
@@ -382,7 +375,7 @@ def resumed(options: Mapping[str, Any], previous: Mapping[str, Any]) -> dict[str
             f"{where} holds a run with {shown[0]}; it cannot go on with {shown[1]}. Leave --{flag_name(name)} out, {another}"
         )
     known = {item.name for item in fields(ServerConfig)}
-    return {**SINCE_BEFORE, **{name: value for name, value in previous.items() if name in known}, **options}
+    return {**{name: value for name, value in previous.items() if name in known}, **options}
 
 
 def is_loopback(host: str) -> bool:

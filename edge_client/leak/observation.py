@@ -31,7 +31,7 @@ from protocol import (
 )
 from protocol.passage import coded_contribution
 from protocol.rounding import Dither
-from protocol.settings import FLOAT32, LORA4, codec_named
+from protocol.settings import FLOAT32, codec_named
 from split_model import LoraConfig, summed_cross_entropy
 
 from ..data import Batch, Sample, pack
@@ -100,7 +100,6 @@ class Setting:
         return RunSettings(
             activation_codec=(codec := codec_named(given.pop("codec"))),
             gradient_codec=gradient_codec(codec),
-            adapter_codec=EXACT if codec == EXACT else LORA4,
             lora_rank=lora.rank,
             lora_alpha=lora.scale * lora.rank,
             lora_dropout=lora.dropout,
