@@ -655,9 +655,10 @@ DISTURBED = [
 def test_a_disturbed_run_in_a_codec_gives_the_adapter_of_an_undisturbed_one(
     scene: Scene, tmp_path: Path, codec: str, mode: str, faults: list[Fault]
 ) -> None:
+    codecs: dict[str, Any] = {"codec": codec, "adapter_codec": "lora4"}
     for name in ("undisturbed", "disturbed"):
         (tmp_path / name).mkdir()
-    undisturbed = scene.run(tmp_path / "undisturbed", mode, [], codec=codec).to_its_end()
-    disturbed = scene.run(tmp_path / "disturbed", mode, faults, codec=codec).to_its_end()
+    undisturbed = scene.run(tmp_path / "undisturbed", mode, [], **codecs).to_its_end()
+    disturbed = scene.run(tmp_path / "disturbed", mode, faults, **codecs).to_its_end()
     assert sorted(disturbed.struck) == sorted(fault.what for fault in faults)
     assert disturbed.differences(undisturbed) == []
