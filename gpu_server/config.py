@@ -252,13 +252,6 @@ class ServerConfig:
         return replace(self, dtype=dtype, micro_batches=micro_batches, check_codec_every=checks)
 
     @property
-    def _codec(self) -> str:
-        """In which a run begins, as its devices are told."""
-        if self.codec == "auto":
-            return EXACT if self.dtype == "float64" else "int8"
-        return codec_named(self.codec)
-
-    @property
     def names_targets(self) -> bool:
         """Whether the adapted layers are named, and not left to the model's family."""
         return self.lora_targets not in (None, ALL_LINEAR)
@@ -280,8 +273,12 @@ class ServerConfig:
     def _shared(self, **instead: Any) -> RunSettings:
         precision = "float64" if self.dtype == "float64" else "float32"
         shared = {item.name: getattr(self, item.name) for item in fields(RunSettings) if item.name not in DERIVED}
-        codec, of_adapter = self._codec, codec_named(self.adapter_codec)
-        if codec != EXACT and precision == "float64":
+        codec, of_adapter = codec_named(self.codec), codec_named(self.adapter_codec)
+        if codec == "auto" and precision == "float64":
+            codec = EXACT
+        elif codec == "auto":
+            codec = "int8"
+        elif codec != EXACT and precision == "float64":
             raise ConfigError(f"codec {codec} is for runs in float32; a run in float64 has --codec float32, which is exact")
         if precision == "float64" and self.edge_weights != "float32":
             raise ConfigError(f"edge-weights {self.edge_weights} is for runs in float32; in float64 every device has a model")

@@ -29,7 +29,6 @@ from protocol import (
     encode,
     gradient_codec,
 )
-from protocol.passage import coded_contribution
 from protocol.rounding import Dither
 from protocol.settings import FLOAT32, codec_named
 from split_model import LoraConfig, summed_cross_entropy
@@ -217,14 +216,13 @@ class _Device:
     """Both sides of a step."""
 
     def __init__(self, cut: CutModel, setting: Setting, secret: bytes) -> None:
-        self.cut, self.setting, self.settings = cut, setting, setting.of_a_run(cut.lora)
-        settings = self.settings
+        self.cut, self.setting, settings = cut, setting, setting.of_a_run(cut.lora)
         self.engine = TorchEngine(cut.model, settings, "cpu", "float32")
         self.engine.load_adapter({name: matrix.numpy() for name, matrix in cut.edge.adapter().items()})
         self.codecs: dict[type, str] = dict.fromkeys(
             (HiddenStates, HiddenGradient, ActivationGradient), settings.gradient_codec
         )
-        self.codecs |= {Activations: settings.activation_codec, AdapterGradient: settings.adapter_codec}
+        self.codecs[Activations] = settings.activation_codec
         self.disclosure = Disclosure(settings, secret, cut.centre if setting.activation_clip else None)
         self.frame_bytes: dict[str, int] = {}
 
@@ -277,10 +275,8 @@ class _Device:
     def _sent(self, message: Sent) -> Sent:
         """A message as it arrives."""
         codec = self.codecs.get(type(message), EXACT)
-        is_gradient = isinstance(message, HiddenGradient | ActivationGradient | AdapterGradient)
+        is_gradient = isinstance(message, HiddenGradient | ActivationGradient)
         dither = Dither(0, "device", type(message).__name__, message.step, 0) if is_gradient and codec != EXACT else None
-        if isinstance(message, AdapterGradient) and dither is not None:
-            message = coded_contribution(message, self.settings, dither)
         frame = encode(message, codec, dither)
         self.frame_bytes[type(message).__name__] = len(frame)
         arrived = decode(frame, MOST_BYTES, {codec})
