@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from graphs import Floats, Graph, Weights
 
@@ -15,13 +14,13 @@ from .decoder_graph import DecoderGraph
 from .errors import ExportError
 from .exported_model import empty_cache, open_session
 from .precision import PRECISIONS
+from .texts import Tokens
 
 if TYPE_CHECKING:  # a graph is built without torch, which split_model imports
     from split_model import ModelConfig
 
 __all__ = ["Observer"]
 
-Tokens = NDArray[np.int64]
 LayerInputs = dict[tuple[str, ...], Floats]
 """By the names, in the model, of the layers that are given the same, (S, in)."""
 

@@ -63,9 +63,8 @@ def _rounded(matrix: Floats, sums: Floats, form: BlockFormat) -> Iterator[tuple[
         stop = min(start + form.size, len(rest))
         block = rest[start:stop]  # a view: corrections reach it
         grid = _best_grid(block, importance[start:stop], form)
-        integers = np.broadcast_to(grid.zero_points, (form.size, rest.shape[1])).astype(
-            np.uint8
-        )  # zeros fill up the last block
+        # Zeros fill up the last block.
+        integers = np.broadcast_to(grid.zero_points, (form.size, rest.shape[1])).astype(np.uint8)
         errors = np.empty_like(block)
         for row, own in enumerate(influence[start:stop]):
             integers[row] = grid.integers(block[row])
