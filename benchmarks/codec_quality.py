@@ -21,7 +21,7 @@ import torch
 from edge_client import EdgeClient
 from gpu_server import GpuServer
 from protocol import CODECS, DELTA
-from protocol.settings import LORA4
+from protocol.settings import DITHERED
 from terminal import Progress
 
 CLIENTS, BATCH_SIZE, THIRD = 3, 8, 14_020
@@ -37,7 +37,7 @@ def main() -> None:
         "--codecs", default=",".join(("float32", *CODECS, DELTA)), help="the first is the measure of the others"
     )
     parser.add_argument("--aggregate-every", type=int, default=1, help="steps in a round")
-    parser.add_argument("--adapter-codec", choices=("float32", LORA4), help="default: as runs have it")
+    parser.add_argument("--adapter-codec", choices=("float32", DITHERED), help="default: as runs have it")
     parser.add_argument("--labels", choices=("server", "device"), default="server")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,11 +1,11 @@
 """
 Bytes of a labelled sample both ways, as TCP carries them: with TLS, WebSocket framing, handshakes and the adapter's exchange.
 
-gpt2-mini, or with --small a model of GPT-2 small's shape, on shuffled rows of E2E's train.txt, batches of 8, cut after block 3,
-epochs of 66 steps, each codec in a run of its own: in rounds of one step, as runs are by default, and with an epoch as one
-round, where the adapter crosses the link once. delta goes through its samples twice. The codec policy is told to let int4 and
-delta be. The reference pads every sample to 512 tokens and sends float32; its bytes are computed, of activations and gradients
-alone, as are those of 16-bit floats without padding.
+gpt2-mini, or with --shape gpt2 a model of GPT-2 small's shape, on shuffled rows of E2E's train.txt, batches of 8, cut after
+block 3, epochs of 66 steps, each codec in a run of its own: in rounds of one step, as runs are by default, and with an epoch as
+one round, where the adapter crosses the link once. delta goes through its samples twice. Everything else is as runs have it by
+default, but for the codec policy, which is told to let int4 and delta be. The reference pads every sample to 512 tokens and
+sends float32; its bytes are computed, of activations and gradients alone, as are those of 16-bit floats without padding.
 
 With --labels device the labels stay on the device: hidden states come down and their gradients go up, in the same codecs, of
 the labelled rows or, with noise on the gradients, of all rows; bytes are also given for each element of the activations.
@@ -14,6 +14,8 @@ the labelled rows or, with noise on the gradients, of all rows; bytes are also g
 import argparse
 import itertools
 import tempfile
+import threading
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from edge_client.enrolment import store
 from gpu_server import GpuServer
 from gpu_server.door import enrolments_of, invite
 from protocol import CODECS, DELTA
-from protocol.settings import LORA4
+from protocol.settings import DITHERED
 from split_model import PretrainedModel
 from terminal import Progress
 
@@ -37,26 +39,31 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=66, help="an epoch")
     parser.add_argument("--labels", choices=("server", "device"), default="server")
     parser.add_argument("--codecs", default=",".join(("float32", *CODECS, DELTA)))
-    parser.add_argument("--adapter-codec", choices=("float32", LORA4), default="float32")
-    parser.add_argument("--small", action="store_true", help="GPT-2 small's shape, with random weights, in place of gpt2-mini")
+    parser.add_argument("--adapter-codec", choices=("float32", DITHERED), help="default: as runs have it")
+    parser.add_argument("--shape", choices=("gpt2-mini", "gpt2"), default="gpt2-mini", help="gpt2 has random weights")
+    parser.add_argument("--devices", type=int, default=1, help="each with rows of its own, and batches of 8")
+    parser.add_argument("--rounds", default="1,epoch", help="steps in a round, or epoch")
     options = parser.parse_args()
     if options.labels == "device":
         of_labels_on_the_device(options.steps)
         return
-    num_samples, codecs = BATCH_SIZE * options.steps, options.codecs.split(",")
-    rounds = {"rounds of 1": 1, "one round": options.steps}
+    num_samples, codecs = options.devices * BATCH_SIZE * options.steps, options.codecs.split(",")
+    rounds = {
+        "one round" if every == "epoch" else f"rounds of {every}": options.steps if every == "epoch" else int(every)
+        for every in options.rounds.split(",")
+    }
     num_steps = len(rounds) * (len(codecs) + (DELTA in codecs)) * options.steps
     with tempfile.TemporaryDirectory() as scratch, Progress(num_steps) as progress:
         folder = Path(scratch)
-        model = harness.make_gpt2_small(folder / "small") if options.small else harness.shared("models/gpt2-mini")
+        model = harness.make_gpt2_small(folder / "gpt2") if options.shape == "gpt2" else harness.shared("models/gpt2-mini")
         width = PretrainedModel(model).config.width
         reference = 2 * REFERENCE_LENGTH * BYTES_OF_A_FLOAT * width
         rows, of_16_bits = [row("reference: float32, padded to 512", reference / 2, reference / 2, reference)], []
-        data = harness.write_rows(folder / "rows.txt", harness.e2e_rows("train", slice(0, num_samples)))
+        data = rows_of_devices(folder, options.devices, options.steps)
         for codec, (of_rounds, every) in itertools.product(codecs, rounds.items()):
             epochs = 2 if codec == DELTA else 1
             settings = {"model": str(model), "epochs": epochs, "aggregate_every": every, "codec": codec}
-            settings |= {"adapter_codec": options.adapter_codec}
+            settings |= {"adapter_codec": options.adapter_codec} if options.adapter_codec else {}
             # These two change the loss of this model by more than the codec policy's tolerance, and would be left.
             settings |= {"codec_tolerance": 1e9} if codec in ("int4", DELTA) else {}
             counts = bytes_of_run(folder / f"{codec}-{every}", settings, data, options.steps, progress)
@@ -81,7 +88,7 @@ def of_labels_on_the_device(steps: int) -> None:
     codecs, rows = ("float32", *CODECS), []
     with tempfile.TemporaryDirectory() as scratch, Progress(len(modes) * len(codecs) * steps) as progress:
         folder = Path(scratch)
-        data = harness.write_rows(folder / "rows.txt", harness.e2e_rows("train", slice(0, num_samples)))
+        data = rows_of_devices(folder, 1, steps)
         for codec in codecs:
             for mode, labels in modes.items():
                 settings = {"model": str(model), "epochs": 1, "aggregate_every": steps, "codec": codec, "check_codec_every": 0}
@@ -99,43 +106,72 @@ def row(name: str, up: float, down: float, reference: float) -> list[str]:
     return [name, *(f"{number / 1e3:.1f}" for number in (up, down, up + down)), share]
 
 
+def rows_of_devices(folder: Path, num_devices: int, steps: int) -> list[Path]:
+    """A file for each device, of as many rows as it needs for an epoch of so many steps."""
+    each = BATCH_SIZE * steps
+    return [
+        harness.write_rows(folder / f"rows-{number}.txt", harness.e2e_rows("train", slice(number * each, (number + 1) * each)))
+        for number in range(num_devices)
+    ]
+
+
 @dataclass
 class Counts:
-    """Of one device's connection, from the handshake to the end."""
+    """Of all devices' connections together, from the handshake to the end."""
 
     epochs: list[tuple[int, int]]
-    """Bytes up and down; the last epoch's until the device has left."""
+    """Bytes up and down; the last epoch's until the devices have left."""
     tokens: int
     """Of an epoch."""
 
 
-def bytes_of_run(folder: Path, settings: dict[str, Any], data: Path, steps: int, progress: Progress) -> Counts:
+def bytes_of_run(folder: Path, settings: dict[str, Any], data: list[Path], steps: int, progress: Progress) -> Counts:
     from test_run import tapped
 
     run_dir, port = str(folder / "run"), harness.free_port()
-    totals, tokens = [(0, 0)], 0
-    with tapped(port) as tap:
-        address = tap.url.removeprefix("ws://")
-        invitation = invite(enrolments_of(run_dir, None), "device", address=address, tls_cert=None, insecure=False)
-        store(folder / "state", invitation)
-        with GpuServer(run_dir=run_dir, port=port, dtype="float32", **settings) as server:
+    with ExitStack() as stack:
+        taps = [stack.enter_context(tapped(port)) for _ in data]
+        totals, tokens = [(0, 0)], [0] * len(data)
+
+        def note_totals() -> None:
+            totals.append((sum(tap.up for tap in taps), sum(tap.down for tap in taps)))
+
+        at_the_end_of_an_epoch = threading.Barrier(len(data), action=note_totals)
+
+        def take_part(number: int, url: str) -> None:
             own = {
                 "engine": "torch",
                 "model": settings["model"],
                 "batch_size": BATCH_SIZE,
                 "dtype": "float32",
-                "state_dir": folder / "state",
+                "state_dir": folder / f"state-{number}",
             }
-            with EdgeClient(f"wss://{address}", data=data, **own) as client:
+            with EdgeClient(url, data=data[number], **own) as client:
                 for step in client.train():
-                    tokens += step.tokens
-                    progress.advance(f"{settings['codec']}, loss {step.loss:.3f}")
+                    tokens[number] += step.tokens
+                    if not number:
+                        progress.advance(f"{settings['codec']}, loss {step.loss:.3f}")
                     if step.number % steps == 0:
-                        totals.append((tap.up, tap.down))
+                        at_the_end_of_an_epoch.wait()
+
+        devices = []
+        for number, tap in enumerate(taps):
+            address = tap.url.removeprefix("ws://")
+            invitation = invite(
+                enrolments_of(run_dir, None), f"device-{number}", address=address, tls_cert=None, insecure=False
+            )
+            store(folder / f"state-{number}", invitation)
+            devices.append(threading.Thread(target=take_part, args=(number, f"wss://{address}")))
+        with GpuServer(run_dir=run_dir, port=port, dtype="float32", clients=len(data), **settings) as server:
+            for device in devices:
+                device.start()
             list(server.train())
-    totals[-1] = (tap.up, tap.down)
+            for device in devices:
+                device.join()
+    note_totals()
+    del totals[-2]  # at the end of the last epoch, before the devices had left
     epochs = [(later[0] - earlier[0], later[1] - earlier[1]) for earlier, later in itertools.pairwise(totals)]
-    return Counts(epochs, tokens // len(epochs))
+    return Counts(epochs, sum(tokens) // len(epochs))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from protocol import CODECS, DELTA, EXACT, RunSettings, gradient_codec
-from protocol.settings import FLOAT32, LARGEST_COUNT, LORA4, LR_SCHEDULES, codec_named
+from protocol.settings import DITHERED, FLOAT32, LARGEST_COUNT, LR_SCHEDULES, codec_named
 from terminal import user_text_path
 
 from .errors import ConfigError
@@ -32,6 +32,8 @@ OF_THE_RUN = {item.name for item in fields(RunSettings)} - DERIVED | {
 }
 """A run that goes on may do so elsewhere, and with other limits; what it computes stays what it was."""
 
+SINCE_BEFORE = {"adapter_codec": FLOAT32}
+"""What runs have been of whom an earlier version did not record it, where that is not what runs are by default since."""
 ALL_LINEAR = ("all-linear",)
 """PEFT's word for all linear layers of a block; which these are, the model says."""
 PATHS = {"model", "run_dir", "init_adapter", "tls_cert", "tls_key", "next_tls_cert", "clients_file"}
@@ -118,10 +120,10 @@ class ServerConfig:
         FLOAT32,
         choices=("auto", FLOAT32, *CODECS, DELTA),
     )
-    adapter_codec: str = option(
-        "how LoRA matrices travel between devices and server: float32 is exact, lora4 takes a tenth of its bytes or less",
-        FLOAT32,
-        choices=(FLOAT32, LORA4),
+    adapter_codec: str | None = option(
+        "how LoRA matrices travel between devices and server: float32 is exact, dithered takes a tenth of its bytes or less "
+        "(default: dithered; float32 with --codec float32)",
+        choices=(FLOAT32, DITHERED),
     )
     codec_tolerance: float = option("nats/token by which a codec may change the loss before a richer one is used", 0.01)
     check_codec_every: int | None = option(
@@ -235,8 +237,8 @@ class ServerConfig:
 
     def settled(self, dtype: str) -> "ServerConfig":
         """
-        The same with what was left open: ``dtype``, as it was chosen; the number of micro-batches, and how often the codec is
-        checked, which are chosen here.
+        The same with what was left open: ``dtype``, as it was chosen; the number of micro-batches, how often the codec is
+        checked, and the codec of LoRA matrices, which are chosen here.
 
         Raises:
             ConfigError: the residual stream is to be in bfloat16, and the weights are not.
@@ -249,7 +251,19 @@ class ServerConfig:
                 f"residual bfloat16 needs dtype bfloat16, and the run has {dtype}: leave --residual out or add --dtype bfloat16"
             )
         micro_batches = self.micro_batches or (1 if is_loopback(self.host) else 2)
-        return replace(self, dtype=dtype, micro_batches=micro_batches, check_codec_every=checks)
+        settled = replace(self, dtype=dtype, micro_batches=micro_batches, check_codec_every=checks)
+        return replace(settled, adapter_codec=settled._codec_of_adapter)
+
+    @property
+    def _codec(self) -> str:
+        """In which a run begins, as its devices are told."""
+        if self.codec == "auto":
+            return EXACT if self.dtype == "float64" else "int8"
+        return codec_named(self.codec)
+
+    @property
+    def _codec_of_adapter(self) -> str:
+        return self.adapter_codec or (FLOAT32 if self._codec == EXACT else DITHERED)
 
     @property
     def names_targets(self) -> bool:
@@ -273,12 +287,8 @@ class ServerConfig:
     def _shared(self, **instead: Any) -> RunSettings:
         precision = "float64" if self.dtype == "float64" else "float32"
         shared = {item.name: getattr(self, item.name) for item in fields(RunSettings) if item.name not in DERIVED}
-        codec, of_adapter = codec_named(self.codec), codec_named(self.adapter_codec)
-        if codec == "auto" and precision == "float64":
-            codec = EXACT
-        elif codec == "auto":
-            codec = "int8"
-        elif codec != EXACT and precision == "float64":
+        codec, of_adapter = self._codec, codec_named(self._codec_of_adapter)
+        if codec != EXACT and precision == "float64":
             raise ConfigError(f"codec {codec} is for runs in float32; a run in float64 has --codec float32, which is exact")
         if precision == "float64" and self.edge_weights != "float32":
             raise ConfigError(f"edge-weights {self.edge_weights} is for runs in float32; in float64 every device has a model")
@@ -348,7 +358,7 @@ def resumed(options: Mapping[str, Any], previous: Mapping[str, Any]) -> dict[str
     another = f"or start another run from its adapter: --init-adapter {where}/adapter with another --run-dir"
     # What an earlier version did not record is what it has been by default since.
     defaults = {item.name: item.default for item in fields(ServerConfig) if item.default is not None}
-    recorded = {**defaults, **previous}
+    recorded = {**defaults, **SINCE_BEFORE, **previous}
     for name in OF_THE_RUN & options.keys() & recorded.keys():
         given, before = options[name], recorded[name]
         if isinstance(before, list | tuple):
@@ -372,7 +382,7 @@ def resumed(options: Mapping[str, Any], previous: Mapping[str, Any]) -> dict[str
             f"{where} holds a run with {shown[0]}; it cannot go on with {shown[1]}. Leave --{flag_name(name)} out, {another}"
         )
     known = {item.name for item in fields(ServerConfig)}
-    return {**{name: value for name, value in previous.items() if name in known}, **options}
+    return {**SINCE_BEFORE, **{name: value for name, value in previous.items() if name in known}, **options}
 
 
 def is_loopback(host: str) -> bool:

@@ -9,14 +9,23 @@ import numpy as np
 
 from .errors import RemoteProtocolError
 from .messages import Array
-from .quantisation import LARGEST_MAGNITUDE, Quantised, dequantise, quantise, quantise_coarsely
+from .quantisation import (
+    BLOCK,
+    LARGEST_MAGNITUDE,
+    Quantised,
+    dequantise,
+    dequantise_dithered,
+    quantise,
+    quantise_dithered,
+)
 from .rounding import Dither, from_bfloat16, to_bfloat16
-from .settings import LORA4, OFFERED
+from .settings import DITHERED, OFFERED
 from .shuffling import shuffled, unshuffled
 
 __all__ = ["Coded", "quantised_parts", "quantised_values"]
 
 LARGEST_CODES = {"int8": 127, "int4": 7}
+NOISE_BYTES = 16
 UINT16, INT32 = np.dtype(np.uint16), np.dtype(np.int32)
 
 
@@ -25,7 +34,7 @@ class Coded:
     """A matrix (N, d) as it travels. The parts are bytes that nobody has checked: `decode` does."""
 
     codec: str
-    """One of CODECS, LORA4, or DELTA, which `decode` cannot decode and `delta.py` does: it depends on what was sent before."""
+    """One of OFFERED. `decode` cannot decode DELTA, which depends on what was sent before; `delta.py` does."""
     shape: tuple[int, int]
     """Of the decoded matrix."""
     parts: Sequence[bytes]
@@ -51,18 +60,21 @@ class Coded:
         return cls(codec, (num_rows, width), parts)
 
     @classmethod
-    def of_matrix(cls, matrix: Array, codes_of_the_rms: float, dither: Dither | None = None) -> "Coded":
+    def dithered(
+        cls, matrix: Array, codes_of_the_rms: float, dither: Dither | None = None, *, has_one_unit: bool = False
+    ) -> "Coded":
         """
-        Code a LoRA matrix in LORA4, along its longer side: A row by row, B column by column.
+        Code a matrix in DITHERED along its longer side, as LoRA's A row by row, and B column by column.
 
         Args:
-            matrix: (r, inputs) or (outputs, r), float32, finite.
-            codes_of_the_rms: of a row or column, how many codes its root mean square is: the fewer, the coarser, and the fewer
-                bits remain when zeros are compressed. More than four bits allow is as many as they do.
-            dither: as of `of`.
+            matrix: (N, d) float32, finite.
+            codes_of_the_rms: the fewer, the coarser, and the fewer bits remain when it is compressed; see `quantise_dithered`.
+            dither: whose noise is added, and subtracted by the receiver; None rounds to the nearest.
+            has_one_unit: see `quantise_dithered`.
         """
-        codes, scales = quantise_coarsely(_lengthwise(matrix), LARGEST_CODES["int4"], codes_of_the_rms, dither)
-        return cls(LORA4, matrix.shape, [shuffled(scales), _halves(codes)])
+        seed = b"" if dither is None else dither.seed()
+        codes, scales = quantise_dithered(_lengthwise(matrix).reshape(-1), codes_of_the_rms, seed, has_one_unit=has_one_unit)
+        return cls(DITHERED, matrix.shape, [seed, shuffled(scales), *_planes(codes)])
 
     @classmethod
     def received(cls, fields: Any, max_bytes: int) -> "Coded":
@@ -96,22 +108,25 @@ class Coded:
         Raises:
             RemoteProtocolError: the codec makes no such parts of a tensor of this shape.
         """
-        if self.codec == LORA4:
-            return self._matrix()
+        if self.codec == DITHERED:
+            return self._undithered()
         if self.codec != "bfloat16":
             return quantised_values(self.codec, self.shape, self.parts)
         _check_sizes(self.codec, self.shape, self.parts, {"values": 2 * math.prod(self.shape)})
         return from_bfloat16(unshuffled(self.parts[0], UINT16, self.shape))
 
-    def _matrix(self) -> Array:
-        """What `of_matrix` has coded."""
-        num_scales, length = sorted(self.shape)
-        num_codes = num_scales * length
-        _check_sizes(self.codec, self.shape, self.parts, {"scales": 2 * num_scales, "codes": -(-num_codes // 2)})
-        scales = from_bfloat16(unshuffled(self.parts[0], UINT16, (num_scales,)))
-        _check_scales(self.codec, scales)
-        rows = _whole(self.parts[1], num_codes).reshape(num_scales, length) * scales[:, None]
-        return np.ascontiguousarray(rows.T) if _is_tall(self.shape) else rows
+    def _undithered(self) -> Array:
+        """What `dithered` has coded."""
+        num_codes = math.prod(self.shape)
+        num_scales, half = -(-num_codes // BLOCK), -(-num_codes // 2)
+        noise = NOISE_BYTES if self.parts and self.parts[0] else 0
+        sizes = {"noise": noise, "scales": 2 * num_scales, "lower halves": half, "upper halves": half}
+        _check_sizes(self.codec, self.shape, self.parts, sizes)
+        seed, scales, *planes = self.parts
+        units = unshuffled(scales, UINT16, (num_scales,))
+        _check_scales(self.codec, from_bfloat16(units))
+        values = dequantise_dithered(_of_planes(planes, num_codes), units, seed)
+        return np.ascontiguousarray(values.reshape(self.shape[::-1]).T) if _is_tall(self.shape) else values.reshape(self.shape)
 
 
 def _is_tall(shape: tuple[int, ...]) -> bool:
@@ -120,7 +135,7 @@ def _is_tall(shape: tuple[int, ...]) -> bool:
 
 
 def _lengthwise(matrix: Array) -> Array:
-    """The rows, or columns, of a matrix that have a scale each, one under the other."""
+    """Its rows, or where these are short its columns, one under the other."""
     return np.ascontiguousarray(matrix.T) if _is_tall(matrix.shape) else matrix
 
 
@@ -178,6 +193,23 @@ def _check(codec: str, quantised: Quantised) -> None:
 def _check_scales(codec: str, scales: Array) -> None:
     if not ((scales > 0) & (scales <= LARGEST_MAGNITUDE)).all():
         raise RemoteProtocolError(f"a scale of {codec} is not a positive number up to 2^120")
+
+
+def _planes(codes: Array) -> list[bytes]:
+    """
+    The lower and the upper halves of codes of a byte, both as `_halves` has them. The sign is the lowest bit: of small codes
+    the upper halves are zeros, which zstd makes nothing of.
+    """
+    folded = ((codes << 1) ^ (codes >> 7)).view(np.uint8)
+    return [_halves(folded), _halves(folded >> 4)]
+
+
+def _of_planes(planes: Sequence[bytes], num_codes: int) -> Array:
+    """(num_codes,) int8: the codes that `_planes` made bytes of."""
+    lower, upper = (_whole(plane, num_codes).view(np.uint8) for plane in planes)
+    folded = (lower & 15) | (upper << 4)
+    codes: Array = ((folded >> 1) ^ (0 - (folded & 1))).view(np.int8)
+    return codes
 
 
 def _halves(codes: Array) -> bytes:

@@ -12,7 +12,7 @@ import numpy as np
 
 from .errors import InvalidName
 from .limits import MAX_PART_FILE_BYTES, MAX_PART_FILES, PIECE_BYTES
-from .settings import CODECS, DELTA, LORA4, RunSettings
+from .settings import CODECS, DELTA, DITHERED, RunSettings
 
 __all__ = [
     "PROTOCOL_VERSION",
@@ -73,7 +73,7 @@ CodedFloats = Annotated[Array, ArrayType(("float32", "float64"), 2, codecs=(*COD
 """On the wire in a codec, if the run has one; here they are floats."""
 Integers = Annotated[Array, ArrayType(("int32",), 1)]
 Tensors = dict[str, Floats]
-CodedTensors = dict[str, Annotated[Array, ArrayType(("float32", "float64"), 2, codecs=(LORA4,))]]
+CodedTensors = dict[str, Annotated[Array, ArrayType(("float32", "float64"), 2, codecs=(DITHERED,))]]
 """LoRA matrices by name; on the wire in a codec, if the run has one for them."""
 
 

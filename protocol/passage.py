@@ -1,8 +1,8 @@
 """
-The passage of LoRA matrices between devices and server, in the codec `LORA4`.
+The passage of LoRA matrices between devices and server, in the codec `DITHERED`.
 
-A device sends its gradient, or what its matrices have changed since the round began, rounded up or down at random: the error
-has a mean of zero, and nobody keeps anything of it. The server sends what the adapter has changed since the round began,
+A device sends its gradient, or what its matrices have changed since the round began, with noise that the server subtracts: the
+error has a mean of zero, and nobody keeps anything of it. The server sends what the adapter has changed since the round began,
 rounded to the nearest, and goes on itself from what it has sent: so both sides have the same adapter, to the bit. What the
 rounding has left out it *owes*, and adds to the next change (error feedback, 1-bit SGD of Seide et al. 2014): nothing is lost,
 and errors do not add up.
@@ -16,19 +16,20 @@ import numpy as np
 
 from .codecs import Coded
 from .errors import TrainingDiverged
-from .messages import AdapterGradient, Array, Contribution, EdgeAdapter, Tensors
+from .messages import Array, Contribution, Tensors
 from .rounding import Dither
 from .settings import RunSettings
 
 __all__ = ["changed_by", "changes", "coded_contribution", "coded_update"]
 
-COARSE = {AdapterGradient: 0.67, EdgeAdapter: 0.57}
+CODES_OF_THE_RMS = {"int8": (4.0, 1.0), "int4": (2.0, 0.8)}
 """
-How many codes the root mean square of a row is, in rounds of one step beside int4. For what the server sends more than a half:
-of a row whose elements are all alike something is sent then, and what is owed shrinks, whatever the row.
+In rounds of one step, where the passage is a large part of what crosses the link: how many codes the root mean square of a
+block is, of what a device sends and of what the server sends, beside each codec of gradients. What is sent down may be coarser,
+for its error is owed; but codes above twice the root mean square would never send anything where all elements are alike.
 """
-ALL_CODES = 1e9
-"""As fine as four bits allow."""
+NEARLY_EXACT = (8.0, 8.0)
+"""In longer rounds, and beside richer codecs."""
 
 Sent = TypeVar("Sent", bound=Contribution)
 
@@ -40,8 +41,8 @@ def coded_contribution(message: Sent, settings: RunSettings, dither: Dither) -> 
     Raises:
         TrainingDiverged: its numbers are not finite.
     """
-    codes = _codes_of_the_rms(type(message), settings)
-    coded = {name: Coded.of_matrix(_finite(name, matrix), codes, dither) for name, matrix in message.tensors.items()}
+    codes, _ = _codes_of_the_rms(settings)
+    coded = {name: Coded.dithered(_finite(name, matrix), codes, dither) for name, matrix in message.tensors.items()}
     return replace(message, tensors=coded)  # type: ignore[arg-type]  # as it is on the wire
 
 
@@ -53,8 +54,8 @@ def coded_update(before: Tensors, wanted: Tensors, settings: RunSettings) -> tup
         before: the matrices that everybody has.
         wanted: those that everybody should have, with what was owed.
     """
-    codes = _codes_of_the_rms(EdgeAdapter, settings)
-    change = {name: Coded.of_matrix(matrix, codes) for name, matrix in changes(wanted, before).items()}
+    _, codes = _codes_of_the_rms(settings)
+    change = {name: Coded.dithered(matrix, codes) for name, matrix in changes(wanted, before).items()}
     shared = changed_by(before, {name: coded.decode() for name, coded in change.items()})
     return change, shared, changes(wanted, shared)
 
@@ -69,10 +70,11 @@ def changes(later: Tensors, earlier: Tensors) -> Tensors:
     return {name: matrix - earlier[name] for name, matrix in later.items()}
 
 
-def _codes_of_the_rms(kind: type, settings: RunSettings) -> float:
-    """Few where the passage is the larger part of what crosses the link: codes are then mostly zero, and take a bit or two."""
-    is_coarse = settings.aggregate_every == 1 and settings.gradient_codec == "int4"
-    return COARSE[kind] if is_coarse else ALL_CODES
+def _codes_of_the_rms(settings: RunSettings) -> tuple[float, float]:
+    """Of what a device sends, and of what the server sends."""
+    if settings.aggregate_every > 1:
+        return NEARLY_EXACT
+    return CODES_OF_THE_RMS.get(settings.gradient_codec, NEARLY_EXACT)
 
 
 def _finite(name: str, matrix: Array) -> Array:

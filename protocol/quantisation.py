@@ -12,9 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from .messages import Array
-from .rounding import Dither, from_bfloat16, to_bfloat16, upwards_to_bfloat16
+from .rounding import Dither, drawn, from_bfloat16, to_bfloat16, upwards_to_bfloat16
 
-__all__ = ["LARGEST_MAGNITUDE", "LARGEST_VALUE", "Quantised", "dequantise", "quantise", "quantise_coarsely"]
+__all__ = [
+    "BLOCK",
+    "LARGEST_MAGNITUDE",
+    "LARGEST_VALUE",
+    "Quantised",
+    "dequantise",
+    "dequantise_dithered",
+    "quantise",
+    "quantise_dithered",
+]
 
 LARGEST_MAGNITUDE = 2.0**120
 """Of scales, centres and outlier values: 128 of them are still a float32."""
@@ -22,6 +31,8 @@ LARGEST_VALUE = 2.0**119
 """Larger ones become it: two of them are never further apart than the largest magnitude."""
 SMALLEST_SCALE = 2.0**-126  # the smallest normal float32, whose inverse is one too
 MARGIN = 1 + 2.0**-20  # a code is never beyond the largest, however the division rounds
+BLOCK = 64
+LARGEST_DITHERED = 126  # without its noise, which may be a half more
 OUTLIER_RATIO = 3.0  # to the median channel
 FEWEST_CHANNELS_AN_OUTLIER = 16
 CHUNK_ELEMENTS = 2**16  # 256 kB: what is worked on stays in a core's cache
@@ -70,24 +81,43 @@ def quantise(values: Array, largest_code: int, dither: Dither | None = None) -> 
     return Quantised(codes, scales, centre, outliers, outlier_values)
 
 
-def quantise_coarsely(
-    values: Array, largest_code: int, codes_of_the_rms: float, dither: Dither | None = None
-) -> tuple[Array, Array]:
+def quantise_dithered(values: Array, codes_of_the_rms: float, seed: bytes, *, has_one_unit: bool) -> tuple[Array, Array]:
     """
+    Codes by subtractive dither (Roberts 1962): noise is added before rounding, and `dequantise_dithered` subtracts the same.
+    Whatever a value is, its error is then even over a code: zero on average, with half the variance of rounding at random.
+
     Args:
-        values: (N, d) float32.
-        codes_of_the_rms: how many codes a row's root mean square is; fewer, where else a code would be beyond the largest.
-        dither: see `quantise`.
+        values: (n,) float32, in blocks of BLOCK, the last of which may have fewer.
+        codes_of_the_rms: how many codes a block's root mean square is, or up to a third fewer; fewer still,
+            where one would be beyond the largest.
+        seed: of the noise; empty: rounds to the nearest.
+        has_one_unit: the root mean square is that of all values, and their errors are alike. Else they are in proportion to
+            what is in a block.
 
     Returns:
-        Codes (N, d) int8, and scales (N,) bfloat16.
+        Codes (n,) int8, and the scales of the blocks, bfloat16 with one bit of a mantissa: neighbours are mostly alike.
     """
-    clipped = _clipped(values)
-    peaks = np.abs(clipped).max(axis=1, initial=0.0)
-    rms = np.sqrt(np.square(clipped, dtype=np.float64).mean(axis=1)) if values.size else np.zeros(len(values))
-    wanted = (rms * (largest_code / (MARGIN * codes_of_the_rms))).astype(np.float32)
-    scales = _scales(np.maximum(peaks, wanted), largest_code)
-    return _codes(clipped, scales, dither), scales
+    blocks = np.zeros((-(-values.size // BLOCK), BLOCK), np.float32)
+    flat = blocks.reshape(-1)[: values.size]
+    flat[:] = _clipped(values)
+    alike = blocks.reshape(1, -1) if has_one_unit and len(blocks) else blocks
+    rms = np.sqrt(np.square(alike, dtype=np.float64).mean(axis=1))
+    wanted = np.maximum(rms / codes_of_the_rms, np.abs(alike).max(axis=1) * (MARGIN / LARGEST_DITHERED))
+    scales = np.broadcast_to(_upwards_to_few_bits(np.maximum(wanted, SMALLEST_SCALE).astype(np.float32)), len(blocks))
+    blocks *= (1 / from_bfloat16(scales))[:, None]
+    if seed:
+        flat += drawn(seed, flat.size)
+    np.rint(flat, out=flat)
+    return flat.astype(np.int8), scales
+
+
+def dequantise_dithered(codes: Array, scales: Array, seed: bytes) -> Array:
+    """(n,) float32, exact: a code less its noise has 16 bits, and a scale 8."""
+    values = codes.astype(np.float32)
+    if seed:
+        values -= drawn(seed, values.size)
+    values *= np.repeat(from_bfloat16(scales), BLOCK)[: values.size]
+    return values
 
 
 def _codes(rows: Array, scales: Array, dither: Dither | None) -> Array:
@@ -157,3 +187,9 @@ def _scales(peaks: Array, largest_code: int) -> Array:
     """For the largest magnitude of each row: the bfloat16 above what makes it the largest code."""
     exact = np.maximum(peaks * np.float32(MARGIN / largest_code), np.float32(SMALLEST_SCALE))
     return upwards_to_bfloat16(exact)
+
+
+def _upwards_to_few_bits(values: Array) -> Array:
+    """Positive float32 -> the power of two, or one and a half of it, that is not below: bfloat16."""
+    bits: Array = (((values.view(np.uint32) + np.uint32(0x3FFFFF)) >> 22) << 6).astype(np.uint16)
+    return bits

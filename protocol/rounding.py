@@ -6,7 +6,7 @@ import numpy as np
 
 from .messages import Array
 
-__all__ = ["Dither", "from_bfloat16", "to_bfloat16", "upwards_to_bfloat16"]
+__all__ = ["Dither", "drawn", "from_bfloat16", "to_bfloat16", "upwards_to_bfloat16"]
 
 
 class Dither:
@@ -31,6 +31,17 @@ class Dither:
         words = self._bits.random_raw(-(-size // 4)) | np.uint64(0x0001_0001_0001_0001)
         noise: Array = words.astype("<u8", copy=False).view("<i2")[:size]
         return noise
+
+    def seed(self) -> bytes:
+        """16 bytes, others at every call: what a receiver draws the same noise of, by `drawn`."""
+        return self._bits.random_raw(2).astype("<u8", copy=False).tobytes()
+
+
+def drawn(seed: bytes, size: int) -> Array:
+    """Noise of both sides, the stream of SHAKE128: (size,) float32, odd multiples of 2^-9 between -1/2 and 1/2."""
+    numbers = np.frombuffer(hashlib.shake_128(seed).digest(size), np.uint8)
+    noise: Array = numbers * np.float32(2.0**-8) + np.float32(2.0**-9 - 0.5)
+    return noise
 
 
 def to_bfloat16(values: Array, dither: Dither | None = None) -> Array:

@@ -12,10 +12,10 @@ __all__ = [
     "BOUNDS",
     "CODECS",
     "DELTA",
+    "DITHERED",
     "EXACT",
     "FLOAT32",
     "LARGEST_COUNT",
-    "LORA4",
     "LR_SCHEDULES",
     "OFFERED",
     "SERVER_ABILITIES",
@@ -34,9 +34,9 @@ CODECS = ("bfloat16", "int8", "int4")
 """What else there is, for runs in float32; from many bytes to few."""
 DELTA = "delta"
 """Of activations: what a sample's have changed since its last visit, for both sides keep these."""
-LORA4 = "lora4"
-"""Of LoRA matrices: codes of four bits, and a scale for each of the r directions. See `passage.py`."""
-OFFERED = (*CODECS, DELTA, LORA4)
+DITHERED = "dithered"
+"""Of LoRA matrices: few bits each, and noise that the receiver subtracts again. See `quantise_dithered` and `passage.py`."""
+OFFERED = (*CODECS, DELTA, DITHERED)
 """All codecs but EXACT, which a client of this release has."""
 
 
@@ -134,7 +134,8 @@ class RunSettings:
     """The most that each side keeps of one client's samples, for DELTA."""
     adapter_codec: str = EXACT
     """
-    EXACT or LORA4: how LoRA matrices of the edge part cross the link between two rounds. In LORA4 they cross as changes since
+    EXACT or DITHERED: how LoRA matrices of the edge part cross the link between two rounds. In DITHERED they cross as changes
+    since
     the round began, but for gradients, which they are in rounds of one step from a client.
     """
     labels: str = "server"
@@ -196,7 +197,7 @@ class RunSettings:
         for name, known in (
             ("activation_codec", (EXACT, *CODECS, DELTA)),
             ("gradient_codec", (EXACT, *CODECS)),
-            ("adapter_codec", (EXACT, LORA4)),
+            ("adapter_codec", (EXACT, DITHERED)),
         ):
             codec = getattr(self, name)
             if codec not in known:

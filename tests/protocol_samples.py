@@ -1,6 +1,7 @@
 """A message of every kind, and the encoding written a second time, from PROTOCOL.md alone."""
 
 import dataclasses
+import hashlib
 import struct
 from typing import Any
 
@@ -214,11 +215,8 @@ def decoded(coded: msgpack.ExtType) -> Array:
     codec, (num_rows, width), *parts = msgpack.unpackb(coded.data)
     if codec == "bfloat16":
         return np.array(_bfloat16(parts[0]), np.float32).reshape(num_rows, width)
-    if codec == "lora4":
-        nibbles = [half for byte in parts[1] for half in (byte % 16, byte // 16)]
-        signed = np.array([code if code < 8 else code - 16 for code in nibbles][: num_rows * width], np.float32)
-        rows = signed.reshape(min(num_rows, width), -1) * np.array(_bfloat16(parts[0]), np.float32)[:, None]
-        return rows.T if num_rows > width else rows
+    if codec == "dithered":
+        return _undithered((num_rows, width), *parts)
     centre, outlier_values, scales = (_bfloat16(parts[index]) for index in (0, 2, 3))
     num_outliers = len(parts[1]) // 4
     outliers = [int.from_bytes(parts[1][k::num_outliers], "little") for k in range(num_outliers)]
@@ -232,6 +230,18 @@ def decoded(coded: msgpack.ExtType) -> Array:
             value = np.float32(outlier_values[outliers.index(c) * num_rows + n])
         values[n, c] = value + np.float32(centre[c] if centre else 0)
     return values
+
+
+def _undithered(shape: tuple[int, int], noise: bytes, scales: bytes, *halves: bytes) -> Array:
+    size = shape[0] * shape[1]
+    lower, upper = ([half for byte in plane for half in (byte % 16, byte // 16)] for plane in halves)
+    drawn, units, values = hashlib.shake_128(noise).digest(size), _bfloat16(scales), []
+    for number in range(size):
+        folded = lower[number] + 16 * upper[number]
+        code = -(folded + 1) // 2 if folded % 2 else folded // 2
+        values.append(np.float32((code - (2 * drawn[number] - 255) / 512 if noise else code) * units[number // 64]))
+    flat = np.array(values, np.float32)
+    return flat.reshape(shape[::-1]).T if shape[0] > shape[1] else flat.reshape(shape)
 
 
 def plain(value: Any) -> Any:

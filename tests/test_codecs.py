@@ -620,7 +620,7 @@ def test_a_run_in_a_codec_learns_nearly_as_an_exact_one_and_repeats_to_the_bit(
     outcomes = []
     for number in range(2):
         run_dir = tmp_path / f"run-{number}"
-        result = run_split(options(tiny_model, run_dir, codec=codec), clients)
+        result = run_split(options(tiny_model, run_dir, codec=codec, adapter_codec="float32"), clients)
         outcomes.append((result.losses, adapter_bytes(run_dir)))
     assert outcomes[0] == outcomes[1]
     exact = exact_losses(clients)
@@ -635,7 +635,7 @@ def test_a_client_without_the_runs_codec_is_refused_by_name_and_the_run_goes_on(
     with GpuServer(port=0, dtype="float32", **options(tiny_model, tmp_path / "run", codec="auto", steps=2)) as server:
         with monkeypatch.context() as patch:
             patch.setattr(edge_client.client, "OFFERED", ("bfloat16",))
-            with pytest.raises(Refused, match="old does not offer the codec int4, int8, which this run uses"):
+            with pytest.raises(Refused, match="old does not offer the codec dithered, int4, int8, which this run uses"):
                 EdgeClient(server.url, engine="torch", model=str(tiny_model), data=data, name="old").__enter__()
         with EdgeClient(server.url, engine="torch", model=str(tiny_model), data=data, name="new") as client:
             assert len(list(client.train())) == 2
@@ -655,7 +655,7 @@ DISTURBED = [
 def test_a_disturbed_run_in_a_codec_gives_the_adapter_of_an_undisturbed_one(
     scene: Scene, tmp_path: Path, codec: str, mode: str, faults: list[Fault]
 ) -> None:
-    codecs: dict[str, Any] = {"codec": codec, "adapter_codec": "lora4"}
+    codecs: dict[str, Any] = {"codec": codec, "adapter_codec": "dithered"}
     for name in ("undisturbed", "disturbed"):
         (tmp_path / name).mkdir()
     undisturbed = scene.run(tmp_path / "undisturbed", mode, [], **codecs).to_its_end()

@@ -96,19 +96,20 @@ def test_run_of_an_earlier_version_goes_on_with_what_that_version_did() -> None:
         resumed({"run_dir": "r", "labels": "device"}, recorded)
 
 
-def test_adapter_is_coded_where_that_is_asked_for_and_not_in_runs_that_an_earlier_version_has_begun() -> None:
-    def told(**options: Any) -> str:
-        return config(lora_targets="c_attn", **options).settled("float32").settings().adapter_codec
-
-    assert {told(codec=codec) for codec in ("auto", *CODECS, "delta")} == {"exact"}
-    assert told(codec="int4", adapter_codec="lora4") == "lora4"
-    with pytest.raises(ConfigError, match="adapter-codec lora4 is for runs in float32; in float64"):
-        config(adapter_codec="lora4", dtype="float64")
+def test_adapter_is_coded_where_activations_are_and_not_in_runs_that_an_earlier_version_has_begun() -> None:
+    told = {codec: config(codec=codec).settled("float32").adapter_codec for codec in ("float32", "auto", *CODECS, "delta")}
+    assert told == {"float32": "float32", **dict.fromkeys(("auto", *CODECS, "delta"), "dithered")}
+    assert config(codec="auto").settled("float64").adapter_codec == "float32"
+    assert config(codec="int4", adapter_codec="float32").settled("float32").adapter_codec == "float32"
+    with pytest.raises(ConfigError, match="adapter-codec dithered is for runs in float32; in float64"):
+        config(adapter_codec="dithered", dtype="float64")
     recorded = dataclasses.asdict(config(codec="int8"))
     del recorded["adapter_codec"]
     assert ServerConfig(**resumed({"run_dir": "r"}, recorded)).settled("float32").adapter_codec == "float32"
-    with pytest.raises(ConfigError, match="r holds a run with adapter-codec float32; it cannot go on with adapter-codec lora4"):
-        resumed({"run_dir": "r", "adapter_codec": "lora4"}, recorded)
+    with pytest.raises(
+        ConfigError, match="r holds a run with adapter-codec float32; it cannot go on with adapter-codec dithered"
+    ):
+        resumed({"run_dir": "r", "adapter_codec": "dithered"}, recorded)
 
 
 @pytest.mark.parametrize("name", sorted(NOISE))
@@ -385,7 +386,7 @@ OTHER_VALUES: dict[str, Any] = {
     "edge_weights": "int8",
     "residual": "bfloat16",
     "codec": "int4",
-    "adapter_codec": "lora4",
+    "adapter_codec": "dithered",
     "codec_tolerance": 0.05,
     "check_codec_every": 0,
     "cache_bytes": 1000,

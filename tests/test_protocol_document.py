@@ -207,7 +207,7 @@ def test_it_names_the_codecs() -> None:
     matrix = np.ones((2, 3), np.float32)
     for codec, row in zip(CODECS, (rows[0], rows[1], rows[1]), strict=True):
         assert len(Coded.of(matrix, codec).parts) == len(row[1].split(","))
-    assert len(Coded.of_matrix(matrix, 1.0).parts) == len(rows[3][1].partition(";")[0].split(","))
+    assert len(Coded.dithered(matrix, 1.0).parts) == len(rows[3][1].partition(";")[0].split(","))
 
 
 def test_it_names_no_message_that_does_not_exist() -> None:
@@ -396,10 +396,12 @@ class OneVersion:
         self.kept = {sample: since for sample, (since, _) in versions.items()}
 
 
-def test_its_vector_of_lora4_decodes_to_what_it_says() -> None:
-    (payload,) = vectors("A tensor in `lora4`,")
+def test_its_vector_of_dithered_decodes_to_what_it_says() -> None:
+    (payload,) = vectors("A tensor in `dithered`,")
     coded = Coded.received(msgpack.unpackb(payload), HANDSHAKE_BYTES)
-    assert_same(coded.decode(), floats((0.5, 1.75), (0, -1.75), (-1, 0.75)))
+    assert_same(
+        coded.decode(), floats((0.4521484375, 3.6123046875), (0.1083984375, -4.6845703125), (-0.7998046875, 14.9892578125))
+    )
 
 
 def test_its_vector_of_delta_decodes_to_what_it_says() -> None:

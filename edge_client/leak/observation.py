@@ -29,8 +29,9 @@ from protocol import (
     encode,
     gradient_codec,
 )
+from protocol.passage import coded_contribution
 from protocol.rounding import Dither
-from protocol.settings import FLOAT32, codec_named
+from protocol.settings import DITHERED, FLOAT32, codec_named
 from split_model import LoraConfig, summed_cross_entropy
 
 from ..data import Batch, Sample, pack
@@ -99,6 +100,7 @@ class Setting:
         return RunSettings(
             activation_codec=(codec := codec_named(given.pop("codec"))),
             gradient_codec=gradient_codec(codec),
+            adapter_codec=EXACT if codec == EXACT else DITHERED,
             lora_rank=lora.rank,
             lora_alpha=lora.scale * lora.rank,
             lora_dropout=lora.dropout,
@@ -216,13 +218,14 @@ class _Device:
     """Both sides of a step."""
 
     def __init__(self, cut: CutModel, setting: Setting, secret: bytes) -> None:
-        self.cut, self.setting, settings = cut, setting, setting.of_a_run(cut.lora)
+        self.cut, self.setting, self.settings = cut, setting, setting.of_a_run(cut.lora)
+        settings = self.settings
         self.engine = TorchEngine(cut.model, settings, "cpu", "float32")
         self.engine.load_adapter({name: matrix.numpy() for name, matrix in cut.edge.adapter().items()})
         self.codecs: dict[type, str] = dict.fromkeys(
             (HiddenStates, HiddenGradient, ActivationGradient), settings.gradient_codec
         )
-        self.codecs[Activations] = settings.activation_codec
+        self.codecs |= {Activations: settings.activation_codec, AdapterGradient: settings.adapter_codec}
         self.disclosure = Disclosure(settings, secret, cut.centre if setting.activation_clip else None)
         self.frame_bytes: dict[str, int] = {}
 
@@ -275,8 +278,10 @@ class _Device:
     def _sent(self, message: Sent) -> Sent:
         """A message as it arrives."""
         codec = self.codecs.get(type(message), EXACT)
-        is_gradient = isinstance(message, HiddenGradient | ActivationGradient)
+        is_gradient = isinstance(message, HiddenGradient | ActivationGradient | AdapterGradient)
         dither = Dither(0, "device", type(message).__name__, message.step, 0) if is_gradient and codec != EXACT else None
+        if isinstance(message, AdapterGradient) and dither is not None:
+            message = coded_contribution(message, self.settings, dither)
         frame = encode(message, codec, dither)
         self.frame_bytes[type(message).__name__] = len(frame)
         arrived = decode(frame, MOST_BYTES, {codec})
