@@ -124,7 +124,7 @@ class Agreement:
             raise RemoteProtocolError(f"the server chose the codec {_shown(codec)} in a run that began exact and stays so")
         if codec == DELTA != settings.activation_codec:
             raise RemoteProtocolError(f"the server chose the codec {DELTA} in a run that did not begin with it")
-        self._check_offered({codec, gradient_codec(codec)})
+        self._check_offered({codec, gradient_codec(codec, settings.gradient_codec)})
 
     def _check_offered(self, chosen: set[str]) -> None:
         missing = chosen.difference({EXACT}, self.hello.codecs if self.hello else ())

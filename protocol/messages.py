@@ -69,7 +69,7 @@ class ArrayType:
 
 
 Floats = Annotated[Array, ArrayType(("float32", "float64"), 2)]
-CodedFloats = Annotated[Array, ArrayType(("float32", "float64"), 2, codecs=(*CODECS, DELTA))]
+CodedFloats = Annotated[Array, ArrayType(("float32", "float64"), 2, codecs=(*CODECS, DELTA, DITHERED))]
 """On the wire in a codec, if the run has one; here they are floats."""
 Integers = Annotated[Array, ArrayType(("int32",), 1)]
 Tensors = dict[str, Floats]

@@ -18,15 +18,15 @@ from .codecs import Coded
 from .errors import TrainingDiverged
 from .messages import Array, Contribution, Tensors
 from .rounding import Dither
-from .settings import RunSettings
+from .settings import DELTA, RunSettings
 
 __all__ = ["changed_by", "changes", "coded_contribution", "coded_update"]
 
-CODES_OF_THE_RMS = {"int8": (4.0, 1.0), "int4": (2.0, 0.8)}
+CODES_OF_THE_RMS = {"int8": (4.0, 1.0), "int4": (2.0, 0.8), DELTA: (2.0, 0.8)}
 """
 In rounds of one step, where the passage is a large part of what crosses the link: how many codes the root mean square of a
-block is, of what a device sends and of what the server sends, beside each codec of gradients. What is sent down may be coarser,
-for its error is owed; but codes above twice the root mean square would never send anything where all elements are alike.
+block is, of what a device sends and of what the server sends, beside each codec of activations. What is sent down may be
+coarser, for its error is owed; but codes of twice the root mean square would never send anything where all elements are alike.
 """
 NEARLY_EXACT = (8.0, 8.0)
 """In longer rounds, and beside richer codecs."""
@@ -74,7 +74,7 @@ def _codes_of_the_rms(settings: RunSettings) -> tuple[float, float]:
     """Of what a device sends, and of what the server sends."""
     if settings.aggregate_every > 1:
         return NEARLY_EXACT
-    return CODES_OF_THE_RMS.get(settings.gradient_codec, NEARLY_EXACT)
+    return CODES_OF_THE_RMS.get(settings.activation_codec, NEARLY_EXACT)
 
 
 def _finite(name: str, matrix: Array) -> Array:

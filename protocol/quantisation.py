@@ -95,7 +95,7 @@ def quantise_dithered(values: Array, codes_of_the_rms: float, seed: bytes, *, ha
             what is in a block.
 
     Returns:
-        Codes (n,) int8, and the scales of the blocks, bfloat16 with one bit of a mantissa: neighbours are mostly alike.
+        Codes (n,) int8, and the scales of the blocks, bfloat16; where they differ with one bit of a mantissa: many are alike.
     """
     blocks = np.zeros((-(-values.size // BLOCK), BLOCK), np.float32)
     flat = blocks.reshape(-1)[: values.size]
@@ -103,7 +103,8 @@ def quantise_dithered(values: Array, codes_of_the_rms: float, seed: bytes, *, ha
     alike = blocks.reshape(1, -1) if has_one_unit and len(blocks) else blocks
     rms = np.sqrt(np.square(alike, dtype=np.float64).mean(axis=1))
     wanted = np.maximum(rms / codes_of_the_rms, np.abs(alike).max(axis=1) * (MARGIN / LARGEST_DITHERED))
-    scales = np.broadcast_to(_upwards_to_few_bits(np.maximum(wanted, SMALLEST_SCALE).astype(np.float32)), len(blocks))
+    rounded_up = upwards_to_bfloat16 if has_one_unit else _upwards_to_few_bits
+    scales = np.broadcast_to(rounded_up(np.maximum(wanted, SMALLEST_SCALE).astype(np.float32)), len(blocks))
     blocks *= (1 / from_bfloat16(scales))[:, None]
     if seed:
         flat += drawn(seed, flat.size)

@@ -19,6 +19,7 @@ from .agreement import Agreement
 from .codecs import Coded
 from .encoding import decode, encode
 from .errors import LocalProtocolError, RemoteProtocolError
+from .gradients import coded_gradient
 from .itinerary import LEGS, Leg
 from .limits import HANDING_OVER_BYTES, HANDSHAKE_BYTES
 from .messages import (
@@ -55,7 +56,7 @@ from .messages import (
 )
 from .passage import coded_contribution
 from .rounding import Dither
-from .settings import DELTA, EXACT, gradient_codec
+from .settings import DELTA, DITHERED, EXACT, gradient_codec, states_codec
 
 __all__ = ["TRANSITIONS", "Session", "Side", "State"]
 
@@ -102,7 +103,7 @@ class Codecs(NamedTuple):
 
     activations: str = EXACT
     gradients: str = EXACT
-    """Of hidden states, too."""
+    """Of hidden states, too, but for DITHERED."""
     adapters: str = EXACT
     """Of LoRA matrices; it stays as the run has begun."""
 
@@ -113,6 +114,8 @@ class Codecs(NamedTuple):
             return self.adapters
         if issubclass(kind, Evaluation | EvaluationStates):
             return EXACT if self.activations == EXACT else OF_HELD_OUT
+        if issubclass(kind, HiddenStates) and self.gradients == DITHERED:
+            return states_codec(self.activations)
         return self.gradients
 
     def of_side(self, sender: Side) -> set[str]:
@@ -221,6 +224,7 @@ class Session:
         self.codecs = Codecs()
         """The server decides them, for the next step."""
         self._codecs_before = self.codecs
+        self._gradients_at_first = EXACT
         self.activation_cache: delta.ActivationCache | None = None
         """The client's samples, for runs in `DELTA`; both sides give the session theirs when the client has joined."""
         self._agreed = Agreement()
@@ -405,10 +409,12 @@ class Session:
         if isinstance(message, Welcome):
             settings = message.settings
             self.codecs = Codecs(settings.activation_codec, settings.gradient_codec, settings.adapter_codec)
+            self._gradients_at_first = settings.gradient_codec
         elif isinstance(message, Start | ActivationGradient) and message.codec:
             if message.codec != self.codecs.activations:
                 self._codecs_before = self.codecs
-            self.codecs = self.codecs._replace(activations=message.codec, gradients=gradient_codec(message.codec))
+            gradients = gradient_codec(message.codec, self._gradients_at_first)
+            self.codecs = self.codecs._replace(activations=message.codec, gradients=gradients)
         self._update_cache(message)
 
     def _see_that_start_arrived(self) -> None:
@@ -436,6 +442,8 @@ class Session:
         if isinstance(message, AdapterGradient | AdapterWeights) and (dither := self._dither(message)) is not None:
             assert self._agreed.settings is not None
             return coded_contribution(message, self._agreed.settings, dither)
+        if isinstance(message, ActivationGradient | HiddenGradient) and self.codecs.gradients == DITHERED:
+            return coded_gradient(message, self.codecs.activations, self._dither(message))
         if not isinstance(message, Activations) or self.codecs.activations == EXACT:
             return message
         settings = self._agreed.settings

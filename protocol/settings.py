@@ -24,6 +24,7 @@ __all__ = [
     "codec_named",
     "gradient_codec",
     "out_of_bounds",
+    "states_codec",
 ]
 
 EXACT = "exact"
@@ -35,7 +36,7 @@ CODECS = ("bfloat16", "int8", "int4")
 DELTA = "delta"
 """Of activations: what a sample's have changed since its last visit, for both sides keep these."""
 DITHERED = "dithered"
-"""Of LoRA matrices: few bits each, and noise that the receiver subtracts again. See `quantise_dithered` and `passage.py`."""
+"""Of gradients and LoRA matrices: few bits, and noise that the receiver subtracts again. See `quantise_dithered`."""
 OFFERED = (*CODECS, DELTA, DITHERED)
 """All codecs but EXACT, which a client of this release has."""
 
@@ -50,8 +51,18 @@ def codec_named(name: str) -> str:
     return EXACT if name == FLOAT32 else name
 
 
-def gradient_codec(codec: str) -> str:
-    """In which codec gradients travel while activations travel in this one. They change too much for `DELTA`."""
+def gradient_codec(codec: str, at_first: str = DITHERED) -> str:
+    """
+    In which codec gradients travel while activations travel in this one. They change too much for `DELTA`.
+
+    Args:
+        at_first: the gradients' codec with which the run has begun: servers of earlier releases know no `DITHERED`.
+    """
+    return DITHERED if at_first == DITHERED and codec in ("int8", "int4", DELTA) else states_codec(codec)
+
+
+def states_codec(codec: str) -> str:
+    """In which codec hidden states travel while activations travel in this one."""
     return "int4" if codec == DELTA else codec
 
 
@@ -196,7 +207,7 @@ class RunSettings:
             raise ValueError(f"precision must be float32 or float64, got {self.precision[:40]!r}")
         for name, known in (
             ("activation_codec", (EXACT, *CODECS, DELTA)),
-            ("gradient_codec", (EXACT, *CODECS)),
+            ("gradient_codec", (EXACT, *CODECS, DITHERED)),
             ("adapter_codec", (EXACT, DITHERED)),
         ):
             codec = getattr(self, name)
@@ -263,7 +274,8 @@ class RunSettings:
 
     def codecs(self) -> set[str]:
         """What a client has to offer, besides EXACT."""
-        return {self.activation_codec, self.gradient_codec, self.adapter_codec} - {EXACT}
+        of_states = states_codec(self.activation_codec) if self.labels == "device" else EXACT
+        return {self.activation_codec, self.gradient_codec, of_states, self.adapter_codec} - {EXACT}
 
     @property
     def codes_adapter(self) -> bool:

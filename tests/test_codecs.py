@@ -21,6 +21,7 @@ from edge_client import EdgeClient, Refused
 from gpu_server import GpuServer
 from protocol import (
     CODECS,
+    DELTA,
     EXACT,
     ActivationGradient,
     Activations,
@@ -43,12 +44,14 @@ from protocol import (
     compressed_bound,
     decode,
     encode,
+    gradient_codec,
     largest_message_bytes,
 )
 from protocol.codecs import LARGEST_CODES, Coded
+from protocol.gradients import coded_gradient
 from protocol.quantisation import LARGEST_VALUE, quantise
 from protocol.rounding import Dither, from_bfloat16, to_bfloat16
-from protocol.settings import ABILITIES
+from protocol.settings import ABILITIES, DITHERED, OFFERED
 
 GOLDEN: dict[str, str] = json.loads((Path(__file__).parent / "golden" / "codecs-3.json").read_text())
 MAX_BYTES = 2**22
@@ -516,7 +519,7 @@ ON_DEVICE = dataclasses.replace(SETTINGS, labels="device")
 
 def four_directions(settings: RunSettings = ON_DEVICE) -> dict[type, tuple[bytes, Array]]:
     """Of a step whose labels stay on the device, by kind the bytes of each message, and the values that arrive."""
-    pair, values = Pair(settings), activations(outliers=())
+    pair, values = Pair(settings, offered=OFFERED), activations(outliers=())
     of_batch: dict[str, Any] = {name: getattr(batch(), name) for name in ("lengths", "label_counts")}
     of_batch["labels"] = np.empty(0, np.int32)
     gradient = HiddenGradient(step=1, seconds=Seconds(), summed_loss=1.0, labelled_tokens=300, values=values)
@@ -555,6 +558,63 @@ def test_gradients_of_both_directions_are_rounded_at_random_and_hidden_states_to
     for kind, coded in expected.items():
         assert said[kind][1].tobytes() == coded.decode().tobytes(), kind
     assert gradients["HiddenGradient"].parts != gradients["ActivationGradient"].parts
+
+
+def with_dithered_gradients(codec: str, **more: Any) -> RunSettings:
+    return dataclasses.replace(ON_DEVICE, activation_codec=codec, gradient_codec=DITHERED, **more)
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+def test_dithered_gradients_of_both_directions_are_right_on_average_and_of_all_rows_alike(codec: str) -> None:
+    """Beside them hidden states travel as activations do, for they have a centre and outliers."""
+    values = activations(outliers=())
+    said = four_directions(with_dithered_gradients(codec))
+    assert said[HiddenStates][1].tobytes() == Coded.of(values, codec).decode().tobytes()
+    for kind in (HiddenGradient, ActivationGradient):
+        data, came = said[kind]
+        assert b"dithered" in protocol_samples.inflate(data)
+        errors = came.astype(float) - values
+        unit = np.abs(errors).max() * 2
+        assert unit == pytest.approx(np.sqrt(np.square(values).mean()) / {"int8": 4.0, "int4": 0.9}[codec], rel=0.02)
+        assert abs(errors.mean()) < 5 * unit / np.sqrt(12 * errors.size)
+        np.testing.assert_allclose(errors.var(axis=1), unit**2 / 12, rtol=0.5)
+    assert (said[HiddenGradient][1] != said[ActivationGradient][1]).any()
+
+
+def test_dithered_gradients_beside_int4_take_two_bits_an_element() -> None:
+    values = np.random.default_rng(0).normal(size=(300, 128)).astype(np.float32)
+    message = ActivationGradient(step=1, loss=1.0, labelled_tokens=300, values=values)
+    dithered = len(encode(coded_gradient(message, "int4", Dither(0))))
+    assert 8 * dithered / values.size < 2.2
+    assert dithered < 0.7 * len(encode(message, "int4", Dither(0)))
+
+
+def test_gradients_stay_dithered_as_long_as_activations_are_in_few_bits() -> None:
+    codecs = (DELTA, "int4", "int8", "bfloat16", EXACT)
+    assert [gradient_codec(codec) for codec in codecs] == [*[DITHERED] * 3, "bfloat16", EXACT]
+    pair = Pair(with_dithered_gradients("int4", labels="server"), offered=OFFERED)
+    sizes = []
+    for step, codec in enumerate(("int8", "bfloat16", EXACT, EXACT), 1):
+        _, received = pair.say(Side.CLIENT, batch(step))
+        assert isinstance(received, Activations)
+        gradient = ActivationGradient(step=step, loss=1.0, labelled_tokens=300, values=received.values, codec=codec)
+        data, _ = pair.say(Side.SERVER, gradient)
+        assert (b"dithered" in protocol_samples.inflate(data)) == (step < 3)
+        sizes.append(len(data))
+        assert pair.ends[Side.CLIENT].codecs == pair.ends[Side.SERVER].codecs
+    assert sizes == sorted(sizes)
+
+
+def test_a_server_of_an_earlier_release_sends_gradients_as_it_did() -> None:
+    """It tells its clients of no other codec, and chooses int4 or int8 of both at once."""
+    pair = Pair(dataclasses.replace(SETTINGS, gradient_codec="int8"), offered=OFFERED)
+    for step, codec in enumerate(("int4", "int8", "bfloat16"), 1):
+        _, received = pair.say(Side.CLIENT, batch(step))
+        assert isinstance(received, Activations)
+        gradient = ActivationGradient(step=step, loss=1.0, labelled_tokens=300, values=received.values, codec=codec)
+        pair.say(Side.SERVER, gradient)
+        assert pair.ends[Side.CLIENT].codecs[:2] == (codec, codec)
+    assert gradient_codec(DELTA, "int4") == "int4"
 
 
 @every_codec

@@ -29,8 +29,10 @@ from protocol import (
     encode,
     gradient_codec,
 )
+from protocol.gradients import coded_gradient
 from protocol.passage import coded_contribution
 from protocol.rounding import Dither
+from protocol.session import Codecs
 from protocol.settings import DITHERED, FLOAT32, codec_named
 from split_model import LoraConfig, summed_cross_entropy
 
@@ -222,10 +224,7 @@ class _Device:
         settings = self.settings
         self.engine = TorchEngine(cut.model, settings, "cpu", "float32")
         self.engine.load_adapter({name: matrix.numpy() for name, matrix in cut.edge.adapter().items()})
-        self.codecs: dict[type, str] = dict.fromkeys(
-            (HiddenStates, HiddenGradient, ActivationGradient), settings.gradient_codec
-        )
-        self.codecs |= {Activations: settings.activation_codec, AdapterGradient: settings.adapter_codec}
+        self.codecs = Codecs(settings.activation_codec, settings.gradient_codec, settings.adapter_codec)
         self.disclosure = Disclosure(settings, secret, cut.centre if setting.activation_clip else None)
         self.frame_bytes: dict[str, int] = {}
 
@@ -277,11 +276,13 @@ class _Device:
 
     def _sent(self, message: Sent) -> Sent:
         """A message as it arrives."""
-        codec = self.codecs.get(type(message), EXACT)
+        codec = self.codecs.of(type(message))
         is_gradient = isinstance(message, HiddenGradient | ActivationGradient | AdapterGradient)
         dither = Dither(0, "device", type(message).__name__, message.step, 0) if is_gradient and codec != EXACT else None
         if isinstance(message, AdapterGradient) and dither is not None:
             message = coded_contribution(message, self.settings, dither)
+        elif isinstance(message, HiddenGradient | ActivationGradient) and codec == DITHERED:
+            message = coded_gradient(message, self.settings.activation_codec, dither)
         frame = encode(message, codec, dither)
         self.frame_bytes[type(message).__name__] = len(frame)
         arrived = decode(frame, MOST_BYTES, {codec})
