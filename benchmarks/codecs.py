@@ -26,7 +26,9 @@ import torch
 from edge_client.data import Batch, Dataset
 from protocol import CODECS, EXACT, ActivationGradient, Array, decode, encode, zstd
 from protocol.encoding import COMPRESSION_LEVEL
+from protocol.gradients import coded_gradient
 from protocol.rounding import Dither
+from protocol.settings import DITHERED, codec_name
 from split_model import EdgePart, LoraConfig, OptimiserConfig, PretrainedModel, ServerPart, adamw, initial_adapter, take_step
 from terminal import Progress
 
@@ -48,6 +50,8 @@ class Cost:
 
     codec: str
     gradients: bool
+    beside: str = ""
+    """How activations travel, where gradients are dithered: as finely as that."""
     encoding: list[float] = field(default_factory=list)
     """MB of float32 a second of CPU time, a figure a message."""
     decoding: list[float] = field(default_factory=list)
@@ -62,7 +66,7 @@ class Cost:
         dither = Dither("benchmark", number) if self.gradients and self.codec != EXACT else None
         message = ActivationGradient(step=number, loss=0.0, labelled_tokens=1, values=values)
         began = time.thread_time()
-        data = encode(message, self.codec, dither)
+        data = encode(coded_gradient(message, self.beside, dither) if self.beside else message, self.codec, dither)
         encoded = time.thread_time()
         arrived = decode(data, MAX_BYTES, [self.codec]).values  # type: ignore[union-attr]
         ended = time.thread_time()
@@ -77,7 +81,7 @@ class Cost:
     def row(self, loss: str) -> list[str]:
         speeds = [f"{statistics.median(speeds):,.0f}" for speeds in (self.encoding, self.decoding)]
         error = (self.squared_error / self.squared) ** 0.5
-        name = "float32" if self.codec == EXACT else self.codec
+        name = f"{self.codec}, beside {self.beside}" if self.beside else codec_name(self.codec)
         return [name, f"{self.num_bytes / self.num_elements:.3f}", *speeds, f"{error:.4f}", loss]
 
 
@@ -140,6 +144,7 @@ def main() -> None:
     with Progress(options.steps) as progress:
         model.train(batches[options.batches :], progress)
     costs = [Cost(codec, gradients) for gradients in (False, True) for codec in (EXACT, *CODECS)]
+    costs += [Cost(DITHERED, True, beside) for beside in ("int8", "int4")]
     limits: dict[str, list[float]] = {}
     examples = []
     with Progress(options.batches) as progress:

@@ -1,6 +1,7 @@
 """How many bytes a message has on the wire, by formula: the simulation's own arrays are one number wide."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from protocol import (
     ActivationGradient,
@@ -19,10 +20,24 @@ from protocol import (
 
 __all__ = ["CODECS", "Traffic"]
 
-CODECS = {"float32": (3.29, 3.49), "bfloat16": (1.36, 1.49), "int8": (0.90, 0.94), "int4": (0.40, 0.43)}
-"""Bytes of an element of activations, and of their gradients, after zstd: benchmarks/README.md, What a codec costs."""
-BYTES_OF_A_WEIGHT = 3.7
-"""Of an adapter, in float32 after zstd, which finds little to save in them."""
+
+class BytesOfAnElement(NamedTuple):
+    """After zstd: benchmarks/README.md, What a codec costs."""
+
+    activations: float
+    gradients: float
+    contributions: float = 3.7
+    """Of LoRA matrices, in rounds of one step, to the server; in float32 zstd finds little to save."""
+    changes: float = 3.7
+    """Of the same to the devices."""
+
+
+CODECS = {
+    "float32": BytesOfAnElement(3.29, 3.49),
+    "bfloat16": BytesOfAnElement(1.36, 1.49, 0.70, 0.70),
+    "int8": BytesOfAnElement(0.90, 0.72, 0.70, 0.54),
+    "int4": BytesOfAnElement(0.40, 0.26, 0.46, 0.28),
+}
 BYTES_OF_A_LABEL = 2.0
 OVERHEAD = 300
 """Bytes of a message's names, of WebSocket and of TLS."""
@@ -47,17 +62,17 @@ class Traffic:
     def adapter_elements(self) -> int:
         return self.cut_layer * self.lora_rank * (self.width + 3 * self.width)
 
-    @property
-    def adapter_bytes(self) -> float:
-        return OVERHEAD + BYTES_OF_A_WEIGHT * self.adapter_elements
-
     def bytes_by_kind(self) -> dict[type[Message], float]:
-        activation, gradient = CODECS[self.codec]
-        rows = self.tokens / self.micro_batches
-        adapter = self.adapter_bytes
+        of_an_element, rows = CODECS[self.codec], self.tokens / self.micro_batches
+        of_adapters: dict[type[Message], float] = {
+            AdapterGradient: of_an_element.contributions,
+            AdapterWeights: of_an_element.contributions,
+            EdgeAdapter: of_an_element.changes,
+            **dict.fromkeys((RunEnd, Start), CODECS["float32"].changes),
+        }
         return {
-            Activations: OVERHEAD + rows * (self.width * activation + BYTES_OF_A_LABEL / 2),
-            ActivationGradient: OVERHEAD + rows * self.width * gradient,
-            **dict.fromkeys((AdapterGradient, AdapterWeights, EdgeAdapter, RunEnd, Start), adapter),
+            Activations: OVERHEAD + rows * (self.width * of_an_element.activations + BYTES_OF_A_LABEL / 2),
+            ActivationGradient: OVERHEAD + rows * self.width * of_an_element.gradients,
+            **{kind: OVERHEAD + each * self.adapter_elements for kind, each in of_adapters.items()},
             **dict.fromkeys((Hello, Join, Done, Goodbye), float(OVERHEAD)),
         }

@@ -27,24 +27,31 @@ from protocol import (
     RunEnd,
     Seconds,
     Start,
+    coded_update,
     encode,
+    gradient_codec,
     identity,
 )
-from protocol.settings import codec_named
+from protocol.gradients import coded_gradient
+from protocol.passage import coded_contribution
+from protocol.rounding import Dither
+from protocol.settings import DITHERED, EXACT, codec_named
 from simulation import Fleet, Plan, PlanError, RunStuck, Server, simulate
 from simulation.cli import main
 from simulation.cost import Meter, bytes_a_member
 from simulation.events import make_federation
 from simulation.tables import growth_table
-from simulation.traffic import BYTES_OF_A_WEIGHT, CODECS, Traffic
+from simulation.traffic import CODECS, Traffic
 
 ALIKE = Fleet(device_spread=0.0, link_spread=0.0, jitter=0.0, connected=0.0)
 WIDE = 1e6  # Gbit/s: the server's own link takes no time
 HARSH = Fleet(connected=8.0, away=4.0, leaving=0.05, arrival=2.0)
 
 
-def closed_form(plan: Plan, *, forward: float | None = None, took_part: int | None = None) -> float:
-    """Seconds of a step of equal devices, in one micro-batch: what happens in it, added up."""
+def closed_form(
+    plan: Plan, *, after: type[Message] = Start, forward: float | None = None, took_part: int | None = None
+) -> float:
+    """Seconds of a step of equal devices, in one micro-batch: what happens in it, added up, from the adapter's arrival on."""
     fleet, server, devices = plan.fleet, plan.server, took_part or plan.devices
     sizes = Traffic(plan.tokens, plan.micro_batches, plan.width, plan.cut_layer, plan.lora_rank, plan.codec).bytes_by_kind()
     one_way = fleet.round_trip / 2
@@ -59,7 +66,7 @@ def closed_form(plan: Plan, *, forward: float | None = None, took_part: int | No
 
     computes = server.server_overhead + devices * plan.tokens / (server.server_speed * server.ranks * efficiency(server))
     adds = devices * 4 * plan.cut_layer * plan.lora_rank * 4 * plan.width / server.adding
-    to_gradient = goes_down(EdgeAdapter) + forward + goes_up(Activations) + computes + goes_down(ActivationGradient)
+    to_gradient = goes_down(after) + forward + goes_up(Activations) + computes + goes_down(ActivationGradient)
     return to_gradient + forward + goes_up(AdapterGradient) + adds
 
 
@@ -72,7 +79,8 @@ def efficiency(server: Server) -> float:
 def test_step_of_equal_devices_takes_what_its_parts_add_up_to(server: Server, devices: int) -> None:
     plan = Plan(devices=devices, steps=3, micro_batches=1, fleet=ALIKE, server=server)
     result = simulate(plan)
-    assert [step.seconds for step in result.steps] == pytest.approx([closed_form(plan)] * 3, rel=1e-6)
+    expected = [closed_form(plan, after=kind) for kind in (Start, EdgeAdapter, EdgeAdapter)]
+    assert [step.seconds for step in result.steps] == pytest.approx(expected, rel=1e-6)
     assert [step.devices for step in result.steps] == [devices] * 3
 
 
@@ -216,11 +224,29 @@ def test_sizes_by_formula_are_those_of_encoded_messages() -> None:
     batch: dict[str, Any] = {"lengths": ones, "label_counts": ones // 2, "labels": labels, "values": values}
     message = Activations(step=1, seconds=Seconds(), **batch)
     matrices = {"A": draw.standard_normal((8, width), np.float32), "B": draw.standard_normal((3 * width, 8), np.float32)}
-    gradient = AdapterGradient(step=1, seconds=Seconds(), tensors=matrices)
+    contribution = AdapterGradient(step=1, seconds=Seconds(), tensors=matrices)
+    zeros = {name: np.zeros_like(matrix) for name, matrix in matrices.items()}
+    gradient = ActivationGradient(step=1, loss=1.0, labelled_tokens=1, values=values)
     for codec in ("float32", "bfloat16", "int8", "int4"):
+        in_codec = {"activation_codec": codec_named(codec), "adapter_codec": EXACT if codec == "float32" else DITHERED}
+        settings = replace(Plan(devices=1).settings(), gradient_codec=gradient_codec(codec_named(codec)), **in_codec)
+        encoded: dict[type[Message], bytes] = {
+            Activations: encode(message, settings.activation_codec),
+            ActivationGradient: (
+                encode(coded_gradient(gradient, settings.activation_codec, Dither(0)))
+                if settings.gradient_codec == DITHERED
+                else encode(gradient, settings.gradient_codec)
+            ),
+            AdapterGradient: encode(contribution),
+            EdgeAdapter: encode(EdgeAdapter(step=1, tensors=matrices)),
+        }
+        if settings.codes_adapter:
+            encoded[AdapterGradient] = encode(coded_contribution(contribution, settings, Dither(0)))
+            change, _, _ = coded_update(zeros, matrices, settings)
+            encoded[EdgeAdapter] = encode(EdgeAdapter(step=1, tensors=change))  # type: ignore[arg-type]  # as it is on the wire
         sizes = Traffic(rows, 1, width, cut_layer=1, lora_rank=8, codec=codec).bytes_by_kind()
-        assert sizes[Activations] == pytest.approx(len(encode(message, codec_named(codec))), rel=0.2)
-        assert sizes[AdapterGradient] == pytest.approx(len(encode(gradient)), rel=0.05)
+        for kind, data in encoded.items():
+            assert sizes[kind] == pytest.approx(len(data), rel=0.2), (codec, kind)
 
 
 def test_member_takes_as_much_memory_among_many_as_among_few() -> None:
@@ -355,16 +381,17 @@ DOCUMENT = (REPOSITORY / "docs/scale.md").read_text(encoding="utf-8")
 def test_arithmetic_of_the_document_is_that_of_the_defaults() -> None:
     plan, server = Plan(devices=1), Server()
     sizes = Traffic(plan.tokens, 1, plan.width, plan.cut_layer, plan.lora_rank, plan.codec).bytes_by_kind()
-    activations, gradient, adapter = (sizes[kind] / 1000 for kind in (Activations, ActivationGradient, AdapterGradient))
-    assert f"{activations:.0f} kB of activations, {adapter:.0f} kB of adapter" in DOCUMENT
-    assert f"{gradient:.0f} kB of gradients, {adapter:.0f} kB of adapter" in DOCUMENT
+    kinds = (Activations, ActivationGradient, AdapterGradient, EdgeAdapter)
+    activations, gradient, contribution, change = (sizes[kind] / 1000 for kind in kinds)
+    assert f"{activations:.0f} kB of activations, {contribution:.0f} kB of adapter" in DOCUMENT
+    assert f"{gradient:.0f} kB of gradients, {change:.0f} kB of adapter" in DOCUMENT
     assert f"| {server.server_speed / plan.tokens:.0f} | g / t |" in DOCUMENT
     for every, parts in ((1, 2), (10, 2), (10, 1)):
         assert f"| {1 / ((parts + 1 / every) * server.exchange):.0f} |" in DOCUMENT
-    formulas = re.findall(r"bytes/s / \((\d\.\d+) t d \+ (\d+\.\d) r c d / A\)", DOCUMENT)
-    assert [tuple(map(float, formula)) for formula in formulas] == [
-        (size, pytest.approx(4 * BYTES_OF_A_WEIGHT)) for size in CODECS[plan.codec]
-    ]
+    formulas = re.findall(r"bytes/s / \((\d\.\d+) t d \+ (\d+\.\d+) r c d / A\)", DOCUMENT)
+    each = CODECS[plan.codec]
+    expected = [(each.activations, 4 * each.contributions), (each.gradients, 4 * each.changes)]
+    assert [tuple(map(float, formula)) for formula in formulas] == [pytest.approx(pair) for pair in expected]
     assert f"{2 * plan.tokens * plan.width * 4 / 1e6:.1f} MB, once" in DOCUMENT
 
 
