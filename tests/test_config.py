@@ -463,7 +463,7 @@ def test_clients_are_told_the_settings_of_the_run() -> None:
     told = ServerConfig(**given).settings()
     assert isinstance(told, RunSettings)
     assert told.precision == "float32"
-    assert {told.activation_codec, told.gradient_codec} == {OTHER_VALUES["codec"]}
+    assert (told.activation_codec, told.gradient_codec) == (OTHER_VALUES["codec"], "dithered")
     for item in dataclasses.fields(RunSettings):
         if item.name not in ("precision", "epochs", "activation_codec", "gradient_codec", "lora_alpha"):
             assert getattr(told, item.name) == given[item.name]
