@@ -234,7 +234,8 @@ def _add_training_flags(command: argparse.ArgumentParser) -> None:
         "--cache-bytes",
         type=int,
         metavar="BYTES",
-        help="codec delta: most bytes of activations kept on this device's disk (default: the server's, at most 1 GiB)",
+        help="most bytes of its samples' activations that are kept: with codec delta here, too; else on the "
+        "server's alone (default: the server's, at most 1 GiB)",
     )
     command.add_argument(
         "--part-bytes",

@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 
 from privacy import Centre, NoiseReport
 from protocol import (
-    DELTA,
     Array,
     Hello,
     Join,
@@ -423,11 +422,14 @@ class EdgeClient:
         return Disclosure(settings, secret, centre)
 
     def _divide(self, settings: RunSettings) -> tuple[Batches, DeviceCache | None]:
-        """The data as batches of this run, and the activation cache of those samples that both sides keep, if they keep any."""
+        """The data as batches of this run, and the activation cache of those samples that are kept, if any are."""
         num_cached, cache = 0, None
-        if settings.activation_codec == DELTA:
+        if settings.keeps_samples:
             cache_bytes = allowed_cache_bytes(settings, self._cache_bytes)
-            num_cached = self.data.num_that_fit(cache_bytes, width=self._width)
+            # Where nothing changes there is one version of a sample, and only the server has its rows.
+            element = np.dtype(settings.precision).itemsize
+            how: dict[str, int] = {} if settings.trains_edge else {"versions": 1, "element": element}
+            num_cached = self.data.num_that_fit(cache_bytes, width=self._width, **how)
             cache = self._state.activation_cache(cache_bytes)
         batches = Batches(
             data=self.data,

@@ -40,8 +40,8 @@ class WayToCompute:
 class ClientState:
     """
     A folder for each server and client name, which is there as long as this client belongs to an unfinished run. It holds a
-    note of which run that is, the saved steps of a run with long rounds, the activation cache of a run in `DELTA`, and the
-    secret of a run with noise. Beside it is the log of all runs that this client has been in there, which stays.
+    note of which run that is, the saved steps of a run with long rounds, the activation cache of a run that keeps samples, and
+    the secret of a run with noise. Beside it is the log of all runs that this client has been in there, which stays.
 
     Args:
         state_folder: of everything that this device keeps, for all servers.

@@ -49,6 +49,20 @@ class Batch:
     labels: Array
     """(M,) ids of the tokens that follow."""
 
+    def of(self, chosen: Array) -> "Batch":
+        """
+        Those of its sequences that are chosen.
+
+        Args:
+            chosen: (B,) bool.
+        """
+        return Batch(
+            tokens=self.tokens[np.repeat(chosen, self.lengths)],
+            lengths=self.lengths[chosen],
+            label_counts=self.label_counts[chosen],
+            labels=self.labels[np.repeat(chosen, self.label_counts)],
+        )
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -164,16 +178,18 @@ class Dataset:
         numbers = self._part(step, batch_size, order_seed, part, of)
         return np.where(numbers < below, numbers, -1).astype(np.int32)
 
-    def num_that_fit(self, cache_bytes: int, *, width: int) -> int:
+    def num_that_fit(self, cache_bytes: int, *, width: int, versions: int = VERSIONS_OF_A_SAMPLE, element: int = 2) -> int:
         """
         Of how many samples, from the first on, an activation cache has room for all versions that may exist at once. Which
         samples are kept depends on nothing else, so that a run that is repeated keeps the same ones.
 
         Args:
             width: elements of a token's activations.
+            versions: of a sample; as many as `DELTA` has, by default.
+            element: bytes of an element; those of bfloat16, by default.
         """
-        bytes_a_row = 2 * width + BYTES_MORE_A_ROW  # bfloat16
-        most_rows = cache_bytes // VERSIONS_OF_A_SAMPLE // bytes_a_row
+        bytes_a_row = element * width + BYTES_MORE_A_ROW
+        most_rows = cache_bytes // versions // bytes_a_row
         # A sample has a row less than tokens. The numbers of rows are ascending, and few of them need to be looked at.
         starts = self.samples.starts
         return bisect_right(range(1, len(starts)), most_rows, key=lambda number: int(starts[number]) - number)
@@ -212,7 +228,7 @@ class Batches:
     num_parts: int
     """Micro-batches in a step."""
     num_cached: int = 0
-    """Both sides keep the activations of the first ``num_cached`` samples of the data."""
+    """Kept are the activations of the first ``num_cached`` samples of the data."""
 
     def last_step(self, settings: RunSettings) -> int:
         """In how many steps of a run this client takes part."""

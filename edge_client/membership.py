@@ -143,6 +143,8 @@ class Membership:
             dial, hello.name, give_up_after=give_up_after, stopwatch=self.stopwatch, log=self._log, sleep=sleep, clock=clock
         )
         self.position = Position()
+        self.activation_cache: ActivationCache | None = None
+        """See `start`."""
         self._postponed = PostponedStart()
         self._join: Join | None = None
         """What this client has joined with; None before `start`."""
@@ -180,6 +182,7 @@ class Membership:
             activation_cache: of this device's samples, where the run keeps any.
         """
         self._join, self._largest_message = join, largest_message
+        self.activation_cache = activation_cache
         self._server.use_cache(activation_cache)
         try:
             start = self._enter(self._server.connection)
@@ -418,7 +421,7 @@ class Membership:
     def _enter(self, connection: Connection) -> Start:
         assert self._join is not None
         connection.expect(self._largest_message)
-        cache = self._server.activation_cache
+        cache = self.activation_cache
         join = replace(self._join, step=self.position.step, kept=None if cache is None else cache.newest)
         with self._while_waiting:
             return connection.exchange(join, Start)

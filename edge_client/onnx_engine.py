@@ -12,7 +12,7 @@ from storage import AdapterError, ModelError
 from .adamw import AdamW
 from .data import Batch
 from .dropout import dropout_masks
-from .part.device_part import DevicePart
+from .part.device_part import DevicePart, TrainingGraphs
 from .part.grids import Grid, grids
 from .part.head import Head
 from .part.reused_memory import Buffer, ReusedMemory
@@ -56,7 +56,7 @@ class OnnxEngine:
         # In rounds of one step the server has the optimiser, for everybody.
         self._optimiser = AdamW(self._matrices, weight_decay=settings.weight_decay) if settings.aggregate_every > 1 else None
         self._memory = ReusedMemory()
-        self._kept = [self._kept_of(block) for block in range(len(self._names))]
+        self._kept = [self._kept_of(block) for block in range(len(self._names))] if self._graphs.training else []
         self._gradients: Tensors = {}
         """Of the summed loss; nothing for a matrix that no backward pass has reached."""
         self._awaiting_gradient: deque[_Forward] = deque()
@@ -161,7 +161,7 @@ class OnnxEngine:
                 inputs = {"input": each.hidden, **own}
                 num_rows = len(each.grid.rows)
                 into = {name: self._runtime.value(memory.take(num_rows, width)) for name, width in self._kept[block].items()}
-                outputs = self._graphs.forward.run(
+                outputs = self._training.forward.run(
                     {**inputs, **each.layout, **weights, **adapter}, {"output": self._shape(each.grid)}, into
                 )
                 each.saved.append({name: value for name, value in {**inputs, **outputs}.items() if name in needed})
@@ -171,7 +171,7 @@ class OnnxEngine:
     def _kept_of(self, block: int) -> dict[str, int]:
         """What is kept of a block's forward pass, and its width: the output, and what its backward graph needs."""
         needed = {"output", *self._backward_graph(block).inputs}
-        return {name: width for name, width in self._graphs.forward.widths.items() if name in needed}
+        return {name: width for name, width in self._training.forward.widths.items() if name in needed}
 
     def _infer(self, batch: Batch, adapter: Sequence[Values]) -> "list[_Pass]":
         passes = self._embed(batch)
@@ -226,7 +226,13 @@ class OnnxEngine:
         return len(grid.rows), self._description.width
 
     def _backward_graph(self, block: int) -> Graph:
-        return self._graphs.backward if block else self._graphs.first_backward
+        return self._training.backward if block else self._training.first_backward
+
+    @property
+    def _training(self) -> TrainingGraphs:
+        if self._graphs.training is None:
+            raise RuntimeError("this part learns nothing")
+        return self._graphs.training
 
     def _add_gradients(self, block: int, outputs: Values) -> None:
         for matrix, name in self._names[block].items():

@@ -22,6 +22,7 @@ from protocol import (
     QuestionId,
     RemoteProtocolError,
     RunEnd,
+    RunSettings,
     Seconds,
     Start,
     Tensors,
@@ -29,6 +30,7 @@ from protocol import (
     changed_by,
     changes,
     derive_seed,
+    kept_since,
 )
 
 from .data import Batch, Batches
@@ -106,12 +108,15 @@ def train(
                         batch = batches.micro_batch(step, answer.micro_batch)
                         membership.reply(hidden_gradient(answer, batch, engine, disclosure, lap=membership.stopwatch.lap))
                         continue
-                    _check_gradient(sent, answer)
-                    engine.backward(answer.values)
+                    _check_gradient(sent, answer, settings)
+                    if settings.trains_edge:
+                        engine.backward(answer.values)
                     loss, labelled_tokens = answer.loss, answer.labelled_tokens
                 engine.end_step(labelled_tokens)
 
-                if settings.aggregate_every == 1:
+                if not settings.trains_edge:
+                    membership.position.step = membership.position.round = step
+                elif settings.aggregate_every == 1:
                     # The server sums the gradients of all clients and takes the optimiser's step for everybody.
                     shared = _exchange_adapter(AdapterGradient, step, last_step, shared, engine, membership)
                     membership.position.step = step
@@ -149,18 +154,30 @@ def _activations(
     """The questions of a step, one for each micro-batch. Each is computed when it is asked for, and not before."""
     settings = membership.welcome.settings
     for number in range(settings.micro_batches):
-        batch = batches.micro_batch(step, number)
+        batch, samples = batches.micro_batch(step, number), batches.cached_samples(step, number)
+        since, computed = None, batch
+        purpose: tuple[int, ...] = step, number
+        if not settings.trains_edge and membership.activation_cache is not None:
+            # Of a sample that the server has, nothing is computed: its number stands for it.
+            since = kept_since(samples, step, membership.activation_cache)
+        if since is not None:
+            computed = batch.of(since == 0)
+            purpose = (step, number, *since.tolist())  # other samples never get the same noise
         with _diverging_in(step):
-            # Seeded by what it is for, so that a repeated step draws the same noise.
-            values = engine.forward(batch, derive_seed(settings.seed, batches.name, "dropout", step, number))
+            if settings.trains_edge:
+                # Seeded by what it is for, so that a repeated step draws the same noise.
+                values = engine.forward(computed, derive_seed(settings.seed, batches.name, "dropout", step, number))
+            else:
+                values = engine.infer(computed)
         yield Activations(
             step=step,
             micro_batch=number,
             lengths=batch.lengths,
             label_counts=disclosure.label_counts(batch),
             labels=disclosure.labels(batch),
-            values=disclosure.activations(values, batch, step, number),
-            samples=batches.cached_samples(step, number),
+            values=disclosure.activations(values, computed, *purpose),
+            samples=samples,
+            since=since,
             seconds=membership.stopwatch.lap(),
         )
 
@@ -195,10 +212,11 @@ def _diverging_in(step: int) -> Iterator[None]:
         raise TrainingDiverged(f"in step {step} {error}") from None
 
 
-def _check_gradient(question: Activations, answer: ActivationGradient) -> None:
+def _check_gradient(question: Activations, answer: ActivationGradient, settings: RunSettings) -> None:
+    rows = question.values if settings.trains_edge else question.values[:0]
     asked, got = [
-        f"micro-batch {message.micro_batch} of step {message.step}, {list(message.values.shape)}"
-        for message in (question, answer)
+        f"micro-batch {message.micro_batch} of step {message.step}, {list(values.shape)}"
+        for message, values in ((question, rows), (answer, answer.values))
     ]
     if asked != got:
         raise RemoteProtocolError(f"expected the gradient of {asked}; got that of {got}")

@@ -52,9 +52,10 @@ class RunDirectory:
         alpha = self._setting(config, "lora_alpha", float)
         if not all(isinstance(target, str) for target in targets):
             raise self._wrong(f"lora_targets is {shown(targets)}; a list of texts is expected")
+        more = {"first_block": self._setting(config, "cut_layer", int)} if config.get("edge_adapter") == "none" else {}
         rslora = bool(config.get("lora_rslora", False))  # a run of an earlier version has no such setting
         try:
-            self._lora = LoraConfig(rank=rank, alpha=float(alpha), rslora=rslora, targets=tuple(targets))
+            self._lora = LoraConfig(rank=rank, alpha=float(alpha), rslora=rslora, targets=tuple(targets), **more)
         except (AdapterError, OverflowError) as error:  # of a whole number that no float is as large as
             raise self._wrong(error) from None
 

@@ -125,12 +125,22 @@ class ServerConfig:
         "(default: dithered; float32 with --codec float32)",
         choices=(FLOAT32, DITHERED),
     )
+    edge_adapter: str = option(
+        "by what the devices' part learns: lora; or none, it learns nothing: devices compute no gradient, no adapter crosses "
+        "the link, and a sample's activations cross only once",
+        "lora",
+        choices=("lora", "none"),
+    )
     codec_tolerance: float = option("nats/token by which a codec may change the loss before a richer one is used", 0.01)
     check_codec_every: int | None = option(
         "steps between two checks of that; 0 never checks (default: 100; 0 where devices keep the labels, for the server then "
-        "computes no loss)"
+        "computes no loss, and with --edge-adapter none, with which a sample crosses once)"
     )
-    cache_bytes: int = option("bytes of a device's samples that each side keeps on its disk, for codec delta", 2**30)
+    cache_bytes: int = option(
+        "bytes of a device's samples that are kept on the disk: by both sides for codec delta, by the server for "
+        "--edge-adapter none",
+        2**30,
+    )
     labels: str = option(
         "who has the tokens to predict: the server, or each device, which then computes the loss itself and sends no labels",
         "server",
@@ -245,7 +255,7 @@ class ServerConfig:
         """
         checks = self.check_codec_every
         if checks is None:
-            checks = 0 if self.labels == "device" else 100
+            checks = 0 if self.labels == "device" or self.edge_adapter == "none" else 100
         if self.residual == "bfloat16" and dtype != "bfloat16":
             raise ConfigError(
                 f"residual bfloat16 needs dtype bfloat16, and the run has {dtype}: leave --residual out or add --dtype bfloat16"
@@ -263,7 +273,7 @@ class ServerConfig:
 
     @property
     def _codec_of_adapter(self) -> str:
-        return self.adapter_codec or (FLOAT32 if self._codec == EXACT else DITHERED)
+        return self.adapter_codec or (FLOAT32 if self._codec == EXACT or self.edge_adapter == "none" else DITHERED)
 
     @property
     def names_targets(self) -> bool:

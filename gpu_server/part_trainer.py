@@ -178,7 +178,7 @@ class PartTrainer:
         if not micro_batch:
             self._begin_step()
         union = self._union(batches.values())
-        gradients = {client: batch.values for client, batch in batches.items()}
+        gradients = {client: batch.values for client, batch in batches.items()} if self._settings.trains_edge else {}
         summed_losses = dict.fromkeys(batches, 0.0)
         is_finite = True
         if any(len(batch.values) for batch in union):
@@ -189,7 +189,7 @@ class PartTrainer:
             torch.autograd.backward(losses.sum())
             gradient, of_labels, all_finite = _read_gradient(activations, losses)
             is_finite = bool(all_finite)
-            gradients = _by_client(gradient, {client: len(batch.values) for client, batch in batches.items()})
+            gradients = _by_client(gradient, {client: len(batches[client].values) for client in gradients})
             of_rows = _by_client(of_labels, {client: len(batch.labels) for client, batch in batches.items()})
             summed_losses = {client: float(rows.sum(dtype=numpy.float64)) for client, rows in of_rows.items()}
         loss, is_finite = self._add(sum(summed_losses.values()), sum(len(batch.labels) for batch in union), is_finite)
@@ -226,14 +226,16 @@ class PartTrainer:
             gradients[client].values if client in gradients else numpy.zeros((rows, width), dtype=dtype)
             for client, rows in graph.num_labelled.items()
         ]
-        torch.autograd.backward(graph.hidden, self._uploads.joined(upstream))
+        if graph.hidden.requires_grad:
+            torch.autograd.backward(graph.hidden, self._uploads.joined(upstream))
         gradient, all_finite = _read_gradient(graph.activations)
         summed_losses = {client: gradient.summed_loss for client, gradient in gradients.items()}
         labelled_tokens = sum(gradient.labelled_tokens for gradient in gradients.values())
         _, is_finite = self._add(sum(summed_losses.values()), labelled_tokens, bool(all_finite))
         _check_gradient(is_finite, step)
-        of_all = _by_client(gradient, graph.num_rows)
-        return self._trained(step, total_steps, micro_batch, {client: of_all[client] for client in gradients}, summed_losses)
+        of_all = _by_client(gradient, graph.num_rows) if self._settings.trains_edge else {}
+        wanted = {client: of_all[client] for client in gradients if client in of_all}
+        return self._trained(step, total_steps, micro_batch, wanted, summed_losses)
 
     def take_step(self, step: int, total_steps: int, gradient_factor: float) -> None:
         take_step(self._optimiser, self._settings.learning_rate_at(step, total_steps), gradient_factor=gradient_factor)
@@ -287,6 +289,8 @@ class PartTrainer:
             self._ranks.sum_gradients(self._part.matrices().values())
             self._part.divide_gradients(labelled_tokens)
             norm = gradient_norm(self._part.matrices().values())
+            if not self._settings.trains_edge:  # else the gradient by the activations has been looked at
+                _check_gradient(math.isfinite(norm), step)
             if not self._settings.max_grad_norm:
                 self.take_step(step, total_steps, gradient_factor=1.0)
         return Trained(
@@ -321,7 +325,7 @@ class PartTrainer:
         of_sequences = [seed for of_client in seeds.values() for seed in of_client]
         stands_in = bool(seeds) and len(of_sequences) < sum(len(batch.lengths) for batch in union)
         self._part.seed_dropout([*of_sequences, 0] if stands_in else of_sequences)
-        return self._uploads.joined([batch.values for batch in union]).requires_grad_()
+        return self._uploads.joined([batch.values for batch in union]).requires_grad_(self._settings.trains_edge)
 
     def _union(self, batches: Iterable[LabelledBatch]) -> list[LabelledBatch]:
         """What is computed of these: them, and if they have no row what stands in for one while other ranks have some."""
@@ -371,9 +375,12 @@ def _check_gradient(is_finite: bool, step: int) -> None:
 
 
 def _read_gradient(activations: torch.Tensor, *more: torch.Tensor) -> list[Array]:
-    """After a backward pass: the gradient by the activations, what else is given, and whether it is finite."""
-    assert activations.grad is not None
-    return read_back(activations.grad, *more, torch.isfinite(activations.grad).all())
+    """
+    After a backward pass: the gradient by the activations, what else is given, and whether it is finite. There is no such
+    gradient where the edge part learns nothing.
+    """
+    gradient = activations.new_zeros(0) if activations.grad is None else activations.grad
+    return read_back(gradient, *more, torch.isfinite(gradient).all())
 
 
 def make_trainer(

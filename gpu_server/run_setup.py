@@ -277,7 +277,10 @@ def _edge_part(
             StoredWeights(model),
             cut_layer=settings.cut_layer,
             adaptation=Adaptation(
-                layers=adapted_layers(model.config, lora), rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout
+                layers=adapted_layers(model.config, lora) if settings.trains_edge else {},
+                rank=lora.rank,
+                alpha=lora.alpha,
+                dropout=lora.dropout,
             ),
             precision=config.edge_weights,
             fingerprint=fingerprint,

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec
 
-from protocol import DELTA
 from protocol.limits import CACHES_ON_SERVER
 from storage import CacheFolder
 
@@ -121,7 +120,7 @@ class GpuServer:
             events=self._events,
             model_name="" if Path(self.config.model).is_dir() else self.config.model,
             grace_period=self.config.linger,
-            caches=functools.cache(self._cache_of) if run.federation.settings.activation_codec == DELTA else None,
+            caches=functools.cache(self._cache_of) if run.federation.settings.keeps_samples else None,
             edge_part=run.edge_part,
             viewers=run.page.viewers,
             metrics=run.prometheus.exposition,

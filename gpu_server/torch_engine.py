@@ -50,7 +50,7 @@ class TorchEngine:
 
     Args:
         trainer: of the server's part.
-        edge_adapter: initial LoRA matrices of the edge part: A is (r, inputs), B is (outputs, r).
+        edge_adapter: initial LoRA matrices of the edge part, none where it learns nothing: A is (r, inputs), B is (outputs, r).
     """
 
     def __init__(self, trainer: Trainer, settings: RunSettings, edge_adapter: Adapter) -> None:

@@ -9,6 +9,8 @@ The same graph is run for each block with that block's weights. Of a packed batc
     backward.onnx         gradient (N, d) by the output, and all of these       -> gradients by LoRA matrices and input
     first_backward.onnx   the same for the first block                          -> gradients by LoRA matrices
 
+A part that learns nothing has only the first two.
+
 Where labels stay on the devices, they have the head, too; of a slice of its table of tokens:
 
     head.onnx             hidden (M, d), after the final norm                   -> what loss and gradient are put together from
@@ -113,11 +115,10 @@ def write_graphs(
     graphs = _Graphs(config, MATRIX_FORMATS[precision])
     fill: dict[str, Callable[[PartGraph], None]] = {
         "embedding": graphs.embedding,
-        "forward": graphs.forward,
         INFERENCE: graphs.forward,
-        "backward": graphs.backward,
-        "first_backward": graphs.first_backward,
     }
+    if adaptation.layers:
+        fill |= {"forward": graphs.forward, "backward": graphs.backward, "first_backward": graphs.first_backward}
     if with_head:
         fill |= {"head": graphs.head, "head_loss": graphs.head_loss}
     for name, fill_in in fill.items():

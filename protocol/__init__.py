@@ -53,6 +53,7 @@ from .messages import (
     identity,
 )
 from .passage import changed_by, changes, coded_update
+from .recall import kept_since
 from .seeds import derive_seed
 from .session import TRANSITIONS, Session, Side, State
 from .settings import CODECS, DELTA, EXACT, RunSettings, gradient_codec
@@ -127,5 +128,6 @@ __all__ = [
     "encode",
     "gradient_codec",
     "identity",
+    "kept_since",
     "largest_message_bytes",
 ]

@@ -64,6 +64,8 @@ class Agreement:
                 f"{_name(message)} of micro-batch {message.micro_batch} of step {message.step}; "
                 f"this run's are numbered from 0 to {self.settings.micro_batches - 1}"
             )
+        if isinstance(message, Activations) and message.since is not None and self.settings.trains_edge:
+            raise RemoteProtocolError("Activations without rows of some samples, and in this run the edge adapter changes them")
         if isinstance(message, EdgeAdapter) and message.checkpoint > message.step:
             raise RemoteProtocolError(f"EdgeAdapter of step {message.step} with a later checkpoint, {message.checkpoint}")
         if isinstance(message, Start):

@@ -30,7 +30,7 @@ NOWHERE = -1
 """The number of a sample that neither side caches."""
 
 Version = tuple[int, Array]
-"""A step, and a sample's rows as they arrived, (n, d) bfloat16."""
+"""A step, and a sample's rows as they arrived, (n, d); here in bfloat16, in `recall` in the run's precision."""
 
 
 class ActivationCache(Protocol):

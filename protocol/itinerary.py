@@ -2,8 +2,8 @@
 Which question a client asks next: the one rule that both sides follow.
 
 A client's way through a run is made of legs. In every step it asks `Activations` of each micro-batch. Then it exchanges its
-adapter: `AdapterGradient` at once where a round has one step, else `AdapterWeights` at the round's end and after the client's
-last step. At last it asks `Done`. PROTOCOL.md states the same under The course of a run. The device's loop,
+adapter, where it has one: `AdapterGradient` at once where a round has one step, else `AdapterWeights` at the round's end and
+after the client's last step. At last it asks `Done`. PROTOCOL.md states the same under The course of a run. The device's loop,
 `edge_client.training.train`, spells this order out, so that the algorithm can be read there; its tests hold the two together.
 
 A `Start` interrupts this order: the server says after which step to go on, and the client finds its next question from that
@@ -130,6 +130,8 @@ class Itinerary:
         """The next question after the gradient of this micro-batch."""
         if micro_batch + 1 < self.settings.micro_batches:
             return QuestionId(Activations, step, micro_batch + 1)
+        if not self.settings.trains_edge:
+            return self.after_round(step)
         if self.settings.aggregate_every == 1:
             return QuestionId(AdapterGradient, step)
         if self.ends_round(step):

@@ -324,8 +324,8 @@ class LabelledBatch:
         if len(wrong):
             length, count = self.lengths[wrong[0]], self.label_counts[wrong[0]]
             raise ValueError(f"lengths must be positive, label counts between 0 and the length; got {length} and {count}")
-        if self.lengths.sum(dtype=np.int64) != len(self.values):
-            raise ValueError(f"lengths add up to {self.lengths.sum(dtype=np.int64)}, values have {len(self.values)} rows")
+        if (num_rows := self._lengths_in_values().sum(dtype=np.int64)) != len(self.values):
+            raise ValueError(f"lengths add up to {num_rows}, values have {len(self.values)} rows")
         if len(self.labels) not in (0, self.num_labelled):
             raise ValueError(f"label counts add up to {self.num_labelled}, got {len(self.labels)} labels")
 
@@ -333,6 +333,10 @@ class LabelledBatch:
     def num_labelled(self) -> int:
         """M, the rows that have a label, whoever has it."""
         return int(self.label_counts.sum(dtype=np.int64))
+
+    def _lengths_in_values(self) -> Array:
+        """The lengths of the sequences whose rows ``values`` has."""
+        return self.lengths
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -347,17 +351,30 @@ class Activations(LabelledBatch):
     """0, 1, ... within the step; a client may ask the next ones before the first is answered."""
     seconds: Seconds
     samples: Integers | None = None
-    """(B,) in `DELTA`, for each sequence its number in the client's data; -1: neither side caches it."""
+    """(B,) where samples are kept, for each sequence its number in the client's data; -1: neither side keeps it."""
     exact: CodedFloats | None = None
     """(N, d) the values as held-out ones travel, in steps that check the codec."""
+    since: Integers | None = None
+    """
+    (B,) where the edge learns nothing, for each sequence the step whose rows of this sample the server has kept, and ``values``
+    has none of it; 0: its rows are in ``values``, as all are where this is None.
+    """
 
     def __post_init__(self) -> None:
+        if self.since is not None:
+            if self.samples is None or len(self.since) != len(self.lengths):
+                raise ValueError(f"{len(self.lengths)} lengths and {len(self.since)} steps since which samples are kept")
+            if ((self.since < 0) | (self.since >= self.step) | ((self.since > 0) & (self.samples < 0))).any():
+                raise ValueError(f"steps since which samples are kept are earlier ones of numbered samples; got {self.since}")
         super().__post_init__()
         _check_step(self.step)
         if self.samples is not None and len(self.samples) != len(self.lengths):
             raise ValueError(f"{len(self.lengths)} lengths and {len(self.samples)} samples")
         if self.exact is not None and self.exact.shape != self.values.shape:
             raise ValueError(f"values are {list(self.values.shape)}, and exactly {list(self.exact.shape)}")
+
+    def _lengths_in_values(self) -> Array:
+        return self.lengths if self.since is None else self.lengths[self.since == 0]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from . import delta
+from . import delta, recall
 from .agreement import Agreement
 from .codecs import Coded
 from .encoding import decode, encode
@@ -226,7 +226,7 @@ class Session:
         self._codecs_before = self.codecs
         self._gradients_at_first = EXACT
         self.activation_cache: delta.ActivationCache | None = None
-        """The client's samples, for runs in `DELTA`; both sides give the session theirs when the client has joined."""
+        """The client's samples, for runs that keep them; both sides give the session theirs when the client has joined."""
         self._agreed = Agreement()
         self._received: tuple[type, int, int, int, int] | None = None
         self._resumed_at: int | None = None
@@ -444,7 +444,11 @@ class Session:
             return coded_contribution(message, self._agreed.settings, dither)
         if isinstance(message, ActivationGradient | HiddenGradient) and self.codecs.gradients == DITHERED:
             return coded_gradient(message, self.codecs.activations, self._dither(message))
-        if not isinstance(message, Activations) or self.codecs.activations == EXACT:
+        if not isinstance(message, Activations):
+            return message
+        if message.since is not None and self.activation_cache is not None:
+            recall.note_sent(message, self.activation_cache)
+        if self.codecs.activations == EXACT:
             return message
         settings = self._agreed.settings
         if not message.micro_batch and settings is not None and settings.checks_codec(message.step):
@@ -461,6 +465,8 @@ class Session:
         return values if self.codecs.activations == OF_HELD_OUT else Coded.of(values, OF_HELD_OUT)
 
     def _as_meant(self, message: Message) -> Message:
+        if isinstance(message, Activations) and message.since is not None and self.activation_cache is not None:
+            return recall.with_all_rows(message, self.activation_cache, self.max_bytes)
         in_delta = {name for name in ("values", "exact") if isinstance(getattr(message, name, None), Coded)}
         if not in_delta:
             return message

@@ -69,7 +69,7 @@ def states_codec(codec: str) -> str:
 NEXT_PIN = "next-pin"
 """A client that has a pin for the server keeps the one that `Welcome` announces beside it. No run needs this of a client."""
 
-ABILITIES = ("device-labels", "noise", "schedules", "early-end", "label-smoothing", NEXT_PIN)
+ABILITIES = ("device-labels", "noise", "schedules", "early-end", "label-smoothing", "frozen-edge", NEXT_PIN)
 """What a client of this release can do for a run, besides what the first ones of this version could."""
 
 SERVER_ABILITIES = ("held-out-loss",)
@@ -142,7 +142,7 @@ class RunSettings:
     check_codec_every: int = 0
     """Steps from one check of the codec to the next, beginning with the first step; 0: it is not checked."""
     cache_bytes: int = 0
-    """The most that each side keeps of one client's samples, for DELTA."""
+    """The most that each side keeps of one client's samples, where any are kept: see `keeps_samples`."""
     adapter_codec: str = EXACT
     """
     EXACT or DITHERED: how LoRA matrices of the edge part cross the link between two rounds. In DITHERED they cross as changes
@@ -177,6 +177,11 @@ class RunSettings:
     label_smoothing: float = 0.0
     """
     In steps, this part of each label's weight is spread evenly over the whole vocabulary. Held-out texts are measured without.
+    """
+    edge_adapter: str = "lora"
+    """
+    By what the edge part learns: "lora"; or "none", it learns nothing (SplitFrozen, arXiv 2503.18986). Then no gradient comes
+    back to devices, no adapter crosses the link, and a sample's activations cross once: see `recall.py`.
     """
 
     def __post_init__(self) -> None:
@@ -220,11 +225,25 @@ class RunSettings:
             ("labels", ("server", "device")),
             ("label_rows", ("shown", "hidden")),
             ("final_adapter", ("last", "best")),
+            ("edge_adapter", ("lora", "none")),
         ):
             value = getattr(self, name)
             if value not in either:
                 raise ValueError(f"{name} must be {' or '.join(either)}, got {value[:40]!r}")
+        if not self.trains_edge:
+            self._check_frozen_edge()
         self._check_noise()
+
+    def _check_frozen_edge(self) -> None:
+        """What the edge part would need an adapter for."""
+        for name, needs, remedy in (
+            ("aggregate_every", self.aggregate_every > 1, "a round ends in a new edge adapter; leave it out"),
+            ("adapter_codec", self.codes_adapter, "no LoRA matrix crosses the link; leave it out"),
+            ("activation_codec", self.activation_codec == DELTA, "activations do not change; take int8 or int4"),
+            ("check_codec_every", self.check_codec_every, "a sample crosses only once, exactly or in a codec; set it to 0"),
+        ):
+            if needs:
+                raise ValueError(f"{name} {getattr(self, name)} does not go with edge_adapter none, with which {remedy}")
 
     def _check_noise(self) -> None:
         for kind in ("activation", "gradient"):
@@ -269,6 +288,7 @@ class RunSettings:
             "schedules": self.lr_schedule == "cosine" or self.warmup_ratio,
             "early-end": self.may_end_early or self.final_adapter == "best",
             "label-smoothing": self.label_smoothing and self.labels == "device",
+            "frozen-edge": not self.trains_edge,
         }
         return {name for name, is_needed in needed.items() if is_needed}
 
@@ -276,6 +296,16 @@ class RunSettings:
         """What a client has to offer, besides EXACT."""
         of_states = states_codec(self.activation_codec) if self.labels == "device" else EXACT
         return {self.activation_codec, self.gradient_codec, of_states, self.adapter_codec} - {EXACT}
+
+    @property
+    def trains_edge(self) -> bool:
+        """Whether devices learn anything."""
+        return self.edge_adapter == "lora"
+
+    @property
+    def keeps_samples(self) -> bool:
+        """Whether both sides keep what has crossed of a sample, in an `ActivationCache`."""
+        return self.activation_codec == DELTA or not self.trains_edge
 
     @property
     def codes_adapter(self) -> bool:
@@ -293,6 +323,7 @@ class RunSettings:
             "alpha": self.lora_alpha,
             "dropout": self.lora_dropout,
             "targets": self.lora_targets,
+            "first_block": 0 if self.trains_edge else self.cut_layer,
         }
 
     def optimiser(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from .model_config import ModelConfig
 
 __all__ = ["load_adapter", "save_adapter"]
 
-CHOOSING = ("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules")
+CHOOSING = ("rank_pattern", "alpha_pattern", "exclude_modules")
 """Settings of plain LoRA that do not treat all layers alike; a run has one rank and one scale."""
 
 
@@ -24,7 +24,7 @@ def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, lora: Lora
     Write a folder that ``PeftModel.from_pretrained`` loads.
 
     Args:
-        adapter: of the whole model; stored in the dtype it has, float32 unless the run is one of float64.
+        adapter: of all adapted blocks; stored in the dtype it has, float32 unless the run is one of float64.
         base_model: the name or the folder under which PEFT finds the model that is adapted.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,6 +41,8 @@ def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, lora: Lora
         "bias": "none",
         "inference_mode": True,
     }
+    if lora.first_block:
+        settings["layers_to_transform"] = _blocks(config, lora)
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     save_file({name: matrix.contiguous() for name, matrix in adapter.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
 
@@ -63,6 +65,14 @@ def load_adapter(folder: Path, config: ModelConfig, lora: LoraConfig) -> Adapter
         same = set(found) == set(expected) if isinstance(found, list) and isinstance(expected, list) else found == expected
         if not same:
             raise AdapterError(f"{folder}: {key} is {shown(found)}, the run asks for {shown(expected)}")
+    chosen = settings.values.get("layers_to_transform")
+    blocks, expected_blocks = list(range(config.num_layers)) if chosen is None else chosen, _blocks(config, lora)
+    if blocks != expected_blocks:
+        raise AdapterError(
+            f"{folder}: it adapts the blocks {shown(blocks)}, the run those from {lora.first_block} on: with --edge-adapter "
+            "none the blocks before --cut-layer have no adapter, else all have one. Choose both as the adapter was made, or "
+            "merge it into the model first (splitlora-export)"
+        )
     try:
         adapter = load_file(Folder(folder, AdapterError).require(WEIGHTS_FILE))
     except (OSError, SafetensorError) as error:
@@ -77,3 +87,8 @@ def load_adapter(folder: Path, config: ModelConfig, lora: LoraConfig) -> Adapter
             raise AdapterError(f"{folder}: {name} has values that are not finite numbers; the adapter cannot be used")
     # Adapters are trained in float32 at least, however they were stored.
     return {name: adapter[name] if adapter[name].dtype == torch.float64 else adapter[name].float() for name in expected_shapes}
+
+
+def _blocks(config: ModelConfig, lora: LoraConfig) -> list[int]:
+    """Those that are adapted."""
+    return list(range(lora.first_block, config.num_layers))

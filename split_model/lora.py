@@ -30,6 +30,8 @@ class LoraConfig:
     """Rank-stabilised (arXiv 2312.03732): the update is (alpha / sqrt(rank)) B A."""
     targets: tuple[str, ...]
     """The last components of layers' names, as PEFT matches target_modules; `ModelConfig.lora_targets` lists a family's."""
+    first_block: int = 0
+    """No block before this one has an adapter."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -46,7 +48,7 @@ class LoraConfig:
 
 def adapted_layers(config: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int, int]]:
     """
-    Of a block's linear layers, those with an adapter: name in the block -> (in, out), in the order of the forward pass.
+    Of an adapted block's linear layers, those with an adapter: name in the block -> (in, out), in the forward pass' order.
 
     Raises:
         AdapterError: a target is no layer of this family, or there is no target.
@@ -71,7 +73,7 @@ def adapter_shapes(config: ModelConfig, lora: LoraConfig, blocks: range) -> dict
         AdapterError: as `adapted_layers`.
     """
     layers, shapes = adapted_layers(config, lora), {}
-    for block in blocks:
+    for block in blocks[max(0, lora.first_block - blocks.start) :]:
         for layer, (inputs, outputs) in layers.items():
             shapes[adapter_name(config, block, layer, "A")] = (lora.rank, inputs)
             shapes[adapter_name(config, block, layer, "B")] = (outputs, lora.rank)

@@ -83,7 +83,7 @@ class Part(nn.Module):
         self._adapted: list[LoraLinear] = []
         for index in blocks:
             block = Block(config, model.tensors, index, self.placement, rotation)
-            for layer in adapted_layers(config, lora):
+            for layer in adapted_layers(config, lora) if index >= lora.first_block else ():
                 linear = block.layers[layer]
                 self._adapted.append(linear)
                 for matrix, parameter in linear.adapt(lora, self.dropout, self.dtype).items():

@@ -1,10 +1,11 @@
-"""The activation cache of one client on the disk, as both sides of a run keep it for `protocol.delta`."""
+"""The activation cache of one client on the disk, as both sides of a run keep it for `protocol.delta` and `protocol.recall`."""
 
 import io
 import threading
 import zipfile
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +14,8 @@ from .atomic_file import replace_file
 
 __all__ = ["CacheFolder"]
 
-Rows = NDArray[np.uint16]
-"""Of one sample: (n, d) bfloat16."""
+Rows = NDArray[Any]
+"""Of one sample: (n, d), bfloat16 for `protocol.delta`; as they arrived for `protocol.recall`, where a device keeps none."""
 Key = tuple[int, int]
 """Of a file: step and micro-batch of the message whose rows it holds."""
 Version = tuple[Key, int]

@@ -22,6 +22,8 @@ WITHOUT_POSITIONS, WITH_POSITIONS = FORMATS = (1, 2)
 EDGE_WEIGHTS = ("float32", "float16", "int8")
 """How the frozen matrices of a part can be stored."""
 GRAPH_FILES = ("embedding.onnx", "forward.onnx", "inference.onnx", "backward.onnx", "first_backward.onnx")
+TRAINING_GRAPH_FILES = ("forward.onnx", "backward.onnx", "first_backward.onnx")
+"""Of these, those that a part has only if it learns something."""
 HEAD_GRAPH_FILES = ("head.onnx", "head_loss.onnx")
 """Of a part that has the head, too."""
 EMBEDDING_WEIGHTS, HEAD_WEIGHTS = "embedding.safetensors", "head.safetensors"
@@ -56,7 +58,7 @@ class PartDescription:
     adapter_prefix: str
     """What PEFT's name of a block's adapter matrix begins with, "{block}" in place of the block's number."""
     adapted: Mapping[str, tuple[int, int]]
-    """The adapted layers of a block, by name, in the order of the forward pass: (in, out)."""
+    """The adapted layers of a block, by name, in the order of the forward pass: (in, out). Empty where nothing is learnt."""
     onnxruntime: str
     """The lowest version that runs the graphs, such as "1.23"."""
     head: str = ""
@@ -130,12 +132,13 @@ class PartDescription:
         return f"{self.adapter_prefix.replace('{block}', str(block))}{layer}.lora_{matrix}.weight"
 
 
-def required_files(cut_layer: int, *, with_head: bool = False) -> tuple[str, ...]:
+def required_files(cut_layer: int, *, with_head: bool = False, trains: bool = True) -> tuple[str, ...]:
     """
     The files of a part of so many blocks, but for those that not every part has: the tokenizer's, and the weights of a head
     that is not the table of the token embeddings.
     """
-    return (PART_FILE, *GRAPH_FILES, *(HEAD_GRAPH_FILES if with_head else ()), *_weight_files(cut_layer))
+    graphs = [name for name in GRAPH_FILES if trains or name not in TRAINING_GRAPH_FILES]
+    return (PART_FILE, *graphs, *(HEAD_GRAPH_FILES if with_head else ()), *_weight_files(cut_layer))
 
 
 def _weight_files(cut_layer: int) -> tuple[str, ...]:
@@ -176,8 +179,8 @@ class _Values:
 
     def layers(self, key: str) -> dict[str, tuple[int, int]]:
         layers = self.get(key, dict)
-        if not 1 <= len(layers) <= MOST_LAYERS:
-            raise ModelError(f"{self._where}: {key} has {len(layers)} layers; 1 to {MOST_LAYERS} are expected{REMEDY}")
+        if len(layers) > MOST_LAYERS:
+            raise ModelError(f"{self._where}: {key} has {len(layers)} layers; at most {MOST_LAYERS} are expected{REMEDY}")
         for layer, shape in layers.items():
             if len(layer) > LONGEST_NAME or not re.fullmatch(r"\w+(\.\w+)*", layer, re.ASCII):
                 raise ModelError(f"{self._where}: {key} names {shown(layer)}, which is no name of a layer{REMEDY}")

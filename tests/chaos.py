@@ -53,16 +53,22 @@ ON_DEVICE: dict[str, Any] = {
     **dict.fromkeys(("activation_noise", "gradient_noise"), 0.1),
     **dict.fromkeys(("activation_clip", "gradient_clip"), 1.0),
 }
+# In the third step all samples of client a come as their numbers.
+FROZEN: dict[str, Any] = {"steps": 3, "edge_adapter": "none"}
 ALL_MODES: dict[str, dict[str, Any]] = {
     **MODES,
     "clipped, rounds of one step": {**MODES["rounds of one step"], "max_grad_norm": 0.05},
     "delta, rounds of one step": {**DELTA, "aggregate_every": 1},
     "delta, rounds of two steps": {**DELTA, "aggregate_every": 2},
     "labels on the device, rounds of one step": {**ON_DEVICE, **MODES["rounds of one step"]},
+    "nothing learnt on the edge": FROZEN,
+    "nothing learnt on the edge, labels on the device": {**ON_DEVICE, **FROZEN},
     "labels on the device, rounds of two steps": {**ON_DEVICE, **MODES["rounds of two steps"], "label_rows": "hidden"},
 }
 DEVICES: dict[str, dict[str, Any]] = {"torch": {"engine": "torch", "dtype": "float32"}, "onnxruntime": {}}
 """Those with onnxruntime fetch their part of the model, and share what they have fetched."""
+OF_ITINERARY = ("steps", "epochs", "aggregate_every", "edge_adapter")
+"""The settings on which it depends what clients ask."""
 MICRO_BATCHES = 2
 NUM_SAMPLES = {"a": 5, "b": 7}
 BATCH_SIZE = {"a": 3, "b": 2}
@@ -71,7 +77,7 @@ NUM_EVALUATIONS = {"a": 2, "b": 0}  # one before the training and one after it, 
 
 def num_answers(mode: str) -> dict[str, int]:
     """How many messages the server sends to each client in a run that nobody disturbs."""
-    of_run = {name: value for name, value in ALL_MODES[mode].items() if name in ("steps", "epochs", "aggregate_every")}
+    of_run = {name: value for name, value in ALL_MODES[mode].items() if name in OF_ITINERARY}
     asks_back = ALL_MODES[mode].get("labels") == "device"
     of_mode = settings(clients=len(NUM_SAMPLES), micro_batches=MICRO_BATCHES, **{"epochs": None, **of_run})
     counts = {}

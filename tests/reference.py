@@ -79,12 +79,15 @@ def make_adapter(
     alpha: int = 8,
     targets: Sequence[str],
     rslora: bool = False,
+    blocks: Sequence[int] | None = None,
 ) -> Path:
-    """A PEFT folder whose B is not zero, so that everything is learnt from the first step on."""
+    """A PEFT folder whose B is not zero, so that everything is learnt from the first step on; of all blocks or of some."""
     torch.manual_seed(seed)
     whole = load_base(base)
     turned = any(isinstance(module, Conv1D) for module in whole.modules())
-    more = {"fan_in_fan_out": turned, "use_rslora": rslora, "task_type": "CAUSAL_LM"}
+    more: dict[str, Any] = {"fan_in_fan_out": turned, "use_rslora": rslora, "task_type": "CAUSAL_LM"}
+    if blocks is not None:
+        more["layers_to_transform"] = list(blocks)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), **more)
     model = get_peft_model(whole, config)
     for name, parameter in model.named_parameters():

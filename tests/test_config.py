@@ -387,6 +387,7 @@ OTHER_VALUES: dict[str, Any] = {
     "residual": "bfloat16",
     "codec": "int4",
     "adapter_codec": "dithered",
+    "edge_adapter": "none",
     "codec_tolerance": 0.05,
     "check_codec_every": 0,
     "cache_bytes": 1000,
@@ -454,7 +455,7 @@ def test_every_setting_has_another_value_in_these_tests() -> None:
 # What clients are told
 
 
-NOT_TOGETHER: dict[str, Any] = {"epochs": None, "warmup_ratio": 0.0, "max_grad_norm": 0.0}
+NOT_TOGETHER: dict[str, Any] = {"epochs": None, "warmup_ratio": 0.0, "max_grad_norm": 0.0, "edge_adapter": "lora"}
 """Of settings that do not go with others of OTHER_VALUES: what they are without."""
 
 
@@ -655,7 +656,7 @@ NAMES = {
             "coded_update",
             "compressed_bound",
         ),
-        *("decode", "derive_seed", "encode", "gradient_codec", "identity", "largest_message_bytes"),
+        *("decode", "derive_seed", "encode", "gradient_codec", "identity", "kept_since", "largest_message_bytes"),
     ],
     "split_model": [
         *("Adapter", "DTYPES", "DamagedFile", "EdgePart", "LoraConfig", "ModelConfig", "OptimiserConfig", "PretrainedModel"),

@@ -98,7 +98,9 @@ def test_device_takes_part_of_heads_as_wide_as_those_of_pretrained_models(tmp_pa
 def test_only_a_part_whose_blocks_ask_for_positions_is_none_for_older_devices(base: Path, tmp_path: Path) -> None:
     part = DevicePart(make_part(tmp_path / "part", base, settings(lora_targets=PretrainedModel(base).config.lora_targets[:1])))
     graphs = part.open()
-    blocks = (graphs.forward, graphs.inference, graphs.backward, graphs.first_backward)
+    training = graphs.training
+    assert training is not None
+    blocks = (graphs.inference, training.forward, training.backward, training.first_backward)
     assert {"positions" in graph.inputs for graph in blocks} == {part.description.format == 2}
 
 

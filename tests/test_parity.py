@@ -99,7 +99,10 @@ def assert_equals_centralised(
 ) -> list[StepRecord]:
     federation = Federation(tmp_path, batch_sizes, steps)
     targets = options.get("lora_targets", ("c_attn",))
-    start = reference.make_adapter(base, tmp_path / "start", targets=targets, rslora=options.get("lora_rslora", False))
+    has_edge = options.get("edge_adapter", "lora") == "lora"
+    blocks = None if has_edge else range(options["cut_layer"], json.loads((base / "config.json").read_text())["n_layer"])
+    rslora = options.get("lora_rslora", False)
+    start = reference.make_adapter(base, tmp_path / "start", targets=targets, rslora=rslora, blocks=blocks)
     run_dir = tmp_path / "run"
     lora = {"lora_rank": 4, "lora_alpha": 8.0, "init_adapter": str(start)}
     server = {
@@ -150,6 +153,32 @@ def test_run_equals_centralised_lora_in_float64(
         dtype="float64",
         cut_layer=cut_layer,
     )
+
+
+def test_run_whose_edge_learns_nothing_equals_it_in_float32_with_devices_without_torch(
+    four_blocks: Path, tmp_path: Path
+) -> None:
+    options = {"edge_adapter": "none", "cut_layer": 2, "labels": "device", "engines": ("onnxruntime", "torch")}
+    assert_equals_centralised(four_blocks, tmp_path, batch_sizes=[2, 3], steps=30, dtype="float32", **options)
+
+
+@pytest.mark.parametrize(
+    ("batch_sizes", "cut_layer", "more"),
+    [
+        ([2, 2], 2, {}),
+        ([3, 1], 1, {"micro_batches": 3, "max_grad_norm": CLIPPED}),
+        ([2, 1, 2], 3, {"labels": "device", "lora_targets": ("c_attn", "c_proj", "c_fc")}),
+    ],
+    ids=["two", "clipped", "labels on the device"],
+)
+def test_run_whose_edge_learns_nothing_equals_centralised_lora_of_the_blocks_behind_the_cut(
+    four_blocks: Path, tmp_path: Path, batch_sizes: list[int], cut_layer: int, more: dict[str, Any]
+) -> None:
+    """PEFT's layers_to_transform; the last third of the steps has samples that the server has kept."""
+    options = {"edge_adapter": "none", "cut_layer": cut_layer, **more}
+    records = assert_equals_centralised(four_blocks, tmp_path, batch_sizes=batch_sizes, steps=30, dtype="float64", **options)
+    first, last = (sum(record.num_bytes for record in some) for some in (records[1:9], records[-9:-1]))
+    assert last * (1.5 if "labels" in more else 10) < first
 
 
 @pytest.mark.parametrize(

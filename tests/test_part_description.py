@@ -122,7 +122,6 @@ def test_every_member_but_the_head_is_required(tmp_path: Path, key: str) -> None
         ),
         ("head", None, "head is null; a text is expected"),
         *(("adapted", value, "an object is expected") for value in ([], "c_attn", None)),
-        ("adapted", {}, "adapted has 0 layers; 1 to 64 are expected"),
         ("adapted", {f"l{i}": [1, 1] for i in range(65)}, "adapted has 65 layers"),
         *(
             ("adapted", {name: [1, 1]}, "which is no name of a layer")

@@ -240,6 +240,7 @@ NEEDY: dict[str, Any] = {
     "early_stopping_patience": 1,
     "final_adapter": "best",
     "label_smoothing": 0.5,
+    "edge_adapter": "none",
 }
 """Values that need an ability, of settings whose 1 does not or cannot be."""
 
@@ -249,7 +250,7 @@ def test_it_names_the_abilities_and_the_settings_that_need_them() -> None:
     assert tuple(ability.strip("`") for ability, _, _ in rows) == ABILITIES
     for ability, _, where in rows:
         for name in re.findall(r"`(\w+)`", where.partition(" is ")[0].replace("one of", "")):
-            changes: dict[str, Any] = {"labels": "device", "check_codec_every": 0, "warmup_steps": 0}
+            changes: dict[str, Any] = {"labels": "device", "check_codec_every": 0, "warmup_steps": 0, "aggregate_every": 1}
             if name != "labels":
                 changes |= {f"{kind}_clip": 1.0 for kind in ("activation", "gradient") if name == f"{kind}_noise"}
                 changes |= {name: NEEDY.get(name, 1.0)}

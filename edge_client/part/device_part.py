@@ -49,13 +49,14 @@ class DevicePart:
         """
         found = self.description
         targets = {layer.rpartition(".")[2] for layer in found.adapted}
+        wanted = set(settings.lora_targets if settings.trains_edge else ())
         for name, of_part, of_run in (
             ("cut layer", found.cut_layer, settings.cut_layer),
             ("LoRA rank", found.lora_rank, settings.lora_rank),
             ("LoRA alpha", found.lora_alpha, settings.lora_alpha),
             ("LoRA dropout", found.lora_dropout, settings.lora_dropout),
             ("labels on the", "device" if found.head else "server", settings.labels),
-            ("LoRA targets", ", ".join(sorted(targets)), ", ".join(sorted(set(settings.lora_targets)))),
+            ("LoRA targets", *(", ".join(sorted(names)) or "none" for names in (targets, wanted))),
         ):
             if of_part != of_run:
                 raise ModelError(
@@ -96,16 +97,28 @@ class DevicePart:
             tokens=tokens,
             embedding=graph("embedding"),
             embedding_weights=self._mapped(embedding, embedding.names - TokenTable.NAMES),
-            forward=graph("forward"),
             inference=graph("inference"),
-            backward=graph("backward"),
-            first_backward=graph("first_backward"),
+            training=TrainingGraphs(graph("forward"), graph("backward"), graph("first_backward"))
+            if self.description.adapted
+            else None,
             blocks=[self._mapped(block, block.names) for block in blocks],
             head=head,
         )
 
     def _mapped(self, weights: WeightsFile, names: frozenset[str]) -> dict[str, Value]:
         return {f"weight:{name}": self.runtime.value(weights.map(name)) for name in names}
+
+
+@dataclass(frozen=True)
+class TrainingGraphs:
+    """What computes a part that learns something."""
+
+    forward: Graph
+    """A block's output, and what backward needs of what was computed on the way."""
+    backward: Graph
+    """The gradients of a block's LoRA matrices, and of its input."""
+    first_backward: Graph
+    """The same of block 0, whose input nobody asks the gradient of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,14 +128,10 @@ class Graphs:
     tokens: "TokenTable"
     embedding: Graph
     embedding_weights: Values
-    forward: Graph
-    """A block's output, and what backward needs of what was computed on the way."""
     inference: Graph
     """A block's output alone, without dropout."""
-    backward: Graph
-    """The gradients of a block's LoRA matrices, and of its input."""
-    first_backward: Graph
-    """The same of block 0, whose input nobody asks the gradient of."""
+    training: TrainingGraphs | None
+    """None where the part learns nothing."""
     blocks: list[Values]
     """Each block's weights."""
     head: Head | None

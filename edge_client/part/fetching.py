@@ -49,7 +49,7 @@ def fetch_part(
     """
     answer = membership.ask(AskPart(index=membership.next_index()), Part)
     settings = membership.welcome.settings
-    files = _wanted(answer, settings.cut_layer, with_head=settings.labels == "device")
+    files = _wanted(answer, settings.cut_layer, with_head=settings.labels == "device", trains=settings.trains_edge)
     if only is not None:
         files = tuple(file for file in files if file.name in only)
     contents = {file.sha256: file for file in files}
@@ -104,7 +104,7 @@ class _Fetching:
                 unfinished.append(data)
 
 
-def _wanted(part: Part, cut_layer: int, *, with_head: bool) -> tuple[PartFile, ...]:
+def _wanted(part: Part, cut_layer: int, *, with_head: bool, trains: bool) -> tuple[PartFile, ...]:
     """
     The files that a part has. What else a server may offer is not fetched.
 
@@ -114,7 +114,8 @@ def _wanted(part: Part, cut_layer: int, *, with_head: bool) -> tuple[PartFile, .
     if cut_layer > len(part.files):  # a server says how many blocks there are: as many names may be more than memory holds
         size = count(len(part.files), "file")
         raise RemoteProtocolError(f"the server's part of the model has {size}, too few for cut layer {cut_layer}")
-    required, offered = required_files(cut_layer, with_head=with_head), {file.name: file for file in part.files}
+    required = required_files(cut_layer, with_head=with_head, trains=trains)
+    offered = {file.name: file for file in part.files}
     optional = (*TOKENIZER_FILES, *((HEAD_WEIGHTS,) if with_head else ()))
     for name in required:
         if name not in offered:

@@ -13,6 +13,8 @@ The run goes through phases, and only here:
                                     TRAINING ── round ends ──► CONTRIBUTIONS ──► AGGREGATING
                                                                         all have asked
 
+Where the edge part learns nothing nobody contributes: AGGREGATING follows TRAINING at once, and only closes the round.
+
 A round ends early if every member that still has steps to do in it has left: CONTRIBUTIONS then follows ACTIVATIONS. If nobody
 is left to contribute either, the round closes with its adapter unchanged. A resumed run begins in ACTIVATIONS.
 
@@ -78,6 +80,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
+
+import numpy
 
 from protocol import (
     ActivationGradient,
@@ -518,7 +522,7 @@ class Federation:
             if not member.presence.is_overtaken:  # else it takes the step back
                 member.labelled_tokens[self.step] = num_labels
         if self.settings.ends_round(self.step) or not self._roster.participants(self.step + 1):
-            self._end_round(now)
+            actions += self._end_round(now)
         else:
             actions += self._finish_step(now)
         return actions + self._advance(now)
@@ -527,7 +531,9 @@ class Federation:
         step, micro_batch = self.step + 1, self._present_step.micro_batch
         actions: list[Action] = []
         asked = self._asked(Activations)
-        for name, gradient in trained.gradients.items():
+        nothing = numpy.empty((0, self.limits.width), self.settings.precision)
+        gradients = trained.gradients if self.settings.trains_edge else dict.fromkeys(trained.summed_losses, nothing)
+        for name, gradient in gradients.items():
             if name in asked:
                 answer = ActivationGradient(
                     step=step,
@@ -788,8 +794,7 @@ class Federation:
 
     def _close_last_round(self, now: float) -> list[Action]:
         if self._roster.contributors():
-            self._end_round(now)
-            return self._advance(now)
+            return self._end_round(now) + self._advance(now)
         if self.settings.final_adapter == "best" and self.step > self._judged_step:
             self._enter(Phase.LAST_EVALUATIONS, now)
             return self._advance(now)
@@ -846,14 +851,17 @@ class Federation:
         self._enter(Phase.ACTIVATIONS, now)
         return [ended, *self._advance(now)]
 
-    def _end_round(self, now: float) -> None:
+    def _end_round(self, now: float) -> list[Action]:
         """
-        Wait for the adapters of those who took part. Members that still had steps of the round to do have left; otherwise it
-        would not end here.
+        Wait for the adapters of those who took part, where they have any. Members that still had steps of the round to do have
+        left; otherwise it would not end here.
         """
+        if not self.settings.trains_edge:
+            return [self._aggregate([], now)]
         self._enter(Phase.CONTRIBUTIONS, now)
         if not self.settings.ends_round(self.step):
             self._overtake(name for name, member in self._roster if member.last_step > self.step)
+        return []
 
     def _overtake_without(self, contributors: list[str]) -> None:
         """The round goes on without those whose adapter is missing."""

@@ -70,6 +70,7 @@ WITHOUT_ABILITY = {
     "schedules": "with another --lr-schedule than cosine, and --warmup-steps instead of --warmup-ratio",
     "early-end": "without --early-stopping-patience, and with --final-adapter last",
     "label-smoothing": "without --label-smoothing, or with --labels server",
+    "frozen-edge": "with --edge-adapter lora",
 }
 """For each of `protocol.settings.ABILITIES`: how to start a run in which a client without it can take part."""
 

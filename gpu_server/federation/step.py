@@ -79,7 +79,7 @@ class Trained:
     labelled_tokens: int
     """Of the step's micro-batches so far."""
     gradients: dict[str, Array]
-    """By client: (N, d), of the micro-batch's summed loss by the client's activations."""
+    """By client: (N, d), of the micro-batch's summed loss by the client's activations; nobody where the edge learns nothing."""
     summed_losses: dict[str, float] = field(default_factory=dict)
     """By client: of the micro-batch, in nats."""
     gradient_norm: float = 0.0
