@@ -440,7 +440,7 @@ def test_server_names_an_unknown_key_of_the_file_and_the_nearest_known_one(serve
         (2, {"bias": "all"}, "only plain LoRA can be continued; this adapter uses bias"),
         (2, {"peft_type": "IA3"}, 'only LoRA adapters can be used; peft_type is "IA3"'),
         (2, {"init_lora_weights": "pissa"}, 'only plain LoRA can be continued; this adapter uses init_lora_weights="pissa"'),
-        (2, {"layers_to_transform": 0}, "only plain LoRA can be continued; this adapter uses layers_to_transform"),
+        (2, {"layers_to_transform": 0}, "it adapts the blocks 0, the run those from 0 on"),
         (2, {"lora_alpha": float("nan")}, "lora_alpha is NaN; it must be a finite number"),
         (2, {"megatron_core": "antigravity"}, "megatron_config and megatron_core name Python code to be imported"),
     ],
