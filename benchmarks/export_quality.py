@@ -40,8 +40,22 @@ def main() -> None:
         for found in losses:
             bleu, speed = written(options.folder, found.precision, meanings, progress)
             size, same = f"{found.num_bytes / 1e6:.1f}", f"{100 * found.same_first / found.tokens:.1f} %"
-            rows.append([found.precision, size, f"{found.loss_change:+.4f}", same, f"{bleu:.2f}", f"{speed:.0f}"])
-    print(harness.markdown(["", "MB", "loss change (nats/token)", "top-1 agreement", "BLEU", "tokens/s"], rows))
+            rows.append(
+                [
+                    found.precision,
+                    size,
+                    f"{found.loss_change:+.4f} ± {found.uncertainty:.2g}",
+                    f"{found.divergence:.2g}",
+                    same,
+                    f"{bleu:.2f}",
+                    f"{speed:.0f}",
+                ]
+            )
+    print(
+        harness.markdown(
+            ["", "MB", "loss change (nats/token)", "divergence (nats/token)", "top-1 agreement", "BLEU", "tokens/s"], rows
+        )
+    )
     print(f"\n{losses[0].tokens} tokens; {len(meanings)} meanings, {sum(map(len, meanings.values()))} sentences of people")
 
 

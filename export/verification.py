@@ -1,5 +1,6 @@
 """How well an exported folder agrees with its model, which transformers runs in float32, with PEFT where it has an adapter."""
 
+import math
 import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
+from numpy.typing import ArrayLike
 
 from graphs import Floats
 from split_model import PretrainedModel
@@ -29,6 +30,14 @@ LARGEST_LOGIT_DIFFERENCE = {"fp32": 1e-5}
 """Of the largest logit, or of 10 where all are smaller."""
 LARGEST_LOSS_CHANGE = {"fp32": 1e-5, "fp16": 0.001, "q8": 0.002, "q4": 0.02}
 """Nats per token that the loss may rise by."""
+LARGEST_DIVERGENCE = {"fp32": 1e-5, "fp16": 0.005, "q8": 0.01, "q4": 0.1}
+"""
+Nats per token. Where the texts are too few for the loss, this tells a bad rounding from a good one: five times what the loss
+may rise by, for a model diverges more on texts that it has never met the like of.
+"""
+STANDARD_ERRORS = 2.0
+"""How many of them are called the uncertainty of a mean."""
+ROWS_AT_ONCE = 64
 NUM_CONTINUED, CONTINUED_TOKENS = 8, 16
 
 
@@ -38,26 +47,70 @@ class Agreement:
 
     precision: str
     num_bytes: int
-    tokens: int = 0
     logit_difference: float = 0.0
     """The largest difference of any logit."""
     largest_logit: float = 10.0
     """In magnitude, of the reference's; at least 10."""
-    summed_loss_change: float = 0.0
+    loss_changes: list[float] = field(default_factory=list)
+    """Of each predicted token, in nats; positive where the exported model is worse."""
+    predicted: list[tuple[int, int]] = field(default_factory=list)
+    """Of each, the number of its text, and the token."""
+    summed_divergence: float = 0.0
     same_first: int = 0
     """Number of positions at which both find the same token the most likely."""
     continuations: list[bool] = field(default_factory=list)
     """Of each text that was continued greedily, whether both continue it in the same way."""
 
     @property
+    def tokens(self) -> int:
+        """Those that are predicted."""
+        return len(self.loss_changes)
+
+    @property
     def loss_change(self) -> float:
         """Nats per token; positive where the exported model is worse."""
-        return self.summed_loss_change / self.tokens
+        return float(np.mean(self.loss_changes))
+
+    @property
+    def uncertainty(self) -> float:
+        """
+        Nats per token by which the loss may have changed more, or less, by chance. The errors of one text go together, and so
+        do those of one predicted token wherever it stands, since rounding has moved its logit; so the variance is clustered
+        both ways (Cameron, Gelbach and Miller 2011).
+        """
+        by_text, by_token = np.transpose(self.predicted)
+        both = by_text * (by_token.max() + 1) + by_token
+        of_both = self._variance(by_text) + self._variance(by_token) - self._variance(both)
+        return STANDARD_ERRORS * math.sqrt(max(of_both, self._variance(by_text), self._variance(by_token)))
+
+    def _variance(self, clusters: ArrayLike) -> float:
+        """Of the mean loss change."""
+        _, cluster = np.unique(clusters, return_inverse=True)
+        number = int(cluster.max()) + 1
+        if number == 1:
+            return 0.0
+        sums = np.bincount(cluster, np.asarray(self.loss_changes) - self.loss_change)
+        return float(np.square(sums).sum()) * number / (number - 1) / self.tokens**2
+
+    @property
+    def divergence(self) -> float:
+        """
+        Of Kullback and Leibler, in nats per token: what the loss would rise by if all that the exact model expects came next in
+        turn. The token that does come next adds chance; this has none of it, and is the same from a few hundred tokens on.
+        """
+        return self.summed_divergence / self.tokens
 
     @property
     def within_tolerance(self) -> bool:
+        """What is beyond by chance alone is within."""
         is_near = self.allowed_difference is None or self.logit_difference <= self.allowed_difference
-        return is_near and self.loss_change <= LARGEST_LOSS_CHANGE[self.precision]
+        is_sound = self.divergence <= LARGEST_DIVERGENCE[self.precision]
+        return is_near and is_sound and self.loss_change - self.uncertainty <= LARGEST_LOSS_CHANGE[self.precision]
+
+    @property
+    def needed_tokens(self) -> int:
+        """As many as would tell a change of the loss as large as the limit from chance, if they were as varied as these."""
+        return round(self.tokens * max(1.0, self.uncertainty / LARGEST_LOSS_CHANGE[self.precision]) ** 2)
 
     @property
     def allowed_difference(self) -> float | None:
@@ -68,16 +121,21 @@ class Agreement:
     @property
     def is_finite(self) -> bool:
         """Whether all that the exported model computes are finite numbers."""
-        return bool(np.isfinite([self.logit_difference, self.summed_loss_change]).all())
+        return bool(np.isfinite([self.logit_difference, self.loss_change]).all())
 
     def add(self, found: "Prediction", expected: "Prediction") -> None:
         """Add the predictions of both for one text."""
         difference = float((found.logits - expected.logits).abs().max())
         self.logit_difference = float(np.maximum(self.logit_difference, difference))  # NaN stays: Python's max would lose it
         self.largest_logit = max(self.largest_logit, float(expected.logits.abs().max()))
-        self.summed_loss_change += found.loss - expected.loss
-        self.same_first += int((found.first == expected.first).sum())
-        self.tokens += len(found.first)
+        text = self.predicted[-1][0] + 1 if self.predicted else 0
+        self.predicted += [(text, token) for token in expected.following.tolist()]
+        for start in range(0, len(expected.following), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            right, own = expected.log_probabilities(rows), found.log_probabilities(rows)
+            self.loss_changes += (right - own).gather(1, expected.following[rows].unsqueeze(1))[:, 0].tolist()
+            self.summed_divergence += float((right.exp() * (right - own)).sum())
+            self.same_first += int((right.argmax(-1) == own.argmax(-1)).sum())
 
 
 class Prediction:
@@ -90,9 +148,11 @@ class Prediction:
 
     def __init__(self, logits: Floats, tokens: Tokens) -> None:
         self.logits = torch.from_numpy(logits)
-        self.first = self.logits[:-1].argmax(-1)
-        self.loss = float(cross_entropy(self.logits[:-1], torch.from_numpy(tokens[1:]), reduction="sum"))
-        """Of all tokens but the first, summed, in nats."""
+        self.following = torch.from_numpy(tokens[1:])
+
+    def log_probabilities(self, rows: slice) -> torch.Tensor:
+        """Of each token after these positions, (rows, V) in nats."""
+        return self.logits[:-1][rows].double().log_softmax(-1)
 
 
 def verify(
@@ -163,7 +223,16 @@ def _compare_continuations(
         agreements[name].continuations.append(found == expected)
 
 
-HEADER = ("", "MB", "largest logit difference", "loss change (nats/token)", "top-1 agreement", "same greedy text", "")
+HEADER = (
+    "",
+    "MB",
+    "largest logit difference",
+    "loss change (nats/token)",
+    "divergence (nats/token)",
+    "top-1 agreement",
+    "same greedy text",
+    "",
+)
 
 
 def table(agreements: Sequence[Agreement], columns: int | None = None) -> str:
@@ -173,7 +242,15 @@ def table(agreements: Sequence[Agreement], columns: int | None = None) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if columns is not None and max(map(len, lines)) > columns:
         lines = [line for row in rows[1:] for line in _list(row, columns)]
-    return "\n".join(lines) + f"\n{agreements[0].tokens} tokens of text"
+    lines.append(f"{agreements[0].tokens} tokens of text")
+    for found in agreements:
+        if found.allowed_difference is None and found.needed_tokens > found.tokens:
+            text = (
+                f"{found.precision}: texts too few to tell a loss change of {LARGEST_LOSS_CHANGE[found.precision]:g} from "
+                f"chance; it takes {found.needed_tokens} tokens as varied as these (--prompts). The divergence is sure."
+            )
+            lines += [text] if columns is None else textwrap.wrap(text, columns)
+    return "\n".join(lines)
 
 
 def _row(found: Agreement) -> tuple[str, ...]:
@@ -182,7 +259,8 @@ def _row(found: Agreement) -> tuple[str, ...]:
         found.precision,
         f"{found.num_bytes / 1e6:.1f}",
         f"{found.logit_difference:.2g}" + (f" (<= {allowed:.2g})" if allowed else ""),
-        f"{found.loss_change:+.5f} (<= {LARGEST_LOSS_CHANGE[found.precision]:g})",
+        f"{found.loss_change:+.5f} ± {found.uncertainty:.2g} (<= {LARGEST_LOSS_CHANGE[found.precision]:g})",
+        f"{found.divergence:.2g} (<= {LARGEST_DIVERGENCE[found.precision]:g})",
         f"{100 * found.same_first / found.tokens:.2f} %",
         f"{sum(found.continuations)} of {len(found.continuations)}",
         "agrees" if found.within_tolerance else "BEYOND TOLERANCE",

@@ -522,9 +522,10 @@ def test_table_fits_the_terminal(columns: int) -> None:
         Agreement(
             precision=name,
             num_bytes=498_123_456,
-            tokens=4321,
+            loss_changes=[0.12, *[0.0] * 4320],
+            predicted=[(number % 9, number % 7) for number in range(4321)],
+            summed_divergence=4.321,
             logit_difference=difference,
-            summed_loss_change=0.12,
             same_first=4300,
             continuations=[True] * 7 + [False],
         )
@@ -537,7 +538,9 @@ def test_table_fits_the_terminal(columns: int) -> None:
         "498.1",
         "2.3e-05 (<= 0.0001)",
         "nan",
-        "+0.00003 (<= 1e-05)",
+        "+0.00003 ± ",
+        "(<= 1e-05)",
+        "0.001 (<= 0.01)",
         "99.51 %",
         "7 of 8",
         "BEYOND TOLERANCE",
@@ -556,6 +559,45 @@ def test_maximum_over_nan_is_nan() -> None:
     assert math.isnan(found.logit_difference)
     assert not found.is_finite
     assert not found.within_tolerance
+
+
+def agreement_of(changes: np.ndarray, texts: np.ndarray, tokens: np.ndarray, divergence: float = 0.0) -> Agreement:
+    return Agreement(
+        precision="q8",
+        num_bytes=1,
+        loss_changes=changes.tolist(),
+        predicted=list(zip(texts.tolist(), tokens.tolist(), strict=True)),
+        summed_divergence=divergence * len(changes),
+    )
+
+
+@pytest.mark.parametrize("together", ["nothing", "texts", "tokens"])
+def test_loss_is_as_uncertain_as_it_varies_from_sample_to_sample(together: str) -> None:
+    """Of 300 samples of a population of mean 0, nineteen in twenty are within the uncertainty that each of them states."""
+    source = np.random.default_rng(0)
+    within = []
+    for _ in range(300):
+        texts, tokens = np.arange(1200) // 20, source.integers(0, 60, 1200)
+        effects = source.normal(size=60)
+        common = {"nothing": 0.0, "texts": effects[texts], "tokens": effects[tokens]}[together]
+        found = agreement_of(common + source.normal(size=1200), texts, tokens)
+        within.append(abs(found.loss_change) <= found.uncertainty)
+    assert 0.90 <= np.mean(within) <= 0.99
+
+
+def test_verdict_is_no_matter_of_chance() -> None:
+    """A change that the texts cannot tell from none is not held against a model; a divergence is, and a change that is sure."""
+    texts, tokens = np.arange(400) // 10, np.arange(400) % 40
+    noise = np.random.default_rng(1).normal(size=400)
+    noise -= noise.mean()
+    assert agreement_of(0.01 + noise, texts, tokens).within_tolerance
+    assert not agreement_of(0.01 + noise, texts, tokens, divergence=0.02).within_tolerance
+    sure = agreement_of(0.01 + noise / 100, texts, tokens)
+    assert not sure.within_tolerance
+    few = agreement_of(0.01 + noise, texts, tokens)
+    assert few.needed_tokens == round(400 * (few.uncertainty / 0.002) ** 2)
+    assert f"it takes {few.needed_tokens} tokens" in table([few])
+    assert "texts too few" not in table([agreement_of(noise / 1000, texts, tokens)])
 
 
 def test_verify_measures_on_the_texts_that_it_is_given(tiny_model: Path, tmp_path: Path) -> None:
@@ -627,15 +669,21 @@ def test_verify_refuses_what_it_cannot_measure(
 
 @pytest.mark.shared
 def test_trained_model_loses_no_more_than_verify_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """200 rows of E2E, the like of which the base model has never seen: its loss moves more there than on its own domain."""
+    """
+    200 rows of E2E, the like of which the base model has never seen. How its loss changes there is chance: rounding has moved
+    the logits of a few names that come again and again. What it diverges by is not.
+    """
     monkeypatch.undo()  # it writes as much as a user's does
     lines = shared_path("data/e2e/valid.txt").read_text(encoding="utf-8").splitlines()[::23][:200]
     (tmp_path / "texts").write_text("\n".join(lines), encoding="utf-8")
     export_onnx(str(shared_path("models/gpt2-mini")), tmp_path / "out", precisions=["fp32", "q8", "q4"])
     found = {agreement.precision: agreement for agreement in verify(tmp_path / "out", tmp_path / "texts")}
     assert found["fp32"].logit_difference <= 1e-4
-    assert found["q8"].loss_change <= 0.002
-    assert found["q4"].loss_change <= 0.02
+    assert found["q8"].within_tolerance
+    assert found["q4"].within_tolerance
+    # 0.0006 and 0.010 on an Intel Xeon. Rounded to the nearest, without calibration, q4 diverges by 0.030.
+    assert found["q8"].divergence <= 0.0012
+    assert found["q4"].divergence <= 0.02
     assert found["q8"].same_first / found["q8"].tokens > 0.98
     assert found["q4"].same_first / found["q4"].tokens > 0.85
     assert all(found["fp32"].continuations)
