@@ -153,12 +153,13 @@ class Packing:
         Args:
             window: how many tokens a token sees, itself and those before it; None: all.
         """
-        key, value = (_for_each_query(each, query.shape[1]) for each in (key, value))
+        if query.device.type != "cpu":  # a CUDA device has few kernels in which heads share keys and values
+            key, value = (_for_each_query(each, query.shape[1]) for each in (key, value))
         kernel = kernel_of_packed_rows(query.device, query.dtype, query.shape[2])
         if kernel is None:
             queries, keys, values = (self.pad(each.flatten(1)) for each in (query, key, value))
             grids = zip(queries, keys, values, strict=True)
-            return self.pack([_attend(q, k, v, query.shape[1], window) for q, k, v in grids])
+            return self.pack([_attend(q, k, v, query.shape[2], window) for q, k, v in grids])
         where, longest = self._boundaries, int(self.lengths.max())
         seen = CAUSAL if window is None else (window - 1, 0)
         mixed: Tensor = kernel(query, key, value, where, where, longest, longest, window_size=seen)
@@ -199,17 +200,19 @@ def _varlen_attn(device: torch.device) -> Callable[..., Tensor] | None:
     return kernel if "window_size" in signature(kernel).parameters else None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, window: int | None) -> Tensor:  # (B, T, H D), each
+def _attend(query: Tensor, key: Tensor, value: Tensor, head_width: int, window: int | None) -> Tensor:
+    """Queries (B, T, H D), keys and values (B, T, K D) -> (B, T, H D)."""
     longest = query.shape[1]
     query, key, value = (
-        each.view(*each.shape[:2], num_heads, -1).transpose(1, 2) for each in (query, key, value)
-    )  # (B, H, T, D)
+        each.view(*each.shape[:2], -1, head_width).transpose(1, 2) for each in (query, key, value)
+    )  # (B, H, T, D), twice (B, K, T, D)
+    is_shared = key.shape[1] != query.shape[1]
     # No mask for the padding: it comes after a sequence's tokens, so no token sees it, and `pack` drops what it gives.
     if window is None or window >= longest:
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=is_shared)
     else:
         mask = torch.ones(longest, longest, dtype=torch.bool, device=query.device).tril().triu(1 - window)
-        mixed = F.scaled_dot_product_attention(query, key, value, mask)
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=is_shared)
     return mixed.transpose(1, 2).flatten(2)
 
 
