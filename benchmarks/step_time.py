@@ -114,7 +114,7 @@ def count_tokens(model: Path, pairs: list[tuple[str, str]]) -> int:
 
 def share_of_mm(model: Path, rows: int, dtype: torch.dtype) -> float:
     """
-    The rate of `frozen_linear`, rounding included, to that of `torch.mm` in the same dtype: of both directions of all products
+    The rate of `frozen_linear` to that of `torch.mm` in the same dtype: of both directions of all products
     of all blocks but the first, one block after the other as in a step, since no cache holds the matrices of them all.
     """
     from split_model import LoraConfig, PretrainedModel, ServerPart

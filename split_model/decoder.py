@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .lora import LoraLinear
+from .lora import LoraLinear, side_by_side
 from .model_config import ModelConfig
-from .packing import Numbers, Packing
+from .packing import Numbers, Packing, Places
 from .placement import Placement
 from .rotary import Rotation, rotate
 from .stored_tensors import StoredTensors
@@ -64,20 +64,21 @@ class RMSNorm(nn.Module):
 
 
 class _RootMeanSquareNorm(torch.autograd.Function):
-    """torch's, whose gradient by the rows alone takes half of the passes that torch's takes on the CPU."""
+    """In half of the passes over the rows that torch's takes on the CPU, in both directions."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        context.save_for_backward(x)
-        context.weight, context.epsilon = weight, epsilon
-        return F.rms_norm(x, weight.shape, weight, epsilon)
+        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norms.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()  # 1 / r, with r^2 = mean(x^2) + epsilon
+        context.save_for_backward(x, scale)
+        context.weight = weight
+        return x.mul(scale).mul_(weight)
 
     @staticmethod
     def backward(context: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
-        # y = weight x / r with r^2 = mean(x^2) + epsilon; g / r - x mean(g x) / r^3, with g = upstream weight.
-        (x,) = context.saved_tensors
+        # y = weight x / r; the gradient is g / r - x mean(g x) / r^3, with g = upstream weight.
+        x, scale = context.saved_tensors
         gradient = upstream[0] * context.weight
-        scale = x.square().mean(-1, keepdim=True).add_(context.epsilon).rsqrt_()
         along = (gradient * x).mean(-1, keepdim=True) * scale.square()
         return gradient.addcmul_(x, along, value=-1).mul_(scale), None, None
 
@@ -124,16 +125,26 @@ class Block(nn.Module):
         self._qkv, (self._projection,) = linear(*names.qkv), linear(names.projection)
         self._up, (self._down,) = linear(*names.up), linear(names.down)
         self._widths, self._head_width = [config.query_width, config.key_width, config.key_width], config.head_width
+        self._inner_widths = [config.inner_width] * 2
         self._activation, self._is_gated = ACTIVATIONS[config.activation], config.is_gated
         self._window, self._rotation = config.window(index), rotation
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:  # (N, d) -> (N, d)
-        x = x + self.attention(self.attention_norm(x), packing)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(self, x: Tensor, packing: Packing, kept: Places | None = None) -> Tensor:
+        """
+        (N, d) -> (N, d).
+
+        Args:
+            kept: the rows that are asked for, if not all are: (M, d). What they see are all.
+        """
+        mixed = self.attention(self.attention_norm(x), packing)
+        if kept is not None:
+            mixed, x = kept.take(mixed), kept.take(x)
+        x = self._projection(mixed).add_(x)
+        return self.mlp(self.mlp_norm(x)).add_(x)
 
     def attention(self, x: Tensor, packing: Packing) -> Tensor:
-        """Causal self-attention, (N, d) -> (N, d)."""
-        outputs = _side_by_side(self._qkv, x, self._widths)
+        """Causal self-attention, before its projection: (N, d) -> (N, H D)."""
+        outputs = _divided(side_by_side(self._qkv, x), self._widths)
         query, key, value = (each.view(len(x), -1, self._head_width) for each in outputs)  # (N, H, D), twice (N, K, D)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
@@ -143,22 +154,19 @@ class Block(nn.Module):
         # product are: only so is there a kernel of packed rows. On the CPU attention in bfloat16 takes several times as long.
         dtype = self._projection.weight.dtype if x.is_cuda else x.dtype
         mixed = packing.attend(query.to(dtype), key.to(dtype), value.to(dtype), self._window)
-        return self._projection(mixed.to(x.dtype))  # type: ignore[no-any-return]
+        return mixed.to(x.dtype)
 
     def mlp(self, x: Tensor) -> Tensor:
         """(N, d) -> (N, d)."""
         if not self._is_gated:
             return self._down(self._activation(self._up[0](x)))  # type: ignore[no-any-return]
-        gate, inner = _side_by_side(self._up, x, 2)
+        gate, inner = _divided(side_by_side(self._up, x), self._inner_widths)
         return self._down(self._activation(gate) * inner)  # type: ignore[no-any-return]
 
 
-def _side_by_side(layers: list[LoraLinear], x: Tensor, parts: list[int] | int) -> tuple[Tensor, ...]:
-    """What the layers make of x, or what one layer makes for all of them: divided into these widths, or into equal parts."""
-    if len(layers) > 1:
-        return tuple(layer(x) for layer in layers)
-    y: Tensor = layers[0](x)
-    return torch.split(y, parts if isinstance(parts, list) else y.shape[1] // parts, 1)
+def _divided(outputs: tuple[Tensor, ...], widths: list[int]) -> tuple[Tensor, ...]:
+    """The outputs of several layers, or of one layer what it makes for all of them."""
+    return torch.split(outputs[0], widths, 1) if len(outputs) == 1 else outputs
 
 
 class Embedding(nn.Module):

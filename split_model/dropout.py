@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .packing import Packing
+from .packing import Packing, Places
 from .transfer import copied_to
 
 __all__ = ["SeededDropout"]
@@ -40,6 +40,7 @@ class SeededDropout(nn.Module):
         self.masks: Iterator[Tensor] | None = None
         """One for each adapted layer, (N, in): 1 keeps an element, 0 drops it. None: they follow from the seeds."""
         self._keys: tuple[Tensor, Tensor] | None = None  # int32 (N, 1) each
+        self._kept: Places | None = None
         self._num_columns = 0
 
     def add_columns(self, width: int) -> Tensor:
@@ -48,10 +49,20 @@ class SeededDropout(nn.Module):
         numbers = torch.arange(first, self._num_columns, dtype=torch.int32)
         return _spread(_spread(numbers, 16, FIRST), 15, SECOND).to(self.device)
 
-    def begin(self, packing: Packing) -> None:
-        """Begin a forward pass over a batch, for which `seeds` are used up."""
-        seeds, self.seeds, self._keys = self.seeds, None, None
-        if not (self.training and self.probability) or seeds is None:
+    @property
+    def is_active(self) -> bool:
+        """Whether anything is dropped."""
+        return self.training and self.probability > 0
+
+    def begin(self, packing: Packing, kept: Places | None = None) -> None:
+        """
+        Begin a forward pass over a batch, for which `seeds` are used up.
+
+        Args:
+            kept: of its rows, those that the last layers are given; None: all.
+        """
+        seeds, self.seeds, self._keys, self._kept = self.seeds, None, None, kept
+        if not self.is_active or seeds is None:
             return
         if len(seeds) != len(packing.lengths):
             raise ValueError(f"dropout has seeds of {len(seeds)} sequences, and the batch has {len(packing.lengths)}")
@@ -60,25 +71,28 @@ class SeededDropout(nn.Module):
         self._keys = of_rows[:, :1], of_rows[:, 1:]
 
     def forward(self, x: Tensor, columns: Tensor) -> Tensor:
-        """(N, in) -> (N, in), of a layer whose columns have these keys, int32 (in,)."""
-        if not self.training or not self.probability:
+        """(N, in) -> (N, in), or of the kept rows alone, of a layer whose columns have these keys, int32 (in,)."""
+        if not self.is_active:
             return x
         keep = 1 - self.probability
         if self.masks is not None:
-            mask = copied_to(x.device, next(self.masks))
+            mask = self._of_rows(x, copied_to(x.device, next(self.masks)))
         elif self._keys is not None:
-            mask = self._mask(columns, x.dtype)
+            mask = self._mask(columns, x)
         else:
             raise RuntimeError("dropout needs seeds or masks before each forward pass of training")
         return x * mask / keep
 
-    def _mask(self, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    def _of_rows(self, x: Tensor, of_all: Tensor) -> Tensor:
+        return of_all if self._kept is None or len(x) == len(of_all) else self._kept.take(of_all)
+
+    def _mask(self, columns: Tensor, x: Tensor) -> Tensor:
         assert self._keys is not None
-        first, second = self._keys
+        first, second = (self._of_rows(x, keys) for keys in self._keys)
         bits = _spread(_spread(columns ^ first, 16, FIRST).add_(second), 15, SECOND)  # (N, in)
         # int32 begins at -2^31. The upper bits, which decide, are the best mixed ones.
         limit = min(round(self.probability * 2**32), 2**32 - 1) - 2**31
-        return (bits >= limit).to(dtype)
+        return (bits >= limit).to(x.dtype)
 
 
 def row_keys(seeds: Sequence[int], packing: Packing) -> NDArray[numpy.uint64]:

@@ -1,7 +1,9 @@
 """Low-rank adapters on frozen linear layers (LoRA, arXiv 2106.09685)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from storage import AdapterError
 
 from .dropout import SeededDropout
 from .model_config import ModelConfig
-from .products import frozen_linear
+from .products import add_frozen_linear, frozen_linear
 
 __all__ = ["Adapter", "LoraConfig", "adapter_shapes", "initial_adapter"]
 
@@ -129,12 +131,82 @@ class LoraLinear(nn.Module):
         """W, (in, out)."""
         return self.weight if self.stores_in_out else self.weight.T
 
+    @property
+    def takes_part(self) -> bool:
+        """Whether A and B do."""
+        return self.lora_A is not None and self.is_adapted
+
+    def read(self, x: Tensor) -> Tensor:
+        """What A is given, (N, in): x itself if nothing is dropped."""
+        return self.dropout(x, self.columns) if self.takes_part else x
+
     def forward(self, x: Tensor) -> Tensor:  # (N, in) -> (N, out)
-        # With bfloat16 weights, this product is computed in bfloat16, for which the processor has instructions. A and B stay in
-        # float32: what a step changes of them is smaller than what bfloat16 can tell apart.
-        y = frozen_linear(x, self.weight.T if self.stores_in_out else self.weight, self.bias)
-        if self.lora_A is None or self.lora_B is None or not self.is_adapted:
-            return y
-        low_rank = self.dropout(x, self.columns) @ self.lora_A.T.to(x.dtype)  # (N, r)
-        # In place: the gradient of neither product needs y, and a second (N, out) would be the largest tensor of the block.
-        return y.addmm_(low_rank, self.lora_B.T.to(x.dtype), alpha=self.scale)
+        return side_by_side([self], x)[0]
+
+
+def side_by_side(layers: Sequence[LoraLinear], x: Tensor) -> tuple[Tensor, ...]:
+    """What each of these layers makes of the same x: (N, in) -> (N, out), each in memory of its own."""
+    reads = [layer.read(x) for layer in layers]
+    if all(read is x for read in reads):
+        return _outputs(layers, x, x)
+    return tuple(_outputs([layer], x, read)[0] for layer, read in zip(layers, reads, strict=True))
+
+
+def _outputs(layers: Sequence[LoraLinear], x: Tensor, read: Tensor) -> tuple[Tensor, ...]:
+    adapted = [layer for layer in layers if layer.takes_part]
+    matrices = [*(layer.lora_A for layer in adapted), *(layer.lora_B for layer in adapted)]
+    return _SideBySide.apply(x, read, *matrices, layers)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _SideBySide(torch.autograd.Function):
+    """
+    A and B stay in float32, whatever W is in: what a step changes of them is smaller than what bfloat16 can tell apart. All A
+    are multiplied at once, and sums are made by the products themselves, for what so small a rank costs is passes over (N, in)
+    and (N, out).
+    """
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, read: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        *matrices, layers = others
+        context.reads_x = read is x
+        context.frozen = [layer.matrix.T for layer in layers]
+        outputs = [frozen_linear(x, frozen, layer.bias) for frozen, layer in zip(context.frozen, layers, strict=True)]
+        context.adapted = [(number, layer.scale) for number, layer in enumerate(layers) if layer.takes_part]
+        if context.adapted:
+            number_of_each = len(context.adapted)
+            all_a = torch.cat(matrices[:number_of_each]).to(x.dtype)  # (R, in)
+            each_b = [b.to(x.dtype) for b in matrices[number_of_each:]]
+            low_rank = read @ all_a.T  # (N, R)
+            for (number, scale), b, part in zip(context.adapted, each_b, _divided(low_rank, each_b), strict=True):
+                outputs[number].addmm_(part, b.T, alpha=scale)
+            context.save_for_backward(read, low_rank, all_a, *each_b)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(context: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        wants_x, wants_read, *_ = context.needs_input_grad
+        of_x = of_read = None
+        if wants_x:
+            of_x = frozen_linear(upstream[0], context.frozen[0].T)
+            for gradient, frozen in zip(upstream[1:], context.frozen[1:], strict=True):
+                add_frozen_linear(of_x, gradient, frozen.T)
+        if not context.adapted:
+            return of_x, None, None  # the last of them is by the layers
+        read, low_rank, all_a, *each_b = context.saved_tensors
+        of_low_rank, of_each_b = torch.empty_like(low_rank), []
+        for (number, scale), b, part, of_part in zip(
+            context.adapted, each_b, _divided(low_rank, each_b), _divided(of_low_rank, each_b), strict=True
+        ):
+            torch.mm(upstream[number], b, out=of_part).mul_(scale)
+            of_each_b.append((part.T @ upstream[number]).mul_(scale).T)  # several times as fast as its transpose's product
+        of_each_a = (of_low_rank.T @ read).split([b.shape[1] for b in each_b])
+        if of_x is not None and context.reads_x:
+            of_x.addmm_(of_low_rank, all_a)
+        elif wants_read:
+            of_read = of_low_rank @ all_a
+        return of_x, of_read, *of_each_a, *of_each_b, None
+
+
+def _divided(low_rank: Tensor, each_b: list[Tensor]) -> tuple[Tensor, ...]:
+    """Each layer's columns of what all A make together."""
+    return torch.split(low_rank, [b.shape[1] for b in each_b], 1)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .products import linear, linear_aligned
+from .products import frozen_linear, frozen_linear_aligned
 
 __all__ = ["Head", "cross_entropies", "summed_cross_entropy"]
 
@@ -86,7 +86,7 @@ class _CrossEntropies(torch.autograd.Function):
         for start in range(0, len(labels), size):
             chunk, targets = slice(start, start + size), labels[start : start + size]
             rows = torch.arange(len(targets), device=targets.device)
-            logits = linear_aligned(hidden[chunk].to(head.dtype), head).to(hidden.dtype)  # (rows, V)
+            logits = frozen_linear_aligned(hidden[chunk], head)  # (rows, V)
             logits -= logits.amax(1, keepdim=True)  # exp of what is left cannot overflow; in place, as all that follows
             of_labels = logits[rows, targets]
             if smoothing:
@@ -98,7 +98,7 @@ class _CrossEntropies(torch.autograd.Function):
                 if smoothing:
                     difference -= smoothing / len(head)
                 difference[rows, targets] -= 1 - smoothing
-                gradient[chunk] = linear(difference.to(head.dtype), head.T).to(hidden.dtype)
+                gradient[chunk] = frozen_linear(difference, head.T)
         context.gradient = gradient
         return losses
 

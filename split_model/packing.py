@@ -132,9 +132,10 @@ class Packing:
         ends = numpy.cumsum([0, *self.lengths], dtype=numpy.int32)
         return copied_to(self.device, torch.from_numpy(ends))
 
-    def labelled(self, label_counts: ArrayLike) -> Places:
-        """Of the rows that have a label, among all; see `labelled_positions`."""
-        return Places(labelled_positions(self.lengths, label_counts), len(self.positions), self.device)
+    def labelled(self, label_counts: ArrayLike) -> Places | None:
+        """Of the rows that have a label, among all; see `labelled_positions`. None if all have one."""
+        labelled = labelled_positions(self.lengths, label_counts)
+        return Places(labelled, len(self.positions), self.device) if len(labelled) < len(self.positions) else None
 
     def pad(self, rows: Tensor) -> list[Tensor]:
         """Rows (N, w) -> each grid (B', T, w), zero where a sequence has ended."""

@@ -19,7 +19,7 @@ from .decoder import Block, Embedding, final_norm
 from .dropout import SeededDropout
 from .lora import Adapter, LoraConfig, LoraLinear, adapted_layers, adapter_name
 from .loss import Head
-from .packing import Packing
+from .packing import Packing, Places
 from .placement import Placement
 from .pretrained_model import PretrainedModel
 from .products import frozen_linear
@@ -46,10 +46,12 @@ def check_cut_layer(cut_layer: int, num_layers: int) -> None:
 class Blocks(nn.ModuleList):
     """One after the other."""
 
-    def forward(self, hidden: Tensor, packing: Packing) -> Tensor:  # (N, d) -> (N, d)
-        for block in self:
+    def forward(self, hidden: Tensor, packing: Packing, kept: Places | None = None) -> Tensor:  # (N, d) -> (N, d)
+        *before, last = self
+        for block in before:
             hidden = block(hidden, packing)
-        return hidden
+        rows: Tensor = last(hidden, packing, kept)
+        return rows
 
 
 class Part(nn.Module):
@@ -153,9 +155,10 @@ class Part(nn.Module):
                     raise AdapterError(f"{name} has shape {list(adapter[name].shape)}, expected {list(matrix.shape)}")
                 matrix.copy_(adapter[name])
 
-    def _run(self, hidden: Tensor, packing: Packing) -> Tensor:  # (N, d) -> (N, d)
-        self.dropout.begin(packing)
-        rows: Tensor = self.blocks(hidden.to(self.placement.residual), packing)
+    def _run(self, hidden: Tensor, packing: Packing, kept: Places | None = None) -> Tensor:
+        """(N, d) -> (N, d), or (M, d) if only some rows of the last block are asked for."""
+        self.dropout.begin(packing, kept)
+        rows: Tensor = self.blocks(hidden.to(self.placement.residual), packing, kept)
         return rows
 
 
@@ -226,10 +229,10 @@ class ServerPart(Part):
             label_counts: (B,) how many of the last rows of each sequence have a label; M = sum(label_counts). On the host.
         """
         packing = Packing(lengths, self.device)
-        hidden = self._run(activations, packing)
-        # Rows without a label end here: neither the norm nor the head, a third of a small model's work, is computed for them.
-        labelled: Tensor = self.final_norm(packing.labelled(label_counts).take(hidden).to(self.dtype))
-        return labelled
+        # Rows without a label end where the last block has mixed them into others: neither its MLP nor the head, a third of a
+        # small model's work, is computed for them.
+        hidden: Tensor = self.final_norm(self._run(activations, packing, packing.labelled(label_counts)).to(self.dtype))
+        return hidden
 
     def losses(
         self, activations: Tensor, lengths: ArrayLike, label_counts: ArrayLike, labels: Tensor, smoothing: float = 0.0

@@ -1,14 +1,14 @@
 """Products with frozen matrices, by the fastest kernel that torch has for them."""
 
+import threading
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["bfloat16_pays", "frozen_linear", "linear", "linear_aligned"]
+__all__ = ["add_frozen_linear", "bfloat16_pays", "frozen_linear", "frozen_linear_aligned"]
 
 ALIGNMENT = 64  # elements, whole cache lines in every precision
 CONVERTED_AT_ONCE = 1 << 22
@@ -19,68 +19,76 @@ FEW_ROWS = 16
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
-    x W^T + b, in the dtype of x: (N, in) -> (N, out). The product, and that of its gradient, are in the dtype of W.
-
-    Args:
-        weight: W (out, in). It has no gradient, and neither has b (out,), which is of the same dtype.
+    x W^T + b, (N, in) -> (N, out), in the dtype of x; without a gradient. The product is in the dtype of W, to which x and it
+    are rounded. Where float32 is faster, a product with bfloat16 is in float32, and nothing is rounded but W.
     """
-    return _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _FrozenLinear(torch.autograd.Function):
-    """Nothing is kept for the gradient but the matrix, which is there anyhow."""
-
-    @staticmethod
-    def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        context.weight = weight
-        return linear(x.to(weight.dtype), weight, bias).to(x.dtype)
-
-    @staticmethod
-    def backward(context: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,), weight = upstream, context.weight
-        return linear(gradient.to(weight.dtype), weight.T).to(gradient.dtype), None, None
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, which has no gradient here; all of one dtype."""
-    if _is_faster_in_float32(x):
-        y = _linear_in_float32(x, weight)
+    if _is_faster_in_float32(x, weight):
+        y = _multiply_in_float32(x, weight, torch.empty(len(x), len(weight)))
         return (y if bias is None else y.add_(bias)).to(x.dtype)
-    if _takes_onednn(x):
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return product
-    return F.linear(x, weight, bias)
+    rounded = x.to(weight.dtype)
+    if _takes_onednn(rounded):
+        y = torch.ops.mkldnn._linear_pointwise(rounded, weight, bias, "none", [], "")
+    else:
+        y = F.linear(rounded, weight, bias)
+    return y.to(x.dtype)
 
 
-def linear_aligned(x: Tensor, weight: Tensor) -> Tensor:
+def frozen_linear_aligned(x: Tensor, weight: Tensor) -> Tensor:
     """
     The same without a bias, for many outputs. Rows are padded to whole cache lines where that is faster: without, an odd
     vocabulary such as GPT-2's makes nearly every row begin within a line, which slows the product and every pass over it.
     """
-    if _takes_onednn(x) or _is_faster_in_float32(x):
-        return linear(x, weight)
-    return torch.mm(x, weight.T, out=_aligned(x, len(weight)))
+    if _is_faster_in_float32(x, weight):
+        return _multiply_in_float32(x, weight, _aligned(len(x), len(weight), x.float())).to(x.dtype)
+    rounded = x.to(weight.dtype)
+    if _takes_onednn(rounded):
+        return frozen_linear(x, weight)
+    return torch.mm(rounded, weight.T, out=_aligned(len(x), len(weight), rounded)).to(x.dtype)
 
 
-def _linear_in_float32(x: Tensor, weight: Tensor) -> Tensor:
-    """A product of bfloat16 matrices before it is rounded. Weights are converted some outputs at a time, into one buffer."""
-    x, outputs = x.float(), len(weight)
-    y = _aligned(x, outputs)
+def add_frozen_linear(y: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Add x W^T to y (N, out), in place."""
+    if x.dtype == y.dtype == weight.dtype and not _is_faster_in_float32(x, weight) and not _takes_onednn(x):
+        y.addmm_(x, weight.T)
+    else:
+        y.add_(frozen_linear(x, weight))
+
+
+def _multiply_in_float32(x: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+    """x W^T into y (N, out), which is of float32. W is converted some outputs at a time."""
+    x = x.float()
     step = max(1, CONVERTED_AT_ONCE // weight.shape[1])
-    buffer = torch.empty_like(weight[:step], dtype=torch.float32)
-    for start in range(0, outputs, step):
+    for start in range(0, len(weight), step):
         part = weight[start : start + step]
-        torch.mm(x, buffer[: len(part)].copy_(part).T, out=y[:, start : start + step])
+        torch.mm(x, _converted.to_float32(part).T, out=y[:, start : start + step])
     return y
 
 
-def _aligned(x: Tensor, outputs: int) -> Tensor:
-    """Uninitialised, (N, outputs) for x (N, in), in its dtype; every row begins with a cache line."""
-    return x.new_empty(len(x), -(-outputs // ALIGNMENT) * ALIGNMENT)[:, :outputs]
+class _Converted(threading.local):
+    """The part of a matrix that is in float32 now: always in the same memory, since new memory costs a twelfth of a product."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def to_float32(self, part: Tensor) -> Tensor:
+        """Until the next, in this thread; laid out as the part is."""
+        if self._memory.numel() < part.numel():
+            self._memory = torch.empty(max(part.numel(), CONVERTED_AT_ONCE))
+        memory = self._memory[: part.numel()]
+        is_transposed = part.stride(0) < part.stride(1)
+        return (memory.view(part.T.shape).T if is_transposed else memory.view(part.shape)).copy_(part)
 
 
-def _is_faster_in_float32(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(x) > FEW_ROWS and not _has_fast_bfloat16()
+_converted = _Converted()
+
+
+def _aligned(rows: int, outputs: int, like: Tensor) -> Tensor:
+    """Uninitialised, (rows, outputs), in the dtype and on the device of another; every row begins with a cache line."""
+    return like.new_empty(rows, -(-outputs // ALIGNMENT) * ALIGNMENT)[:, :outputs]
+
+
+def _is_faster_in_float32(x: Tensor, weight: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 and x.device.type == "cpu" and len(x) > FEW_ROWS and not _has_fast_bfloat16()
 
 
 def bfloat16_pays() -> tuple[bool, str]:

@@ -20,10 +20,14 @@ from test_parity import assert_equals_centralised
 
 from export import merge
 from split_model import Adapter, EdgePart, LoraConfig, PretrainedModel, ServerPart, adapter_shapes, save_adapter
+from split_model.dropout import SeededDropout
 from split_model.families import FAMILIES
+from split_model.lora import LoraLinear, side_by_side
+from split_model.packing import Packing
 
 LOGITS_TOLERANCE = 1e-5
 LENGTHS = (9, 4)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -41,7 +45,7 @@ def difference_of_logits(model: PretrainedModel, lora: LoraConfig, folder: Path)
     """Between both parts with a random adapter, and PEFT with the folder of it; relative to the largest logit."""
     adapter = random_adapter(model, lora)
     save_adapter(folder, adapter, model.config, lora, str(model.folder))
-    where: dict[str, Any] = {"weight_dtype": torch.float32, "device": torch.device("cpu")}
+    where: dict[str, Any] = {"weight_dtype": torch.float32, "device": CPU}
     edge, server = EdgePart(model, 2, lora, **where), ServerPart(model, 2, lora, **where)
     for part in (edge, server):
         part.load_adapter({name: adapter[name] for name in part.adapter()})
@@ -52,6 +56,39 @@ def difference_of_logits(model: PretrainedModel, lora: LoraConfig, folder: Path)
         found = server.logits(edge(np.concatenate(texts), LENGTHS), LENGTHS)
         expected = torch.cat([whole(input_ids=torch.from_numpy(text)[None]).logits[0] for text in texts])
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+# Layers side by side
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("adapted", [(), (1,), (0, 2), (0, 1, 2)])
+@pytest.mark.parametrize("stores_in_out", [True, False])
+def test_gradients_of_layers_side_by_side_are_those_of_finite_differences(
+    dropout: float, adapted: tuple[int, ...], stores_in_out: bool
+) -> None:
+    torch.manual_seed(3)
+    config = LoraConfig(rank=2, dropout=dropout, targets=())
+    rows, of_dropout = torch.randn(5, 6, dtype=torch.float64, requires_grad=True), SeededDropout(dropout, CPU)
+    layers = [
+        LoraLinear(torch.randn((6, width) if stores_in_out else (width, 6)).double(), None, stores_in_out=stores_in_out)
+        for width in (4, 7, 3)
+    ]
+    matrices = [m for number in adapted for m in layers[number].adapt(config, of_dropout, torch.float64).values()]
+    for matrix in matrices:
+        torch.nn.init.normal_(matrix)
+    of_dropout.seeds = [1, 2]
+    of_dropout.begin(Packing([3, 2], CPU))
+
+    def outputs(x: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return side_by_side(layers, x)
+
+    assert torch.autograd.gradcheck(outputs, (rows, *matrices))
+    for found, layer in zip(outputs(rows), layers, strict=True):
+        expected = rows @ layer.matrix
+        if layer.lora_A is not None and layer.lora_B is not None:
+            expected = expected + config.scale * of_dropout(rows, layer.columns) @ layer.lora_A.T @ layer.lora_B.T
+        torch.testing.assert_close(found, expected)
 
 
 # Which layers
