@@ -87,6 +87,8 @@ class Listener(socket.socket):
         self._pages: dict[int, socket.socket] = {}
         self._gone = self._admitted = 0
         """Strangers that have gone since the last collection, and connections that were admitted since the last freeze."""
+        self._may_freeze = not gc.get_freeze_count()
+        """Nothing is frozen in this process. A program that has frozen what it has, before it made a server, keeps it so."""
         self._is_turn = False
         self._spare = -1
         """An open file that is closed for a moment where a connection finds none: to accept and close it. -1: there is none."""
@@ -174,23 +176,28 @@ class Listener(socket.socket):
             self._turn_away(descriptor)
 
     def freeze(self) -> None:
-        """
-        Keep Python's collector from what there is now, where many connections were admitted since the last time: they last, and
-        to look at thousands of them takes half a second.
-        """
-        if self._admitted >= ADMITTED_BETWEEN_FREEZES:
+        """Keep Python's collector, which comes often here, from what there is now."""
+        if self._may_freeze:
             self._admitted = 0
-            gc.unfreeze()  # some of them have gone since
+            gc.unfreeze()  # some of it has gone since
             gc.collect()
             gc.freeze()
+
+    def freeze_newcomers(self) -> None:
+        """The connections, too, where many came since the last time: they last, and thousands take half a second to look at."""
+        if self._admitted >= ADMITTED_BETWEEN_FREEZES:
+            self.freeze()
+
+    def unfreeze(self) -> None:
+        """What `freeze` has frozen."""
+        if self._may_freeze:
+            gc.unfreeze()
 
     def _collect(self) -> None:
         """Asyncio leaves cycles where a TLS handshake comes to nothing, of 300 kB each."""
         self._gone = 0
-        if self._admitted >= ADMITTED_BETWEEN_FREEZES:
-            self.freeze()
-        else:
-            gc.collect()
+        self.freeze_newcomers()
+        gc.collect()
 
     def _turn_away(self, descriptor: int) -> None:
         self._gone += 1

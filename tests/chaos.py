@@ -5,6 +5,7 @@ Processes are forked from one that has imported torch already: a run takes a fra
 library hands messages over, in the process that sends or receives them.
 """
 
+import gc
 import json
 import math
 import multiprocessing
@@ -302,6 +303,7 @@ class Run:
 
 def serve(options: dict[str, Any], watch: "Watch", told: Any) -> None:
     """A server's process."""
+    gc.freeze()  # what was imported before the fork: whoever collects need not look at it
     watch_server(watch)
     with GpuServer(**options) as server:
         told.send(server.url)
@@ -311,6 +313,7 @@ def serve(options: dict[str, Any], watch: "Watch", told: Any) -> None:
 
 def take_part(url: str, options: dict[str, Any], watch: "Watch", perplexity: Path) -> None:
     """A client's process."""
+    gc.freeze()
     name = str(options["name"])
     # Of one client it is the same in every run, so that runs with noise can be compared.
     os.urandom = lambda size: (size * name.encode())[:size]  # type: ignore[assignment]
@@ -387,7 +390,11 @@ def watch_server(watch: Watch) -> None:
     ServerConnection.send, ServerConnection.recv = watched_send, watched_receive  # type: ignore[method-assign]
 
 
-# Installed modules only: where the tests lie is not known to the process that forks (before Python 3.12).
+# Installed modules only: where the tests lie is not known to the process that forks (before Python 3.12). The last ones would
+# be imported by every process that comes to need them: dp_accounting takes longer than a run.
 PROCESSES.set_forkserver_preload(
-    ["gpu_server.sdk", "edge_client.client", "websockets.asyncio.server", "websockets.sync.client"]
+    [
+        *("gpu_server.sdk", "edge_client.client", "websockets.asyncio.server", "websockets.sync.client"),
+        *("dp_accounting.pld.privacy_loss_distribution", "edge_client.torch_engine", "encodings.idna", "numpy.random"),
+    ]
 )

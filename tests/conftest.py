@@ -1,6 +1,7 @@
 """A tiny GPT-2 of our own, the evaluation data where it is, and whole runs over real sockets in one process."""
 
 import functools
+import gc
 import json
 import math
 import os
@@ -50,6 +51,16 @@ if find_spec("hypothesis"):
     # The same examples on every machine, however much else it does.
     hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
     hypothesis.settings.load_profile("tests")
+
+
+def pytest_collection_finish() -> None:
+    """
+    Keep Python's collector from all that was imported: torch's and transformers' million objects, which every full collection
+    would look at, as each server that starts asks for one.
+    """
+    gc.collect()
+    gc.freeze()
+
 
 # A script that starts the tests in the background has Ctrl-C ignored; the programs that tests interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

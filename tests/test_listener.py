@@ -141,12 +141,18 @@ def test_place_of_a_connection_is_another_s_once_its_descriptor_is(sockets: Exit
     assert len(set(descriptors)) < 5
 
 
+def collector_of(monkeypatch: pytest.MonkeyPatch, *, frozen: int) -> list[str]:
+    """What the listener has Python's collector do; so many objects are frozen when it comes."""
+    done: list[str] = []
+    doings = {what: functools.partial(done.append, what) for what in ("collect", "freeze", "unfreeze")}
+    monkeypatch.setattr("gpu_server.listener.gc", SimpleNamespace(**doings, get_freeze_count=lambda: frozen))
+    return done
+
+
 def test_rubbish_of_strangers_is_collected_and_devices_that_stay_are_frozen(
     sockets: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done: list[str] = []
-    collector = SimpleNamespace(**{what: functools.partial(done.append, what) for what in ("collect", "freeze", "unfreeze")})
-    monkeypatch.setattr("gpu_server.listener.gc", collector)
+    done = collector_of(monkeypatch, frozen=0)
     listener, dial = listening(sockets, connections=10**4, strangers=3)
 
     def come(*, admitted: bool) -> None:
@@ -163,13 +169,31 @@ def test_rubbish_of_strangers_is_collected_and_devices_that_stay_are_frozen(
     assert done == []
     for _ in range(2 * STRANGERS_BETWEEN_COLLECTIONS + 1):
         come(admitted=False)
-    assert done == ["unfreeze", "collect", "freeze", "collect"]
+    assert done == ["unfreeze", "collect", "freeze", "collect", "collect"]
     for _ in range(ADMITTED_BETWEEN_FREEZES):
-        listener.freeze()
+        listener.freeze_newcomers()
         come(admitted=True)
-    assert len(done) == 4
+    assert len(done) == 5
+    listener.freeze_newcomers()
+    listener.unfreeze()
+    assert done[5:] == ["unfreeze", "collect", "freeze", "unfreeze"]
+
+
+def test_what_the_program_has_frozen_stays_frozen(sockets: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = collector_of(monkeypatch, frozen=1)
+    listener, dial = listening(sockets, connections=10**4, strangers=3)
     listener.freeze()
-    assert done[4:] == ["unfreeze", "collect", "freeze"]
+    for come in range(ADMITTED_BETWEEN_FREEZES + STRANGERS_BETWEEN_COLLECTIONS + 1):
+        dial()
+        end = accept(sockets, listener)
+        assert end is not None
+        if come < ADMITTED_BETWEEN_FREEZES:
+            listener.admit(end.fileno())
+        else:
+            end.close()
+    listener.freeze_newcomers()
+    listener.unfreeze()
+    assert done == ["collect"]
 
 
 def test_all_strangers_are_turned_away_at_the_end_and_no_device(sockets: ExitStack) -> None:

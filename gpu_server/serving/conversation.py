@@ -198,7 +198,7 @@ class Conversations:
             steps = federation.total_steps
             tell("training_started", f"training starts: {count(steps, 'step')}", step=0, quiet=True, total_steps=steps)
         if federation.total_steps and federation.connected == federation.num_unfinished:
-            self._listener.freeze()  # all are there
+            self._listener.freeze_newcomers()  # all are there
         self._performer.perform(actions)
         self._performer.tell_status()
 

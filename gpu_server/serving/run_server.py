@@ -1,7 +1,6 @@
 """Listens for the devices of a run, and ends the run when it is over."""
 
 import asyncio
-import gc
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -148,8 +147,7 @@ class RunServer:
             listener, self._door, limits, routes, metrics=self._metrics, converse=converse, show=self._viewers.show
         )
         async with await accepting as server:
-            gc.collect()
-            gc.freeze()  # the listener collects often: it need not look at all that was here before
+            listener.freeze()
             listening(self._url(listener))
             for observer in self._observers:
                 observer.serving_begins(self._federation.step)
@@ -171,7 +169,7 @@ class RunServer:
                 await self._until_end(lifetime, performer, conversations)
             finally:
                 watch.cancel()
-                gc.unfreeze()
+                listener.unfreeze()
                 self._viewers.end()
                 listener.turn_strangers_away()
                 server.close()
