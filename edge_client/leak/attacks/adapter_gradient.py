@@ -99,14 +99,14 @@ def _matrices_of_the_same_input(cut: CutModel) -> list[str]:
 def _inputs(cut: CutModel, tokens: Array, positions: Array) -> Tensor:
     """What the first adapted layer gets of each token at its position, (n, d); exact in a layer before any attention."""
     block: Block = cut.edge.blocks[0]  # type: ignore[assignment]
-    first = next(iter(adapted_layers(cut.config, cut.lora)))
     found: list[Tensor] = []
 
     def stop(module: nn.Module, given: tuple[Tensor, ...]) -> None:
         found.append(given[0])
         raise _Stopped
 
-    hook, alone = block.layers[first].register_forward_pre_hook(stop), _Alone(positions)
+    # Every adapted layer asks what is dropped of its input, the first one before all others.
+    hook, alone = cut.edge.dropout.register_forward_pre_hook(stop), _Alone(positions)
     try:
         with torch.no_grad():
             block(cut.edge.embedding(tokens, alone), alone)
