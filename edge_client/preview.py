@@ -138,6 +138,8 @@ def preview(
                     yield from seen.sample(ids, num_labels)
                 seen.add(ids, num_labels)
     yield from seen.summary(data.name)
+    if model.num_positions is None:
+        yield f"config.json does not say how many tokens the model takes: here it is --max-length alone, {max_length}"
 
 
 class Preview:

@@ -47,6 +47,7 @@ def test_samples_are_shown_with_what_is_learnt_apart(folder: Path, data: Path, c
         "         32 to 63 tokens         1 ####################",
         "2 samples with more than 12 tokens: cut",
         "1 sample cut before what is learnt of them: take --long split, or a greater --max-length if the model has it",
+        "config.json does not say how many tokens the model takes: here it is --max-length alone, 12",
     ]
 
 
@@ -63,7 +64,9 @@ def test_samples_are_no_longer_than_the_positions_that_a_model_has_in_training(t
 def test_preview_cuts_where_training_would(folder: Path, data: Path, key: str, stated: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", key: 20, **stated}))
     assert list(preview(data, Model.in_folder(folder))) == list(preview(data, Model.in_folder(folder), max_length=20))
-    assert "1 sample with more than 20 tokens: cut" in list(preview(data, Model.in_folder(folder)))
+    lines = list(preview(data, Model.in_folder(folder)))
+    assert "1 sample with more than 20 tokens: cut" in lines
+    assert not any("config.json" in line for line in lines)
 
 
 def test_positions_that_are_no_number_are_refused(folder: Path) -> None:
@@ -91,7 +94,8 @@ def test_answers_of_a_conversation_are_shown_one_by_one(tmp_path: Path) -> None:
     assert learnt[0] == "  learnt  The Mill, by the river.<|im_end|>\\n"
     assert "12 tables<|im_end|>" in learnt[1]
     assert "The Mill, by the river.<|im_end|>" in next(line for line in lines[3:] if line.startswith("  given"))
-    assert lines[-1].endswith("#")
+    assert lines[-2].endswith("#")
+    assert lines[-1].startswith("config.json does not say how many tokens the model takes: ")
 
 
 def test_device_without_a_model_previews_by_the_tokenizer_of_the_server(
@@ -123,8 +127,8 @@ def test_data_that_does_not_teach_to_end_is_pointed_out(tmp_path: Path) -> None:
         json.dumps({"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>", "chat_template": CHATML})
     )
     data.write_text(json.dumps({"messages": TALK}))
-    *_, last = preview(data, Model.in_folder(folder))
-    assert last.startswith("no sample has <|endoftext|>, the token that ends a text, in what is learnt: ")
+    *_, before_last, _ = preview(data, Model.in_folder(folder))
+    assert before_last.startswith("no sample has <|endoftext|>, the token that ends a text, in what is learnt: ")
 
 
 @pytest.mark.parametrize(
