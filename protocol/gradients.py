@@ -10,7 +10,7 @@ from .settings import DELTA
 
 __all__ = ["coded_gradient"]
 
-CODES_OF_THE_RMS = {"int8": 8.0, "int4": 0.9, DELTA: 0.9}
+CODES_OF_THE_RMS = {"int8": 8.0, "int4": 0.85, DELTA: 0.85}
 """How many codes the root mean square of a message is, by the codec in which activations travel meanwhile."""
 
 Sent = TypeVar("Sent", bound=ActivationGradient | HiddenGradient)
