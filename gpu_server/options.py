@@ -4,6 +4,7 @@ Tables of settings: dataclasses whose fields are options. Values come from flags
 """
 
 import difflib
+import functools
 import types
 from collections.abc import Mapping
 from dataclasses import field, fields
@@ -60,7 +61,13 @@ def typed_value(table: Any, name: str, value: Any) -> Any:
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise ConfigError(f"unknown setting {name!r}; the nearest known one is {flag_name(nearest)!r}")
-    return typed(name, value, get_type_hints(table)[name], known[name].metadata)
+    return typed(name, value, _types(table)[name], known[name].metadata)
+
+
+@functools.cache
+def _types(table: Any) -> dict[str, Any]:
+    """By field; they are evaluated once, and not at each of a server's settings."""
+    return get_type_hints(table)
 
 
 KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
