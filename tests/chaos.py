@@ -139,15 +139,27 @@ class Outcome:
         return found + ["perplexity"] * (len(perplexities) > 1 and not any(map(math.isnan, perplexities)))
 
 
-def every_fault(mode: str) -> list[Fault]:
-    """At every message that the server or client a sends or receives. Both clients' messages pass the server."""
+def every_fault(mode: str) -> list[list[Fault]]:
+    """
+    At every message that the server or client a sends or receives; both clients' messages pass the server. A kill or a cut is
+    the only fault of its run. What is said twice changes nothing that is said afterwards, so a run has every second message
+    of one process twice, and another run has the others.
+    """
     answers = num_answers(mode)
     of_a, of_both = answers["a"], sum(answers.values())
     # The client's last message is its Goodbye, which has no answer.
-    counts = [("a", "send", of_a + 1), ("a", "receive", of_a), ("server", "receive", of_both + 1), ("server", "send", of_both)]
-    points = [(process, event, number) for process, event, count in counts for number in range(1, count + 1)]
-    faults = [Fault(*point, what) for point in points for what in ("kill", "cut")]
-    return faults + [Fault(*point, "twice") for point in points if point[1] == "send"]
+    counts = {("a", "send"): of_a + 1, ("a", "receive"): of_a, ("server", "receive"): of_both + 1, ("server", "send"): of_both}
+    points = [(*where, number) for where, count in counts.items() for number in range(1, count + 1)]
+    alone = [[Fault(*point, what)] for point in points for what in ("kill", "cut")]
+    sent = [where for where in counts if "send" in where]
+    return alone + [
+        [Fault(*where, number, "twice") for number in range(first, counts[where] + 1, 2)] for where in sent for first in (1, 2)
+    ]
+
+
+def named(faults: list[Fault]) -> str:
+    """A test, by the first of its faults."""
+    return str(faults[0])
 
 
 class Scene:

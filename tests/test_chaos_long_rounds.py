@@ -8,15 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from chaos import Fault, Outcome, Scene, every_fault
+from chaos import Fault, Outcome, Scene, every_fault, named
 
 MODE = "rounds of two steps"
 
 
-@pytest.mark.parametrize("fault", every_fault(MODE), ids=str)
+@pytest.mark.parametrize("faults", every_fault(MODE), ids=named)
 def test_disturbed_run_gives_the_adapter_and_the_losses_of_an_undisturbed_one(
-    scene: Scene, undisturbed: Callable[[str], Outcome], tmp_path: Path, fault: Fault
+    scene: Scene, undisturbed: Callable[[str], Outcome], tmp_path: Path, faults: list[Fault]
 ) -> None:
-    outcome = scene.run(tmp_path, MODE, [fault]).to_its_end()
-    assert outcome.struck == [fault.what]
+    outcome = scene.run(tmp_path, MODE, faults).to_its_end()
+    assert outcome.struck == [fault.what for fault in faults]
     assert outcome.differences(undisturbed(MODE)) == []

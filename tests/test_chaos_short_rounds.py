@@ -8,25 +8,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from chaos import Fault, Outcome, Scene, every_fault
+from chaos import Fault, Outcome, Scene, every_fault, named
 
 MODE = "rounds of one step"
 CLIPPED = "clipped, rounds of one step"
 
 
-@pytest.mark.parametrize("fault", every_fault(MODE), ids=str)
+@pytest.mark.parametrize("faults", every_fault(MODE), ids=named)
 def test_disturbed_run_gives_the_adapter_and_the_losses_of_an_undisturbed_one(
-    scene: Scene, undisturbed: Callable[[str], Outcome], tmp_path: Path, fault: Fault
+    scene: Scene, undisturbed: Callable[[str], Outcome], tmp_path: Path, faults: list[Fault]
 ) -> None:
-    outcome = scene.run(tmp_path, MODE, [fault]).to_its_end()
-    assert outcome.struck == [fault.what]
+    outcome = scene.run(tmp_path, MODE, faults).to_its_end()
+    assert outcome.struck == [fault.what for fault in faults]
     assert outcome.differences(undisturbed(MODE)) == []
 
 
-KILLS_OF_THE_SERVER = [fault for fault in every_fault(CLIPPED) if fault.what == "kill" and fault.process == "server"]
+KILLS_OF_THE_SERVER = [
+    fault for fault, *_ in every_fault(CLIPPED) if (fault.what, fault.process, fault.event) == ("kill", "server", "receive")
+]
 
 
-@pytest.mark.parametrize("fault", [fault for fault in KILLS_OF_THE_SERVER if fault.event == "receive"], ids=str)
+@pytest.mark.parametrize("fault", KILLS_OF_THE_SERVER, ids=str)
 def test_disturbed_run_whose_gradients_are_clipped_gives_them_too(
     scene: Scene, undisturbed: Callable[[str], Outcome], tmp_path: Path, fault: Fault
 ) -> None:
