@@ -15,6 +15,7 @@ from split_model import (
     PretrainedModel,
     adamw,
     adapted_layers,
+    backpropagate,
     check_cut_layer,
     choose_device,
     choose_dtype,
@@ -89,9 +90,7 @@ class TorchEngine:
         activations = self._awaiting_gradient.popleft()
         if not len(activations):
             return
-        # A scalar whose gradient is the wanted one. Given the gradient itself, autograd imports sympy: 25 MB and a second.
-        product = (activations * copied_to(activations.device, _to_tensor(gradient))).sum()
-        torch.autograd.backward(product)
+        backpropagate(activations, copied_to(activations.device, _to_tensor(gradient)))
 
     def end_step(self, labelled_tokens: int) -> None:
         self._part.divide_gradients(max(1, labelled_tokens))

@@ -18,6 +18,7 @@ from split_model import (
     ServerPart,
     Uploads,
     adamw,
+    backpropagate,
     gradient_norm,
     optimiser_state,
     read_back,
@@ -227,7 +228,7 @@ class PartTrainer:
             for client, rows in graph.num_labelled.items()
         ]
         if graph.hidden.requires_grad:
-            torch.autograd.backward(graph.hidden, self._uploads.joined(upstream))
+            backpropagate(graph.hidden, self._uploads.joined(upstream))
         gradient, all_finite = _read_gradient(graph.activations)
         summed_losses = {client: gradient.summed_loss for client, gradient in gradients.items()}
         labelled_tokens = sum(gradient.labelled_tokens for gradient in gradients.values())

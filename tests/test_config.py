@@ -684,7 +684,7 @@ NAMES = {
             "restore_optimiser",
             "seal",
         ),
-        *("save_adapter", "summed_cross_entropy", "take_step"),
+        *("backpropagate", "save_adapter", "summed_cross_entropy", "take_step"),
     ],
     "storage": [
         *(

@@ -77,11 +77,11 @@ def test_server_that_listens_has_not_loaded_torchs_compiler(tiny_model: Path, tm
     script = f"""
 import sys, torch
 from gpu_server import GpuServer
-from split_model import OptimiserConfig, adamw, optimiser_state, restore_optimiser, take_step
+from split_model import OptimiserConfig, adamw, backpropagate, optimiser_state, restore_optimiser, take_step
 with GpuServer(model={str(tiny_model)!r}, clients=1, steps=1, cut_layer=1, port=0, run_dir={str(tmp_path / "run")!r}):
     matrix = torch.nn.Parameter(torch.ones(2))
     optimiser = adamw([matrix], OptimiserConfig())
-    matrix.grad = torch.ones(2)
+    backpropagate(2 * matrix, torch.ones(2))
     take_step(optimiser, 0.1)
     restore_optimiser(optimiser, optimiser_state(optimiser))
     print(*({{"torch._dynamo", "sympy", "transformers"}} & sys.modules.keys()))
