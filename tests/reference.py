@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 IGNORED = -100
@@ -42,7 +42,7 @@ def _compute_norms_in_float64(model: torch.nn.Module) -> None:
 
 def encode(pairs: Iterable[Pair], folder: Path, max_length: int = 512) -> list[Sample]:
     """ids(prompt) + [eos] + ids(" " + completion) + [eos]; the completion and its end are learnt."""
-    end = load_base(folder).config.eos_token_id
+    end = AutoConfig.from_pretrained(folder).eos_token_id
     if (folder / "tokenizer.json").exists():
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         ids = [(tokenizer.encode(p.strip()).ids, tokenizer.encode(" " + c.strip()).ids) for p, c in pairs]

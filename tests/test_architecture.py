@@ -1,6 +1,7 @@
 """The import table of ARCHITECTURE.md, and what an import may load."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -59,6 +60,7 @@ ONLY_IN = {
 }
 
 
+@functools.cache  # every library asks all files
 def imported_by(file: Path) -> set[str]:
     """Top-level names of everything a file imports from elsewhere."""
     nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
