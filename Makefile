@@ -34,9 +34,9 @@ PYTHONS := 3.10 3.12 3.13
 demo: $(VENV)/.runtime .venv-device/.packages
 	$(BIN)/python examples/demo.py --devices .venv-device
 
-# Each process of them takes a gigabyte.
+# Each process of them takes a gigabyte. Files begin in the order of tests/conftest.py, the longest first.
 test: $(VENV)/.development
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-pythons: $(VENV)/.development
 	for version in $(PYTHONS); do tests/on_python $$version || exit 1; done

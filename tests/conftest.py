@@ -53,6 +53,20 @@ if find_spec("hypothesis"):
     hypothesis.settings.load_profile("tests")
 
 
+LONGEST = """
+parity chaos_frozen_edge chaos_long_rounds chaos_short_rounds family_parity cuda_by_construction export_folder ranks sweep
+family_export family_graphs chaos_labels export_graph resume ranks_programs training calibration contestants chaos
+chaos_onnxruntime codec_decisions readme device_check onnx_engine token_file leak_meter leak_attacks
+"""
+"""Files of tests, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first: whoever comes to one of them when nothing else is left keeps the others waiting."""
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST.split())}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 def pytest_collection_finish() -> None:
     """
     Keep Python's collector from all that was imported: torch's and transformers' million objects, which every full collection

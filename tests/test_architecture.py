@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import LONGEST, REPOSITORY
 
 STDLIB = sys.stdlib_module_names | {"tomllib"}  # of 3.11 and later
 OURS = {"privacy", "protocol", "split_model", "storage", "terminal"}
@@ -214,3 +214,5 @@ def test_every_file_of_tests_that_is_named_elsewhere_is_there() -> None:
         assert len(files) > 5
         for name in files:
             assert (REPOSITORY / "tests" / f"test_{name}.py").is_file(), f"{place}: {name}"
+    for name in LONGEST.split():
+        assert (REPOSITORY / "tests" / f"test_{name}.py").is_file(), name
