@@ -1,36 +1,47 @@
 """
 What continues a prompt in `export_speed.py`: one contestant, in a process of its own, which prints its figures as JSON.
 
-    python export_contestants.py NAME PATH
+    python export_contestants.py NAME PATH THREADS
 
-Each is an iterator of tokens: the first comes when the prompt has been read. Every engine has two threads and a batch of one.
+Each is an iterator of tokens: the first comes when the prompt has been read. Every engine has a batch of one. Of one thread,
+seconds are those in which it had a processor, which other programs hardly lengthen.
 """
 
 import json
+import os
 import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-THREADS, PROMPT_TOKENS, NEW_TOKENS, CAPACITY, VOCABULARY = 2, 256, 64, 1024, 50257
+PROMPT_TOKENS, NEW_TOKENS, CAPACITY = 256, 64, 1024
+ORDINARY = range(1000, 49_000)
+"""Tokens that every raced model has, and that are no control tokens."""
 Continue = Callable[[list[int]], Iterator[int]]
+Clock = Callable[[], float]
 
 
 def main() -> None:
-    name, path = sys.argv[1], Path(sys.argv[2])
+    name, path, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    clock = time.process_time if threads == 1 else time.perf_counter
     if name == "bandwidth":
-        print(json.dumps({"bytes_per_second": read_bandwidth()}))
+        with disturbance() as disturbed:
+            found = read_bandwidth(threads, clock)
+        print(json.dumps({"bytes_per_second": found, **disturbed}))
         return
-    load = CONTESTANTS[name](path)
-    before, began = memory("RssAnon"), time.perf_counter()
+    load = CONTESTANTS[name](path, threads)
+    before, began = memory("RssAnon"), clock()
     continue_prompt = load()
-    seconds, loaded = time.perf_counter() - began, memory("RssAnon")
-    speeds = [measure(continue_prompt, seed) for seed in range(4)][1:]  # the first one warms up
+    seconds, loaded = clock() - began, memory("RssAnon")
+    measure(continue_prompt, 0, clock)  # warms up
+    with disturbance() as disturbed:
+        speeds = [measure(continue_prompt, seed, clock) for seed in range(1, 4)]
     print(
         json.dumps(
             {
@@ -39,26 +50,27 @@ def main() -> None:
                 "prefill": statistics.median(prefill for prefill, _ in speeds),
                 "decode": statistics.median(decode for _, decode in speeds),
                 "peak": memory("VmHWM"),
+                **disturbed,
             }
         )
     )
 
 
-def measure(continue_prompt: Continue, seed: int) -> tuple[float, float]:
+def measure(continue_prompt: Continue, seed: int, clock: Clock) -> tuple[float, float]:
     """Tokens a second of the prompt, and of what follows."""
-    prompt = np.random.default_rng(seed).integers(1000, 50000, PROMPT_TOKENS).tolist()
-    began = time.perf_counter()
+    prompt = np.random.default_rng(seed).integers(ORDINARY.start, ORDINARY.stop, PROMPT_TOKENS).tolist()
+    began = clock()
     tokens = continue_prompt(prompt)
     next(tokens)
-    first = time.perf_counter()
+    first = clock()
     count = sum(1 for _, _ in zip(range(NEW_TOKENS - 1), tokens, strict=False))
-    last = time.perf_counter()
+    last = clock()
     assert count == NEW_TOKENS - 1, "the continuation has ended early"
     return PROMPT_TOKENS / (first - began), count / (last - first)
 
 
-def exported(precision: str) -> Callable[[Path], Callable[[], Continue]]:
-    def contestant(folder: Path) -> Callable[[], Continue]:
+def exported(precision: str) -> Callable[[Path, int], Callable[[], Continue]]:
+    def contestant(folder: Path, threads: int) -> Callable[[], Continue]:
         from edge_client.generation import open_exported
         from edge_client.generation.decoder import Decoder
         from edge_client.generation.prepared import PACKED, find_prepared
@@ -70,18 +82,18 @@ def exported(precision: str) -> Callable[[Path], Callable[[], Continue]]:
         configuration = {} if name in PACKED else {"session.disable_prepacking": "1"}
 
         def load() -> Continue:
-            return decoded(Decoder(graphs, shares_buffer=True, configuration=configuration, num_threads=THREADS))
+            return decoded(Decoder(graphs, shares_buffer=True, configuration=configuration, num_threads=threads))
 
         return load
 
     return contestant
 
 
-def foreign(path: Path) -> Callable[[], Continue]:
+def foreign(path: Path, threads: int) -> Callable[[], Continue]:
     """Another exporter's graph, run as ours are: keys and values stay where they are and are not copied to numpy."""
     from edge_client.generation.decoder import Decoder
 
-    return lambda: decoded(Decoder([path], shares_buffer=False, num_threads=THREADS))
+    return lambda: decoded(Decoder([path], shares_buffer=False, num_threads=threads))
 
 
 def decoded(decoder: Any) -> Continue:
@@ -95,14 +107,15 @@ def decoded(decoder: Any) -> Continue:
     return continue_prompt
 
 
-def transformers(folder: Path) -> Callable[[], Continue]:
+def transformers(folder: Path, threads: int) -> Callable[[], Continue]:
     import torch
-    from transformers import GPT2LMHeadModel
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(folder))]  # imported before time is taken
 
     def load() -> Continue:
-        model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+        model = model_class.from_pretrained(folder, dtype=torch.float32).eval()
 
         @torch.inference_mode()
         def continue_prompt(prompt: list[int]) -> Iterator[int]:
@@ -117,13 +130,13 @@ def transformers(folder: Path) -> Callable[[], Continue]:
     return load
 
 
-def ctranslate2(folder: Path) -> Callable[[], Continue]:
+def ctranslate2(folder: Path, threads: int) -> Callable[[], Continue]:
     from ctranslate2 import Generator
 
     words = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
 
     def load() -> Continue:
-        generator = Generator(str(folder), device="cpu", intra_threads=THREADS, inter_threads=1)
+        generator = Generator(str(folder), device="cpu", intra_threads=threads, inter_threads=1)
 
         def continue_prompt(prompt: list[int]) -> Iterator[int]:
             limits = {"max_length": NEW_TOKENS, "min_length": NEW_TOKENS, "sampling_topk": 1}
@@ -135,12 +148,12 @@ def ctranslate2(folder: Path) -> Callable[[], Continue]:
     return load
 
 
-def llama_cpp(path: Path) -> Callable[[], Continue]:
+def llama_cpp(path: Path, threads: int) -> Callable[[], Continue]:
     from llama_cpp import Llama
 
     def load() -> Continue:
-        threads = {"n_threads": THREADS, "n_threads_batch": THREADS}
-        llama = Llama(str(path), n_ctx=CAPACITY, n_batch=512, verbose=False, **threads)
+        numbers = {"n_threads": threads, "n_threads_batch": threads}
+        llama = Llama(str(path), n_ctx=CAPACITY, n_batch=512, verbose=False, **numbers)
         return lambda prompt: llama.generate(prompt, temp=0.0)
 
     return load
@@ -159,19 +172,35 @@ CONTESTANTS = {
 }
 
 
-def read_bandwidth() -> float:
-    """Bytes a second that two threads read from memory, the best of many sums of a gigabyte."""
+def read_bandwidth(threads: int, clock: Clock) -> float:
+    """Bytes a second that are read from memory, the best of many sums of a gigabyte."""
     import torch
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads)
     numbers = torch.ones(2**28)
 
     def seconds() -> float:
-        began = time.perf_counter()
+        began = clock()
         numbers.sum()
-        return time.perf_counter() - began
+        return clock() - began
 
     return numbers.nbytes / min(seconds() for _ in range(10))
+
+
+@contextmanager
+def disturbance() -> Iterator[dict[str, float]]:
+    """Afterwards it gives "disturbance": the share of the processors that other programs had meanwhile."""
+    found: dict[str, float] = {}
+    began, busy, own = time.perf_counter(), busy_seconds(), time.process_time()
+    yield found
+    seconds, busy, own = time.perf_counter() - began, busy_seconds() - busy, time.process_time() - own
+    found["disturbance"] = max(0.0, busy - own) / seconds / (os.cpu_count() or 1)
+
+
+def busy_seconds() -> float:
+    """What all processors together have worked since the start, for whomever."""
+    user, nice, system, _idle, _wait, interrupts, soft, steal, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])
+    return (user + nice + system + interrupts + soft + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def memory(field: str) -> int:

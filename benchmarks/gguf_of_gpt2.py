@@ -1,7 +1,7 @@
 """
-GPT-2's checkpoint as llama.cpp reads it, in three precisions.
+GPT-2's checkpoint as llama.cpp reads it, in float32.
 
-    python gguf_of_gpt2.py FOLDER OUTPUT     in an environment with gguf and llama-cpp-python
+    python gguf_of_gpt2.py FOLDER FILE     in an environment with gguf
 
 The names are those of llama.cpp's own converter, which no package ships.
 """
@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import gguf
-import llama_cpp
 from safetensors.numpy import load_file
 
 NAMES = {
@@ -28,19 +27,10 @@ BLOCK_NAMES = {
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
-FORMATS = {"Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}
 
 
 def main() -> None:
-    folder, output = Path(sys.argv[1]), Path(sys.argv[2])
-    whole = output / "gpt2-F32.gguf"
-    write_float32(folder, whole)
-    for name, file_type in FORMATS.items():
-        parameters = llama_cpp.llama_model_quantize_default_params()
-        parameters.ftype, parameters.nthread = file_type, 2
-        path = output / f"gpt2-{name}.gguf"
-        if llama_cpp.llama_model_quantize(str(whole).encode(), str(path).encode(), parameters):
-            sys.exit(f"llama.cpp could not quantise to {name}")
+    write_float32(Path(sys.argv[1]), Path(sys.argv[2]))
 
 
 def write_float32(folder: Path, path: Path) -> None:
