@@ -28,7 +28,7 @@ from protocol import CODECS, EXACT, ActivationGradient, Array, decode, encode, z
 from protocol.encoding import COMPRESSION_LEVEL
 from protocol.gradients import coded_gradient
 from protocol.rounding import Dither
-from protocol.settings import DITHERED, codec_name
+from protocol.settings import COARSE, DITHERED, codec_name
 from split_model import EdgePart, LoraConfig, OptimiserConfig, PretrainedModel, ServerPart, adamw, initial_adapter, take_step
 from terminal import Progress
 
@@ -81,7 +81,7 @@ class Cost:
     def row(self, loss: str) -> list[str]:
         speeds = [f"{statistics.median(speeds):,.0f}" for speeds in (self.encoding, self.decoding)]
         error = (self.squared_error / self.squared) ** 0.5
-        name = f"{self.codec}, beside {self.beside}" if self.beside else codec_name(self.codec)
+        name = f"{self.codec}, beside {codec_name(self.beside)}" if self.beside else codec_name(self.codec)
         return [name, f"{self.num_bytes / self.num_elements:.3f}", *speeds, f"{error:.4f}", loss]
 
 
@@ -144,7 +144,7 @@ def main() -> None:
     with Progress(options.steps) as progress:
         model.train(batches[options.batches :], progress)
     costs = [Cost(codec, gradients) for gradients in (False, True) for codec in (EXACT, *CODECS)]
-    costs += [Cost(DITHERED, True, beside) for beside in ("int8", "int4")]
+    costs += [Cost(DITHERED, True, beside) for beside in ("int8", COARSE)]
     limits: dict[str, list[float]] = {}
     examples = []
     with Progress(options.batches) as progress:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from protocol import CODECS, DELTA, EXACT, RunSettings, gradient_codec
-from protocol.settings import DITHERED, FLOAT32, LARGEST_COUNT, LR_SCHEDULES, codec_named
+from protocol.settings import DITHERED, FLOAT32, LARGEST_COUNT, LR_SCHEDULES, codec_name, codec_named
 from terminal import user_text_path
 
 from .errors import ConfigError
@@ -118,7 +118,7 @@ class ServerConfig:
     codec: str = option(
         "how activations and their gradients travel: float32 is exact, auto is int8, or int4 where links are slow",
         FLOAT32,
-        choices=("auto", FLOAT32, *CODECS, DELTA),
+        choices=("auto", FLOAT32, *map(codec_name, CODECS), DELTA),
     )
     adapter_codec: str | None = option(
         "how LoRA matrices travel between devices and server: float32 is exact, dithered takes a tenth of its bytes or less "
@@ -299,7 +299,9 @@ class ServerConfig:
         shared = {item.name: getattr(self, item.name) for item in fields(RunSettings) if item.name not in DERIVED}
         codec, of_adapter = self._codec, codec_named(self._codec_of_adapter)
         if codec != EXACT and precision == "float64":
-            raise ConfigError(f"codec {codec} is for runs in float32; a run in float64 has --codec float32, which is exact")
+            raise ConfigError(
+                f"codec {codec_name(codec)} is for runs in float32; a run in float64 has --codec float32, which is exact"
+            )
         if precision == "float64" and self.edge_weights != "float32":
             raise ConfigError(f"edge-weights {self.edge_weights} is for runs in float32; in float64 every device has a model")
         if self.lora_rslora and self.lora_rank > 0:

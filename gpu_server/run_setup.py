@@ -15,7 +15,7 @@ import torch
 
 from privacy import worth
 from protocol import DELTA, EXACT, RunSettings
-from protocol.settings import codec_named
+from protocol.settings import codec_name, codec_named
 from split_model import (
     Adapter,
     LoraConfig,
@@ -191,7 +191,7 @@ def _set_up(options: Mapping[str, Any], leader: "Leader | None") -> Run:
         early_stopping=EarlyStopping.in_run(settings, config.early_stopping_threshold),
         restarts=description.restarts,
     )
-    overview = Overview(description.run, config.clients, codec=settings.activation_codec)
+    overview = Overview(description.run, config.clients, codec=codec_name(settings.activation_codec))
     page = PageObserver(
         Snapshot(overview),
         lambda: federation.waits_for(time.monotonic()),

@@ -16,14 +16,13 @@ import numpy as np
 from .codecs import Coded, quantised_parts, quantised_values
 from .errors import RemoteProtocolError
 from .messages import Activations, Array
-from .quantisation import MARGIN
+from .quantisation import LARGEST_CODE, MARGIN
 from .rounding import from_bfloat16, to_bfloat16, upwards_to_bfloat16
 from .settings import DELTA
 from .shuffling import shuffled, unshuffled
 
 __all__ = ["ActivationCache", "arrived", "coded"]
 
-LARGEST_CODE = 127
 CODES_OF_THE_RMS = 1.5  # so coarse that a code takes little more than three bits
 SMALLEST_UNIT, LARGEST_UNIT = 2.0**-60, 2.0**30
 NOWHERE = -1

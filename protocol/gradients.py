@@ -6,11 +6,11 @@ from typing import TypeVar
 from .codecs import Coded
 from .messages import ActivationGradient, HiddenGradient
 from .rounding import Dither
-from .settings import DELTA
+from .settings import COARSE, DELTA
 
 __all__ = ["coded_gradient"]
 
-CODES_OF_THE_RMS = {"int8": 8.0, "int4": 0.85, DELTA: 0.85}
+CODES_OF_THE_RMS = {"int8": 8.0, COARSE: 0.85, DELTA: 0.85}
 """How many codes the root mean square of a message is, by the codec in which activations travel meanwhile."""
 
 Sent = TypeVar("Sent", bound=ActivationGradient | HiddenGradient)

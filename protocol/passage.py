@@ -18,11 +18,11 @@ from .codecs import Coded
 from .errors import TrainingDiverged
 from .messages import Array, Contribution, Tensors
 from .rounding import Dither
-from .settings import DELTA, RunSettings
+from .settings import COARSE, DELTA, RunSettings
 
 __all__ = ["changed_by", "changes", "coded_contribution", "coded_update"]
 
-CODES_OF_THE_RMS = {"int8": (8.0, 4.0), "int4": (3.0, 1.0), DELTA: (3.0, 1.0)}
+CODES_OF_THE_RMS = {"int8": (8.0, 4.0), COARSE: (3.0, 1.0), DELTA: (3.0, 1.0)}
 """
 In rounds of one step, where the passage is a large part of what crosses the link: how many codes the root mean square of a
 block is, of what a device sends and of what the server sends, beside each codec of activations. What is sent down may be

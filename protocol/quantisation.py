@@ -1,5 +1,5 @@
 """
-Rows of floats as small whole numbers, a scale for every row, and what would spoil the scales kept apart.
+Rows of floats as whole numbers of a byte, a scale for every row, and what would spoil the scales kept apart.
 
 Activations have channels that are far from zero in every row: the *centre*, the mean of each channel over the message, is taken
 away first. Of pretrained transformers a few channels are a hundred times as large as all others (LLM.int8(), arXiv 2208.07339):
@@ -16,6 +16,7 @@ from .rounding import Dither, drawn, from_bfloat16, to_bfloat16, upwards_to_bflo
 
 __all__ = [
     "BLOCK",
+    "LARGEST_CODE",
     "LARGEST_MAGNITUDE",
     "LARGEST_VALUE",
     "Quantised",
@@ -30,10 +31,12 @@ LARGEST_MAGNITUDE = 2.0**120
 LARGEST_VALUE = 2.0**119
 """Larger ones become it: two of them are never further apart than the largest magnitude."""
 SMALLEST_SCALE = 2.0**-126  # the smallest normal float32, whose inverse is one too
+LARGEST_CODE = 127
 MARGIN = 1 + 2.0**-20  # a code is never beyond the largest, however the division rounds
 BLOCK = 64
 LARGEST_DITHERED = 126  # without its noise, which may be a half more
 OUTLIER_RATIO = 3.0  # to the median channel
+OUTLIER_RATIO_IN_UNITS = 8.0  # where a channel that reaches further makes no scale larger, only its own codes longer
 FEWEST_CHANNELS_AN_OUTLIER = 16
 CHUNK_ELEMENTS = 2**16  # 256 kB: what is worked on stays in a core's cache
 
@@ -54,29 +57,30 @@ class Quantised:
     """(K, N) bfloat16, the centre taken away."""
 
 
-def quantise(values: Array, largest_code: int, dither: Dither | None = None) -> Quantised:
+def quantise(values: Array, codes_of_the_rms: float | None = None, dither: Dither | None = None) -> Quantised:
     """
     Args:
         values: (N, d) float32.
-        largest_code: 127 or less.
+        codes_of_the_rms: how many codes the root mean square of the median row is, outliers left out. Rows then have one scale,
+            their errors are alike, and small codes, which are frequent, cost few bits when they are compressed. A row has a
+            larger scale where its largest element needs one. None: in every row that is the largest code.
         dither: rounds stochastically, and leaves the centre where it is, so that the mean of every number is itself: for
             gradients, whose mean is near zero. None rounds to the nearest.
     """
     num_rows, width = values.shape
     centre, reach = _centre_and_reach(values, centred=dither is None)
-    outliers = _outliers(reach)
+    outliers = _outliers(reach, OUTLIER_RATIO if codes_of_the_rms is None else OUTLIER_RATIO_IN_UNITS)
     shift = from_bfloat16(centre)
+    unit = 0.0 if codes_of_the_rms is None else _median_rms(values, shift, outliers) / codes_of_the_rms
     codes = np.empty(values.shape, np.int8)
     scales = np.full(num_rows, to_bfloat16(np.float32(1)))
     outlier_values = np.empty((len(outliers), num_rows), np.uint16)
     for rows in _chunks(num_rows, width):
-        chunk = _clipped(values[rows])
-        if len(shift):
-            chunk -= shift
+        chunk = _from_centre(values[rows], shift)
         if len(outliers):
             outlier_values[:, rows] = to_bfloat16(chunk[:, outliers], dither).T
             chunk[:, outliers] = 0
-        scales[rows] = _scales(np.abs(chunk).max(axis=1), largest_code)
+        scales[rows] = _scales(np.abs(chunk).max(axis=1), unit)
         codes[rows] = _codes(chunk, scales[rows], dither)
     return Quantised(codes, scales, centre, outliers, outlier_values)
 
@@ -158,6 +162,26 @@ def _clipped(chunk: Array) -> Array:
     return clipped
 
 
+def _from_centre(rows: Array, shift: Array) -> Array:
+    """Rows (n, d) less the centre, (d,) or (0,), in memory of their own."""
+    chunk = _clipped(rows)
+    if len(shift):
+        chunk -= shift
+    return chunk
+
+
+def _median_rms(values: Array, shift: Array, outliers: Array) -> float:
+    """The root mean square of the median row of values (N, d), centre and outliers taken away; 0 where there is nothing."""
+    if not values.size:
+        return 0.0
+    squares = np.empty(len(values))
+    for rows in _chunks(*values.shape):
+        chunk = _from_centre(values[rows], shift)
+        chunk[:, outliers] = 0
+        squares[rows] = np.einsum("nc,nc->n", chunk, chunk, dtype=np.float64)
+    return float(np.sqrt(np.median(squares) / values.shape[1]))
+
+
 def _centre_and_reach(values: Array, *, centred: bool) -> tuple[Array, Array]:
     """The mean of each channel, as bfloat16, and how far its values are from there at most: (d,) each."""
     num_rows, width = values.shape
@@ -175,18 +199,18 @@ def _centre_and_reach(values: Array, *, centred: bool) -> tuple[Array, Array]:
     return centre, np.maximum(highest - shift, shift - lowest)
 
 
-def _outliers(reach: Array) -> Array:
-    """The channels that reach much further than most, increasing: (K,) int32."""
+def _outliers(reach: Array, ratio: float) -> Array:
+    """The channels that reach more than ``ratio`` times as far as the median one, increasing: (K,) int32."""
     if not len(reach):
         return np.empty(0, np.int32)
     furthest = np.argsort(-reach, kind="stable")[: len(reach) // FEWEST_CHANNELS_AN_OUTLIER]
-    beyond = furthest[reach[furthest] > OUTLIER_RATIO * np.median(reach)]
+    beyond = furthest[reach[furthest] > ratio * np.median(reach)]
     return np.sort(beyond).astype(np.int32)
 
 
-def _scales(peaks: Array, largest_code: int) -> Array:
-    """For the largest magnitude of each row: the bfloat16 above what makes it the largest code."""
-    exact = np.maximum(peaks * np.float32(MARGIN / largest_code), np.float32(SMALLEST_SCALE))
+def _scales(peaks: Array, unit: float) -> Array:
+    """For the largest magnitude of each row: the bfloat16 above what makes it the largest code, and above ``unit``."""
+    exact = np.maximum(peaks * np.float32(MARGIN / LARGEST_CODE), np.float32(max(unit, SMALLEST_SCALE)))
     return upwards_to_bfloat16(exact)
 
 

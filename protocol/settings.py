@@ -10,6 +10,7 @@ from .limits import LARGEST_VALUE
 __all__ = [
     "ABILITIES",
     "BOUNDS",
+    "COARSE",
     "CODECS",
     "DELTA",
     "DITHERED",
@@ -31,7 +32,11 @@ EXACT = "exact"
 """Floats as they are, in the run's precision. Everybody has it."""
 FLOAT32 = "float32"
 """What people call EXACT: almost every run is in float32."""
-CODECS = ("bfloat16", "int8", "int4")
+COARSE = "coarse"
+"""As int8, but in a unit so coarse that zstd makes about four bits of a code: see `CODES_OF_THE_RMS` in `codecs.py`."""
+INT4 = "int4"
+"""What people call COARSE. On the wire this is the name of codes of 4 bits, which earlier releases had in its place."""
+CODECS = ("bfloat16", "int8", COARSE)
 """What else there is, for runs in float32; from many bytes to few."""
 DELTA = "delta"
 """Of activations: what a sample's have changed since its last visit, for both sides keep these."""
@@ -40,15 +45,17 @@ DITHERED = "dithered"
 OFFERED = (*CODECS, DELTA, DITHERED)
 """All codecs but EXACT, which a client of this release has."""
 
+_NAMES = {EXACT: FLOAT32, COARSE: INT4}
+
 
 def codec_name(codec: str) -> str:
     """What flags, metrics and people call a codec."""
-    return FLOAT32 if codec == EXACT else codec
+    return _NAMES.get(codec, codec)
 
 
 def codec_named(name: str) -> str:
     """The codec that a person has named."""
-    return EXACT if name == FLOAT32 else name
+    return next((codec for codec, usual in _NAMES.items() if usual == name), name)
 
 
 def gradient_codec(codec: str, at_first: str = DITHERED) -> str:
@@ -58,12 +65,12 @@ def gradient_codec(codec: str, at_first: str = DITHERED) -> str:
     Args:
         at_first: the gradients' codec with which the run has begun: servers of earlier releases know no `DITHERED`.
     """
-    return DITHERED if at_first == DITHERED and codec in ("int8", "int4", DELTA) else states_codec(codec)
+    return DITHERED if at_first == DITHERED and codec in ("int8", COARSE, DELTA) else states_codec(codec)
 
 
 def states_codec(codec: str) -> str:
     """In which codec hidden states travel while activations travel in this one."""
-    return "int4" if codec == DELTA else codec
+    return COARSE if codec == DELTA else codec
 
 
 NEXT_PIN = "next-pin"

@@ -36,7 +36,7 @@ CODECS = {
     "float32": BytesOfAnElement(3.29, 3.49),
     "bfloat16": BytesOfAnElement(1.36, 1.49, 0.70, 0.70),
     "int8": BytesOfAnElement(0.90, 0.72, 0.70, 0.54),
-    "int4": BytesOfAnElement(0.40, 0.26, 0.46, 0.28),
+    "int4": BytesOfAnElement(0.53, 0.26, 0.46, 0.28),
 }
 BYTES_OF_A_LABEL = 2.0
 OVERHEAD = 300

@@ -571,7 +571,7 @@ WRONG_REPLIES: list[Callable[[HiddenStates], bytes]] = [
     lambda states: encode(a_reply(states, summed_loss=1e300)),
     lambda states: encode(a_reply(states, summed_loss=float("nan"))),
     lambda states: encode(a_reply(states, step=states.step + 1)),
-    lambda states: encode(a_reply(states), "int4"),
+    lambda states: encode(a_reply(states), "coarse"),
     lambda states: encode(a_gradient(states.step)),
 ]
 

@@ -220,12 +220,10 @@ def decoded(coded: msgpack.ExtType) -> Array:
     centre, outlier_values, scales = (_bfloat16(parts[index]) for index in (0, 2, 3))
     num_outliers = len(parts[1]) // 4
     outliers = [int.from_bytes(parts[1][k::num_outliers], "little") for k in range(num_outliers)]
-    codes = list(parts[4]) if codec == "int8" else [half for byte in parts[4] for half in (byte % 16, byte // 16)]
-    top = 256 if codec == "int8" else 16
     values = np.empty((num_rows, width), np.float32)
     for n, c in np.ndindex(num_rows, width):
-        code = codes[n * width + c]
-        value = np.float32(code if code < top / 2 else code - top) * np.float32(scales[n])
+        code = parts[4][n * width + c]
+        value = np.float32(code if code < 128 else code - 256) * np.float32(scales[n])
         if c in outliers:
             value = np.float32(outlier_values[outliers.index(c) * num_rows + n])
         values[n, c] = value + np.float32(centre[c] if centre else 0)

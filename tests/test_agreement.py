@@ -31,7 +31,7 @@ from protocol.agreement import changed_settings
 from protocol.settings import ABILITIES
 
 EXACTLY = replace(SETTINGS, activation_codec=EXACT, gradient_codec=EXACT, check_codec_every=0)
-OFFERED = ("bfloat16", "int8", "int4", DELTA)
+OFFERED = ("bfloat16", "int8", "coarse", DELTA)
 
 
 class Talk:

@@ -970,7 +970,7 @@ def of_scale(scale: int) -> bytes:
 
 
 CODED_MISFITS: dict[str, tuple[bytes, str]] = {
-    "another codec": (encode(batch(), "int4"), "a tensor in int4, which was not agreed on"),
+    "another codec": (encode(batch(), "coarse"), "a tensor in coarse, which was not agreed on"),
     "scale of zero": (of_scale(0), "Activations.values: a scale of int8 is not a positive number"),
     "negative scale": (of_scale(0xBF80), "a scale of int8 is not a positive number"),
     "scale that is no number": (of_scale(0x7FC0), "a scale of int8 is not a positive number"),

@@ -30,15 +30,15 @@ def test_codec_that_changes_the_loss_within_the_tolerance_stays() -> None:
 
 @pytest.mark.parametrize("change", [0.02, -0.02])
 def test_codec_that_changes_the_loss_too_much_gives_way_to_the_next_richer(change: float) -> None:
-    loud = policy("int4")
+    loud = policy("coarse")
     (note,) = observe(loud, change)
     assert note == f"codec int4 changes the loss by {change:+.4f} nats/token, more than 0.01: int8 from step 2 on"
-    assert [loud.codec_of(step) for step in (1, 2, 100)] == ["int4", "int8", "int8"]
+    assert [loud.codec_of(step) for step in (1, 2, 100)] == ["coarse", "int8", "int8"]
 
 
 @pytest.mark.parametrize(
     ("codec", "ladder"),
-    [("delta", ["int8", "bfloat16", "exact"]), ("int4", ["int8", "bfloat16", "exact"]), ("bfloat16", ["exact"])],
+    [("delta", ["int8", "bfloat16", "exact"]), ("coarse", ["int8", "bfloat16", "exact"]), ("bfloat16", ["exact"])],
 )
 def test_ladder_ends_with_what_is_exact(codec: str, ladder: list[str]) -> None:
     loud = policy(codec)
@@ -62,7 +62,7 @@ def test_int8_becomes_int4_where_the_link_is_the_bottleneck_and_quality_allows()
     assert observe(auto, 0.0, 0.0, link_share=0.7, others=0.001) == []
     (note,) = observe(auto, 0.0, link_share=0.7, others=0.001)
     assert note == "links take 70 % of the time, and codec int4 changes the loss by +0.0010 nats/token: int4 from step 22 on"
-    assert auto.codec_of(22) == "int4"
+    assert auto.codec_of(22) == "coarse"
 
 
 @pytest.mark.parametrize(
@@ -78,17 +78,17 @@ def test_codec_that_was_tried_and_left_is_not_tried_again() -> None:
     auto = policy(allow_int4=True)
     observe(auto, *[0.0] * 3, link_share=0.9, others=0.0)
     observe(auto, *[0.5] * 2, link_share=0.9)
-    assert [codec for _, codec in auto.decisions] == ["int4", "int8", "bfloat16"]
+    assert [codec for _, codec in auto.decisions] == ["coarse", "int8", "bfloat16"]
     assert auto.alternatives(999) == []
 
 
 def test_what_was_decided_is_not_decided_again_after_going_back() -> None:
-    first = policy("int4")
+    first = policy("coarse")
     observe(first, 0.004, 0.004, 0.1)
-    again = policy("int4")
+    again = policy("coarse")
     again.restore(json.loads(json.dumps(first.state())))
-    assert again == policy("int4", decisions=first.decisions, last_checked=21, seen=first.seen)
-    assert again.update(11, {"int4": 5.0}, 0.0) is None  # the step is done again, and its check has counted
+    assert again == policy("coarse", decisions=first.decisions, last_checked=21, seen=first.seen)
+    assert again.update(11, {"coarse": 5.0}, 0.0) is None  # the step is done again, and its check has counted
     assert again.decisions == first.decisions == [(22, "int8")]
 
 
@@ -104,7 +104,7 @@ def test_change_that_is_just_tolerated_decides_nothing() -> None:
     assert observe(policy(tolerance=0.25), 0.25) == []
     auto = policy(tolerance=0.25, allow_int4=True)
     assert len(observe(auto, *[0.0] * 3, link_share=0.5, others=0.25)) == 1  # as is the link at half of the time
-    assert auto.decisions == [(22, "int4")]
+    assert auto.decisions == [(22, "coarse")]
 
 
 def test_check_of_a_step_counts_once() -> None:
@@ -116,5 +116,5 @@ def test_check_of_a_step_counts_once() -> None:
 
 def test_codec_that_was_not_measured_stays() -> None:
     auto = policy(allow_int4=True)
-    assert auto.update(1, {"int4": 0.0}, 0.9) is None
+    assert auto.update(1, {"coarse": 0.0}, 0.9) is None
     assert auto.decisions == []

@@ -47,17 +47,17 @@ from protocol import (
     gradient_codec,
     largest_message_bytes,
 )
-from protocol.codecs import LARGEST_CODES, Coded
+from protocol.codecs import CODES_OF_THE_RMS, Coded
 from protocol.gradients import coded_gradient
-from protocol.quantisation import LARGEST_VALUE, quantise
+from protocol.quantisation import LARGEST_CODE, LARGEST_VALUE, quantise
 from protocol.rounding import Dither, from_bfloat16, to_bfloat16
-from protocol.settings import ABILITIES, DITHERED, OFFERED
+from protocol.settings import ABILITIES, COARSE, DITHERED, OFFERED, codec_name, codec_named
 
 GOLDEN: dict[str, str] = json.loads((Path(__file__).parent / "golden" / "codecs-3.json").read_text())
 MAX_BYTES = 2**22
 
 every_codec = pytest.mark.parametrize("codec", CODECS)
-quantising = pytest.mark.parametrize("codec", list(LARGEST_CODES))
+quantising = pytest.mark.parametrize("codec", list(CODES_OF_THE_RMS))
 some_hundred = settings(max_examples=200)
 dithers = st.sampled_from([None, 1, 2])
 tensors = np_st.arrays(
@@ -78,6 +78,16 @@ def through(values: Array, codec: str, dither: int | None = None) -> Array:
     return arrived.values
 
 
+def code_of(reach: Array, codec: str) -> Array:
+    """The most that a code of each row can be, (N, 1), where rows (N, d) are this far from their centre at most."""
+    code = reach.max(axis=1, initial=0, keepdims=True) / LARGEST_CODE
+    codes_of_the_rms = CODES_OF_THE_RMS[codec]
+    if codes_of_the_rms is not None and reach.size:
+        code = np.maximum(code, np.median(np.sqrt(np.square(reach).mean(axis=1))) / codes_of_the_rms)
+    # A scale may be 2^-7 larger than needed.
+    return np.asarray(code * (1 + 2.0**-6) + 2.0**-125)
+
+
 def activations(num_rows: int = 300, width: int = 128, outliers: tuple[int, ...] = (5, 77)) -> Array:
     """As a pretrained transformer's: channels with means of their own, and a few a hundred times as large."""
     random = np.random.default_rng(0)
@@ -96,24 +106,24 @@ def test_bfloat16_is_right_to_eight_bits(values: Array, dither: int | None) -> N
     assert (np.abs(through(values, "bfloat16", dither) - values) <= step * (0.5 if dither is None else 1.0)).all()
 
 
-@given(tensors, st.sampled_from(list(LARGEST_CODES)))
+@given(tensors, st.sampled_from(list(CODES_OF_THE_RMS)))
 @some_hundred
 def test_an_activation_is_off_by_half_a_code_of_its_row_at_most(values: Array, codec: str) -> None:
     wide = values.astype(np.float64)
     centre = wide.mean(axis=0) if len(wide) else wide
-    # The centre travels as bfloat16, and a scale may be 2^-7 larger than needed.
+    # The centre travels as bfloat16.
     reach = np.abs(wide - centre) + np.abs(centre) * 2.0**-8
-    code = reach.max(axis=1, initial=0, keepdims=True) / LARGEST_CODES[codec] * (1 + 2.0**-6) + 2.0**-125
-    assert (np.abs(through(values, codec) - wide) <= 0.5 * code + 2.0**-22 * (np.abs(wide) + np.abs(centre))).all()
+    assert (
+        np.abs(through(values, codec) - wide) <= 0.5 * code_of(reach, codec) + 2.0**-22 * (np.abs(wide) + np.abs(centre))
+    ).all()
 
 
-@given(tensors, st.sampled_from(list(LARGEST_CODES)), st.integers(0, 9))
+@given(tensors, st.sampled_from(list(CODES_OF_THE_RMS)), st.integers(0, 9))
 @some_hundred
 def test_a_gradient_is_off_by_less_than_a_code_of_its_row_and_keeps_its_sign(values: Array, codec: str, seed: int) -> None:
     wide = values.astype(np.float64)
-    code = np.abs(wide).max(axis=1, initial=0, keepdims=True) / LARGEST_CODES[codec] * (1 + 2.0**-6) + 2.0**-125
     arrived = through(values, codec, seed)
-    assert (np.abs(arrived - wide) <= code).all()
+    assert (np.abs(arrived - wide) <= code_of(np.abs(wide), codec)).all()
     assert (arrived * wide >= 0).all()
 
 
@@ -152,7 +162,8 @@ def test_denormal_numbers_do_no_harm(codec: str, dither: int | None) -> None:
 def test_numbers_too_large_for_a_codec_become_its_largest(codec: str, dither: int | None) -> None:
     huge = np.finfo(np.float32).max
     arrived = through(np.array([[huge, -huge, 1.0], [-huge, huge, 2.0]], np.float32), codec, dither)
-    assert np.abs(arrived).max() == pytest.approx(LARGEST_VALUE, rel=0.02)
+    # In a coarse unit the largest of two rows alike is five or six codes, and dither makes one more or less of it.
+    assert np.abs(arrived).max() == pytest.approx(LARGEST_VALUE, rel={"int8": 0.02, COARSE: 0.2}[codec])
     outlier = activations(outliers=())
     outlier[:, 9] = -huge
     outlier[4, 9] = huge
@@ -182,13 +193,40 @@ def test_what_bfloat16_has_arrives_exactly_in_it(values: Array, dither: int | No
     assert through(representable, "bfloat16", dither).tobytes() == representable.tobytes()
 
 
+def scales(values: Array, codec: str) -> Array:
+    return from_bfloat16(quantise(values, CODES_OF_THE_RMS[codec]).scales)
+
+
+def test_a_coarse_unit_is_that_of_all_rows_but_of_those_that_would_not_fit_in_a_byte() -> None:
+    values = np.random.default_rng(0).normal(size=(301, 128)).astype(np.float32)
+    values[:100] *= 3
+    of_all = np.median(np.sqrt(np.square(values).mean(axis=1))) / 4.5
+    units = scales(values, COARSE)
+    assert (units == units[0]).all()
+    assert units[0] == pytest.approx(of_all, rel=0.02)
+    values[200] *= 40  # as the first row of a sequence may be
+    units = scales(values, COARSE)
+    assert np.delete(units, 200) == pytest.approx(of_all, rel=0.02)
+    assert units[200] == pytest.approx(np.abs(values[200] - values.mean(axis=0)).max() / 127, rel=0.02)
+
+
+def test_a_coarse_code_takes_less_than_four_bits_and_a_half_and_has_a_third_of_the_error_of_fifteen_levels() -> None:
+    values = np.random.default_rng(0).normal(size=(400, 256)).astype(np.float32)
+    message = ActivationGradient(step=1, loss=1.0, labelled_tokens=300, values=values)
+    assert 8 * len(encode(message, COARSE)) / values.size < 4.5
+    fifteen = np.abs(values).max(axis=1, keepdims=True) / 7
+    squared_error = np.square(through(values, COARSE) - values).mean()
+    assert squared_error < 0.3 * np.square(np.rint(values / fifteen) * fifteen - values).mean()
+    assert squared_error == pytest.approx((1 / 4.5) ** 2 / 12, rel=0.05)
+
+
 # Outliers and centres
 
 
 def test_outlier_channels_are_found_and_kept_apart() -> None:
-    assert quantise(activations(), 127).outliers.tolist() == [5, 77]
-    assert quantise(activations(), 127, Dither(0)).outliers.tolist() == [5, 77]
-    assert quantise(activations(outliers=()), 127).outliers.tolist() == []
+    assert quantise(activations()).outliers.tolist() == [5, 77]
+    assert quantise(activations(), dither=Dither(0)).outliers.tolist() == [5, 77]
+    assert quantise(activations(outliers=())).outliers.tolist() == []
 
 
 @quantising
@@ -196,14 +234,22 @@ def test_outliers_spoil_neither_themselves_nor_the_others(codec: str) -> None:
     values = activations()
     quiet = np.setdiff1d(np.arange(128), [5, 77])
     error = np.abs(through(values, codec) - values)
-    # A row's scale is that of the quiet channels, which reach about 4 from their centres; an outlier has bfloat16's 8 bits.
-    assert error[:, quiet].max() < 0.5 * 6 / LARGEST_CODES[codec]
+    # A row's scale is that of the quiet channels, which reach about 4 from their centres, in the root mean square 1; an outlier
+    # has bfloat16's 8 bits.
+    assert error[:, quiet].max() < 0.5 * {"int8": 6 / 127, COARSE: 1.02 / 4.5}[codec]
     assert error[:, [5, 77]].max() < 2.0**-8 * np.abs(values - values.mean(axis=0)).max()
 
 
 def test_at_most_one_channel_in_sixteen_is_an_outlier() -> None:
     values = activations(outliers=tuple(range(0, 128, 4)))
-    assert len(quantise(values, 127).outliers) == 128 // 16
+    assert len(quantise(values).outliers) == 128 // 16
+
+
+def test_in_a_coarse_unit_a_channel_that_only_its_own_codes_make_longer_is_none() -> None:
+    values = activations(outliers=(5, 77))
+    values[:, 77] /= 50
+    assert quantise(values).outliers.tolist() == [5, 77]
+    assert quantise(values, 4.5).outliers.tolist() == [5]
 
 
 @quantising
@@ -222,7 +268,7 @@ def test_stochastic_rounding_is_right_on_average(codec: str) -> None:
     num_rows = 16_000
     row = np.random.default_rng(0).uniform(-1, 1, 64).astype(np.float32)
     arrived = through(np.tile(row, (num_rows, 1)), codec, 7)
-    step = 2.0**-8 if codec == "bfloat16" else 1.01 / LARGEST_CODES[codec]
+    step = 2.0**-8 if codec == "bfloat16" else 1.01 / (CODES_OF_THE_RMS[codec] or LARGEST_CODE)
     # The deviation of one rounding is at most half a step; five of those of the mean are allowed, 64 times.
     assert np.abs(arrived.mean(axis=0, dtype=np.float64) - row).max() < 5 * 0.5 * step / num_rows**0.5
     assert len(np.unique(arrived[:, 0])) == 2
@@ -275,12 +321,7 @@ def test_coded_bytes_of_version_3_are_still_written_and_mean_what_the_document_s
 
 
 def test_the_samples_have_an_outlier() -> None:
-    assert all(len(SAMPLES[f"{codec} {name}"].parts[1]) == 4 for codec in LARGEST_CODES for name in ROUNDINGS)
-
-
-def test_codes_of_four_bits_are_two_a_byte() -> None:
-    coded = Coded.of(np.array([[7.0, -7.0, 0.0]], np.float32), "int4", Dither(0))
-    assert coded.parts[-1] == b"\x97\x00"
+    assert all(len(SAMPLES[f"{codec} {name}"].parts[1]) == 4 for codec in CODES_OF_THE_RMS for name in ROUNDINGS)
 
 
 @every_codec
@@ -326,8 +367,7 @@ PARTS: dict[str, bytes] = {
 
 
 def of_parts(codec: str = "int8", shape: Any = (2, 3), **changed: bytes) -> msgpack.ExtType:
-    parts = {**PARTS, **({"codes": bytes(3)} if codec == "int4" else {})}
-    parts.update({name.replace("_", " "): part for name, part in changed.items()})
+    parts = {**PARTS, **{name.replace("_", " "): part for name, part in changed.items()}}
     return msgpack.ExtType(2, msgpack.packb([codec, shape, *parts.values()]))
 
 
@@ -371,8 +411,7 @@ def test_outliers_that_are_no_increasing_channels_are_refused(codec: str, outlie
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("change", [-1, 1, 2, 1000])
 def test_a_part_of_another_size_is_refused(codec: str, part: str, change: int) -> None:
-    size = 3 if (codec, part) == ("int4", "codes") else len(PARTS[part])
-    changed = {part.replace(" ", "_"): bytes(size + change)}
+    changed = {part.replace(" ", "_"): bytes(len(PARTS[part]) + change)}
     assert "bytes, expected" in refusal(of_parts(codec, **changed), codec)
 
 
@@ -463,7 +502,7 @@ def test_a_changed_part_is_a_tensor_or_refused(name: str, draw: st.DataObject) -
 # Agreed on by both sides
 
 
-SETTINGS = dataclasses.replace(protocol_samples.SETTINGS, activation_codec="int8", gradient_codec="int4", check_codec_every=0)
+SETTINGS = dataclasses.replace(protocol_samples.SETTINGS, activation_codec="int8", gradient_codec=COARSE, check_codec_every=0)
 
 
 class Pair:
@@ -502,7 +541,7 @@ def a_step(pair: Pair, step: int = 1) -> tuple[bytes, bytes]:
 def test_each_direction_has_its_codec() -> None:
     up, down = a_step(Pair())
     assert b"int8" in protocol_samples.inflate(up)
-    assert b"int4" in protocol_samples.inflate(down)
+    assert b"coarse" in protocol_samples.inflate(down)
     exact = a_step(Pair(dataclasses.replace(SETTINGS, activation_codec=EXACT, gradient_codec=EXACT), offered=()))
     assert len(up) < 0.35 * len(exact[0])
     assert len(down) < 0.2 * len(exact[1])
@@ -544,11 +583,11 @@ def four_directions(settings: RunSettings = ON_DEVICE) -> dict[type, tuple[bytes
 def test_gradients_of_both_directions_are_rounded_at_random_and_hidden_states_to_the_nearest() -> None:
     values = activations(outliers=())
     gradients = {
-        kind: Coded.of(values, "int4", Dither(7, "a", kind, 1, 0)) for kind in ("HiddenGradient", "ActivationGradient")
+        kind: Coded.of(values, COARSE, Dither(7, "a", kind, 1, 0)) for kind in ("HiddenGradient", "ActivationGradient")
     }
     expected = {
         Activations: Coded.of(values, "int8"),
-        HiddenStates: Coded.of(values, "int4"),
+        HiddenStates: Coded.of(values, COARSE),
         HiddenGradient: gradients["HiddenGradient"],
         ActivationGradient: gradients["ActivationGradient"],
         Evaluation: Coded.of(values, "bfloat16"),
@@ -564,7 +603,7 @@ def with_dithered_gradients(codec: str, **more: Any) -> RunSettings:
     return dataclasses.replace(ON_DEVICE, activation_codec=codec, gradient_codec=DITHERED, **more)
 
 
-@pytest.mark.parametrize("codec", ["int8", "int4"])
+@pytest.mark.parametrize("codec", ["int8", COARSE])
 def test_dithered_gradients_of_both_directions_are_right_on_average_and_of_all_rows_alike(codec: str) -> None:
     """Beside them hidden states travel as activations do, for they have a centre and outliers."""
     values = activations(outliers=())
@@ -575,7 +614,7 @@ def test_dithered_gradients_of_both_directions_are_right_on_average_and_of_all_r
         assert b"dithered" in protocol_samples.inflate(data)
         errors = came.astype(float) - values
         unit = np.abs(errors).max() * 2
-        assert unit == pytest.approx(np.sqrt(np.square(values).mean()) / {"int8": 8.0, "int4": 0.85}[codec], rel=0.02)
+        assert unit == pytest.approx(np.sqrt(np.square(values).mean()) / {"int8": 8.0, COARSE: 0.85}[codec], rel=0.02)
         assert abs(errors.mean()) < 5 * unit / np.sqrt(12 * errors.size)
         np.testing.assert_allclose(errors.var(axis=1), unit**2 / 12, rtol=0.5)
     assert (said[HiddenGradient][1] != said[ActivationGradient][1]).any()
@@ -584,15 +623,15 @@ def test_dithered_gradients_of_both_directions_are_right_on_average_and_of_all_r
 def test_dithered_gradients_beside_int4_take_two_bits_an_element() -> None:
     values = np.random.default_rng(0).normal(size=(300, 128)).astype(np.float32)
     message = ActivationGradient(step=1, loss=1.0, labelled_tokens=300, values=values)
-    dithered = len(encode(coded_gradient(message, "int4", Dither(0))))
+    dithered = len(encode(coded_gradient(message, COARSE, Dither(0))))
     assert 8 * dithered / values.size < 2.2
-    assert dithered < 0.7 * len(encode(message, "int4", Dither(0)))
+    assert dithered < 0.5 * len(encode(message, COARSE, Dither(0)))
 
 
 def test_gradients_stay_dithered_as_long_as_activations_are_in_few_bits() -> None:
-    codecs = (DELTA, "int4", "int8", "bfloat16", EXACT)
+    codecs = (DELTA, COARSE, "int8", "bfloat16", EXACT)
     assert [gradient_codec(codec) for codec in codecs] == [*[DITHERED] * 3, "bfloat16", EXACT]
-    pair = Pair(with_dithered_gradients("int4", labels="server"), offered=OFFERED)
+    pair = Pair(with_dithered_gradients(COARSE, labels="server"), offered=OFFERED)
     sizes = []
     for step, codec in enumerate(("int8", "bfloat16", EXACT, EXACT), 1):
         _, received = pair.say(Side.CLIENT, batch(step))
@@ -606,15 +645,14 @@ def test_gradients_stay_dithered_as_long_as_activations_are_in_few_bits() -> Non
 
 
 def test_a_server_of_an_earlier_release_sends_gradients_as_it_did() -> None:
-    """It tells its clients of no other codec, and chooses int4 or int8 of both at once."""
+    """It tells its clients of no other codec, and chooses one of both at once."""
     pair = Pair(dataclasses.replace(SETTINGS, gradient_codec="int8"), offered=OFFERED)
-    for step, codec in enumerate(("int4", "int8", "bfloat16"), 1):
+    for step, codec in enumerate(("int8", "bfloat16"), 1):
         _, received = pair.say(Side.CLIENT, batch(step))
         assert isinstance(received, Activations)
         gradient = ActivationGradient(step=step, loss=1.0, labelled_tokens=300, values=received.values, codec=codec)
         pair.say(Side.SERVER, gradient)
         assert pair.ends[Side.CLIENT].codecs[:2] == (codec, codec)
-    assert gradient_codec(DELTA, "int4") == "int4"
 
 
 @every_codec
@@ -622,7 +660,7 @@ def test_all_four_directions_together_take_four_times_a_codecs_bytes(codec: str)
     said = four_directions(dataclasses.replace(ON_DEVICE, activation_codec=codec, gradient_codec=codec))
     elements = 300 * 128
     sizes = [len(data) / elements for kind, (data, _) in said.items() if not issubclass(kind, Evaluation | EvaluationStates)]
-    assert sum(sizes) < 4 * {"bfloat16": 2.0, "int8": 1.1, "int4": 0.6}[codec]
+    assert sum(sizes) < 4 * {"bfloat16": 2.0, "int8": 1.1, COARSE: 0.6}[codec]
 
 
 def test_run_without_codec_is_exact_in_all_directions() -> None:
@@ -637,14 +675,28 @@ def test_run_without_codec_is_exact_in_all_directions() -> None:
 def test_noise_differs_by_client_seed_and_step(other: dict[str, Any]) -> None:
     step = other.pop("step", 1)
     gradients = [
-        decode(down, MAX_BYTES, "int4").values  # type: ignore[union-attr]
+        decode(down, MAX_BYTES, [COARSE]).values  # type: ignore[union-attr]
         for _, down in (a_step(Pair()), a_step(Pair(**other), step))
     ]
     assert (gradients[0] != gradients[1]).any()
 
 
+def test_codes_of_four_bits_of_earlier_releases_are_neither_offered_nor_read() -> None:
+    """On the wire they had the name that people give to COARSE now."""
+    assert "int4" not in OFFERED
+    with pytest.raises(RemoteProtocolError, match="the server chose the codec coarse, which was not offered"):
+        Pair(dataclasses.replace(SETTINGS, activation_codec=COARSE), offered=("bfloat16", "int8", "int4", DELTA, DITHERED))
+    assert "a tensor in the codec 'int4'" in refusal(of_parts("int4", codes=bytes(3)), "int8")
+
+
+def test_people_call_codecs_by_other_names() -> None:
+    named = {codec_name(codec): codec for codec in (EXACT, *OFFERED)}
+    assert list(named) == ["float32", "bfloat16", "int8", "int4", "delta", "dithered"]
+    assert all(codec_named(name) == codec for name, codec in named.items())
+
+
 def test_a_codec_that_the_client_did_not_offer_is_refused_by_it() -> None:
-    with pytest.raises(RemoteProtocolError, match="the server chose the codec int4, which was not offered"):
+    with pytest.raises(RemoteProtocolError, match="the server chose the codec coarse, which was not offered"):
         Pair(offered=("int8", "bfloat16"))
 
 
@@ -669,7 +721,7 @@ def exact_losses(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 # Of the loss, at every one of 8 steps; four times what is found. Half a code is 1/512, 1/254 and 1/14 of what a value, or its
 # row, reaches; errors of several hundred values cancel out for the most part.
-CLOSE = {"bfloat16": 4e-4, "int8": 1e-3, "int4": 1e-2}
+CLOSE = {"bfloat16": 4e-4, "int8": 1e-3, COARSE: 1e-2}
 
 
 @every_codec
@@ -680,7 +732,7 @@ def test_a_run_in_a_codec_learns_nearly_as_an_exact_one_and_repeats_to_the_bit(
     outcomes = []
     for number in range(2):
         run_dir = tmp_path / f"run-{number}"
-        result = run_split(options(tiny_model, run_dir, codec=codec, adapter_codec="float32"), clients)
+        result = run_split(options(tiny_model, run_dir, codec=codec_name(codec), adapter_codec="float32"), clients)
         outcomes.append((result.losses, adapter_bytes(run_dir)))
     assert outcomes[0] == outcomes[1]
     exact = exact_losses(clients)
@@ -695,7 +747,7 @@ def test_a_client_without_the_runs_codec_is_refused_by_name_and_the_run_goes_on(
     with GpuServer(port=0, dtype="float32", **options(tiny_model, tmp_path / "run", codec="auto", steps=2)) as server:
         with monkeypatch.context() as patch:
             patch.setattr(edge_client.client, "OFFERED", ("bfloat16",))
-            with pytest.raises(Refused, match="old does not offer the codec dithered, int4, int8, which this run uses"):
+            with pytest.raises(Refused, match="old does not offer the codec coarse, dithered, int8, which this run uses"):
                 EdgeClient(server.url, engine="torch", model=str(tiny_model), data=data, name="old").__enter__()
         with EdgeClient(server.url, engine="torch", model=str(tiny_model), data=data, name="new") as client:
             assert len(list(client.train())) == 2

@@ -171,7 +171,7 @@ def test_held_out_texts_and_checks_of_codecs_give_on_the_card_what_they_give_on_
         }
     assert_close(answers[on_card], answers[on_cpu], PRECISIONS[dtype])
     checked = [replace(batch, exact=batch.values) for batch in questions(1, 0).values()]
-    changes = [engine.check(checked, ["int8", "int4"]) for engine in (on_card, on_cpu)]
+    changes = [engine.check(checked, ["int8", "coarse"]) for engine in (on_card, on_cpu)]
     size = on_cpu.evaluate(held_out()) / held_out().num_labelled
     assert changes[0] == pytest.approx(changes[1], abs=PRECISIONS[dtype] * size)
 

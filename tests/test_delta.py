@@ -376,7 +376,7 @@ def talk(ends: Ends, request: pytest.FixtureRequest) -> Callable[[Side, Message]
         return sessions[side.peer].receive(sessions[side].send(message))
 
     settings = dataclasses.replace(
-        protocol_samples.SETTINGS, activation_codec=DELTA, gradient_codec="int4", check_codec_every=3, cache_bytes=10**6
+        protocol_samples.SETTINGS, activation_codec=DELTA, gradient_codec="coarse", check_codec_every=3, cache_bytes=10**6
     )
     if request.param == "device":
         settings = dataclasses.replace(settings, labels="device", check_codec_every=0)

@@ -611,7 +611,7 @@ def test_msgpack_that_was_not_compressed_is_named() -> None:
 def test_an_unknown_codec_is_named() -> None:
     coded = msgpack.ExtType(2, msgpack.packb(["int3", [1, 1], b""]))
     values = frame_of("EvaluationLoss", plain(SAMPLES["EvaluationLoss"]) | {"later": coded})
-    assert refusal(values) == "a tensor in the codec 'int3'; there are bfloat16, int8, int4, delta, dithered"
+    assert refusal(values) == "a tensor in the codec 'int3'; there are bfloat16, int8, coarse, delta, dithered"
 
 
 def zstd_header(content_size: int) -> bytes:

@@ -275,13 +275,13 @@ def test_place_of_a_client_that_leaves_before_the_start_is_free_again() -> None:
 
 
 def test_client_that_does_not_offer_the_runs_codecs_is_refused_and_takes_no_place() -> None:
-    codecs = {"activation_codec": "int8", "gradient_codec": "int4"}
+    codecs = {"activation_codec": "int8", "gradient_codec": "coarse"}
     federation = Federation("run", settings(clients=1, **codecs), LIMITS, tensors())
-    for offered, missing in ((), "int4, int8"), (("int8", "bfloat16", "int3"), "int4"):
+    for offered, missing in ((), "coarse, int8"), (("int8", "bfloat16", "int3"), "coarse"):
         with pytest.raises(RemoteProtocolError, match=f"^old does not offer the codec {missing}, which this run uses; "):
             federation.welcome(Hello(name="old", fingerprint="f", codecs=offered))
-    assert federation.welcome(Hello(name="new", fingerprint="f", codecs=("int3", "int4", "int8"))).settings.codecs() == {
-        "int4",
+    assert federation.welcome(Hello(name="new", fingerprint="f", codecs=("int3", "coarse", "int8"))).settings.codecs() == {
+        "coarse",
         "int8",
     }
 

@@ -54,8 +54,8 @@ MAX_BYTES = 2**22
 IN_INT4: dict[str, Any] = {
     "epochs": None,
     "steps": 10,
-    "activation_codec": "int4",
-    "gradient_codec": "int4",
+    "activation_codec": "coarse",
+    "gradient_codec": "coarse",
     "adapter_codec": DITHERED,
 }
 COARSE, FINE = usual(**IN_INT4), usual(**IN_INT4, aggregate_every=2)
@@ -265,8 +265,8 @@ def test_adapters_that_a_run_does_not_code_travel_as_they_are() -> None:
 
 
 def test_the_codec_of_the_adapter_stays_where_that_of_activations_changes() -> None:
-    policy = CodecPolicy("int4", tolerance=0.0)
-    policy.update(1, {"int4": 1.0}, 0.0)
+    policy = CodecPolicy("coarse", tolerance=0.0)
+    policy.update(1, {"coarse": 1.0}, 0.0)
     talk = Talk(COARSE)
     talk.say(Side.CLIENT, AdapterGradient(step=1, seconds=Seconds(), tensors=adapter(5)))
     change, shared, _ = coded_update(adapter(0), adapter(1), COARSE)
@@ -279,7 +279,7 @@ def test_the_codec_of_the_adapter_stays_where_that_of_activations_changes() -> N
 # Hostile bytes
 
 
-def refusal(fields: dict[str, Any], codecs: tuple[str, ...] = (DITHERED, "int4", "delta"), kind: str = "EdgeAdapter") -> str:
+def refusal(fields: dict[str, Any], codecs: tuple[str, ...] = (DITHERED, "coarse", "delta"), kind: str = "EdgeAdapter") -> str:
     with pytest.raises(RemoteProtocolError) as caught:
         decode(frame_of(kind, fields), MAX_BYTES, codecs)
     return str(caught.value)
@@ -316,8 +316,8 @@ def test_a_matrix_that_nobody_codes_is_refused(tensor: msgpack.ExtType, reason: 
 
 
 def test_a_matrix_in_the_codec_of_activations_is_refused() -> None:
-    tensor = extension("int4", [1, 1], b"", b"", b"", ONE, b"1")
-    assert "a tensor in int4, in which none of this field can be" in refusal({"step": 1, "tensors": {"a": tensor}})
+    tensor = extension("coarse", [1, 1], b"", b"", b"", ONE, b"1")
+    assert "a tensor in coarse, in which none of this field can be" in refusal({"step": 1, "tensors": {"a": tensor}})
 
 
 def test_a_coded_matrix_in_an_exact_run_is_refused() -> None:

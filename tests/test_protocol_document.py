@@ -49,8 +49,9 @@ from protocol import (
 from protocol.codecs import Coded
 from protocol.encoding import MAX_ELEMENTS, MAX_TENSOR_ELEMENTS, MAX_TEXT
 from protocol.invitation import FORM
-from protocol.rounding import Dither, to_bfloat16
-from protocol.settings import ABILITIES, BOUNDS, OFFERED
+from protocol.rounding import from_bfloat16, to_bfloat16
+from protocol.settings import ABILITIES, BOUNDS, COARSE, OFFERED
+from protocol.shuffling import unshuffled
 from split_model import LoraConfig, ModelConfig, PretrainedModel, adapted_layers
 from split_model.families import FAMILIES
 from split_model.optimisation import OptimiserConfig, adamw, take_step
@@ -196,9 +197,14 @@ def test_its_example_of_a_tensor_is_what_is_sent() -> None:
 
 
 def test_its_example_of_codes_is_what_is_sent() -> None:
-    ((codes, packed),) = re.findall(r"of the codes ([-0-9, ]+) `int4` makes the bytes `([0-9a-f ]+)`", DOCUMENT)
-    values = np.array([[int(code) for code in codes.split(",")]], np.float32)
-    assert Coded.of(values, "int4", Dither(0)).parts[-1] == bytes.fromhex(packed)
+    example = (
+        r"the rows ([-0-9, ]+) and ([-0-9, ]+) have centres of 0, and in `coarse` the scale (\d+) and the codes `([0-9a-f ]+)`"
+    )
+    ((*rows, scale, codes),) = re.findall(example, DOCUMENT)
+    values = np.array([[int(number) for number in row.split(",")] for row in rows], np.float32)
+    *_, scales, found = Coded.of(values, COARSE).parts
+    assert from_bfloat16(unshuffled(scales, np.dtype(np.uint16), (2,))).tolist() == [int(scale)] * 2
+    assert found == bytes.fromhex(codes)
 
 
 def test_it_names_the_codecs() -> None:

@@ -408,7 +408,7 @@ def test_what_is_decided_about_a_codec_is_on_the_disk_before_the_step_is_compute
         lifetime = Lifetime(asyncio.get_running_loop(), federation, {}, grace_period=0.0)
         engine: Any = Engine()
         performer = Performer(federation, engine, journal=journal, observers=[], peers={}, lifetime=lifetime)
-        performer.perform([Train(step=1, total_steps=1, micro_batch=0, codecs_to_try=["int4"], batches={})])
+        performer.perform([Train(step=1, total_steps=1, micro_batch=0, codecs_to_try=["coarse"], batches={})])
         await lifetime.finish_tasks(SECONDS)
         lifetime.raise_late()
         performer.close()

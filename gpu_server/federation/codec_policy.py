@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from protocol import DELTA, EXACT
-from protocol.settings import codec_name, codec_named
+from protocol.settings import COARSE, codec_name, codec_named
 
 __all__ = ["CodecPolicy"]
 
-LEANER_TO_RICHER = {DELTA: "int8", "int4": "int8", "int8": "bfloat16", "bfloat16": EXACT}
-LEANER_THAN_INT8 = "int4"
+LEANER_TO_RICHER = {DELTA: "int8", COARSE: "int8", "int8": "bfloat16", "bfloat16": EXACT}
+LEANER_THAN_INT8 = COARSE
 FORGETTING = 0.5
 """Each check halves the weight of those before it."""
 CHECKS_TO_TRUST = 3
@@ -94,7 +94,7 @@ class CodecPolicy:
         richer = LEANER_TO_RICHER[codec]
         self.decisions.append((step + 1, richer))
         return (
-            f"codec {codec} changes the loss by {change:+.4f} nats/token, more than {self.tolerance:g}: "
+            f"codec {codec_name(codec)} changes the loss by {change:+.4f} nats/token, more than {self.tolerance:g}: "
             f"{codec_name(richer)} from step {step + 1} on"
         )
 
@@ -106,8 +106,8 @@ class CodecPolicy:
             return None
         self.decisions.append((step + 1, leaner))
         return (
-            f"links take {100 * link_share:.0f} % of the time, and codec {leaner} changes the loss by {smoothed[leaner]:+.4f} "
-            f"nats/token: {leaner} from step {step + 1} on"
+            f"links take {100 * link_share:.0f} % of the time, and codec {codec_name(leaner)} changes the loss by "
+            f"{smoothed[leaner]:+.4f} nats/token: {codec_name(leaner)} from step {step + 1} on"
         )
 
     def _may_still_step_down(self, step: int) -> bool:
@@ -116,7 +116,7 @@ class CodecPolicy:
 
     def state(self) -> dict[str, Any]:
         """As JSON; see `restore`."""
-        seen = {codec: dict(vars(smoothed)) for codec, smoothed in self.seen.items()}
+        seen = {codec_name(codec): dict(vars(smoothed)) for codec, smoothed in self.seen.items()}
         decisions = [(step, codec_name(codec)) for step, codec in self.decisions]
         return {"checked": self.last_checked, "decisions": decisions, "seen": seen}
 
@@ -124,4 +124,4 @@ class CodecPolicy:
         """Take over what `state` gave."""
         self.last_checked = state["checked"]
         self.decisions = [(step, codec_named(codec)) for step, codec in state["decisions"]]
-        self.seen = {codec: Smoothed(**fields) for codec, fields in state["seen"].items()}
+        self.seen = {codec_named(codec): Smoothed(**fields) for codec, fields in state["seen"].items()}
