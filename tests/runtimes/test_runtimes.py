@@ -3,6 +3,7 @@ One folder, loaded as it is by every runtime that people deploy with: each with 
 own loop, in an environment where it can live. `make test-runtimes` makes the environments and runs this.
 """
 
+import functools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,11 +76,63 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return scratch / "out"
 
 
+class Program:
+    """A runtime's. It answers each line with a line, and is started once: its libraries take seconds to load."""
+
+    def __init__(self, runtime: Runtime, log: Path) -> None:
+        if not runtime.needs.exists():
+            pytest.fail(f"{runtime.needs} is missing; `make test-runtimes` installs it")
+        program = shutil.which(runtime.program)
+        assert program is not None, f"{runtime.program} is not installed"
+        self._log = log
+        with log.open("w") as said:
+            self._process = subprocess.Popen(
+                [program, HERE / runtime.script],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+                env={**os.environ, "NODE_PACKAGES": str(NODE_PACKAGES), "HF_HUB_OFFLINE": "1"},
+            )
+
+    def continued(self, folder: Path, precision: str) -> list[list[int]]:
+        """Tokens of prompts and continuations, these without a token that ends them."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        ends = open_exported(folder).ends
+        task: dict[str, Any] = {"folder": str(folder), "file": FILES[precision], "dtype": precision, "ends": ends}
+        self._process.stdin.write(json.dumps({**task, "prompts": PROMPTS, "max_new_tokens": 24}) + "\n")
+        self._process.stdin.flush()
+        answers: list[list[int]] = next((json.loads(line) for line in self._process.stdout if line.startswith("[[")), [])
+        assert answers, self._log.read_text()
+        return [answer[:-1] if answer[-1] in ends else answer for answer in answers]
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Program]]:
+    logs = tmp_path_factory.mktemp("logs")
+    with ExitStack() as ends:
+
+        @functools.cache
+        def started(name: str) -> Program:
+            program = Program(RUNTIMES[name], logs / name)
+            ends.callback(program.end)
+            return program
+
+        yield started
+
+
 @pytest.mark.parametrize(("name", "precision"), CASES)
-def test_greedy_tokens_are_the_same_everywhere(folder: Path, name: str, precision: str) -> None:
+def test_greedy_tokens_are_the_same_everywhere(
+    folder: Path, programs: Callable[[str], Program], name: str, precision: str
+) -> None:
     expected = list(continued_here(folder, precision))
     assert any(len(answer) > 30 for answer in expected)
-    assert continued(RUNTIMES[name], folder, precision) == expected
+    assert programs(name).continued(folder, precision) == expected
 
 
 @pytest.fixture(scope="module", params=["onnxruntime==1.23.2", "onnxruntime"], ids=["oldest", "newest"])
@@ -123,25 +177,3 @@ def continued_here(folder: Path, precision: str) -> Iterator[list[int]]:
     for prompt in PROMPTS:
         ids = generator.encode(prompt, raw=True)
         yield [*ids, *generator.tokens(ids, max_new_tokens=24)]
-
-
-def continued(runtime: Runtime, folder: Path, precision: str) -> list[list[int]]:
-    """Tokens of prompts and continuations, these without a token that ends them."""
-    if not runtime.needs.exists():
-        pytest.fail(f"{runtime.needs} is missing; `make test-runtimes` installs it")
-    ends = open_exported(folder).ends
-    task: dict[str, Any] = {"folder": str(folder), "file": FILES[precision], "dtype": precision, "ends": ends}
-    task |= {"prompts": PROMPTS, "max_new_tokens": 24}
-    program = shutil.which(runtime.program)
-    assert program is not None, f"{runtime.program} is not installed"
-    done = subprocess.run(
-        [program, HERE / runtime.script],
-        input=json.dumps(task),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "NODE_PACKAGES": str(NODE_PACKAGES), "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    answers: list[list[int]] = json.loads(done.stdout.splitlines()[-1])
-    return [answer[:-1] if answer[-1] in ends else answer for answer in answers]
