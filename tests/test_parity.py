@@ -86,6 +86,38 @@ class Federation:
         return samples[index * size : (index + 1) * size]
 
 
+OF_TRAINING = {"lr_schedule", "warmup_steps", "warmup_ratio", "max_grad_norm", "label_smoothing"}
+_trained: dict[Any, tuple[list[float], dict[str, torch.Tensor]]] = {}
+
+
+def centralised(
+    federation: Federation, base: Path, start: Path, dtype: str, **options: Any
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """
+    Losses and the final adapter of transformers + PEFT. Wherever a model is cut and whoever has the labels, they are the same,
+    and computed once for all that they depend on.
+    """
+    steps, files = federation.steps, tuple(file.read_bytes() for file in sorted(start.glob("adapter_*")))
+    key = repr((base, files, federation.pairs, federation.batch_sizes, steps, dtype, sorted(options.items())))
+    if key not in _trained:
+        schedule = None
+        if "lr_schedule" in options:
+            warmup = options.get("warmup_steps") or math.ceil(options["warmup_ratio"] * steps)
+            schedule = lambda optimiser: SCHEDULES[options["lr_schedule"]](optimiser, warmup, steps)  # noqa: E731
+        losses, adapter, _ = reference.train(
+            base,
+            start,
+            federation.union_batches(base),
+            dtype=getattr(torch, dtype),
+            lr=LEARNING_RATE,
+            schedule=schedule,
+            max_grad_norm=options.get("max_grad_norm"),
+            label_smoothing=options.get("label_smoothing", 0.0),
+        )
+        _trained[key] = losses, adapter
+    return _trained[key]
+
+
 def assert_equals_centralised(
     base: Path,
     tmp_path: Path,
@@ -115,19 +147,8 @@ def assert_equals_centralised(
         **options,
     }
     result = run_split(server, federation.clients(engines, in_flight=in_flight))
-    schedule = None
-    if "lr_schedule" in options:
-        warmup = options.get("warmup_steps") or math.ceil(options["warmup_ratio"] * steps)
-        schedule = lambda optimiser: SCHEDULES[options["lr_schedule"]](optimiser, warmup, steps)  # noqa: E731
-    losses, adapter, _ = reference.train(
-        base,
-        start,
-        federation.union_batches(base),
-        dtype=getattr(torch, dtype),
-        lr=LEARNING_RATE,
-        schedule=schedule,
-        max_grad_norm=options.get("max_grad_norm"),
-        label_smoothing=options.get("label_smoothing", 0.0),
+    losses, adapter = centralised(
+        federation, base, start, dtype, **{name: options[name] for name in OF_TRAINING & options.keys()}
     )
     assert [record.number for record in result.records] == list(range(1, steps + 1))
     of_losses, of_adapter = TOLERANCES[dtype]
