@@ -1,5 +1,6 @@
 """From a model and an adapter to one folder that every runtime loads."""
 
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +33,7 @@ from .texts import encode_texts, read_texts, written_by
 
 __all__ = ["export_onnx"]
 
+logger = logging.getLogger("export")
 onnxruntime = import_onnxruntime("exporting", install="splitlora[export]")
 
 ADAPTER_FILE, PEFT_FOLDER = "adapter.onnx_adapter", "adapter"
@@ -39,6 +41,8 @@ BEST_FIRST = ("q8", "q4", "fp32", "fp16")
 """A runtime that loads only one precision gets the first of these that is exported."""
 LONGEST_TEXT = 512
 """Tokens of a text by which a model is calibrated; what comes behind them is left out."""
+MOST_TOKENS = 2**16
+"""Of all texts together: what a block makes of each token is kept, and a user's file may have millions of them."""
 
 
 def export_onnx(
@@ -155,7 +159,10 @@ class OnnxFolder:
                 longest=min(LONGEST_TEXT, config.num_positions),
                 vocabulary_size=config.vocabulary_size,
                 option="--calibration",
+                enough=MOST_TOKENS,
             )
+            if len(texts) < len(self.texts):
+                logger.info("calibrated by %d of %d texts, drawn at random", len(texts), len(self.texts))
         else:
             whole = Part(key="graph", file="exact", blocks=range(config.num_layers))
             path = self._write_graph(scratch, whole, PRECISIONS["fp32"], self.weights)

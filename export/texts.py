@@ -18,6 +18,7 @@ __all__ = ["Tokens", "encode_texts", "read_texts", "written_by"]
 Tokens = NDArray[np.int64]
 
 NUM_WRITTEN, WRITTEN_TOKENS, SEED = 32, 128, 0
+TEXTS_AT_ONCE = 256
 SMALLEST = np.finfo(np.float32).tiny
 
 
@@ -46,15 +47,27 @@ def encode_texts(
     longest: int,
     vocabulary_size: int,
     option: str,
+    enough: int | None = None,
 ) -> list[Tokens]:
     """
     Ids (S,) of each text and its end token, cut to the longest. A text of one token predicts nothing, so it is left out.
 
     Args:
         folder: of the tokenizer, for messages.
+        enough: tokens after which no more texts are taken; then they come in a random order, the same every time. None takes
+            all in theirs.
     """
-    encoded = [[*ids, end_token][:longest] for ids in encode(tokenizer, texts)]
-    encoded = [tokens for tokens in encoded if len(tokens) > 1]
+    if enough is not None:
+        texts = [texts[number] for number in np.random.default_rng(SEED).permutation(len(texts))]
+    encoded, found = list[list[int]](), 0
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        for ids in encode(tokenizer, texts[start : start + TEXTS_AT_ONCE]):
+            tokens = [*ids, end_token][:longest]
+            if len(tokens) > 1 and (enough is None or found < enough):
+                encoded.append(tokens)
+                found += len(tokens)
+        if enough is not None and found >= enough:
+            break
     if not encoded:
         raise ExportError(f"no text is longer than a token; give longer ones with {option}")
     highest = max(max(tokens) for tokens in encoded)

@@ -197,3 +197,25 @@ def test_a_model_that_computes_no_numbers_is_refused_in_few_bits(tiny_model: Pat
         export_onnx(str(model), tmp_path / "out", precisions=["fp32", "q8"])
     assert not (tmp_path / "out").exists()
     export_onnx(str(model), tmp_path / "out", precisions=["fp32"])
+
+
+def test_of_a_large_file_some_texts_from_everywhere_are_enough(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever is kept of a text, for a file of millions it would be more than any memory."""
+    seen: list[int] = []
+    lines = [f"{'a' if number < 300 else 'z'} {number}" for number in range(600)]
+    (tmp_path / "texts.txt").write_text("\n".join(lines))
+    monkeypatch.setattr("export.onnx_folder.MOST_TOKENS", 100)
+
+    class NotedObserver(Observer):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            seen.extend(int(tokens[0]) for tokens in given[1])
+            assert 100 <= self.num_tokens < 110
+
+    monkeypatch.setattr("export.onnx_folder.Observer", NotedObserver)
+    caplog.set_level("INFO", "export")
+    export_onnx(str(tiny_model), tmp_path / "out", precisions=["q4"], calibration=tmp_path / "texts.txt")
+    assert len(set(seen)) == 2
+    assert f"calibrated by {len(seen)} of 600 texts, drawn at random" in caplog.text
