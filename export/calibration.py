@@ -86,7 +86,7 @@ class RoundedMatrices:
         while self._block < index:
             self._enter_next_block()
         matrix, products = self._stored.read(name), self._products.get(name.removesuffix(".weight"))
-        if products is None:
+        if products is None or not products.are_finite:
             return quantise([matrix.T], form)
         found = round_for_inputs(matrix, products, form)
         self._rounded[name] = found.values(len(matrix), form).T

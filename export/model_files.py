@@ -117,9 +117,14 @@ def _ends(source: Source) -> int | list[int]:
 
 
 def first_token(source: Source) -> int:
-    """The token that begins a text, where the base model's configuration names one."""
+    """
+    The token that begins a text, where the base model's configuration names one that it has: many GPT-2s with a small
+    vocabulary still say 50256, which transformers writes where nothing is said.
+    """
     token = _read(source, CONFIG_FILE).get("bos_token_id")
-    return token if isinstance(token, int) else source.config.end_token
+    if isinstance(token, int) and 0 <= token < source.config.vocabulary_size:
+        return token
+    return source.config.end_token
 
 
 def _read(source: Source, name: str) -> dict[str, Any]:

@@ -121,6 +121,10 @@ class OnnxFolder:
                 raise ExportError("--keep-adapter needs an adapter: give --run-dir or --adapter")
             self.adapter, self.weights = source.adapter, source.base()
         self.equalised = Equalised(self.weights, self.config, {})
+        if self.config.num_positions < 2:
+            raise ExportError(
+                "this model takes a single token, so no text can be continued with it; export one that takes more"
+            )
         head_width = self.config.head_width
         if attention == "gqa" and head_width % 8:
             raise ExportError(

@@ -31,6 +31,12 @@ class InputProducts:
         self.windows = [slice(start, min(start + size, width)) for start in range(0, width, size)]
         self.sums = [np.zeros((window.stop - window.start,) * 2, np.float32) for window in self.windows]
 
+    @property
+    def are_finite(self) -> bool:
+        """Else the inputs are so large that nothing can be said of their products."""
+        return all(np.isfinite(total).all() for total in self.sums)
+
+    @np.errstate(over="ignore", invalid="ignore")  # of which `are_finite` tells
     def add(self, inputs: Floats) -> None:  # (tokens, in)
         for window, total in zip(self.windows, self.sums, strict=True):
             total += inputs[:, window].T @ inputs[:, window]

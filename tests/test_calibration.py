@@ -1,5 +1,6 @@
 """Rounding by what a model's layers are given: what is given, how matrices are rounded for it, and what a user may ask for."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -219,3 +220,29 @@ def test_of_a_large_file_some_texts_from_everywhere_are_enough(
     export_onnx(str(tiny_model), tmp_path / "out", precisions=["q4"], calibration=tmp_path / "texts.txt")
     assert len(set(seen)) == 2
     assert f"calibrated by {len(seen)} of 600 texts, drawn at random" in caplog.text
+
+
+@pytest.mark.parametrize("token", [50256, 600, -1])
+def test_a_first_token_that_a_model_does_not_have_begins_no_text(tiny_model: Path, tmp_path: Path, token: int) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"bos_token_id": token}))
+    export_onnx(str(model), tmp_path / "out", precisions=["q8"])
+    assert json.loads((tmp_path / "out/genai_config.json").read_text())["model"]["bos_token_id"] == config["eos_token_id"]
+
+
+def test_inputs_whose_squares_are_no_floats_leave_a_matrix_to_its_nearest_values(tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    block = "transformer.h.0.mlp"
+    tensors[f"{block}.c_fc.weight"][:, 3] = 1e20
+    tensors[f"{block}.c_proj.weight"][3] = 0
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    export_onnx(str(model), tmp_path / "out", precisions=["q4"])
+
+
+def test_a_model_of_one_position_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = make_model(tmp_path, n_positions=1)
+    with pytest.raises(ExportError, match="this model takes a single token"):
+        export_onnx(str(model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
