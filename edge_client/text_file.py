@@ -454,5 +454,7 @@ def _found(entry: object, fields: dict[str, object]) -> str:
     if not isinstance(entry, dict):
         return f"found {shown(entry)}"
     wrong = [f'"{name}" is {shown(fields[name])}' for name in FIELDS if not isinstance(fields.get(name, ""), str)]
+    if isinstance(fields.get(MESSAGES), str):  # in a table, a column of JSON
+        wrong.append(f'"{MESSAGES}" is a string; it is a list of messages, as .jsonl and .parquet can hold')
     names = ", ".join(shown(name) for name in list(entry)[:SHOWN]) + (", ..." if len(entry) > SHOWN else "")
     return ", ".join(wrong) or f"found {names or 'nothing'}"

@@ -334,6 +334,8 @@ def test_batch_does_not_depend_on_the_batches_before_it() -> None:
         ("a.jsonl", "{}\n", 1, "each a string; found nothing"),
         ("a.jsonl", "5\n", 1, "each a string; found 5"),
         ("a.jsonl", '{"text": null}\n', 1, 'each a string; "text" is null'),
+        ("a.jsonl", '{"messages": "[]"}\n', 1, '"messages" is a string; it is a list of messages, as .jsonl'),
+        ("a.csv", "messages\n[]\n", 1, '"messages" is a string; it is a list of messages, as .jsonl'),
         ("a.txt", "p||c\n\nq||d\nan ordinary line\n", 4, "'||' is in 2 of 3 lines, and this one has not: each line is"),
         ("a.txt", "one\ntwo\na || b\n", 3, "'||' is in 1 of 3 lines, and this one has it: each line is prompt||completion"),
         ("a.txt", "one\ntwo".encode("utf-16-le"), 1, "a NUL character, as files in UTF-16 have; convert the file to UTF-8"),
