@@ -32,6 +32,8 @@ def read_manifest(folder: Path) -> ExportedManifest:
         ExportError: it is not an exported folder, or a file of it is missing or cut short.
     """
     manifest = ExportedManifest.read(Folder(folder, ExportError))
+    if not manifest.precisions:
+        raise ExportError(f"{folder / MANIFEST} names no precision; export the model again")
     for name in manifest.precisions:
         if name not in PRECISIONS:
             raise ExportError(f"{folder / MANIFEST}: the precision {name[:40]!r} is not one of {', '.join(PRECISIONS)}")

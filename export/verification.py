@@ -292,6 +292,16 @@ def _reference(
             )
         if adapter is None and manifest.adapter is not None:
             raise ExportError(f"{manifest.folder} has an adapter: give the PEFT folder that it was made of with --adapter")
+        config = PretrainedModel(base).config
+        for what, found, needed in (
+            ("positions", config.num_positions, manifest.context),
+            ("tokens in its vocabulary", config.vocabulary_size, manifest.vocabulary_size),
+        ):
+            if found < needed:
+                raise ExportError(
+                    f"{base} has {found} {what}, and {manifest.folder} {needed}: it was exported from another model; give that "
+                    "one with --model"
+                )
         yield Reference(base, adapter, ends=manifest.ends, context=manifest.context)
 
 

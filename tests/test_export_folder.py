@@ -667,6 +667,25 @@ def test_verify_refuses_what_it_cannot_measure(
         verify(tmp_path / "out", tmp_path / "out/empty" if "no text" in message else None)
 
 
+@pytest.mark.parametrize(("sizes", "what"), [({"n_positions": 4}, "4 positions"), ({"vocab_size": 300}, "300 tokens")])
+def test_verify_refuses_a_model_that_is_too_small_for_the_folder(
+    tiny_model: Path, tmp_path: Path, sizes: dict[str, int], what: str
+) -> None:
+    export_onnx(str(tiny_model), tmp_path / "out", precisions=["fp32"])
+    (tmp_path / "small").mkdir()
+    small = make_model(tmp_path / "small", **sizes)
+    with pytest.raises(ExportError, match=f"has {what}.* it was exported from another model"):
+        verify(tmp_path / "out", model=str(small))
+
+
+def test_verify_refuses_a_folder_that_names_no_precision(tiny_model: Path, tmp_path: Path) -> None:
+    export_onnx(str(tiny_model), tmp_path / "out", precisions=["fp32"])
+    manifest = tmp_path / "out/splitlora.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"precisions": {}}))
+    with pytest.raises(ExportError, match=r"splitlora\.json names no precision"):
+        verify(tmp_path / "out")
+
+
 @pytest.mark.shared
 def test_trained_model_loses_no_more_than_verify_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """
