@@ -82,6 +82,7 @@ bench-links: $(VENV)/.development
 
 bench-export: $(VENV)/.development .venv-runtimes/.engines
 	$(BIN)/python benchmarks/export_speed.py
+	$(BIN)/python benchmarks/export_speed.py --model smollm2-135m
 	$(BIN)/python benchmarks/adapter_cost.py
 
 chaos: $(VENV)/.development
