@@ -193,6 +193,8 @@ def verify(
         vocabulary_size=manifest.vocabulary_size,
         option="--prompts",
     )
+    if len({token for tokens in texts for token in tokens[1:].tolist()}) == 1:
+        raise ExportError("the texts of --prompts have one token to predict; it takes several to tell a change from chance")
     models = {name: ExportedModel(files.graphs, manifest.adapter) for name, files in manifest.precisions.items()}
     agreements = {name: Agreement(precision=name, num_bytes=manifest.precisions[name].num_bytes) for name in models}
     with _reference(manifest, model, run_dir, adapter) as reference, Progress(len(texts), unit="text") as progress:

@@ -678,6 +678,13 @@ def test_verify_refuses_a_model_that_is_too_small_for_the_folder(
         verify(tmp_path / "out", model=str(small))
 
 
+def test_verify_refuses_a_text_of_one_token_to_predict(tiny_model: Path, tmp_path: Path) -> None:
+    export_onnx(str(tiny_model), tmp_path / "out", precisions=["fp32"])
+    (tmp_path / "prompts.txt").write_text("a\n")
+    with pytest.raises(ExportError, match=r"the texts of --prompts have one token to predict"):
+        verify(tmp_path / "out", tmp_path / "prompts.txt")
+
+
 def test_verify_refuses_a_folder_that_names_no_precision(tiny_model: Path, tmp_path: Path) -> None:
     export_onnx(str(tiny_model), tmp_path / "out", precisions=["fp32"])
     manifest = tmp_path / "out/splitlora.json"
