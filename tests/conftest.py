@@ -72,8 +72,20 @@ def pytest_collection_finish() -> None:
     Keep Python's collector from all that was imported: torch's and transformers' million objects, which every full collection
     would look at, as each server that starts asks for one.
     """
+    if find_spec("hypothesis"):
+        _let_hypothesis_look_around()
     gc.collect()
     gc.freeze()
+
+
+def _let_hypothesis_look_around() -> None:
+    """Its first test asks the collector who refers to numpy's random generator, and warns where nobody is found."""
+
+    @hypothesis.given(hypothesis.strategies.none())
+    def first_test(_: None) -> None:
+        pass
+
+    first_test()
 
 
 # A script that starts the tests in the background has Ctrl-C ignored; the programs that tests interrupt would inherit that.
