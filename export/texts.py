@@ -29,6 +29,10 @@ def read_texts(path: Path, option: str) -> list[str]:
     Args:
         option: by which it was given, for messages.
     """
+    if path.suffix in (".json", ".jsonl"):
+        raise ExportError(
+            f"{path} holds JSON, which is no text as a model meets it; {option} is a file with a text on each line"
+        )
     try:
         texts = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

@@ -678,6 +678,13 @@ def test_verify_refuses_a_model_that_is_too_small_for_the_folder(
         verify(tmp_path / "out", model=str(small))
 
 
+def test_verify_refuses_a_file_of_json_as_texts(tiny_model: Path, tmp_path: Path) -> None:
+    export_onnx(str(tiny_model), tmp_path / "out", precisions=["fp32"])
+    (tmp_path / "prompts.jsonl").write_text('{"text": "a b c"}\n')
+    with pytest.raises(ExportError, match=r"prompts\.jsonl holds JSON.*; --prompts is a file with a text on each line"):
+        verify(tmp_path / "out", tmp_path / "prompts.jsonl")
+
+
 def test_verify_refuses_a_text_of_one_token_to_predict(tiny_model: Path, tmp_path: Path) -> None:
     export_onnx(str(tiny_model), tmp_path / "out", precisions=["fp32"])
     (tmp_path / "prompts.txt").write_text("a\n")
