@@ -17,6 +17,7 @@ from edge_client.leak.attacks.adapter_gradient import BagFromAdapterGradient
 from edge_client.leak.attacks.labels import LabelRows, LabelsFromGradient, LabelsRead
 from edge_client.leak.attacks.linear_inversion import Inversion, InvertedActivations, InvertedGradients
 from edge_client.leak.attacks.sizes import LabelsFromSizes, RowsFromSizes
+from edge_client.leak.attacks.whitening import whitening
 from edge_client.leak.cut_model import CutModel
 from edge_client.leak.knowledge import Knowledge
 from edge_client.leak.observation import NO_TOKEN, Observations, Setting, Target, truth
@@ -215,3 +216,14 @@ def test_a_setting_that_no_run_has_is_refused_in_the_words_of_a_run() -> None:
         Setting(cut_layer=2, activation_noise=0.1)
     with pytest.raises(ValueError, match="codec must be one of float32, bfloat16, int8, int4, got delta"):
         Setting(cut_layer=2, codec="delta")
+
+
+def test_channels_that_repeat_each_other_are_made_alike() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(500, 32, generator=generator) * torch.logspace(0, 1, 32)
+    repeated = values.repeat(1, 8)
+    directions = whitening(repeated, 1e-4).double()
+    covariance = (repeated.double().T @ repeated.double()) / len(repeated)
+    covariance += 1e-4 * covariance.diagonal().mean() * torch.eye(len(covariance))
+    alike = directions.T @ covariance @ directions
+    torch.testing.assert_close(alike, torch.eye(len(alike), dtype=torch.float64), rtol=0, atol=1e-3)

@@ -22,9 +22,12 @@ from ..cut_model import CutModel
 from ..knowledge import Knowledge
 from ..observation import Exchange, Observations, Setting, Target, truth
 from .attack import Recovered
+from .whitening import whitening
 
 __all__ = ["BagFromAdapterGradient"]
 
+SHRINKAGE = 0.01
+"""See `whitening`."""
 COARSE_POSITIONS = 2
 KEPT_TOKENS = 500
 FINE_POSITIONS = 16
@@ -52,9 +55,7 @@ class _Inputs:
         tokens = np.concatenate(truth(Target.TOKENS, knowledge.samples, 1))
         positions = np.concatenate([np.arange(len(sample.tokens) - 1) for sample in knowledge.samples])
         inputs = _inputs(self._cut, tokens, positions)
-        covariance = (inputs - inputs.mean(0)).T @ (inputs - inputs.mean(0)) / len(inputs)
-        covariance += 0.01 * covariance.diagonal().mean() * torch.eye(len(covariance))
-        self.whitening = torch.linalg.cholesky(torch.linalg.inv(covariance))  # (d, d)
+        self.whitening = whitening(inputs - inputs.mean(0), SHRINKAGE)  # (d, d)
         self._squares: dict[tuple[int, int, int], Tensor] = {}
 
     def rows(self, exchange: Exchange) -> Tensor:

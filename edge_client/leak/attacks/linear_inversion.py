@@ -15,6 +15,7 @@ from protocol import Array
 from ..knowledge import Knowledge
 from ..observation import Exchange, Observations, Setting, Target, truth
 from .attack import Recovered
+from .whitening import whitening
 
 __all__ = ["Inversion", "InvertedActivations", "InvertedGradients"]
 
@@ -64,13 +65,10 @@ class Inversion:
             return inputs[held_out] @ weights - wanted[held_out]
 
         weights = min(map(solved, PENALTIES), key=lambda weights: float(errors(weights).pow(2).sum()))
-        off = errors(weights)
-        covariance = off.T @ off / len(off)
-        covariance += SHRINKAGE * covariance.diagonal().mean().clamp(min=1e-12) * torch.eye(len(covariance))
-        whitening = torch.linalg.cholesky(torch.linalg.inv(covariance))  # errors times this are alike in all directions
+        alike = whitening(errors(weights), SHRINKAGE)  # errors times this are alike in all directions
         counts = torch.bincount(usual, minlength=len(table))
         unseen = UNSEEN / len(table)
-        return cls(mean, weights @ whitening, table @ whitening, ((1 - UNSEEN) * counts / len(usual) + unseen).log())
+        return cls(mean, weights @ alike, table @ alike, ((1 - UNSEEN) * counts / len(usual) + unseen).log())
 
     def likelihood(self, rows: Tensor) -> Tensor:
         """Rows (m, d) -> (m, V): the log of how likely such a row is for each token, up to a constant of the row."""
