@@ -20,8 +20,8 @@ import torch
 
 from edge_client import EdgeClient
 from gpu_server import GpuServer
-from protocol import CODECS, DELTA
-from protocol.settings import DITHERED, codec_name
+from protocol import DELTA
+from protocol.settings import CODEC_NAMES, DITHERED
 from terminal import Progress
 
 CLIENTS, BATCH_SIZE, THIRD = 3, 8, 14_020
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lr-schedule", default="linear", help="a constant rate ends in the noise of its last steps")
-    usual = ",".join(("float32", *map(codec_name, CODECS), DELTA))
+    usual = ",".join((*CODEC_NAMES, DELTA))
     parser.add_argument("--codecs", default=usual, help="the first is the measure of the others")
     parser.add_argument("--aggregate-every", type=int, default=1, help="steps in a round")
     parser.add_argument("--adapter-codec", choices=("float32", DITHERED), help="default: as runs have it")

@@ -26,8 +26,8 @@ from edge_client import EdgeClient
 from edge_client.enrolment import store
 from gpu_server import GpuServer
 from gpu_server.door import enrolments_of, invite
-from protocol import CODECS, DELTA
-from protocol.settings import DITHERED, codec_name
+from protocol import DELTA
+from protocol.settings import CODEC_NAMES, DITHERED
 from split_model import PretrainedModel
 from terminal import Progress
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--steps", type=int, default=66, help="an epoch")
     parser.add_argument("--labels", choices=("server", "device"), default="server")
-    parser.add_argument("--codecs", default=",".join(("float32", *map(codec_name, CODECS), DELTA)))
+    parser.add_argument("--codecs", default=",".join((*CODEC_NAMES, DELTA)))
     parser.add_argument("--adapter-codec", choices=("float32", DITHERED), help="default: as runs have it")
     parser.add_argument("--shape", choices=("gpt2-mini", "gpt2"), default="gpt2-mini", help="gpt2 has random weights")
     parser.add_argument("--devices", type=int, default=1, help="each with rows of its own, and batches of 8")
@@ -85,7 +85,7 @@ def of_labels_on_the_device(steps: int) -> None:
         "device": {"labels": "device"},
         "device, rows hidden": {"labels": "device", "label_rows": "hidden", "gradient_noise": 0.3, "gradient_clip": 1.5},
     }
-    codecs, rows = ("float32", *map(codec_name, CODECS)), []
+    codecs, rows = CODEC_NAMES, []
     with tempfile.TemporaryDirectory() as scratch, Progress(len(modes) * len(codecs) * steps) as progress:
         folder = Path(scratch)
         data = rows_of_devices(folder, 1, steps)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from protocol import CODECS, DELTA, EXACT, RunSettings, gradient_codec
-from protocol.settings import DITHERED, FLOAT32, LARGEST_COUNT, LR_SCHEDULES, codec_name, codec_named
+from protocol import DELTA, EXACT, RunSettings, gradient_codec
+from protocol.settings import CODEC_NAMES, DITHERED, FLOAT32, LARGEST_COUNT, LR_SCHEDULES, codec_name, codec_named
 from terminal import user_text_path
 
 from .errors import ConfigError
@@ -118,7 +118,7 @@ class ServerConfig:
     codec: str = option(
         "how activations and their gradients travel: float32 is exact, auto is int8, or int4 where links are slow",
         FLOAT32,
-        choices=("auto", FLOAT32, *map(codec_name, CODECS), DELTA),
+        choices=("auto", *CODEC_NAMES, DELTA),
     )
     adapter_codec: str | None = option(
         "how LoRA matrices travel between devices and server: float32 is exact, dithered takes a tenth of its bytes or less "

@@ -12,6 +12,7 @@ __all__ = [
     "BOUNDS",
     "COARSE",
     "CODECS",
+    "CODEC_NAMES",
     "DELTA",
     "DITHERED",
     "EXACT",
@@ -56,6 +57,10 @@ def codec_name(codec: str) -> str:
 def codec_named(name: str) -> str:
     """The codec that a person has named."""
     return next((codec for codec, usual in _NAMES.items() if usual == name), name)
+
+
+CODEC_NAMES = tuple(map(codec_name, (EXACT, *CODECS)))
+"""What people call those that code each message by itself."""
 
 
 def gradient_codec(codec: str, at_first: str = DITHERED) -> str:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from protocol import (
-    CODECS,
     EXACT,
     ActivationGradient,
     Activations,
@@ -33,7 +32,7 @@ from protocol.gradients import coded_gradient
 from protocol.passage import coded_contribution
 from protocol.rounding import Dither
 from protocol.session import Codecs
-from protocol.settings import DITHERED, FLOAT32, codec_name, codec_named
+from protocol.settings import CODEC_NAMES, DITHERED, FLOAT32, codec_named
 from split_model import LoraConfig, summed_cross_entropy
 
 from ..data import Batch, Sample, pack
@@ -44,8 +43,6 @@ from .cut_model import CutModel
 
 __all__ = ["NO_TOKEN", "Exchange", "Observations", "Setting", "Target", "truth"]
 
-NAMES = (FLOAT32, *map(codec_name, CODECS))
-"""Of codecs that do not depend on earlier messages, as people call them."""
 NO_TOKEN = -1
 """Where there is no label, or no guess."""
 MOST_BYTES = 2**31
@@ -80,7 +77,7 @@ class Setting:
 
     cut_layer: int
     codec: str = FLOAT32
-    """One of NAMES, in all four directions."""
+    """One of CODEC_NAMES, in all four directions."""
     labels: str = "server"
     label_rows: str = "shown"
     activation_noise: float = 0.0
@@ -91,8 +88,8 @@ class Setting:
     """Sequences in a micro-batch, which is a step of its own here."""
 
     def __post_init__(self) -> None:
-        if self.codec not in NAMES:
-            raise ValueError(f"codec must be one of {', '.join(NAMES)}, got {self.codec}")
+        if self.codec not in CODEC_NAMES:
+            raise ValueError(f"codec must be one of {', '.join(CODEC_NAMES)}, got {self.codec}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         self.of_a_run(LoraConfig(targets=("any",)))  # for the checks of a run
