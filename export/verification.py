@@ -285,24 +285,23 @@ def _reference(
     name = model or (directory.model if directory else None)
     adapter = adapter or (manifest.peft_adapter if directory is None else None)
     with tempfile.TemporaryDirectory(prefix="splitlora-") as scratch:
-        base = manifest.folder if name is None else find_model(name)
+        base = PretrainedModel(manifest.folder if name is None else find_model(name))
         if directory is not None:
-            _, adapter = directory.adapter(PretrainedModel(base), Path(scratch))
+            _, adapter = directory.adapter(base, Path(scratch))
         if adapter is not None and name is None and manifest.adapter is None:
             raise ExportError(
                 f"{manifest.folder} has its adapter merged: --adapter needs --model, the base model that it is of"
             )
         if adapter is None and manifest.adapter is not None:
             raise ExportError(f"{manifest.folder} has an adapter: give the PEFT folder that it was made of with --adapter")
-        config = PretrainedModel(base).config
         for what, found, needed in (
-            ("positions", config.num_positions, manifest.context),
-            ("tokens in its vocabulary", config.vocabulary_size, manifest.vocabulary_size),
+            ("positions", base.config.num_positions, manifest.context),
+            ("tokens in its vocabulary", base.config.vocabulary_size, manifest.vocabulary_size),
         ):
             if found < needed:
                 raise ExportError(
-                    f"{base} has {found} {what}, and {manifest.folder} {needed}: it was exported from another model; give that "
-                    "one with --model"
+                    f"{base.folder} has {found} {what}, and {manifest.folder} {needed}: it was exported from another model; "
+                    "give that one with --model"
                 )
         yield Reference(base, adapter, ends=manifest.ends, context=manifest.context)
 
@@ -310,8 +309,7 @@ def _reference(
 class Reference:
     """A model in transformers, and its adapter in PEFT where it has one."""
 
-    def __init__(self, base: Path, adapter: Path | None, *, ends: Sequence[int], context: int) -> None:
-        model = PretrainedModel(base)
+    def __init__(self, model: PretrainedModel, adapter: Path | None, *, ends: Sequence[int], context: int) -> None:
         self._model = load_with_transformers(model) if adapter is None else load_with_peft(model, adapter)
         self.ends, self._context = ends, context
 
