@@ -215,10 +215,12 @@ class AttentionForm:
     build: type[Attention]
     opset: int
     ir_version: int
+    has_sum_and_norm: bool = False
+    """Whether the runtime has one operator for a sum and its root-mean-square norm."""
 
 
 ATTENTIONS = {
-    "gqa": AttentionForm(build=GroupQuery, opset=20, ir_version=9),
+    "gqa": AttentionForm(build=GroupQuery, opset=20, ir_version=9, has_sum_and_norm=True),
     "attn23": AttentionForm(build=Standard, opset=23, ir_version=11),
     "ops": AttentionForm(build=Elementary, opset=20, ir_version=9),
 }

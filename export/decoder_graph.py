@@ -67,25 +67,33 @@ class DecoderGraph:
 
     def build(self) -> None:
         """Add the blocks, with the embeddings before the model's first block, and the final norm and head after its last."""
-        hidden = self.stretch()
+        hidden, added = self.stretch()
         if self.blocks.stop == self.config.num_layers:
-            self.head(self.norm(self.config.names.final_norm, hidden))
+            _, normed = self.sum_and_norm(self.config.names.final_norm, hidden, added)
+            self.head(normed)
         else:
-            self.name_output("hidden_states", hidden, self.config.width)
+            self.name_output("hidden_states", self.sum(hidden, added), self.config.width)
         for cache in map(self.cache_names, self.blocks):
             for name in (cache.present_key, cache.present_value):
                 self.graph.output(name, self.precision.dtype, self.cache_shape("total_sequence_length"))
 
-    def stretch(self) -> str:  # -> (B, S, d)
-        """Add the blocks, with the embeddings before the model's first."""
+    def stretch(self) -> tuple[str, str | None]:
+        """
+        Add the blocks, with the embeddings before the model's first.
+
+        Returns:
+            Hidden states (B, S, d), and what is still to be added to them: some runtimes have one operator for a sum and its
+            norm.
+        """
         hidden = self.embeddings() if self.blocks.start == 0 else self.hidden_states()
         angles = None if self.config.rotary is None else self.angles(self.config.rotary)
         with self.graph.scope("mask"):
             self.attention = self.attention_form.build(self.graph, self.heads, self.inputs, angles)
         caches = [self.cache(index) for index in self.blocks]
+        added = None
         for index, cache in zip(self.blocks, caches, strict=True):
-            hidden = self.block(index, hidden, cache)
-        return hidden
+            hidden, added = self.block(index, hidden, added, cache)
+        return hidden, added
 
     def embeddings(self) -> str:  # -> (B, S, d)
         self.token_inputs()
@@ -96,10 +104,12 @@ class DecoderGraph:
             table = self.weights.plain(self.config.positions_name)
             return self.node("Add", self.embedded(self.inputs), self.node("Gather", table, positions))
 
-    def block(self, index: int, x: str, cache: Cache) -> str:  # (B, S, d) -> (B, S, d)
+    def block(self, index: int, x: str, added: str | None, cache: Cache) -> tuple[str, str]:
+        """From what the block before leaves to what this one does, each as `stretch` returns it."""
         names, prefix = self.config.names, self.config.block_name(index)
-        x = self.node("Add", x, self.self_attention(index, self.norm(f"{prefix}.{names.attention_norm}", x), cache))
-        return self.node("Add", x, self.mlp(prefix, self.norm(f"{prefix}.{names.mlp_norm}", x)))
+        x, normed = self.sum_and_norm(f"{prefix}.{names.attention_norm}", x, added)
+        x, normed = self.sum_and_norm(f"{prefix}.{names.mlp_norm}", x, self.self_attention(index, normed, cache))
+        return x, self.mlp(prefix, normed)
 
     def self_attention(self, index: int, x: str, cache: Cache) -> str:
         config, names, prefix = self.config, self.config.names, self.config.block_name(index)
@@ -135,6 +145,24 @@ class DecoderGraph:
             return self.node("Mul", x, self.node("Sigmoid", x))
         operator, attributes = ACTIVATIONS[self.config.activation]
         return self.node(operator, x, **attributes)
+
+    def sum(self, x: str, added: str | None) -> str:
+        return x if added is None else self.node("Add", x, added)
+
+    def sum_and_norm(self, name: str, x: str, added: str | None) -> tuple[str, str]:
+        if added is None or self.config.has_layer_norms or not self.attention_form.has_sum_and_norm:
+            x = self.sum(x, added)
+            return x, self.norm(name, x)
+        # ONNX Runtime makes one operator of a sum and its LayerNormalization by itself, but not of a sum and this norm.
+        total, normed = f"{added}/sum", f"{added}/normed"
+        self.graph.node_with_outputs(
+            "SkipSimplifiedLayerNormalization",
+            [x, added, self.weights.plain(f"{name}.weight")],
+            [normed, "", "", total],
+            domain=MICROSOFT,
+            epsilon=self.config.norm_epsilon,
+        )
+        return total, normed
 
     def norm(self, name: str, x: str) -> str:
         """Over the last dimension."""

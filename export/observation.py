@@ -91,7 +91,7 @@ class ObservedStretch(DecoderGraph):
     def build(self) -> None:
         self.readers: dict[str, list[str]] = {}
         """Of a value, the names of the linear layers that are given it."""
-        self.name_output(NEXT, self.stretch(), self.config.width)
+        self.name_output(NEXT, self.sum(*self.stretch()), self.config.width)
         for value, layers in self.readers.items():
             width, _ = self.config.layer_shapes[layers[0].removeprefix(f"{self.config.block_name(self.blocks.start)}.")]
             self.graph.output(value, np.float32, ["batch_size", "sequence_length", width])

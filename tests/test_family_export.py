@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import reference
 import torch
@@ -51,6 +52,13 @@ def test_merged_adapter_gives_the_logits_of_peft(model: Model, tmp_path: Path, a
     export_onnx(str(model.base), tmp_path / "out", adapter=model.adapter, precisions=["fp32"], attention=attention)
     found = decode(exported(tmp_path / "out"), IDS, MASK, PREFILL)
     assert largest_difference(found, model.adapted, MASK) < 1e-5 * np.abs(model.adapted).max()
+
+
+@pytest.mark.parametrize(("attention", "expected"), [("gqa", 8), ("attn23", 0), ("ops", 0)])
+def test_sum_and_its_norm_are_one_operator_where_there_is_one(tmp_path: Path, attention: str, expected: int) -> None:
+    export_onnx(str(make_family_model(tmp_path, "llama")), tmp_path / "out", precisions=["fp32"], attention=attention)
+    nodes = [node.op_type for node in onnx.load(tmp_path / "out/onnx/model.onnx", load_external_data=False).graph.node]
+    assert nodes.count("SkipSimplifiedLayerNormalization") == expected  # before each norm but the first
 
 
 def test_adapter_of_its_own_and_two_parts_give_the_same(model: Model, tmp_path: Path) -> None:
