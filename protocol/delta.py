@@ -23,7 +23,7 @@ from .shuffling import shuffled, unshuffled
 
 __all__ = ["ActivationCache", "arrived", "coded"]
 
-CODES_OF_THE_RMS = 1.5  # so coarse that a code takes little more than three bits
+CODES_OF_THE_RMS = 2.0  # three bits a code; coarser codes of more directions lose more at equal bytes
 SMALLEST_UNIT, LARGEST_UNIT = 2.0**-60, 2.0**30
 NOWHERE = -1
 """The number of a sample that neither side caches."""
@@ -186,8 +186,8 @@ def _factors(change: Array) -> list[bytes]:
     the product of the matrices is about the change.
     """
     num_rows, width = change.shape
-    # 0.3 bytes for each element of the change; int8 would take one.
-    rank = 3 * change.size // (10 * max(1, num_rows + width))
+    # A quarter of a code for each element of the change; int8 has one.
+    rank = change.size // (4 * max(1, num_rows + width))
     if not rank:
         return [b"", b"", shuffled(to_bfloat16(np.ones(1, np.float32)))]
     left, right = _left_and_right(change, rank) if width <= num_rows else reversed(_left_and_right(change.T, rank))
