@@ -150,7 +150,9 @@ class DecoderGraph:
         return x if added is None else self.node("Add", x, added)
 
     def sum_and_norm(self, name: str, x: str, added: str | None) -> tuple[str, str]:
-        if added is None or self.config.has_layer_norms or not self.attention_form.has_sum_and_norm:
+        # In float16 some versions of ONNX Runtime add up its squares in float16 on CUDA, where they overflow.
+        has_operator = self.attention_form.has_sum_and_norm and self.precision.dtype == np.float32
+        if added is None or self.config.has_layer_norms or not has_operator:
             x = self.sum(x, added)
             return x, self.norm(name, x)
         # ONNX Runtime makes one operator of a sum and its LayerNormalization by itself, but not of a sum and this norm.

@@ -54,10 +54,15 @@ def test_merged_adapter_gives_the_logits_of_peft(model: Model, tmp_path: Path, a
     assert largest_difference(found, model.adapted, MASK) < 1e-5 * np.abs(model.adapted).max()
 
 
-@pytest.mark.parametrize(("attention", "expected"), [("gqa", 8), ("attn23", 0), ("ops", 0)])
-def test_sum_and_its_norm_are_one_operator_where_there_is_one(tmp_path: Path, attention: str, expected: int) -> None:
-    export_onnx(str(make_family_model(tmp_path, "llama")), tmp_path / "out", precisions=["fp32"], attention=attention)
-    nodes = [node.op_type for node in onnx.load(tmp_path / "out/onnx/model.onnx", load_external_data=False).graph.node]
+@pytest.mark.parametrize(
+    ("attention", "precision", "expected"), [("gqa", "fp32", 8), ("gqa", "fp16", 0), ("attn23", "fp32", 0), ("ops", "fp32", 0)]
+)
+def test_sum_and_its_norm_are_one_operator_where_there_is_one(
+    tmp_path: Path, attention: str, precision: str, expected: int
+) -> None:
+    export_onnx(str(make_family_model(tmp_path, "llama")), tmp_path / "out", precisions=[precision], attention=attention)
+    (path,) = (tmp_path / "out/onnx").glob("*.onnx")
+    nodes = [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
     assert nodes.count("SkipSimplifiedLayerNormalization") == expected  # before each norm but the first
 
 
