@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ SHAPES = {
 
 
 class RandomWeights(Weights):
-    """Standard deviation 0.02, some rows at a time."""
+    """Standard deviation 0.02."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._shapes = config.tensor_shapes
@@ -54,6 +55,9 @@ class RandomWeights(Weights):
 
     def read(self, name: str) -> NDArray[np.float32]:
         return self._generator.standard_normal(self._shapes[name], np.float32) * np.float32(0.02)
+
+    def pieces(self, name: str) -> Iterator[NDArray[np.float32]]:
+        yield self.read(name)
 
 
 def main() -> None:

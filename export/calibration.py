@@ -3,7 +3,7 @@ Quantisation by what a model's layers are given while it reads texts: first chan
 then, block by block, each matrix of few bits is rounded for the inputs that the blocks before it make, rounded as they are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -80,17 +80,18 @@ class RoundedMatrices:
         self._rounded: dict[str, Floats] = {}
         """(in, out), of the block."""
 
-    def quantised(self, name: str, form: BlockFormat) -> QuantisedMatrix:
-        """The transpose of a matrix, (in, out)."""
+    def quantised(self, name: str, form: BlockFormat) -> Iterator[QuantisedMatrix]:
+        """The transpose of a matrix, (in, out), some rows at a time."""
         index = int(name.removeprefix(f"{self._config.names.blocks}.").split(".")[0])
         while self._block < index:
             self._enter_next_block()
         matrix, products = self._stored.read(name), self._products.get(name.removesuffix(".weight"))
         if products is None or not products.are_finite:
-            return quantise([matrix.T], form)
+            yield from quantise([matrix.T], form)
+            return
         found = round_for_inputs(matrix, products, form)
         self._rounded[name] = found.values(len(matrix), form).T
-        return found
+        yield found
 
     def _enter_next_block(self) -> None:
         if self._block < 0:
@@ -122,3 +123,6 @@ class Replaced(Weights):
 
     def read(self, name: str) -> Floats:
         return self._others[name] if name in self._others else self._weights.read(name)
+
+    def pieces(self, name: str) -> Iterator[Floats]:
+        return iter([self._others[name]]) if name in self._others else self._weights.pieces(name)

@@ -1,6 +1,6 @@
 """A model's weights in a graph, in the form that a precision gives them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
@@ -22,8 +22,9 @@ INTEGER_PRODUCTS = 4
 class Rounding(Protocol):
     """How matrices of linear layers are quantised."""
 
-    def quantised(self, name: str, form: BlockFormat) -> QuantisedMatrix:
-        """The transpose of a matrix, (in, out)."""
+    def quantised(self, name: str, form: BlockFormat) -> Iterator[QuantisedMatrix]:
+        """The transpose of a matrix, (in, out), some rows at a time."""
+        ...
 
 
 class Nearest:
@@ -32,7 +33,7 @@ class Nearest:
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
 
-    def quantised(self, name: str, form: BlockFormat) -> QuantisedMatrix:
+    def quantised(self, name: str, form: BlockFormat) -> Iterator[QuantisedMatrix]:
         return quantise([self._weights.read(name).T], form)
 
 
@@ -61,7 +62,7 @@ class GraphWeights:
 
     def table(self, name: str, form: BlockFormat) -> list[str]:
         """Integers, scales and zero points of a table's rows."""
-        return self._stored(name, lambda: quantise(self._weights.pieces(name), form))
+        return self._stored(name, quantise(self._weights.pieces(name), form))
 
     def table_product(self, x: str, name: str, shape: tuple[int, int], form: BlockFormat) -> str:
         """(B, S, K) times the transposed table of shape (N, K) -> (B, S, N)."""
@@ -69,10 +70,7 @@ class GraphWeights:
 
     def product(self, x: str, names: Sequence[str], shape: tuple[int, int], form: BlockFormat, bias: str = "") -> str:
         """(B, S, in) times the matrices (in, out), side by side -> (B, S, all their outputs); shape: of the whole, turned."""
-
-        def rounded() -> QuantisedMatrix:
-            return QuantisedMatrix.joined([self._rounding.quantised(name, form) for name in names])
-
+        rounded = chain.from_iterable(self._rounding.quantised(name, form) for name in names)
         return self._product(x, self._stored("+".join(names), rounded), shape, form, bias)
 
     def _product(self, x: str, matrix: list[str], shape: tuple[int, int], form: BlockFormat, bias: str = "") -> str:
@@ -80,15 +78,24 @@ class GraphWeights:
         inputs = [x, *matrix, "", bias]
         return self._graph.node("MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=INTEGER_PRODUCTS, **layout)
 
-    def _stored(self, name: str, make: Callable[[], QuantisedMatrix]) -> list[str]:
-        names = [f"{name}.{part}" for part in ("integers", "scales", "zero_points")]
-        if not self._graph.has_weight(names[0]):
-            with np.errstate(over="ignore", invalid="ignore"):
-                matrix = make()
-            self._check_finite(name, matrix.scales)
-            arrays: tuple[NDArray[Any], ...] = (matrix.integers, matrix.scales, matrix.zero_points)
-            for part, array in zip(names, arrays, strict=True):
-                self._graph.weight(part, array)
+    def _stored(self, name: str, matrices: Iterator[QuantisedMatrix]) -> list[str]:
+        """
+        One below the other. The integers of each are written before the next one is asked for: those of the table of a large
+        vocabulary take more memory than all else.
+        """
+        names = integers, scales, zero_points = [f"{name}.{part}" for part in ("integers", "scales", "zero_points")]
+        if not self._graph.has_weight(integers):
+            grids = []
+
+            def written() -> Iterator[NDArray[np.uint8]]:
+                for matrix in matrices:
+                    self._check_finite(name, matrix.scales)
+                    grids.append((matrix.scales, matrix.zero_points))
+                    yield matrix.integers
+
+            self._graph.weight_in_pieces(integers, written())
+            for part, pieces in zip((scales, zero_points), zip(*grids, strict=True), strict=True):
+                self._graph.weight(part, np.concatenate(pieces))
         return names
 
     def _check_finite(self, name: str, stored: NDArray[Any]) -> None:

@@ -1,6 +1,6 @@
 """Weights as small integers, a scale and a zero point for each block of a row: the layout of ONNX Runtime's MatMulNBits."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,15 +84,6 @@ class QuantisedMatrix:
             zero_points=_pack(grid.zero_points[..., 0].astype(np.uint8), form.bits),
         )
 
-    @classmethod
-    def joined(cls, matrices: Sequence["QuantisedMatrix"]) -> "QuantisedMatrix":
-        """One below the other."""
-        return cls(
-            integers=np.concatenate([matrix.integers for matrix in matrices]),
-            scales=np.concatenate([matrix.scales for matrix in matrices]),
-            zero_points=np.concatenate([matrix.zero_points for matrix in matrices]),
-        )
-
     def values(self, width: int, form: BlockFormat) -> Floats:
         """(N, width) as a runtime reads it."""
         integers = _unpack(self.integers, form.bits)
@@ -101,23 +92,20 @@ class QuantisedMatrix:
         return grid.values(integers).reshape(len(integers), -1)[:, :width]
 
 
-def quantise(rows: Iterable[Floats], form: BlockFormat) -> QuantisedMatrix:
+def quantise(rows: Iterable[Floats], form: BlockFormat) -> Iterator[QuantisedMatrix]:
     """
     Args:
         rows: (N, K), in pieces of some rows each.
 
-    Returns:
-        Their nearest representation. The last block of a row is filled up with zeros.
+    Yields:
+        Their nearest representation, some rows at a time. The last block of a row is filled up with zeros.
     """
-    return QuantisedMatrix.joined(
-        [
-            _quantise_piece(some[start : start + ROWS_AT_ONCE], form)
-            for some in rows
-            for start in range(0, len(some), ROWS_AT_ONCE)
-        ]
-    )
+    for some in rows:
+        for start in range(0, len(some), ROWS_AT_ONCE):
+            yield _quantise_piece(some[start : start + ROWS_AT_ONCE], form)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # of which scales that are not finite tell
 def _quantise_piece(rows: Floats, form: BlockFormat) -> QuantisedMatrix:
     count, width = rows.shape
     filled = np.zeros((count, form.padded(width)), np.float32)

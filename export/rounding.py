@@ -42,6 +42,7 @@ class InputProducts:
             total += inputs[:, window].T @ inputs[:, window]
 
 
+@np.errstate(over="ignore", invalid="ignore")  # of which scales that are not finite tell
 def round_for_inputs(matrix: Floats, products: InputProducts, form: BlockFormat) -> QuantisedMatrix:
     """
     Args:

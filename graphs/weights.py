@@ -28,9 +28,9 @@ class Weights(Protocol):
     def pieces(self, name: str) -> Iterator[Floats]:
         """
         The same, some rows at a time where that saves memory: the table of a large vocabulary takes a gigabyte, more than all
-        else of a model that is read at once.
+        else of a model that is read at once. No class inherits this from here: one that wraps others would read a table whole.
         """
-        yield self.read(name)
+        ...
 
 
 class StoredWeights(Weights):

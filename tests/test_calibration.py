@@ -68,7 +68,7 @@ def test_a_product_changes_less_than_with_the_nearest_values(width: int, size: i
     inputs, matrix = correlated_inputs(1000, width), np.random.default_rng(1).standard_normal((width, 40), np.float32)
     products = InputProducts(width, form)
     products.add(inputs)
-    calibrated, nearest = round_for_inputs(matrix, products, form), quantise([matrix.T], form)
+    calibrated, nearest = round_for_inputs(matrix, products, form), *quantise([matrix.T], form)
     errors = [np.square(inputs @ (stored.values(width, form).T - matrix)).mean() for stored in (calibrated, nearest)]
     assert errors[0] < errors[1] / 1.5
 

@@ -1,6 +1,7 @@
 """Exported graphs against transformers, and against the graph that torch exports."""
 
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -288,14 +289,14 @@ def test_weights_beyond_two_gigabytes_are_found(tmp_path: Path, monkeypatch: pyt
 
 
 def test_table_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
-    model = make_model(tmp_path, n_layer=1, n_embd=64, vocab_size=100_000, tie_word_embeddings=False)
+    model = make_model(tmp_path, n_layer=2, n_embd=64, vocab_size=100_000, tie_word_embeddings=False)
     tracemalloc.start()
     try:
         export_onnx(str(model), tmp_path / "out", precisions=list(PRECISIONS))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 100_000 * 64 * 4
+    assert peak < 100_000 * 64 * 4 / 3  # with 8 bits it takes a quarter
 
 
 def test_table_that_is_read_in_pieces_is_the_same(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,6 +332,9 @@ class Shaped(Weights):
     def read(self, name: str) -> Any:
         shape = self.config.tensor_shapes[name]
         return np.random.default_rng(len(name)).standard_normal(shape, np.float32) * 0.02
+
+    def pieces(self, name: str) -> Iterator[Any]:
+        yield self.read(name)
 
 
 def write(path: Path, config: ModelConfig, weights: Weights, precision: Precision, attention: str = "gqa") -> int:
@@ -373,6 +377,9 @@ class Outlying(Weights):
         elif name.endswith(("c_attn.weight", "c_fc.weight")):
             tensor[[3, 40, 77, 90]] /= 30
         return tensor
+
+    def pieces(self, name: str) -> Iterator[Any]:
+        yield self.read(name)
 
 
 def balanced(weights: Weights, config: ModelConfig, scratch: Path) -> Equalised:
@@ -421,7 +428,7 @@ def test_equalisation_takes_most_of_what_outliers_cost(wide_model: Path, tmp_pat
 def test_quantised_rows_are_within_half_a_step(bits: int) -> None:
     rows = np.random.default_rng(0).standard_normal((5, 100), np.float32)
     rows[2] = 0
-    stored = quantise([rows], BlockFormat(bits=bits, size=32))
+    (stored,) = quantise([rows], BlockFormat(bits=bits, size=32))
     found = dequantised(stored.integers, stored.scales, stored.zero_points, bits, 100)
     steps = np.repeat(stored.scales, 32, 1)[:, :100]
     assert np.array_equal(found, stored.values(100, BlockFormat(bits=bits, size=32)))
