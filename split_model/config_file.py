@@ -41,6 +41,8 @@ OF_THE_PROGRAM = (
 WITHOUT_EFFECT = frozenset({*OF_FILES, *OF_TRAINING, *OF_GENERATION, *OF_THE_PROGRAM, *KERNELS})
 """Keys of any family that change nothing of what a model computes here."""
 LARGEST = (1 << 31) - 1
+QUANTISATION = ("quantization_config", "compression_config")
+"""Keys under which it stands how weights were quantised."""
 QUANTISERS = {"awq": "AWQ", "bitsandbytes": "bitsandbytes", "gptq": "GPTQ"}
 """By what config.json calls them, what people do."""
 OTHER_HEAD = re.compile(r"\w+For(?!CausalLM)[A-Z]\w*")
@@ -194,12 +196,18 @@ class ConfigFile(Settings):
         """Neither these options nor `UNSUPPORTED` are set, no code is named, and the weights are numbers as they stand."""
         self.refuse(*options, *UNSUPPORTED)
         path, raw = self.path, self._raw
-        if quantised := raw.get("quantization_config"):
-            method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        for key in QUANTISATION:
+            if not (quantised := raw.get(key)):
+                continue
+            method = _quantiser(quantised) if isinstance(quantised, dict) else None
             by = f" by {QUANTISERS.get(method, shown(method))}" if isinstance(method, str) else ""
             raise ModelError(
-                f"{path}: quantization_config is {shown(quantised)}; weights that are quantised{by} cannot be used: take the "
+                f"{path}: {key} is {shown(quantised)}; weights that are quantised{by} cannot be used: take the "
                 "model that they were made from, which --dtype bfloat16 and --edge-weights int8 make smaller here"
+            )
+        if not self.boolean("is_causal", True):
+            raise ModelError(
+                f"{path}: is_causal is false: tokens see what comes behind them, and what is split here only continues texts"
             )
         for architecture in self.texts("architectures"):
             if OTHER_HEAD.fullmatch(architecture):
@@ -232,6 +240,12 @@ class ConfigFile(Settings):
     @property
     def _needed_by(self) -> str:
         return f"a configuration of model_type {self.model_type!r} needs it"
+
+
+def _quantiser(settings: dict[str, Any]) -> object:
+    """Old files of bitsandbytes do not name it."""
+    is_unnamed = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+    return settings.get("quant_method", "bitsandbytes" if is_unnamed else None)
 
 
 def _is_positive(value: object) -> bool:

@@ -48,6 +48,8 @@ class Names:
     other_modules: tuple[str, ...] = ()
     other_modules_of_a_block: tuple[str, ...] = ()
     """What else has a name, and no weights: PEFT matches a stranger's regular expressions with it, too."""
+    constants_of_a_block: tuple[str, ...] = ()
+    """Tensors that old checkpoints keep, and that follow from the configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)

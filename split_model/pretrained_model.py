@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from storage import Folder, ModelError, fingerprint, load_tokenizer, shown
+from storage.adapter_settings import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from storage.model_folder import CONFIG_FILE, GENERATION_FILE
 from storage.tokenizer import end_of_text, tokenizer_digest
 
@@ -37,6 +38,8 @@ class PretrainedModel:
         self.folder = folder
         if not folder.is_dir():
             raise ModelError(f"no model folder at {folder}")
+        if (folder / ADAPTER_CONFIG_FILE).exists() and not (folder / CONFIG_FILE).exists():
+            raise ModelError(f"{folder} has an adapter, and no model; give the model that it adapts")
         config = read_config(folder / CONFIG_FILE)
         stored = open_tensors(weight_files(Folder(folder, ModelError)), config.names.prefix)
         config = _settle_head(config, stored)
@@ -44,6 +47,7 @@ class PretrainedModel:
         """In the order of the forward pass, and no others than the model's."""
         for name, shape in config.tensor_shapes.items():
             _check(self.tensors[name], name, shape)
+        _check_blocks(folder, config, stored)
         tokenizer = load_tokenizer(folder)
         self.config = _settle_ends(config, folder, tokenizer)
         self._tokenizer_digest = tokenizer_digest(tokenizer)
@@ -138,6 +142,23 @@ def _find(folder: Path, config: ModelConfig, stored: Mapping[str, StoredTensor],
     raise ModelError(
         f"{folder}: tensor {name!r} is missing; {as_what or f'is this a complete {config.family.title} checkpoint?'}"
     )
+
+
+def _check_blocks(folder: Path, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> None:
+    """
+    Raises:
+        ModelError: the files have more in a block, or more blocks, than the configuration asks for. Whoever made them computed
+            another model; what else they have, such as a second head, is left out, as transformers leaves it out.
+    """
+    blocks, constants = f"{config.names.blocks}.", config.names.constants_of_a_block
+    more = [name for name in stored if name.startswith(blocks) and name not in config.tensor_shapes]
+    more = [name for name in more if name.removeprefix(blocks).partition(".")[2] not in constants]
+    if more:
+        like_it = f" ({len(more)} are like it)" if len(more) > 1 else ""
+        raise ModelError(
+            f"{stored[more[0]].path}: {CONFIG_FILE} asks for no tensor {more[0]!r}{like_it}, and without it this is another "
+            f"{config.family.title}; correct {CONFIG_FILE}, or remove the tensor"
+        )
 
 
 def _check(stored: StoredTensor, name: str, shape: tuple[int, ...]) -> None:

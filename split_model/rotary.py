@@ -175,7 +175,7 @@ def read_rotary(
     share = given.number("partial_rotary_factor", file.number("partial_rotary_factor", 1.0))
     width = int(head_width * share)
     if share > 1 or width < 2 or width % 2 or (width != head_width and not may_be_partial):
-        some = "an even number of elements" if may_be_partial else "all elements"
+        some = "an even number of elements" if may_be_partial or width == head_width else "all elements"
         raise ModelError(
             f"{file.path}: partial_rotary_factor {share:g} turns {width} of {head_width} elements of a head; {some} "
             "can be turned"

@@ -19,6 +19,8 @@ __all__ = ["STORED_DTYPES", "StoredTensor", "StoredTensors", "open_tensors", "we
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """In the words of safetensors."""
+OTHER_WEIGHTS = ("pytorch_model*.bin", "*.gguf", "*.pth", "*.h5")
+"""Files in which people have weights that are not read: the first are pickled, which can run code."""
 ROWS_AT_ONCE = 1024
 
 
@@ -106,12 +108,20 @@ def weight_files(files: Folder) -> list[Path]:
     if path := files.find(WEIGHTS_FILE):
         return [path]
     if not files.find(INDEX_FILE):
-        raise ModelError(f"{files.path} has no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+        raise ModelError(f"{files.path} has no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}{_other_weights(files.path)}")
     weight_map = files.read_json(INDEX_FILE).get("weight_map")
     names = weight_map.values() if isinstance(weight_map, dict) else ()
     if not names or any(not isinstance(name, str) or name == ".." or Path(name).name != name for name in names):
         raise ModelError(f"{files.path / INDEX_FILE} names no shards, or shards outside its folder")
     return [files.require(name) for name in sorted(set(names))]
+
+
+def _other_weights(folder: Path) -> str:
+    """What is there instead, and what to do with it, as the end of a sentence; "" if nothing is."""
+    for pattern in OTHER_WEIGHTS:
+        if other := min(folder.glob(pattern), default=None):
+            return f"; {other.name} is not read: load it with transformers and save_pretrained, which writes safetensors"
+    return ""
 
 
 def open_tensors(paths: Iterable[Path], prefix: str) -> dict[str, StoredTensor]:

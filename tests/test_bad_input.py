@@ -257,6 +257,36 @@ SPOILT_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
         )
         for method, name in {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "new": '"new"'}.items()
     },
+    "quantised, in the words of old files": (
+        lambda model: change_config(model, compression_config={"quant_method": "compressed-tensors"}),
+        'compression_config is {"quant_method": "compressed-tensors"}; weights that are quantised by "compressed-tensors"',
+    ),
+    "quantised when it is loaded": (
+        lambda model: change_config(model, quantization_config={"load_in_4bit": True}),
+        "weights that are quantised by bitsandbytes cannot be used",
+    ),
+    "tokens that see what is behind": (
+        lambda model: change_config(model, is_causal=False),
+        "is_causal is false: tokens see what comes behind them, and what is split here only continues texts",
+    ),
+    "more in a block than is asked for": (
+        lambda model: change_weights(
+            model, lambda weights: weights.update({f"{QUERIES.rpartition('.')[0]}.q_norm.weight": torch.ones(8)})
+        ),
+        "asks for no tensor 'h.0.attn.q_norm.weight', and without it this is another GPT-2; correct config.json, or remove the",
+    ),
+    "more blocks than are asked for": (
+        lambda model: change_config(model, n_layer=3),
+        "asks for no tensor 'h.3.attn.c_attn.bias' (12 are like it), and without it this is another GPT-2; correct config.json",
+    ),
+    "weights that are pickled": (
+        lambda model: (model / "model.safetensors").rename(model / "pytorch_model.bin"),
+        "nor model.safetensors.index.json; pytorch_model.bin is not read: load it with transformers and save_pretrained",
+    ),
+    "adapter": (
+        lambda model: (model / "config.json").rename(model / "adapter_config.json"),
+        "has an adapter, and no model; give the model that it adapts",
+    ),
     "packed matrices": (
         lambda model: change_weights(
             model, lambda weights: weights.update({f"{QUERIES}.qweight": weights.pop(f"{QUERIES}.weight")})

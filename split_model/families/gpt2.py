@@ -79,6 +79,7 @@ FAMILY = Family(
         head="lm_head",
         other_modules=("drop",),
         other_modules_of_a_block=("attn.attn_dropout", "attn.resid_dropout", "mlp.act", "mlp.dropout"),
+        constants_of_a_block=("attn.bias", "attn.masked_bias"),
     ),
     stores_in_out=True,
     usual_targets=("c_attn",),

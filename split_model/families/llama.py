@@ -27,6 +27,7 @@ NAMES = Names(
     head="lm_head",
     other_modules=("rotary_emb",),
     other_modules_of_a_block=("mlp.act_fn",),
+    constants_of_a_block=("self_attn.rotary_emb.inv_freq",),
 )
 EPSILON = {RMS_NORM: "rms_norm_eps", LAYER_NORM: "norm_epsilon"}
 """Where config.json says it, by the norm."""
