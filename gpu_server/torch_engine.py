@@ -154,7 +154,8 @@ class TorchEngine:
         return self._trainer.infer(batch, HELD_OUT) if len(batch.values) else batch.values
 
     def keep_best(self) -> None:
-        self._best = _under(ADAPTER, self.round_end)
+        # Copies: a checkpoint may have both, and no file keeps two tensors of one memory.
+        self._best = {name: matrix.clone() for name, matrix in _under(ADAPTER, self.round_end).items()}
         self.round_end = {**self.round_end, **{f"{BEST}{name}": matrix for name, matrix in self._best.items()}}
 
     def load_best(self) -> Tensors:

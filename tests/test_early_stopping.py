@@ -177,6 +177,10 @@ def test_run_ends_where_transformers_would_have_ended_it_with_the_last_adapter_o
         train({**options, "steps": steps}, tmp_path / f"{steps} steps", devices(f"{steps} steps"))
         assert adapter_bytes(tmp_path / final) == adapter_bytes(tmp_path / f"{steps} steps")
 
+    # The last step may be the best one, too: then both are in one checkpoint.
+    train({**options, "steps": best, "final_adapter": "best"}, tmp_path / "best is last", devices("best is last"))
+    assert adapter_bytes(tmp_path / "best is last") == adapter_bytes(tmp_path / "best")
+
 
 def test_device_that_is_killed_and_a_server_that_goes_back_end_early_as_if_nothing_had_been(
     scene: Scene, tmp_path: Path
