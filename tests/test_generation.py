@@ -250,6 +250,16 @@ def test_streamed_nonsense_is_the_whole_text_too(exported: Path, monkeypatch: py
         assert "".join(generator.stream("x", raw=True)) == generator.tokenizer.decode(tokens)
 
 
+def test_byte_that_fits_no_character_fails_nothing_and_repeats_nothing(talking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Generator(talking / "exported")
+    for rest in ("a", "<0xA9>", ""):
+        names = ["a", "<0xC3>", "<0xA9>", "<0xC3>", *filter(None, [rest])]
+        tokens = [generator.tokenizer.token_to_id(name) for name in names]
+        monkeypatch.setattr(generator, "tokens", lambda *_, tokens=tokens, **__: iter(tokens))
+        expected = {"a": "a\u00e9\ufffda", "<0xA9>": "a\u00e9\u00e9", "": "a\u00e9\ufffd"}[rest]
+        assert generator.text("x", raw=True) == expected
+
+
 def test_a_piece_comes_before_the_next_token_is_computed(exported: Path) -> None:
     generator = Generator(exported, precision="fp32")
     next(generator.stream("The Wrestlers is", max_new_tokens=50))

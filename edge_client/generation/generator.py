@@ -3,14 +3,12 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from storage import ChatTemplate, ExportedManifest, Message, ModelError, TemplateFailed
 from storage.tokenizer import beginning, guarded
@@ -20,6 +18,7 @@ from .decoder import Decoder
 from .exported_model import ExportedModelError, open_exported
 from .memory import available_memory
 from .prepared import PACKED, find_prepared
+from .text_pieces import text_pieces
 
 __all__ = ["GenerationError", "Generator", "Sampling", "Speed", "choose_precision"]
 
@@ -160,18 +159,9 @@ class Generator:
         Raises:
             GenerationError: the prompt cannot be encoded or leaves no room, or ``max_new_tokens`` is less than 1.
         """
-        pieces = self._pieces(self.encode(prompt, raw=raw), max_new_tokens, sampling)
+        tokens = self.tokens(self.encode(prompt, raw=raw), max_new_tokens=max_new_tokens, sampling=sampling)
+        pieces = text_pieces(self.tokenizer, tokens, self._guarded)
         return pieces if raw else _without_first_space(pieces)
-
-    def _pieces(self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling | None) -> Iterator[str]:
-        stream, tokens, streamed = DecodeStream(skip_special_tokens=True), [], ""
-        for token in self.tokens(prompt, max_new_tokens=max_new_tokens, sampling=sampling):
-            tokens.append(token)
-            piece = self._guarded(partial(stream.step, self.tokenizer, token)) or ""
-            streamed += piece
-            yield piece
-        if rest := self._guarded(lambda: self.tokenizer.decode(tokens)).removeprefix(streamed):
-            yield rest  # the last token has begun a character that no token has finished
 
     def _guarded(self, work: Callable[[], Result]) -> Result:
         return guarded(work, f"{self.model.folder}: the tokenizer cannot be used", ExportedModelError)
