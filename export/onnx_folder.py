@@ -73,8 +73,15 @@ def export_onnx(
             that the model writes itself.
 
     Raises:
-        ModelError, ExportError: what is to be exported cannot be read, or ``output`` cannot be written. Nothing is left of it.
+        ModelError, ExportError: what is to be exported cannot be read, ``output`` cannot be written, or no precision is made by
+            the texts of ``calibration``. Nothing is left of it.
     """
+    if calibration is not None and not any(PRECISIONS[name].matrices for name in precisions):
+        quantised = " and ".join(name for name, precision in PRECISIONS.items() if precision.matrices)
+        raise ExportError(
+            f"--calibration is of no use for {' and '.join(precisions)}: only {quantised} are made by texts; add one "
+            "of them to --precision, or leave --calibration out"
+        )
     check_output(output, overwrite=overwrite)
     with (
         open_source(model, run_dir=run_dir, adapter=adapter, plain_only=keep_adapter) as source,

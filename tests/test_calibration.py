@@ -181,6 +181,27 @@ def test_texts_that_are_none_are_refused_in_a_sentence(
         assert not (tmp_path / "out").exists()
 
 
+def test_texts_that_no_precision_is_made_by_are_refused(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts.txt").write_text("The Wrestlers serves French food.\n")
+    command = [
+        "onnx",
+        "--model",
+        str(tiny_model),
+        "--output",
+        str(tmp_path / "out"),
+        "--calibration",
+        str(tmp_path / "texts.txt"),
+    ]
+    assert main([*command, "--precision", "fp32,fp16"]) == 1
+    assert capsys.readouterr().err.endswith(
+        "--calibration is of no use for fp32 and fp16: only q8 and q4 are made by texts; add one of them to --precision, or "
+        "leave --calibration out\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_tokenizer_of_another_model_is_refused_before_anything_is_observed(tmp_path: Path) -> None:
     model, texts = make_model(tmp_path, vocab_size=300), tmp_path / "texts.txt"
     texts.write_text("The Wrestlers serves French food.\n")
