@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from protocol import Hello
 from protocol.settings import ABILITIES, OFFERED
 from storage import PART_FILE, TOKENIZER_FILES, ChatTemplate, Folder, ModelError, NamedFiles, PartDescription, load_tokenizer
-from storage.model_folder import stated_positions
+from storage.model_folder import stated_ends, stated_positions
 from storage.tokenizer import end_of_text, guarded
 from terminal import count, plain
 
@@ -45,6 +45,8 @@ class Model:
     template: ChatTemplate | None
     end_token: int
     """Id of the token that ends a text."""
+    stop_tokens: tuple[int, ...] | None = None
+    """Other tokens at which generation stops; None where they are not known, as of a server's model."""
     num_positions: int | None = None
     """The longest sample, in tokens; None where that is not known."""
 
@@ -63,10 +65,12 @@ class Model:
             raise ModelError(
                 f"{folder} does not say which token ends a text: its tokenizer_config.json should have an eos_token"
             )
+        ends = stated_ends(files)
         return cls(
             tokenizer=tokenizer,
             template=ChatTemplate.find(files),
             end_token=end_token,
+            stop_tokens=tuple(token for token in ends if token != end_token) if ends else None,
             num_positions=stated_positions(files),
         )
 
@@ -128,7 +132,7 @@ def preview(
         raise DataError(f"samples must be at least 0, got {num_shown}")
     check_long(long)
     form = Form(template=model.template, loss_on=loss_on)
-    seen = Preview(model.tokenizer, model.end_token, min(max_length, model.num_positions or max_length), long)
+    seen = Preview(model, min(max_length, model.num_positions or max_length), long)
     with TextFile(data) as file:
         encoder = TextEncoder(model.tokenizer, model.end_token)
         for some in by_length(file.texts()):
@@ -145,8 +149,10 @@ def preview(
 class Preview:
     """What was seen of the samples so far."""
 
-    def __init__(self, tokenizer: Tokenizer, end_token: int, max_length: int, long: str) -> None:
-        self._tokenizer, self._end_token, self._max_length, self._long = tokenizer, end_token, max_length, long
+    def __init__(self, model: Model, max_length: int, long: str) -> None:
+        self._tokenizer, self._max_length, self._long = model.tokenizer, max_length, long
+        self._ends = dict.fromkeys((model.end_token, *(model.stop_tokens or ())))
+        self._knows_all_ends = model.stop_tokens is not None
         self._learns_to_end = False
         self.num_samples = self.num_tokens = self.num_learnt = self.num_long = self.num_unlearnt = self.longest = 0
         self._lengths: Counter[int] = Counter()
@@ -163,7 +169,7 @@ class Preview:
 
     def add(self, ids: list[int], num_labels: int) -> None:
         length = len(ids)
-        self._learns_to_end = self._learns_to_end or self._end_token in ids[length - num_labels :]
+        self._learns_to_end = self._learns_to_end or not self._ends.keys().isdisjoint(ids[length - num_labels :])
         self.num_samples += 1
         self.num_tokens += length
         self.longest = max(self.longest, length)
@@ -194,8 +200,11 @@ class Preview:
             cut = count(self.num_unlearnt, "sample")
             yield f"{cut} cut before what is learnt of them: take --long split, or a greater --max-length if the model has it"
         if not self._learns_to_end:
-            end = self._shown([self._end_token])
-            yield f"no sample has {end}, the token that ends a text, in what is learnt: a model that learns this does not end"
+            ends = " or ".join(self._shown([token]) for token in self._ends)
+            without = "at which generation stops, in what is learnt: a model that learns this does not end"
+            if not self._knows_all_ends:
+                without += ", unless eos_token_id in its config.json or generation_config.json names a token that is learnt"
+            yield f"no sample has {ends}, {without}"
 
     def _outcome(self, length: int, num_labels: int) -> str:
         if self._long == SPLIT:

@@ -15,6 +15,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "find_model",
     "is_hub_name",
+    "stated_ends",
     "stated_positions",
 ]
 
@@ -80,6 +81,30 @@ def stated_positions(files: Folder) -> int | None:
     if isinstance(scaling, dict) and "longrope" in (scaling.get("rope_type"), scaling.get("type")):
         key = PRETRAINED_KEY if PRETRAINED_KEY in config else key
         found = config[key]
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+    if not _is_whole(found, least=1):
         raise ModelError(f"{files.path / CONFIG_FILE}: {key} is {shown(found)}; a whole number from 1 on is expected")
-    return found
+    return int(found)
+
+
+def stated_ends(files: Folder) -> tuple[int, ...]:
+    """
+    The tokens at which generation stops by a model's files, for whoever reads nothing else of them: as in transformers, those
+    of generation_config.json alone if it names any, or else those of config.json. None where neither names any.
+
+    Raises:
+        ModelError: a file cannot be read, or names no token.
+    """
+    for name in filter(files.find, (GENERATION_FILE, CONFIG_FILE)):
+        found = files.read_json(name).get("eos_token_id")
+        ends = [] if found is None else found if isinstance(found, list) else [found]
+        if not all(_is_whole(token, least=0) for token in ends):
+            raise ModelError(
+                f"{files.path / name}: eos_token_id is {shown(found)}; a whole number from 0 on, or a list of them, is expected"
+            )
+        if ends:
+            return tuple(ends)
+    return ()
+
+
+def _is_whole(value: object, *, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -121,14 +121,62 @@ def test_device_without_a_model_previews_by_the_tokenizer_of_the_server(
     assert server.url in capsys.readouterr().err
 
 
-def test_data_that_does_not_teach_to_end_is_pointed_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        (
+            {},
+            "no sample has <|endoftext|>, at which generation stops, in what is learnt: a model that learns this does not end, "
+            "unless eos_token_id in its config.json or generation_config.json names a token that is learnt",
+        ),
+        (
+            {"config.json": [0, 2], "generation_config.json": 0},
+            "no sample has <|endoftext|>, at which generation stops, in what is learnt: a model that learns this does not end",
+        ),
+        (
+            {"config.json": 1},
+            "no sample has <|endoftext|> or <|im_start|>, at which generation stops, in what is learnt: a model that learns "
+            "this does not end",
+        ),
+        ({"config.json": 0, "generation_config.json": [0, 2]}, None),
+        ({"config.json": [0, 2], "generation_config.json": None}, None),
+    ],
+)
+def test_data_that_does_not_teach_to_end_is_pointed_out(tmp_path: Path, stated: dict[str, Any], said: str | None) -> None:
+    """Answers end with <|im_end|>, token 2 here."""
     folder, data = make_family_tokenizer(tmp_path / "model", "Qwen2", chat_template=CHATML), tmp_path / "a.jsonl"
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>", "chat_template": CHATML})
     )
+    for name, ends in stated.items():
+        (folder / name).write_text(json.dumps({"eos_token_id": ends, "model_type": "qwen2"}))
     data.write_text(json.dumps({"messages": TALK}))
-    *_, before_last, _ = preview(data, Model.in_folder(folder))
-    assert before_last.startswith("no sample has <|endoftext|>, the token that ends a text, in what is learnt: ")
+    lines = list(preview(data, Model.in_folder(folder)))
+    assert [line for line in lines if line.startswith("no sample has")] == ([] if said is None else [said])
+
+
+@pytest.mark.parametrize(
+    ("config", "generation"), [(0, [11, 0]), ([7, 0, 9], None), ([0, 7], [9, 11]), (7, [7, 0]), ([7, 0], 0)]
+)
+def test_generation_stops_where_the_whole_model_says(tmp_path: Path, config: Any, generation: Any) -> None:
+    pytest.importorskip("torch")
+    from split_model import PretrainedModel
+
+    folder = make_family_model(tmp_path, "llama")
+    for name, ends in (("config.json", config), ("generation_config.json", generation)):
+        raw = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(raw | {"eos_token_id": ends}))
+    model = Model.in_folder(folder)
+    assert model.stop_tokens == PretrainedModel(folder).config.stop_tokens
+
+
+@pytest.mark.parametrize("end", ["</s>", [0, True], -1])
+def test_ends_that_are_no_tokens_are_refused(folder: Path, end: Any) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    with pytest.raises(
+        ModelError, match=r"generation_config\.json: eos_token_id is .*; a whole number from 0 on, or a list of"
+    ):
+        Model.in_folder(folder)
 
 
 @pytest.mark.parametrize(
