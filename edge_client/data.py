@@ -25,7 +25,7 @@ from .token_file import CUT, Sample, Samples, Summary, TokenFolder, TokenWriter,
 
 __all__ = ["Batch", "Batches", "DataError", "Dataset", "Form", "Sample", "check_file", "pack"]
 
-FORMAT = 1
+FORMAT = 2
 """Of token files; another number for everything that changes what is in them, this file's rules included."""
 CHARACTERS_AT_ONCE = 2**18
 """Of texts that are encoded together, as few as keep the memory for it small."""

@@ -1,11 +1,12 @@
 """From the entries of a file to samples of token ids: what stands in them, and how much of each is learnt."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from storage import ChatTemplate, TemplateFailed, shown
+from storage import ChatTemplate, Message, TemplateFailed, shown
 from terminal import count
 
 from .text_encoder import TextEncoder
@@ -14,6 +15,7 @@ from .text_file import ANSWERS, Conversation, DataError, Entry, Instruction
 __all__ = ["LOSS_ON", "Form", "samples"]
 
 ALL, COMPLETION, ASSISTANT = LOSS_ON = ("all", "completion", "assistant")
+WORD = re.compile(r"\w+")
 NO_TEMPLATE = (
     "a conversation becomes text by the model's chat template, and the model has none: take a model that was made for "
     'conversations, put a chat_template.jinja into its folder, or write "prompt" and "completion" as strings'
@@ -114,7 +116,9 @@ def _turns(entry: Conversation, form: Form) -> Iterator[Parts]:
         raise DataError(f"{entry.where}: {NO_TEMPLATE}")
     try:
         if form.loss_on == ALL:
-            yield None, form.template.render(entry.messages), entry.where
+            whole = form.template.render(entry.messages)
+            _check_written(entry.messages, whole, entry.where, "is said")
+            yield None, whole, entry.where
             return
         answers = entry.answers[-1:] if form.loss_on == COMPLETION else entry.answers
         if not answers:
@@ -129,14 +133,28 @@ def _turns(entry: Conversation, form: Form) -> Iterator[Parts]:
                     f"{where}: the chat template opens an answer with {shown(before[-40:])} and "
                     "does not write that once the answer is there: what is to be learnt is not known; --loss-on all learns all"
                 )
-            if whole == before:
-                raise DataError(
-                    f"{where}: the chat template writes nothing of what the assistant says there: there is nothing to learn; "
-                    "leave the entry out"
-                )
+            _check_written(entry.messages[number : number + 1], whole[len(before) :], where, "the assistant says")
             yield before, whole, where
     except TemplateFailed as failure:
         raise DataError(f"{entry.where}: the model's chat template does not take this conversation: {failure}") from None
+
+
+def _check_written(messages: Sequence[Message], text: str, where: str, what: str) -> None:
+    """
+    A template may trim what a message says, take a thought out of it, or write it in capitals. But one that was made for
+    content in parts, such as pictures, finds none in a string: to say nothing would be learnt.
+
+    Raises:
+        DataError: the text has neither the content nor a word of any of the messages.
+    """
+    if any(message["content"].strip() in text for message in messages):
+        return
+    said = {word for message in messages for word in WORD.findall(message["content"].casefold())}
+    if said.isdisjoint(WORD.findall(text.casefold())):
+        raise DataError(
+            f"{where}: the chat template writes nothing of what {what} there, only {shown(text)}: there is nothing to learn; "
+            "take a template that writes a message's content as a string, or leave the entry out"
+        )
 
 
 def _num_alike(one: bytes, other: bytes, size: int) -> int:

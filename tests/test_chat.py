@@ -331,12 +331,20 @@ def test_template_that_opens_answers_otherwise_than_it_writes_them_is_refused(tm
         load(write(tmp_path, {"messages": TALK}), folder)
 
 
+FIRST_WORD = "{{ (messages[-1].content.split() | first) if messages[-1].role == 'assistant' }}"
+
+
 @pytest.mark.parametrize(
     ("template", "loss_on", "reason"),
     [
-        ("{{ '' }}", "all", "line 1: the chat template makes a text of 0 tokens of it; a token is learnt from those before it"),
-        ("{{ eos_token }}", "all", "line 1: the chat template makes a text of 1 token of it"),
-        ("{{ eos_token * (messages | length // 2) }}", None, "line 1, message 2: the chat template makes a text of 1 token"),
+        (
+            "{{ messages[0].content[:1] }}",
+            "all",
+            "line 1: the chat template makes a text of 1 token of it; a token is learnt from",
+        ),
+        (FIRST_WORD, None, "line 1, message 2: the chat template makes a text of 1 token"),
+        ("{{ '' }}", "all", 'line 1: the chat template writes nothing of what is said there, only ""'),
+        ("{{ eos_token }}", "all", 'line 1: the chat template writes nothing of what is said there, only "<|im_end|>"'),
         ("{{ '' }}", None, "line 1, message 2: the chat template writes nothing of what the assistant says there"),
         ("{{ messages[0].content }}", None, "line 1, message 2: the chat template writes nothing of what the assistant says"),
     ],
@@ -348,6 +356,42 @@ def test_conversation_of_which_nothing_can_be_predicted_is_refused(
     """Such a sample is a sequence of no rows, which no part of a model computes."""
     with pytest.raises(DataError, match=reason):
         load(write(tmp_path, {"messages": TALK}), folder_of(tmp_path, "Qwen2", template), loss_on=loss_on, long=long)
+
+
+PARTS = CHATML.replace("+ message['content'] +", "+ message['content'] | join('', attribute='text') +")
+"""As templates of models for pictures are, whose messages have content in parts: of a string, they write nothing."""
+WRITTEN_OTHERWISE = {
+    "trimmed": ("message['content'] | trim", " The  Mill \n", "The  Mill"),
+    "thought taken out": ("message['content'].split('</think>')[-1]", "<think>A pub?</think>Aromi", "Aromi"),
+    "in capitals": ("message['content'] | upper", "The Mill", "THE MILL"),
+    "in words": ("message['content'] | replace('&', 'and')", "Mill & Sons", "Mill and Sons"),
+    "a symbol": ("message['content']", " \U0001f600 ", "\U0001f600"),
+}
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "reason"),
+    [
+        (
+            None,
+            r'line 1, message 2: .* writes nothing of what the assistant says there, only "<\|im_end\|>\\n": .*; take a',
+        ),
+        ("completion", "line 1, message 4: the chat template writes nothing of what the assistant says there"),
+        ("all", "line 1: the chat template writes nothing of what is said there"),
+    ],
+)
+def test_template_that_writes_nothing_of_what_is_said_is_refused(tmp_path: Path, loss_on: str | None, reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        load(write(tmp_path, {"messages": TALK}), folder_of(tmp_path, "Qwen2", PARTS), loss_on=loss_on)
+
+
+@pytest.mark.parametrize("case", WRITTEN_OTHERWISE)
+def test_answer_may_be_written_otherwise_than_it_is_said(tmp_path: Path, case: str) -> None:
+    writes, said, written = WRITTEN_OTHERWISE[case]
+    folder = folder_of(tmp_path, "Qwen2", CHATML.replace("message['content']", f"({writes})"))
+    turns = [TALK[0], {"role": "assistant", "content": said}]
+    (text,) = learnt(load(write(tmp_path, {"messages": turns}), folder), folder)
+    assert text.strip().removesuffix("<|im_end|>").strip() == written
 
 
 @pytest.mark.parametrize("long", ["cut", "split", "skip"])
