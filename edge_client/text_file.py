@@ -64,9 +64,9 @@ class Text(NamedTuple):
         return len(self.prompt or "") + len(self.completion)
 
     def stripped(self) -> "Text":
-        """Without white space at the ends. A pair of two empty strings counts as an empty text."""
+        """Without white space at the ends. A pair without a completion has no prompt either, and counts as an empty text."""
         prompt, completion = self.prompt and self.prompt.strip(), self.completion.strip()
-        return type(self)(prompt if completion else prompt or None, completion)
+        return type(self)(prompt if completion else None, completion)
 
 
 class Instruction(Text):
@@ -293,7 +293,8 @@ def _read_txt(file: TextFile) -> Iterator[Entry]:
         prompt, bars, completion = line.partition("||")
         seen.setdefault(bool(bars), [0, file.line])[0] += 1
         if len(seen) == 1:
-            yield Text(prompt, completion) if bars else Text(None, line)
+            where = f"{file.path}, line {file.line}"
+            yield _checked_pair(prompt, completion, 'what stands behind "||"', where) if bars else Text(None, line)
         # Else the file is refused, and the rest is only counted.
     if len(seen) > 1:
         fewer = min(seen[True], seen[False], key=lambda kind: kind[0])
@@ -381,7 +382,24 @@ def _pair(fields: Mapping[str, object], where: str) -> Entry | None:
         if not conversation.answers:
             raise DataError(f'{where}: in "completion" the assistant says nothing, so there is nothing to learn')
         return conversation
-    return Text(prompt, completion) if isinstance(prompt, str) and isinstance(completion, str) else None
+    if not isinstance(prompt, str) or not isinstance(completion, str):
+        return None
+    return _checked_pair(prompt, completion, '"completion"', where)
+
+
+def _checked_pair(prompt: str, completion: str, what: str, where: str) -> Text:
+    if prompt.strip():
+        _check_answer(completion, what, where)
+    return Text(prompt, completion)
+
+
+def _check_answer(answer: str, what: str, where: str) -> None:
+    """
+    Raises:
+        DataError: the answer is empty.
+    """
+    if not answer.strip():
+        raise DataError(f"{where}: {what} is empty: there is nothing to learn; leave the entry out, or write it")
 
 
 def _text(fields: Mapping[str, object], where: str) -> Entry | None:
@@ -396,8 +414,8 @@ def _instruction(fields: Mapping[str, object], where: str) -> Entry | None:
     if given is not None and not isinstance(given, str):
         raise DataError(f'{where}: "input" is {shown(given)}; a string is expected')
     asked = [part for part in (instruction.strip(), (given or "").strip()) if part]
-    if asked and not output.strip():
-        raise DataError(f'{where}: "output" is empty: there is nothing to learn; leave the entry out, or write it')
+    if asked:
+        _check_answer(output, '"output"', where)
     return Instruction("\n\n".join(asked), output)
 
 
@@ -443,10 +461,8 @@ def _message(value: object, where: str) -> Message:
     more = sorted(str(key) for key in members if key not in ("role", "content", "tool_calls", "function_call", "tool_call_id"))
     if more:
         raise DataError(f"{where}: {shown(more[0])} is not known; a message has role and content")
-    if role == ANSWERS and not content.strip():
-        raise DataError(
-            f"{where}: the assistant's content is empty: there is nothing to learn; leave the entry out, or write it"
-        )
+    if role == ANSWERS:
+        _check_answer(content, "the assistant's content", where)
     return {"role": str(role), "content": content}
 
 

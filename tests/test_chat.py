@@ -222,6 +222,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "completion without answer": ({"prompt": TALK[:1], "completion": TALK[:1]}, 'in "completion" the assistant says nothing'),
     "list and string": ({"prompt": TALK[:1], "completion": "x"}, 'or "text", each a string; "prompt" is [{'),
     "empty output": ({"instruction": "a", "output": " "}, 'line 1: "output" is empty'),
+    "empty completion": ({"prompt": "a", "completion": " "}, 'line 1: "completion" is empty: there is nothing to learn; leave'),
+    "empty answer of a completion": (
+        {"prompt": TALK[:1], "completion": [{"role": "assistant", "content": ""}]},
+        '"completion", message 1: the assistant\'s content is empty: there is nothing to learn; leave the entry out',
+    ),
     "two kinds": ({"text": "a", "messages": TALK}, 'both a "text" and "messages"; leave one of them empty'),
 }
 
@@ -583,6 +588,9 @@ def test_parquet_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         load(path, folder)
     parquet.write_table(pyarrow.table({"name": ["a"], "food": ["b"]}), path)
     with pytest.raises(DataError, match=r'a\.parquet, columns: expected "messages", .*found "name", "food"'):
+        load(path, folder)
+    parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "completion": ["c", " "]}), path)
+    with pytest.raises(DataError, match=r'a\.parquet, row 2: "completion" is empty: there is nothing to learn; leave'):
         load(path, folder)
     parquet.write_table(pyarrow.table({"text": ["a", None], "prompt": [None, "b"]}), path)
     with pytest.raises(DataError, match=r'a\.parquet, row 2: expected "messages", .*found "prompt"'):

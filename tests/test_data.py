@@ -153,7 +153,6 @@ PAIRS = [
     ("name[The Mill], food[English]", "The Mill serves English food."),
     ("", "x"),
     ("Köln \U0001f600", "naïve  two"),
-    ("p", ""),
 ]
 
 
@@ -336,6 +335,20 @@ def test_batch_does_not_depend_on_the_batches_before_it() -> None:
         ("a.jsonl", '{"text": null}\n', 1, 'each a string; "text" is null'),
         ("a.jsonl", '{"messages": "[]"}\n', 1, '"messages" is a string; it is a list of messages, as .jsonl'),
         ("a.csv", "messages\n[]\n", 1, '"messages" is a string; it is a list of messages, as .jsonl'),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"prompt": "p", "completion": ""}\n',
+            2,
+            '"completion" is empty: there is nothing to learn;',
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": "p", "completion": " \\n"}\n',
+            1,
+            '"completion" is empty: there is nothing to learn; leave the',
+        ),
+        ("a.csv", "prompt,completion\np,c\nq,\n", 3, '"completion" is empty: there is nothing to learn; leave the entry out'),
+        ("a.txt", "p||c\nq|| \n", 2, 'what stands behind "||" is empty: there is nothing to learn; leave the entry out'),
         ("a.txt", "p||c\n\nq||d\nan ordinary line\n", 4, "'||' is in 2 of 3 lines, and this one has not: each line is"),
         ("a.txt", "one\ntwo\na || b\n", 3, "'||' is in 1 of 3 lines, and this one has it: each line is prompt||completion"),
         ("a.txt", "one\ntwo".encode("utf-16-le"), 1, "a NUL character, as files in UTF-16 have; convert the file to UTF-8"),
