@@ -64,6 +64,7 @@ def samples(
 
     A pair is begin + ids(prompt) + end + ids(" " + completion) + end, as in the LoRA papers; a text alone is begin + ids(text)
     + end. ``begin`` is what the tokenizer itself puts before a text; the space is left out where the tokenizer puts one there.
+    ``end`` is added only to what does not end with it already.
 
     Of a conversation each turn of the assistant is a sample, which ends with it. Its tokens are what the template makes of the
     messages so far; learnt is that in which they differ from the messages before, with an answer opened. So each answer stands
@@ -101,12 +102,13 @@ def samples(
                     "is learnt from those before it, so that two are the least: leave the entry out"
                 )
         elif given is None:
-            tokens, num_given = begin + rest + end, 0
+            tokens, num_given = begin + _ended(rest, end), 0
         else:
-            tokens, num_given = begin + context + end + rest + end, (len(begin) + len(context)) // size + 1
+            before = begin + _ended(context, end)
+            tokens, num_given = before + _ended(rest, end), len(before) // size
         if form.loss_on == ALL:
             num_given = 0
-        if rest or given is not None:
+        if rest not in (b"", end) or given is not None:  # a text of an end alone is as empty as one of nothing
             # Nothing stands before the first token, from which it could be predicted.
             yield tokens, len(tokens) // size - max(num_given, 1)
 
@@ -155,6 +157,10 @@ def _check_written(messages: Sequence[Message], text: str, where: str, what: str
             f"{where}: the chat template writes nothing of what {what} there, only {shown(text)}: there is nothing to learn; "
             "take a template that writes a message's content as a string, or leave the entry out"
         )
+
+
+def _ended(ids: bytes, end: bytes) -> bytes:
+    return ids if ids.endswith(end) else ids + end
 
 
 def _num_alike(one: bytes, other: bytes, size: int) -> int:

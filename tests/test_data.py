@@ -11,7 +11,7 @@ import pytest
 from conftest import shared_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import edge_client  # its EdgeClient needs torch, and most of these tests do not
 from edge_client.data import DataError, Dataset, Sample, pack
@@ -164,6 +164,37 @@ def test_pair_is_prompt_end_space_completion_end(write: WriteFile, tokenizer: To
     sample = encode(write, tokenizer, {"prompt": prompt, "completion": completion}, END)
     assert sample.tokens.tolist() == [*ids(prompt), END, *ids(" " + completion), END]
     assert sample.tokens.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected", "num_learnt"),
+    [
+        ("a.jsonl", '{"text": "ab<|endoftext|> "}', "ab#", 2),
+        ("a.jsonl", '{"text": "a<|endoftext|>b"}', "a#b#", 3),
+        ("a.jsonl", '{"prompt": "p<|endoftext|>", "completion": "c<|endoftext|>"}', "p# c#", 3),
+        ("a.jsonl", '{"instruction": "p", "output": "c<|endoftext|>"}', "p# c#", 3),
+        ("a.csv", "prompt,completion\np,c<|endoftext|>\n", "p# c#", 3),
+        ("a.txt", "p||c<|endoftext|>", "p# c#", 3),
+        ("a.txt", "ab<|endoftext|>", "ab#", 2),
+    ],
+)
+def test_end_is_added_only_where_there_is_none(
+    write: WriteFile, tokenizer: Tokenizer, name: str, content: str, expected: str, num_learnt: int
+) -> None:
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.decoder = decoders.ByteLevel()
+    (sample,) = Dataset.load(write(name, content), tokenizer, END, 100).samples
+    assert tokenizer.decode(sample.tokens.tolist(), skip_special_tokens=False).replace("<|endoftext|>", "#") == expected
+    assert sample.num_labels == num_learnt
+
+
+def test_text_of_an_end_alone_is_empty(write: WriteFile, tokenizer: Tokenizer) -> None:
+    """Without anything before it, it could not be predicted."""
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    (sample,) = Dataset.load(write("a.txt", "<|endoftext|>\nab\n"), tokenizer, END, 100).samples
+    assert len(sample.tokens) == 3
 
 
 @cache
