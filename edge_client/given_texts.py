@@ -86,10 +86,8 @@ def _line(entry: object, where: str) -> str:
     for key, value in entry.items():
         if not isinstance(key, str):
             raise DataError(f"{where}: {shown(key)} is no name of a member: names are texts")
-        if key.strip().lower() not in FIELDS:
-            fields[key] = None  # a picture, a date: of what is not learnt, errors know the name
-        elif value is not None:  # a table has None where a row has nothing in a column
-            fields[key] = value
+        # A picture, a date: of what is not learnt, errors know the name.
+        fields[key] = value if key.strip().lower() in FIELDS else None
     try:
         return json.dumps(fields, sort_keys=True, default=_plain)
     except (TypeError, ValueError, RecursionError) as error:

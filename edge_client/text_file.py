@@ -317,9 +317,7 @@ def _read_parquet(file: TextFile) -> Iterator[Entry]:
             for row in rows.to_pylist():
                 number += 1
                 file.position = file.size * number // max(1, table.metadata.num_rows)
-                # A column that says nothing in a row is not there, as in the other kinds of files.
-                entry = {name: value for name, value in row.items() if value is not None}
-                yield entry_of(entry, f"{file.path}, row {number}") if entry else Text(None, "")
+                yield entry_of(row, f"{file.path}, row {number}")
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file.path} cannot be read: {str(error).strip().splitlines()[0][:200]}") from None
 
@@ -345,7 +343,8 @@ READERS: dict[str, Callable[[TextFile], Iterator[Entry]]] = {
 def entry_of(value: object, where: str) -> Entry:
     """
     The entry that an object's members make: "messages"; "instruction", perhaps "input", and "output"; "prompt" and
-    "completion", which are texts or lists of messages; or "text". Names may be in capitals; other members are left out.
+    "completion", which are texts or lists of messages; or "text". Names may be in capitals; other members are left out. Of the
+    members that are known, those that are null are not there; if all are, the entry is an empty text.
 
     Args:
         where: the object stands, for messages.
@@ -359,6 +358,8 @@ def entry_of(value: object, where: str) -> Entry:
         if name in fields and name in FIELDS:
             raise DataError(f"{where}: {shown(key)} is there twice")
         fields[name] = member
+    if set(FIELDS) & fields.keys() and all(fields.get(name) is None for name in FIELDS):
+        return Text(None, "")
     found = {what: entry for what, key, read in KINDS if key in fields and (entry := read(fields, where)) is not None}
     if not found:
         raise DataError(

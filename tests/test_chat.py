@@ -593,7 +593,7 @@ def test_parquet_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r'a\.parquet, row 2: "completion" is empty: there is nothing to learn; leave'):
         load(path, folder)
     parquet.write_table(pyarrow.table({"text": ["a", None], "prompt": [None, "b"]}), path)
-    with pytest.raises(DataError, match=r'a\.parquet, row 2: expected "messages", .*found "prompt"'):
+    with pytest.raises(DataError, match=r'a\.parquet, row 2: expected .*"prompt" and "completion"'):
         load(path, folder)
 
 
