@@ -191,7 +191,7 @@ class TextFile:
                 self.position += len(data)
                 if len(data) > LONGEST_LINE:
                     raise self.error(
-                        f"longer than {LONGEST_LINE >> 20} MiB; divide it, since of an entry only --max-length tokens are used"
+                        f"longer than {LONGEST_LINE >> 20} MiB, which no line may be; divide it into several entries"
                     )
                 if self.line == 1:
                     data = data.removeprefix(BYTE_ORDER_MARK)
@@ -360,12 +360,9 @@ def entry_of(value: object, where: str) -> Entry:
         fields[name] = member
     if set(FIELDS) & fields.keys() and all(fields.get(name) is None for name in FIELDS):
         return Text(None, "")
-    found = {what: entry for what, key, read in KINDS if key in fields and (entry := read(fields, where)) is not None}
+    found = {kind.what: entry for kind in KINDS if kind.names[0] in fields and (entry := kind.read(fields, where)) is not None}
     if not found:
-        raise DataError(
-            f'{where}: expected "messages", or "instruction" and "output", or "prompt" and "completion", or "text", each a '
-            f"string; {_found(value, fields)}"
-        )
+        raise DataError(f"{where}: {_missing(value, fields)}")
     if len(found) == 1:
         return next(iter(found.values()))
     # A table may have columns of several kinds if each of its rows fills those of one.
@@ -425,13 +422,29 @@ def _conversation(fields: Mapping[str, object], where: str) -> Entry | None:
     return Conversation(_messages(messages, f'{where}: "messages"'), where=where) if isinstance(messages, list) else None
 
 
-KINDS: tuple[tuple[str, str, Callable[[Mapping[str, object], str], Entry | None]], ...] = (
-    ('a "prompt" with its "completion"', "prompt", _pair),
-    ('a "text"', TEXT, _text),
-    ('an "instruction" with its "output"', "instruction", _instruction),
-    ('"messages"', MESSAGES, _conversation),
+class Kind(NamedTuple):
+    """What an entry can be."""
+
+    what: str
+    """It is called."""
+    names: tuple[str, ...]
+    """Of the members that it needs; without the first there is none."""
+    shape: str
+    """These have."""
+    read: Callable[[Mapping[str, object], str], Entry | None]
+    """Makes an entry of them; None if they are not there in this shape."""
+
+    @property
+    def needed(self) -> str:
+        return " and ".join(f'"{name}"' for name in self.names)
+
+
+KINDS = (
+    Kind('a "prompt" with its "completion"', PAIR, "both strings, or both lists of messages", _pair),
+    Kind('a "text"', (TEXT,), "a string", _text),
+    Kind('an "instruction" with its "output"', (INSTRUCTION[0], INSTRUCTION[-1]), "both strings", _instruction),
+    Kind('"messages"', (MESSAGES,), "a list of messages, as .jsonl and .parquet can hold", _conversation),
 )
-"""What is called so, by the member without which there is none, and what reads it."""
 
 
 def _messages(values: list[Any], where: str) -> tuple[Message, ...]:
@@ -467,11 +480,21 @@ def _message(value: object, where: str) -> Message:
     return {"role": str(role), "content": content}
 
 
-def _found(entry: object, fields: dict[str, object]) -> str:
+def _missing(entry: object, fields: Mapping[str, object]) -> str:
+    """What an object of which no entry can be made should have, and what it has."""
+    begun = [kind for kind in KINDS if any(fields.get(name) is not None for name in kind.names)]
+    if begun:
+        expected = ", or ".join(f"{kind.needed}, {kind.shape}" for kind in begun)
+        return f"expected {expected}; {', '.join(_described(name, fields) for kind in begun for name in kind.names)}"
+    expected = ", or ".join(kind.needed for kind in KINDS)
     if not isinstance(entry, dict):
-        return f"found {shown(entry)}"
-    wrong = [f'"{name}" is {shown(fields[name])}' for name in FIELDS if not isinstance(fields.get(name, ""), str)]
-    if isinstance(fields.get(MESSAGES), str):  # in a table, a column of JSON
-        wrong.append(f'"{MESSAGES}" is a string; it is a list of messages, as .jsonl and .parquet can hold')
+        return f"expected {expected}, as members of an object; found {shown(entry)}"
     names = ", ".join(shown(name) for name in list(entry)[:SHOWN]) + (", ..." if len(entry) > SHOWN else "")
-    return ", ".join(wrong) or f"found {names or 'nothing'}"
+    return f"expected {expected}; found {names or 'nothing'}"
+
+
+def _described(name: str, fields: Mapping[str, object]) -> str:
+    if name not in fields:
+        return f'there is no "{name}"'
+    value = fields[name]
+    return f'"{name}" is {"a string" if isinstance(value, str) else shown(value)}'

@@ -140,7 +140,7 @@ def server_options(model: Path, run_dir: Path) -> dict[str, Any]:
         ("a.jsonl", b'{"text": "a"}\n{"text"\n', "line 2: broken JSON"),
         ("a.jsonl", b'{"text": "\xff"}', "line 1: not UTF-8"),
         ("a.jsonl", b"", "is empty"),
-        ("a.csv", b"a,b\n1,2\n", 'line 1: expected "messages", or "instruction"'),
+        ("a.csv", b"a,b\n1,2\n", 'line 1: expected "prompt" and "completion", or "text"'),
         ("a.parquet", b"PAR1", "a.parquet cannot be read: Parquet file size is 4 bytes"),
         ("a.xlsx", b"x", "data files end in .jsonl, .csv, .txt, .parquet"),
         ("a.jsonl", json.dumps({"prompt": "p, " * 500, "completion": "c"}).encode(), "no token to predict is left"),

@@ -220,7 +220,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "weight": (talk({**TALK[1], "weight": 0}), 'message 2: "weight" is not known; a message has role and content'),
     "no answer": ({"messages": TALK[:1]}, "line 1: the assistant says nothing, so there is nothing to learn; --loss-on all"),
     "completion without answer": ({"prompt": TALK[:1], "completion": TALK[:1]}, 'in "completion" the assistant says nothing'),
-    "list and string": ({"prompt": TALK[:1], "completion": "x"}, 'or "text", each a string; "prompt" is [{'),
+    "list and string": (
+        {"prompt": TALK[:1], "completion": "x"},
+        'expected "prompt" and "completion", both strings, or both lists of messages; "prompt" is [{',
+    ),
     "empty output": ({"instruction": "a", "output": " "}, 'line 1: "output" is empty'),
     "empty completion": ({"prompt": "a", "completion": " "}, 'line 1: "completion" is empty: there is nothing to learn; leave'),
     "empty answer of a completion": (
@@ -587,13 +590,18 @@ def test_parquet_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.parquet cannot be read: "):
         load(path, folder)
     parquet.write_table(pyarrow.table({"name": ["a"], "food": ["b"]}), path)
-    with pytest.raises(DataError, match=r'a\.parquet, columns: expected "messages", .*found "name", "food"'):
+    with pytest.raises(DataError, match=r'a\.parquet, columns: expected "prompt" and .*found "name", "food"'):
         load(path, folder)
     parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "completion": ["c", " "]}), path)
     with pytest.raises(DataError, match=r'a\.parquet, row 2: "completion" is empty: there is nothing to learn; leave'):
         load(path, folder)
+    parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "completion": ["c", None]}), path)
+    with pytest.raises(DataError, match=r'row 2: expected "prompt" and .*; "prompt" is a string, "completion" is null$'):
+        load(path, folder)
     parquet.write_table(pyarrow.table({"text": ["a", None], "prompt": [None, "b"]}), path)
-    with pytest.raises(DataError, match=r'a\.parquet, row 2: expected .*"prompt" and "completion"'):
+    with pytest.raises(
+        DataError, match=r'a\.parquet, row 2: expected "prompt" and .*; "prompt" is a string, there is no "completion"$'
+    ):
         load(path, folder)
 
 

@@ -87,7 +87,10 @@ def finish(url: str, **device: Any) -> None:
         ({"train": PAIRS, "test": PAIRS}, '^data is one mapping, with "train", "test" in it: give a list of dicts, or of a'),
         (3, "^data is 3: give a file, or a list or an iterator of dicts$"),
         (["a text"], '^data, line 1: expected a dict, found "a text"$'),
-        ([*PAIRS, {"prompt": "p"}], r'^data, line 8: expected "messages", or "instruction" and "output"'),
+        (
+            [*PAIRS, {"prompt": "p"}],
+            r'^data, line 8: expected "prompt" and "completion", both .*; "prompt" is a string, there is no "completion"$',
+        ),
         ([*PAIRS, {"prompt": "p", "completion": ""}], r'^data, line 8: "completion" is empty: there is nothing to learn;'),
         ([{"text": object()}], "^data, line 1: found .*; each value is a text, or lists and dicts of texts$"),
         ([{"text": "\ud800"}], "^data, line 1: a .* alone is half a character"),

@@ -702,7 +702,7 @@ def short_lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (
             "a.jsonl",
             b'{"text": "a"}\n["' + b"x" * 2**20,
-            "line 2: longer than 1 MiB; divide it, since of an entry only --max-length tokens are used",
+            "line 2: longer than 1 MiB, which no line may be; divide it into several entries",
         ),
         ("a.txt", b"x" * (2**20 + 1), "line 1: longer than 1 MiB"),
         ("a.csv", b'text\n"' + b"one\n" * 2**19, "line 262[0-9]*: broken CSV: field larger than field limit"),
