@@ -12,7 +12,17 @@ from tokenizers import Tokenizer
 
 from protocol import Hello
 from protocol.settings import ABILITIES, OFFERED
-from storage import PART_FILE, TOKENIZER_FILES, ChatTemplate, Folder, ModelError, NamedFiles, PartDescription, load_tokenizer
+from storage import (
+    PART_FILE,
+    TOKENIZER_FILES,
+    ChatTemplate,
+    Folder,
+    ModelError,
+    NamedFiles,
+    PartDescription,
+    load_tokenizer,
+    shown,
+)
 from storage.model_folder import stated_ends, stated_positions
 from storage.tokenizer import end_of_text, guarded
 from terminal import count, plain
@@ -25,7 +35,7 @@ from .part.fetching import fetch_part
 from .part.part_cache import PART_BYTES, PartCache
 from .samples import samples
 from .text_encoder import TextEncoder
-from .text_file import TextFile
+from .text_file import SHOWN, TextFile
 from .token_file import CUT, SKIP, SPLIT, check_long, windows
 
 __all__ = ["Model", "Preview", "preview"]
@@ -142,6 +152,9 @@ def preview(
                     yield from seen.sample(ids, num_labels)
                 seen.add(ids, num_labels)
     yield from seen.summary(data.name)
+    if file.left_out:
+        names = [f"{shown(name)} of {entries:,}" for name, entries in file.left_out.most_common(SHOWN)]
+        yield f"left out of entries: {', '.join(names)}{', ...' if len(file.left_out) > SHOWN else ''}"
     if model.num_positions is None:
         yield f"config.json does not say how many tokens the model takes: here it is --max-length alone, {max_length}"
 

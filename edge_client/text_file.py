@@ -9,6 +9,7 @@ import json
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,10 +37,12 @@ ANSWERS = "assistant"
 ROWS_AT_ONCE = 256
 """Of a table of columns that is read row by row."""
 SHOWN = 8
-"""How many names of fields an error message gives."""
+"""How many names of fields a message gives."""
 LONGEST_LINE = 2**24
 """Bytes of a line, and characters of a table's field: a file without lines, or with a quote too many, would fill the memory."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+NOTHING: tuple[object, ...] = (None, "", [], {})
+"""Members that say nothing."""
 HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
@@ -130,6 +133,8 @@ class TextFile:
         """Bytes read so far."""
         self.line = 0
         """The number of the line that was read last, from 1 on."""
+        self.left_out: Counter[str] = Counter()
+        """By the names of members that say something which `texts` leaves out: of how many entries so far."""
         try:
             if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():  # a pipe could be read only once, if ever
                 raise DataError(f"{path} is no file that can be read twice; save the data in one")
@@ -172,6 +177,7 @@ class TextFile:
             DataError: the file is malformed, or empty.
         """
         is_empty = True
+        self.left_out.clear()
         for entry in READERS[self.kind](self):
             is_empty = False
             yield entry.stripped() if isinstance(entry, Text) else entry
@@ -247,7 +253,7 @@ def _read_jsonl(file: TextFile) -> Iterator[Entry]:
             raise file.error(f"broken JSON: {error.msg} at character {error.pos + 1}") from None
         except (ValueError, RecursionError) as error:  # an endless number, or endless nesting
             raise file.error(f"broken JSON: {error}") from None
-        text = entry_of(entry, f"{file.path}, line {file.line}")
+        text = _entry(entry, file, f"line {file.line}")
         if "\\u" in line and HALF_A_CHARACTER.search(text.content):
             raise file.error("a \\ud800 to \\udfff alone is half a character; they come in pairs")
         yield text
@@ -270,7 +276,7 @@ def _read_csv(file: TextFile) -> Iterator[Entry]:
                     f"{file.path}, line {reader.line_num}: {len(entry) + more} fields for {len(entry)} columns; "
                     "a field with a comma in it is written in quotes"
                 )
-            yield entry_of(entry, f"{file.path}, line {reader.line_num}")
+            yield _entry(entry, file, f"line {reader.line_num}")
     except csv.Error as error:
         raise DataError(f"{file.path}, line {reader.reader.line_num}: broken CSV: {error}") from None
 
@@ -317,9 +323,18 @@ def _read_parquet(file: TextFile) -> Iterator[Entry]:
             for row in rows.to_pylist():
                 number += 1
                 file.position = file.size * number // max(1, table.metadata.num_rows)
-                yield entry_of(row, f"{file.path}, row {number}")
+                yield _entry(row, file, f"row {number}")
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file.path} cannot be read: {str(error).strip().splitlines()[0][:200]}") from None
+
+
+def _entry(value: object, file: TextFile, place: str) -> Entry:
+    entry = entry_of(value, f"{file.path}, {place}")
+    if isinstance(value, dict) and len(value) > 1:
+        file.left_out.update(
+            key for key, member in value.items() if member not in NOTHING and key.strip().lower() not in FIELDS
+        )
+    return entry
 
 
 def _check_columns(names: list[str], path: Path) -> None:

@@ -179,6 +179,19 @@ def test_ends_that_are_no_tokens_are_refused(folder: Path, end: Any) -> None:
         Model.in_folder(folder)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_members_that_are_left_out_are_counted(folder: Path, tmp_path: Path, name: str) -> None:
+    data, rows = tmp_path / name, [("a", "b", "x"), ("c", "", "y"), ("d", "", "")]
+    names = ("text", "id", "Tool use")
+    lines = [json.dumps(dict(zip(names, row, strict=True))) for row in rows]
+    data.write_text("\n".join(lines if name == "a.jsonl" else map(",".join, [names, *rows])))
+    assert 'left out of entries: "Tool use" of 2, "id" of 1' in list(preview(data, Model.in_folder(folder)))
+
+
+def test_nothing_is_said_where_nothing_is_left_out(folder: Path, data: Path) -> None:
+    assert not any("left out" in line for line in preview(data, Model.in_folder(folder)))
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
