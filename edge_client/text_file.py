@@ -373,10 +373,11 @@ def entry_of(value: object, where: str) -> Entry:
         if name in fields and name in FIELDS:
             raise DataError(f"{where}: {shown(key)} is there twice")
         fields[name] = member
-    if set(FIELDS) & fields.keys() and all(fields.get(name) is None for name in FIELDS):
-        return Text(None, "")
     found = {kind.what: entry for kind in KINDS if kind.names[0] in fields and (entry := kind.read(fields, where)) is not None}
     if not found:
+        known = fields.keys() & set(FIELDS)
+        if known and all(fields[name] is None for name in known):
+            return Text(None, "")
         raise DataError(f"{where}: {_missing(value, fields)}")
     if len(found) == 1:
         return next(iter(found.values()))
