@@ -25,7 +25,7 @@ from storage import (
 )
 from storage.model_folder import stated_ends, stated_positions
 from storage.tokenizer import end_of_text, guarded
-from terminal import count, plain
+from terminal import count, listed, plain
 
 from .access import Access
 from .data import DataError, Form, by_length
@@ -153,8 +153,8 @@ def preview(
                 seen.add(ids, num_labels)
     yield from seen.summary(data.name)
     if file.left_out:
-        names = [f"{shown(name)} of {entries:,}" for name, entries in file.left_out.most_common(SHOWN)]
-        yield f"left out of entries: {', '.join(names)}{', ...' if len(file.left_out) > SHOWN else ''}"
+        names = [f"{shown(name)} of {count(entries, 'entry', 'entries')}" for name, entries in file.left_out.most_common(SHOWN)]
+        yield f"left out: {listed(names, of=len(file.left_out))}"
     if model.num_positions is None:
         yield f"config.json does not say how many tokens the model takes: here it is --max-length alone, {max_length}"
 

@@ -185,7 +185,7 @@ def test_members_that_are_left_out_are_counted(folder: Path, tmp_path: Path, nam
     names = ("text", "id", "Tool use")
     lines = [json.dumps(dict(zip(names, row, strict=True))) for row in rows]
     data.write_text("\n".join(lines if name == "a.jsonl" else map(",".join, [names, *rows])))
-    assert 'left out of entries: "Tool use" of 2, "id" of 1' in list(preview(data, Model.in_folder(folder)))
+    assert 'left out: "Tool use" of 2 entries and "id" of 1 entry' in list(preview(data, Model.in_folder(folder)))
 
 
 def test_nothing_is_said_where_nothing_is_left_out(folder: Path, data: Path) -> None:
