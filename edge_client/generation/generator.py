@@ -125,7 +125,9 @@ class Generator:
             ExportedModelError: the folder was exported without room for an adapter, or the file does not fit the model.
         """
         if not self._decoder.has_slots:
-            raise ExportedModelError(f"{self.model.folder} has its adapter merged; --keep-adapter exports with room for others")
+            raise ExportedModelError(
+                f"{self.model.folder} has its adapter merged; --keep-adapter, without --split, exports with room for others"
+            )
         self._decoder.use_adapter(user_path(path))
 
     def text(
