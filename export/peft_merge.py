@@ -1,6 +1,7 @@
 """Adapters that are more than LoRA, merged by PEFT itself."""
 
 import dataclasses
+import json
 import logging
 import warnings
 from contextlib import suppress
@@ -10,7 +11,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from split_model import PretrainedModel
-from storage import AdapterSettings
+from storage import AdapterSettings, Folder
+from storage.model_folder import CONFIG_FILE, GENERATION_FILE
 
 from .adapter_folder import BeyondLora, read_adapter
 from .beside_weights import copy_files_beside_weights
@@ -33,20 +35,32 @@ def merge_with_peft(base: PretrainedModel, adapter: Path, folder: Path) -> None:
     model = load_with_peft(base, adapter)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # What an adapter does to one of two tied matrices, it does not do to the other.
+        head = model.get_base_model().get_output_embeddings()
+        matrix = getattr(head, "original_module", getattr(head, "base_layer", head))
+        matrix.weight = torch.nn.Parameter(matrix.weight.detach().clone(), requires_grad=False)
         try:
             merged = model.merge_and_unload(safe_merge=True)
         except Exception as error:
             raise _refusal(adapter, error) from None
         head, table = merged.get_output_embeddings(), merged.get_input_embeddings()
-        # Training one of two tied matrices, or giving it an adapter, unties them.
         merged.config.tie_word_embeddings = bool(torch.equal(head.weight, table.weight))
-        if not merged.config.tie_word_embeddings:
-            head.weight = torch.nn.Parameter(head.weight.detach().clone())
         try:
             merged.save_pretrained(folder)
+            _keep_settings(base, folder, tied_head=merged.config.tie_word_embeddings)
             copy_files_beside_weights(base.folder, folder)
         except (OSError, SafetensorError) as error:
             raise ExportError(f"the merged model cannot be written to {folder}: {error}; TMPDIR says where it goes") from None
+
+
+def _keep_settings(base: PretrainedModel, folder: Path, *, tied_head: bool) -> None:
+    """Let a merged model's settings be those of its base's files, of which `PretrainedModel.config` knows only a part."""
+    files = Folder(base.folder, ExportError)
+    config = files.read_json(CONFIG_FILE) | {"tie_word_embeddings": tied_head}
+    (folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+    (folder / GENERATION_FILE).unlink(missing_ok=True)
+    if files.find(GENERATION_FILE):
+        (folder / GENERATION_FILE).write_text(files.read_text(GENERATION_FILE), encoding="utf-8")
 
 
 def load_with_transformers(base: PretrainedModel) -> Any:

@@ -11,6 +11,7 @@ import pytest
 import reference
 import torch
 from conftest import make_model
+from family_models import make_family_model
 from onnx_reference import largest_difference, logits_of, random_ids
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -40,7 +41,7 @@ def save_peft(model: Path, folder: Path, *, seed: int = 1, save_embedding_layers
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = get_peft_model(
-            reference.load_base(model), LoraConfig(**GPT2, **{"target_modules": ["c_attn"], "r": 4} | options)
+            reference.load_base(model), LoraConfig(**{**GPT2, "target_modules": ["c_attn"], "r": 4} | options)
         )
         for parameter in adapted.parameters():
             if parameter.requires_grad:
@@ -61,9 +62,10 @@ def logits_of_merged(model: Path, adapter: Path, out: Path) -> np.ndarray[Any, A
 
 
 def logits_of_peft(model: Path, adapter: Path) -> np.ndarray[Any, Any]:
+    """Not merged: PEFT merges what is done to one of two tied matrices into both."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return logits_of(reference.load_peft(model, adapter).merge_and_unload().eval(), random_ids(600, 2, 20))
+        return logits_of(reference.load_peft(model, adapter).eval(), random_ids(600, 2, 20))
 
 
 @pytest.mark.parametrize(
@@ -76,6 +78,9 @@ def logits_of_peft(model: Path, adapter: Path) -> np.ndarray[Any, Any]:
         },  # of GPT-2's matrices, PEFT's OLoRA takes square ones
         {"target_modules": ["c_attn", "wte"]},
         {"target_modules": ["c_attn", "lm_head"]},
+        {"target_modules": ["c_attn", "wte", "lm_head"]},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [3, 5]},
         {"save_embedding_layers": True},
         {"modules_to_save": ["wte", "ln_f"]},
         {"use_dora": True},
@@ -92,6 +97,25 @@ def test_merging_gives_what_peft_gives(model: Path, tmp_path: Path, options: dic
     expected = logits_of_peft(model, adapter)
     assert largest_difference(expected, logits_of(reference.load_base(model), random_ids(600, 2, 20))) > 1e-3
     assert largest_difference(logits_of_merged(model, adapter, tmp_path / "out"), expected) < 2e-5
+
+
+def test_what_peft_merges_keeps_the_settings_of_its_base(tmp_path: Path) -> None:
+    """Of which this package needs no more than a part: a dynamic scaling only counts beyond the longest text that it takes."""
+    (tmp_path / "model").mkdir()
+    model = make_family_model(tmp_path / "model", "llama-dynamic", bos_token_id=7, attention_dropout=0.25)
+    adapter = save_peft(model, tmp_path / "adapter", target_modules=["q_proj"], fan_in_fan_out=False, use_dora=True)
+    merge(str(model), tmp_path / "out", adapter=adapter)
+    plain = save_peft(model, tmp_path / "plain", target_modules=["q_proj"], fan_in_fan_out=False)
+    merge(str(model), tmp_path / "as plain", adapter=plain)
+    for name in ("config.json", "generation_config.json"):
+        merged, of_plain = (json.loads((tmp_path / folder / name).read_text()) for folder in ("out", "as plain"))
+        assert merged == of_plain
+    assert json.loads((tmp_path / "out/config.json").read_text())["rope_parameters"]["rope_type"] == "dynamic"
+    ids = random_ids(600, 1, 2 * PretrainedModel(model).config.num_positions)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = logits_of(reference.load_peft(model, adapter).eval(), ids)
+    assert largest_difference(logits_of(reference.load_base(tmp_path / "out"), ids), expected) < 1e-4
 
 
 @pytest.mark.parametrize("way", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
