@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from storage import encode
+from storage.tokenizer import beginning
 from terminal import Progress
 
 from .errors import ExportError
@@ -54,7 +55,8 @@ def encode_texts(
     enough: int | None = None,
 ) -> list[Tokens]:
     """
-    Ids (S,) of each text and its end token, cut to the longest. A text of one token predicts nothing, so it is left out.
+    Ids (S,) of each text as training makes them, cut to the longest: what the tokenizer puts before it, and the end token, if
+    it does not end with that. A text of one token predicts nothing, so it is left out.
 
     Args:
         folder: of the tokenizer, for messages.
@@ -63,10 +65,11 @@ def encode_texts(
     """
     if enough is not None:
         texts = [texts[number] for number in np.random.default_rng(SEED).permutation(len(texts))]
-    encoded, found = list[list[int]](), 0
+    encoded, found, begin = list[list[int]](), 0, beginning(tokenizer)
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         for ids in encode(tokenizer, texts[start : start + TEXTS_AT_ONCE]):
-            tokens = [*ids, end_token][:longest]
+            end = [] if ids[-1:] == [end_token] else [end_token]
+            tokens = [*begin, *ids, *end][:longest]
             if len(tokens) > 1 and (enough is None or found < enough):
                 encoded.append(tokens)
                 found += len(tokens)

@@ -11,6 +11,7 @@ import reference
 import torch
 from conftest import make_model
 from family_models import OPTIONS, make_family_model
+from family_tokenizers import make_family_tokenizer
 from numpy.typing import NDArray
 from onnx_reference import random_ids
 from safetensors.torch import load_file, save_file
@@ -20,9 +21,11 @@ from export.cli import main
 from export.observation import Observer
 from export.quantisation import BlockFormat, Grid, quantise
 from export.rounding import DAMPING, InputProducts, round_for_inputs
-from export.texts import _drawn
+from export.texts import _drawn, encode_texts
 from graphs import StoredWeights
 from split_model import PretrainedModel
+from storage import encode, load_tokenizer
+from storage.tokenizer import beginning
 
 Floats = NDArray[np.float32]
 
@@ -179,6 +182,15 @@ def test_texts_that_are_none_are_refused_in_a_sentence(
         assert main(command) == 1
         assert reason in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+
+
+def test_texts_begin_and_end_as_in_training(tmp_path: Path) -> None:
+    folder = make_family_tokenizer(tmp_path / "model", "Llama 2")
+    tokenizer = load_tokenizer(folder)
+    end, (begin,) = tokenizer.token_to_id("</s>"), beginning(tokenizer)
+    given: dict[str, Any] = {"end_token": end, "longest": 9, "vocabulary_size": 9999, "option": "--calibration"}
+    plain, ended = encode_texts(["a", "a</s>"], tokenizer, folder, **given)
+    assert plain.tolist() == ended.tolist() == [begin, *encode(tokenizer, ["a"])[0], end]
 
 
 def test_texts_that_no_precision_is_made_by_are_refused(
