@@ -20,7 +20,7 @@ def merge(
 
     Plain LoRA is added tensor by tensor, in the memory of one tensor; the result equals PEFT's. PEFT merges all else itself.
     """
-    check_output(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite, read=(model, run_dir, adapter))
     with (
         open_source(model, run_dir=run_dir, adapter=adapter) as source,
         output_folder(output, overwrite=overwrite) as folder,

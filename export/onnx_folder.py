@@ -82,7 +82,7 @@ def export_onnx(
             f"--calibration is of no use for {' and '.join(precisions)}: only {quantised} are made by texts; add one "
             "of them to --precision, or leave --calibration out"
         )
-    check_output(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite, read=(model, run_dir, adapter, calibration))
     with (
         open_source(model, run_dir=run_dir, adapter=adapter, plain_only=keep_adapter) as source,
         output_folder(output, overwrite=overwrite) as folder,

@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,14 +15,21 @@ from .errors import ExportError
 __all__ = ["check_output", "output_folder"]
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
+def check_output(path: Path, *, overwrite: bool, read: Iterable[Path | str | None] = ()) -> None:
     """
     Check, before long work begins, that `output_folder` can write to ``path``.
 
+    Args:
+        read: what the output is made of, as the user gave it.
+
     Raises:
-        ExportError: ``path`` exists and may not be overwritten, or is something other than a model folder.
+        ExportError: ``path`` exists and may not be overwritten, is something other than a model folder, or has something in it
+            that is read.
     """
     path = user_path(path)
+    for given in read:
+        if given and path.exists() and user_path(given).resolve().is_relative_to(path.resolve()):
+            raise ExportError(f"{path} has {given} in it, which is read; --overwrite would remove it: choose another --output")
     if path.exists() and not overwrite:
         raise ExportError(f"{path} exists already; choose another --output, or replace it with --overwrite")
     if path.exists() and not path.is_dir():
