@@ -3,7 +3,7 @@ Quantisation by what a model's layers are given while it reads texts: first chan
 then, block by block, each matrix of few bits is rounded for the inputs that the blocks before it make, rounded as they are.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,10 +29,13 @@ CALIBRATED_BITS = 4
 """Of a matrix, at most, that is rounded for its inputs. With 8 bits the nearest values are as good."""
 
 
-def equalised(config: "ModelConfig", weights: Weights, observer: Observer, precision: Precision) -> Equalised:
+def equalised(
+    config: "ModelConfig", weights: Weights, observer: Observer, precision: Precision, fixed: Collection[str] = ()
+) -> Equalised:
     """
     Args:
         precision: the smallest that is exported.
+        fixed: names of layers whose inputs and outputs stay as they are.
     """
     factors: dict[str, Floats] = {}
     seen = np.random.default_rng(0).choice(observer.num_tokens, min(NUM_SEEN, observer.num_tokens), replace=False)
@@ -40,7 +43,7 @@ def equalised(config: "ModelConfig", weights: Weights, observer: Observer, preci
     with Progress(config.num_layers, unit="block") as progress:
         for index in range(config.num_layers):
             hidden, inputs = _observed(observer, index, weights, hidden, np.sort(seen))
-            factors |= factors_of_block(config, config.block_name(index), weights, inputs, forms)
+            factors |= factors_of_block(config, config.block_name(index), weights, inputs, forms, fixed)
             progress.advance("calibration")
     return Equalised(weights, config, factors)
 

@@ -8,7 +8,7 @@ attention's projection in the values, that of a gated MLP's last layer in what t
 two, which change no digit of a float: the function stays the same to the bit.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,15 +86,24 @@ class Equalised(Weights):
 
 
 def factors_of_block(
-    config: "ModelConfig", block: str, weights: Weights, inputs: Mapping[str, Floats], forms: Mapping[str, BlockFormat]
+    config: "ModelConfig",
+    block: str,
+    weights: Weights,
+    inputs: Mapping[str, Floats],
+    forms: Mapping[str, BlockFormat],
+    fixed: Collection[str] = (),
 ) -> Factors:
     """
     Args:
         block: what the names of its layers begin with.
         inputs: by a layer's name in the model, (tokens, in).
         forms: by a layer's name in the block, that of its matrix in the smallest precision.
+        fixed: names, in the model, of layers whose inputs and outputs stay as they are.
     """
     names = config.names
+
+    def may_change(*layers: str) -> bool:
+        return not any(f"{block}.{layer}" in fixed for layer in layers)
 
     def matrix(*layers: str) -> Floats:
         matrices = [weights.read(f"{block}.{layer}.weight") for layer in layers]
@@ -102,15 +111,17 @@ def factors_of_block(
 
     factors: dict[str, Floats] = {}
     for layers in (names.qkv, names.up):
-        common = balance(inputs[f"{block}.{layers[0]}"], matrix(*layers), forms[layers[0]])
-        factors |= {f"{block}.{layer}": common for layer in layers}
-    mixed = balance(
-        _by_values(inputs[f"{block}.{names.projection}"], config),
-        _by_values(matrix(names.projection).T, config).T.reshape(config.key_width, -1),
-        forms[names.projection],
-    )
-    factors[f"{block}.{names.projection}"] = _for_each_query(mixed, config)
-    if config.is_gated:
+        if may_change(*layers):
+            common = balance(inputs[f"{block}.{layers[0]}"], matrix(*layers), forms[layers[0]])
+            factors |= {f"{block}.{layer}": common for layer in layers}
+    if may_change(names.qkv[-1], names.projection):
+        mixed = balance(
+            _by_values(inputs[f"{block}.{names.projection}"], config),
+            _by_values(matrix(names.projection).T, config).T.reshape(config.key_width, -1),
+            forms[names.projection],
+        )
+        factors[f"{block}.{names.projection}"] = _for_each_query(mixed, config)
+    if config.is_gated and may_change(names.up[-1], names.down):
         factors[f"{block}.{names.down}"] = balance(inputs[f"{block}.{names.down}"], matrix(names.down), forms[names.down])
     return factors
 

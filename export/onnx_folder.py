@@ -155,7 +155,8 @@ class OnnxFolder:
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
             observer = self._observer(Path(scratch)) if smallest.matrices else None
             if observer is not None:
-                self.equalised = equalised(self.config, self.weights, observer, smallest)
+                # What has room for an adapter keeps its units: the adapter of any export fits, whatever that was calibrated by.
+                self.equalised = equalised(self.config, self.weights, observer, smallest, self.adapter.keys())
             self._write(precisions, observer)
 
     def _observer(self, scratch: Path) -> Observer:
@@ -193,7 +194,7 @@ class OnnxFolder:
             watched = Watched(self.weights, progress, "model.safetensors")
             write_model_files(self.folder, self.source, watched, {"transformers.js_config": js})
         if self.adapter and self.source.adapter_folder is not None:
-            write_adapter(self.folder / ADAPTER_FILE, self.adapter, self.equalised)
+            write_adapter(self.folder / ADAPTER_FILE, self.adapter)
             copy_adapter(self.source.adapter_folder, self.folder / PEFT_FOLDER)
         if self.split is None:
             best = next(name for name in BEST_FIRST if name in precisions)
@@ -260,12 +261,11 @@ class Watched(Weights):
         self._progress.advance(self._what)
 
 
-def write_adapter(path: Path, adapter: LoraAdapter, base: Equalised) -> None:
-    """Write an adapter as ONNX Runtime takes it, for the slots of graphs with the weights ``base``."""
+def write_adapter(path: Path, adapter: LoraAdapter) -> None:
+    """Write an adapter as ONNX Runtime takes it."""
     parameters = {}
     for layer, update in adapter.items():
-        a, b = update.a.T * base.rows(layer)[:, None], update.b.T * np.float32(update.scale) * base.columns(layer)
-        for name, matrix in (("lora_A", a), ("lora_B", b)):
+        for name, matrix in (("lora_A", update.a.T), ("lora_B", update.b.T * np.float32(update.scale))):
             value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(matrix, np.float32))
             parameters[f"{layer}.{name}.weight"] = value
     file = onnxruntime.AdapterFormat()

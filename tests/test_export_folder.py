@@ -486,6 +486,37 @@ def test_verify_holds_a_kept_adapter_to_peft(tiny_model: Path, adapter: Path, tm
     assert swapped.within_tolerance
 
 
+@pytest.mark.parametrize("precisions", [["fp32"], ["fp32", "q8"], ["fp32", "q4"]])
+def test_adapter_of_any_export_fits(tiny_model: Path, adapter: Path, tmp_path: Path, precisions: list[str]) -> None:
+    """Whatever the graphs that it is used in were quantised to and calibrated by, and those that it was exported beside."""
+    (tmp_path / "texts.txt").write_text("The Wrestlers serves French food.\n" * 3)
+    other = reference.make_adapter(tiny_model, tmp_path / "other", targets=TARGETS, seed=9)
+    for name, of, calibration in (("deployed", adapter, None), ("next", other, tmp_path / "texts.txt")):
+        mine = ["fp32", "q4"] if name == "deployed" else precisions
+        given = calibration if len(mine) > 1 else None
+        export_onnx(str(tiny_model), tmp_path / name, adapter=of, precisions=mine, keep_adapter=True, calibration=given)
+    (tmp_path / "deployed/adapter.onnx_adapter").write_bytes((tmp_path / "next/adapter.onnx_adapter").read_bytes())
+    found = next(each for each in verify(tmp_path / "deployed", adapter=other) if each.precision == "fp32")
+    assert found.within_tolerance
+
+
+def test_output_never_replaces_what_it_is_made_of(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_onnx(str(tiny_model), out, adapter=adapter, precisions=["fp32"], keep_adapter=True)
+    (out / "texts.txt").write_text("The Wrestlers serves French food.\n")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for read, options in (
+        (out / "adapter", {"model": str(tiny_model), "adapter": out / "adapter"}),
+        (out, {"model": str(out)}),
+        (out / "texts.txt", {"model": str(tiny_model), "calibration": out / "texts.txt", "precisions": ["q4"]}),
+    ):
+        with pytest.raises(ExportError, match=f"{out} has {read} in it, which is read; --overwrite would remove it: choose an"):
+            export_onnx(output=out, overwrite=True, **{"precisions": ["fp32"], **options})
+    with pytest.raises(ExportError, match=f"{out} has {out} in it, which is read"):
+        merge(str(out), out, overwrite=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def test_verify_holds_a_merged_adapter_to_peft(
     tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
