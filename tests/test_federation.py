@@ -14,6 +14,7 @@ from gpu_server.federation import (
     Backward,
     Checkpoint,
     CodecPolicy,
+    EarlyStopping,
     Federation,
     FinishRun,
     FinishStep,
@@ -34,6 +35,7 @@ from protocol import (
     Done,
     EdgeAdapter,
     Evaluation,
+    HeldOutLoss,
     Hello,
     HiddenGradient,
     HiddenStates,
@@ -63,6 +65,7 @@ class Table:
 
     def __init__(self, samples: dict[str, int], quorum: int | None = None, **changes: Any) -> None:
         self.federation = Federation("run", settings(clients=len(samples), **changes), LIMITS, tensors(), quorum=quorum)
+        self.federation.early_stopping = EarlyStopping.in_run(self.federation.settings, threshold=0.0)
         self.now = 0.0
         for name in samples:
             self.federation.welcome(Hello(name=name, fingerprint="f", abilities=ABILITIES))
@@ -87,6 +90,28 @@ class Table:
 
     def evaluation(self, name: str, index: int) -> list[Action]:
         return self.federation.receive(name, Evaluation(index=index, **self.batch()), self.now)
+
+    def held_out(self, step: int, **losses: float) -> list[Action]:
+        """Devices tell these, one after another."""
+        told = {name: HeldOutLoss(step=step, loss=loss, labelled_tokens=10) for name, loss in losses.items()}
+        return [action for name in told for action in self.federation.receive(name, told[name], self.now)]
+
+    def do_step(self, step: int, *names: str) -> list[Action]:
+        """With these, and with a quorum without all that are up to date and not here."""
+        actions = [action for name in names for action in self.activations(name, step)]
+        actions += self.out_of_time() + self.trained(*names)
+        actions += [action for name in names for action in self.contribute(name, step)]
+        return actions + self.aggregated()
+
+    def out_of_time(self) -> list[Action]:
+        self.now += 1e6
+        return self.federation.tick(self.now)
+
+    @property
+    def judged(self) -> list[tuple[int, str]]:
+        """The steps that were, and by whose losses."""
+        assert self.federation.early_stopping is not None
+        return [(each.step, "".join(each.clients)) for each in self.federation.early_stopping.judgements]
 
     def reply(self, name: str, step: int, seconds: Seconds = NO_TIME, micro_batch: int = 0) -> list[Action]:
         """To what it was asked back, where devices have the labels."""
@@ -1316,3 +1341,55 @@ def test_delta_that_is_too_large_for_a_device_is_refused() -> None:
     noise: dict[str, Any] = {"activation_noise": 1.0, "activation_clip": 1.0, "noise_delta": 0.5}
     with pytest.raises(RemoteProtocolError, match=r"delta is 0\.5, and with 2 samples"):
         Table({"a": 2}, **noise)
+
+
+# What held-out losses decide
+
+
+def texts(actions: list[Action], kind: str = "note") -> list[str]:
+    return [action.text for action in actions if isinstance(action, Report) and action.kind == kind]
+
+
+def test_with_a_quorum_a_device_that_has_lost_its_network_is_not_waited_for_to_judge_a_step() -> None:
+    table = Table({"a": 9, "b": 9}, quorum=1, early_stopping_patience=2)
+    table.held_out(0, a=9.0, b=9.0)
+    for step in (1, 2):
+        table.do_step(step, "a", "b")
+        table.held_out(step, a=5.0, b=5.0)
+    table.federation.disconnected("b", table.now)  # after it has told its loss, which counts
+    for step, loss in ((3, 4.0), (4, 6.0), (5, 6.0)):
+        table.do_step(step, "a")
+        table.held_out(step, a=loss)
+    actions = table.activations("a", 6)
+    assert table.judged == [(1, "ab"), (2, "ab"), (3, "a"), (4, "a"), (5, "a")]
+    (ended,) = texts(actions, "ended_early")
+    assert ended.startswith("the run ends early, after step 5: in 2 evaluations")
+    assert "lowest after step 3, 4.0000" in ended
+
+
+def test_with_a_quorum_a_device_that_is_back_is_waited_for_again_to_judge_a_step() -> None:
+    table = Table({"a": 9, "b": 9}, quorum=1, final_adapter="best")
+    table.held_out(0, a=9.0, b=9.0)
+    table.do_step(1, "a", "b")
+    table.held_out(1, a=5.0, b=5.0)
+    table.federation.disconnected("b", table.now)
+    table.do_step(2, "a")
+    table.held_out(2, a=5.0)
+    table.do_step(3, "a")
+    table.come_back("b", 1)
+    table.held_out(3, a=5.0)
+    table.do_step(4, "a", "b")
+    table.held_out(4, a=5.0, b=5.0)
+    table.activations("a", 5)
+    table.activations("b", 5)
+    assert table.judged == [(1, "ab"), (2, "a"), (4, "ab")]
+
+
+def test_what_a_device_has_told_counts_though_it_leaves_before_the_step_is_judged() -> None:
+    table = Table({"a": 9, "b": 9}, final_adapter="best")
+    table.held_out(0, a=9.0)
+    table.do_step(1, "a", "b")
+    table.held_out(1, a=5.0)
+    table.federation.leave("a", table.now)
+    table.activations("b", 2)
+    assert table.judged == [(1, "a")]

@@ -647,7 +647,7 @@ class Federation:
             return actions + self._close_last_round(now)
         ready, notes = self._gathered(now)
         if ready and is_between_steps:
-            notes += self._judge({name for name, member in self._roster if member.has_data_for(self.step + 1)})
+            notes += self._judge(ready)
             if self._ends_early:
                 return actions + notes + self._end_early(now)
         # If all that began a step have gone, it ends with the micro-batches that there are.
@@ -679,8 +679,7 @@ class Federation:
         ready, notes = self._gathered(now)
         if not ready and not self._wants_nobody:
             return actions + notes
-        judged = self._judge({name for name, member in self._roster if member.has_data_for(self.step)})
-        return actions + notes + judged + self._finish_run(now)
+        return actions + notes + self._judge(ready) + self._finish_run(now)
 
     def _gathered(self, now: float) -> tuple[list[str], list[Action]]:
         """Those with whom the step can go on, and what the operator is told; nobody as long as the step has to wait."""
@@ -821,23 +820,27 @@ class Federation:
         """Whether what was judged last is of the adapter that the run has, and ends it."""
         return self.early_stopping is not None and self.early_stopping.ends_run and self._judged_step == self.step
 
-    def _judge(self, candidates: set[str]) -> list[Action]:
+    def _judge(self, going_on: Iterable[str]) -> list[Action]:
         """
-        Compare what held-out texts lose under the adapter that the run has with what they lost before, if all of the candidates
-        that evaluate any have told it. The adapter with which the run begins is not judged.
+        Compare what held-out texts lose under the adapter that the run has with what they lost before. The adapter with which
+        the run begins is not judged.
+
+        Args:
+            going_on: members with whom the run goes on. The step is left out where one of them evaluates and has not told its
+                loss; what others have told, before they left or were overtaken, counts all the same.
         """
-        judge, telling = self.early_stopping, {name for name in candidates if self.members[name].evaluated >= 0}
-        if judge is None or (telling and self.step <= judge.last_step):
+        judge, telling = self.early_stopping, {name for name in going_on if self.members[name].evaluated >= 0}
+        if judge is None or 0 < self.step <= judge.last_step:
             return []
         if not self.step:
             text = (
                 "no device evaluates held-out texts, by which this run would end early or find its best adapter: start one "
                 "with --eval-data and --eval-every"
             )
-            return [] if telling else [Report(kind="note", text=text)]
-        if not telling or not telling <= self._told.keys():
+            return [] if telling or self._told else [Report(kind="note", text=text)]
+        if not self._told or not telling <= self._told.keys():
             return []
-        judge.judge(Judgement.of(self.step, {name: self._told[name] for name in sorted(telling)}))
+        judge.judge(Judgement.of(self.step, {name: self._told[name] for name in sorted(self._told)}))
         return [KeepJudgement(step=self.step, is_best=judge.best_step == self.step)]
 
     def _end_early(self, now: float) -> list[Action]:
