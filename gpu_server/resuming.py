@@ -2,7 +2,7 @@
 
 import time
 
-from protocol import DELTA
+from protocol import DELTA, HeldOutLoss
 from terminal import count, listed
 
 from .errors import ConfigError
@@ -40,10 +40,11 @@ def go_back(run: Run) -> list[Action]:
     if federation.early_stopping is not None:
         federation.early_stopping.restore(saved.judgements)
     earliest = directory.checkpoints.steps()[0]
-    evaluated = {record.client: record.step for record in RunFiles(directory.path).evaluations()}
-    actions = federation.restore(
-        saved.step, earliest, saved.membership, engine.edge_adapter(), time.monotonic(), evaluated=evaluated
-    )
+    told = {
+        record.client: HeldOutLoss(step=record.step, loss=record.loss, labelled_tokens=record.labelled_tokens)
+        for record in RunFiles(directory.path).evaluations()
+    }
+    actions = federation.restore(saved.step, earliest, saved.membership, engine.edge_adapter(), time.monotonic(), told=told)
     _tell_where_it_goes_on(run)
     return actions
 

@@ -352,7 +352,8 @@ def test_loss_that_a_resumed_run_has_already_is_not_kept_again() -> None:
     do_step(before, 1, "a")
     table = Table({"a": 3})
     table.federation.members.clear()  # a server that was started again knows nobody
-    table.federation.restore(1, 1, before.federation.membership(), before.federation.edge_adapter, 0.0, evaluated={"a": 1})
+    told = {"a": HeldOutLoss(step=1, loss=2.5, labelled_tokens=9)}
+    table.federation.restore(1, 1, before.federation.membership(), before.federation.edge_adapter, 0.0, told=told)
     table.come_back("a", 1)
     assert kinds(held_out(table, "a", 1)) == [Reply]
 

@@ -19,6 +19,7 @@ from gpu_server.federation import (
     FinishRun,
     FinishStep,
     Forward,
+    KeepJudgement,
     ModelLimits,
     NameInUse,
     Phase,
@@ -1393,3 +1394,20 @@ def test_what_a_device_has_told_counts_though_it_leaves_before_the_step_is_judge
     table.federation.leave("a", table.now)
     table.activations("b", 2)
     assert table.judged == [(1, "a")]
+
+
+def test_last_step_is_judged_by_what_was_told_before_the_server_was_started_again() -> None:
+    before, table = (Table({"a": 1, "b": 1}, final_adapter="best") for _ in range(2))
+    before.do_step(1, "a", "b")
+    before.held_out(1, a=5.0)
+    before.done("a", 1)
+    table.federation.members.clear()
+    told = {"a": HeldOutLoss(step=1, loss=5.0, labelled_tokens=10), "b": HeldOutLoss(step=0, loss=9.0, labelled_tokens=10)}
+    table.federation.restore(1, 0, before.federation.membership(), tensors(), 0.0, told=told)
+    for name in "ab":
+        table.come_back(name, 1)
+    table.done("a", 1)  # without telling again what the server has noted
+    assert table.judged == []
+    table.held_out(1, b=4.0)
+    assert kinds(table.done("b", 1)) == [KeepJudgement, FinishRun]
+    assert table.judged == [(1, "ab")]

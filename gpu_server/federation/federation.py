@@ -143,7 +143,7 @@ from .message_rules import (
     check_question,
     check_same_data,
 )
-from .roster import NOBODY, Asked, Roster
+from .roster import Asked, Roster
 from .run_status import RunStatus
 from .step import Aggregated, AskedBack, StepInProgress, Trained
 from .timing import StepTiming
@@ -252,7 +252,7 @@ class Federation:
         edge_adapter: Tensors,
         now: float,
         *,
-        evaluated: Mapping[str, int] = NOBODY,
+        told: Mapping[str, HeldOutLoss] | None = None,
     ) -> list[Action]:
         """
         Stand at the end of the round that ended with ``step``, with everybody's connection lost.
@@ -261,10 +261,12 @@ class Federation:
             earliest: step of the earliest checkpoint that there is.
             membership: as `membership` gave it then.
             edge_adapter: of that round.
-            evaluated: by client, the last step up to this one of which its held-out loss is kept.
+            told: by client, the last of its held-out losses that is kept. It tells none twice once it was noted.
         """
+        told = told or {}
         self.edge_adapter = edge_adapter
-        self._roster.restore(membership, step, evaluated)
+        self._roster.restore(membership, step, {name: loss.step for name, loss in told.items()})
+        self._told = {name: loss for name, loss in told.items() if loss.step == step}
         self.step = self.round = self._recorded = step
         self.checkpoints = (earliest, step)
         self.total_steps = self._roster.last_step
