@@ -1411,3 +1411,42 @@ def test_last_step_is_judged_by_what_was_told_before_the_server_was_started_agai
     table.held_out(1, b=4.0)
     assert kinds(table.done("b", 1)) == [KeepJudgement, FinishRun]
     assert table.judged == [(1, "ab")]
+
+
+def test_run_that_nobody_evaluates_any_more_says_so_once_and_at_its_end_which_adapter_it_ends_with() -> None:
+    table = Table({"a": 5, "b": 5}, final_adapter="best")
+    table.held_out(0, a=9.0)
+    for step in (1, 2):
+        table.do_step(step, "a", "b")
+        table.held_out(step, a=4.0 + step)
+    table.federation.leave("a", table.now)
+    said = [texts(table.do_step(step, "b")) for step in (3, 4)]
+    assert said == [
+        [],  # what it had told of step 2 is still judged
+        [
+            "no device that takes part evaluates held-out texts any more: no step after step 2 is judged until one does; the "
+            "best adapter is that of step 1"
+        ],
+    ]
+    actions = table.do_step(5, "b")
+    assert texts(actions) == [
+        "the run ends with the adapter of step 1, the best that was judged; after step 2 none was, since devices that evaluate "
+        "held-out texts had left, or told no loss"
+    ]
+    assert actions[-1] == FinishRun(step=5, best_step=1)
+
+
+def test_run_that_is_judged_again_says_anew_that_nobody_evaluates() -> None:
+    table = Table({"a": 9, "b": 9}, quorum=1, final_adapter="best")
+    table.held_out(0, a=9.0)
+    said = []
+    for step in range(1, 9):
+        if step in (2, 6):
+            table.federation.disconnected("a", table.now)
+        elif step == 5:
+            table.come_back("a", 1)
+        is_here = step in (1, 5)
+        said += [step] * len(texts(table.do_step(step, *("ab" if is_here else "b"))))
+        if is_here:
+            table.held_out(step, a=5.0)
+    assert said == [3, 7]

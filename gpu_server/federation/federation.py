@@ -229,6 +229,8 @@ class Federation:
         """
         self._told: dict[str, HeldOutLoss] = {}
         """By client: of its held-out texts under the adapter that the run has."""
+        self._is_unjudged_told = False
+        """Whether the operator knows that nobody evaluates, so that no step is judged."""
         self._best_step = 0
         """The last in the adapter with which the run has ended, where that is an earlier one; else 0."""
         self._ahead: Turnout | None = None
@@ -803,13 +805,19 @@ class Federation:
 
     def _finish_run(self, now: float) -> list[Action]:
         self._enter(Phase.SAVING, now)
-        actions: list[Action] = []
-        best_step = 0 if self.early_stopping is None else self.early_stopping.best_step
-        if self.settings.final_adapter == "best" and not best_step:
-            text = "the run ends with its last adapter and not with the best: held-out texts were evaluated after no step"
-            actions.append(Report(kind="note", text=text))
-        is_earlier = self.settings.final_adapter == "best" and best_step < self.step
-        return [*actions, FinishRun(step=self.step, best_step=best_step if is_earlier else 0)]
+        judge = self.early_stopping
+        if judge is None or self.settings.final_adapter == "last":
+            return [FinishRun(step=self.step)]
+        is_earlier, actions = judge.best_step < self.step, list[Action]()
+        if judge.last_step < self.step:
+            text = (
+                f"the run ends with the adapter of step {judge.best_step}, the best that was judged; after step "
+                f"{judge.last_step} none was, since devices that evaluate held-out texts had left, or told no loss"
+            )
+            if not judge.best_step:
+                text = "the run ends with its last adapter and not with the best: held-out texts were evaluated after no step"
+            actions = [Report(kind="note", text=text)]
+        return [*actions, FinishRun(step=self.step, best_step=judge.best_step if is_earlier else 0)]
 
     # What held-out losses decide
 
@@ -822,7 +830,7 @@ class Federation:
         """Whether what was judged last is of the adapter that the run has, and ends it."""
         return self.early_stopping is not None and self.early_stopping.ends_run and self._judged_step == self.step
 
-    def _judge(self, going_on: Iterable[str]) -> list[Action]:
+    def _judge(self, going_on: list[str]) -> list[Action]:
         """
         Compare what held-out texts lose under the adapter that the run has with what they lost before. The adapter with which
         the run begins is not judged.
@@ -834,16 +842,29 @@ class Federation:
         judge, telling = self.early_stopping, {name for name in going_on if self.members[name].evaluated >= 0}
         if judge is None or 0 < self.step <= judge.last_step:
             return []
-        if not self.step:
-            text = (
-                "no device evaluates held-out texts, by which this run would end early or find its best adapter: start one "
-                "with --eval-data and --eval-every"
-            )
-            return [] if telling or self._told else [Report(kind="note", text=text)]
-        if not self._told or not telling <= self._told.keys():
+        if not telling and not self._told:
+            return self._tell_that_nobody_evaluates(judge) if going_on else []
+        if not self.step or not telling <= self._told.keys():
             return []
+        self._is_unjudged_told = False
         judge.judge(Judgement.of(self.step, {name: self._told[name] for name in sorted(self._told)}))
         return [KeepJudgement(step=self.step, is_best=judge.best_step == self.step)]
+
+    def _tell_that_nobody_evaluates(self, judge: EarlyStopping) -> list[Action]:
+        """Once, until a step is judged again."""
+        if self._is_unjudged_told:
+            return []
+        self._is_unjudged_told = True
+        text = (
+            "no device evaluates held-out texts, by which this run would end early or find its best adapter: start one with "
+            "--eval-data and --eval-every"
+        )
+        if judge.best_step:
+            text = (
+                f"no device that takes part evaluates held-out texts any more: no step after step {judge.last_step} is judged "
+                f"until one does; the best adapter is that of step {judge.best_step}"
+            )
+        return [Report(kind="note", text=text)]
 
     def _end_early(self, now: float) -> list[Action]:
         """The run has no more steps: everybody is told so as whoever is told where to go on."""
