@@ -21,7 +21,7 @@ def go_back(run: Run) -> list[Action]:
         What the federation wants done first.
 
     Raises:
-        ConfigError: the run is complete, and cannot be made longer.
+        ConfigError: the run is complete, or has ended early, and cannot be made longer.
         ServerError: no checkpoint is intact, or the folder cannot be written.
         AdapterError: the checkpoint is of another model.
     """
@@ -39,6 +39,11 @@ def go_back(run: Run) -> list[Action]:
     engine.restore(saved.state)
     if federation.early_stopping is not None:
         federation.early_stopping.restore(saved.judgements)
+        if federation.early_stopping.ends_run and run.config.steps not in (None, run.steps_before):
+            raise ConfigError(
+                f"the run in {run.config.run_dir} does not go on to step {run.config.steps}: held-out losses have ended it "
+                f"after step {saved.step}; {start_from(run)}"
+            )
     earliest = directory.checkpoints.steps()[0]
     told = {
         record.client: HeldOutLoss(step=record.step, loss=record.loss, labelled_tokens=record.labelled_tokens)
@@ -59,7 +64,8 @@ def _tell_where_it_goes_on(run: Run) -> None:
     federation, config, folder = run.federation, run.config, run.directory.adapter_folder
     here = federation.unfinished()
     if federation.step == federation.total_steps:
-        may_be_longer = not federation.settings.rate_depends_on_length and config.steps and _may_go_on_after_the_end(run)
+        is_fixed = federation.ends_early or federation.settings.rate_depends_on_length
+        may_be_longer = not is_fixed and config.steps and _may_go_on_after_the_end(run)
         longer = "a larger --steps, or " if may_be_longer else ""
         done = f"all {count(federation.step, 'step')} of this run are done, and its adapter is in {folder}"
         tell("note", f"{done}; to train further: {longer}another run with --init-adapter {folder}")

@@ -18,7 +18,7 @@ from protocol_samples import SETTINGS
 from transformers import Trainer, TrainerControl, TrainerState
 from transformers.trainer_callback import EarlyStoppingCallback
 
-from gpu_server import ConfigError, ServerConfig
+from gpu_server import ConfigError, GpuServer, ServerConfig
 from gpu_server.federation import EarlyStopping
 from gpu_server.federation.early_stopping import Judgement
 from gpu_server.history import RunFiles
@@ -180,6 +180,27 @@ def test_run_ends_where_transformers_would_have_ended_it_with_the_last_adapter_o
     # The last step may be the best one, too: then both are in one checkpoint.
     train({**options, "steps": best, "final_adapter": "best"}, tmp_path / "best is last", devices("best is last"))
     assert adapter_bytes(tmp_path / "best is last") == adapter_bytes(tmp_path / "best")
+
+
+def test_run_that_has_ended_early_is_not_made_longer_and_no_larger_number_of_steps_is_advised(
+    settings: dict[str, Any],
+    devices: Callable[..., dict[str, dict[str, Any]]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run_dir = str(tmp_path / "run")
+    train({**settings, "early_stopping_patience": 1, "early_stopping_threshold": 1e3}, tmp_path / "run", devices("run", 2))
+    caplog.set_level("INFO", "gpu_server")
+    with GpuServer(resume=True, run_dir=run_dir, port=0, linger=0.1) as server:
+        assert list(server.train()) == []
+    (done,) = [record.message for record in caplog.records if record.message.startswith("all 4 steps of this run are done")]
+    assert "to train further: another run with --init-adapter" in done
+    longer = GpuServer(resume=True, run_dir=run_dir, port=0, steps=2 * STEPS)
+    with (
+        pytest.raises(ConfigError, match="go on to step 48: held-out losses have ended it after step 4; its"),
+        longer,
+    ):
+        pass
 
 
 def test_device_that_is_killed_and_a_server_that_goes_back_end_early_as_if_nothing_had_been(

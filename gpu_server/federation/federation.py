@@ -274,7 +274,7 @@ class Federation:
         self.total_steps = self._roster.last_step
         self._step_began = now
         self._enter(Phase.ACTIVATIONS, now)
-        if self._ends_early:
+        if self.ends_early:
             return self._end_early(now)
         return self._advance(now)
 
@@ -652,7 +652,7 @@ class Federation:
         ready, notes = self._gathered(now)
         if ready and is_between_steps:
             notes += self._judge(ready)
-            if self._ends_early:
+            if self.ends_early:
                 return actions + notes + self._end_early(now)
         # If all that began a step have gone, it ends with the micro-batches that there are.
         is_due = bool(ready) or self._wants_nobody
@@ -826,7 +826,7 @@ class Federation:
         return 0 if self.early_stopping is None else self.early_stopping.last_step
 
     @property
-    def _ends_early(self) -> bool:
+    def ends_early(self) -> bool:
         """Whether what was judged last is of the adapter that the run has, and ends it."""
         return self.early_stopping is not None and self.early_stopping.ends_run and self._judged_step == self.step
 
