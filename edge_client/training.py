@@ -137,7 +137,7 @@ def train(
                 )
 
             if held_out is not None and settings.final_adapter == "best" and batches.last_step(settings) == start.total_steps:
-                held_out.evaluate_once(last_step)  # before the server decides which adapter is the best
+                held_out.evaluate(last_step)  # the server, which decides by it, may have forgotten what it was told
             end = membership.exchange(Done(step=last_step), RunEnd)
             engine.load_adapter(end.tensors)
             if held_out is not None:

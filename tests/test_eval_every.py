@@ -16,15 +16,18 @@ from conftest import adapter_bytes, metrics, run_split
 from ports import free_port
 from test_federation import Table, kinds, told
 from test_membership import JOIN, LOST, World, activations, evaluation, gradient, start, welcome
-from test_training import DATA, NotingEngine
+from test_training import DATA, TENSORS, NotingEngine
 from usual_settings import settings as usual
 
 from edge_client import DataError, EdgeClient
+from edge_client.data import Batches
 from edge_client.device_log import DeviceLog
 from edge_client.disclosure import Disclosure
 from edge_client.held_out import HeldOut
-from edge_client.membership import Membership, Redirected
+from edge_client.membership import Membership, Position, Redirected
+from edge_client.saved_steps import SavedSteps
 from edge_client.stopwatch import Stopwatch
+from edge_client.training import train
 from gpu_server import GpuServer
 from gpu_server.federation import KeepHeldOutLoss, Reply
 from gpu_server.history import EvaluationRecord, RunFiles
@@ -32,13 +35,16 @@ from gpu_server.serving import Observer
 from protocol import (
     ActivationGradient,
     AdapterWeights,
+    Done,
     Evaluation,
     EvaluationLoss,
     EvaluationStates,
     HeldOutLoss,
     Noted,
     RemoteProtocolError,
+    RunEnd,
     RunSettings,
+    Start,
 )
 from protocol.settings import SERVER_ABILITIES
 
@@ -472,6 +478,40 @@ def test_loss_that_the_run_has_overtaken_does_not_count_and_the_user_is_told(cap
         "the run went on to step 6 while this device evaluated its held-out texts after step 4, so their loss is that of no "
         "adapter, and does not count; fewer texts in --eval-data, or a longer --step-deadline on the server, leave it the time"
     ]
+
+
+def test_last_step_that_the_run_has_taken_again_is_evaluated_again_before_its_best_adapter_is_chosen(tmp_path: Path) -> None:
+    """The server has gone back to a checkpoint before it, and has forgotten what it was told."""
+    settings = usual(epochs=None, steps=3, final_adapter="best")
+    device, membership = evaluating(settings, reached=3)
+    batches = Batches(data=DATA, name="a", batch_size=1, shuffle=True, seed=settings.seed, num_parts=1)
+    begun = Start(step=3, total_steps=3, adapter=TENSORS, round=3)
+    told_before_done: list[list[int]] = []
+
+    def exchange(question: Any, answer_kind: type) -> Any:
+        if not isinstance(question, Done):
+            return Answering.exchange(membership, question, answer_kind)
+        told_before_done.append([told.step for told in membership.told])
+        if len(told_before_done) == 1:
+            raise Redirected(begun)
+        return RunEnd(step=3, tensors=TENSORS)
+
+    more: Any = {"position": Position(), "training_follows": lambda: None, "exchange": exchange}
+    vars(membership).update(more)
+    membership.welcome.restarts = 0
+    engine: Any = NotingEngine([])
+    train_to_its_end = train(
+        membership,
+        engine,
+        batches,
+        begun,
+        disclosure=Disclosure(settings, b"s" * 32),
+        saved_steps=SavedSteps(tmp_path),
+        held_out=device,
+    )
+    assert list(train_to_its_end) == []
+    assert told_before_done == [[3], [3, 3]]
+    assert [found.step for found in device.evaluations] == [3, 3]
 
 
 def test_where_losses_have_noise_the_held_out_one_has_and_the_device_itself_knows_it_exactly() -> None:
