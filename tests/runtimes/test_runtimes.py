@@ -135,18 +135,28 @@ def test_greedy_tokens_are_the_same_everywhere(
     assert programs(name).continued(folder, precision) == expected
 
 
-@pytest.fixture(scope="module", params=["onnxruntime==1.23.2", "onnxruntime"], ids=["oldest", "newest"])
-def environment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As docs/deploy.md installs it: onnxruntime, numpy, tokenizers and this package, without its other dependencies."""
-    environment = tmp_path_factory.mktemp("device")
-    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-    install = [environment / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*install, request.param, "numpy", "tokenizers"], check=True)
-    subprocess.run([*install, "--no-deps", "--editable", REPOSITORY], check=True)
-    return environment
+@pytest.fixture(scope="module")
+def environments(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """
+    By the runtime to be installed, and made once: as docs/deploy.md installs it, onnxruntime, numpy, tokenizers and this
+    package, without its other dependencies.
+    """
+
+    @functools.cache
+    def made(runtime: str) -> Path:
+        environment = tmp_path_factory.mktemp("device")
+        subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+        install = [environment / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*install, runtime, "numpy", "tokenizers"], check=True)
+        subprocess.run([*install, "--no-deps", "--editable", REPOSITORY], check=True)
+        return environment
+
+    return made
 
 
-def test_device_without_torch_generates(folder: Path, environment: Path) -> None:
+@pytest.mark.parametrize("runtime", ["onnxruntime==1.23.2", "onnxruntime"], ids=["oldest", "newest"])
+def test_device_without_torch_generates(folder: Path, environments: Callable[[str], Path], runtime: str) -> None:
+    environment = environments(runtime)
     for precision in FILES:
         command = ["generate", folder, "--prompt", PROMPTS[0], "--precision", precision]
         done = subprocess.run([environment / "bin/splitlora-edge", *command], capture_output=True, text=True, check=False)
