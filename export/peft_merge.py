@@ -48,19 +48,16 @@ def merge_with_peft(base: PretrainedModel, adapter: Path, folder: Path) -> None:
         try:
             merged.save_pretrained(folder)
             _keep_settings(base, folder, tied_head=merged.config.tie_word_embeddings)
-            copy_files_beside_weights(base.folder, folder)
         except (OSError, SafetensorError) as error:
             raise ExportError(f"the merged model cannot be written to {folder}: {error}; TMPDIR says where it goes") from None
 
 
 def _keep_settings(base: PretrainedModel, folder: Path, *, tied_head: bool) -> None:
-    """Let a merged model's settings be those of its base's files, of which `PretrainedModel.config` knows only a part."""
-    files = Folder(base.folder, ExportError)
-    config = files.read_json(CONFIG_FILE) | {"tie_word_embeddings": tied_head}
+    """Let all but a merged model's weights be its base's files, of which `PretrainedModel.config` knows only a part."""
+    config = Folder(base.folder, ExportError).read_json(CONFIG_FILE) | {"tie_word_embeddings": tied_head}
     (folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
-    (folder / GENERATION_FILE).unlink(missing_ok=True)
-    if files.find(GENERATION_FILE):
-        (folder / GENERATION_FILE).write_text(files.read_text(GENERATION_FILE), encoding="utf-8")
+    (folder / GENERATION_FILE).unlink(missing_ok=True)  # transformers' own
+    copy_files_beside_weights(base.folder, folder, GENERATION_FILE)
 
 
 def load_with_transformers(base: PretrainedModel) -> Any:
