@@ -11,10 +11,9 @@ from terminal import count
 from .member import Member, Presence
 from .turnout import Names, Turnout
 
-__all__ = ["NOBODY", "Asked", "NameInUse", "Roster"]
+__all__ = ["Asked", "NameInUse", "Roster"]
 
 Asked = TypeVar("Asked", bound="Message | Contribution")
-NOBODY: Mapping[str, int] = {}
 
 
 class NameInUse(RemoteProtocolError):
@@ -135,7 +134,7 @@ class Roster:
         """What has to be known of the members to go on after a round's end, as JSON."""
         return {name: {**vars(member.join), "left": member.presence.has_left} for name, member in self}
 
-    def restore(self, membership: dict[str, dict[str, Any]], step: int, evaluated: Mapping[str, int] = NOBODY) -> None:
+    def restore(self, membership: dict[str, dict[str, Any]], step: int, evaluated: Mapping[str, int]) -> None:
         """
         Nobody is connected, and all that stay have the adapter of the round that ended with ``step``.
 
