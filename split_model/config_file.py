@@ -196,9 +196,8 @@ class ConfigFile(Settings):
         """Neither these options nor `UNSUPPORTED` are set, no code is named, and the weights are numbers as they stand."""
         self.refuse(*options, *UNSUPPORTED)
         path, raw = self.path, self._raw
-        for key in QUANTISATION:
-            if not (quantised := raw.get(key)):
-                continue
+        for key in filter(raw.get, QUANTISATION):
+            quantised = raw[key]
             method = _quantiser(quantised) if isinstance(quantised, dict) else None
             by = f" by {QUANTISERS.get(method, shown(method))}" if isinstance(method, str) else ""
             raise ModelError(
