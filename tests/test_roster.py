@@ -122,11 +122,12 @@ def test_saved_members_are_away_or_have_left_and_go_on_after_the_round() -> None
     before = roster(a=3, b=9)
     before.members["b"].presence = Presence.GONE
     after = roster()
-    after.restore(before.saved(), step=4)
+    after.restore(before.saved(), step=4, evaluated={"a": 3})
     assert {name: member.presence for name, member in after} == {"a": Presence.AWAY, "b": Presence.LEFT}
     assert after.members["a"].next_question == QuestionId(Done, 4)
     assert after.members["b"].next_question == QuestionId(Activations, 5)
     assert vars(after.members["b"].join) == vars(before.members["b"].join)
+    assert (after.members["a"].evaluated, after.members["b"].evaluated) == (3, -1)
 
 
 def test_open_questions_are_those_of_one_kind_and_micro_batch() -> None:
