@@ -26,12 +26,11 @@ __all__ = [
     "Text",
     "TextFile",
     "check_file",
-    "entry_of",
     "read_texts",
 ]
 
-PAIR, TEXT, INSTRUCTION, MESSAGES = ("prompt", "completion"), "text", ("instruction", "input", "output"), "messages"
-FIELDS = (*PAIR, TEXT, *INSTRUCTION, MESSAGES)
+PAIR, TEXT, INSTRUCTION, INPUT, MESSAGES = ("prompt", "completion"), "text", ("instruction", "output"), "input", "messages"
+FIELDS = (*PAIR, TEXT, *INSTRUCTION, INPUT, MESSAGES)
 ROLES = ("system", "user", "assistant")
 ANSWERS = "assistant"
 ROWS_AT_ONCE = 256
@@ -265,7 +264,7 @@ def _read_csv(file: TextFile) -> Iterator[Entry]:
     try:
         columns = reader.fieldnames
         if columns is not None:
-            entry_of(dict.fromkeys(columns, ""), f"{file.path}, line {reader.line_num}")
+            _entry(dict.fromkeys(columns, ""), file, f"line {reader.line_num}")
             if len(set(columns)) < len(columns):
                 twice = next(name for name in columns if columns.count(name) > 1)
                 raise DataError(f"{file.path}, line {reader.line_num}: two columns have the name {shown(twice)}")
@@ -318,7 +317,7 @@ def _read_parquet(file: TextFile) -> Iterator[Entry]:
     file.position, number = 0, 0
     try:
         table = parquet.ParquetFile(file.path)
-        _check_columns(table.schema_arrow.names, file.path)
+        _check_columns(table.schema_arrow.names, file)
         for rows in table.iter_batches(batch_size=ROWS_AT_ONCE):
             for row in rows.to_pylist():
                 number += 1
@@ -329,22 +328,58 @@ def _read_parquet(file: TextFile) -> Iterator[Entry]:
 
 
 def _entry(value: object, file: TextFile, place: str) -> Entry:
-    entry = entry_of(value, f"{file.path}, {place}")
-    if isinstance(value, dict) and len(value) > 1:
-        file.left_out.update(
-            key for key, member in value.items() if member not in NOTHING and key.strip().lower() not in FIELDS
-        )
+    """
+    The entry that an object's members make: "messages"; "instruction", perhaps "input", and "output"; "prompt" and
+    "completion", which are texts or lists of messages; or "text". Names may be in capitals; other members are left out, and
+    counted where they say something. Of the members that are known, those that are null are not there; if all are, the entry is
+    an empty text.
+
+    Args:
+        place: where in the file the object stands, for messages.
+
+    Raises:
+        DataError: there is none of these, or more than one that says something; or a message cannot be learnt from.
+    """
+    where, members = f"{file.path}, {place}", value if isinstance(value, dict) else {}
+    names = {key: str(key).strip().lower() for key in members}
+    fields: dict[str, object] = {}
+    for key, name in names.items():
+        if name in fields and name in FIELDS:
+            raise DataError(f"{where}: {shown(key)} is there twice")
+        fields[name] = members[key]
+    entry, read = _entry_and_names(value, fields, where)
+    if len(names) > len(read):
+        file.left_out.update(str(key) for key, name in names.items() if name not in read and members[key] not in NOTHING)
     return entry
 
 
-def _check_columns(names: list[str], path: Path) -> None:
+def _entry_and_names(value: object, fields: Mapping[str, object], where: str) -> tuple[Entry, tuple[str, ...]]:
+    """The entry that an object's fields make, and the names of those that it is made of."""
+    found = [(kind, entry) for kind in KINDS if kind.names[0] in fields and (entry := kind.read(fields, where)) is not None]
+    if not found:
+        known = fields.keys() & set(FIELDS)
+        if known and all(fields[name] is None for name in known):
+            return Text(None, ""), ()
+        raise DataError(f"{where}: {_missing(value, fields)}")
+    if len(found) > 1:
+        # A table may have columns of several kinds if each of its rows fills those of one.
+        found = [(kind, entry) for kind, entry in found if isinstance(entry, Conversation) or entry.content.strip()]
+    if len(found) > 1:
+        raise DataError(f"{where}: both {found[0][0].what} and {found[1][0].what}; leave one of them empty")
+    if not found:
+        return Text(None, ""), ()
+    kind, entry = found[0]
+    return entry, kind.names + kind.others
+
+
+def _check_columns(names: list[str], file: TextFile) -> None:
     """
     Raises:
         DataError: none of these columns is known.
     """
     known = {name.strip().lower() for name in names} & set(FIELDS)
     if not known:
-        entry_of(dict.fromkeys(names), f"{path}, columns")
+        _entry(dict.fromkeys(names), file, "columns")
 
 
 READERS: dict[str, Callable[[TextFile], Iterator[Entry]]] = {
@@ -353,39 +388,6 @@ READERS: dict[str, Callable[[TextFile], Iterator[Entry]]] = {
     ".txt": _read_txt,
     ".parquet": _read_parquet,
 }
-
-
-def entry_of(value: object, where: str) -> Entry:
-    """
-    The entry that an object's members make: "messages"; "instruction", perhaps "input", and "output"; "prompt" and
-    "completion", which are texts or lists of messages; or "text". Names may be in capitals; other members are left out. Of the
-    members that are known, those that are null are not there; if all are, the entry is an empty text.
-
-    Args:
-        where: the object stands, for messages.
-
-    Raises:
-        DataError: there is none of these, or more than one that says something; or a message cannot be learnt from.
-    """
-    fields: dict[str, object] = {}
-    for key, member in value.items() if isinstance(value, dict) else ():
-        name = str(key).strip().lower()
-        if name in fields and name in FIELDS:
-            raise DataError(f"{where}: {shown(key)} is there twice")
-        fields[name] = member
-    found = {kind.what: entry for kind in KINDS if kind.names[0] in fields and (entry := kind.read(fields, where)) is not None}
-    if not found:
-        known = fields.keys() & set(FIELDS)
-        if known and all(fields[name] is None for name in known):
-            return Text(None, "")
-        raise DataError(f"{where}: {_missing(value, fields)}")
-    if len(found) == 1:
-        return next(iter(found.values()))
-    # A table may have columns of several kinds if each of its rows fills those of one.
-    says = [what for what, entry in found.items() if isinstance(entry, Conversation) or entry.content.strip()]
-    if len(says) > 1:
-        raise DataError(f"{where}: both {says[0]} and {says[1]}; leave one of them empty")
-    return found[says[0]] if says else Text(None, "")
 
 
 def _pair(fields: Mapping[str, object], where: str) -> Entry | None:
@@ -422,7 +424,7 @@ def _text(fields: Mapping[str, object], where: str) -> Entry | None:
 
 
 def _instruction(fields: Mapping[str, object], where: str) -> Entry | None:
-    instruction, given, output = (fields.get(name) for name in INSTRUCTION)
+    instruction, output, given = (fields.get(name) for name in (*INSTRUCTION, INPUT))
     if not isinstance(instruction, str) or not isinstance(output, str):
         return None
     if given is not None and not isinstance(given, str):
@@ -449,6 +451,8 @@ class Kind(NamedTuple):
     """These have."""
     read: Callable[[Mapping[str, object], str], Entry | None]
     """Makes an entry of them; None if they are not there in this shape."""
+    others: tuple[str, ...] = ()
+    """Of members that it may have besides."""
 
     @property
     def needed(self) -> str:
@@ -458,7 +462,7 @@ class Kind(NamedTuple):
 KINDS = (
     Kind('a "prompt" with its "completion"', PAIR, "both strings, or both lists of messages", _pair),
     Kind('a "text"', (TEXT,), "a string", _text),
-    Kind('an "instruction" with its "output"', (INSTRUCTION[0], INSTRUCTION[-1]), "both strings", _instruction),
+    Kind('an "instruction" with its "output"', INSTRUCTION, "both strings", _instruction, (INPUT,)),
     Kind('"messages"', (MESSAGES,), "a list of messages, as .jsonl and .parquet can hold", _conversation),
 )
 

@@ -188,6 +188,33 @@ def test_members_that_are_left_out_are_counted(folder: Path, tmp_path: Path, nam
     assert 'left out: "Tool use" of 2 entries and "id" of 1 entry' in list(preview(data, Model.in_folder(folder)))
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "a b", "prompt": "c"}, 'left out: "prompt" of 1 entry'),
+        ({"text": "a b", "Input": "c"}, 'left out: "Input" of 1 entry'),
+        (
+            {"prompt": "a", "completion": "b", "input": "c", "output": "d"},
+            'left out: "input" of 1 entry and "output" of 1 entry',
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_members_of_a_kind_that_is_not_whole_are_left_out_beside_one_that_is(
+    folder: Path, tmp_path: Path, row: dict[str, str], said: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    assert said in list(preview(tmp_path / "a.jsonl", Model.in_folder(folder)))
+
+
+@pytest.mark.parametrize(
+    "row", [{"instruction": "a", "input": "b", "output": "c"}, {"text": "a", "prompt": "", "completion": ""}]
+)
+def test_nothing_is_left_out_of_what_an_entry_is_made_of(folder: Path, tmp_path: Path, row: dict[str, str]) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    assert not any("left out" in line for line in preview(tmp_path / "a.jsonl", Model.in_folder(folder)))
+
+
 def test_nothing_is_said_where_nothing_is_left_out(folder: Path, data: Path) -> None:
     assert not any("left out" in line for line in preview(data, Model.in_folder(folder)))
 
