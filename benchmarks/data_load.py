@@ -148,7 +148,7 @@ def measure_list(path: Path, folder: Path) -> dict[str, float]:
         return pack([samples[row] for row in rows.tolist()])
 
     step = seconds_a_batch(batch)
-    texts = [text for prompt, completion in read_texts(path) for text in (prompt or "", f" {completion}")]
+    texts = [text for pair in read_texts(path) for text in (pair.prompt or "", f" {pair.completion}")]
     began = time.process_time()
     for start in range(0, len(texts), 1024):
         encode(tokenizer, texts[start : start + 1024])

@@ -284,7 +284,7 @@ def _encode(
     """
     entries, committed = islice(file.texts(), writer.summary.num_entries, None), 0
     for some in by_length(entries):
-        writer.add(len(some), list(samples(some, form, encoder, end_token, str(file.path))))
+        writer.add(len(some), list(samples(some, form, encoder, end_token)))
         report(file.position)
         if file.position - committed > BYTES_BETWEEN_COMMITS:
             writer.commit()

@@ -146,7 +146,7 @@ def preview(
     with TextFile(data) as file:
         encoder = TextEncoder(model.tokenizer, model.end_token)
         for some in by_length(file.texts()):
-            for tokens, num_labels in samples(some, form, encoder, model.end_token, str(data)):
+            for tokens, num_labels in samples(some, form, encoder, model.end_token):
                 ids = np.frombuffer(tokens, encoder.dtype).tolist()
                 if seen.num_samples < num_shown:
                     yield from seen.sample(ids, num_labels)

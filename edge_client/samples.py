@@ -56,9 +56,7 @@ given, too, where it stands.
 """
 
 
-def samples(
-    entries: Sequence[Entry], form: Form, encoder: TextEncoder, end_token: int, where: str = ""
-) -> Iterator[tuple[bytes, int]]:
+def samples(entries: Sequence[Entry], form: Form, encoder: TextEncoder, end_token: int) -> Iterator[tuple[bytes, int]]:
     """
     The token ids of each sample, as bytes, and the number of its last tokens that are predicted.
 
@@ -69,9 +67,6 @@ def samples(
     Of a conversation each turn of the assistant is a sample, which ends with it. Its tokens are what the template makes of the
     messages so far; learnt is that in which they differ from the messages before, with an answer opened. So each answer stands
     behind exactly what the model is given when it is used, also where a template writes the last turn as no other.
-
-    Args:
-        where: the entries stand, for messages.
 
     Raises:
         DataError: an entry cannot be learnt from in this form.
@@ -85,12 +80,14 @@ def samples(
             parts += _turns(entry, form)
         elif isinstance(entry, Instruction) and form.template is not None and entry.completion:
             turns = ({"role": "user", "content": entry.prompt or ""}, {"role": ANSWERS, "content": entry.completion})
-            parts += _turns(Conversation(turns, where=where), form)
+            parts += _turns(Conversation(turns, where=entry.where), form)
         elif entry.prompt is not None:
             parts.append((entry.prompt, f"{encoder.separator}{entry.completion}", None))
         elif entry.completion:
             if form.loss_on not in (None, ALL):
-                raise DataError(f"{where}: --loss-on {form.loss_on} learns nothing of a text that stands alone; leave it out")
+                raise DataError(
+                    f"{entry.where}: --loss-on {form.loss_on} learns nothing of a text that stands alone; leave it out"
+                )
             parts.append((None, entry.completion, None))
     encoded = encoder.encode([text for given, rest, _ in parts for text in (given or "", rest)])
     for (given, _, conversation), context, rest in zip(parts, encoded[::2], encoded[1::2], strict=True):

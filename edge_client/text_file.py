@@ -54,6 +54,8 @@ class Text(NamedTuple):
 
     prompt: str | None
     completion: str
+    where: str = ""
+    """Where it stands, for messages of errors."""
 
     @property
     def content(self) -> str:
@@ -68,7 +70,7 @@ class Text(NamedTuple):
     def stripped(self) -> "Text":
         """Without white space at the ends. A pair without a completion has no prompt either, and counts as an empty text."""
         prompt, completion = self.prompt and self.prompt.strip(), self.completion.strip()
-        return type(self)(prompt if completion else None, completion)
+        return type(self)(prompt if completion else None, completion, self.where)
 
 
 class Instruction(Text):
@@ -299,7 +301,7 @@ def _read_txt(file: TextFile) -> Iterator[Entry]:
         seen.setdefault(bool(bars), [0, file.line])[0] += 1
         if len(seen) == 1:
             where = f"{file.path}, line {file.line}"
-            yield _checked_pair(prompt, completion, 'what stands behind "||"', where) if bars else Text(None, line)
+            yield _checked_pair(prompt, completion, 'what stands behind "||"', where) if bars else Text(None, line, where)
         # Else the file is refused, and the rest is only counted.
     if len(seen) > 1:
         fewer = min(seen[True], seen[False], key=lambda kind: kind[0])
@@ -359,7 +361,7 @@ def _entry_and_names(value: object, fields: Mapping[str, object], where: str) ->
     if not found:
         known = fields.keys() & set(FIELDS)
         if known and all(fields[name] is None for name in known):
-            return Text(None, ""), ()
+            return Text(None, "", where), ()
         raise DataError(f"{where}: {_missing(value, fields)}")
     if len(found) > 1:
         # A table may have columns of several kinds if each of its rows fills those of one.
@@ -367,7 +369,7 @@ def _entry_and_names(value: object, fields: Mapping[str, object], where: str) ->
     if len(found) > 1:
         raise DataError(f"{where}: both {found[0][0].what} and {found[1][0].what}; leave one of them empty")
     if not found:
-        return Text(None, ""), ()
+        return Text(None, "", where), ()
     kind, entry = found[0]
     return entry, kind.names + kind.others
 
@@ -406,7 +408,7 @@ def _pair(fields: Mapping[str, object], where: str) -> Entry | None:
 def _checked_pair(prompt: str, completion: str, what: str, where: str) -> Text:
     if prompt.strip():
         _check_answer(completion, what, where)
-    return Text(prompt, completion)
+    return Text(prompt, completion, where)
 
 
 def _check_answer(answer: str, what: str, where: str) -> None:
@@ -420,7 +422,7 @@ def _check_answer(answer: str, what: str, where: str) -> None:
 
 def _text(fields: Mapping[str, object], where: str) -> Entry | None:
     text = fields.get(TEXT)
-    return Text(None, text) if isinstance(text, str) else None
+    return Text(None, text, where) if isinstance(text, str) else None
 
 
 def _instruction(fields: Mapping[str, object], where: str) -> Entry | None:
@@ -432,7 +434,7 @@ def _instruction(fields: Mapping[str, object], where: str) -> Entry | None:
     asked = [part for part in (instruction.strip(), (given or "").strip()) if part]
     if asked:
         _check_answer(output, '"output"', where)
-    return Instruction("\n\n".join(asked), output)
+    return Instruction("\n\n".join(asked), output, where)
 
 
 def _conversation(fields: Mapping[str, object], where: str) -> Entry | None:

@@ -129,8 +129,8 @@ def _deploy(run_dir: Path, devices: Path) -> None:
     # On a model so small, what 8 and 4 bits change lies near the tolerances, on either side; the table is what there is to see.
     _run(ENVIRONMENT, ["splitlora-export", "verify", str(folder)], check=False)
     print("Three prompts it has never seen, continued as a device does, without torch:\n")
-    for prompt, _ in itertools.islice(read_texts(GUIDES / "valid.jsonl"), 0, 60, 20):
-        command = ["splitlora-edge", "generate", str(folder), "--prompt", prompt, "--max-new-tokens", "80"]
+    for pair in itertools.islice(read_texts(GUIDES / "valid.jsonl"), 0, 60, 20):
+        command = ["splitlora-edge", "generate", str(folder), "--prompt", pair.prompt, "--max-new-tokens", "80"]
         print(f"  -> {_run(devices, command, stdout=subprocess.PIPE).stdout.strip()}\n")
 
 

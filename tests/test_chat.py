@@ -190,8 +190,9 @@ def test_text_begins_and_ends_as_the_tokenizer_begins_and_ends_it(tmp_path: Path
 
 @pytest.mark.parametrize("loss_on", ["completion", "assistant"])
 def test_text_alone_has_no_completion(tmp_path: Path, loss_on: str) -> None:
-    with pytest.raises(DataError, match=f"--loss-on {loss_on} learns nothing of a text that stands alone"):
-        load(write(tmp_path, {"text": "a"}), folder_of(tmp_path, "Qwen2", CHATML), loss_on=loss_on)
+    data = write(tmp_path, {"prompt": "a", "completion": "b"}, {"text": "a"})
+    with pytest.raises(DataError, match=f"line 2: --loss-on {loss_on} learns nothing of a text that stands alone"):
+        load(data, folder_of(tmp_path, "Qwen2", CHATML), loss_on=loss_on)
 
 
 def test_loss_on_all_learns_the_prompt_too(tmp_path: Path) -> None:
@@ -257,6 +258,15 @@ def test_template_that_refuses_a_conversation_is_quoted(tmp_path: Path) -> None:
         DataError, match=r"line 2: the model's chat template does not take this conversation: Conversation roles must"
     ):
         load(write(tmp_path, {"messages": TALK}, {"messages": [TALK[0], *TALK]}), folder)
+
+
+def test_instruction_that_the_template_refuses_is_named_by_its_line(tmp_path: Path) -> None:
+    template = (
+        "{{ messages | map(attribute='content') | join }}{{ raise_exception('no pubs') if 'pub' in messages[0].content }}"
+    )
+    entries = ({"instruction": asked, "output": "Anna"} for asked in ("name a person", "name a pub"))
+    with pytest.raises(DataError, match=r"line 2: the model's chat template does not take this conversation: no pubs"):
+        load(write(tmp_path, *entries), folder_of(tmp_path, "Qwen2", template))
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,8 @@ def tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def texts(path: Path) -> list[Text]:
-    return list(read_texts(path))
+def texts(path: Path) -> list[tuple[str | None, str]]:
+    return [(text.prompt, text.completion) for text in read_texts(path) if isinstance(text, Text)]
 
 
 # Formats
