@@ -236,9 +236,12 @@ def _is_token(graph: Graph) -> str:
 
 
 def _bias(graph: Graph, visible: str, dtype: DTypeLike) -> str:
-    """0 where visible, and elsewhere the lowest finite number: minus infinity would make NaN of a row that sees nothing."""
+    """
+    0 where visible, and elsewhere half of the lowest finite number. The lowest becomes minus infinity with a negative score, of
+    which a row that sees nothing would be NaN.
+    """
     lowest = np.finfo(np.dtype(dtype)).min
-    return graph.node("Where", visible, graph.constant(0, dtype), graph.constant(lowest, dtype))
+    return graph.node("Where", visible, graph.constant(0, dtype), graph.constant(lowest / 2, dtype))
 
 
 class CausalBias:

@@ -14,7 +14,9 @@ import torch
 from conftest import make_model, shared_path
 from family_models import gpt2_config, make_family_model
 from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
 from onnx_reference import decode, dequantised, exported, largest_difference, left_padded, logits_of, random_ids, rounded
+from safetensors.torch import load_file, save_file
 
 from export import export_onnx
 from export.attention import ATTENTIONS
@@ -119,6 +121,23 @@ def test_half_precision_stays_near_transformers(tiny_model: Path, tmp_path: Path
     expected = logits_of(reference.load_base(tiny_model), ids)
     found = decode(exported(tmp_path / "out", "fp16"), ids, np.ones_like(ids), 15)
     assert largest_difference(found, expected) < 2e-3 * np.abs(expected).max()
+
+
+def test_row_of_padding_in_half_precision_stays_a_number_however_negative_its_scores(tmp_path: Path) -> None:
+    """Computed in half precision itself, as on a graphics card: on a processor onnxruntime computes it in single precision."""
+    model = make_model(tmp_path, n_layer=2)
+    weights = load_file(model / "model.safetensors")
+    for name, weight in weights.items():
+        if name.endswith("attn.c_attn.weight"):
+            query, _, _ = weight.chunk(3, 1)
+            weight[:, 32:64] = -9.0 * query  # so that no token but itself is like one
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    export_onnx(str(model), tmp_path / "out", precisions=["fp16"], attention="ops")
+    ids, mask = np.full((2, 6), 7), left_padded([6, 3])
+    whole, inner = onnx.load(tmp_path / "out/onnx/model_fp16.onnx"), exported(tmp_path / "out", "fp16")
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)}
+    (logits, *_) = ReferenceEvaluator(whole).run(None, {**given, **inner.empty_cache(2)})
+    assert np.isfinite(logits).all()
 
 
 @pytest.mark.parametrize("precision", ["q8", "q4"])
