@@ -42,7 +42,7 @@ test-pythons: $(VENV)/.development
 	for version in $(PYTHONS); do tests/on_python $$version || exit 1; done
 
 test-lowest: .venv-lowest/.packages
-	.venv-lowest/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(TESTS)
+	.venv-lowest/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-runtimes: $(VENV)/.development .venv-runtimes/.runtimes .venv-node/.packages
 	$(BIN)/python -m pytest tests/runtimes

@@ -57,6 +57,7 @@ LONGEST = """
 parity chaos_frozen_edge chaos_long_rounds chaos_short_rounds family_parity cuda_by_construction export_folder ranks sweep
 family_export family_graphs chaos_labels export_graph resume ranks_programs training calibration contestants chaos
 chaos_onnxruntime codec_decisions readme device_check onnx_engine token_file leak_meter leak_attacks
+delta itinerary federation_cost door lora
 """
 """Files of tests, the longest first."""
 
