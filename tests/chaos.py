@@ -246,7 +246,7 @@ class Run:
             name: {
                 **DEVICES[engine],
                 "model": options["model"] if engine == "torch" else None,
-                "state_dir": str(folder / "state"),
+                "state_dir": str(folder / f"state-{name}"),  # nobody finds what another one has fetched
                 **more,
             }
             for name, more in clients.items()

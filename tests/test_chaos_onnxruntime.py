@@ -16,13 +16,11 @@ def undisturbed(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> Outco
     return scene.run(tmp_path_factory.mktemp("undisturbed"), MODE, [], engine="onnxruntime").to_its_end()
 
 
-@pytest.mark.parametrize("number", range(1, 27, 2))
+@pytest.mark.parametrize("number", range(1, 23, 2))
 @pytest.mark.parametrize(("event", "what"), [("send", "cut"), ("receive", "kill")])
 def test_disturbed_run_gives_the_adapter_and_the_losses_of_an_undisturbed_one(
     scene: Scene, undisturbed: Outcome, tmp_path: Path, number: int, event: str, what: str
 ) -> None:
     outcome = scene.run(tmp_path, MODE, [Fault("a", event, number, what)], engine="onnxruntime").to_its_end()
     assert outcome.differences(undisturbed) == []
-    # How many pieces there are depends on which of the two devices was quicker to fetch them: on a busy machine the other one
-    # has fetched so many that this one received 16 messages in all.
-    assert outcome.struck == [what] or number > 16
+    assert outcome.struck == [what]
