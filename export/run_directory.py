@@ -87,10 +87,11 @@ class RunDirectory:
             raise self._wrong(error) from None
         if self._reached is None:
             return self._last_checkpoint(model.config, scratch)
-        step, last = self._reached["step"], self._reached["of"]
-        if step != last:
-            logger.warning("the run ended early: this is its adapter after step %d of %d", step, last)
-        return Run(id=self._id, step=step, finished=step == last), self.folder / "adapter"
+        reached, last = self._reached["step"], self._reached["of"]
+        if reached != last:
+            logger.warning("the run ended early: this is its adapter after step %d of %d", reached, last)
+        step = self._reached.get("best_step", reached)
+        return Run(id=self._id, step=step, finished=reached == last), self.folder / "adapter"
 
     def _last_checkpoint(self, config: ModelConfig, scratch: Path) -> tuple[Run, Path]:
         for path in sorted((self.folder / "checkpoints").glob("*.safetensors"), reverse=True):

@@ -44,8 +44,9 @@ class RunDescription:
     """
     adapter: dict[str, Any] | None = None
     """
-    Which ``step`` ``of`` how many the adapter in the folder has reached. None while the run is served, and after its server was
-    killed: the adapter may then be of an earlier stop, or half written.
+    Which ``step`` ``of`` how many the run had reached when the adapter in the folder was saved. That is the last step in the
+    adapter, unless ``best_step`` says an earlier one, the best. None while the run is served, and after its server was killed:
+    the adapter may then be of an earlier stop, or half written.
     """
 
     @classmethod
@@ -66,8 +67,12 @@ class RunDescription:
         noise, adapter = (None if raw.get(key) is None else _member(files, raw, key, dict) for key in ("noise", "adapter"))
         if adapter is not None:
             step, last = (_member(files, adapter, key, int) for key in ("step", "of"))
+            best = _member(files, {"best_step": step} | adapter, "best_step", int)
             if not 0 <= step <= last:
                 raise error(f"{run_dir / RUN_FILE}: the adapter cannot be that of step {shown(step)} of {shown(last)}{REMEDY}")
+            if not 0 <= best <= step:
+                found = f"that of step {shown(best)} where the run has reached {shown(step)}"
+                raise error(f"{run_dir / RUN_FILE}: the adapter cannot be {found}{REMEDY}")
         return cls(
             run=_member(files, raw, "run", str),
             restarts=_member(files, raw, "restarts", int),
@@ -105,8 +110,8 @@ class RunDescription:
     def with_noise(self, noise: dict[str, Any]) -> "RunDescription":
         return replace(self, noise=noise)
 
-    def with_adapter(self, *, step: int, of: int) -> "RunDescription":
-        return replace(self, adapter={"step": step, "of": of})
+    def with_adapter(self, *, step: int, of: int, best_step: int = 0) -> "RunDescription":
+        return replace(self, adapter={"step": step, "of": of, **({"best_step": best_step} if best_step else {})})
 
 
 def _member(files: Folder, value: dict[str, Any], key: str, kind: type[Member]) -> Member:

@@ -172,7 +172,8 @@ def test_run_ends_where_transformers_would_have_ended_it_with_the_last_adapter_o
             step: loss for step, loss in losses.items() if step <= last
         }
         description = RunFiles(tmp_path / final).description
-        assert description.adapter == {"step": last, "of": last}
+        assert description.adapter == {"step": last, "of": last, **({"best_step": best} if final == "best" else {})}
+        assert any(text.startswith(f"the run ends with the adapter of step {best}, ") for text in events) == (final == "best")
     for steps, final in ((last, "last"), (best, "best")):
         train({**options, "steps": steps}, tmp_path / f"{steps} steps", devices(f"{steps} steps"))
         assert adapter_bytes(tmp_path / final) == adapter_bytes(tmp_path / f"{steps} steps")

@@ -296,6 +296,14 @@ def test_run_that_was_stopped_is_exported_and_said_to_have_ended_early(
     assert "the run ended early: this is its adapter after step 6 of 9" in caplog.text
 
 
+def test_best_adapter_of_a_run_is_exported_as_that_of_its_own_step(tiny_model: Path, run_dir: Path, tmp_path: Path) -> None:
+    description = json.loads((run_dir / "run.json").read_text())
+    description["adapter"]["best_step"] = 2
+    (run_dir / "run.json").write_text(json.dumps(description))
+    run, _ = export_run(tiny_model, run_dir, tmp_path / "out")
+    assert (run["step"], run["finished"]) == (2, True)
+
+
 def test_damaged_checkpoint_is_passed_over_and_without_another_there_is_nothing(
     tiny_model: Path, run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

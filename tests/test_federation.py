@@ -1430,8 +1430,8 @@ def test_run_that_nobody_evaluates_any_more_says_so_once_and_at_its_end_which_ad
     ]
     actions = table.do_step(5, "b")
     assert texts(actions) == [
-        "the run ends with the adapter of step 1, the best that was judged; after step 2 none was, since devices that evaluate "
-        "held-out texts had left, or told no loss"
+        "the run ends with the adapter of step 1, the best that was judged: held-out loss 5.0000; after step 2 none was "
+        "judged, since devices that evaluate held-out texts had left, or told no loss"
     ]
     assert actions[-1] == FinishRun(step=5, best_step=1)
 

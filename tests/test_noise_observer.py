@@ -99,7 +99,7 @@ def test_the_adapter_of_the_end_does_not_replace_what_the_noise_is_worth(journal
     directory = cast(Any, journal)._directory
     directory.save_adapter = lambda *_: written.append("adapter")
     journal.write_noise({"kitchen": {"delta": 1e-6}})
-    journal.write_adapter(Adapter(), 3, 3)
+    journal.write_adapter(Adapter(), step=3, of=3)
     journal.close()
     assert written == ["adapter"]
     assert recorded(tmp_path)["noise"] == {"kitchen": {"delta": 1e-6}}

@@ -28,6 +28,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         DESCRIPTION,
         DESCRIPTION.served_at("ws://a:1"),
         DESCRIPTION.with_adapter(step=3, of=5),
+        DESCRIPTION.with_adapter(step=5, of=5, best_step=2),
         WITH_NOISE,
         SERVED,
     ):
@@ -73,6 +74,11 @@ def test_what_is_no_object_is_one_sentence(tmp_path: Path, content: str) -> None
         ({"adapter": {"step": 3, "of": True}}, "of is true; a whole number is expected"),
         ({"adapter": {"step": 3, "of": 2}}, "the adapter cannot be that of step 3 of 2"),
         ({"adapter": {"step": -1, "of": 2}}, "the adapter cannot be that of step -1 of 2"),
+        ({"adapter": {"step": 1, "of": 2, "best_step": 2}}, "the adapter cannot be that of step 2 where the run has reached 1"),
+        (
+            {"adapter": {"step": 1, "of": 2, "best_step": -1}},
+            "the adapter cannot be that of step -1 where the run has reached 1",
+        ),
     ],
 )
 def test_member_that_cannot_be_right_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

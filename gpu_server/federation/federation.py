@@ -808,16 +808,17 @@ class Federation:
         judge = self.early_stopping
         if judge is None or self.settings.final_adapter == "last":
             return [FinishRun(step=self.step)]
-        is_earlier, actions = judge.best_step < self.step, list[Action]()
+        if judge.best is None:
+            text = "the run ends with its last adapter and not with the best: held-out texts were evaluated after no step"
+            return [Report(kind="note", text=text), FinishRun(step=self.step)]
+        best = judge.best
+        if best.step == self.step:
+            return [FinishRun(step=self.step)]
+        text = f"the run ends with the adapter of step {best.step}, the best that was judged: held-out loss {best.loss:.4f}"
         if judge.last_step < self.step:
-            text = (
-                f"the run ends with the adapter of step {judge.best_step}, the best that was judged; after step "
-                f"{judge.last_step} none was, since devices that evaluate held-out texts had left, or told no loss"
-            )
-            if not judge.best_step:
-                text = "the run ends with its last adapter and not with the best: held-out texts were evaluated after no step"
-            actions = [Report(kind="note", text=text)]
-        return [*actions, FinishRun(step=self.step, best_step=judge.best_step if is_earlier else 0)]
+            why = "since devices that evaluate held-out texts had left, or told no loss"
+            text += f"; after step {judge.last_step} none was judged, {why}"
+        return [Report(kind="note", text=text), FinishRun(step=self.step, best_step=best.step)]
 
     # What held-out losses decide
 

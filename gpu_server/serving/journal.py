@@ -77,12 +77,17 @@ class Journal:
             self._describing = waiting = self._large.submit(lambda: self._directory.describe(self._description))
         return waiting
 
-    def write_adapter(self, adapter: Adapter, step: int, total_steps: int) -> "Future[None]":
-        """And say in run.json which step it has reached."""
+    def write_adapter(self, adapter: Adapter, **reached: int) -> "Future[None]":
+        """
+        And say in run.json how far it has come.
+
+        Args:
+            reached: as of `RunDescription.with_adapter`.
+        """
 
         def write() -> None:
             self._directory.save_adapter(adapter, self._config, self._lora, self._base_model)
-            self._directory.describe(self._description.with_adapter(step=step, of=total_steps))
+            self._directory.describe(self._description.with_adapter(**reached))
 
         return self._large.submit(write)
 

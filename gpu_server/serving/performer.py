@@ -221,16 +221,16 @@ class Performer:
             await self._judging
         await self._checkpoints.finish()
         edge_adapter = await self._compute(self._engine.load_best) if action.best_step else None
-        await self._save_adapter()
+        await self._save_adapter(action.best_step)
         self.perform(self._federation.saved(time.monotonic(), best_step=action.best_step, edge_adapter=edge_adapter))
         tell("complete", "the adapter is saved", step=self._federation.step, quiet=True)
         self.tell_status()
         self._lifetime.end_if_all_have_left()
 
-    async def _save_adapter(self) -> None:
+    async def _save_adapter(self, best_step: int = 0) -> None:
         adapter = await self._compute(self._engine.adapter)
         reached, of = self._federation.round, self._federation.total_steps
-        await asyncio.wrap_future(self._journal.write_adapter(adapter, reached, of))
+        await asyncio.wrap_future(self._journal.write_adapter(adapter, step=reached, of=of, best_step=best_step))
 
     async def _timed(self, function: Callable[..., Result], *arguments: Any) -> tuple[Result, float, float]:
         """What is computed, how many seconds it took, and when it was done."""
