@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from split_model import PretrainedModel
-from storage import AdapterSettings, Folder
+from storage import AdapterSettings, Folder, shown
 from storage.model_folder import CONFIG_FILE, GENERATION_FILE
 
 from .adapter_folder import BeyondLora, read_adapter
@@ -101,6 +102,12 @@ def load_with_peft(base: PretrainedModel, adapter: Path) -> Any:
     known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     if unknown := [name for name in settings.values if name not in known and settings.has(name)]:
         raise ExportError(f"{settings.path}: PEFT {peft.__version__} knows no {', '.join(unknown[:5])}; a newer one may")
+    if settings.draws_base:
+        raise ExportError(
+            f"{adapter}: this adapter's initialisation ({settings.values['init_lora_weights']}) changed the base model that it "
+            "was trained on by numbers drawn at random, so that nobody can repeat it: let PEFT make plain LoRA of it where it "
+            "was trained, by save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
     if settings.changes_base:
         logger.warning(
             "%s: this adapter's initialisation (%s) changed the base model that it was trained on; "
@@ -122,6 +129,7 @@ def load_with_peft(base: PretrainedModel, adapter: Path) -> Any:
             found = peft.load_peft_weights(str(adapter), device="cpu").keys()
         except Exception as error:  # a stranger's settings reach all of PEFT, which raises exceptions of every type
             raise _refusal(adapter, error) from None
+    _check_blocks(adapter, settings.values.get("layer_replication"), base.config.num_layers)
     if missing := sorted(expected - found):
         raise ExportError(f"{adapter}: the adapter's {missing[0]} is missing, which its settings ask for")
     if unused := sorted(found - expected - adapted.state_dict().keys()):
@@ -129,6 +137,19 @@ def load_with_peft(base: PretrainedModel, adapter: Path) -> Any:
             f"{adapter}: PEFT has no use for {unused[0]} with these settings; the adapter is not complete without it"
         )
     return adapted.eval()
+
+
+def _check_blocks(adapter: Path, ranges: Sequence[tuple[int, int]] | None, num_layers: int) -> None:
+    """
+    Raises:
+        ExportError: the adapter makes a model with another number of blocks, or with one block at two places.
+    """
+    blocks = [block for first, end in ranges or [(0, num_layers)] for block in range(first, end)]
+    if sorted(blocks) != list(range(num_layers)):
+        raise ExportError(
+            f"{adapter}: layer_replication {shown(ranges)} asks for another number of blocks than the model's {num_layers}, or "
+            "for one of them twice; a model is exported with each of its blocks once"
+        )
 
 
 def _refusal(adapter: Path, error: Exception) -> ExportError:

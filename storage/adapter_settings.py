@@ -128,3 +128,8 @@ class AdapterSettings:
         """Whether the adapter's initialisation changed the base model: it was trained on another one than it names."""
         way = self.values["init_lora_weights"]
         return isinstance(way, str) and way.lower() not in BASE_UNCHANGED
+
+    @property
+    def draws_base(self) -> bool:
+        """Whether it changed the base model by numbers drawn at random: PiSSA's approximation of singular vectors does."""
+        return self.changes_base and self.values["init_lora_weights"].lower().startswith("pissa_niter")

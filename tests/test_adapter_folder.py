@@ -129,6 +129,36 @@ def test_adapter_whose_initialisation_changed_the_base_is_neither_continued_nor_
         export_onnx(str(model), tmp_path / "out", adapter=adapter, keep_adapter=True)
 
 
+def test_adapter_whose_initialisation_changed_the_base_at_random_is_refused(model: Path, tmp_path: Path) -> None:
+    adapter = save_peft(model, tmp_path / "adapter", init_lora_weights="pissa_niter_4")
+    with pytest.raises(ExportError, match=r"\(pissa_niter_4\) changed the base model .* at random, .*path_initial_model_for"):
+        merge(str(model), tmp_path / "out", adapter=adapter)
+
+
+@pytest.mark.parametrize("ranges", [[[0, 2]], [[0, 4], [2, 4]], [[0, 2], [0, 2]]])
+def test_adapter_that_repeats_blocks_or_leaves_some_out_is_refused(tmp_path: Path, ranges: list[list[int]]) -> None:
+    model = make_family_model(tmp_path, "llama")
+    num_layers = PretrainedModel(model).config.num_layers
+    options = {"target_modules": ["q_proj"], "fan_in_fan_out": False}
+    adapter = save_peft(model, tmp_path / "adapter", layer_replication=ranges, **options)
+    for export in (merge, export_onnx):
+        with pytest.raises(
+            ExportError, match=rf"layer_replication \[\[0, .* than the model's {num_layers}, or for one of them twice"
+        ):
+            export(str(model), tmp_path / "out", adapter=adapter)
+
+
+def test_adapter_that_changes_the_order_of_blocks_is_merged(tmp_path: Path) -> None:
+    model = make_family_model(tmp_path, "llama")
+    last = PretrainedModel(model).config.num_layers
+    options = {"target_modules": ["q_proj"], "fan_in_fan_out": False}
+    adapter = save_peft(model, tmp_path / "adapter", layer_replication=[[last - 1, last], [0, last - 1]], **options)
+    merge(str(model), tmp_path / "out", adapter=adapter)
+    ids = random_ids(600, 1, 20)
+    expected = logits_of(reference.load_peft(model, adapter).eval(), ids)
+    assert largest_difference(logits_of(reference.load_base(tmp_path / "out"), ids), expected) < 1e-4
+
+
 @pytest.mark.parametrize("way", [True, False, "gaussian", "eva", "orthogonal"])
 def test_other_initialisations_are_plain_lora(model: Path, tmp_path: Path, way: Any) -> None:
     adapter = change(save_peft(model, tmp_path / "adapter"), init_lora_weights=way)
