@@ -23,6 +23,7 @@ __all__ = ["OF_THE_RUN", "ServerConfig", "described", "is_loopback", "resumed", 
 DERIVED = {"precision", "activation_codec", "gradient_codec", "adapter_codec"}
 OF_THE_RUN = {item.name for item in fields(RunSettings)} - DERIVED | {
     "lora_rslora",
+    "init_adapter",
     "dtype",
     "residual",
     "codec",
@@ -374,8 +375,11 @@ def resumed(options: Mapping[str, Any], previous: Mapping[str, Any]) -> dict[str
     for name in OF_THE_RUN & options.keys() & recorded.keys():
         given, before = options[name], recorded[name]
         if isinstance(before, list | tuple):
-            given, before = list(typed(name, given, tuple[str, ...], {"choices": None})), list(before)
-        if given == before or given == list(ALL_LINEAR):  # these are compared under their names, which the model gives
+            names = typed(name, given, tuple[str, ...], {"choices": None})
+            if names == ALL_LINEAR:  # these are compared under their names, which the model gives
+                continue
+            given, before = (",".join(sorted(each)) for each in (names, before))
+        if given == before:
             continue
         if name == "steps" and type(given) is type(before) is int:
             if given < before:

@@ -375,7 +375,7 @@ def _check_same_model(config: ServerConfig, before: str, now: str) -> None:
         ConfigError: the model is not the one that the run began with.
     """
     if before != now:
+        another = f"another {part_that_differs(before, now)}: its fingerprint is {before}, that of {config.model} is {now}"
         raise ConfigError(
-            f"{config.run_dir} holds a run of another {part_that_differs(before, now)}: its fingerprint is {before}, that of "
-            f"{config.model} is {now}"
+            f"{config.run_dir} holds a run of {another}. Give --model the one that the run began with, or another --run-dir"
         )

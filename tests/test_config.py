@@ -71,13 +71,18 @@ def test_run_goes_on_with_what_it_was_begun_with_and_where_it_is_told() -> None:
     assert (told["run_dir"], told["port"], told["lr"]) == ("moved", 9, 1e-3)
 
 
+def test_run_goes_on_with_the_same_layers_in_any_order() -> None:
+    recorded = {**dataclasses.asdict(config()), "lora_targets": ["c_attn", "c_fc"]}
+    assert resumed({"run_dir": "r", "lora_targets": "c_fc,c_attn"}, recorded)["lora_targets"] == "c_fc,c_attn"
+
+
 @pytest.mark.parametrize(("name", "given", "before"), [("lr", 1e-2, 0.001), ("lora_targets", ("c_fc",), ["c_attn"])])
 def test_run_cannot_go_on_as_another_one(name: str, given: Any, before: Any) -> None:
     recorded = {**dataclasses.asdict(config()), "lora_targets": ["c_attn"]}
     with pytest.raises(ConfigError) as caught:
         resumed({"run_dir": "r", name: given}, recorded)
     flag = name.replace("_", "-")
-    shown = list(given) if isinstance(given, tuple) else given
+    before, shown = (",".join(value) if isinstance(value, list | tuple) else value for value in (before, given))
     assert str(caught.value) == (
         f"r holds a run with {flag} {before}; it cannot go on with {flag} {shown}. Leave --{flag} out, "
         "or start another run from its adapter: --init-adapter r/adapter with another --run-dir"

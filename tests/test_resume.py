@@ -354,7 +354,13 @@ def stopped(settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., 
 
 @pytest.mark.parametrize(
     ("name", "value", "shown"),
-    [("cut_layer", 1, "cut-layer 2; it cannot go on with cut-layer 1"), ("lora_rank", 8, "lora-rank 4"), ("lr", 0.5, "lr")],
+    [
+        ("cut_layer", 1, "cut-layer 2; it cannot go on with cut-layer 1"),
+        ("lora_rank", 8, "lora-rank 4"),
+        ("lr", 0.5, "lr"),
+        ("lora_targets", "c_proj,c_fc", "lora-targets c_attn; it cannot go on with lora-targets c_fc,c_proj"),
+        ("init_adapter", "nowhere", "no init-adapter; it cannot go on with init-adapter nowhere. Leave --init-adapter out"),
+    ],
 )
 def test_run_of_another_configuration_is_not_gone_on_with(stopped: dict[str, Any], name: str, value: Any, shown: str) -> None:
     before = contents(Path(stopped["run_dir"]))
