@@ -17,6 +17,7 @@ from split_model import (
     adapted_layers,
     backpropagate,
     check_cut_layer,
+    check_lora_rank,
     choose_device,
     choose_dtype,
     copied_to,
@@ -26,7 +27,6 @@ from split_model import (
     restore_optimiser,
     take_step,
 )
-from storage import ModelError
 
 from .data import Batch
 from .dropout import dropout_masks
@@ -48,8 +48,7 @@ class TorchEngine:
     def __init__(self, model: PretrainedModel, settings: RunSettings, device: str, dtype: str) -> None:
         self._model = model
         check_cut_layer(settings.cut_layer, model.config.num_layers)
-        if settings.lora_rank > model.config.width:
-            raise ModelError(f"the run's LoRA rank is {settings.lora_rank}, more than the model's width {model.config.width}")
+        check_lora_rank(settings.lora_rank, model.config.width)
         lora = LoraConfig(**settings.lora())
         self._dropout, self._cut_layer, self._smoothing = lora.dropout, settings.cut_layer, settings.label_smoothing
         self._adapted = adapted_layers(model.config, lora)

@@ -23,6 +23,7 @@ from split_model import (
     adapted_layers,
     adapter_shapes,
     check_cut_layer,
+    check_lora_rank,
     choose_device,
     choose_dtype,
     initial_adapter,
@@ -152,6 +153,7 @@ def _set_up(options: Mapping[str, Any], leader: "Leader | None") -> Run:
         choices += leader.choices
     door = open_door(config)
     check_cut_layer(config.cut_layer, model.config.num_layers)
+    check_lora_rank(config.lora_rank, model.config.width)
     settings = config.settings()
     lora = LoraConfig(**config.lora())
     adapter = _starting_adapter(config, directory, model, lora)

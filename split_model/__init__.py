@@ -6,7 +6,7 @@ from .lora import Adapter, LoraConfig, adapted_layers, adapter_shapes, initial_a
 from .loss import cross_entropies, summed_cross_entropy
 from .model_config import ModelConfig
 from .optimisation import OptimiserConfig, adamw, clipping_factor, gradient_norm, optimiser_state, restore_optimiser, take_step
-from .parts import EdgePart, ServerPart, backpropagate, check_cut_layer
+from .parts import EdgePart, ServerPart, backpropagate, check_cut_layer, check_lora_rank
 from .placement import DTYPES, choose_device, choose_dtype
 from .pretrained_model import PretrainedModel
 from .sealed_tensors import DamagedFile, read_sealed, seal
@@ -28,6 +28,7 @@ __all__ = [
     "adapter_shapes",
     "backpropagate",
     "check_cut_layer",
+    "check_lora_rank",
     "choose_device",
     "choose_dtype",
     "clipping_factor",

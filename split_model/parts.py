@@ -29,7 +29,7 @@ from .transfer import read_back
 if TYPE_CHECKING:
     from .sharding import Sharding
 
-__all__ = ["EdgePart", "ServerPart", "backpropagate", "check_cut_layer"]
+__all__ = ["EdgePart", "ServerPart", "backpropagate", "check_cut_layer", "check_lora_rank"]
 
 
 def check_cut_layer(cut_layer: int, num_layers: int) -> None:
@@ -40,6 +40,17 @@ def check_cut_layer(cut_layer: int, num_layers: int) -> None:
     if not 0 < cut_layer < num_layers:
         raise ModelError(
             f"cut layer must be between 1 and {num_layers - 1} for a model of {num_layers} blocks, got {cut_layer}"
+        )
+
+
+def check_lora_rank(rank: int, width: int) -> None:
+    """
+    Raises:
+        ModelError: it is more than the model's width.
+    """
+    if rank > width:
+        raise ModelError(
+            f"LoRA rank {rank} is more than the model's width, {width}; what is added to a matrix has no higher rank"
         )
 
 

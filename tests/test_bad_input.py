@@ -426,6 +426,7 @@ def test_file_is_no_model(edge_says: Say, model: Path) -> None:
     ("flags", "reason"),
     [
         ({"cut_layer": 0}, "cut layer must be between 1 and 3 for a model of 4 blocks, got 0"),
+        ({"lora_rank": 10**8}, "LoRA rank 100000000 is more than the model's width, 32; what is added to a matrix has no"),
         ({"cut_layer": 4}, "cut layer must be between 1 and 3 for a model of 4 blocks, got 4"),
         ({"lora_rank": 0}, "lora-rank must be 1 to 2147483647, got 0"),
         ({"lora_alpha": 0}, "lora-alpha must be 1e-30 to 1e+30, got 0.0"),

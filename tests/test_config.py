@@ -673,6 +673,7 @@ NAMES = {
             "adapted_layers",
             "adapter_shapes",
             "check_cut_layer",
+            "check_lora_rank",
             "choose_device",
             "choose_dtype",
         ),
