@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from conftest import make_model, shared_path
@@ -493,6 +494,84 @@ def test_adapter_that_does_not_fit_is_refused_and_leaves_the_other_in(tiny_model
         with pytest.raises(ExportedModelError, match=sentence):
             generator.use_adapter(path)
         assert generator.text("The Wrestlers is") == text
+
+
+@pytest.fixture(scope="session")
+def kept(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, with an adapter that can be exchanged."""
+    folder = tmp_path_factory.mktemp("kept")
+    adapter = make_adapter(folder / "adapter", tiny_model, seed=1)
+    export_onnx(str(tiny_model), folder / "model", adapter=adapter, precisions=("fp32", "fp16"), keep_adapter=True)
+    return folder / "model"
+
+
+Matrices = dict[str, np.ndarray[Any, Any]]
+
+
+def changed_adapter(kept: Path, file: Path, change: Callable[[Matrices], Matrices]) -> Path:
+    """A file with what the folder's own adapter becomes by a change."""
+    own = onnxruntime.AdapterFormat.read_adapter(str(kept / "adapter.onnx_adapter"))
+    matrices = change({name: np.array(value.numpy()) for name, value in own.get_parameters().items()})
+    adapter = onnxruntime.AdapterFormat()
+    adapter.set_adapter_version(own.get_adapter_version())
+    adapter.set_model_version(own.get_model_version())
+    adapter.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(matrix) for name, matrix in matrices.items()})
+    adapter.export_adapter(str(file))
+    return file
+
+
+A, B = (f"h.2.attn.c_attn.lora_{matrix}.weight" for matrix in "AB")
+
+
+def converted(dtype: type[np.generic]) -> Callable[[Matrices], Matrices]:
+    return lambda matrices: matrices | {B: matrices[B].astype(dtype)}
+
+
+def without(name: str) -> Callable[[Matrices], Matrices]:
+    return lambda matrices: {key: matrix for key, matrix in matrices.items() if key != name}
+
+
+def with_a_value(value: float) -> Callable[[Matrices], Matrices]:
+    return lambda matrices: matrices | {A: np.full_like(matrices[A], value)}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (converted(np.float16), f"holds {B} as tensor(float16), and the graph takes tensor(float)"),
+        (converted(np.float64), f"holds {B} as tensor(double), and the graph takes tensor(float)"),
+        (without(A), f"has {B} without {A}"),
+        (without(B), f"has {A} without {B}"),
+        (lambda matrices: matrices | {B: matrices[B][:3]}, "has h.2.attn.c_attn.rank "),
+        (lambda matrices: matrices | {A: matrices[A][:, :0], B: matrices[B][:0]}, "does not fit"),
+        (lambda _: {}, "has no matrices"),
+        (with_a_value(np.nan), f"{A} has values that are not finite numbers"),
+        (with_a_value(-np.inf), f"{A} has values that are not finite numbers"),
+    ],
+)
+def test_adapter_that_cannot_be_computed_is_refused_and_leaves_the_other_in(
+    kept: Path, tmp_path: Path, change: Callable[[Matrices], Matrices], sentence: str
+) -> None:
+    file = changed_adapter(kept, tmp_path / "changed.onnx_adapter", change)
+    generator = Generator(kept, precision="fp32")
+    text = generator.text("The Wrestlers is")
+    with pytest.raises(ExportedModelError) as caught:
+        generator.use_adapter(file)
+    assert str(caught.value).startswith(str(file))
+    assert sentence in str(caught.value)
+    assert "export" in str(caught.value)
+    assert generator.text("The Wrestlers is") == text
+
+
+def test_adapter_of_fewer_layers_and_of_other_ranks_is_used(kept: Path, tmp_path: Path) -> None:
+    def change(matrices: Matrices) -> Matrices:
+        rest = {name: matrix for name, matrix in matrices.items() if not name.startswith("h.0.")}
+        return rest | {A: np.repeat(matrices[A], 2, axis=1), B: np.repeat(matrices[B], 2, axis=0)}
+
+    generator = Generator(kept, precision="fp32")
+    text = generator.text("The Wrestlers is")
+    generator.use_adapter(changed_adapter(kept, tmp_path / "changed.onnx_adapter", change))
+    assert generator.text("The Wrestlers is") != text
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

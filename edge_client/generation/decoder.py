@@ -17,6 +17,8 @@ __all__ = ["Decoder", "RuntimeMissing", "open_session", "runtime_version"]
 
 PAST, PRESENT = "past_key_values.", "present."
 LOGITS_START = "logits_start"
+ANOTHER = "use one that splitlora-export onnx --keep-adapter made of the same model, for the same layers"
+"""What to do about an adapter that cannot be used."""
 
 
 RuntimeMissing = PackageMissing
@@ -59,15 +61,9 @@ class Decoder:
         Use an adapter instead of the one before. The graphs stay loaded.
 
         Raises:
-            ExportedModelError: the file is not an adapter, or is one for another model.
+            ExportedModelError: the file is not an adapter, or is one for another model. The one before is still in use.
         """
-        parameters = _read_adapter(path)
-        slots = {name: shape for part in self._parts for name, shape in part.slots.items()}
-        for name, value in parameters.items():
-            if name not in slots:
-                raise ExportedModelError(f"{path} adapts {name}, for which these graphs have no room")
-            if not _fits(value.shape(), slots[name]):
-                raise ExportedModelError(f"{path}: {name} is {value.shape()}, which does not fit {slots[name]}")
+        parameters = _read_adapter(path, {name: slot for part in self._parts for name, slot in part.slots.items()})
         for part in self._parts:
             part.adapter = {name: value for name, value in parameters.items() if name in part.slots}
 
@@ -105,7 +101,8 @@ class _Part:
             self._takes_positions = any(value.name == "position_ids" for value in inputs)
             self._cached = [value for value in inputs if value.name.startswith(PAST)]
             self._cache: list[Any] = []
-            self.slots = {value.name: value.shape for value in self._session.get_overridable_initializers()}
+            self.slots = {value.name: value for value in self._session.get_overridable_initializers()}
+            """What the graph says of an adapter's matrices: the type and shape of each. A word in shapes is one size in all."""
         self.adapter: dict[str, Any] = {}
         self._settings = {}
         if self.slots.pop(LOGITS_START, None) is not None:
@@ -197,15 +194,51 @@ def _import_runtime() -> Any:
     return import_onnxruntime("generating", install="splitlora")
 
 
-def _read_adapter(path: Path) -> dict[str, Any]:
+def _read_adapter(path: Path, slots: Mapping[str, Any]) -> dict[str, Any]:
+    """The matrices of an adapter that fits these slots, by name."""
     if not os.path.isfile(path):  # Path.is_file would raise an OSError for a name that no file can have
         raise ExportedModelError(f"no adapter file at {path}")
     onnxruntime = _import_runtime()
-    with _readable_errors(f"{path} is not an adapter that onnxruntime can read"):
-        reader = onnxruntime.AdapterFormat.read_adapter(str(path))
-        parameters = {name: np.array(value.numpy()) for name, value in reader.get_parameters().items()}
-        del reader  # closes the mapped file; the values above are copies
-        return {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in parameters.items()}
+    unreadable = f"{path} is not an adapter that onnxruntime can read"
+    with _readable_errors(unreadable):
+        file = onnxruntime.AdapterFormat.read_adapter(str(path))
+        mapped = file.get_parameters()
+    for misfit in _misfits(mapped, slots):
+        raise ExportedModelError(f"{path} {misfit}; {ANOTHER}")
+    with _readable_errors(unreadable):
+        matrices = {name: np.array(value.numpy()) for name, value in mapped.items()}  # copies: the file may be replaced
+    for name, matrix in matrices.items():
+        if not np.isfinite(matrix).all():
+            raise ExportedModelError(f"{path}: {name} has values that are not finite numbers; {ANOTHER}")
+    return {name: onnxruntime.OrtValue.ortvalue_from_numpy(matrix) for name, matrix in matrices.items()}
+
+
+def _misfits(matrices: Mapping[str, Any], slots: Mapping[str, Any]) -> Iterator[str]:
+    """Why graphs with these slots cannot be computed with an adapter's matrices, or would be the base model."""
+    if not matrices:
+        yield "has no matrices"
+    sizes: dict[str, tuple[int, str]] = {}  # by the word that a graph has for a size, such as a rank: what it is, and where
+    for name, value in matrices.items():
+        if name not in slots:
+            yield f"adapts {name}, for which these graphs have no room"
+            continue
+        slot, shape = slots[name], value.shape()
+        if value.data_type() != slot.type:
+            yield f"holds {name} as {value.data_type()}, and the graph takes {slot.type}"
+        if len(shape) != len(slot.shape) or not all(map(_fits, shape, slot.shape)):
+            yield f"holds {name} of the shape {shape}, which does not fit {slot.shape}"
+            continue
+        for size, word in zip(shape, slot.shape, strict=True):
+            if isinstance(word, str) and (first := sizes.setdefault(word, (size, name)))[0] != size:
+                yield f"has {word} {first[0]} in {first[1]}, and {size} in {name}"
+    for name, slot in slots.items():
+        if name not in matrices:
+            yield from (f"has {sizes[word][1]} without {name}" for word in slot.shape if word in sizes)
+
+
+def _fits(size: int, wanted: int | str | None) -> bool:
+    """Whether a graph takes this size; one that it leaves open, such as the rank, is no number there."""
+    return size == wanted if isinstance(wanted, int) else size > 0
 
 
 @contextmanager
@@ -214,13 +247,6 @@ def _readable_errors(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # onnxruntime's errors have no common type
         raise ExportedModelError(f"{what}: {str(error).strip().partition(chr(10))[0]}") from None
-
-
-def _fits(shape: Sequence[int], slot: Sequence[int | str | None]) -> bool:
-    """Whether a value of this shape fits an input; sizes that the graph leaves open, such as the rank, are no numbers there."""
-    return len(shape) == len(slot) and all(
-        not isinstance(wanted, int) or size == wanted for size, wanted in zip(shape, slot, strict=True)
-    )
 
 
 def _dtype(type_name: str) -> type[np.floating[Any]]:
