@@ -262,10 +262,22 @@ class Watched(Weights):
 
 
 def write_adapter(path: Path, adapter: LoraAdapter) -> None:
-    """Write an adapter as ONNX Runtime takes it."""
+    """
+    Write an adapter as ONNX Runtime takes it.
+
+    Raises:
+        ExportError: a matrix, times its scale, is not finite.
+    """
     parameters = {}
     for layer, update in adapter.items():
-        for name, matrix in (("lora_A", update.a.T), ("lora_B", update.b.T * np.float32(update.scale))):
+        with np.errstate(over="ignore"):  # the error below says it
+            scaled = update.b.T * np.float32(update.scale)
+        if not np.isfinite(scaled).all():
+            raise ExportError(
+                f"{layer}: the adapter's matrix B, times its scale of {update.scale:g}, is beyond the largest float32; the "
+                "adapter cannot be exported"
+            )
+        for name, matrix in (("lora_A", update.a.T), ("lora_B", scaled)):
             value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(matrix, np.float32))
             parameters[f"{layer}.{name}.weight"] = value
     file = onnxruntime.AdapterFormat()

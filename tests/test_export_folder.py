@@ -337,6 +337,14 @@ def test_adapter_of_another_shape_is_refused(tiny_model: Path, tmp_path: Path) -
     refuse(tiny_model, tmp_path, r"are \[4, 64\] and \[192, 4\], .* ask for \[4, 32\]", adapter=folder)
 
 
+def test_adapter_that_is_scaled_beyond_float32_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = save_peft(tiny_model, tmp_path / "adapter", lora(lora_alpha=1e38))
+    matrices = load_file(folder / "adapter_model.safetensors")
+    save_file({name: matrix * 1e4 for name, matrix in matrices.items()}, folder / "adapter_model.safetensors")
+    for keep_adapter in (False, True):
+        refuse(tiny_model, tmp_path, "beyond the largest float32", adapter=folder, keep_adapter=keep_adapter)
+
+
 def test_other_kinds_of_adapters_are_refused_by_name(tiny_model: Path, tmp_path: Path) -> None:
     kind = IA3Config(target_modules=["c_attn"], feedforward_modules=[], fan_in_fan_out=True, task_type="CAUSAL_LM")
     folder = save_peft(tiny_model, tmp_path / "adapter", kind)
