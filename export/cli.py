@@ -137,11 +137,12 @@ def run_verify(options: argparse.Namespace) -> None:
     agreements = verify(options.folder, options.prompts, model=options.model, run_dir=options.run_dir, adapter=options.adapter)
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     print(table(agreements, columns))  # noqa: T201
-    nonsense = [agreement.precision for agreement in agreements if not agreement.is_finite]
+    nonsense = [agreement for agreement in agreements if not agreement.is_finite]
     if nonsense:
-        raise Disagreement(
-            f"{options.folder} computes no numbers in {', '.join(nonsense)}, which they overflow: use another precision"
-        )
+        overflow = all(agreement.may_overflow for agreement in nonsense)
+        why = ", which they overflow: use another precision" if overflow else ": its files are broken; export it again"
+        names = ", ".join(agreement.precision for agreement in nonsense)
+        raise Disagreement(f"{options.folder} computes no numbers in {names}{why}")
     beyond = [agreement.precision for agreement in agreements if not agreement.within_tolerance]
     if beyond:
         raise Disagreement(f"{options.folder} is beyond tolerance in {', '.join(beyond)}")

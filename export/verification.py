@@ -20,6 +20,7 @@ from terminal import Progress, user_path, user_text_path
 from .errors import ExportError
 from .exported_model import ExportedModel, read_manifest
 from .peft_merge import load_with_peft, load_with_transformers
+from .precision import PRECISIONS
 from .run_directory import RunDirectory
 from .sentences import SENTENCES
 from .texts import Tokens, encode_texts, read_texts
@@ -122,6 +123,11 @@ class Agreement:
     def is_finite(self) -> bool:
         """Whether all that the exported model computes are finite numbers."""
         return bool(np.isfinite([self.logit_difference, self.loss_change]).all())
+
+    @property
+    def may_overflow(self) -> bool:
+        """Whether the precision lacks numbers that the reference has, which computes in float32."""
+        return PRECISIONS[self.precision].dtype != np.float32
 
     def add(self, found: "Prediction", expected: "Prediction") -> None:
         """Add the predictions of both for one text."""

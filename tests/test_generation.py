@@ -531,6 +531,10 @@ def without(name: str) -> Callable[[Matrices], Matrices]:
     return lambda matrices: {key: matrix for key, matrix in matrices.items() if key != name}
 
 
+def multiplied(factor: float) -> Callable[[Matrices], Matrices]:
+    return lambda matrices: matrices | {A: matrices[A] * np.float32(factor)}
+
+
 def with_a_value(value: float) -> Callable[[Matrices], Matrices]:
     return lambda matrices: matrices | {A: np.full_like(matrices[A], value)}
 
@@ -755,6 +759,37 @@ def test_overflow_names_the_precision_and_another_one(
         export_main(["onnx", "--model", str(tmp_path / "large"), "--output", str(tmp_path / "no"), "--precision", "fp16"]) == 1
     )
     assert "ln_f.bias has values too large for fp16; leave fp16 out of --precision" in capsys.readouterr().err
+
+
+def test_adapter_that_overflows_float32_is_named(kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = changed_adapter(kept, tmp_path / "huge.onnx_adapter", multiplied(1e38))
+    assert main(["generate", str(kept), "--prompt", "The", "--precision", "fp32", "--adapter", str(file)]) == 1
+    said = capsys.readouterr().err
+    assert f"model computes no numbers in fp32: the model or the adapter {file} is broken; export it again" in said
+
+
+def test_overflow_where_half_precision_is_all_there_is_asks_for_another_export(
+    kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(kept, tmp_path / "half"))
+    change_manifest(folder, precisions={"fp16": json.loads((folder / "splitlora.json").read_text())["precisions"]["fp16"]})
+    file = changed_adapter(kept, tmp_path / "large.onnx_adapter", multiplied(1e6))
+    assert main(["generate", str(folder), "--prompt", "The", "--adapter", str(file)]) == 1
+    assert "computes no numbers in fp16, which they overflow: export it with --precision fp32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("precision", "weights"), [("fp32", "model.onnx_data"), ("q8", "model_quantized.onnx_data")])
+def test_broken_weights_are_not_called_an_overflow(
+    copied: Path, capsys: pytest.CaptureFixture[str], precision: str, weights: str
+) -> None:
+    """What q8 and q4 quantise is weights: they compute in float32, and no precision has larger numbers."""
+    file = copied / "onnx" / weights
+    file.write_bytes(b"\xff" * file.stat().st_size)  # as float32, no numbers
+    assert main(["generate", str(copied), "--prompt", "The", "--precision", precision]) == 1
+    said = capsys.readouterr().err
+    assert f"model computes no numbers in {precision}: the model is broken; export it again" in said
+    assert export_main(["verify", str(copied)]) == 1
+    assert f"model computes no numbers in {precision}: its files are broken; export it again" in capsys.readouterr().err
 
 
 def test_precision_that_was_not_exported_is_named(exported: Path) -> None:

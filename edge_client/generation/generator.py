@@ -26,6 +26,8 @@ Result = TypeVar("Result")
 
 BY_PREFERENCE = ("q8", "q4", "fp32", "fp16")
 """The precisions that are known here, the best choice for most devices first: see `choose_precision`."""
+HALF = "fp16"
+"""The one whose largest number is smaller than float32's: q8 and q4 quantise weights, and compute in float32."""
 
 
 class GenerationError(ValueError):
@@ -113,6 +115,7 @@ class Generator:
         self.tokenizer = _load_tokenizer(self.model)
         self._begins = self._guarded(lambda: beginning(self.tokenizer))
         self.speed = Speed()
+        self._adapter: Path | None = None
         first_adapter = adapter or self.model.adapter
         if first_adapter is not None:
             self.use_adapter(first_adapter)
@@ -128,7 +131,9 @@ class Generator:
             raise ExportedModelError(
                 f"{self.model.folder} has its adapter merged; --keep-adapter, without --split, exports with room for others"
             )
-        self._decoder.use_adapter(user_path(path))
+        path = user_path(path)
+        self._decoder.use_adapter(path)
+        self._adapter = path
 
     def text(
         self,
@@ -197,10 +202,16 @@ class Generator:
             size = self.model.vocabulary_size
             raise ExportedModelError(f"{self.model.folder} gives logits of the shape {logits.shape}, not of {size} tokens")
         if not np.isfinite(logits).all():
-            others = [name for name in BY_PREFERENCE if name in self.model.precisions and name != self.precision]
-            way = f"try --precision {others[-1]}" if others else "export it in another one"
-            raise ExportedModelError(f"{self.model.folder} computes no numbers in {self.precision}, which they overflow: {way}")
+            raise ExportedModelError(f"{self.model.folder} computes no numbers in {self.precision}{self._why_no_numbers()}")
         return logits
+
+    def _why_no_numbers(self) -> str:
+        """And what to do. Only a precision with larger numbers can help."""
+        if self.precision == HALF:
+            wider = [name for name in BY_PREFERENCE if name in self.model.precisions and name != HALF]
+            return f", which they overflow: {f'try --precision {wider[0]}' if wider else 'export it with --precision fp32'}"
+        adapter = f" or the adapter {self._adapter}" if self._adapter else ""
+        return f": the model{adapter} is broken; export it again"
 
     def encode(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
         """
