@@ -13,6 +13,7 @@ from graphs import Floats, Graph, Weights
 from split_model import check_cut_layer
 from storage import load_tokenizer
 from storage.exported_manifest import FORMAT, KIND, MANIFEST, SPLIT_KIND
+from storage.fingerprint import model_number
 from terminal import Progress, import_onnxruntime, user_path, version
 
 from .adapter_folder import copy_adapter
@@ -194,7 +195,7 @@ class OnnxFolder:
             watched = Watched(self.weights, progress, "model.safetensors")
             write_model_files(self.folder, self.source, watched, {"transformers.js_config": js})
         if self.adapter and self.source.adapter_folder is not None:
-            write_adapter(self.folder / ADAPTER_FILE, self.adapter)
+            write_adapter(self.folder / ADAPTER_FILE, self.adapter, model_number(self.source.fingerprint))
             copy_adapter(self.source.adapter_folder, self.folder / PEFT_FOLDER)
         if self.split is None:
             best = next(name for name in BEST_FIRST if name in precisions)
@@ -261,9 +262,12 @@ class Watched(Weights):
         self._progress.advance(self._what)
 
 
-def write_adapter(path: Path, adapter: LoraAdapter) -> None:
+def write_adapter(path: Path, adapter: LoraAdapter, model: int) -> None:
     """
     Write an adapter as ONNX Runtime takes it.
+
+    Args:
+        model: the `model_number` of its base model.
 
     Raises:
         ExportError: a matrix, times its scale, is not finite.
@@ -282,6 +286,6 @@ def write_adapter(path: Path, adapter: LoraAdapter) -> None:
             parameters[f"{layer}.{name}.weight"] = value
     file = onnxruntime.AdapterFormat()
     file.set_adapter_version(1)
-    file.set_model_version(1)
+    file.set_model_version(model)
     file.set_parameters(parameters)
     file.export_adapter(str(path))

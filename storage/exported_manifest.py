@@ -4,11 +4,13 @@ so every value is checked before anything is done with it.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .fingerprint import FINGERPRINT
 from .folder import Folder, Member, shown
 
 __all__ = ["FORMAT", "KIND", "MANIFEST", "SPLIT_KIND", "ExportedManifest", "ExportedPrecision"]
@@ -41,6 +43,8 @@ class ExportedManifest:
 
     files: Folder
     kind: str
+    fingerprint: str
+    """Of the base model, see `PretrainedModel.fingerprint`."""
     attention: str
     adapter: Path | None
     """The adapter, as onnxruntime takes it, where the graphs hold the base model and have room for one."""
@@ -91,6 +95,7 @@ class ExportedManifest:
         manifest = cls(
             files=files,
             kind=kind,
+            fingerprint=_fingerprint(files, _member(files, raw, "base", dict)),
             attention=_member(files, raw, "attention", str),
             adapter=_file_or_none(files, raw, "adapter"),
             peft_adapter=_file_or_none(files, raw, "peft_adapter"),
@@ -127,6 +132,14 @@ class ExportedManifest:
 
 def _member(files: Folder, value: dict[str, Any], key: str, kind: type[Member]) -> Member:
     return files.member(MANIFEST, value, key, kind, "; export the model again")
+
+
+def _fingerprint(files: Folder, base: dict[str, Any]) -> str:
+    found = base.get("fingerprint")
+    if not isinstance(found, str) or not re.fullmatch(FINGERPRINT, found):
+        where = f"{files.path / MANIFEST}: the fingerprint of base"
+        raise files.error(f"{where} is {shown(found)}; 32 hexadecimal digits are expected; export the model again")
+    return found
 
 
 def _is_token(value: object, vocabulary_size: int) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from .atomic_file import replace_file
 from .errors import ModelError
+from .fingerprint import FINGERPRINT
 from .folder import Folder, Member, shown
 
 __all__ = ["EDGE_WEIGHTS", "GRAPH_FILES", "HEAD_GRAPH_FILES", "HEAD_WEIGHTS", "PART_FILE", "PartDescription", "required_files"]
@@ -91,7 +92,7 @@ class PartDescription:
             )
         vocabulary_size = values.integer("vocabulary_size", 1, LARGEST)
         return cls(
-            fingerprint=values.matching("fingerprint", "[0-9a-f]{32}", "32 hexadecimal digits"),
+            fingerprint=values.matching("fingerprint", FINGERPRINT, "32 hexadecimal digits"),
             cut_layer=values.integer("cut_layer", 1, MOST_BLOCKS),
             weights=values.matching("weights", "|".join(EDGE_WEIGHTS), f"one of {', '.join(EDGE_WEIGHTS)}"),
             width=values.integer("width", 1, LARGEST),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import reference
 import torch
@@ -30,6 +31,7 @@ from export.cli import build_parser, main
 from export.precision import PRECISIONS
 from export.verification import Agreement, Prediction, table
 from gpu_server import GpuServer
+from split_model import PretrainedModel
 from storage import AdapterError, ModelError
 
 pytestmark = pytest.mark.usefixtures("few_texts")
@@ -97,7 +99,8 @@ def test_manifest_describes_the_folder_to_the_byte(tiny_model: Path, tmp_path: P
 def test_kept_adapter_is_in_the_manifest(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
     export_onnx(str(tiny_model), tmp_path / "out", adapter=adapter, precisions=["q8"], keep_adapter=True)
     manifest = json.loads((tmp_path / "out/splitlora.json").read_text())
-    assert (tmp_path / "out" / manifest["adapter"]).is_file()
+    file = onnxruntime.AdapterFormat.read_adapter(str(tmp_path / "out" / manifest["adapter"]))
+    assert f"{file.get_model_version():07x}" == PretrainedModel(tiny_model).fingerprint()[:7]
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "out" / manifest["peft_adapter"] / name).read_bytes() == (adapter / name).read_bytes()
 

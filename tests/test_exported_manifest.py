@@ -17,6 +17,7 @@ GRAPHS = ("onnx/edge_part.onnx", "onnx/server_part.onnx")
 SPLIT = {
     "format": 1,
     "kind": "split language model",
+    "base": {"model": "some/model", "fingerprint": "0f" * 16},
     "attention": "gqa",
     "adapter": None,
     "peft_adapter": None,
@@ -56,6 +57,7 @@ def test_manifest_says_where_the_files_are_and_how_large(folder: Path) -> None:
     manifest = read(folder, WHOLE)
     assert manifest.folder == folder
     assert (manifest.kind, manifest.attention) == ("language model", "gqa")
+    assert manifest.fingerprint == "0f" * 16
     assert (manifest.adapter, manifest.peft_adapter) == (folder / "adapter.onnx_adapter", folder / "adapter")
     assert (manifest.vocabulary_size, manifest.context, manifest.end_token) == (600, 256, 0)
     assert manifest.require("q8").graphs == (folder / GRAPHS[0],)
@@ -94,6 +96,13 @@ def test_member_of_another_type_or_out_of_range_is_refused_by_name(folder: Path,
         message = refusal(folder, WHOLE | {key: value})
         assert key in message
         assert len(message) < len(str(folder)) + 200
+
+
+@pytest.mark.parametrize("fingerprint", [None, 7, "", "0F" * 16, "0f" * 15, "0f" * 17, "0f" * 16 + "\n", ["0f" * 16]])
+def test_fingerprint_that_is_none_is_refused(folder: Path, fingerprint: Any) -> None:
+    message = refusal(folder, WHOLE | {"base": {"model": "some/model", "fingerprint": fingerprint}})
+    assert "the fingerprint of base is" in message
+    assert message.endswith("; 32 hexadecimal digits are expected; export the model again")
 
 
 @pytest.mark.parametrize("tokens", [7, "7", {}, [600], [-1], [True], [[7]], [10**400]])

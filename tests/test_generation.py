@@ -487,7 +487,7 @@ def test_adapter_that_does_not_fit_is_refused_and_leaves_the_other_in(tiny_model
     text = generator.text("The Wrestlers is")
     for path, sentence in (
         (folders["other-targets"] / "adapter.onnx_adapter", "for which these graphs have no room"),
-        (folders["other-model"] / "adapter.onnx_adapter", "does not fit"),
+        (folders["other-model"] / "adapter.onnx_adapter", "is an adapter for another base model"),
         (nonsense, "is not an adapter that onnxruntime can read"),
         (tmp_path / "missing.onnx_adapter", "no adapter file at"),
     ):
@@ -508,13 +508,13 @@ def kept(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 Matrices = dict[str, np.ndarray[Any, Any]]
 
 
-def changed_adapter(kept: Path, file: Path, change: Callable[[Matrices], Matrices]) -> Path:
-    """A file with what the folder's own adapter becomes by a change."""
+def changed_adapter(kept: Path, file: Path, change: Callable[[Matrices], Matrices], version: int | None = None) -> Path:
+    """A file with what the folder's own adapter becomes by a change; it may also be said to be for another model."""
     own = onnxruntime.AdapterFormat.read_adapter(str(kept / "adapter.onnx_adapter"))
     matrices = change({name: np.array(value.numpy()) for name, value in own.get_parameters().items()})
     adapter = onnxruntime.AdapterFormat()
     adapter.set_adapter_version(own.get_adapter_version())
-    adapter.set_model_version(own.get_model_version())
+    adapter.set_model_version(own.get_model_version() if version is None else version)
     adapter.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(matrix) for name, matrix in matrices.items()})
     adapter.export_adapter(str(file))
     return file
@@ -548,6 +548,7 @@ def with_a_value(value: float) -> Callable[[Matrices], Matrices]:
         (without(B), f"has {A} without {B}"),
         (lambda matrices: matrices | {B: matrices[B][:3]}, "has h.2.attn.c_attn.rank "),
         (lambda matrices: matrices | {A: matrices[A][:, :0], B: matrices[B][:0]}, "does not fit"),
+        (lambda matrices: matrices | {A: matrices[A][:5]}, "does not fit [32, "),
         (lambda _: {}, "has no matrices"),
         (with_a_value(np.nan), f"{A} has values that are not finite numbers"),
         (with_a_value(-np.inf), f"{A} has values that are not finite numbers"),
@@ -576,6 +577,30 @@ def test_adapter_of_fewer_layers_and_of_other_ranks_is_used(kept: Path, tmp_path
     text = generator.text("The Wrestlers is")
     generator.use_adapter(changed_adapter(kept, tmp_path / "changed.onnx_adapter", change))
     assert generator.text("The Wrestlers is") != text
+
+
+def test_adapter_for_another_model_of_the_same_shape_is_refused(kept: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = make_model(tmp_path / "other", seed=3)
+    adapter = make_adapter(tmp_path / "adapter", other, seed=1)
+    export_onnx(str(other), tmp_path / "out", adapter=adapter, precisions=("fp32",), keep_adapter=True)
+    generator = Generator(kept, precision="fp32")
+    text = generator.text("The Wrestlers is")
+    found, wanted = (json.loads((folder / "splitlora.json").read_text())["base"] for folder in (tmp_path / "out", kept))
+    with pytest.raises(ExportedModelError) as caught:
+        generator.use_adapter(tmp_path / "out/adapter.onnx_adapter")
+    assert "adapter.onnx_adapter is an adapter for another base model" in str(caught.value)
+    for base in (found, wanted):
+        assert f"with {base['fingerprint'][:7]}" in str(caught.value)
+    assert generator.text("The Wrestlers is") == text
+
+
+def test_adapter_of_a_version_that_named_no_model_is_used(kept: Path, tmp_path: Path) -> None:
+    file = changed_adapter(kept, tmp_path / "old.onnx_adapter", dict, version=1)
+    text = Generator(kept, precision="fp32", adapter=file).text("The Wrestlers is")
+    assert text == Generator(kept, precision="fp32").text("The Wrestlers is")
+    with pytest.raises(ExportedModelError, match="another base model"):
+        Generator(kept, precision="fp32", adapter=changed_adapter(kept, tmp_path / "no.onnx_adapter", dict, version=2))
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

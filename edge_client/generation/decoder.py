@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.fingerprint import NO_MODEL
 from terminal import PackageMissing, import_onnxruntime
 
 from .exported_model import ExportedModelError
@@ -56,14 +57,17 @@ class Decoder:
         """Whether the graphs have inputs for an adapter."""
         return any(part.slots for part in self._parts)
 
-    def use_adapter(self, path: Path) -> None:
+    def use_adapter(self, path: Path, model: int) -> None:
         """
         Use an adapter instead of the one before. The graphs stay loaded.
+
+        Args:
+            model: the `model_number` of the graphs' base model.
 
         Raises:
             ExportedModelError: the file is not an adapter, or is one for another model. The one before is still in use.
         """
-        parameters = _read_adapter(path, {name: slot for part in self._parts for name, slot in part.slots.items()})
+        parameters = _read_adapter(path, model, {name: slot for part in self._parts for name, slot in part.slots.items()})
         for part in self._parts:
             part.adapter = {name: value for name, value in parameters.items() if name in part.slots}
 
@@ -194,15 +198,18 @@ def _import_runtime() -> Any:
     return import_onnxruntime("generating", install="splitlora")
 
 
-def _read_adapter(path: Path, slots: Mapping[str, Any]) -> dict[str, Any]:
-    """The matrices of an adapter that fits these slots, by name."""
+def _read_adapter(path: Path, model: int, slots: Mapping[str, Any]) -> dict[str, Any]:
+    """The matrices of an adapter that is one for this model and fits these slots, by name."""
     if not os.path.isfile(path):  # Path.is_file would raise an OSError for a name that no file can have
         raise ExportedModelError(f"no adapter file at {path}")
     onnxruntime = _import_runtime()
     unreadable = f"{path} is not an adapter that onnxruntime can read"
     with _readable_errors(unreadable):
         file = onnxruntime.AdapterFormat.read_adapter(str(path))
-        mapped = file.get_parameters()
+        found, mapped = file.get_model_version(), file.get_parameters()
+    if found not in (NO_MODEL, model):
+        numbers = f"whose fingerprint begins with {found:07x}, and that of this folder's with {model:07x}"
+        raise ExportedModelError(f"{path} is an adapter for another base model, {numbers}; {ANOTHER}")
     for misfit in _misfits(mapped, slots):
         raise ExportedModelError(f"{path} {misfit}; {ANOTHER}")
     with _readable_errors(unreadable):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from storage import ChatTemplate, ExportedManifest, Message, ModelError, TemplateFailed
+from storage.fingerprint import model_number
 from storage.tokenizer import beginning, guarded
 from terminal import user_path
 
@@ -132,7 +133,7 @@ class Generator:
                 f"{self.model.folder} has its adapter merged; --keep-adapter, without --split, exports with room for others"
             )
         path = user_path(path)
-        self._decoder.use_adapter(path)
+        self._decoder.use_adapter(path, model_number(self.model.fingerprint))
         self._adapter = path
 
     def text(
