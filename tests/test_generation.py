@@ -549,6 +549,10 @@ def with_a_value(value: float) -> Callable[[Matrices], Matrices]:
         (lambda matrices: matrices | {B: matrices[B][:3]}, "has h.2.attn.c_attn.rank "),
         (lambda matrices: matrices | {A: matrices[A][:, :0], B: matrices[B][:0]}, "does not fit"),
         (lambda matrices: matrices | {A: matrices[A][:5]}, "does not fit [32, "),
+        (
+            lambda matrices: matrices | {"x\n\x1b[2J": matrices[A]},
+            r'adapts "x\n\u001b[2J", for which these graphs have no room',
+        ),
         (lambda _: {}, "has no matrices"),
         (with_a_value(np.nan), f"{A} has values that are not finite numbers"),
         (with_a_value(-np.inf), f"{A} has values that are not finite numbers"),

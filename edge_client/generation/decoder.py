@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from storage import shown
 from storage.fingerprint import NO_MODEL
 from terminal import PackageMissing, import_onnxruntime
 
@@ -227,7 +228,7 @@ def _misfits(matrices: Mapping[str, Any], slots: Mapping[str, Any]) -> Iterator[
     sizes: dict[str, tuple[int, str]] = {}  # by the word that a graph has for a size, such as a rank: what it is, and where
     for name, value in matrices.items():
         if name not in slots:
-            yield f"adapts {name}, for which these graphs have no room"
+            yield f"adapts {shown(name)}, for which these graphs have no room"
             continue
         slot, shape = slots[name], value.shape()
         if value.data_type() != slot.type:
