@@ -1,5 +1,6 @@
 """The SDK: whoever uses it takes part in a run in five lines of Python."""
 
+import hashlib
 import logging
 import math
 import os
@@ -34,7 +35,7 @@ from terminal import importing, user_text_path
 
 from .access import Access, default_name
 from .callbacks import Callback, checked
-from .client_state import ClientState, DeviceCache, StateError, WayToCompute, allowed_cache_bytes
+from .client_state import NO_TEMPLATE, ClientState, DeviceCache, StateError, WayToCompute, allowed_cache_bytes
 from .connection import ConnectionFailed, Refused, SecretRefused
 from .data import Batch, Batches, DataError, Dataset, Form, check_file
 from .device_log import DeviceLog
@@ -327,7 +328,7 @@ class EdgeClient:
 
             dtype_before = before.dtype if before is not None and before.engine == TORCH else None
             self.dtype, self.choice = choose_weight_dtype(self._dtype, self._device, settings, before=dtype_before)
-            self._enter_run(WayToCompute(TORCH, self.dtype, part="", data=self._described_data()), before, self._model.config)
+            self._enter_run(self._way_to_compute(part=""), before, self._model.config)
             self._engine = TorchEngine(self._model, settings, self._device, self.dtype)
             self.disclosure = self._disclosure(settings, self._model.config)
             return
@@ -345,7 +346,7 @@ class EdgeClient:
             )
         if self._model is None:
             self._read_data(part.tokenizer(), part.description, part.files)
-        self._enter_run(WayToCompute(self.engine, self.dtype, digest, self._described_data()), before, part.description)
+        self._enter_run(self._way_to_compute(digest), before, part.description)
         self._engine = OnnxEngine(part, settings)
         self.disclosure = self._disclosure(settings, part.description)
 
@@ -386,6 +387,17 @@ class EdgeClient:
         for callback in self._callbacks:
             callback.on_evaluate(self, evaluated)
 
+    def _way_to_compute(self, part: str) -> WayToCompute:
+        template = self._form.template
+        return WayToCompute(
+            engine=self.engine,
+            dtype=self.dtype,
+            part=part,
+            data=self._described_data(),
+            kind=self.data.kind,
+            template=NO_TEMPLATE if template is None else hashlib.sha256(template.identity.encode()).hexdigest(),
+        )
+
     def _described_data(self) -> str:
         usual = f"{self.data.digest} max-length={self._max_length} {'shuffled' if self.shuffle else 'in order'}"
         other = [f"long={self.long}"] if self.long != CUT else []
@@ -396,12 +408,11 @@ class EdgeClient:
         Raises:
             DataError: the data is not what this device has trained on in this run before.
         """
-        if before is not None and before.data and before.data != way.data:
+        if before is not None and (other := way.other_data(before)):
             data = self._texts.in_words(str(self._files[0]))
             raise DataError(
-                f"{data} is not the data with which this device has taken part in run {self.welcome.run} so far: its "
-                "content, --max-length, --long, --loss-on or --no-shuffle is another. Give it as it was to go on; other data "
-                "are for another run"
+                f"{data} is not the data with which this device has taken part in run {self.welcome.run} so far: "
+                f"{' is another, and '.join(other)} is another. Give it as it was to go on; other data are for another run"
             )
         # A device that is killed from here on comes back as this client and computes as before: else the result changes.
         self._state.enter(self.welcome, way, model=self._hub_name)

@@ -16,10 +16,17 @@ from storage import CacheFolder, is_hub_name, remove_unfinished, replace_file
 
 from .saved_steps import SavedSteps, StateError, readable_errors
 
-__all__ = ["ClientState", "DeviceCache", "StateError", "WayToCompute", "allowed_cache_bytes"]
+__all__ = ["NO_TEMPLATE", "ClientState", "DeviceCache", "StateError", "WayToCompute", "allowed_cache_bytes"]
 
 FOLDER, NOTE, CACHE, SECRET, LOGS = "places", "place.json", "samples", "noise", "logs"
 """Names on the disk are those of earlier versions: a device that was killed under one of them finds back."""
+NO_TEMPLATE = "none"
+DECIDES_ON_SAMPLES = {
+    "data": "its content, --max-length, --long, --loss-on or --no-shuffle",
+    "kind": "the file's kind",
+    "template": "the model's chat template",
+}
+"""By the name in `WayToCompute`, for people."""
 MOST_CACHE_BYTES = 2**30
 """Where the user says nothing. A server does not decide how much of a device's disk it fills."""
 
@@ -35,6 +42,17 @@ class WayToCompute:
     """The digest of the part that the server handed over; empty for a model of the device's own."""
     data: str = ""
     """The digest of the data, and how it is cut and ordered."""
+    kind: str = ""
+    """Of the data's file, as its suffix says."""
+    template: str = ""
+    """The digest of the model's chat template; NO_TEMPLATE of a model that has none."""
+
+    def other_data(self, before: "WayToCompute") -> list[str]:
+        """
+        What decides on the samples and is another than ``before``, in words for people. An earlier version noted less of it,
+        and what is not noted is believed.
+        """
+        return [what for name, what in DECIDES_ON_SAMPLES.items() if getattr(before, name) not in ("", getattr(self, name))]
 
 
 class ClientState:

@@ -71,6 +71,8 @@ class Dataset:
     samples: Samples
     digest: str = ""
     """SHA-256 of the file, in hex; empty where there is none."""
+    kind: str = ""
+    """How it is read: its suffix, in small letters."""
 
     @classmethod
     def load(
@@ -129,7 +131,7 @@ class Dataset:
                         samples = files.find(key)
                         assert samples is not None  # it was written just now, and only who holds the lock deletes any
             report(file.size, file.size)
-        return cls(samples, content)
+        return cls(samples, content, file.kind)
 
     @property
     def num_cut(self) -> int:

@@ -463,7 +463,7 @@ def test_device_without_a_model_learns_conversations_by_the_template_that_it_is_
 
     model = make_talking_model(tmp_path / "model", "Llama 2", MARKERS)
     file = write(tmp_path, *({"messages": [SYSTEM, *TALK]} for _ in range(3)), {"instruction": "a pub", "output": "The Mill"})
-    expected, losses = load(file, model, max_length=60, long="split"), {}
+    expected, losses, ways = load(file, model, max_length=60, long="split"), {}, {}
     for name, options in {"given": {}, "own": {"model": str(model), "engine": "torch", "dtype": "float32"}}.items():
         settings = {"model": str(model), "cut_layer": 1, "lora_rank": 2, "steps": 3, "dtype": "float32", "port": 0}
         with GpuServer(**settings, run_dir=tmp_path / name) as server:
@@ -473,9 +473,11 @@ def test_device_without_a_model_learns_conversations_by_the_template_that_it_is_
             ) as client:
                 assert client.data.num_cut == expected.num_cut > 0
                 assert [s.tokens.tolist() for s in client.data.samples] == [s.tokens.tolist() for s in expected.samples]
+                ways[name] = client._way_to_compute(part="")
                 losses[name] = [step.loss for step in client.train()]
             served.result()
     assert losses["given"] == pytest.approx(losses["own"], rel=1e-5)
+    assert ways["given"].other_data(ways["own"]) == [], "a device that comes back with the other has the same data"
 
 
 @pytest.mark.parametrize(("how", "way"), [("loss_on", "completion"), ("long", "split")])

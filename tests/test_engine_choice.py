@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -246,6 +247,45 @@ def test_data_that_changes_under_a_run_is_refused(serve: Any, device: dict[str, 
             device["data"].write_text(changed)
             with pytest.raises(DataError, match=r"is not the data with which this device has taken part in run .* so far"):
                 EdgeClient(server.url, **options, **device).__enter__()
+        with EdgeClient(server.url, **device) as client:
+            assert len(list(client.train())) == 1
+
+
+def test_data_of_another_kind_is_refused_by_name(serve: Any, device: dict[str, Any]) -> None:
+    """The same bytes: as .jsonl they are pairs, as .txt each line is a text with braces in it."""
+    with serve(steps=1) as server:
+        kill(EdgeClient(server.url, **device).__enter__())
+        other = device["data"].rename(device["data"].with_suffix(".txt"))
+        with pytest.raises(
+            DataError, match=r"a\.txt is not the data with which .* so far: the file's kind is another\. Give it"
+        ):
+            EdgeClient(server.url, **{**device, "data": other}).__enter__()
+        other.rename(device["data"])
+        with EdgeClient(server.url, **device) as client:
+            assert len(list(client.train())) == 1
+
+
+def test_another_chat_template_is_refused_by_name(serve: Any, device: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+    """Another model folder may have the same weights and make other tokens of a conversation."""
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    (other / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with serve(steps=1) as server:
+        kill(EdgeClient(server.url, **device).__enter__())
+        with pytest.raises(DataError, match=r"so far: the model's chat template is another\. Give it"):
+            EdgeClient(server.url, model=str(other), **device).__enter__()
+        with EdgeClient(server.url, model=str(tiny_model), **device) as client:
+            assert len(list(client.train())) == 1
+
+
+def test_device_goes_on_with_the_place_that_an_earlier_version_has_noted(
+    serve: Any, device: dict[str, Any], tmp_path: Path
+) -> None:
+    """It said less of the data."""
+    with serve(steps=1) as server:
+        kill(EdgeClient(server.url, **device).__enter__())
+        (note,) = (tmp_path / "state/places").rglob("place.json")
+        written = json.loads(note.read_text())
+        note.write_text(json.dumps({name: value for name, value in written.items() if name not in ("kind", "template")}))
         with EdgeClient(server.url, **device) as client:
             assert len(list(client.train())) == 1
 
