@@ -311,7 +311,7 @@ class EdgeClient:
 
     def _make_ready(self, settings: RunSettings) -> None:
         self._demands.check(settings, self.welcome.run)
-        before = self._state.way_to_compute(self.welcome.run)
+        before = self._before = self._state.way_to_compute(self.welcome.run)
         self.engine, self.engine_choice = choose_engine(
             self._asked_engine,
             has_model=self._model is not None,
@@ -328,7 +328,7 @@ class EdgeClient:
 
             dtype_before = before.dtype if before is not None and before.engine == TORCH else None
             self.dtype, self.choice = choose_weight_dtype(self._dtype, self._device, settings, before=dtype_before)
-            self._enter_run(self._way_to_compute(part=""), before, self._model.config)
+            self._enter_run(self._way_to_compute(part=""), self._model.config)
             self._engine = TorchEngine(self._model, settings, self._device, self.dtype)
             self.disclosure = self._disclosure(settings, self._model.config)
             return
@@ -346,7 +346,7 @@ class EdgeClient:
             )
         if self._model is None:
             self._read_data(part.tokenizer(), part.description, part.files)
-        self._enter_run(self._way_to_compute(digest), before, part.description)
+        self._enter_run(self._way_to_compute(digest), part.description)
         self._engine = OnnxEngine(part, settings)
         self.disclosure = self._disclosure(settings, part.description)
 
@@ -403,21 +403,26 @@ class EdgeClient:
         other = [f"long={self.long}"] if self.long != CUT else []
         return " ".join([usual, *other, *([f"loss-on={self._form.loss_on}"] if self._form.loss_on else [])])
 
-    def _enter_run(self, way: WayToCompute, before: WayToCompute | None, config: "Described") -> None:
+    def _enter_run(self, way: WayToCompute, config: "Described") -> None:
         """
         Raises:
             DataError: the data is not what this device has trained on in this run before.
         """
-        if before is not None and (other := way.other_data(before)):
+        if self._before is not None and (other := way.other_data(self._before)):
             data = self._texts.in_words(str(self._files[0]))
             raise DataError(
                 f"{data} is not the data with which this device has taken part in run {self.welcome.run} so far: "
                 f"{' is another, and '.join(other)} is another. Give it as it was to go on; other data are for another run"
             )
-        # A device that is killed from here on comes back as this client and computes as before: else the result changes.
-        self._state.enter(self.welcome, way, model=self._hub_name)
+        self._way = way
+        if self._before is None:
+            # A device that is killed from here on comes back as this client and computes as before: else the result changes.
+            self._note_run()
         self._width = config.width
         self._batches, self._activation_cache = self._divide(self.welcome.settings)
+
+    def _note_run(self) -> None:
+        self._state.enter(self.welcome, self._way, model=self._hub_name)
 
     def _disclosure(self, settings: RunSettings, config: "Described") -> Disclosure:
         """To be called before the engine has an adapter: the centre is one of the base model."""
@@ -471,7 +476,16 @@ class EdgeClient:
             # What is on the disk decides where the server lets this client go on.
             self._membership.position.step = self._state.saved_steps.last_step()
             cache = self._activation_cache
-            self._go_to(self._membership.start(join, largest_message=largest_message, activation_cache=cache))
+            try:
+                start = self._membership.start(join, largest_message=largest_message, activation_cache=cache)
+            except Refused:
+                if self._before is None:
+                    self._state.delete()  # this device takes no part, so there is nothing to which it could come back
+                raise
+            self._go_to(start)
+            if self._before is not None:
+                # Not earlier: one that comes back another way and is refused goes on as before once it is started as before.
+                self._note_run()
             self._tell_that_it_starts()
         assert self._start is not None
         return self._start

@@ -308,6 +308,43 @@ def test_device_that_is_refused_for_other_data_is_started_again_as_before_and_lo
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "undisturbed")
 
 
+def test_start_that_is_refused_leaves_the_note_of_how_this_device_computes_as_it_was(
+    settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    device = {"data": pairs_file("a", 9), "batch_size": 2, "engine": "auto", "device": "cpu", "dtype": "auto"}
+    run_split({**settings, "run_dir": str(tmp_path / "undisturbed")}, {"a": {**device, "state_dir": tmp_path / "other"}})
+    as_before = {**device, "model": settings["model"], "name": "a", "state_dir": tmp_path / "state"}
+    with GpuServer(**settings, port=0, run_dir=str(tmp_path / "run")) as server:
+        killed = EdgeClient(server.url, **as_before)
+        killed.__enter__()
+        next(killed.train())
+        killed._membership.hang_up()
+        (place,) = (tmp_path / "state/places").rglob("place.json")
+        noted = place.read_bytes()
+        otherwise = {**as_before, "engine": "torch", "dtype": "bfloat16", "batch_size": 3}
+        with pytest.raises(Refused, match="start it as before"), EdgeClient(server.url, **otherwise) as other:
+            other.start()
+        assert (other.engine, other.dtype) == ("torch", "bfloat16")
+        assert place.read_bytes() == noted
+        with EdgeClient(server.url, **as_before) as client:
+            assert (client.engine, client.dtype) == ("onnxruntime", "float32")
+            list(client.train())
+        list(server.train())
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "undisturbed")
+
+
+def test_device_that_was_refused_from_the_first_may_come_with_what_the_server_asks_for(
+    settings: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    device = {"name": "a", "data": pairs_file("a", 9), "batch_size": 2, "state_dir": tmp_path / "state"}
+    with GpuServer(**settings, max_batch_tokens=20, port=0, run_dir=str(tmp_path / "run")) as server:
+        with pytest.raises(Refused, match="smaller --batch-size or --max-length"), EdgeClient(server.url, **device) as client:
+            client.start()
+        assert not list((tmp_path / "state/places").rglob("place.json"))
+        with EdgeClient(server.url, **device, max_length=10) as client:
+            assert len(list(client.train())) == STEPS
+
+
 class Clock:
     """A loop's timers, without the loop."""
 
