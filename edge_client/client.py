@@ -1,7 +1,6 @@
 """The SDK: whoever uses it takes part in a run in five lines of Python."""
 
 import hashlib
-import logging
 import math
 import os
 import secrets
@@ -64,8 +63,6 @@ __all__ = ["EdgeClient"]
 
 TITLE = "the server's part of the model"
 
-logger = logging.getLogger("edge_client")
-
 
 class EdgeClient:
     """
@@ -94,10 +91,10 @@ class EdgeClient:
         name: of this device in the run; the default is made of the host's name and the data file's.
         engine: what computes: "onnxruntime", on the part that the server hands over, or "torch", on ``model``; "auto" is torch
             where ``model`` is given and torch finds a CUDA device, or where the server hands over no part. A device that comes
-            back to a run goes on with the engine it began with.
+            back to a run goes on with the engine it began with; with another, where one is asked for, it warns.
         device, dtype: where and in which precision the frozen weights compute; "auto" chooses by what the hardware has
-            instructions for, and a device that comes back to a run goes on in the precision it began with. With onnxruntime
-            the server decides the precision.
+            instructions for, and a device that comes back to a run goes on in the precision it began with; in another, where
+            one is asked for, it warns. With onnxruntime the server decides the precision.
         state_dir: where this device keeps its enrolments, and what it needs to go on with a run after it was killed; the
             default is the user's folder for such things.
         give_up_after: seconds without a connection after which the run is given up; None tries forever. But if nobody answers
@@ -326,8 +323,9 @@ class EdgeClient:
             with importing("the torch engine", install="splitlora[torch]"):
                 from .torch_engine import TorchEngine, choose_weight_dtype
 
-            dtype_before = before.dtype if before is not None and before.engine == TORCH else None
-            self.dtype, self.choice = choose_weight_dtype(self._dtype, self._device, settings, before=dtype_before)
+            self.dtype, self.choice = choose_weight_dtype(
+                self._dtype, self._device, settings, before=None if before is None else before.dtype
+            )
             self._enter_run(self._way_to_compute(part=""), self._model.config)
             self._engine = TorchEngine(self._model, settings, self._device, self.dtype)
             self.disclosure = self._disclosure(settings, self._model.config)
@@ -336,14 +334,6 @@ class EdgeClient:
 
         part, digest = self._fetch_part()
         self.dtype, self.choice = part.description.weights, "as the server hands them over"
-        if before is not None and before.engine == self.engine and before.part != digest:
-            logger.warning(
-                "run %s: the server hands over another part of the model than before this device was stopped (its weights are "
-                "in %s, they were in %s): the result may be another one",
-                self.welcome.run,
-                self.dtype,
-                before.dtype,
-            )
         if self._model is None:
             self._read_data(part.tokenizer(), part.description, part.files)
         self._enter_run(self._way_to_compute(digest), part.description)
@@ -486,6 +476,7 @@ class EdgeClient:
             if self._before is not None:
                 # Not earlier: one that comes back another way and is refused goes on as before once it is started as before.
                 self._note_run()
+                self._tell_another_way(self._before)
             self._tell_that_it_starts()
         assert self._start is not None
         return self._start
@@ -519,6 +510,16 @@ class EdgeClient:
             engine=self.engine,
             dtype=self.dtype,
         )
+
+    def _tell_another_way(self, before: WayToCompute) -> None:
+        was, now = before.in_words, self._way.in_words
+        if was != now:
+            self._log.tell(
+                "note",
+                f"this device goes on in run {self.welcome.run} with {now}; before it was stopped it computed with {was}: the "
+                "run's adapter will not be to the bit that of an undisturbed run",
+                level="warning",
+            )
 
     def _telling(self, steps: Iterator[Step]) -> Iterator[Step]:
         """Them, each told to the log, and to the callbacks."""

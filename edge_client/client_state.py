@@ -47,6 +47,11 @@ class WayToCompute:
     template: str = ""
     """The digest of the model's chat template; NO_TEMPLATE of a model that has none."""
 
+    @property
+    def in_words(self) -> str:
+        """What computes, for people: what is equal here computes to the bit alike with the same data."""
+        return f"{self.engine} in {self.dtype}" + (f" on the server's part {self.part[:12]} of the model" if self.part else "")
+
     def other_data(self, before: "WayToCompute") -> list[str]:
         """
         What decides on the samples and is another than ``before``, in words for people. An earlier version noted less of it,

@@ -137,6 +137,25 @@ def test_device_that_was_killed_comes_back_in_the_dtype_it_began_with(
         assert client.dtype == "float32"
 
 
+def test_device_that_comes_back_with_torch_goes_on_in_the_precision_that_the_server_handed_over(
+    processor: Callable[..., None], options: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]
+) -> None:
+    device = {
+        "model": options["model"],
+        "data": pairs_file("a", 9),
+        "name": "a",
+        "state_dir": tmp_path / "state",
+        "device": "cpu",
+    }
+    with GpuServer(**options, dtype="float32", steps=1) as server:
+        processor(ZEN4)
+        killed = EdgeClient(server.url, engine="onnxruntime", **device).__enter__()
+        killed._membership.hang_up()
+        with EdgeClient(server.url, engine="torch", **device) as client:
+            assert (client.dtype, client.choice) == ("float32", "as before this device was stopped")
+            list(client.train())
+
+
 # How many micro-batches a step has
 
 

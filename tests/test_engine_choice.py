@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -227,16 +228,53 @@ def test_part_that_changes_under_a_run_is_said(
     with serve(steps=1) as server:
         kill(EdgeClient(server.url, **device).__enter__())
         kill(EdgeClient(server.url, **device).__enter__())
-        assert "another part" not in caplog.text
+        assert "before it was stopped" not in caplog.text
         (note,) = (tmp_path / "state/places").rglob("place.json")
         note.write_text(json.dumps({**json.loads(note.read_text()), "part": "0", "dtype": "int8"}))
         with EdgeClient(server.url, **device) as client:
             list(client.train())
-    assert (
-        "the server hands over another part of the model than before this device was stopped (its weights are in float32, "
-        in caplog.text
+    assert re.search(
+        r"with onnxruntime in float32 on the server's part [0-9a-f]{12} of the model; before it was stopped it computed with "
+        r"onnxruntime in int8 on the server's part 0 of the model: ",
+        caplog.text,
     )
     assert not ClientState(tmp_path / "state", server.url, "a").is_in_a_run
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "was", "now"),
+    [
+        ("onnxruntime", {"engine": "torch"}, "onnxruntime in float32 on the server's part", "torch in float32"),
+        ("torch", {"engine": "onnxruntime"}, "torch in float32", "onnxruntime in float32 on the server's part"),
+        ("torch", {"engine": "auto", "model": None}, "torch in float32", "onnxruntime in float32 on the server's part"),
+        ("torch", {"dtype": "bfloat16"}, "torch in float32", "torch in bfloat16"),
+    ],
+)
+def test_device_that_comes_back_another_way_goes_on_and_says_so_once(
+    serve: Any,
+    device: dict[str, Any],
+    tiny_model: Path,
+    caplog: pytest.LogCaptureFixture,
+    first: str,
+    then: dict[str, Any],
+    was: str,
+    now: str,
+) -> None:
+    device = {**device, "model": str(tiny_model), "dtype": "float32"}
+    with serve(steps=2) as server:
+        killed = EdgeClient(server.url, engine=first, **device).__enter__()
+        next(killed.train())
+        kill(killed)
+        for options in ({**device, "engine": first, **then}, {**device, "engine": "auto", **then}):
+            client = EdgeClient(server.url, **options).__enter__()
+            client.start()
+            kill(client)
+        warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        with EdgeClient(server.url, **{**device, "engine": first, **then}) as client:
+            assert len(list(client.train())) == 1
+    (warning,) = (text for text in warnings if "before it was stopped" in text)
+    assert re.search(f"this device goes on in run .* with {now}.*; before it was stopped it computed with {was}", warning)
+    assert warning.endswith(": the run's adapter will not be to the bit that of an undisturbed run")
 
 
 def test_data_that_changes_under_a_run_is_refused(serve: Any, device: dict[str, Any]) -> None:
