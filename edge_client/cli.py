@@ -235,7 +235,7 @@ def _add_training_flags(command: argparse.ArgumentParser) -> None:
         type=int,
         metavar="BYTES",
         help="most bytes of its samples' activations that are kept: with codec delta here, too; else on the "
-        "server's alone (default: the server's, at most 1 GiB)",
+        "server's alone; a device that comes back to a run needs the same again (default: the server's, at most 1 GiB)",
     )
     command.add_argument(
         "--part-bytes",

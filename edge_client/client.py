@@ -102,7 +102,7 @@ class EdgeClient:
             of this server goes on trying.
         in_flight: micro-batches that are under way at once, if the run divides batches; 1 waits for each answer.
         cache_bytes: with the codec delta, how much of the samples' activations is kept in ``state_dir``; None is as much as the
-            server keeps, and at most 1 GiB.
+            server keeps, and at most 1 GiB. A device that comes back to a run needs the same again.
         part_bytes: how much of what servers hand over is kept in ``state_dir``; a larger part is refused. None is 4 GiB.
         labels: "device" takes part in no run in which labels leave this device; "server" in any.
         activation_noise, gradient_noise: the least noise of a run in which this device takes part, in units of the run's clip;
@@ -378,7 +378,7 @@ class EdgeClient:
             callback.on_evaluate(self, evaluated)
 
     def _way_to_compute(self, part: str) -> WayToCompute:
-        template = self._form.template
+        template, settings = self._form.template, self.welcome.settings
         return WayToCompute(
             engine=self.engine,
             dtype=self.dtype,
@@ -386,6 +386,7 @@ class EdgeClient:
             data=self._described_data(),
             kind=self.data.kind,
             template=NO_TEMPLATE if template is None else hashlib.sha256(template.identity.encode()).hexdigest(),
+            cache_bytes=str(allowed_cache_bytes(settings, self._cache_bytes)) if settings.keeps_samples else "",
         )
 
     def _described_data(self) -> str:

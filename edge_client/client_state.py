@@ -25,6 +25,7 @@ DECIDES_ON_SAMPLES = {
     "data": "its content, --max-length, --long, --loss-on or --no-shuffle",
     "kind": "the file's kind",
     "template": "the model's chat template",
+    "cache_bytes": "how much of its activations is kept (--cache-bytes)",
 }
 """By the name in `WayToCompute`, for people."""
 MOST_CACHE_BYTES = 2**30
@@ -46,6 +47,8 @@ class WayToCompute:
     """Of the data's file, as its suffix says."""
     template: str = ""
     """The digest of the model's chat template; NO_TEMPLATE of a model that has none."""
+    cache_bytes: str = ""
+    """How much of the samples' activations is kept, a number; empty in a run that keeps none."""
 
     @property
     def in_words(self) -> str:

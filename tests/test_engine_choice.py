@@ -315,6 +315,23 @@ def test_another_chat_template_is_refused_by_name(serve: Any, device: dict[str, 
             assert len(list(client.train())) == 1
 
 
+def test_another_size_of_the_activation_cache_is_refused_by_name(serve: Any, device: dict[str, Any]) -> None:
+    """It decides of which samples only changes are sent, and so on the result."""
+    with serve(steps=1, codec="delta") as server:
+        kill(EdgeClient(server.url, **device).__enter__())
+        with pytest.raises(DataError, match=r"so far: how much of its activations is kept \(--cache-bytes\) is another\. Give"):
+            EdgeClient(server.url, cache_bytes=0, **device).__enter__()
+        with EdgeClient(server.url, cache_bytes=2**40, **device) as client:  # more than the server keeps, as without the flag
+            assert len(list(client.train())) == 1
+
+
+def test_size_of_an_activation_cache_may_change_in_a_run_that_has_none(serve: Any, device: dict[str, Any]) -> None:
+    with serve(steps=1) as server:
+        kill(EdgeClient(server.url, **device).__enter__())
+        with EdgeClient(server.url, cache_bytes=0, **device) as client:
+            assert len(list(client.train())) == 1
+
+
 def test_device_goes_on_with_the_place_that_an_earlier_version_has_noted(
     serve: Any, device: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -323,7 +340,8 @@ def test_device_goes_on_with_the_place_that_an_earlier_version_has_noted(
         kill(EdgeClient(server.url, **device).__enter__())
         (note,) = (tmp_path / "state/places").rglob("place.json")
         written = json.loads(note.read_text())
-        note.write_text(json.dumps({name: value for name, value in written.items() if name not in ("kind", "template")}))
+        lacking = ("kind", "template", "cache_bytes")
+        note.write_text(json.dumps({name: value for name, value in written.items() if name not in lacking}))
         with EdgeClient(server.url, **device) as client:
             assert len(list(client.train())) == 1
 
