@@ -6,7 +6,6 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Union
@@ -33,6 +32,7 @@ from storage import ChatTemplate, Folder, ModelError, NamedFiles, find_model
 from terminal import importing, user_text_path
 
 from .access import Access, default_name
+from .arguments import number, one_of, switch, text, whole_number
 from .callbacks import Callback, checked
 from .client_state import NO_TEMPLATE, ClientState, DeviceCache, StateError, WayToCompute, allowed_cache_bytes
 from .connection import ConnectionFailed, Refused, SecretRefused
@@ -40,7 +40,7 @@ from .data import Batch, Batches, DataError, Dataset, Form, check_file
 from .device_log import DeviceLog
 from .disclosure import Demands, Disclosure
 from .engine import Engine
-from .engine_choice import ENGINES, TORCH, choose_engine
+from .engine_choice import DEVICES, ENGINES, TORCH, choose_engine
 from .enrolment import state_folder, store
 from .given_texts import TextFiles, Texts
 from .held_out import Evaluated, HeldOut, perplexity
@@ -162,45 +162,40 @@ class EdgeClient:
         callbacks: Sequence[Callback] = (),
         report: Callable[[str, int, int], object] | None = None,
     ) -> None:
-        for what, number, least, unit in (
-            ("batch-size", batch_size, 1, ""),
-            ("in-flight", in_flight, 1, ""),
-            ("cache-bytes", cache_bytes, 0, ""),
-            ("part-bytes", part_bytes, 0, ""),
-            ("max-length", max_length, 2, " tokens"),
-            ("eval-every", eval_every, 1, " step"),
-        ):
-            _check_number(what, number, least, unit)
+        self.batch_size = whole_number("batch-size", batch_size, 1)
+        self._max_length = whole_number("max-length", max_length, 2, " tokens")
+        self._in_flight = whole_number("in-flight", in_flight, 1)
+        self._cache_bytes = None if cache_bytes is None else whole_number("cache-bytes", cache_bytes, 0)
+        part_bytes = PART_BYTES if part_bytes is None else whole_number("part-bytes", part_bytes, 0)
+        self.eval_every = None if eval_every is None else whole_number("eval-every", eval_every, 1, " step")
         if eval_every is not None and eval_data is None:
             raise DataError(f"eval-every {eval_every} needs held-out texts: give --eval-data FILE")
-        if engine not in ENGINES:
-            raise DataError(f"engine must be {', '.join(ENGINES[:-1])} or {ENGINES[-1]}, got {engine!r}")
+        self._give_up_after = None if give_up_after is None else number("give-up-after", give_up_after, 0)
+        self.server, self.shuffle = text("server", server), switch("shuffle", shuffle)
+        self._asked_engine, self._device = one_of("engine", engine, ENGINES), one_of("device", device, DEVICES)
         if engine == TORCH and model is None:
             raise ModelError("the torch engine computes with a model of this device's own: give --model, or leave --engine out")
         check_long(long)
         self._form, self.long = Form(loss_on=loss_on), long
         try:
-            self._demands = Demands(labels, activation_noise, gradient_noise)
+            noise = number("activation-noise", activation_noise, 0), number("gradient-noise", gradient_noise, 0)
+            self._demands = Demands(labels, *noise)
         except ValueError as error:
             raise DataError(str(error)) from None
-        self.server, self.batch_size, self.shuffle = server, batch_size, shuffle
         state = state_folder(state_dir)
         self._callbacks, self._texts = checked(callbacks), TextFiles()
         self._has_ended = False
         path = self._texts.path(data, "data")
         held_out = None if eval_data is None else self._texts.path(eval_data, "eval_data")
-        self._access = Access.to(server, state, None if name is None else check_name(name))
+        self._access = Access.to(server, state, None if name is None else check_name(text("name", name)))
         self.name = name or self._access.name or default_name(path)
-        self._state, self._give_up_after = ClientState(state, server, self.name), give_up_after
+        self._state = ClientState(state, server, self.name)
         self._tokens, self._report = state / "tokens", report
         self.log_file = self._state.log_file
         self._log = DeviceLog(self.name, self.log_file)
-        self.eval_every = eval_every
         self._held_out: HeldOut | None = None
-        self._parts = PartCache(state / "parts", PART_BYTES if part_bytes is None else part_bytes)
-        self._asked_engine, self._device, self._dtype = engine, device, dtype
-        self._in_flight, self._cache_bytes = in_flight, cache_bytes
-        self._files, self._max_length = (path, held_out), max_length
+        self._parts, self._dtype = PartCache(state / "parts", part_bytes), dtype
+        self._files = path, held_out
         self._hub_name = ""
         self._model: PretrainedModel | None = None
         if model is not None:
@@ -646,15 +641,6 @@ def _ending(kind: type[BaseException], error: BaseException | None) -> tuple[str
 
 Described = Union["ModelConfig", "PartDescription"]
 """What says a model's sizes."""
-
-
-def _check_number(what: str, given: object, least: int, unit: str) -> None:
-    if given is None:
-        return
-    if not isinstance(given, Integral):
-        raise DataError(f"{what} must be a whole number, got {given!r}")
-    if int(given) < least:
-        raise DataError(f"{what} must be at least {least}{unit}, got {given}")
 
 
 def _open_model(name: str) -> "PretrainedModel":

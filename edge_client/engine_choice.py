@@ -7,10 +7,11 @@ from importlib.util import find_spec
 from protocol import RunSettings
 from storage import ModelError
 
-__all__ = ["ENGINES", "ONNXRUNTIME", "TORCH", "choose_engine"]
+__all__ = ["DEVICES", "ENGINES", "ONNXRUNTIME", "TORCH", "choose_engine"]
 
 AUTO, ONNXRUNTIME, TORCH = "auto", "onnxruntime", "torch"
 ENGINES = (AUTO, ONNXRUNTIME, TORCH)
+DEVICES = (AUTO, "cpu", "cuda")
 CUDA_DRIVERS = ("libcuda.so.1", "nvcuda.dll")
 
 

@@ -172,11 +172,27 @@ class NoCallback:
         ({"batch_size": 2.5}, r"^batch-size must be a whole number, got 2\.5$"),
         ({"max_length": np.int64(1)}, "^max-length must be at least 2 tokens, got 1$"),
         ({"eval_every": "50"}, "^eval-every must be a whole number, got '50'$"),
+        ({"max_length": None}, "^max-length must be a whole number, got None$"),
+        ({"batch_size": 10**30}, f"^batch-size must be at most {2**63 - 1}, got {10**30}$"),
+        ({"name": 5}, "^name must be a text, got 5$"),
+        ({"shuffle": "no"}, '^shuffle must be True or False, got "no"$'),
+        ({"give_up_after": "x"}, "^give-up-after must be a number, got 'x'$"),
+        ({"give_up_after": -1}, "^give-up-after must be at least 0, got -1$"),
+        ({"activation_noise": "a"}, "^activation-noise must be a number, got 'a'$"),
+        ({"gradient_noise": float("nan")}, "^gradient-noise must be at least 0, got nan$"),
+        ({"device": "tpu"}, "^device must be auto, cpu or cuda, got 'tpu'$"),
+        ({"engine": None}, "^engine must be auto, onnxruntime or torch, got None$"),
     ],
 )
 def test_option_of_a_wrong_kind_is_refused_before_anything_is_read(tmp_path: Path, option: dict[str, Any], words: str) -> None:
     with pytest.raises(DataError, match=words):
         EdgeClient("ws://127.0.0.1:1", data=tmp_path / "none.jsonl", state_dir=tmp_path, **option)
+
+
+def test_numbers_of_numpy_are_taken_as_numbers(tmp_path: Path) -> None:
+    """A message takes no other than Python's own."""
+    client = EdgeClient("ws://127.0.0.1:1", data=[{"text": "a"}], state_dir=tmp_path, batch_size=np.int64(2))
+    assert type(client.batch_size) is int
 
 
 def test_callback_that_fails_when_all_is_over_keeps_nobody_waiting(tiny_model: Path, tmp_path: Path) -> None:
