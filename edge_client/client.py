@@ -195,7 +195,7 @@ class EdgeClient:
         self._log = DeviceLog(self.name, self.log_file)
         self._held_out: HeldOut | None = None
         self._parts, self._dtype = PartCache(state / "parts", part_bytes), dtype
-        self._files = path, held_out
+        self._files, self._read_for = (path, held_out), ""
         self._hub_name = ""
         self._model: PretrainedModel | None = None
         if model is not None:
@@ -329,8 +329,9 @@ class EdgeClient:
 
         part, digest = self._fetch_part()
         self.dtype, self.choice = part.description.weights, "as the server hands them over"
-        if self._model is None:
+        if self._model is None and self._read_for != digest:  # entered again, this client has its texts, and no file of values
             self._read_data(part.tokenizer(), part.description, part.files)
+            self._read_for = digest
         self._enter_run(self._way_to_compute(digest), part.description)
         self._engine = OnnxEngine(part, settings)
         self.disclosure = self._disclosure(settings, part.description)

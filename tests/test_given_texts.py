@@ -51,6 +51,23 @@ def test_list_iterator_and_table_are_learnt_as_the_file_of_the_same_texts(tiny_m
     assert len({adapter_bytes(tmp_path / name) for name in given}) == 1
 
 
+def test_client_of_values_that_is_entered_again_goes_on_with_them(tiny_model: Path, tmp_path: Path) -> None:
+    class Stop(Callback):
+        def on_step_end(self, client: EdgeClient, step: Any) -> None:
+            if step.number == 1:
+                raise OSError("stopped")
+
+    device = {"data": PAIRS, "eval_data": PAIRS[:1], "batch_size": 2, "name": "a", "state_dir": tmp_path / "state"}
+    with GpuServer(**options(tiny_model, tmp_path / "run"), port=0) as server:
+        client = EdgeClient(server.url, callbacks=[Stop()], **device)
+        with pytest.raises(OSError, match="stopped"), client:
+            list(client.train())
+        with client:
+            steps = [step.number for step in client.train()]
+            assert client.perplexity() > 1
+        assert [record.number for record in server.train()] == [1, *steps]
+
+
 def test_device_that_comes_back_goes_on_with_the_same_values_and_with_no_others(tiny_model: Path, tmp_path: Path) -> None:
     class Stopped(Exception):
         pass
