@@ -42,6 +42,18 @@ def options(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def device(options: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]) -> dict[str, Any]:
+    """One that comes back under its name, to where it was."""
+    return {
+        "model": options["model"],
+        "data": pairs_file("a", 9),
+        "name": "a",
+        "state_dir": tmp_path / "state",
+        "device": "cpu",
+    }
+
+
 def recorded(options: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(Path(options["run_dir"], "run.json").read_text())["config"])
 
@@ -111,16 +123,9 @@ def test_resumed_server_goes_on_in_the_dtype_it_began_with(
 
 
 def test_device_that_was_killed_comes_back_in_the_dtype_it_began_with(
-    processor: Callable[..., None], options: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]
+    processor: Callable[..., None], options: dict[str, Any], device: dict[str, Any], tmp_path: Path
 ) -> None:
-    device = {
-        "engine": "torch",
-        "model": options["model"],
-        "data": pairs_file("a", 9),
-        "name": "a",
-        "state_dir": tmp_path / "state",
-        "device": "cpu",
-    }
+    device = {**device, "engine": "torch"}
     with GpuServer(**options, dtype="float32", steps=1) as server:
         processor(ZEN4)
         killed = EdgeClient(server.url, **device).__enter__()
@@ -138,15 +143,8 @@ def test_device_that_was_killed_comes_back_in_the_dtype_it_began_with(
 
 
 def test_device_that_comes_back_with_torch_goes_on_in_the_precision_that_the_server_handed_over(
-    processor: Callable[..., None], options: dict[str, Any], tmp_path: Path, pairs_file: Callable[..., Path]
+    processor: Callable[..., None], options: dict[str, Any], device: dict[str, Any]
 ) -> None:
-    device = {
-        "model": options["model"],
-        "data": pairs_file("a", 9),
-        "name": "a",
-        "state_dir": tmp_path / "state",
-        "device": "cpu",
-    }
     with GpuServer(**options, dtype="float32", steps=1) as server:
         processor(ZEN4)
         killed = EdgeClient(server.url, engine="onnxruntime", **device).__enter__()
