@@ -102,19 +102,7 @@ def load_with_peft(base: PretrainedModel, adapter: Path) -> Any:
     known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     if unknown := [name for name in settings.values if name not in known and settings.has(name)]:
         raise ExportError(f"{settings.path}: PEFT {peft.__version__} knows no {', '.join(unknown[:5])}; a newer one may")
-    if settings.draws_base:
-        raise ExportError(
-            f"{adapter}: this adapter's initialisation ({settings.values['init_lora_weights']}) changed the base model that it "
-            "was trained on by numbers drawn at random, so that nobody can repeat it: let PEFT make plain LoRA of it where it "
-            "was trained, by save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-        )
-    if settings.changes_base:
-        logger.warning(
-            "%s: this adapter's initialisation (%s) changed the base model that it was trained on; "
-            "PEFT repeats that on the base as it is given, if it can, and else takes the base for one that was changed",
-            adapter,
-            settings.values["init_lora_weights"],
-        )
+    _check_base(adapter, settings)
     kept = {name: value for name, value in settings.values.items() if name in known and settings.has(name)}
     for name in ("auto_mapping", "megatron_core", "revision"):
         kept.pop(name, None)
@@ -137,6 +125,29 @@ def load_with_peft(base: PretrainedModel, adapter: Path) -> Any:
             f"{adapter}: PEFT has no use for {unused[0]} with these settings; the adapter is not complete without it"
         )
     return adapted.eval()
+
+
+def _check_base(adapter: Path, settings: AdapterSettings) -> None:
+    """
+    A warning says if the adapter was trained on another base model than it names.
+
+    Raises:
+        ExportError: nobody can make that base model again.
+    """
+    way = settings.values["init_lora_weights"]
+    if settings.draws_base:
+        raise ExportError(
+            f"{adapter}: this adapter's initialisation ({way}) changed the base model that it was trained on by numbers drawn "
+            "at random, so that nobody can repeat it: let PEFT make plain LoRA of it where it was trained, by "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
+    if settings.changes_base:
+        logger.warning(
+            "%s: this adapter's initialisation (%s) changed the base model that it was trained on; "
+            "PEFT repeats that on the base as it is given, if it can, and else takes the base for one that was changed",
+            adapter,
+            way,
+        )
 
 
 def _check_blocks(adapter: Path, ranges: Sequence[tuple[int, int]] | None, num_layers: int) -> None:
