@@ -1,11 +1,11 @@
-"""Arguments of `EdgeClient` as a program gives them: held to their types, as a command line holds its flags to theirs."""
+"""Arguments as a program gives them: held to their types, as a command line holds its flags to theirs, and to their bounds."""
 
 from collections.abc import Sequence
 from numbers import Integral, Real
 
 from storage import shown
 
-from .data import DataError
+from .text_file import DataError
 
 __all__ = ["number", "one_of", "switch", "text", "whole_number"]
 

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from protocol import Array, RunSettings, derive_seed
 from protocol.limits import VERSIONS_OF_A_SAMPLE
 
+from .arguments import whole_number
 from .samples import Form, samples
 from .text_encoder import TextEncoder
 from .text_file import DataError, Entry, TextFile, check_file
@@ -102,8 +103,7 @@ class Dataset:
             ModelError: the tokenizer fails on the texts.
             StateError: the disk is full, or ``folder`` cannot be written.
         """
-        if max_length < 2:
-            raise DataError(f"max-length must be at least 2 tokens, got {max_length}")
+        whole_number("max-length", max_length, 2, " tokens")
         check_long(long)
         if folder is None:
             # Where a system does not let go of a mapped file, it stays until somebody cleans up the folder of such files.

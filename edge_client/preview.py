@@ -28,6 +28,7 @@ from storage.tokenizer import end_of_text, guarded
 from terminal import count, listed, plain
 
 from .access import Access
+from .arguments import whole_number
 from .data import DataError, Form, by_length
 from .enrolment import state_folder
 from .membership import Membership
@@ -136,10 +137,8 @@ def preview(
         DataError: the file cannot be used, or a setting cannot be right.
         ModelError: the tokenizer or the chat template fails.
     """
-    if max_length < 2:
-        raise DataError(f"max-length must be at least 2 tokens, got {max_length}")
-    if num_shown < 0:
-        raise DataError(f"samples must be at least 0, got {num_shown}")
+    whole_number("max-length", max_length, 2, " tokens")
+    whole_number("samples", num_shown, 0)
     check_long(long)
     form = Form(template=model.template, loss_on=loss_on)
     seen = Preview(model, min(max_length, model.num_positions or max_length), long)
